@@ -1,0 +1,4916 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.2", "psutil>=5.9"]
+# ///
+"""ocppboard: an OCPP central system and its dashboard in one file.
+
+    station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
+    station <--Call-- pack <--- Link.call <--- REST
+
+Words, those of the standard:
+
+    station      a Charging Station (1.6: Charge Point), known by its identity, the end of its URL
+    evse         where one vehicle charges at a time; 1.6 has none, its connector n is (evse n, 1)
+    Call         a request in an OCPP-J frame, answered by CallResult or CallError; Send is not
+    transaction  one charging, from start to stop
+    Board        ours: the one owner of all state
+    Link         ours: one live WebSocket connection of a station
+    quirk        ours: a thing that a station does against the standard and that we put up with
+
+Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
+"""
+
+import argparse
+import asyncio
+import base64
+import binascii
+import concurrent.futures
+import csv
+import difflib
+import fnmatch
+import functools
+import getpass
+import hashlib
+import hmac
+import importlib.util
+import inspect
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+import tomllib
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from ipaddress import ip_address, ip_network
+from itertools import islice
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import psutil
+import tornado
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.ioloop import PeriodicCallback
+from tornado.iostream import StreamClosedError
+from tornado.netutil import bind_sockets
+from tornado.routing import Matcher, PathMatches, Rule
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+from tornado.websocket import WebSocketClosedError, WebSocketHandler, websocket_connect
+
+VERSION = "0.1.0"
+log = logging.getLogger("ocppboard")
+
+# What a stranger makes us keep is cut to these sizes; what grows is dropped beyond these numbers.
+TEXT_KEPT = 255             # characters of any text a station puts into a record's field
+RAW_KEPT = 2048             # characters of a frame that could not be read
+IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), chargers take more
+MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
+CONNECTORS_KEPT = 100       # of one station
+QUIRKS_KEPT = 50            # kinds of quirk of one station
+KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
+SESSIONS_KEPT = 1000        # logins to the board; the longest unused goes first
+ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
+STREAMS_OPEN = 200          # SSE clients at a time
+CALLS_WAITING = 50          # commands queued for one station
+LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
+BODY_BYTES = 1024 * 1024    # of a REST request
+SLICE = 100                 # records written before the loop gets its turn
+
+RECENT_IN_OVERVIEW, RECENT_IN_DETAIL = 10, 50
+LOGIN_FAILURES, LOGIN_WINDOW_S = 10, 300    # failures from one address, and how long each counts
+STREAM_PAUSE_S = 0.1        # between two writes of a stream; what comes meanwhile goes out together
+IDLE_HTTP_S = 75            # an HTTP connection without a request is closed
+COALESCE_S = 60             # the same refusal within this time is counted, not recorded again
+RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
+BURST_S = 10                # a station may save up this many seconds of its call rate
+STALE_S = 960               # a reading older than this and a usual interval of 900 s
+
+
+# --- Errors -------------------------------------------------------------------------------
+# What we raise on purpose. Each class knows its HTTP status and its OCPP error code (the 2.x
+# word; Versions has the spelling of 1.6). The text is for the one who asked.
+
+
+class BoardError(Exception):
+    """An error with an answer: `http_status` and `headers` on REST, `ocpp_code` to a station."""
+
+    http_status, ocpp_code = 500, "InternalError"
+    headers: dict = {}
+
+    def body(self) -> dict:
+        """The JSON of the answer to a REST request."""
+        return {"error": str(self)}
+
+
+class ConfigError(BoardError):
+    """The configuration cannot be used; the text is one line for whoever starts the daemon."""
+
+
+class BadRequest(BoardError):
+    """A parameter or a body that the REST API cannot read."""
+
+    http_status = 400
+
+
+class Unauthorized(BoardError):
+    """No session, or credentials that are wrong; `hint` says which where that helps."""
+
+    http_status = 401
+
+    def __init__(self, hint: str = ""):
+        super().__init__("Unauthorized")
+        self.hint = hint
+
+    def body(self) -> dict:
+        return {"error": "Unauthorized"} | ({"message": self.hint} if self.hint else {})
+
+
+class Forbidden(BoardError):
+    """A session past its time, or a request from another site's page."""
+
+    http_status = 403
+
+
+class NotFound(BoardError):
+    """No such path, station or record."""
+
+    http_status = 404
+
+
+class MethodNotAllowed(BoardError):
+    """The path is there, the method is not; `allowed` are."""
+
+    http_status = 405
+
+    def __init__(self, allowed: str):
+        super().__init__("Method not allowed")
+        self.headers = {"Allow": allowed}
+
+
+class Conflict(BoardError):
+    """The station is in no state for it: offline, mostly."""
+
+    http_status = 409
+
+
+class TooLarge(BoardError):
+    """A request body over `BODY_BYTES`; what is left of it is not read."""
+
+    http_status = 413
+    headers = {"Connection": "close"}
+
+
+class TooMany(BoardError):
+    """Too many of something; to wait `retry_after` seconds will help."""
+
+    http_status = 429
+
+    def __init__(self, text: str, retry_after: int):
+        super().__init__(text)
+        self.headers = {"Retry-After": str(retry_after)}
+
+
+class Busy(BoardError):
+    """A bound of ours is reached: streams, waiting commands."""
+
+    http_status = 503
+
+
+class CallFailed(BoardError):
+    """The station answered a command with CALLERROR."""
+
+    http_status = 502
+
+    def __init__(self, code: str, description: str, details: dict):
+        super().__init__(f"The station answered {code}")
+        self.code, self.description, self.details = code, description, details
+
+    def body(self) -> dict:
+        return {"error": str(self), "errorCode": self.code,
+                "errorDescription": self.description, "errorDetails": self.details}
+
+
+class NoAnswer(BoardError):
+    """The station did not answer a command in time."""
+
+    http_status = 504
+
+
+class Refused(BoardError):
+    """A station's WebSocket upgrade that we do not accept; the text says why."""
+
+    def __init__(self, http_status: int, text: str):
+        super().__init__(text)
+        self.http_status = http_status
+
+
+class UnknownAction(BoardError):
+    """The Action is not known in this version (OCPP-J 1.6 4.2.3)."""
+
+    http_status, ocpp_code = 400, "NotImplemented"
+
+
+class FormatViolation(BoardError):
+    """The payload is not what the Action takes (OCPP-J 1.6 4.2.3)."""
+
+    http_status, ocpp_code = 400, "FormatViolation"
+
+
+class MissingField(FormatViolation):
+    """A required field is missing."""
+
+    ocpp_code = "OccurrenceConstraintViolation"
+
+
+class WrongType(FormatViolation):
+    """A field has another type than the standard gives it."""
+
+    ocpp_code = "TypeConstraintViolation"
+
+
+class WrongValue(FormatViolation):
+    """A field has a value that the standard does not allow."""
+
+    ocpp_code = "PropertyConstraintViolation"
+
+
+class SecurityError(BoardError):
+    """The station is not approved yet (2.0.1 B02.FR.09)."""
+
+    http_status, ocpp_code = 403, "SecurityError"
+
+
+class BadFrame(BoardError):
+    """Not an OCPP-J message. `id_text` is the message id as it stood there, of a CALL with one."""
+
+    http_status, ocpp_code = 400, "FormatViolation"
+
+    def __init__(self, text: str, id_text: str = "", action: str = ""):
+        super().__init__(text)
+        self.id_text, self.action = id_text, action
+
+
+# --- Configuration ------------------------------------------------------------------------
+# SETTINGS is all there is. A key comes from the file, OCPPBOARD_SECTION_KEY overrides it, the
+# command line overrides both. What is wrong ends the start with one line that says what.
+
+
+class Setting(NamedTuple):
+    """One key: its default, whose type it must have, and what it may be."""
+
+    section: str
+    key: str
+    default: Any
+    allowed: tuple | None = None     # (least, most) of a number; or the words to choose from
+    built: bool = True               # False: only its default is accepted, the feature is to come
+
+
+MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
+VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
+PROTOCOLS = ("ocpp2.1", "ocpp2.0.1", "ocpp1.6")
+PORT, KEPT = (0, 65535), (1, 10_000_000)
+
+SETTINGS = (
+    Setting("server", "address", ""),
+    Setting("server", "port", 9000, PORT),
+    Setting("server", "tls_certificate", "", built=False),
+    Setting("server", "tls_private_key", "", built=False),
+    Setting("server", "trust_proxy", False),
+    Setting("auth", "mode", "token", MODES),
+    Setting("auth", "token", ""),
+    Setting("auth", "username", "admin"),
+    Setting("auth", "password", ""),
+    Setting("auth", "session_ttl_seconds", 86400, (60, 31_536_000)),
+    Setting("sse", "heartbeat_ms", 15000, (100, 3_600_000)),
+    Setting("sse", "queue", 1000, (1, 1_000_000)),
+    Setting("telemetry", "interval_ms", 2000, (100, 3_600_000)),
+    Setting("telemetry", "history", 1800, KEPT),
+    Setting("store", "max_messages", 10000, KEPT),
+    Setting("store", "max_message_bytes", 33554432, (1_048_576, 1 << 40)),
+    Setting("store", "max_connections", 2000, KEPT),
+    Setting("store", "max_transactions", 1000, KEPT),
+    Setting("store", "max_security_events", 1000, KEPT),
+    Setting("store", "max_errors", 2000, KEPT),
+    Setting("store", "max_system_events", 1000, KEPT),
+    Setting("store", "max_smart_charge_sessions", 500, KEPT),
+    Setting("store", "max_proxy_events", 1000, KEPT),
+    Setting("ocpp", "path", "/ocpp"),
+    Setting("ocpp", "port", 0, PORT),
+    Setting("ocpp", "tls_port", 0, PORT, built=False),
+    Setting("ocpp", "client_ca", "", built=False),
+    Setting("ocpp", "protocols", list(PROTOCOLS), PROTOCOLS),
+    Setting("ocpp", "accept", "any", ACCEPT),
+    Setting("ocpp", "heartbeat_interval_seconds", 300, (10, 86400)),
+    Setting("ocpp", "call_timeout_seconds", 30, (1, 3600)),
+    Setting("ocpp", "ping_interval_seconds", 25, (0, 3600)),
+    Setting("ocpp", "max_frame_bytes", 1048576, (1024, 1 << 30)),
+    Setting("ocpp", "max_calls_per_second", 50, (0, 1_000_000)),
+    Setting("ocpp", "validate", "auto", VALIDATE),
+    Setting("ocpp", "authorize", "any", AUTHORIZE),
+    Setting("ocpp", "id_tokens", []),
+)
+STATION_SETTINGS = (                                   # of one [stations."…"]
+    Setting("stations", "password", ""),
+    Setting("stations", "protocol", "", ("", *PROTOCOLS)),
+    Setting("stations", "priority", 1, (1, 100)),
+    Setting("stations", "max_a", 32, (1, 1000)),
+    Setting("stations", "phases", 3, (1, 3)),
+    Setting("stations", "managed", True),
+)
+SECTIONS_TO_COME = ("smart_charge", "proxy")
+ENVIRONMENT = "OCPPBOARD_"
+TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+              list: "a list of texts"}
+
+
+class Config(SimpleNamespace):
+    """The settings as `config.<section>.<key>`; `stations` is {pattern: its settings}."""
+
+    source: str
+    stations: dict
+
+    def station(self, identity: str) -> SimpleNamespace | None:
+        """The settings of the entry that fits this identity best, None where none does.
+
+        Its own name fits best, then the pattern with the most letters that are not wildcards.
+        """
+        if identity in self.stations:
+            return self.stations[identity]
+        fitting = [p for p in self.stations if fnmatch.fnmatchcase(identity, p)]
+        best = max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
+        return self.stations.get(best)
+
+
+def read_config(path: str | None = None, environ: dict | None = None, **overrides) -> Config:
+    """The configuration: defaults, then the file, then the environment, then `server` overrides.
+
+    `path` is what --config said; without it the usual places are tried (see `find_config`).
+
+    Raises: ConfigError with one line that names the place, the key and what is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    source = find_config(path, environ)
+    data = _load_toml(source) if source else {}
+    config = Config(source=source or "", stations={})
+    for setting in SETTINGS:
+        section = config.__dict__.setdefault(setting.section, SimpleNamespace())
+        setattr(section, setting.key, setting.default)
+    _apply_file(config, data, source)
+    _apply_environment(config, environ)
+    for key, value in overrides.items():
+        if value is not None:
+            setting = next(s for s in SETTINGS if (s.section, s.key) == ("server", key))
+            config.server.__dict__[key] = _checked(setting, value, "command line", f"--{key}")
+    _check_together(config)
+    return config
+
+
+def find_config(path: str | None, environ: dict) -> str | None:
+    """The first that is there: --config, $OCPPBOARD_CONFIG, ./ocppboard.toml, /etc/ocppboard.toml.
+
+    The first two were asked for, so they are returned even if the file is missing.
+    """
+    asked = path or environ.get(ENVIRONMENT + "CONFIG")
+    usual = ("ocppboard.toml", "/etc/ocppboard.toml")
+    return asked or next((name for name in usual if os.path.isfile(name)), None)
+
+
+def _load_toml(source: str) -> dict:
+    try:
+        return tomllib.loads(Path(source).read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    except ValueError as error:      # TOMLDecodeError, with line and column, or not UTF-8
+        raise ConfigError(f"{source}: not a TOML file: {error}") from None
+
+
+def _apply_file(config: Config, data: dict, source: str | None) -> None:
+    sections = sorted({s.section for s in SETTINGS} | {"stations"})
+    for name, table in data.items():
+        if name in SECTIONS_TO_COME:
+            raise ConfigError(f"{source}: [{name}] is not available in this version")
+        if name not in sections:
+            raise ConfigError(f"{source}: unknown section [{name}]{_nearest(name, sections)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: {name} must be a section, [{name}]")
+        if name != "stations":
+            _apply_table(config.__dict__[name], name, SETTINGS, table, source, name)
+            continue
+        for pattern, entry in table.items():
+            where = f'stations."{pattern}"'
+            if not isinstance(entry, dict):
+                raise ConfigError(f'{source}: {where} must be a section, [stations."{pattern}"]')
+            config.stations[pattern] = SimpleNamespace(
+                **{s.key: s.default for s in STATION_SETTINGS})
+            _apply_table(config.stations[pattern], name, STATION_SETTINGS, entry, source, where)
+
+
+def _apply_table(target: SimpleNamespace, section: str, settings: tuple, table: dict,
+                 source: str, where: str) -> None:
+    known = {s.key: s for s in settings if s.section == section}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {where}.{key}{_nearest(key, known)}")
+        target.__dict__[key] = _checked(known[key], value, source, f"{where}.{key}")
+
+
+def _apply_environment(config: Config, environ: dict) -> None:
+    """Override keys by OCPPBOARD_SECTION_KEY; a variable of no section of ours is not for us."""
+    known = {f"{ENVIRONMENT}{s.section}_{s.key}".upper(): s for s in SETTINGS}
+    ours = tuple({f"{ENVIRONMENT}{s.section}_".upper() for s in SETTINGS})
+    for name, text in environ.items():
+        if name in known:
+            setting = known[name]
+            value = _checked(setting, _from_text(setting, text, name), "environment", name)
+            config.__dict__[setting.section].__dict__[setting.key] = value
+        elif name.startswith(ours):
+            raise ConfigError(f"environment: unknown key {name}{_nearest(name, known)}")
+
+
+def _from_text(setting: Setting, text: str, name: str) -> Any:
+    kind = type(setting.default)
+    if kind is list:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return words.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"environment: {name} must be {TYPE_WORDS[kind]}, not {text!r}") from None
+
+
+def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
+    """The value, if it is of the setting's type and among what is allowed."""
+    kind, allowed = type(setting.default), setting.allowed
+    secret = setting.key in ("password", "token")
+    shown = "" if secret else f", not {value!r}"
+    if kind is float and type(value) is int:
+        value = float(value)
+    fits = type(value) is kind and (kind is not list or all(type(v) is str for v in value))
+    if not fits:
+        raise ConfigError(f"{source}: {where} must be {TYPE_WORDS[kind]}{shown}")
+    if not setting.built and value != setting.default:
+        raise ConfigError(f"{source}: {where} is not available in this version")
+    if kind in (int, float) and allowed and not allowed[0] <= value <= allowed[1]:
+        raise ConfigError(f"{source}: {where} must be from {allowed[0]} to {allowed[1]}{shown}")
+    words = value if kind is list else [value] if kind is str else []
+    for word in words if allowed else ():
+        if word not in allowed:
+            raise ConfigError(f"{source}: {where} must be {' | '.join(filter(None, allowed))}, "
+                              f"not {word!r}{_nearest(word, allowed)}")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """What no single key can tell."""
+    source = config.source or "configuration"
+    if config.auth.mode == "credentials" and not config.auth.password:
+        raise ConfigError(f'{source}: auth.mode = "credentials" needs auth.password')
+    if not config.ocpp.protocols:
+        raise ConfigError(f"{source}: ocpp.protocols must name at least one version")
+    path = config.ocpp.path
+    if not path.startswith("/") or path.startswith("/api") or "?" in path:
+        raise ConfigError(f"{source}: ocpp.path must start with / and not lie in /api: {path!r}")
+    if config.ocpp.port and config.ocpp.port == config.server.port:
+        raise ConfigError(f"{source}: ocpp.port is server.port; 0 serves both on one port")
+    for where, text in [("auth.password", config.auth.password)] + [
+            (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
+        if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
+            raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), [w for w in words if w], 1, 0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+# A hash names its own cost, so that a later version may raise it: scrypt$n$r$p$salt$key.
+HASH_PREFIX = "scrypt$"
+PASSWORD_HASH = re.compile(r"scrypt\$(2048|4096|8192|16384|32768|65536)\$(8)\$([1-4])"
+                           r"\$([0-9a-f]{32})\$([0-9a-f]{64})")
+
+
+def hash_password(password: str | bytes) -> str:
+    """What stands in the configuration instead of a plain password."""
+    salt = secrets.token_bytes(16)
+    key = _scrypt(password if isinstance(password, bytes) else password.encode(), salt, 16384, 8, 1)
+    return f"{HASH_PREFIX}16384$8$1${salt.hex()}${key.hex()}"
+
+
+def password_matches(given: bytes, configured: str) -> bool:
+    """Whether `given` is the configured password, plain or hashed. Takes some 50 ms if hashed."""
+    if hashed := PASSWORD_HASH.fullmatch(configured):
+        n, r, p = (int(number) for number in hashed.group(1, 2, 3))
+        key = _scrypt(given, bytes.fromhex(hashed[4]), n, r, p)
+        return hmac.compare_digest(key, bytes.fromhex(hashed[5]))
+    return hmac.compare_digest(given, configured.encode())
+
+
+def _scrypt(password: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=256 * n * r * p, dklen=32)
+
+
+# --- Records ------------------------------------------------------------------------------
+# What is kept, and the bounded stores that keep it. Records hold data; `view` is the JSON that
+# REST and streams show of one. Only the Board changes them.
+
+
+def iso(when: float | None) -> str | None:
+    """UTC seconds as ISO 8601 with milliseconds and Z; None stays None."""
+    if when is None:
+        return None
+    return datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def kept(text: Any, length: int = TEXT_KEPT) -> str:
+    """A stranger's text as a record's field may hold it: a str, cut."""
+    return (text if isinstance(text, str) else str(text))[:length]
+
+
+def shown(text: Any, length: int = 80) -> str:
+    """A stranger's text as a log line may show it: cut, on one line, in ASCII."""
+    return ascii(kept(text, length))
+
+
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class Record:
+    """What every record of a Store has: its number in its store, and JSON."""
+
+    __slots__ = ()
+    number: int
+
+    def view(self) -> dict:
+        """The record as REST shows it."""
+        raise NotImplementedError
+
+    def json(self) -> str:
+        """`view` as JSON text on one line."""
+        return to_json(self.view())
+
+
+@dataclass(slots=True)
+class LoggedMessage(Record):
+    """One OCPP-J frame, in or out."""
+
+    identity: str
+    protocol: str
+    direction: str                      # IN | OUT
+    type: str                           # CALL | CALLRESULT | CALLERROR | SEND | CALLRESULTERROR
+    method: str                         # the Action; of an answer: the one it answers
+    message_id: str
+    payload: str                        # JSON text, on one line
+    timestamp: float
+    response_ms: float | None = None    # from a CALL to its answer, on both
+    error_code: str | None = None
+    error_description: str | None = None
+    number: int = 0
+    size: int = 0                       # bytes that the payload takes in memory
+
+    def view(self) -> dict:
+        return self.head() | {"payload": json.loads(self.payload)}
+
+    def json(self) -> str:
+        # The payload is JSON already; a page of large messages would take its time to parse.
+        return f'{to_json(self.head())[:-1]},"payload":{self.payload}}}'
+
+    def head(self) -> dict:
+        """`view` without the payload."""
+        head = {
+            "id": f"msg-{self.number}", "identity": self.identity, "method": self.method,
+            "direction": self.direction, "type": self.type, "timestamp": iso(self.timestamp),
+            "messageId": self.message_id, "protocol": self.protocol,
+            "responseTime": None if self.response_ms is None else round(self.response_ms, 3),
+        }
+        if self.error_code is not None:
+            head |= {"errorCode": self.error_code, "errorDescription": self.error_description}
+        return head
+
+
+@dataclass(slots=True)
+class Event(Record):
+    """Something that happened: a security event, an error or a system event."""
+
+    kind: str                           # its category; of a system event its type
+    identity: str
+    message: str
+    details: dict
+    timestamp: float
+    severity: str | None = None         # low | medium | high | critical, of a security event only
+    kind_name: str = "category"
+    prefix: str = "evt"
+    number: int = 0
+
+    def view(self) -> dict:
+        severity = {"severity": self.severity} if self.severity else {}
+        return {"id": f"{self.prefix}-{self.number}", self.kind_name: self.kind,
+                "identity": self.identity, "message": self.message, **severity,
+                "details": self.details, "timestamp": iso(self.timestamp)}
+
+
+@dataclass(slots=True)
+class Sample(Record):
+    """The telemetry at one moment."""
+
+    timestamp: float
+    values: dict
+    number: int = 0
+
+    def view(self) -> dict:
+        return self.values | {"timestamp": iso(self.timestamp)}
+
+
+NOMINAL_V = 230.0                   # phase to neutral, where no meter says
+PHASES = ("L1", "L2", "L3")
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a meter said last, in one unit for each quantity. None is unknown, which is not zero."""
+
+    at: float                           # when the station says it was read
+    energy_wh: float | None = None      # the import register
+    power_w: float | None = None
+    current_a: dict = field(default_factory=dict)    # {"L1": A, …}; {"": A} without a phase
+    voltage_v: dict = field(default_factory=dict)    # {"L1": V, …}
+    offered_a: float | None = None
+    soc: float | None = None            # percent
+    temperature_c: float | None = None
+    frequency_hz: float | None = None
+    derived: bool = False               # power was worked out, no meter said it
+
+    def take(self, at: float, values: dict, now: float) -> bool:
+        """Take what a meter says on, {field: value}; what it does not say stands as it was.
+
+        A reading from before the last one is history and taken for nothing, unless the clock that
+        stamped the last one runs ahead of ours and so tells nothing. Returns whether it was taken.
+        """
+        if at < self.at <= now + 60:
+            return False
+        if "power_w" in values:
+            self.derived = False
+        elif self.power_w is None or self.derived:
+            self.power_w = self._derived_power(at, values)
+            self.derived = self.power_w is not None
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.at = at
+        return True
+
+    def _derived_power(self, at: float, values: dict) -> float | None:
+        """Power from current and voltage, else from energy and time."""
+        if current := values.get("current_a"):
+            voltage = values.get("voltage_v") or self.voltage_v
+            phases = [p for p in PHASES if p in current] or [p for p in current if not p]
+            return round(sum(current[p] * voltage.get(p, voltage.get("", NOMINAL_V))
+                             for p in phases), 1)
+        register, hours = values.get("energy_wh"), (at - self.at) / 3600
+        if None not in (register, self.energy_wh) and hours * 3600 >= 30 and (
+                register >= self.energy_wh):
+            return round((register - self.energy_wh) / hours, 1)
+        return self.power_w
+
+    def view(self, now: float) -> dict:
+        """`quality`: measured, derived, or stale when it is older than any usual interval."""
+        quality = "stale" if now - self.at > STALE_S else "derived" if self.derived else "measured"
+        return {"timestamp": iso(self.at), "energyWh": self.energy_wh, "powerW": self.power_w,
+                "currentA": self.current_a, "voltageV": self.voltage_v, "offeredA": self.offered_a,
+                "soc": self.soc, "temperatureC": self.temperature_c,
+                "frequencyHz": self.frequency_hz, "quality": quality}
+
+
+@dataclass(slots=True)
+class Transaction(Record):
+    """A charging, from its start (or from when we first heard of it) to its stop."""
+
+    id: int | str
+    identity: str
+    evse_id: int
+    connector_id: int
+    id_token: str | None
+    started_at: float
+    meter_start: float | None = None    # Wh
+    start_key: tuple | None = None      # tells a repeated StartTransaction
+    status: str = "active"              # active | stopped | orphan | abandoned
+    stopped_at: float | None = None
+    meter_stop: float | None = None
+    register: float | None = None       # the last one seen
+    energy_wh: float | None = None
+    reading: Reading | None = None
+    connector: "Connector | None" = None             # while it is active there
+    soc: float | None = None
+    reason: str | None = None
+    charging_state: str | None = None
+    estimated: bool = False             # its start was not seen, or its register was reset
+    number: int = 0
+    changed: int = 0
+
+    def view(self) -> dict:
+        power = self.reading.power_w if self.reading else None
+        return {
+            "id": self.id, "identity": self.identity, "evse": self.evse_id,
+            "connector": self.connector_id, "idToken": self.id_token,
+            "startedAt": iso(self.started_at), "stoppedAt": iso(self.stopped_at),
+            "meterStart": self.meter_start, "meterStop": self.meter_stop,
+            "energyWh": self.energy_wh, "powerW": power if self.status == "active" else 0,
+            "soc": self.soc, "reason": self.reason, "status": self.status,
+            "chargingState": self.charging_state, "estimated": self.estimated,
+            "meter": self.reading and self.reading.view(self.stopped_at or time.time()),
+        }
+
+    def count_energy(self, register: float) -> None:
+        """Take the register on; a register that falls to under half was reset to zero between.
+
+        A small step back is an old reading or noise and counts for nothing.
+        """
+        if self.register is None:
+            self.meter_start, self.estimated = register, True
+            self.energy_wh, self.register = 0.0, register
+            return
+        step = register - self.register
+        if step < 0 and register < self.register / 2:
+            step, self.estimated = register, True
+        if step >= 0:
+            self.energy_wh = round((self.energy_wh or 0.0) + step, 3)
+            self.register = register
+
+
+@dataclass(slots=True)
+class Connector:
+    """What a station says of one connector. (0, 0) is the station itself."""
+
+    evse_id: int
+    connector_id: int
+    status: str | None = None
+    error_code: str | None = None
+    info: str | None = None
+    since: float | None = None
+    reading: Reading | None = None
+    transaction: Transaction | None = None
+
+    def view(self) -> dict:
+        return {"evse": self.evse_id, "connector": self.connector_id, "status": self.status,
+                "errorCode": self.error_code, "info": self.info, "since": iso(self.since),
+                "transactionId": self.transaction and self.transaction.id,
+                "meter": self.reading and self.reading.view(time.time())}
+
+
+@dataclass(slots=True)
+class Station(Record):
+    """A charging station, from its first connection until it is forgotten."""
+
+    identity: str
+    protocol: str
+    remote_address: str
+    connected_at: float
+    link: Any = None                    # its live Link; None: offline
+    disconnected_at: float | None = None
+    security_profile: int = 0
+    message_count: int = 0
+    last_message_at: float | None = None
+    error_count: int = 0
+    evicted_count: int = 0
+    registration: str | None = None     # what its last BootNotification was answered
+    info: dict = field(default_factory=dict)         # vendor, model, serial, firmware, …
+    connectors: dict = field(default_factory=dict)   # {(evse_id, connector_id): Connector}
+    quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
+    skews: deque = field(default_factory=lambda: deque(maxlen=8))
+    number: int = 0
+    changed: int = 0
+
+    @property
+    def clock_skew_s(self) -> float | None:
+        """The station's clock less ours. Old readings look late: the foremost tells the truth."""
+        return round(max(self.skews), 1) if self.skews else None
+
+    def view(self) -> dict:
+        return {
+            "identity": self.identity, "remoteAddress": self.remote_address,
+            "protocol": self.protocol, "connectedAt": iso(self.connected_at),
+            "disconnectedAt": iso(self.disconnected_at),
+            "status": "online" if self.link else "offline",
+            "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
+            "securityProfile": self.security_profile, "errorCount": self.error_count,
+            "evictedCount": self.evicted_count, "registration": self.registration,
+            "station": dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info,
+            "connectors": [c.view() for _, c in sorted(self.connectors.items())],
+            "clockSkewSeconds": self.clock_skew_s,
+            "quirks": [{"name": name, "count": count, "lastMessageId": message_id}
+                       for name, (count, message_id) in self.quirks.items()],
+        }
+
+
+class Store:
+    """The newest records of one kind, numbered from 1; the oldest go beyond `limit`.
+
+    With `max_bytes` they also go while the sizes of all, together, are over it.
+    """
+
+    __slots__ = ("records", "limit", "max_bytes", "bytes", "total")
+
+    def __init__(self, limit: int, max_bytes: int | None = None):
+        self.records: deque = deque()
+        self.limit, self.max_bytes = limit, max_bytes
+        self.bytes = self.total = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def append(self, record: Record) -> Record | None:
+        """Keep the record and number it. Returns the one that went for it, if one did."""
+        self.total += 1
+        record.number = self.total
+        records = self.records
+        records.append(record)
+        gone = records.popleft() if len(records) > self.limit else None
+        if self.max_bytes is not None:
+            self.bytes += record.size - (gone.size if gone else 0)
+            while self.bytes > self.max_bytes:
+                gone = records.popleft()
+                self.bytes -= gone.size
+        return gone
+
+    def page(self, limit: int, offset: int = 0,
+             match: Callable[[Any], bool] | None = None) -> tuple[list, int]:
+        """(records, newest first; how many match in all)."""
+        newest = reversed(self.records)
+        if match is None:
+            return list(islice(newest, offset, offset + limit)), len(self.records)
+        found = [record for record in newest if match(record)]
+        return found[offset:offset + limit], len(found)
+
+    def newest(self, limit: int, match: Callable[[Any], bool]) -> list:
+        """The newest that match; reads no further than it must."""
+        return list(islice(filter(match, reversed(self.records)), limit))
+
+    def since(self, number: int) -> tuple[list, int]:
+        """(records after that number, oldest first; how many of them are gone already)."""
+        first = self.total - len(self.records) + 1
+        lost = max(0, first - number - 1)
+        return list(islice(self.records, max(0, number + 1 - first), None)), lost
+
+
+# --- Messages -----------------------------------------------------------------------------
+# OCPP-J frames (OCPP-J 1.6 chapter 4; 2.0.1 and 2.1 part 4), no I/O. A message is its frame
+# taken apart once: the payload as data, and as the text that is kept.
+
+
+class Call(NamedTuple):
+    """[2, id, Action, payload]. `id_text` is the id as JSON, to be given back as it came."""
+
+    id_text: str
+    action: str
+    payload: dict
+    text: str            # the payload as JSON on one line
+
+
+class Send(NamedTuple):
+    """[6, id, Action, payload]: needs no answer (2.1)."""
+
+    id_text: str
+    action: str
+    payload: dict
+    text: str
+
+
+class CallResult(NamedTuple):
+    """[3, id, payload]."""
+
+    id_text: str
+    payload: dict
+    text: str
+
+
+class CallError(NamedTuple):
+    """[4, id, code, description, details]; `of_result`: [5, …], the same for CALLRESULT (2.1)."""
+
+    id_text: str
+    code: str
+    description: str
+    details: dict
+    text: str            # the details as JSON
+    of_result: bool = False
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number - number != 0:             # 1e999 reads as infinity, which nobody could write again
+        raise ValueError("number out of range")
+    return number
+
+
+_read = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).raw_decode
+# `[type, id, ` and, where a second text follows (Action, error code), that too.
+_STRING = r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
+_HEAD = re.compile(rf'\s*\[\s*([0-9]+)\s*,\s*({_STRING}|-?[0-9]+)\s*,\s*(?:({_STRING})\s*,\s*)?')
+_CALL_ID = re.compile(rf'\s*\[\s*2\s*,\s*("[^"\\\x00-\x1f]{{1,{MESSAGE_ID_LENGTH}}}")')
+_TAIL = re.compile(r"\s*\]\s*\Z")
+_COMMA = re.compile(r"\s*,\s*")
+
+# Tried, one after the other, only on a frame that is not JSON. The names become quirks.
+REPAIRS = (
+    ("json_control_character", re.compile(r"[\x00-\x1f]"), " "),        # C's \0 at the end, too
+    ("json_empty_value", re.compile(r":\s*(?=\])"), ":["),            # "configurationKey":]
+    ("json_missing_value", re.compile(r":\s*(?=[,}])"), ":null"),
+    ("json_trailing_comma", re.compile(r",\s*(?=[\]}])"), ""),
+)
+
+
+def unpack(frame: str) -> Call | CallResult | CallError | Send:
+    """Take a frame apart.
+
+    Raises: BadFrame, with the id if it is a CALL whose id can be read.
+    Spec: OCPP-J 1.6 4.1, 4.2; 2.1 part 4, 4.2.
+    """
+    head = _HEAD.match(frame)
+    if not head:
+        call = _CALL_ID.match(frame)
+        raise BadFrame("not an OCPP-J message: [type, id, …] expected", call[1] if call else "")
+    kind, id_text, second = head.groups()
+    if len(id_text) > MESSAGE_ID_LENGTH:
+        raise BadFrame("the message id is too long")
+    if "\\" in id_text and not _is_json(id_text):
+        raise BadFrame("the message id cannot be read")
+    if kind in ("2", "6"):
+        return _unpack_request(frame, kind, id_text, second, head)
+    if kind == "3":
+        payload, text = _payload(frame, head.start(3) if second else head.end(), id_text="")
+        return CallResult(id_text, payload, text)
+    if kind in ("4", "5"):
+        return _unpack_error(frame, kind, id_text, second, head.end())
+    raise BadFrame(f"unknown message type {kind[:10]}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return _read(text)[1] == len(text)
+    except ValueError:
+        return False
+
+
+def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
+                    head: re.Match) -> Call | Send:
+    answer_to = id_text if kind == "2" else ""
+    if second is None:
+        raise BadFrame("an Action and a payload expected", answer_to)
+    try:
+        action = sys.intern(second[1:-1] if "\\" not in second else _read(second)[0])
+    except ValueError:
+        raise BadFrame("the Action cannot be read", answer_to) from None
+    if len(action) > 64:
+        raise BadFrame("the Action is too long", answer_to)
+    payload, text = _payload(frame, head.end(), answer_to, action)
+    return Call(id_text, action, payload, text) if kind == "2" else Send(
+        id_text, action, payload, text)
+
+
+def _unpack_error(frame: str, kind: str, id_text: str, code: str | None, at: int) -> CallError:
+    # Chargers leave out the description or the details; what is there is taken.
+    rest = []
+    try:
+        if code is None:
+            code, at = _read(frame, at)
+            if comma := _COMMA.match(frame, at):
+                at = comma.end()
+        else:
+            code = _read(code)[0]
+        while not _TAIL.match(frame, at):
+            item, at = _read(frame, at)
+            rest.append(item)
+            if comma := _COMMA.match(frame, at):
+                at = comma.end()
+    except (ValueError, RecursionError):
+        raise BadFrame("the error message cannot be read") from None
+    description = rest[0] if rest and isinstance(rest[0], str) else ""
+    details = rest[-1] if rest and isinstance(rest[-1], dict) else {}
+    return CallError(id_text, kept(code, 64), kept(description), details, to_json(details),
+                     kind == "5")
+
+
+def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[dict, str]:
+    """The object that stands at `start` and ends the frame, as data and as one line of text."""
+    try:
+        payload, end = _read(frame, start)
+    except (ValueError, RecursionError) as error:    # RecursionError: [[[[… without end
+        raise BadFrame(f"the payload is not JSON: {kept(error, 100)}", id_text, action) from None
+    if not _TAIL.match(frame, end):
+        raise BadFrame("the payload is not the end of the message", id_text, action)
+    if payload is None:                              # null where {} was meant
+        return {}, "{}"
+    if type(payload) is not dict:
+        raise BadFrame("the payload is not an object", id_text, action)
+    text = frame[start:end]
+    if "\n" in text or "\r" in text:                 # only between values, so a space will do
+        text = text.replace("\r", " ").replace("\n", " ")
+    return payload, text
+
+
+def repair(frame: str) -> tuple[str, list[str]]:
+    """A frame that was no JSON, put right as far as we know the fault: (frame, names of faults)."""
+    names = []
+    for name, pattern, instead in REPAIRS:
+        mended = pattern.sub(instead, frame)
+        if mended != frame:
+            frame = mended
+            names.append(name)
+    return frame, names
+
+
+def message_id(id_text: str) -> str:
+    """The id as a text: of "abc" the abc."""
+    if id_text[0] != '"':
+        return id_text
+    return id_text[1:-1] if "\\" not in id_text else _read(id_text)[0]
+
+
+def pack(message: Call | CallResult | CallError) -> str:
+    """The frame of a message that we send."""
+    kind = type(message)
+    if kind is CallResult:
+        return f"[3,{message.id_text},{message.text}]"
+    if kind is Call:
+        return f'[2,{message.id_text},"{message.action}",{message.text}]'
+    return (f"[4,{message.id_text},{to_json(message.code)},{to_json(message.description)},"
+            f"{message.text}]")
+
+
+# --- Versions -----------------------------------------------------------------------------
+# What 1.6, 2.0.1 and 2.1 call things, how they write times and units, and their official
+# schemas. A comparison with a version stands here or nowhere: elsewhere it is a table look-up.
+
+_COMMANDS_16 = frozenset("""
+    CancelReservation CertificateSigned ChangeAvailability ChangeConfiguration ClearCache
+    ClearChargingProfile DataTransfer DeleteCertificate ExtendedTriggerMessage
+    GetCompositeSchedule GetConfiguration GetDiagnostics GetInstalledCertificateIds
+    GetLocalListVersion GetLog InstallCertificate RemoteStartTransaction RemoteStopTransaction
+    ReserveNow Reset SendLocalList SetChargingProfile SignedUpdateFirmware TriggerMessage
+    UnlockConnector UpdateFirmware""".split())
+_COMMANDS_201 = frozenset("""
+    CancelReservation CertificateSigned ChangeAvailability ClearCache ClearChargingProfile
+    ClearDisplayMessage ClearVariableMonitoring CostUpdated CustomerInformation DataTransfer
+    DeleteCertificate GetBaseReport GetChargingProfiles GetCompositeSchedule GetDisplayMessages
+    GetInstalledCertificateIds GetLocalListVersion GetLog GetMonitoringReport GetReport
+    GetTransactionStatus GetVariables InstallCertificate PublishFirmware RequestStartTransaction
+    RequestStopTransaction ReserveNow Reset SendLocalList SetChargingProfile SetDisplayMessage
+    SetMonitoringBase SetMonitoringLevel SetNetworkProfile SetVariableMonitoring SetVariables
+    TriggerMessage UnlockConnector UnpublishFirmware UpdateFirmware""".split())
+_COMMANDS_21 = _COMMANDS_201 | frozenset("""
+    AFRRSignal AdjustPeriodicEventStream ChangeTransactionTariff ClearDERControl ClearTariffs
+    GetDERControl GetPeriodicEventStream GetTariffs NotifyAllowedEnergyTransfer
+    RequestBatterySwap SetDERControl SetDefaultTariff UpdateDynamicSchedule
+    UsePriorityCharging""".split())
+
+# The Actions that a central system may send to a station.
+COMMANDS = {"ocpp1.6": _COMMANDS_16, "ocpp2.0.1": _COMMANDS_201, "ocpp2.1": _COMMANDS_21}
+
+# Error codes that are spelt otherwise than in 2.x. "Occurence" is the standard's own spelling.
+ERROR_CODES = {
+    "ocpp1.6": {"FormatViolation": "FormationViolation",
+                "OccurrenceConstraintViolation": "OccurenceConstraintViolation"},
+    "ocpp2.0.1": {},
+    "ocpp2.1": {},
+}
+UNKNOWN_ID_TOKEN = {"ocpp1.6": "Invalid", "ocpp2.0.1": "Unknown", "ocpp2.1": "Unknown"}
+ASSUMED_PROTOCOL = "ocpp1.6"         # of a station that offers none (field experience: all are 1.6)
+
+# Fields that only one version's body has: a station that sends them elsewhere mixes versions.
+TELLTALES = {
+    "ocpp1.6": {"BootNotification": "chargingStation", "StatusNotification": "connectorStatus",
+                "MeterValues": "evseId"},
+    "ocpp2.0.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode"},
+    "ocpp2.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode"},
+}
+
+# Before the board's user approves a station it may tell what it likes but gets nothing
+# (2.0.1 B02.FR.09: SecurityError).
+NEEDS_APPROVAL = frozenset("""
+    Authorize BatterySwap DataTransfer Get15118EVCertificate GetCertificateChainStatus
+    GetCertificateStatus NotifyEVChargingNeeds PullDynamicScheduleUpdate SignCertificate
+    StartTransaction TransactionEvent VatNumberValidation""".split())
+
+# Actions whose payload may hold a secret, and the fields and variables that do.
+SECRET_ACTIONS = frozenset("""
+    ChangeConfiguration DataTransfer GetConfiguration GetReport GetVariables NotifyReport
+    SetNetworkProfile SetVariables GetLog GetDiagnostics UpdateFirmware SignedUpdateFirmware
+    PublishFirmware""".split())
+_SECRET_WORD = re.compile(r"password|authorizationkey|secret|simpin|token|passphrase|"
+                          r"^pin$|privatekey", re.I)
+_SECRET_IN_URL = re.compile(r"//[^/@\s]*@")
+HIDDEN = "***"
+
+# Security events of a station, by how much they should worry us; others are "medium".
+# Spec: 1.6 security extension, appendix A; 2.0.1 part 2 appendices, 1 (critical: true).
+EVENT_SEVERITY = {
+    "TamperDetectionActivated": "critical", "SecurityLogWasCleared": "critical",
+    "InvalidFirmwareSignature": "high", "InvalidFirmwareSigningCertificate": "high",
+    "InvalidCsmsCertificate": "high", "InvalidCentralSystemCertificate": "high",
+    "InvalidChargePointCertificate": "high", "InvalidChargingStationCertificate": "high",
+    "FailedToAuthenticateAtCsms": "high", "FailedToAuthenticateAtCentralSystem": "high",
+    "CsmsFailedToAuthenticate": "high", "CentralSystemFailedToAuthenticate": "high",
+    "InvalidTLSVersion": "high", "InvalidTLSCipherSuite": "high",
+    "AttemptedReplayAttacks": "high", "MemoryExhaustion": "high",
+    "FirmwareUpdated": "low", "SettingSystemTime": "low", "StartupOfTheDevice": "low",
+    "ResetOrReboot": "low", "ReconfigurationOfSecurityParameters": "low",
+}
+
+
+def error_code(protocol: str, code: str) -> str:
+    """An error code in the spelling of a version."""
+    return ERROR_CODES[protocol].get(code, code)
+
+
+def without_secrets(action: str, payload: dict, text: str) -> str:
+    """The payload as JSON for the record: `text` itself, or with what is secret in it hidden."""
+    if action not in SECRET_ACTIONS:
+        return text
+    hidden = _hide(payload)
+    return text if hidden == payload else to_json(hidden)
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_hide(item) for item in value]
+    if isinstance(value, str):
+        return _SECRET_IN_URL.sub(f"//{HIDDEN}@", value)
+    if not isinstance(value, dict):
+        return value
+    # {"key": "AuthorizationKey", "value": …} and {"variable": {"name": "BasicAuthPassword"},
+    # "attributeValue": …}: one field names what another holds.
+    variable = value.get("variable")
+    name = value.get("key") or (variable.get("name") if isinstance(variable, dict) else None)
+    named = isinstance(name, str) and bool(_SECRET_WORD.search(name))
+    return {key: HIDDEN if _holds_secret(key, named) and item not in (None, "") else _hide(item)
+            for key, item in value.items()}
+
+
+def _holds_secret(key: str, named: bool) -> bool:
+    return bool(_SECRET_WORD.search(key)) or named and key in (
+        "value", "attributeValue", "variableAttribute")
+
+
+def parse_time(text: Any) -> tuple[float, bool]:
+    """A station's time as (UTC seconds, whether it had a zone). Without one, UTC is meant.
+
+    Raises: WrongValue when it is no time at all.
+    """
+    try:
+        when = datetime.fromisoformat(text.upper())
+        zoned = when.tzinfo is not None
+        seconds = (when if zoned else when.replace(tzinfo=timezone.utc)).timestamp()
+    except (AttributeError, ValueError, OverflowError):
+        seconds = -1.0
+    if not 0 <= seconds < 1 << 33:       # beyond it no calendar of ours can write it again
+        raise WrongValue(f"{shown(text)} is not an ISO 8601 time") from None
+    return seconds, zoned
+
+
+def required(payload: dict, key: str, kind: type) -> Any:
+    """A field that must be there. A number or a text that stands in the other's form is taken.
+
+    Raises: MissingField, WrongType.
+    """
+    if payload.get(key) is None:
+        raise MissingField(f"{key} is required")
+    return _typed(payload[key], key, kind)
+
+
+def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A field that may be missing.
+
+    Raises: WrongType.
+    """
+    value = payload.get(key)
+    return default if value is None else _typed(value, key, kind)
+
+
+def _typed(value: Any, key: str, kind: type) -> Any:
+    if type(value) is kind and kind is not int:
+        return value
+    if kind in (int, float) and type(value) in (int, float, str):
+        try:
+            number = kind(value)
+            if abs(number) < 1 << 63:        # beyond it arithmetic fails, and it means nothing
+                return number
+        except (ValueError, OverflowError):
+            pass
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
+
+
+class Violation(NamedTuple):
+    """Where and how a payload leaves its schema: a JSON pointer, a sentence, an error code."""
+
+    pointer: str
+    text: str
+    code: str
+
+
+class Schemas:
+    """The official JSON schemas, where the packages `ocpp` and `fastjsonschema` are installed.
+
+    A schema is compiled when it is first needed, outside the loop's thread: it takes up to 0.1 s.
+    """
+
+    RULES = {"required": "OccurrenceConstraintViolation", "type": "TypeConstraintViolation",
+             "additionalProperties": "FormatViolation"}     # others: PropertyConstraintViolation
+    FOLDERS = {"ocpp1.6": ("v16", ""), "ocpp2.0.1": ("v201", "Request"),
+               "ocpp2.1": ("v21", "Request")}
+
+    def __init__(self, folder: Path, compiler: Any):
+        self._folder, self._compiler = folder, compiler
+        self._compiled: dict = {}            # {(protocol, action, part): function, or None}
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "schemas")
+
+    @classmethod
+    def installed(cls) -> "Schemas | None":
+        """The schemas, or None if the packages are not there."""
+        ocpp, compiler = map(importlib.util.find_spec, ("ocpp", "fastjsonschema"))
+        if not ocpp or not compiler:
+            return None
+        return cls(Path(ocpp.submodule_search_locations[0]),
+                   importlib.import_module("fastjsonschema"))
+
+    def ready(self, protocol: str, action: str) -> bool:
+        """Whether the schemas of this Action are compiled."""
+        return (protocol, action, "Response") in self._compiled
+
+    async def prepare(self, protocol: str, action: str) -> None:
+        """Compile the schemas of an Action."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._compile, protocol, action)
+
+    def check(self, protocol: str, action: str, part: str, payload: dict) -> Violation | None:
+        """The first thing in the payload that its schema does not allow; `part` as `Call`'s.
+
+        `part` is "Request" or "Response". An Action without schema has nothing to violate.
+        """
+        check = self._compiled.get((protocol, action, part))
+        if check is None:
+            return None
+        try:
+            check(payload)
+        except self._compiler.JsonSchemaValueException as error:
+            pointer = "".join(f"/{part}" for part in error.path[1:])
+            code = self.RULES.get(error.rule, "PropertyConstraintViolation")
+            return Violation(kept(pointer), kept(error.message), code)
+        return None
+
+    def _compile(self, protocol: str, action: str) -> None:
+        folder, request = self.FOLDERS[protocol]
+        compiled = {}
+        for part, name in (("Request", action + request), ("Response", action + "Response")):
+            path = self._folder / folder / "schemas" / f"{name}.json"
+            if part == "Request" and not path.exists():
+                path = path.with_name(f"{action}.json")          # a Send has no "Request"
+            compiled[protocol, action, part] = self._compiler.compile(
+                json.loads(path.read_text("utf-8-sig"))) if path.exists() else None
+        self._compiled.update(compiled)
+
+
+# --- Meter values -------------------------------------------------------------------------
+# One normaliser for what meters say: the standard's defaults, one unit for each quantity, phases
+# apart. Pure. It knows both shapes, 1.6's texts with `unit` and 2.x's numbers with `unitOfMeasure`.
+
+REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
+QUANTITIES = {                                   # squashed measurand: (field of Reading, base unit)
+    "energyactiveimportregister": ("energy_wh", "Wh"),
+    "poweractiveimport": ("power_w", "W"),
+    "currentimport": ("current_a", "A"),
+    "voltage": ("voltage_v", "V"),
+    "currentoffered": ("offered_a", "A"),
+    "soc": ("soc", "Percent"),
+    "temperature": ("temperature_c", "Celsius"),
+    "frequency": ("frequency_hz", "Hz"),
+}
+UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.47 itself
+PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
+PHASE_NAMES = {name: name.removesuffix("-N") for name in (
+    "L1", "L2", "L3", "N", "L1-N", "L2-N", "L3-N", "L1-L2", "L2-L3", "L3-L1")}
+
+
+@functools.lru_cache(512)
+def _quantity(measurand: str) -> tuple[str, str] | None:
+    return QUANTITIES.get(re.sub(r"[^a-z]", "", measurand.lower()))
+
+
+@functools.lru_cache(512)
+def _unit(unit: str, base: str) -> tuple[float, float, bool]:
+    """A unit as (factor, offset, whether it is one of this quantity).
+
+    The measurand says what is measured; of the unit only the prefix counts, because chargers
+    write Wh on a power.
+    """
+    unit = UNIT_ALIASES.get(unit, unit)
+    if unit == base:
+        return 1.0, 0.0, True
+    if base == "Celsius" and unit in ("Fahrenheit", "K"):
+        return (1 / 1.8, -32 / 1.8, True) if unit == "Fahrenheit" else (1.0, -273.15, True)
+    if len(unit) > 1 and unit[0] in PREFIXES:
+        return PREFIXES[unit[0]], 0.0, unit[1:] == base
+    return 1.0, 0.0, False
+
+
+def read_meter_value(meter_value: Any, now: float, quirks: list[str]) -> tuple[float, dict] | None:
+    """One MeterValue as (time, {field of Reading: value}); None if it says nothing of interest.
+
+    What is odd in it is appended to `quirks`. Spec: 1.6 7.33, 7.43; 2.0.1 2.33, 2.46.
+    """
+    if type(meter_value) is not dict or type(meter_value.get("sampledValue")) is not list:
+        quirks.append("meter_value_malformed")
+        return None
+    found: dict = {}                     # {field: {phase: value}}
+    at_inlet: dict = {}                  # the same from the grid's side, where nothing else is
+    for sample in meter_value["sampledValue"]:
+        _read_sample(sample, found, at_inlet, quirks)
+    if at_inlet:
+        found = at_inlet | found
+    if not found:
+        return None
+    try:
+        at, zoned = parse_time(meter_value.get("timestamp"))
+        if not zoned:
+            quirks.append("time_without_zone")
+    except WrongValue:
+        at = now
+        quirks.append("time_unreadable")
+    for name, phases in found.items():
+        if name not in ("current_a", "voltage_v"):
+            found[name] = _total(name, phases)
+    return at, found
+
+
+def _total(name: str, phases: dict) -> float:
+    """One figure of a quantity: the total, where it is given, rather than our sum of phases."""
+    if "" in phases:
+        return phases[""]
+    if name in ("power_w", "energy_wh"):
+        return round(sum(phases.values()), 3)
+    return max(phases.values())
+
+
+def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) -> None:
+    if type(sample) is not dict:
+        quirks.append("meter_value_malformed")
+        return
+    measurand = sample.get("measurand", REGISTER)
+    quantity = _quantity(measurand) if type(measurand) is str else None
+    if quantity is None:
+        return
+    name, base = quantity
+    try:
+        value = float(sample["value"])
+        if value - value != 0:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError):
+        if sample.get("format") != "SignedData":
+            quirks.append("meter_value_not_a_number")
+        return
+    unit = sample.get("unit")
+    if unit is None:
+        measure = sample.get("unitOfMeasure")
+        if type(measure) is dict:
+            unit, power = measure.get("unit"), measure.get("multiplier")
+            if power and type(power) is int and -30 < power < 30:
+                value *= 10.0 ** power
+    if unit != base and type(unit) is str:
+        factor, offset, usual = _unit(unit, base)
+        value = round(value * factor + offset, 6)
+        if not usual:
+            quirks.append("meter_unit_mismatch")
+    phase = sample.get("phase")
+    phase = PHASE_NAMES.get(phase, "") if type(phase) is str else ""
+    values = at_inlet if sample.get("location") == "Inlet" else found
+    if name in values:
+        values[name][phase] = value
+    else:
+        values[name] = {phase: value}
+
+
+# --- Board --------------------------------------------------------------------------------
+# The one owner of state: every change of a record is a method here and ends in `publish`. No I/O
+# and no loop; time comes in as `clock`, so that a test can move it.
+
+# What can be followed, and the name of its events. "error" is EventSource's own word.
+TOPICS = {
+    "messages": "message", "telemetry": "telemetry", "security": "security",
+    "connections": "connection", "transactions": "transaction",
+    "smart-charge": "smart-charge", "proxy": "proxy", "errors": "fault", "system": "system",
+}
+CHANGING = ("connections", "transactions")       # topics whose events repeat a record as it changes
+
+
+class Published:
+    """One event on its way to listeners. Its text is made once, when the first one asks."""
+
+    __slots__ = ("topic", "number", "record", "_text")
+
+    def __init__(self, topic: str, number: int, record: Record):
+        self.topic, self.number, self.record, self._text = topic, number, record, ""
+
+    @property
+    def text(self) -> str:
+        """The event as Server-Sent Events write it, but for its id; the record as it is now."""
+        if not self._text:
+            self._text = f"event: {TOPICS[self.topic]}\ndata: {self.record.json()}\n\n"
+        return self._text
+
+
+class Subscription:
+    """What one listener follows and has not read yet. The oldest events go beyond `limit`."""
+
+    __slots__ = ("topics", "match", "limit", "wake", "waiting", "lost", "cursor")
+
+    def __init__(self, topics: tuple, match: Callable[[str, Record], bool] | None, limit: int,
+                 wake: Callable[[], None], cursor: dict):
+        self.topics, self.match, self.limit, self.wake = topics, match, limit, wake
+        self.waiting: deque = deque()
+        self.lost = 0
+        self.cursor = cursor             # {topic: number of the last event read or passed over}
+
+    def offer(self, event: Published) -> None:
+        """Take an event if it matches; tell the listener when it is the first to wait."""
+        if self.match is not None and not self.match(event.topic, event.record):
+            return
+        if len(self.waiting) >= self.limit:
+            self.waiting.popleft()
+            self.lost += 1
+        self.waiting.append(event)
+        if len(self.waiting) == 1:
+            self.wake()
+
+    def take(self) -> tuple[list[Published], int]:
+        """(events waiting, oldest first; how many were dropped before them)."""
+        events, lost = list(self.waiting), self.lost
+        self.waiting.clear()
+        self.lost = 0
+        return events, lost
+
+
+class Rates:
+    """Messages and latencies of the last minute, a bucket for each second."""
+
+    __slots__ = ("_clock", "_second", "_messages", "_answers", "_latency_ms")
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._second = int(clock())
+        self._messages: deque = deque([0], maxlen=LATENCY_WINDOW_S)
+        self._answers: deque = deque([0], maxlen=LATENCY_WINDOW_S)
+        self._latency_ms: deque = deque([0.0], maxlen=LATENCY_WINDOW_S)
+
+    def count(self, now: float) -> None:
+        """Count a message."""
+        if int(now) != self._second:
+            self._turn(now)
+        self._messages[-1] += 1
+
+    def answered(self, response_ms: float) -> None:
+        """Count the time that the call took whose answer was counted just now."""
+        self._answers[-1] += 1
+        self._latency_ms[-1] += response_ms
+
+    def per_second(self) -> float:
+        """Messages per second over the last ten; of the oldest second just the part within."""
+        now = self._clock()
+        self._turn(now)
+        oldest, *others = ([0] * RATE_WINDOW_S + list(self._messages))[-RATE_WINDOW_S - 1:]
+        return round((sum(others) + oldest * (1 - now % 1)) / RATE_WINDOW_S, 2)
+
+    def latency_ms(self) -> float:
+        """Mean time to the answer over the last minute; 0 when nothing was answered."""
+        self._turn(self._clock())
+        answers = sum(self._answers)
+        return round(sum(self._latency_ms) / answers, 3) if answers else 0.0
+
+    def _turn(self, now: float) -> None:
+        second = int(now)
+        # A clock that was set back starts a new minute; one far ahead needs no more than one.
+        for _ in range(min(abs(second - self._second), LATENCY_WINDOW_S)):
+            self._messages.append(0)
+            self._answers.append(0)
+            self._latency_ms.append(0.0)
+        self._second = second
+
+
+class Board:
+    """All that is known of the stations, and who follows it."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock = config, clock
+        self.started_at = clock()
+        self._started = time.monotonic()             # uptime must not jump with the wall clock
+        self.epoch = f"{int(self.started_at * 1000):x}"      # of the event ids of this run
+        store = config.store
+        self.stations: dict[str, Station] = {}
+        self._gone: OrderedDict = OrderedDict()      # offline identities, the longest gone first
+        self.messages = Store(store.max_messages, store.max_message_bytes)
+        self.transactions = Store(store.max_transactions)
+        self._transaction_of: dict = {}              # {(identity, transaction id): Transaction}
+        self.security = Store(store.max_security_events)
+        self.errors = Store(store.max_errors)
+        self.system = Store(store.max_system_events)
+        self.smart_charge = Store(store.max_smart_charge_sessions)
+        self.proxy = Store(store.max_proxy_events)
+        self.telemetry = Store(config.telemetry.history)
+        self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): entry}
+        self.approved: OrderedDict = OrderedDict()   # identities approved on the board
+        self.stores = {"messages": self.messages, "telemetry": self.telemetry,
+                       "security": self.security, "smart-charge": self.smart_charge,
+                       "proxy": self.proxy, "errors": self.errors, "system": self.system,
+                       "transactions": self.transactions}
+        self.changes = dict.fromkeys(CHANGING, 0)    # {topic: number of the last event}
+        self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
+        self.rates = Rates(clock)
+        self.total_messages = self.total_call_errors = 0
+        self.total_connections = self.peak_connections = self.online = 0
+        self._last_transaction_id = 0
+
+    # Following
+
+    def subscribe(self, topics: Iterable[str], match: Callable[[str, Record], bool] | None,
+                  wake: Callable[[], None], after: dict | None = None
+                  ) -> tuple[Subscription, list, int]:
+        """Follow topics from now on, or from `after`, {topic: number of the last event seen}.
+
+        Returns: the subscription; the events since `after`; how many of them are gone.
+        """
+        topics = tuple(topics)
+        subscription = Subscription(topics, match, self.config.sse.queue, wake,
+                                    {topic: self._last_number(topic) for topic in topics})
+        missed, lost = [], 0
+        for topic in topics if after is not None else ():
+            events, gone = self._since(topic, after.get(topic, 0))
+            missed += [e for e in events if match is None or match(topic, e.record)]
+            lost += gone
+        for topic in topics:
+            self.listeners[topic].append(subscription)
+        return subscription, missed, lost
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Stop following."""
+        for topic in subscription.topics:
+            self.listeners[topic].remove(subscription)
+
+    def publish(self, topic: str, record: Record) -> None:
+        """Tell the listeners of a topic. Costs next to nothing when there are none."""
+        number = record.number
+        if topic in self.changes:
+            self.changes[topic] = record.changed = number = self.changes[topic] + 1
+        if self.listeners[topic]:
+            event = Published(topic, number, record)
+            for subscription in self.listeners[topic]:
+                subscription.offer(event)
+
+    def _last_number(self, topic: str) -> int:
+        return self.changes[topic] if topic in self.changes else self.stores[topic].total
+
+    def _since(self, topic: str, number: int) -> tuple[list[Published], int]:
+        """The events of a topic after that number. Of a changing record, only as it is now."""
+        if topic in CHANGING:
+            records = {"connections": self.stations.values(),
+                       "transactions": self.transactions.records}[topic]
+            changed = sorted((r for r in records if r.changed > number), key=lambda r: r.changed)
+            return [Published(topic, r.changed, r) for r in changed], 0
+        records, lost = self.stores[topic].since(number)
+        return [Published(topic, r.number, r) for r in records], lost
+
+    # Stations and their connections
+
+    def connected(self, identity: str, protocol: str, address: str, link: Any,
+                  security_profile: int = 0) -> Any:
+        """A station's connection is open. Returns the Link that it replaces, if it had one."""
+        now = self.clock()
+        station = self.stations.get(identity)
+        if station is None:
+            station = self.stations[identity] = Station(identity, protocol, address, now)
+        replaced, station.link = station.link, link
+        station.protocol, station.remote_address = protocol, address
+        station.connected_at, station.disconnected_at = now, None
+        station.security_profile = security_profile
+        self._gone.pop(identity, None)
+        self.total_connections += 1
+        if replaced:
+            station.evicted_count += 1
+            self.system_event("EVICTION", identity, "A newer connection took the place of this one",
+                              {"ip": address, "count": station.evicted_count})
+            if station.evicted_count % 10 == 0:
+                self.security_event("ANOMALY", identity, "Connections of this identity keep "
+                                    "replacing each other: do two stations use it?", "medium",
+                                    {"ip": address, "count": station.evicted_count})
+        else:
+            self.online += 1
+            self.peak_connections = max(self.peak_connections, self.online)
+        self.system_event("STATION_CONNECTED", identity, f"Connected over {protocol}",
+                          {"ip": address, "securityProfile": security_profile})
+        log.info("%s connected from %s over %s", shown(identity), address, protocol)
+        self._forget_beyond_limit()
+        self.publish("connections", station)
+        return replaced
+
+    def disconnected(self, identity: str, link: Any, reason: str) -> None:
+        """A connection has ended. One that was replaced before changes nothing."""
+        station = self.stations.get(identity)
+        if station is None or station.link is not link:
+            return
+        station.link, station.disconnected_at = None, self.clock()
+        self.online -= 1
+        self._gone[identity] = None
+        self.system_event("STATION_DISCONNECTED", identity, reason, {"ip": station.remote_address})
+        log.info("%s disconnected: %s", shown(identity), shown(reason))
+        self._forget_beyond_limit()
+        self.publish("connections", station)
+
+    def forget(self, identity: str) -> None:
+        """Remove the record of an offline station."""
+        del self.stations[identity]
+        del self._gone[identity]
+
+    def _forget_beyond_limit(self) -> None:
+        while len(self.stations) > self.config.store.max_connections and self._gone:
+            self.forget(next(iter(self._gone)))
+
+    def booted(self, station: Station, info: dict, status: str) -> None:
+        """A BootNotification came, and was answered with this status."""
+        station.info = {key: kept(value) for key, value in info.items() if value is not None}
+        station.registration = status
+        self.publish("connections", station)
+
+    def is_approved(self, identity: str) -> bool:
+        """Whether the station may charge: always, but where `accept` asks the board's user."""
+        return (self.config.ocpp.accept != "ask" or identity in self.approved
+                or self.config.station(identity) is not None)
+
+    def approve(self, station: Station) -> None:
+        """The board's user lets the station in (`accept = "ask"`), until the next start."""
+        self.approved[station.identity] = None
+        if len(self.approved) > self.config.store.max_connections:
+            self.approved.popitem(last=False)
+        self.system_event("STATION_APPROVED", station.identity, "Approved on the board", {})
+        self.publish("connections", station)
+
+    def connector(self, station: Station, evse_id: int, connector_id: int) -> Connector | None:
+        """The record of a connector, made when it is first heard of; None beyond all reason."""
+        connector = station.connectors.get((evse_id, connector_id))
+        if connector is None:
+            if len(station.connectors) >= CONNECTORS_KEPT or evse_id < 0 or connector_id < 0:
+                self.quirk(station, "connector_unreasonable")
+                return None
+            connector = Connector(evse_id, connector_id)
+            station.connectors[evse_id, connector_id] = connector
+        return connector
+
+    def told(self, station: Station, **facts: str) -> None:
+        """The station told something of itself beyond its BootNotification."""
+        station.info |= {key: kept(value) for key, value in facts.items()}
+        self.publish("connections", station)
+
+    def connector_status(self, station: Station, evse_id: int, connector_id: int, status: str,
+                         error_code: str | None = None, info: str | None = None) -> None:
+        """A connector's status; `since` is when we heard of it first."""
+        connector = self.connector(station, evse_id, connector_id)
+        if connector is None:
+            return
+        if connector.status != status:
+            connector.since = self.clock()
+        connector.status, connector.error_code, connector.info = status, error_code, info
+        self.publish("connections", station)
+
+    def clock_told(self, station: Station, when: float) -> None:
+        """The station's clock just said `when`."""
+        station.skews.append(when - self.clock())
+
+    def quirk(self, station: Station, name: str, in_message: bool = True) -> int:
+        """Count a thing that the station does against the standard. Returns how often it did."""
+        entry = station.quirks.get(name)
+        if entry is None:
+            if len(station.quirks) >= QUIRKS_KEPT:
+                return 0
+            entry = station.quirks[name] = [0, None]
+        entry[0] += 1
+        if in_message:                   # the message being handled is the next to be kept
+            entry[1] = f"msg-{self.messages.total + 1}"
+        return entry[0]
+
+    def knocked(self, address: str, path: str, headers: dict, status: int, reason: str,
+                advice: str) -> bool:
+        """An upgrade was refused. Same ones are counted together.
+
+        Returns whether it is news: the first of its kind within `COALESCE_S`.
+        """
+        now = self.clock()
+        key = (address, path, reason)
+        entry = self.knocking.pop(key, None) or {"count": 0, "first": now, "last": 0.0}
+        news = now - entry["last"] > COALESCE_S
+        entry |= {"ip": address, "path": path, "headers": headers, "status": status,
+                  "reason": reason, "url": advice, "count": entry["count"] + 1, "last": now}
+        self.knocking[key] = entry
+        if len(self.knocking) > KNOCKING_KEPT:
+            self.knocking.popitem(last=False)
+        return news
+
+    def knocking_view(self) -> list[dict]:
+        """The refused upgrades, newest first."""
+        return [{"path": e["path"], "ip": e["ip"], "headers": e["headers"], "status": e["status"],
+                 "reason": e["reason"], "url": e["url"], "count": e["count"],
+                 "firstAt": iso(e["first"]), "lastAt": iso(e["last"])}
+                for e in reversed(self.knocking.values())]
+
+    # Messages and what happened
+
+    def message(self, station: Station, direction: str, kind: str, method: str, id_: str,
+                payload: str, response_ms: float | None = None, error_code: str | None = None,
+                error_description: str | None = None) -> LoggedMessage:
+        """Keep one frame. `payload` is JSON on one line; `response_ms` is known with the answer."""
+        now = self.clock()
+        record = LoggedMessage(station.identity, station.protocol, direction, kind, method, id_,
+                               payload, now, response_ms, error_code, error_description, 0,
+                               sys.getsizeof(payload))
+        self.messages.append(record)
+        self._count(station, now)
+        if response_ms is not None and kind != "CALL":
+            self.rates.answered(response_ms)
+        if error_code is not None:
+            self.total_call_errors += 1
+        if self.listeners["messages"]:
+            self.publish("messages", record)
+        return record
+
+    def _count(self, station: Station, now: float) -> None:
+        self.rates.count(now)
+        self.total_messages += 1
+        station.message_count += 1
+        station.last_message_at = now
+
+    def count_unreadable(self, station: Station) -> None:
+        """A frame came that could not be read; as an error it is on record already."""
+        self._count(station, self.clock())
+
+    def answered(self, record: LoggedMessage, response_ms: float) -> None:
+        """A CALL that is on record has its answer."""
+        record.response_ms = response_ms
+
+    def error(self, category: str, station: Station, text: str, details: dict) -> None:
+        """Keep something that went wrong between a station and us."""
+        station.error_count += 1
+        self._happened("errors", Event(category, station.identity, kept(text), details,
+                                       self.clock(), prefix="err"))
+
+    def security_event(self, category: str, identity: str, text: str, severity: str,
+                       details: dict) -> None:
+        """Keep a security event. `details` has the `ip`, never a secret."""
+        self._happened("security", Event(category, identity, kept(text), details, self.clock(),
+                                         severity))
+
+    def system_event(self, kind: str, identity: str, text: str, details: dict) -> None:
+        """Keep an event of the board itself."""
+        self._happened("system", Event(kind, identity, kept(text), details, self.clock(),
+                                       kind_name="type", prefix="sys"))
+
+    def _happened(self, topic: str, event: Event) -> None:
+        self.stores[topic].append(event)
+        self.publish(topic, event)
+
+    # Transactions
+
+    def new_transaction_id(self) -> int:
+        """A transaction id for 1.6: of 31 bits, and none that an earlier run gave out."""
+        self._last_transaction_id = max(int(self.clock()), self._last_transaction_id + 1)
+        return self._last_transaction_id & 0x7FFFFFFF
+
+    def transaction(self, station: Station, transaction_id: int | str) -> Transaction | None:
+        """The transaction that the station calls so, if we know it."""
+        return self._transaction_of.get((station.identity, transaction_id))
+
+    def same_start(self, station: Station, start_key: tuple) -> Transaction | None:
+        """The transaction that this very StartTransaction began before: a repeated one."""
+        found = self.transactions.newest(1, lambda t: t.identity == station.identity
+                                         and t.start_key == start_key)
+        return found[0] if found else None
+
+    def transaction_started(self, station: Station, transaction_id: int | str, evse_id: int,
+                            connector_id: int, id_token: str | None, started_at: float | None,
+                            meter_start: float | None = None,
+                            start_key: tuple | None = None) -> Transaction:
+        """A transaction begins; another one still open on its connector is abandoned."""
+        now = self.clock()
+        if started_at is None or not now - 365 * 86400 < started_at < now + 86400:
+            started_at = now                             # a clock that was never set
+        transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
+                                  id_token, started_at, meter_start, start_key)
+        if meter_start is not None:
+            transaction.register, transaction.energy_wh = meter_start, 0.0
+        if gone := self.transactions.append(transaction):
+            self._drop_transaction(gone)
+        self._transaction_of[station.identity, transaction_id] = transaction
+        self._occupy(station, transaction)
+        self.publish("transactions", transaction)
+        return transaction
+
+    def transaction_seen(self, station: Station, transaction_id: int | str, evse_id: int,
+                         connector_id: int) -> Transaction:
+        """The transaction, adopted if its start was before our time; alive again if abandoned."""
+        transaction = self.transaction(station, transaction_id)
+        if transaction is None:
+            transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
+                                                   None, None)
+            transaction.estimated = True
+        elif transaction.status == "abandoned":
+            transaction.status, transaction.stopped_at = "active", None
+            self._occupy(station, transaction)
+        return transaction
+
+    def transaction_updated(self, station: Station, transaction: Transaction, **told: Any) -> None:
+        """Set what the station told of a transaction; None tells nothing."""
+        for name, value in told.items():
+            if value is not None:
+                setattr(transaction, name, value)
+        self.publish("transactions", transaction)
+
+    def transaction_stopped(self, station: Station, transaction: Transaction,
+                            stopped_at: float | None, meter_stop: float | None,
+                            reason: str | None, status: str = "stopped") -> None:
+        """A transaction ends. A late reading may still come; power is zero from here."""
+        now = self.clock()
+        if stopped_at is None or not transaction.started_at <= stopped_at < now + 86400:
+            stopped_at = now
+        if meter_stop is not None:
+            transaction.count_energy(meter_stop)
+        transaction.status, transaction.stopped_at = status, stopped_at
+        transaction.meter_stop, transaction.reason = meter_stop, reason
+        self._release(transaction)
+        self.publish("transactions", transaction)
+
+    def connector_free(self, station: Station, evse_id: int, connector_id: int) -> None:
+        """The connector can have no transaction now; one that is open was never stopped."""
+        connector = station.connectors.get((evse_id, connector_id))
+        if connector and connector.transaction:
+            transaction = connector.transaction
+            self.transaction_stopped(station, transaction, None, None, None, "abandoned")
+
+    def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
+                transaction: Transaction | None) -> None:
+        """A meter was read: of a transaction, where it belongs to one, or of a connector."""
+        now = self.clock()
+        if transaction is None:
+            connector = self.connector(station, evse_id, connector_id)
+            if connector is not None:
+                if connector.reading is None:
+                    connector.reading = Reading(at)
+                connector.reading.take(at, values, now)
+                self.publish("connections", station)
+            return
+        if transaction.reading is None:
+            transaction.reading = Reading(at)
+        if transaction.reading.take(at, values, now):
+            if "energy_wh" in values and transaction.meter_stop is None:
+                transaction.count_energy(values["energy_wh"])
+            transaction.soc = values.get("soc", transaction.soc)
+        self.publish("transactions", transaction)
+        if transaction.connector is not None:
+            transaction.connector.reading = transaction.reading
+            self.publish("connections", station)
+
+    def _occupy(self, station: Station, transaction: Transaction) -> None:
+        if transaction.evse_id == 0:                     # nobody told where it is
+            return
+        connector = self.connector(station, transaction.evse_id, transaction.connector_id)
+        if connector is not None:
+            self.connector_free(station, transaction.evse_id, transaction.connector_id)
+            connector.transaction, transaction.connector = transaction, connector
+
+    def _release(self, transaction: Transaction) -> None:
+        connector, transaction.connector = transaction.connector, None
+        if connector is not None:
+            connector.transaction = connector.reading = None     # what flowed flows no more
+
+    def _drop_transaction(self, gone: Transaction) -> None:
+        del self._transaction_of[gone.identity, gone.id]
+        self._release(gone)
+
+    # Overview
+
+    def sample(self, machine: dict) -> dict:
+        """The telemetry now; `machine` is what the process and its host are at."""
+        total = self.total_messages
+        return {
+            "messagesPerSecond": self.rates.per_second(),
+            "avgLatencyMs": self.rates.latency_ms(),
+            "errorRate": round(self.total_call_errors / total, 6) if total else 0.0,
+            "connectionCount": self.online, "peakConnections": self.peak_connections,
+            "uptimeSeconds": int(time.monotonic() - self._started), "totalMessages": total,
+            **machine,
+        }
+
+    def sampled(self, values: dict) -> None:
+        """Keep a telemetry sample and tell it."""
+        sample = Sample(self.clock(), values)
+        self.telemetry.append(sample)
+        self.publish("telemetry", sample)
+
+    def overview(self) -> dict:
+        """The counters of GET /api/overview, but for its messages."""
+        sample = self.sample({})
+        return {
+            "connectedClients": self.online, "totalConnections": self.total_connections,
+            **{key: sample[key] for key in ("messagesPerSecond", "avgLatencyMs", "errorRate",
+                                            "uptimeSeconds", "totalMessages")},
+            "securityEventCount": self.security.total, "errorCount": self.errors.total,
+            "systemEventCount": self.system.total,
+        }
+
+
+# --- Incoming calls -----------------------------------------------------------------------
+# What a station may send: one function per Action, and CALLS, the table of them by version.
+# Each reads its payload, tells the Board and returns the answer's payload. No I/O.
+
+
+def answer(board: Board, station: Station, protocol: str, call: Call,
+           violation: Violation | None = None) -> CallResult | CallError:
+    """The answer to a Call; always exactly one, whatever the Call and whatever the handler does.
+
+    `violation` is what the schema found, where it is to be refused.
+
+    Spec: OCPP-J 1.6 4.2; 2.0.1 part 4, 4.2.
+    """
+    try:
+        if violation:
+            error = FormatViolation(f"{violation.pointer or '/'}: {violation.text}")
+            error.ocpp_code = violation.code
+            raise error
+        handler = CALLS[protocol].get(call.action)
+        if handler is None:
+            raise _unknown_action(board, station, protocol, call.action)
+        if call.action in NEEDS_APPROVAL and not board.is_approved(station.identity):
+            raise SecurityError("This station is not approved yet")
+        telltale = TELLTALES[protocol].get(call.action)
+        if telltale is not None and telltale in call.payload:
+            board.quirk(station, "other_versions_body")
+        payload = handler(board, station, call.payload)
+        return CallResult(call.id_text, payload, to_json(payload) if payload else "{}")
+    except BoardError as error:
+        return refusal(protocol, call.id_text, error)
+    except Exception:
+        log.exception("The handler of %s failed on a message of %s", call.action,
+                      shown(station.identity))
+        return refusal(protocol, call.id_text, BoardError("Internal error"))
+
+
+def refusal(protocol: str, id_text: str, error: BoardError) -> CallError:
+    """The CALLERROR that tells a station of an error."""
+    return CallError(id_text, error_code(protocol, error.ocpp_code), kept(error), {}, "{}")
+
+
+def _unknown_action(board: Board, station: Station, protocol: str, action: str) -> UnknownAction:
+    others = [version for version, calls in CALLS.items() if action in calls]
+    if others:
+        board.quirk(station, "other_versions_action")
+        return UnknownAction(f"{action} is of {', '.join(others)}, this connection is {protocol}")
+    if action in COMMANDS[protocol]:
+        return UnknownAction(f"{action} goes from the central system to the station")
+    return UnknownAction(f"{protocol} has no Action {shown(action)}")
+
+
+def wire_time(when: float) -> str:
+    """A time as we send it: whole seconds and Z, which every charger can read."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+
+
+def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.2; 2.0.1 B01, B02 (Pending). Nothing of it is worth to keep a station out."""
+    board.booted(station, _station_info(payload),
+                 status := "Accepted" if board.is_approved(station.identity) else "Pending")
+    interval = board.config.ocpp.heartbeat_interval_seconds
+    return {"currentTime": wire_time(board.clock()), "status": status,
+            "interval": interval if status == "Accepted" else min(interval, PENDING_RETRY_S)}
+
+
+PENDING_RETRY_S = 60                 # how soon a station that waits for approval asks again
+INFO_FIELDS = {                      # ours: as 1.6 and 2.x call it
+    "vendor": ("chargePointVendor", "vendorName"), "model": ("chargePointModel", "model"),
+    "serial": ("chargePointSerialNumber", "chargeBoxSerialNumber", "serialNumber"),
+    "firmware": ("firmwareVersion",), "iccid": ("iccid",), "imsi": ("imsi",),
+    "meterType": ("meterType",), "meterSerial": ("meterSerialNumber",), "bootReason": ("reason",),
+}
+
+
+def _station_info(payload: dict) -> dict:
+    """{our name: text} of either version's body."""
+    body = payload
+    for inner in ("chargingStation", "modem"):
+        if isinstance(body.get(inner), dict):
+            body = body | body[inner]
+    return {name: next((body[f] for f in fields if isinstance(body.get(f), str)), None)
+            for name, fields in INFO_FIELDS.items()}
+
+
+def on_heartbeat(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.6; 2.0.1 G02."""
+    return {"currentTime": wire_time(board.clock())}
+
+
+def _told_time(board: Board, station: Station, payload: dict) -> float | None:
+    """The payload's timestamp in UTC seconds; None, and a quirk, if it cannot be read."""
+    text = payload.get("timestamp")
+    if text is None:
+        return None
+    try:
+        when, zoned = parse_time(text)
+    except WrongValue:
+        board.quirk(station, "time_unreadable")
+        return None
+    if not zoned:
+        board.quirk(station, "time_without_zone")
+    board.clock_told(station, when)
+    return when
+
+
+def _token_status(board: Board, station: Station, id_token: str) -> str:
+    """Whether the id token may charge. Tokens are case-insensitive (1.6 7.28 CiString)."""
+    ocpp = board.config.ocpp
+    if ocpp.authorize == "any" or any(
+            fnmatch.fnmatchcase(id_token.lower(), pattern.lower()) for pattern in ocpp.id_tokens):
+        return "Accepted"
+    return UNKNOWN_ID_TOKEN[station.protocol]
+
+
+def on_authorize_16(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.1."""
+    return {"idTagInfo": {"status": _token_status(board, station, required(payload, "idTag", str))}}
+
+
+def on_authorize(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 C01."""
+    return {"idTokenInfo": _id_token_info(board, station, required(payload, "idToken", dict))}
+
+
+def _id_token_info(board: Board, station: Station, id_token: dict) -> dict:
+    if id_token.get("type") == "NoAuthorization":            # a start button (2.0.1 C02)
+        return {"status": "Accepted"}
+    return {"status": _token_status(board, station, required(id_token, "idToken", str))}
+
+
+def on_status_notification_16(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.9."""
+    number = required(payload, "connectorId", int)
+    status = kept(payload.get("status") or payload.get("connectorStatus") or "Unknown", 64)
+    evse_id, connector_id = number, min(number, 1)
+    if status == "Available":            # no transaction can be open (1.6 4.9, state A)
+        board.connector_free(station, evse_id, connector_id)
+    _told_time(board, station, payload)
+    board.connector_status(station, evse_id, connector_id, status,
+                           kept(payload.get("errorCode") or "NoError", 64),
+                           _text_or_none(payload.get("info")))
+    return {}
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else kept(value)
+
+
+def on_status_notification(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 G01."""
+    evse_id, connector_id = required(payload, "evseId", int), required(payload, "connectorId", int)
+    status = payload.get("connectorStatus") or payload.get("status") or "Unknown"
+    _told_time(board, station, payload)
+    board.connector_status(station, evse_id, connector_id, kept(status, 64))
+    return {}
+
+
+def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.7. A transaction that runs since before our time is adopted by its id."""
+    number = optional(payload, "connectorId", int, 0)
+    transaction_id = optional(payload, "transactionId", int, 0)
+    evse_id, connector_id = number, min(number, 1)
+    if transaction_id > 0 and number > 0:                # 0 and -1 are what idle chargers send
+        transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
+    else:
+        transaction = _open_transaction(station, evse_id, connector_id)
+    _read_meter(board, station, evse_id, connector_id, payload, "meterValue", transaction)
+    return {}
+
+
+def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 J01. EVSE 0 is the station's own meter."""
+    evse_id = required(payload, "evseId", int)
+    connector_id = next((c for (e, c), record in station.connectors.items()
+                         if e == evse_id and record.transaction), min(evse_id, 1))
+    _read_meter(board, station, evse_id, connector_id, payload, "meterValue",
+                _open_transaction(station, evse_id, connector_id))
+    return {}
+
+
+def _open_transaction(station: Station, evse_id: int, connector_id: int) -> Transaction | None:
+    connector = station.connectors.get((evse_id, connector_id))
+    return connector.transaction if connector else None
+
+
+def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int, payload: dict,
+                key: str, transaction: Transaction | None) -> list[float]:
+    """Read the MeterValues in `key` into the Board. Returns the registers in them, oldest first."""
+    meter_values = payload.get(key)
+    if meter_values is None:
+        return []
+    quirks: list[str] = []
+    now = board.clock()
+    if type(meter_values) is not list:
+        meter_values = [meter_values]
+    readings = [r for m in meter_values if (r := read_meter_value(m, now, quirks))]
+    if len(readings) > 1:
+        readings.sort(key=lambda reading: reading[0])
+    for at, values in readings:
+        board.metered(station, evse_id, connector_id, at, values, transaction)
+    for name in quirks:
+        board.quirk(station, name)
+    if readings:
+        board.clock_told(station, readings[-1][0])
+    return [values["energy_wh"] for _, values in readings if "energy_wh" in values]
+
+
+def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
+    number = required(payload, "connectorId", int)
+    id_tag = kept(required(payload, "idTag", str), 64)
+    meter_start = optional(payload, "meterStart", float)
+    start_key = (number, id_tag, kept(payload.get("timestamp")), meter_start)
+    transaction = board.same_start(station, start_key)
+    if transaction is None:
+        started_at = _told_time(board, station, payload)
+        transaction = board.transaction_started(
+            station, _free_transaction_id(board, station), number, min(number, 1), id_tag,
+            started_at, meter_start, start_key)
+    return {"transactionId": transaction.id,
+            "idTagInfo": {"status": _token_status(board, station, id_tag)}}
+
+
+def _free_transaction_id(board: Board, station: Station) -> int:
+    """An id that this station has not used either (it may have told us one that we adopted)."""
+    while board.transaction(station, number := board.new_transaction_id()):
+        pass
+    return number
+
+
+def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 4.10. A stop of an unknown transaction is kept as an orphan, never guessed."""
+    transaction_id = required(payload, "transactionId", int)
+    meter_stop = optional(payload, "meterStop", float)
+    reason = kept(payload.get("reason") or "Local", 64)      # 1.6 6.49: "MAY only be omitted
+    stopped_at = _told_time(board, station, payload)         # when the Reason is Local"
+    transaction, status = _to_stop(board, station, transaction_id)
+    if transaction.stopped_at is None or transaction.status == "abandoned":
+        _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
+                    "transactionData", transaction)
+        board.transaction_stopped(station, transaction, stopped_at, meter_stop, reason, status)
+    if payload.get("idTag") is None:
+        return {}
+    return {"idTagInfo": {"status": _token_status(board, station, required(payload, "idTag", str))}}
+
+
+def _to_stop(board: Board, station: Station, transaction_id: int | str) -> tuple[Transaction, str]:
+    """The transaction that a stop speaks of, and what the stop makes of it."""
+    transaction = board.transaction(station, transaction_id)
+    if transaction is not None:
+        return transaction, "orphan" if transaction.status == "orphan" else "stopped"
+    return board.transaction_started(station, transaction_id, 0, 0, None, None), "orphan"
+
+
+def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 E01 to E12. Events may come late, twice, or from a transaction that began before us."""
+    info = required(payload, "transactionInfo", dict)
+    transaction_id = kept(required(info, "transactionId", str), 64)
+    event_type = required(payload, "eventType", str)
+    # 1. which transaction it is, where
+    when = _told_time(board, station, payload)
+    id_token = optional(payload, "idToken", dict)
+    token = id_token and kept(required(id_token, "idToken", str), 64)
+    evse = optional(payload, "evse", dict, {})
+    evse_id = optional(evse, "id", int, 0)
+    connector_id = optional(evse, "connectorId", int, min(evse_id, 1))
+    transaction, status = board.transaction(station, transaction_id), "stopped"
+    started = event_type == "Started" and transaction is None
+    if started:
+        transaction = board.transaction_started(station, transaction_id, evse_id, connector_id,
+                                                token, when)
+    elif event_type == "Ended":
+        transaction, status = _to_stop(board, station, transaction_id)
+    elif transaction is None or transaction.status == "abandoned":
+        transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
+    # 2. what the meter says; the first register is the start's, the last one the stop's
+    registers = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
+                            payload, "meterValue", transaction)
+    # 3. what became of it
+    if event_type == "Ended" and transaction.status != status:
+        board.transaction_stopped(station, transaction, when, registers[-1] if registers else None,
+                                  kept(info.get("stoppedReason") or "Local", 64), status)
+    else:
+        board.transaction_updated(
+            station, transaction, id_token=token,
+            charging_state=_text_or_none(info.get("chargingState")),
+            estimated=False if started and registers else None)
+    return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
+
+
+def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 security extension A04; 2.0.1 A04."""
+    kind = kept(required(payload, "type", str), 64)
+    tech_info = _text_or_none(payload.get("techInfo"))
+    _told_time(board, station, payload)
+    board.security_event("ANOMALY", station.identity, f"The station reports {kind}",
+                         EVENT_SEVERITY.get(kind, "medium"),
+                         {"ip": station.remote_address, "type": kind, "techInfo": tech_info})
+    return {}
+
+
+def on_get_certificate_chain_status(board: Board, station: Station, payload: dict) -> dict:
+    """2.1 A05 and M07: we ask no OCSP responder, so each status is Failed."""
+    requests = [r for r in required(payload, "certificateStatusRequests", list)
+                if isinstance(r, dict)][:4]
+    if not requests:
+        raise MissingField("certificateStatusRequests holds no request")
+    return {"certificateStatus": [
+        {"certificateHashData": _hash_data(required(request, "certificateHashData", dict)),
+         "source": "CRL" if request.get("source") == "CRL" else "OCSP",
+         "status": "Failed", "nextUpdate": wire_time(board.clock())} for request in requests]}
+
+
+def _hash_data(told: dict) -> dict:
+    """The same CertificateHashData, but nothing beyond what the standard gives it."""
+    names = ("hashAlgorithm", "issuerNameHash", "issuerKeyHash", "serialNumber")
+    return {name: required(told, name, str) for name in names}
+
+
+def on_vat_number_validation(board: Board, station: Station, payload: dict) -> dict:
+    """2.1 I11: there is no register to ask."""
+    return {"vatNumber": required(payload, "vatNumber", str)[:20], "status": "Rejected"}
+
+
+def _progress(name: str) -> Callable:
+    """A handler that keeps the `status` in the station's data under this name."""
+    def on_progress(board: Board, station: Station, payload: dict) -> dict:
+        board.told(station, **{name: required(payload, "status", str)})
+        return {}
+    return on_progress
+
+
+def _constant(**answer: str) -> Callable:
+    """A handler for what is on record already and has but one answer from us."""
+    return lambda board, station, payload: dict(answer)
+
+
+CALLS_16 = {
+    "Authorize": on_authorize_16,
+    "BootNotification": on_boot_notification,
+    "DataTransfer": _constant(status="UnknownVendorId"),
+    "DiagnosticsStatusNotification": _progress("diagnosticsStatus"),
+    "FirmwareStatusNotification": _progress("firmwareStatus"),
+    "Heartbeat": on_heartbeat,
+    "LogStatusNotification": _progress("logStatus"),
+    "MeterValues": on_meter_values_16,
+    "SecurityEventNotification": on_security_event_notification,
+    "SignCertificate": _constant(status="Rejected"),         # we are no certificate authority
+    "SignedFirmwareStatusNotification": _progress("firmwareStatus"),
+    "StartTransaction": on_start_transaction,
+    "StatusNotification": on_status_notification_16,
+    "StopTransaction": on_stop_transaction,
+}
+CALLS_201 = {
+    "Authorize": on_authorize,
+    "BootNotification": on_boot_notification,
+    "ClearedChargingLimit": _constant(),
+    "DataTransfer": _constant(status="UnknownVendorId"),
+    "FirmwareStatusNotification": _progress("firmwareStatus"),
+    "Get15118EVCertificate": _constant(status="Failed", exiResponse=""),
+    "GetCertificateStatus": _constant(status="Failed"),
+    "Heartbeat": on_heartbeat,
+    "LogStatusNotification": _progress("logStatus"),
+    "MeterValues": on_meter_values,
+    "NotifyChargingLimit": _constant(),
+    "NotifyCustomerInformation": _constant(),
+    "NotifyDisplayMessages": _constant(),
+    "NotifyEVChargingNeeds": _constant(status="Rejected"),   # K15: we work out no schedule for it
+    "NotifyEVChargingSchedule": _constant(status="Accepted"),
+    "NotifyEvent": _constant(),
+    "NotifyMonitoringReport": _constant(),
+    "NotifyReport": _constant(),
+    "PublishFirmwareStatusNotification": _progress("publishFirmwareStatus"),
+    "ReportChargingProfiles": _constant(),
+    "ReservationStatusUpdate": _constant(),
+    "SecurityEventNotification": on_security_event_notification,
+    "SignCertificate": _constant(status="Rejected"),
+    "StatusNotification": on_status_notification,
+    "TransactionEvent": on_transaction_event,
+}
+CALLS_21 = CALLS_201 | {
+    "BatterySwap": _constant(),
+    "ClosePeriodicEventStream": _constant(),
+    "GetCertificateChainStatus": on_get_certificate_chain_status,
+    "NotifyDERAlarm": _constant(),
+    "NotifyDERStartStop": _constant(),
+    "NotifyEVChargingNeeds": _constant(status="NoChargingProfile"),
+    "NotifyPriorityCharging": _constant(),
+    "NotifySettlement": _constant(),
+    "NotifyWebPaymentStarted": _constant(),
+    "OpenPeriodicEventStream": _constant(status="Accepted"),
+    "PullDynamicScheduleUpdate": _constant(status="Rejected"),
+    "ReportDERControl": _constant(),
+    "VatNumberValidation": on_vat_number_validation,
+}
+CALLS = {"ocpp1.6": CALLS_16, "ocpp2.0.1": CALLS_201, "ocpp2.1": CALLS_21}
+SENDS = {"ocpp1.6": (), "ocpp2.0.1": (), "ocpp2.1": ("NotifyPeriodicEventStream",)}
+
+
+# --- Outgoing calls -----------------------------------------------------------------------
+# A Link is one live connection. It takes what the station sends, answers, and sends commands,
+# one at a time: "A Charge Point or Central System SHOULD NOT send a CALL message to the other
+# party unless all the CALL messages it sent before have been responded to" (OCPP-J 1.6 4.1.1).
+
+
+@dataclass(slots=True)
+class Pending:
+    """The command that is under way, or one that was given up."""
+
+    id_text: str
+    action: str
+    sent: float                         # monotonic
+    record: LoggedMessage
+    answer: asyncio.Future | None = None
+
+
+class Link:
+    """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
+
+    def __init__(self, board: Board, schemas: Schemas | None, protocol: str,
+                 write: Callable[[str], Any], close: Callable[[int, str], None]):
+        self.board, self.schemas, self.protocol = board, schemas, protocol
+        self.write, self.close = write, close
+        self.station: Station = None                 # set by `start`
+        self.ended = ""                              # why, once it has
+        self.last_sign = self.last_ping = time.monotonic()
+        self._strict = board.config.ocpp.validate == "strict"
+        self._budget = Budget(board.config.ocpp.max_calls_per_second)
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._pending: Pending | None = None
+        self._given_up: OrderedDict[str, Pending] = OrderedDict()
+
+    def start(self, identity: str, address: str, security_profile: int,
+              quirks: Iterable[str]) -> None:
+        """The connection is open: an older one of the same identity ends."""
+        replaced = self.board.connected(identity, self.protocol, address, self, security_profile)
+        self.station = self.board.stations[identity]
+        for name in quirks:
+            self.board.quirk(self.station, name, in_message=False)
+        if replaced:
+            replaced.end("replaced by a newer connection", 1000)
+
+    def end(self, reason: str, code: int | None = None) -> None:
+        """The connection is over, or is to be: with `code` the socket is closed as well."""
+        if not self.ended:
+            self.ended = reason
+            self.board.disconnected(self.station.identity, self, reason)
+            if self._pending and not self._pending.answer.done():
+                self._pending.answer.set_exception(Conflict(f"The connection ended: {reason}"))
+        if code is not None:
+            self.close(code, reason)
+
+    # Frames in
+
+    def receive(self, frame: str | bytes) -> Awaitable | None:
+        """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
+        self.last_sign = now = time.monotonic()
+        wait_s = self._budget.take(now)
+        if wait_s:
+            return self._receive_later(frame, wait_s)
+        return self._receive(frame)
+
+    async def _receive_later(self, frame: str | bytes, wait_s: float) -> None:
+        if self._budget.is_news():
+            limit = self.board.config.ocpp.max_calls_per_second
+            self.board.security_event(
+                "RATE_LIMIT", self.station.identity, f"Over {limit} messages a second: they wait",
+                "medium", {"ip": self.station.remote_address})
+        await asyncio.sleep(wait_s)
+        later = self._receive(frame)
+        if later is not None:
+            await later
+
+    def _receive(self, frame: str | bytes) -> Awaitable | None:
+        started = time.perf_counter()
+        try:
+            message = self._unpack(frame)
+        except BadFrame as error:
+            return self._refuse(frame, error)
+        kind = type(message)
+        if kind is Call:
+            if self.schemas and not self.schemas.ready(self.protocol, message.action) \
+                    and message.action in CALLS[self.protocol]:
+                return self._answer_when_ready(message, started)
+            return self._answer(message, started)
+        if kind is Send:
+            return self._sent(message)
+        return self._answered(message)
+
+    def _unpack(self, frame: str | bytes) -> Call | CallResult | CallError | Send:
+        if type(frame) is bytes:
+            self.board.quirk(self.station, "binary_frame")
+            frame = frame.decode("utf-8", "replace")
+        try:
+            message = unpack(frame)
+        except BadFrame as error:
+            mended, faults = repair(frame)
+            try:
+                message = unpack(mended)
+            except BadFrame:
+                raise error from None
+            for name in faults:
+                self.board.quirk(self.station, name)
+        if message.id_text[0] != '"':
+            self.board.quirk(self.station, "message_id_not_a_string")
+        return message
+
+    async def _answer_when_ready(self, call: Call, started: float) -> None:
+        await self.schemas.prepare(self.protocol, call.action)
+        flushed = self._answer(call, started)
+        if flushed is not None:
+            await flushed
+
+    def _answer(self, call: Call, started: float) -> Awaitable | None:
+        """Answer a Call, keep both frames. Returns what to await if the socket is clogged."""
+        board, station, protocol = self.board, self.station, self.protocol
+        violation = self._violation(call.action, "Request", call.payload) if self.schemas else None
+        reply = answer(board, station, protocol, call, violation if self._strict else None)
+        flushed = self._write(pack(reply))
+        response_ms = (time.perf_counter() - started) * 1000
+        action, id_ = call.action, message_id(call.id_text)
+        board.message(station, "IN", "CALL", action, id_,
+                      without_secrets(action, call.payload, call.text), response_ms)
+        if type(reply) is CallResult:
+            board.message(station, "OUT", "CALLRESULT", action, id_, reply.text, response_ms)
+            if self.schemas:
+                self._violation(action, "Response", reply.payload, "We answered")
+        else:
+            board.message(station, "OUT", "CALLERROR", action, id_, reply.text, response_ms,
+                          reply.code, reply.description)
+            board.error("CALL_ERROR", station, f"We answered {action} with {reply.code}",
+                        {"action": action, "errorCode": reply.code,
+                         "errorDescription": reply.description, "messageId": id_})
+        return flushed
+
+    def _violation(self, action: str, part: str, payload: dict, who: str = "") -> Violation | None:
+        """What the schema says against the payload; it goes on record, and among the quirks."""
+        violation = self.schemas.check(self.protocol, action, part, payload)
+        if violation:
+            self.board.error("VALIDATION_FAILURE", self.station,
+                             f"{who or 'The station sent'} {action} against its schema: "
+                             f"{violation.pointer or '/'} {violation.text}",
+                             {"action": action, "part": part, "pointer": violation.pointer,
+                              "rule": violation.text})
+            if not who:
+                self.board.quirk(self.station, f"schema:{action}{violation.pointer}"[:TEXT_KEPT])
+        return violation
+
+    def _refuse(self, frame: str | bytes, error: BadFrame) -> Awaitable | None:
+        """A frame that is no message: kept as an error, and answered if it is a CALL with an id."""
+        board, station = self.board, self.station
+        raw = frame if isinstance(frame, str) else frame.decode("utf-8", "backslashreplace")
+        if board.quirk(station, "bad_message") == 1:
+            board.security_event("PROTOCOL_VIOLATION", station.identity, f"Bad message: {error}",
+                                 "low", {"ip": station.remote_address})
+        board.error("BAD_MESSAGE", station, str(error), {"raw": kept(raw, RAW_KEPT)})
+        board.count_unreadable(station)
+        if not error.id_text:
+            return None
+        reply = refusal(self.protocol, error.id_text, error)
+        board.message(station, "OUT", "CALLERROR", error.action, message_id(error.id_text), "{}",
+                      None, reply.code, reply.description)
+        return self._write(pack(reply))
+
+    def _sent(self, message: Send) -> None:
+        if message.action not in SENDS[self.protocol]:
+            self.board.quirk(self.station, "unknown_send")
+        self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
+                           without_secrets(message.action, message.payload, message.text))
+
+    def _answered(self, message: CallResult | CallError) -> None:
+        """An answer to a command: the one under way, one given up, or none of ours."""
+        pending = self._pending
+        if pending is not None and message.id_text == pending.id_text:
+            self._pending, late = None, False
+        else:
+            pending, late = self._given_up.pop(message.id_text, None), True
+        action = pending.action if pending else ""
+        response_ms = (time.monotonic() - pending.sent) * 1000 if pending else None
+        board, station, id_ = self.board, self.station, message_id(message.id_text)
+        details = {"action": action, "messageId": id_}
+        if pending and type(message) is CallResult and self.schemas:
+            self._violation(action, "Response", message.payload)
+        if type(message) is CallResult:
+            text = without_secrets(action, message.payload, message.text)
+            board.message(station, "IN", "CALLRESULT", action, id_, text, response_ms)
+        else:
+            kind = "CALLRESULTERROR" if message.of_result else "CALLERROR"
+            board.message(station, "IN", kind, action, id_, message.text, response_ms,
+                          message.code, message.description)
+            board.error("CALL_ERROR", station, f"The station answered {action} with {message.code}",
+                        details | {"errorCode": message.code,
+                                   "errorDescription": message.description})
+        if pending:
+            board.answered(pending.record, response_ms)
+        if not late:
+            if not pending.answer.done():
+                pending.answer.set_result(message)
+        elif pending:
+            board.error("LATE_ANSWER", station, f"{action} was answered after "
+                        f"{response_ms / 1000:.1f} s", details)
+        elif type(message) is CallResult or not message.of_result:
+            board.quirk(station, "unexpected_answer")
+            board.error("UNEXPECTED_ANSWER", station, "An answer to no command of ours", details)
+
+    # Commands out
+
+    async def call(self, action: str, payload: dict) -> tuple[dict, float]:
+        """Send a command and wait for its answer: (payload of the CALLRESULT, ms it took).
+
+        Raises: UnknownAction, FormatViolation (the payload does not fit the schema), Busy,
+            Conflict (offline), CallFailed (CALLERROR), NoAnswer.
+        """
+        if action not in COMMANDS[self.protocol]:
+            near = _nearest(action, COMMANDS[self.protocol])
+            raise UnknownAction(f"{self.protocol} has no command {shown(action)}{near}")
+        if self._waiting >= CALLS_WAITING:
+            raise Busy("Too many commands wait for this station")
+        self._waiting += 1
+        try:
+            if self.schemas:
+                await self.schemas.prepare(self.protocol, action)
+                if violation := self.schemas.check(self.protocol, action, "Request", payload):
+                    raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+            async with self._turn:
+                return await self._exchange(action, payload)
+        finally:
+            self._waiting -= 1
+
+    async def _exchange(self, action: str, payload: dict) -> tuple[dict, float]:
+        if self.ended:
+            raise Conflict("The station is offline")
+        call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
+        record = self.board.message(self.station, "OUT", "CALL", action, message_id(call.id_text),
+                                    without_secrets(action, payload, call.text))
+        pending = Pending(call.id_text, action, time.monotonic(), record,
+                          asyncio.get_running_loop().create_future())
+        self._pending = pending
+        self._write(pack(call))
+        timeout_s = self.board.config.ocpp.call_timeout_seconds
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await pending.answer
+        except TimeoutError:
+            self._give_up(pending)
+            raise NoAnswer(f"The station did not answer within {timeout_s} s") from None
+        finally:
+            if self._pending is pending:
+                self._pending = None
+        if type(message) is CallError:
+            raise CallFailed(message.code, message.description, message.details)
+        return message.payload, record.response_ms
+
+    def _give_up(self, pending: Pending) -> None:
+        self._given_up[pending.id_text] = pending
+        if len(self._given_up) > LATE_CALLS_KEPT:
+            self._given_up.popitem(last=False)
+        self.board.error("CALL_TIMEOUT", self.station, f"No answer to {pending.action}",
+                         {"action": pending.action, "messageId": message_id(pending.id_text)})
+
+    def _write(self, text: str) -> Awaitable | None:
+        return None if self.ended else self.write(text)
+
+
+class Budget:
+    """A token bucket: how long the next frame of a station has to wait. Rate 0 is no limit."""
+
+    __slots__ = ("rate", "_left", "_at", "_told")
+
+    def __init__(self, rate: float):
+        self.rate, self._left = rate, rate * BURST_S
+        self._at = time.monotonic()
+        self._told = -math.inf
+
+    def take(self, now: float) -> float:
+        """Seconds that this frame waits, 0 while the budget lasts."""
+        if not self.rate:
+            return 0
+        self._left = min(self._left + (now - self._at) * self.rate, self.rate * BURST_S) - 1
+        self._at = now
+        return max(0.0, -self._left / self.rate)
+
+    def is_news(self) -> bool:
+        """Whether the limit was not reached within the last `COALESCE_S`."""
+        news = self._at - self._told > COALESCE_S
+        self._told = self._at
+        return news
+
+
+
+
+
+# --- Access -------------------------------------------------------------------------------
+# Who may see the board, and which station is whom it says it is. Secrets are compared in constant
+# time and never kept; hashes are worked out in one thread of their own, so that guessing cannot
+# stop the loop.
+
+
+@dataclass(slots=True)
+class Session:
+    """A login to the board."""
+
+    user: str
+    expires_at: float | None            # None: a token or no authentication, which do not expire
+    id: str = ""
+
+    def view(self) -> dict:
+        return {"user": {"name": self.user}, "expiresAt": iso(self.expires_at)}
+
+
+class Failures:
+    """Failed attempts by key, within `LOGIN_WINDOW_S`. The longest quiet keys are forgotten."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._times: OrderedDict[Any, deque] = OrderedDict()
+
+    def count(self, key: Any) -> int:
+        """The failures that still count."""
+        times = self._times.get(key, ())
+        while times and times[0] <= self._clock() - LOGIN_WINDOW_S:
+            times.popleft()
+        return len(times)
+
+    def add(self, key: Any) -> int:
+        """One more failure. Returns how many count."""
+        self._times.setdefault(key, deque(maxlen=LOGIN_FAILURES)).append(self._clock())
+        self._times.move_to_end(key)
+        if len(self._times) > ADDRESSES_KEPT:
+            self._times.popitem(last=False)
+        return self.count(key)
+
+    def clear(self, key: Any) -> None:
+        """A success: what failed before counts no more."""
+        self._times.pop(key, None)
+
+
+class Access:
+    """Sessions, tokens and passwords."""
+
+    def __init__(self, board: Board, clock: Callable[[], float] = time.time):
+        self.board, self.config, self.clock = board, board.config, clock
+        auth = self.config.auth
+        self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
+        self._token = auth.token or self.made_token
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._failures = Failures(time.monotonic)
+        self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
+        self._hashing = concurrent.futures.ThreadPoolExecutor(1, "passwords")
+        self._hashes_waiting = 0
+
+    # The board's users
+
+    def session(self, session_id: str | None, bearer: str | None, address: str) -> Session:
+        """The session of a request: of its cookie, or of its bearer token.
+
+        Raises: Unauthorized, Forbidden (past its time), TooMany (wrong tokens from this address).
+        """
+        if self.config.auth.mode == "none":
+            return Session("anonymous", None)
+        found = self._sessions.get(bearer or session_id or "")
+        if found is None and bearer and self.config.auth.mode == "token":
+            return self._bearer_session(bearer.encode("utf-8", "replace"), address)
+        if found is None:
+            raise Unauthorized()
+        if found.expires_at <= self.clock():
+            raise Forbidden("Session expired")
+        return found
+
+    def _bearer_session(self, bearer: bytes, address: str) -> Session:
+        """The session of a request that carries the token itself.
+
+        The same wrong token again is no new guess: a client left running with the token of an
+        earlier start must not lock its address out.
+        """
+        stale = (_network(address), hashlib.sha256(bearer).digest())
+        if stale in self._stale:
+            raise Unauthorized()
+        self._admit(address)
+        if hmac.compare_digest(bearer, self._token.encode()):
+            return Session(self.config.auth.username, None)
+        self._stale[stale] = None
+        if len(self._stale) > ADDRESSES_KEPT:
+            self._stale.popitem(last=False)
+        self._failed(address, "Invalid token provided")
+        raise Unauthorized()
+
+    async def login(self, body: dict, address: str) -> Session:
+        """A new session for the right token, or the right name and password.
+
+        Raises: BadRequest, Unauthorized, TooMany.
+        """
+        mode = self.config.auth.mode
+        names = {"token": ("token",), "credentials": ("username", "password")}.get(mode, ())
+        given = [body.get(name) for name in names]
+        if not all(isinstance(text, str) for text in given):
+            raise BadRequest(f"{' and '.join(names)} must be given as text")
+        self._admit(address)
+        if mode == "token":
+            right = hmac.compare_digest(given[0].encode("utf-8", "replace"), self._token.encode())
+        else:
+            right = mode == "none" or await self._right_credentials(*given)
+        if not right:
+            attempt = self._failed(address, "Invalid token provided" if mode == "token"
+                                   else "Invalid username or password")
+            await asyncio.sleep(min(2.0, 0.25 * attempt))    # slows whoever tries many
+            raise Unauthorized("Invalid credentials")
+        self._failures.clear(_network(address))
+        return self._new_session(address)
+
+    def logout(self, session: Session) -> None:
+        """Forget a session."""
+        self._sessions.pop(session.id, None)
+
+    async def _right_credentials(self, username: str, password: str) -> bool:
+        auth = self.config.auth
+        right = await self._password_matches([password.encode("utf-8", "replace")], auth.password)
+        return hmac.compare_digest(username.encode("utf-8", "replace"),
+                                   auth.username.encode()) and right
+
+    def _new_session(self, address: str) -> Session:
+        session = Session(self.config.auth.username,
+                          self.clock() + self.config.auth.session_ttl_seconds,
+                          secrets.token_urlsafe(32))
+        self._sessions[session.id] = session
+        if len(self._sessions) > SESSIONS_KEPT:
+            self._sessions.popitem(last=False)
+        self.board.system_event("LOGIN", "", f"{session.user} logged in", {"ip": address})
+        return session
+
+    def _admit(self, address: str) -> None:
+        if self._failures.count(_network(address)) >= LOGIN_FAILURES:
+            raise TooMany("Too many failed logins", LOGIN_WINDOW_S)
+
+    def _failed(self, address: str, text: str) -> int:
+        attempt = self._failures.add(_network(address))
+        self.board.security_event("AUTH_FAILED", "UNKNOWN", text, "medium",
+                                  {"ip": address, "attempt": attempt})
+        if attempt == LOGIN_FAILURES:
+            self.board.security_event(
+                "RATE_LIMIT", "UNKNOWN", f"{attempt} failed logins: no more for a while", "high",
+                {"ip": address})
+        return attempt
+
+    # Stations
+
+    async def station_profile(self, identity: str, authorization: str, address: str) -> int:
+        """The security profile of a station that wants in: 0, or 1 with its HTTP Basic password.
+
+        Raises: Refused with 401 or 429.
+        Spec: OCPP 1.6 security extension 3.3; 2.0.1 A00.FR.201 to 207.
+        """
+        settings = self.config.station(identity)
+        if settings is None or not settings.password:
+            return 0
+        key = (_network(address), identity)              # one bad charger must not lock out a site
+        if self._failures.count(key) >= LOGIN_FAILURES:
+            raise Refused(429, "too many wrong passwords")
+        given = _basic_password(identity, authorization)
+        if given is None:
+            raise Refused(401, "a password is needed (HTTP Basic)")
+        if await self._password_matches(_readings(given), settings.password):
+            self._failures.clear(key)
+            return 1
+        attempt = self._failures.add(key)
+        self.board.security_event("AUTH_FAILED", identity, "Wrong password of a station",
+                                  "high" if attempt == LOGIN_FAILURES else "medium",
+                                  {"ip": address, "attempt": attempt})
+        raise Refused(401, "wrong password")
+
+    async def _password_matches(self, readings: list[bytes], configured: str) -> bool:
+        if not configured.startswith(HASH_PREFIX):
+            return sum([password_matches(given, configured) for given in readings]) > 0
+        if self._hashes_waiting >= CALLS_WAITING:
+            raise TooMany("Too many logins at a time", 10)
+        self._hashes_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._hashing, lambda: any(password_matches(g, configured) for g in readings))
+        finally:
+            self._hashes_waiting -= 1
+
+
+def _network(address: str) -> str:
+    """What counts as one address: of IPv6 the /64, since a whole one is anybody's."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address                                   # a Unix socket, or a proxy's odd word
+    return str(ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
+
+
+def _basic_password(identity: str, authorization: str) -> bytes | None:
+    """The password of an HTTP Basic header. A colon may be in the identity and in the password."""
+    scheme, _, text = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        user_and_password = base64.b64decode(text.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    user = identity.encode() + b":"
+    if user_and_password.startswith(user):
+        return user_and_password[len(user):]
+    _, colon, password = user_and_password.partition(b":")
+    return password if colon else None
+
+
+def _readings(password: bytes) -> list[bytes]:
+    """What a station may mean by a password: AuthorizationKey is set in hexadecimal (1.6 security
+    extension 3.3), and some send its digits, some the bytes that they stand for."""
+    readings = [password, password.hex().encode(), password.hex().upper().encode()]
+    try:
+        readings.append(bytes.fromhex(password.decode("ascii")))
+    except ValueError:
+        pass
+    return readings
+
+
+# --- HTTP ---------------------------------------------------------------------------------
+# The thin edge. First the stations' WebSocket, then REST: an endpoint is a function that reads
+# `api` and returns what is to be written; ROUTES is the table of them, OpenAPI comes from it.
+
+SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-WebSocket-Version",
+                 "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions")      # none holds a secret
+
+
+class Admission(NamedTuple):
+    """A station's upgrade that may go on."""
+
+    identity: str
+    protocol: str
+    offered: str | None                 # the subprotocol to confirm, in the station's spelling
+    quirks: tuple
+
+
+def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
+    """Read a WebSocket upgrade as a station's; passwords are checked after.
+
+    Raises: Refused with the HTTP status and why.
+    Spec: OCPP-J 1.6 3.1 to 3.4; 2.0.1 part 4, 3.1 and 3.2.
+    """
+    quirks = []
+    identity = identity_of(path, config.ocpp.path)
+    if not identity:
+        raise Refused(404, "the URL must end in the station's identity")
+    if len(identity) > IDENTITY_LENGTH or not identity.isprintable():
+        raise Refused(400, f"the identity must be {IDENTITY_LENGTH} printable characters at most")
+    settings = config.station(identity)
+    if config.ocpp.accept == "listed" and settings is None:
+        raise Refused(404, "this identity is not listed")
+    if headers.get("Upgrade", "").lower() != "websocket":
+        raise Refused(426, "charging stations connect here, by WebSocket")
+    if headers.get("Sec-WebSocket-Version") != "13" or not headers.get("Sec-WebSocket-Key"):
+        raise Refused(400, "a WebSocket handshake of version 13 with a key is needed")
+    if "upgrade" not in headers.get("Connection", "").lower():
+        quirks.append("connection_header_missing")
+    offered = [p.strip() for p in headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
+    known = {p.lower(): p for p in reversed(offered)}
+    wanted = [settings.protocol] if settings and settings.protocol else config.ocpp.protocols
+    if not offered:
+        quirks.append("subprotocol_missing")
+        protocol = wanted[0] if len(wanted) == 1 else ASSUMED_PROTOCOL
+        return Admission(identity, protocol, None, tuple(quirks))
+    protocol = next((p for p in wanted if p in known), None)
+    if protocol is None:
+        raise Refused(400, f"no common subprotocol: offered {', '.join(map(kept, offered[:10]))}; "
+                           f"supported {', '.join(wanted)}")
+    if known[protocol] != protocol:
+        quirks.append("subprotocol_spelling")
+    return Admission(identity, protocol, known[protocol], tuple(quirks))
+
+
+def identity_of(path: str, prefix: str) -> str:
+    """The identity that a URL's path ends in; "" if there is none.
+
+    Odd shapes work: //id, id/, prefix twice, none, or a whole URL as the path.
+    """
+    path = unquote(path, errors="backslashreplace")
+    segments = [segment.strip() for segment in path.split("/") if segment.strip()]
+    if not segments or "/" + "/".join(segments) == prefix.rstrip("/"):
+        return ""
+    if len(segments) == 1 and segments[0] == prefix.strip("/").rpartition("/")[2]:
+        return ""
+    return segments[-1]
+
+
+class StationSocket(WebSocketHandler):
+    """The OCPP endpoint: one instance is one station's socket."""
+
+    def initialize(self, daemon: "Daemon") -> None:
+        self.daemon, self.link, self.admission = daemon, None, None
+
+    async def get(self, *args: Any) -> None:
+        config, headers = self.daemon.config, self.request.headers
+        try:
+            self.admission = admit(config, self.request.path, headers)
+            self.profile = await self.daemon.access.station_profile(
+                self.admission.identity, headers.get("Authorization", ""), self.request.remote_ip)
+        except (Refused, TooMany) as error:
+            self._refuse(error)
+            return
+        headers["Connection"] = "Upgrade"                # Grizzl-E and others leave it out
+        await super().get(*args)
+
+    def _refuse(self, error: BoardError) -> None:
+        address, config = kept(self.request.remote_ip, 64), self.daemon.config
+        path = _SECRET_IN_URL.sub(f"//{HIDDEN}@", kept(self.request.path, 500))
+        identity = identity_of(self.request.path, config.ocpp.path)
+        headers = {name: kept(value) for name in SHOWN_HEADERS
+                   if (value := self.request.headers.get(name))}
+        advice = (f"ws://{kept(self.request.host, 100)}{config.ocpp.path.rstrip('/')}/"
+                  f"{quote(kept(identity, IDENTITY_LENGTH), safe='') or '<identity>'}")
+        news = self.daemon.board.knocked(address, path, headers, error.http_status, str(error),
+                                         advice)
+        if news:
+            log.info("Refused an upgrade from %s to %s: %s", address, shown(path),
+                     shown(error, 200))
+            if error.http_status not in (401, 429):      # those are on record as AUTH_FAILED
+                self.daemon.board.security_event(
+                    "POLICY_REJECTION", kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
+                    f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
+        self.set_status(error.http_status)
+        if error.http_status == 401:
+            self.set_header("WWW-Authenticate", 'Basic realm="ocppboard"')
+        if error.http_status == 426:
+            self.set_header("Upgrade", "websocket")
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(f"{error}\nThe URL of a station is {advice}\n")
+
+    def check_origin(self, origin: str) -> bool:
+        return True                      # chargers send any; a page of elsewhere gains nothing
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return self.admission.offered
+
+    @property
+    def max_message_size(self) -> int:
+        return self.daemon.config.ocpp.max_frame_bytes
+
+    def open(self, *args: Any) -> None:
+        # The stream itself: `write_message` starts a task for each message, which costs a third
+        # of the whole answer and, when the socket dies, ends in a traceback in the log.
+        self._stream = self.ws_connection.stream
+        self._stream.set_nodelay(True)
+        self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        admission = self.admission
+        self.link = Link(self.daemon.board, self.daemon.schemas, admission.protocol,
+                         self._write, self._close)
+        self.daemon.links.add(self)
+        self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
+
+    def on_message(self, message: str | bytes) -> Awaitable | None:
+        return self.link.receive(message)
+
+    def on_pong(self, data: bytes) -> None:
+        self.link.last_sign = time.monotonic()
+
+    on_ping = on_pong
+
+    def on_close(self) -> None:
+        self.daemon.links.discard(self)
+        if self.link:
+            code = f" ({self.close_code})" if self.close_code else ""
+            self.link.end(f"closed by the station{code}" if self.close_code else "connection lost")
+
+    def ping_if_due(self, now: float, interval: float) -> None:
+        """Ping each `interval` seconds; a station without any sign for two of them is gone."""
+        link = self.link
+        if link.ended:
+            return
+        if now - link.last_sign > 2 * interval:
+            self.daemon.board.system_event("PONG_TIMEOUT", link.station.identity,
+                                           f"No sign of life for {now - link.last_sign:.0f} s",
+                                           {"ip": link.station.remote_address})
+            link.end("no answer to pings", 1001)
+        elif now - link.last_ping >= interval:
+            link.last_ping = now
+            try:
+                self.ping()
+            except (WebSocketClosedError, StreamClosedError):
+                link.end("connection lost")
+
+    def _write(self, text: str) -> Awaitable | None:
+        """Send a text frame (RFC 6455 5.2). Returns what to await if the socket is clogged."""
+        data = text.encode()
+        size = len(data)
+        if size < 126:
+            head = bytes((0x81, size))
+        elif size < 65536:
+            head = b"\x81\x7e" + size.to_bytes(2, "big")
+        else:
+            head = b"\x81\x7f" + size.to_bytes(8, "big")
+        try:
+            flushed = self._stream.write(head + data)
+        except StreamClosedError:
+            return None                                  # `on_close` is on its way
+        return _until_written(flushed) if self._stream.writing() else None
+
+    def _close(self, code: int, reason: str) -> None:
+        self.close(code, reason[:100])
+
+
+async def _until_written(flushed: Awaitable) -> None:
+    try:
+        await flushed
+    except StreamClosedError:
+        pass
+
+
+class IsUpgrade(Matcher):
+    """Routes every WebSocket upgrade outside of /api to the stations' endpoint.
+
+    A wrong path is the first thing that goes wrong with a new charger, so any will do.
+    """
+
+    def match(self, request: HTTPServerRequest) -> dict | None:
+        upgrade = request.headers.get("Upgrade", "").lower() == "websocket"
+        return {} if upgrade and not request.path.startswith("/api/") else None
+
+
+# REST: what endpoints take
+
+
+class Parameter(NamedTuple):
+    """A query parameter: how its text is read, and its JSON schema."""
+
+    name: str
+    schema: dict
+    text: str
+
+    def read(self, text: str) -> Any:
+        """The value. Raises: BadRequest."""
+        schema = self.schema
+        if schema.get("type") == "integer":
+            least = schema["minimum"]
+            if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
+                raise BadRequest(f"{self.name} must be a whole number, {least} or more")
+            return int(text)
+        if "enum" in schema and text not in schema["enum"]:
+            raise BadRequest(f"{self.name} must be one of {', '.join(schema['enum'])}")
+        return text
+
+
+def _choice(name: str, words: Iterable[str], text: str, **more: Any) -> Parameter:
+    return Parameter(name, {"type": "string", "enum": list(words)} | more, text)
+
+
+LIMIT = Parameter("limit", {"type": "integer", "minimum": 1, "default": 100}, "How many at most")
+OFFSET = Parameter("offset", {"type": "integer", "minimum": 0, "default": 0}, "Pass over so many")
+IDENTITY = Parameter("identity", {"type": "string"}, "Of this station only")
+CATEGORY = Parameter("category", {"type": "string"}, "Of this category only")
+EVENT_TYPE = Parameter("type", {"type": "string"}, "Of this type only")
+SEVERITY = _choice("severity", ("low", "medium", "high", "critical"), "Of this severity only")
+METHOD = Parameter("method", {"type": "string"}, "Of this OCPP Action only")
+DIRECTION = _choice("direction", ("IN", "OUT"), "IN is from the station")
+MESSAGE_TYPE = _choice("type", ("CALL", "CALLRESULT", "CALLERROR", "SEND", "CALLRESULTERROR"),
+                       "Of this message type only")
+ONLINE = _choice("status", ("online", "offline", "all"), "Of this status only", default="all")
+PROTOCOL = _choice("protocol", PROTOCOLS, "Of this OCPP version only")
+TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandoned"),
+                             "Of this status only")
+EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
+TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
+LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
+MESSAGE_FILTERS = (IDENTITY, METHOD, DIRECTION, MESSAGE_TYPE)
+PAGING = (LIMIT, OFFSET)
+
+
+class Page(NamedTuple):
+    """A list answer: its items as JSON texts or data, and how many match in all."""
+
+    items: list
+    total: int
+
+
+# Attribute of a record that a query parameter of that name must equal.
+FILTERED_BY = {"identity": "identity", "method": "method", "direction": "direction", "type": "type",
+               "status": "status", "category": "kind", "severity": "severity"}
+
+
+def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool] | None:
+    """A function that tells whether a record matches all the filters; None without any."""
+    wanted = [(attributes[name], value) for name, value in query.items()
+              if name in attributes and value is not None]
+    if not wanted:
+        return None
+    names, values = zip(*wanted, strict=True)
+    value = values if len(values) > 1 else values[0]     # as attrgetter gives them
+    return lambda record, read=attrgetter(*names): read(record) == value
+
+
+def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
+    match = matcher(api.query, attributes)
+    return Page(*store.page(api.query["limit"], api.query["offset"], match))
+
+
+# REST: the endpoints
+
+
+async def post_login(api: "Api") -> dict:
+    session = await api.daemon.access.login(api.body, api.request.remote_ip)
+    api.set_session_cookie(session)
+    return {"sessionId": session.id} | session.view()
+
+
+def get_session(api: "Api") -> dict:
+    mode = api.config.auth.mode
+    try:
+        session = api.authenticate()
+    except (Unauthorized, Forbidden):
+        return {"authenticated": False, "user": None, "expiresAt": None, "authMode": mode}
+    return {"authenticated": True} | session.view() | {"authMode": mode}
+
+
+def post_logout(api: "Api") -> dict:
+    api.daemon.access.logout(api.session)
+    api.clear_cookie(COOKIE, path="/")
+    return {"success": True}
+
+
+def get_overview(api: "Api") -> dict:
+    recent, _ = api.board.messages.page(RECENT_IN_OVERVIEW)
+    return api.board.overview() | {"recentMessages": [record.view() for record in recent]}
+
+
+def get_connections(api: "Api") -> Page:
+    status, protocol = api.query["status"], api.query["protocol"]
+    found = [station for identity, station in sorted(api.board.stations.items())
+             if (status == "all" or (status == "online") == bool(station.link))
+             and protocol in (None, station.protocol)]
+    start = api.query["offset"]
+    return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
+
+
+def _station(api: "Api", identity: str) -> Station:
+    station = api.board.stations.get(identity)
+    if station is None:
+        raise NotFound("Connection not found")
+    return station
+
+
+def get_connection(api: "Api", identity: str) -> dict:
+    station = _station(api, identity)
+    recent = api.board.messages.newest(RECENT_IN_DETAIL, lambda record: record.identity == identity)
+    return station.view() | {"recentMessages": [record.view() for record in recent]}
+
+
+def delete_connection(api: "Api", identity: str) -> dict:
+    station = _station(api, identity)
+    if station.link:
+        station.link.end("removed on the board", 1000)
+    api.board.forget(identity)
+    return {"success": True}
+
+
+def _online(api: "Api", identity: str) -> Link:
+    link = _station(api, identity).link
+    if link is None:
+        raise Conflict("The station is offline")
+    return link
+
+
+def post_disconnect(api: "Api", identity: str) -> dict:
+    _online(api, identity).end("disconnected on the board", 1000)
+    return {"success": True, "message": "Connection terminated"}
+
+
+async def post_call(api: "Api", identity: str) -> dict:
+    action, payload = api.body.get("action"), api.body.get("payload", {})
+    if not isinstance(action, str) or not isinstance(payload, dict):
+        raise BadRequest("action must be a text, payload an object")
+    result, response_ms = await _online(api, identity).call(action, payload)
+    return {"success": True, "result": result, "responseTime": round(response_ms, 3)}
+
+
+def post_approve(api: "Api", identity: str) -> dict:
+    station = _station(api, identity)
+    api.board.approve(station)
+    if station.link and station.registration == "Pending":   # else it asks again within a minute
+        api.daemon.spawn("boot after approval", _ask_to_boot(station.link))
+    return {"success": True}
+
+
+async def _ask_to_boot(link: Link) -> None:
+    try:
+        await link.call("TriggerMessage", {"requestedMessage": "BootNotification"})
+    except BoardError as error:
+        log.info("%s was not triggered to boot: %s", shown(link.station.identity), error)
+
+
+def get_messages(api: "Api") -> Page:
+    return _page(api.board.messages, api)
+
+
+def get_transactions(api: "Api") -> Page:
+    return _page(api.board.transactions, api)
+
+
+def get_security(api: "Api") -> Page:
+    return _page(api.board.security, api)
+
+
+def get_errors(api: "Api") -> Page:
+    return _page(api.board.errors, api)
+
+
+def get_system_events(api: "Api") -> Page:
+    return _page(api.board.system, api, FILTERED_BY | {"type": "kind"})
+
+
+def get_smart_charge(api: "Api") -> Page:
+    return _page(api.board.smart_charge, api)
+
+
+def get_proxy(api: "Api") -> Page:
+    return _page(api.board.proxy, api)
+
+
+def get_knocking(api: "Api") -> Page:
+    entries = api.board.knocking_view()
+    return Page(entries, len(entries))
+
+
+def get_telemetry(api: "Api") -> dict:
+    return api.daemon.sample()
+
+
+def get_telemetry_history(api: "Api") -> Page:
+    samples = list(api.board.telemetry.records)
+    return Page(samples, len(samples))
+
+
+def get_healthz(api: "Api") -> dict:
+    if not api.daemon.listening:
+        raise Busy("Not listening")
+    return {"status": "ok"}
+
+
+CSV_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
+               "messageId", "responseTime", "errorCode", "errorDescription", "payload")
+
+
+async def get_messages_export(api: "Api") -> None:
+    kind = api.query["format"]
+    match = matcher(api.query)
+    found = [r for r in api.board.messages.records if match is None or match(r)]
+    api.set_header("Content-Type", "text/csv; charset=utf-8" if kind == "csv"
+                   else "application/x-ndjson")
+    api.set_header("Content-Disposition", f'attachment; filename="messages.{kind}"')
+    api.set_header("X-Total-Count", len(found))
+    if kind == "csv":
+        api.write(_csv_line(CSV_COLUMNS))
+    await api.write_slices(found, _csv_message if kind == "csv" else lambda r: r.json() + "\n")
+
+
+def _csv_message(record: LoggedMessage) -> str:
+    row = record.head() | {"payload": record.payload}
+    return _csv_line([row.get(name) for name in CSV_COLUMNS])
+
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    """One line of CSV (RFC 4180). A cell that a spreadsheet would take for a formula gets a '."""
+    line = io.StringIO()
+    csv.writer(line).writerow(
+        ["'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r")
+         else cell for cell in cells])
+    return line.getvalue()
+
+
+# What /metrics shows: (name, type, help, key of a telemetry sample).
+METRICS = (
+    ("ocppboard_stations_online", "gauge", "Stations connected now.", "connectionCount"),
+    ("ocppboard_stations_online_peak", "gauge", "Most stations at a time.", "peakConnections"),
+    ("ocppboard_messages_total", "counter", "OCPP messages, both directions.", "totalMessages"),
+    ("ocppboard_messages_per_second", "gauge", "Mean over 10 s.", "messagesPerSecond"),
+    ("ocppboard_answer_milliseconds", "gauge", "Mean time to answer over 60 s.", "avgLatencyMs"),
+    ("ocppboard_error_ratio", "gauge", "CALLERRORs over messages.", "errorRate"),
+    ("ocppboard_uptime_seconds", "counter", "Since the start.", "uptimeSeconds"),
+    ("ocppboard_cpu_percent", "gauge", "Of one core, by this process.", "cpuPercent"),
+    ("ocppboard_loop_lag_milliseconds", "gauge", "How late the loop woke up.", "loopLagMs"),
+    ("ocppboard_streams", "gauge", "Open SSE streams.", "streams"),
+)
+
+
+def get_metrics(api: "Api") -> None:
+    sample, board = api.daemon.sample(), api.board
+    lines = []
+
+    def metric(name: str, kind: str, text: str, values: Iterable[tuple[str, Any]]) -> None:
+        lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
+        lines.extend(f"{name}{labels} {value}" for labels, value in values)
+
+    for name, kind, text, key in METRICS:
+        metric(name, kind, text, [("", sample[key])])
+    metric("ocppboard_resident_bytes", "gauge", "Resident memory.",
+           [("", sample["memoryUsage"]["rss"])])
+    metric("ocppboard_records", "gauge", "Records kept.",
+           [(f'{{store="{name}"}}', len(store)) for name, store in board.stores.items()])
+    metric("ocppboard_records_total", "counter", "Records ever.",
+           [(f'{{store="{name}"}}', store.total) for name, store in board.stores.items()])
+    metric("ocppboard_transactions_active", "gauge", "Transactions under way.",
+           [("", sum(t.status == "active" for t in board.transactions.records))])
+    stations = [(f'{{identity="{_label(s.identity)}"}}', s) for s in board.stations.values()]
+    metric("ocppboard_station_online", "gauge", "1 while connected.",
+           [(label, int(bool(s.link))) for label, s in stations])
+    metric("ocppboard_station_messages_total", "counter", "Messages of a station.",
+           [(label, s.message_count) for label, s in stations])
+    readings = [(f'{label[:-1]},evse="{c.evse_id}",connector="{c.connector_id}"}}', c.reading)
+                for label, s in stations for c in s.connectors.values() if c.reading]
+    metric("ocppboard_connector_power_watts", "gauge", "Power as last told.",
+           [(label, r.power_w) for label, r in readings if r.power_w is not None])
+    metric("ocppboard_connector_energy_watt_hours", "counter", "Import register as last told.",
+           [(label, r.energy_wh) for label, r in readings if r.energy_wh is not None])
+    api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+    api.finish("\n".join(lines) + "\n")
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def get_openapi(api: "Api") -> dict:
+    return openapi()
+
+
+# Streams
+
+
+def get_messages_stream(api: "Api") -> Awaitable:
+    return _stream(api, "messages", ("messages",))
+
+
+def get_telemetry_stream(api: "Api") -> Awaitable:
+    return _stream(api, "telemetry", ("telemetry",))
+
+
+def get_security_stream(api: "Api") -> Awaitable:
+    return _stream(api, "security", ("security",))
+
+
+def get_stream(api: "Api") -> Awaitable:
+    asked = api.query["topics"]
+    topics = tuple(dict.fromkeys(asked.split(","))) if asked else tuple(TOPICS)
+    for topic in topics:
+        if topic not in TOPICS:
+            raise BadRequest(f"topics must be some of {', '.join(TOPICS)}")
+    return _stream(api, "stream", topics)
+
+
+async def _stream(api: "Api", name: str, topics: tuple) -> None:
+    """Server-Sent Events until the client goes (HTML, 9.2)."""
+    if api.daemon.streams >= STREAMS_OPEN:
+        raise Busy("Too many streams")
+    board, heartbeat_s = api.board, api.config.sse.heartbeat_ms / 1000
+    woken = api.gone
+    subscription, missed, lost = board.subscribe(
+        topics, _stream_filter(api.query), woken.set, _cursor(api, board, topics))
+    cursor = subscription.cursor
+    api.set_header("Content-Type", "text/event-stream; charset=utf-8")
+    api.set_header("X-Accel-Buffering", "no")
+    api.daemon.streams += 1
+    try:
+        hello = to_json({"stream": name, "topics": topics, "time": iso(board.clock())})
+        text = f"retry: 3000\nevent: connected\ndata: {hello}\n\n"
+        while not api.closed:
+            if lost:
+                text += f"event: gap\ndata: {to_json({'lost': lost})}\n\n"
+            text += "".join([_sse(event, cursor, board) for event in missed])
+            if text:
+                api.write(text)
+                await api.flush()
+            await asyncio.sleep(STREAM_PAUSE_S)          # what comes meanwhile goes out together
+            text = await _heartbeat_or_news(subscription, woken, heartbeat_s, board)
+            missed, lost = subscription.take()
+    except StreamClosedError:
+        pass
+    finally:
+        api.daemon.streams -= 1
+        board.unsubscribe(subscription)
+
+
+async def _heartbeat_or_news(subscription: Subscription, woken: asyncio.Event, heartbeat_s: float,
+                             board: Board) -> str:
+    if not subscription.waiting:
+        woken.clear()
+        try:
+            async with asyncio.timeout(heartbeat_s):
+                await woken.wait()
+        except TimeoutError:
+            return f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n"
+    return ""
+
+
+def _sse(event: Published, cursor: dict, board: Board) -> str:
+    """An event as text. Its id is where every topic of the stream stands: 18c2f.120.7"""
+    topic = event.topic
+    cursor[topic] = event.number
+    if topic in CHANGING and event.record.changed > event.number:
+        return ""                        # the same record comes again, as it is now
+    number = ".".join(map(str, cursor.values())) if len(cursor) > 1 else event.number
+    return f"id: {board.epoch}.{number}\n{event.text}"
+
+
+def _cursor(api: "Api", board: Board, topics: tuple) -> dict | None:
+    """{topic: the number of the last event seen} of a client that comes back; None of a new one.
+
+    An id of an earlier run is from before all events of this one.
+    """
+    text = api.request.headers.get("Last-Event-ID") or api.query["lastEventId"]
+    if not text:
+        return None
+    epoch, *numbers = text.split(".")
+    if epoch != board.epoch or len(numbers) != len(topics) or not all(
+            re.fullmatch("[0-9]{1,15}", number) for number in numbers):
+        return dict.fromkeys(topics, 0)
+    return dict(zip(topics, map(int, numbers), strict=True))
+
+
+def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
+    """Identity narrows every topic that has one; the others are about messages."""
+    identity = matcher({"identity": query["identity"]})
+    message = matcher(query)
+    if message is None:
+        return None
+    return lambda topic, record: (
+        message(record) if topic == "messages"
+        else identity is None or topic == "telemetry" or identity(record))
+
+
+# The table
+
+
+class Route(NamedTuple):
+    """An endpoint: `:name` in the path is handed on; `answer` is its JSON schema by name."""
+
+    method: str
+    path: str
+    act: Callable
+    text: str
+    answer: str = ""                     # a key of SHAPES, "[…]" a list of it; or a media type
+    query: tuple = ()
+    body: str = ""                       # a key of SHAPES
+    public: bool = False                 # needs no session
+    errors: tuple = ()                   # beyond 400, 401, 403, 404, 405, 413, 500
+
+
+SSE = "text/event-stream"
+STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
+ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most; all without it")
+
+ROUTES = (
+    Route("POST", "/api/auth/login", post_login, "Create a session", "Login", (), "Credentials",
+          True, (429,)),
+    Route("GET", "/api/auth/session", get_session, "The session of this request", "SessionInfo",
+          public=True),
+    Route("POST", "/api/auth/logout", post_logout, "Destroy the session", "Success"),
+    Route("GET", "/api/overview", get_overview, "What the dashboard shows first", "Overview"),
+    Route("GET", "/api/connections", get_connections, "Stations, by identity", "[Connection]",
+          (ONLINE, PROTOCOL, ALL, OFFSET)),
+    Route("GET", "/api/connections/:identity", get_connection, "One station", "ConnectionDetail"),
+    Route("DELETE", "/api/connections/:identity", delete_connection,
+          "Forget a station; an online one is disconnected first", "Success"),
+    Route("POST", "/api/connections/:identity/disconnect", post_disconnect,
+          "Close a station's connection", "Success", errors=(409,)),
+    Route("POST", "/api/connections/:identity/call", post_call,
+          "Send a command and wait for its answer", "CallAnswer", (), "Command",
+          errors=(409, 502, 503, 504)),
+    Route("POST", "/api/connections/:identity/approve", post_approve,
+          'Let a station in where ocpp.accept is "ask"', "Success"),
+    Route("GET", "/api/messages", get_messages, "Messages, newest first", "[Message]",
+          (*PAGING, *MESSAGE_FILTERS)),
+    Route("GET", "/api/messages/stream", get_messages_stream, "Messages, live", SSE,
+          STREAM_FILTERS),
+    Route("GET", "/api/messages/export", get_messages_export, "All messages that match, as a file",
+          "application/x-ndjson", (EXPORT_FORMAT, *MESSAGE_FILTERS)),
+    Route("GET", "/api/telemetry", get_telemetry, "The telemetry now", "Telemetry"),
+    Route("GET", "/api/telemetry/history", get_telemetry_history, "Samples, oldest first",
+          "[Telemetry]"),
+    Route("GET", "/api/telemetry/stream", get_telemetry_stream, "The telemetry, live", SSE,
+          STREAM_FILTERS),
+    Route("GET", "/api/security", get_security, "Security events, newest first", "[SecurityEvent]",
+          (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
+    Route("GET", "/api/security/stream", get_security_stream, "Security events, live", SSE,
+          STREAM_FILTERS),
+    Route("GET", "/api/smart-charge", get_smart_charge, "Smart charging sessions", "[SmartCharge]",
+          (*PAGING, IDENTITY)),
+    Route("GET", "/api/proxy", get_proxy, "Protocol proxy events", "[ProxyEvent]",
+          (*PAGING, IDENTITY)),
+    Route("GET", "/api/transactions", get_transactions, "Transactions, newest first",
+          "[Transaction]", (*PAGING, IDENTITY, TRANSACTION_STATUS)),
+    Route("GET", "/api/errors", get_errors, "What went wrong, newest first", "[Error]",
+          (*PAGING, IDENTITY, CATEGORY)),
+    Route("GET", "/api/system-events", get_system_events, "Events of the board, newest first",
+          "[SystemEvent]", (*PAGING, IDENTITY, EVENT_TYPE)),
+    Route("GET", "/api/knocking", get_knocking, "Refused upgrades, newest first", "[Knocking]"),
+    Route("GET", "/api/stream", get_stream, "Several topics in one stream", SSE,
+          (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
+    Route("GET", "/api/openapi.json", get_openapi, "This description", "OpenAPI"),
+    Route("GET", "/metrics", get_metrics, "Prometheus text format", "text/plain"),
+    Route("GET", "/healthz", get_healthz, "200 while the daemon works", "Health", public=True,
+          errors=(503,)),
+)
+
+# The JSON of answers and bodies: {name: {field: type}}. A type is a JSON schema's or a name of
+# SHAPES; "?" may be null, "[…]" is a list. "Base+": and the fields of Base.
+_EVENT = {"id": "string", "identity": "string", "message": "string", "details": "object",
+          "timestamp": "time"}
+SHAPES = {
+    "ErrorAnswer": {"error": "string"},
+    "Success": {"success": "boolean"},
+    "Health": {"status": "string"},
+    "OpenAPI": {"openapi": "string", "paths": "object"},
+    "Credentials": {},
+    "Login": {"sessionId": "string", "user": "User", "expiresAt": "time"},
+    "User": {"name": "string"},
+    "SessionInfo": {"authenticated": "boolean", "user": "User?", "expiresAt": "time?",
+                    "authMode": "string"},
+    "Command": {"action": "string"},
+    "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number"},
+    "Overview": {
+        "connectedClients": "integer", "totalConnections": "integer", "messagesPerSecond": "number",
+        "avgLatencyMs": "number", "errorRate": "number", "uptimeSeconds": "integer",
+        "totalMessages": "integer", "recentMessages": "[Message]", "securityEventCount": "integer",
+        "errorCount": "integer", "systemEventCount": "integer"},
+    "Connection": {
+        "identity": "string", "remoteAddress": "string", "protocol": "string",
+        "connectedAt": "time", "disconnectedAt": "time?", "status": "string",
+        "messageCount": "integer",
+        "lastMessageAt": "time?", "securityProfile": "integer", "errorCount": "integer",
+        "evictedCount": "integer", "registration": "string?", "station": "object",
+        "connectors": "[Connector]", "clockSkewSeconds": "number?", "quirks": "[Quirk]"},
+    "ConnectionDetail": {"Connection+": "", "recentMessages": "[Message]"},
+    "Connector": {
+        "evse": "integer", "connector": "integer", "status": "string?", "errorCode": "string?",
+        "info": "string?", "since": "time?", "transactionId": "id?", "meter": "Meter?"},
+    "Quirk": {"name": "string", "count": "integer", "lastMessageId": "string?"},
+    "Meter": {
+        "timestamp": "time", "energyWh": "number?", "powerW": "number?", "currentA": "object",
+        "voltageV": "object", "offeredA": "number?", "soc": "number?", "temperatureC": "number?",
+        "frequencyHz": "number?", "quality": "string"},
+    "Message": {
+        "id": "string", "identity": "string", "method": "string", "direction": "string",
+        "type": "string", "timestamp": "time", "payload": "object", "responseTime": "number?",
+        "messageId": "string", "protocol": "string"},
+    "Transaction": {
+        "id": "id", "identity": "string", "evse": "integer", "connector": "integer",
+        "idToken": "string?", "startedAt": "time", "stoppedAt": "time?", "meterStart": "number?",
+        "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
+        "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
+        "meter": "Meter?"},
+    "Telemetry": {
+        "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
+        "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
+        "totalMessages": "integer", "memoryUsage": "Memory", "cpuPercent": "number",
+        "loopLagMs": "number", "streams": "integer", "timestamp": "time"},
+    "Memory": {"rss": "integer", "heapUsed": "integer", "heapTotal": "integer"},
+    "SecurityEvent": {"category": "string", "severity": "string", **_EVENT},
+    "Error": {"category": "string", **_EVENT},
+    "SystemEvent": {"type": "string", **_EVENT},
+    "Knocking": {
+        "path": "string", "ip": "string", "headers": "object", "status": "integer",
+        "reason": "string", "url": "string", "count": "integer", "firstAt": "time",
+        "lastAt": "time"},
+    "SmartCharge": {"sessionId": "string", "identity": "string", "strategy": "string",
+                    "allocatedKw": "number", "status": "string", "startedAt": "time",
+                    "updatedAt": "time"},
+    "ProxyEvent": {"id": "string", "type": "string", "fromProtocol": "string",
+                   "toProtocol": "string", "method": "string", "timestamp": "time"},
+}
+_TYPES = {"time": {"type": "string", "format": "date-time"}, "id": {"type": ["string", "integer"]}}
+
+
+def openapi() -> dict:
+    """The OpenAPI 3.1 description of ROUTES."""
+    paths: dict = {}
+    for route in ROUTES:
+        path = re.sub(r":(\w+)", r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ocppboard", "version": VERSION, "license": {"name": "MIT"}},
+        "security": [{"cookie": []}, {"bearer": []}],
+        "paths": paths,
+        "components": {
+            "schemas": {name: _object_schema(fields) for name, fields in SHAPES.items()},
+            "securitySchemes": {"cookie": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+                                "bearer": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _operation(route: Route) -> dict:
+    parameters = [{"name": p.name, "in": "query", "schema": p.schema, "description": p.text}
+                  for p in route.query]
+    parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                   for name in re.findall(r":(\w+)", route.path)]
+    media, schema = "application/json", _schema(route.answer)
+    if "/" in route.answer:
+        media, schema = route.answer, {"type": "string"}
+    answers = {"200": {"description": route.text, "content": {media: {"schema": schema}}}}
+    codes = {400, 405, 413, 500, *route.errors} | (set() if route.public else {401, 403})
+    codes |= {404} if ":" in route.path else set()
+    for code in sorted(codes):
+        answers[str(code)] = {"description": HTTP_WORDS[code], "content": {
+            "application/json": {"schema": _schema("ErrorAnswer")}}}
+    operation = {"summary": route.text, "operationId": route.act.__name__, "responses": answers}
+    if parameters:
+        operation["parameters"] = parameters
+    if route.body:
+        operation["requestBody"] = {"required": True, "content": {
+            "application/json": {"schema": _schema(route.body)}}}
+    if route.public:
+        operation["security"] = []
+    return operation
+
+
+HTTP_WORDS = {
+    400: "Bad request", 401: "Unauthorized", 403: "Session expired, or of another site",
+    404: "Not found", 405: "Method not allowed", 409: "The station is offline",
+    413: "Body too large", 429: "Too many failed logins", 500: "Internal server error",
+    502: "The station answered CALLERROR", 503: "Too many at a time", 504: "No answer in time"}
+
+
+def _object_schema(fields: dict) -> dict:
+    bases = [name[:-1] for name in fields if name.endswith("+")]
+    own = {name: kind for name, kind in fields.items() if not name.endswith("+")}
+    schema = {"type": "object", "required": list(own),
+              "properties": {name: _schema(kind) for name, kind in own.items()}}
+    return {"allOf": [_schema(base) for base in bases] + [schema]} if bases else schema
+
+
+def _schema(kind: str) -> dict:
+    if kind.startswith("["):
+        return {"type": "array", "items": _schema(kind[1:-1])}
+    if kind.endswith("?"):
+        return {"anyOf": [_schema(kind[:-1]), {"type": "null"}]}
+    if kind in SHAPES:
+        return {"$ref": f"#/components/schemas/{kind}"}
+    return _TYPES.get(kind, {"type": kind})
+
+
+COOKIE = "board-session"
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+@stream_request_body
+class Api(RequestHandler):
+    """A request of the board: checks it, hands it to its endpoint, writes what that returns."""
+
+    def initialize(self, daemon: "Daemon", routes: dict) -> None:
+        self.daemon, self.routes = daemon, routes        # routes: {method: Route}
+        self.board, self.config = daemon.board, daemon.config
+        self.gone, self.closed = asyncio.Event(), False
+        self.raw_body, self.body, self.query, self.session = bytearray(), {}, {}, None
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        for name, value in SAFE_HEADERS.items():
+            self.set_header(name, value)
+
+    def prepare(self) -> None:
+        """Refuse, before its body is read, what is not to be answered."""
+        if not self.routes:
+            raise NotFound("Not found")
+        self.route = self.routes.get(self.request.method)
+        if self.route is None:
+            raise MethodNotAllowed(", ".join(self.routes))
+        if self.request.method != "GET" and not self.same_origin():
+            self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
+                                      "medium", {"ip": self.request.remote_ip})
+            raise Forbidden("Cross-origin request")
+        if not self.route.public:
+            self.session = self.authenticate()
+        length = self.request.headers.get("Content-Length", "0")
+        if not length.isdigit() or int(length) > BODY_BYTES:
+            raise TooLarge("The body is too large")
+        self.query = self.read_query()
+
+    def same_origin(self) -> bool:
+        """Whether the request's Origin, if it has one, is the host that it is sent to."""
+        origin = self.request.headers.get("Origin")
+        return origin is None or urlsplit(origin).netloc.lower() == self.request.host.lower()
+
+    def authenticate(self) -> Session:
+        """The session of the request. Raises: Unauthorized, Forbidden, TooMany."""
+        scheme, _, bearer = self.request.headers.get("Authorization", "").partition(" ")
+        return self.daemon.access.session(
+            self.get_cookie(COOKIE), bearer.strip() if scheme.lower() == "bearer" else None,
+            self.request.remote_ip)
+
+    def read_query(self) -> dict:
+        """{name: value} of all that the route knows; its default, or None, where not given."""
+        given = dict(parse_qsl(self.request.query, keep_blank_values=True))
+        return {p.name: p.read(given[p.name]) if p.name in given else p.schema.get("default")
+                for p in self.route.query}
+
+    def data_received(self, chunk: bytes) -> None:
+        if len(self.raw_body) <= BODY_BYTES:             # beyond it the rest is let go
+            self.raw_body += chunk
+
+    async def answer(self, *args: str, **kwargs: str) -> None:
+        """Hand the request to its endpoint and write what it returns."""
+        if len(self.raw_body) > BODY_BYTES:
+            raise TooLarge("The body is too large")
+        if self.route.body:
+            self.body = self.read_body()
+        result = self.route.act(self, *args, **kwargs)
+        if inspect.isawaitable(result):
+            result = await result
+        if isinstance(result, Page):
+            await self.write_page(result)
+        elif result is not None:
+            self.set_header("Content-Type", "application/json")
+            self.finish(to_json(result))
+
+    get = post = patch = delete = answer
+
+    def read_body(self) -> dict:
+        """The body's JSON object. Raises: BadRequest."""
+        try:
+            body = json.loads(self.raw_body)
+        except (ValueError, RecursionError):
+            raise BadRequest("The body is not JSON") from None
+        if not isinstance(body, dict):
+            raise BadRequest("The body is not a JSON object")
+        return body
+
+    async def write_page(self, page: Page) -> None:
+        """A list, in slices: the loop has its turn between them."""
+        self.set_header("Content-Type", "application/json")
+        self.set_header("X-Total-Count", page.total)
+        self.write("[")
+        first = True
+
+        def item(record: Any) -> str:
+            nonlocal first
+            comma, first = "" if first else ",", False
+            return comma + (record.json() if isinstance(record, Record) else to_json(record))
+
+        await self.write_slices(page.items, item)
+        self.finish("]")
+
+    async def write_slices(self, records: list, text_of: Callable[[Any], str]) -> None:
+        """Write all records; a client that reads slowly is waited for."""
+        for start in range(0, len(records), SLICE):
+            if start:
+                try:
+                    await self.flush()
+                except StreamClosedError:
+                    return
+                await asyncio.sleep(0)
+            self.write("".join([text_of(r) for r in records[start:start + SLICE]]))
+
+    def set_session_cookie(self, session: Session) -> None:
+        """Give the browser its session."""
+        self.set_cookie(COOKIE, session.id, path="/", httponly=True, samesite="Lax",
+                        secure=self.request.protocol == "https",
+                        max_age=self.config.auth.session_ttl_seconds)
+
+    def on_connection_close(self) -> None:
+        self.closed = True
+        self.gone.set()
+
+    def compute_etag(self) -> None:
+        return None                                      # what is live is never the same twice
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Every error as JSON: ours with its own words, others without details."""
+        error = kwargs.get("exc_info", (None, None))[1]
+        if not isinstance(error, BoardError):
+            body = {"error": HTTP_WORDS.get(status_code, self._reason)}
+        else:
+            body = error.body()
+            self.set_status(error.http_status)
+            for name, value in error.headers.items():
+                self.set_header(name, value)
+        self.set_header("Content-Type", "application/json")
+        self.finish(to_json(body))
+
+    def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, (BoardError, HTTPError)):
+            log.error("A request to %s failed", shown(self.request.path),
+                      exc_info=(kind, error, trace))
+
+
+# --- Dashboard ----------------------------------------------------------------------------
+# What `/` shows: constants, nothing from another host.
+
+STYLE = r"""
+:root { color-scheme: light dark; --ink: #1b2430; --dim: #5b6778; --paper: #f6f7f9; --line: #d9dee5;
+        --accent: #0a6cbd; --code: #e9edf2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --dim: #98a4b5; --paper: #12161c; --line: #2b333e; --accent: #66b3f5;
+          --code: #1e252e } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink);
+       font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem }
+h1 { margin: 0; font-size: 1.6rem } h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
+p { max-width: 45rem } a { color: var(--accent) }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; background: var(--code);
+            border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere }
+pre { padding: .8rem 1rem; overflow-x: auto; overflow-wrap: normal }
+table { border-collapse: collapse; width: 100% }
+td { border-top: 1px solid var(--line); padding: .35rem .8rem .35rem 0; vertical-align: top }
+td + td { color: var(--dim) }
+td:first-child { font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere }
+"""
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ocppboard</title>
+<style></style>
+<main>
+<h1>ocppboard</h1>
+<p>An OCPP central system for charging stations that speak OCPP 1.6, 2.0.1 or 2.1. It answers them,
+keeps what passes, and shows it by REST and as live streams.</p>
+<h2>Connect a station</h2>
+<p>Give it the address of this host, the port for stations, the path of the configuration, and its
+own identity at the end. With the defaults:</p>
+<pre>ws://&lt;this host&gt;:9000/ocpp/&lt;identity&gt;</pre>
+<p>One that is refused is listed under <a href="/api/knocking">/api/knocking</a>, with the
+reason.</p>
+<h2>Look</h2>
+<p>The API needs a login: open the address with <code>?token=</code> that the daemon printed when it
+started, or send the token as <code>Authorization: Bearer</code>.</p>
+<pre>curl -H "Authorization: Bearer $TOKEN" http://&lt;this host&gt;:9000/api/connections
+curl -N -H "Authorization: Bearer $TOKEN" http://&lt;this host&gt;:9000/api/messages/stream</pre>
+<h2>The API</h2>
+<table></table>
+</main>
+"""
+
+
+def page_document() -> str:
+    """PAGE with its style and the table of ROUTES."""
+    rows = "".join(f"<tr><td>{_route_cell(route)}<td>{route.text}" for route in ROUTES)
+    return PAGE.replace("<style>", f"<style>{STYLE}").replace("<table>", f"<table>{rows}")
+
+
+def _route_cell(route: Route) -> str:
+    linked = route.method == "GET" and ":" not in route.path
+    path = f'<a href="{route.path}">{route.path}</a>' if linked else route.path
+    return f"{route.method} {path}"
+
+
+DOCUMENT = page_document()
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+PAGE_POLICY = (f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; "
+               "form-action 'none'; frame-ancestors 'none'")
+
+
+async def get_page(api: Api) -> None:
+    """The page; with ?token= a login first, and the token leaves the address bar."""
+    if api.query["token"] is not None and api.config.auth.mode == "token":
+        session = await api.daemon.access.login({"token": api.query["token"]},
+                                                api.request.remote_ip)
+        api.set_session_cookie(session)
+        api.redirect("/")
+        return
+    api.set_header("Content-Type", "text/html; charset=utf-8")
+    api.set_header("Content-Security-Policy", PAGE_POLICY)
+    api.finish(DOCUMENT)
+
+
+PAGE_ROUTE = Route("GET", "/", get_page, "The page", "text/html",
+                   (Parameter("token", {"type": "string"}, "Logs in"),), public=True)
+
+
+# --- Simulator ----------------------------------------------------------------------------
+# Stations for trying out the board, and for the tests: they boot, charge, obey commands. What a
+# station does next stands in its `plan`; it does one thing a time, each is one Call.
+
+VOLTAGE_V, CAR_WH = 230.0, 60_000.0
+SESSION_READINGS, IDLE_HEARTBEATS = 20, 3        # meter values in a charging, Heartbeats before it
+CONFIGURATION_KEYS = {"HeartbeatInterval": "300", "MeterValueSampleInterval": "10",
+                      "NumberOfConnectors": "1", "ChargeProfileMaxStackLevel": "9",
+                      "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
+                      "MaxChargingProfilesInstalled": "20"}
+
+
+@dataclass(slots=True)
+class Profile:
+    """A charging profile as a simulated station keeps it: limits in A per phase from `start`."""
+
+    id: int
+    purpose: str
+    stack_level: int
+    outlet: int                         # 0: all
+    start: float
+    periods: list                       # [(seconds from start, A)]
+    duration: float = math.inf
+
+    def limit(self, now: float) -> float | None:
+        """Its limit at a time; None when it says nothing then."""
+        elapsed = now - self.start
+        if not 0 <= elapsed < self.duration:
+            return None
+        return next((a for begins, a in reversed(self.periods) if begins <= elapsed), None)
+
+
+@dataclass(slots=True)
+class Outlet:
+    """A connector of a simulated station, and the car at it."""
+
+    number: int
+    status: str = "Available"
+    operative: bool = True
+    id_token: str = ""
+    transaction_id: Any = None
+    energy_wh: float = 0.0              # the register
+    soc: float = 40.0
+    phases: int = 3
+    car_a: float = 16.0
+    current_a: float = 0.0
+    advanced_at: float = 0.0
+    readings: int = 0
+    sequence: int = 0
+    remote_start_id: int | None = None
+
+    def advance(self, now: float, limit_a: float) -> None:
+        """Let the car charge until now, at what it and the limit allow."""
+        hours = (now - self.advanced_at) / 3600 if self.advanced_at else 0.0
+        self.energy_wh += self.power_w * hours
+        self.soc = min(100.0, self.soc + 100 * self.power_w * hours / CAR_WH)
+        taper = max(0.0, min(1.0, (100 - self.soc) / 20))        # a car tapers off from 80 %
+        current = min(self.car_a * taper, limit_a) if self.transaction_id is not None else 0.0
+        self.current_a = current if current >= 6 or current >= self.car_a * taper > 0 else 0.0
+        self.advanced_at = now
+
+    @property
+    def power_w(self) -> float:
+        return self.current_a * VOLTAGE_V * self.phases
+
+
+class SimulatedStation:
+    """A station of one version. Subclasses hold what versions call things."""
+
+    protocol = ""
+    commands: dict = {}                  # {Action: name of the method that answers it}
+    unavailable, preparing = "Unavailable", "Preparing"
+
+    def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
+                 password: str = "", latencies: deque | None = None):
+        self.identity, self.url, self.rate, self.password = identity, url, rate, password
+        self.outlets = [Outlet(n + 1, phases=random.choice((1, 3, 3)),
+                               car_a=random.choice((13.0, 16.0, 16.0, 32.0)),
+                               soc=random.uniform(20, 70), energy_wh=random.randrange(10**6))
+                        for n in range(outlets)]
+        self.configuration = dict(CONFIGURATION_KEYS)
+        self.profiles: list[Profile] = []
+        self.latencies = deque(maxlen=1000) if latencies is None else latencies
+        self.calls = self.errors = 0
+        self.online = self.accepted = False
+        self.plan: deque = deque()
+        self.idle = random.randrange(IDLE_HEARTBEATS)
+        self._socket = None
+        self._answers: dict[str, asyncio.Future] = {}
+        self._restart = False
+
+    # Life
+
+    async def run(self) -> None:
+        """Connect, live, connect again when the connection is lost; until cancelled."""
+        pause = 1.0
+        while True:
+            try:
+                await self.connect()
+                pause = 1.0
+                await self.live()
+            except (OSError, WebSocketClosedError, StreamClosedError, TimeoutError) as error:
+                level = logging.WARNING if pause == 1.0 else logging.DEBUG
+                log.log(level, "%s: %s", self.identity, str(error) or type(error).__name__)
+            except HTTPClientError as error:
+                log.warning("%s is refused: HTTP %s", self.identity, error.code)
+            finally:
+                self.disconnect()
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(pause * 2, 30.0)
+
+    async def connect(self) -> None:
+        """Open the connection and start to read it."""
+        headers = {}
+        if self.password:
+            text = f"{self.identity}:{self.password}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(text).decode()
+        request = HTTPRequest(f"{self.url}/{quote(self.identity, safe='')}",
+                                                 headers=headers, connect_timeout=10)
+        self._socket = await websocket_connect(request, subprotocols=[self.protocol])
+        self.online = True
+        self._reader = asyncio.create_task(self._read())
+
+    def disconnect(self) -> None:
+        """Close the connection, if there is one."""
+        self.online = self.accepted = False
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+
+    async def live(self) -> None:
+        """Boot, then do what the plan says, at the station's rate."""
+        await self.boot()
+        self.plan = deque(functools.partial(self.tell_status, outlet) for outlet in self.outlets)
+        interval = 1 / self.rate
+        due = time.monotonic() + random.uniform(0, interval)
+        while self.online and not self._restart:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due = max(due + interval, time.monotonic() - 1)      # does not hurry to catch up
+            if not self.plan:
+                self.plan_more()
+            await self.plan.popleft()()
+        self._restart = False
+
+    async def boot(self) -> None:
+        """BootNotification, again until the central system accepts."""
+        while not self.accepted:
+            answer = await self.call("BootNotification", self.boot_payload())
+            self.accepted = answer.get("status") == "Accepted"
+            if not self.accepted:
+                await asyncio.sleep(min(answer.get("interval", 10), 10))
+
+    def plan_more(self) -> None:
+        """What comes next without being told: some idling, then a charging."""
+        outlet = random.choice(self.outlets)
+        if outlet.transaction_id is not None:
+            full = outlet.readings >= SESSION_READINGS or outlet.soc >= 99.9
+            self.plan.append(functools.partial(self.stop if full else self.meter, outlet))
+        elif self.idle < IDLE_HEARTBEATS or not outlet.operative:
+            self.idle += 1
+            self.plan.append(self.heartbeat)
+        else:
+            self.plan_start(outlet, f"{random.randrange(16**8):08X}")
+
+    def plan_start(self, outlet: Outlet, id_token: str) -> None:
+        """A car comes and charges."""
+        self.idle = 0
+        outlet.id_token, outlet.readings, outlet.soc = id_token, 0, random.uniform(20, 70)
+        outlet.status = self.preparing
+        self.plan.extend((functools.partial(self.tell_status, outlet),
+                          functools.partial(self.authorize, outlet),
+                          functools.partial(self.start, outlet)))
+
+    async def call(self, action: str, payload: dict) -> dict:
+        """Send a Call and wait for its answer: the payload, {} of a CALLERROR.
+
+        Raises: WebSocketClosedError, TimeoutError.
+        """
+        if self._socket is None:
+            raise WebSocketClosedError()
+        id_text = f'"{uuid.uuid4()}"'
+        self._answers[id_text] = future = asyncio.get_running_loop().create_future()
+        sent = time.perf_counter()
+        try:
+            await self._socket.write_message(pack(Call(id_text, action, payload, to_json(payload))))
+            async with asyncio.timeout(30):
+                message = await future
+        finally:
+            self._answers.pop(id_text, None)
+        self.calls += 1
+        self.latencies.append((time.perf_counter() - sent) * 1000)
+        if type(message) is CallError:
+            self.errors += 1
+            log.warning("%s: %s was answered %s %s", self.identity, action, message.code,
+                        shown(message.description))
+            return {}
+        return message.payload
+
+    async def _read(self) -> None:
+        connection = self._socket
+        while (frame := await connection.read_message()) is not None:
+            message = unpack(frame)
+            if type(message) is Call:
+                await connection.write_message(pack(self.obey(message)))
+            elif future := self._answers.get(message.id_text):
+                future.set_result(message)
+        self.online = False
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(WebSocketClosedError())
+
+    def obey(self, call: Call) -> CallResult | CallError:
+        """The answer to a command; what follows from it goes into the plan."""
+        if call.action not in self.commands:
+            return CallError(call.id_text, "NotSupported", "", {}, "{}")
+        payload = getattr(self, self.commands[call.action])(call.payload)
+        return CallResult(call.id_text, payload, to_json(payload))
+
+    # What every version does
+
+    def now(self) -> str:
+        return iso(time.time())
+
+    def limit_a(self, outlet: Outlet) -> float:
+        """The limit that the profiles set: the highest stack of each purpose; TxProfile goes before
+        TxDefaultProfile, the station's maximum holds with both (1.6 3.13.4; 2.0.1 K01)."""
+        now, best = time.time(), {}
+        for profile in sorted(self.profiles, key=lambda p: p.stack_level):
+            limit = profile.limit(now)
+            if limit is not None and profile.outlet in (0, outlet.number):
+                best[profile.purpose] = limit
+        maxima = [a for purpose, a in best.items() if not purpose.startswith("Tx")]
+        tx = best.get("TxProfile", best.get("TxDefaultProfile", math.inf))
+        return min([tx, *maxima])
+
+    def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int) -> None:
+        """Install a charging profile, in place of one with its id or purpose and stack level."""
+        watts = schedule.get("chargingRateUnit") == "W"
+        periods = [(p["startPeriod"], p["limit"] / (
+            VOLTAGE_V * (p.get("numberPhases") or 3) if watts else 1))
+            for p in schedule["chargingSchedulePeriod"]]
+        start = schedule.get("startSchedule")
+        new = Profile(profile_id, profile["chargingProfilePurpose"], profile["stackLevel"], outlet,
+                      parse_time(start)[0] if start else time.time(), periods,
+                      schedule.get("duration") or math.inf)
+        self.profiles = [p for p in self.profiles if p.id != new.id and (
+            p.purpose, p.stack_level, p.outlet) != (new.purpose, new.stack_level, new.outlet)]
+        self.profiles.append(new)
+        for one in self.outlets:
+            one.advance(time.time(), self.limit_a(one))
+
+    def outlet(self, number: int | None) -> Outlet | None:
+        """The outlet of that number, or a free one."""
+        if number:
+            return next((o for o in self.outlets if o.number == number), None)
+        return next((o for o in self.outlets if o.transaction_id is None), None)
+
+    def start_remotely(self, number: int | None, id_token: str,
+                       remote_id: int | None = None) -> dict:
+        outlet = self.outlet(number)
+        if outlet is None or outlet.transaction_id is not None or not outlet.operative:
+            return {"status": "Rejected"}
+        outlet.remote_start_id = remote_id
+        self.plan.clear()
+        self.plan_start(outlet, id_token)
+        return {"status": "Accepted"}
+
+    def stop_remotely(self, transaction_id: Any) -> dict:
+        for outlet in self.outlets:
+            if outlet.transaction_id is not None and outlet.transaction_id == transaction_id:
+                self.plan.appendleft(functools.partial(self.stop, outlet, "Remote"))
+                return {"status": "Accepted"}
+        return {"status": "Rejected"}
+
+    def on_reset(self, payload: dict) -> dict:
+        self.plan.clear()
+        for outlet in self.outlets:
+            if outlet.transaction_id is not None:
+                self.plan.append(functools.partial(self.stop, outlet, self.reset_reason))
+        self.plan.append(self.restart)
+        return {"status": "Accepted"}
+
+    async def restart(self) -> None:
+        """Drop the connection; `run` boots again."""
+        self._restart = True
+
+    def change_availability(self, number: int, operative: bool) -> dict:
+        scheduled = False
+        for outlet in self.outlets:
+            if number in (0, outlet.number):
+                outlet.operative = operative
+                if outlet.transaction_id is not None:
+                    scheduled = True     # when the transaction ends (1.6 5.2)
+                    continue
+                outlet.status = "Available" if operative else self.unavailable
+                self.plan.append(functools.partial(self.tell_status, outlet))
+        return {"status": "Scheduled" if scheduled else "Accepted"}
+
+    def trigger(self, message: str, number: int | None) -> dict:
+        outlet = self.outlet(number) or self.outlets[0]
+        sends = {"Heartbeat": self.heartbeat, "BootNotification": self.boot_again,
+                 "StatusNotification": functools.partial(self.tell_status, outlet),
+                 "MeterValues": functools.partial(self.meter, outlet)}
+        if message not in sends:
+            return {"status": "NotImplemented"}
+        self.plan.appendleft(sends[message])
+        return {"status": "Accepted"}
+
+    def composite_schedule(self, number: int, duration: int) -> dict:
+        outlet = self.outlet(number) or self.outlets[0]
+        limit = min(self.limit_a(outlet), 32.0)
+        return {"duration": duration, "chargingRateUnit": "A",
+                "chargingSchedulePeriod": [{"startPeriod": 0, "limit": round(limit, 1)}]}
+
+    def accepted_answer(self, payload: dict) -> dict:
+        return {"status": "Accepted"}
+
+    def on_data_transfer(self, payload: dict) -> dict:
+        return {"status": "UnknownVendorId"}
+
+    def on_get_local_list_version(self, payload: dict) -> dict:
+        return {self.list_version_field: 0}
+
+    def on_unlock(self, payload: dict) -> dict:
+        return {"status": "Unlocked"}
+
+    async def heartbeat(self) -> None:
+        await self.call("Heartbeat", {})
+
+    async def boot_again(self) -> None:
+        await self.call("BootNotification", self.boot_payload())
+
+    def after_stop(self, outlet: Outlet) -> None:
+        """The car goes; an availability that was to change by then does."""
+        outlet.transaction_id, outlet.current_a, outlet.remote_start_id = None, 0.0, None
+        outlet.status = "Available" if outlet.operative else self.unavailable
+        self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
+        self.plan.append(functools.partial(self.tell_status, outlet))
+
+
+class SimulatedStation16(SimulatedStation):
+    """A Charge Point that speaks 1.6."""
+
+    protocol = "ocpp1.6"
+    reset_reason, list_version_field = "SoftReset", "listVersion"
+    commands = {
+        "RemoteStartTransaction": "on_remote_start", "RemoteStopTransaction": "on_remote_stop",
+        "Reset": "on_reset", "ChangeAvailability": "on_change_availability",
+        "SetChargingProfile": "on_set_charging_profile", "TriggerMessage": "on_trigger_message",
+        "ClearChargingProfile": "on_clear_charging_profile", "UnlockConnector": "on_unlock",
+        "GetCompositeSchedule": "on_get_composite_schedule", "ClearCache": "accepted_answer",
+        "GetConfiguration": "on_get_configuration", "SendLocalList": "accepted_answer",
+        "ChangeConfiguration": "on_change_configuration", "DataTransfer": "on_data_transfer",
+        "GetLocalListVersion": "on_get_local_list_version",
+    }
+
+    def boot_payload(self) -> dict:
+        return {"chargePointVendor": "ocppboard", "chargePointModel": "Simulator",
+                "chargePointSerialNumber": self.identity[:25], "firmwareVersion": VERSION}
+
+    async def tell_status(self, outlet: Outlet) -> None:
+        await self.call("StatusNotification", {
+            "connectorId": outlet.number, "errorCode": "NoError", "status": outlet.status,
+            "timestamp": self.now()})
+
+    async def authorize(self, outlet: Outlet) -> None:
+        answer = await self.call("Authorize", {"idTag": outlet.id_token[:20]})
+        if answer.get("idTagInfo", {}).get("status") != "Accepted":
+            self.plan.clear()
+            self.after_stop(outlet)
+
+    async def start(self, outlet: Outlet) -> None:
+        answer = await self.call("StartTransaction", {
+            "connectorId": outlet.number, "idTag": outlet.id_token[:20],
+            "meterStart": int(outlet.energy_wh), "timestamp": self.now()})
+        outlet.transaction_id = answer.get("transactionId")
+        outlet.status = "Charging"
+        outlet.advance(time.time(), self.limit_a(outlet))
+        self.plan.append(functools.partial(self.tell_status, outlet))
+
+    async def meter(self, outlet: Outlet) -> None:
+        outlet.advance(time.time(), self.limit_a(outlet))
+        outlet.readings += 1
+        payload = {"connectorId": outlet.number, "meterValue": [
+            {"timestamp": self.now(), "sampledValue": self.sampled(outlet)}]}
+        if outlet.transaction_id is not None:
+            payload["transactionId"] = outlet.transaction_id
+        await self.call("MeterValues", payload)
+
+    def sampled(self, outlet: Outlet) -> list[dict]:
+        values = [(REGISTER, f"{outlet.energy_wh:.0f}", "Wh", None),
+                  ("Power.Active.Import", f"{outlet.power_w:.0f}", "W", None),
+                  ("SoC", f"{outlet.soc:.0f}", "Percent", None)]
+        values += [("Current.Import", f"{outlet.current_a:.1f}", "A", phase)
+                   for phase in PHASES[:outlet.phases]]
+        return [{"measurand": measurand, "value": value, "unit": unit,
+                 "context": "Sample.Periodic"} | ({"phase": phase} if phase else {})
+                for measurand, value, unit, phase in values]
+
+    async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
+        outlet.advance(time.time(), self.limit_a(outlet))
+        await self.call("StopTransaction", {
+            "transactionId": outlet.transaction_id, "meterStop": int(outlet.energy_wh),
+            "timestamp": self.now(), "reason": reason})
+        outlet.status = "Finishing"
+        self.after_stop(outlet)
+
+    def on_remote_start(self, payload: dict) -> dict:
+        if profile := payload.get("chargingProfile"):
+            self.keep_profile(profile, profile["chargingSchedule"], payload.get("connectorId", 0),
+                              profile["chargingProfileId"])
+        return self.start_remotely(payload.get("connectorId"), payload["idTag"])
+
+    def on_remote_stop(self, payload: dict) -> dict:
+        return self.stop_remotely(payload["transactionId"])
+
+    def on_change_availability(self, payload: dict) -> dict:
+        return self.change_availability(payload["connectorId"], payload["type"] == "Operative")
+
+    def on_set_charging_profile(self, payload: dict) -> dict:
+        profile = payload["csChargingProfiles"]
+        self.keep_profile(profile, profile["chargingSchedule"], payload["connectorId"],
+                          profile["chargingProfileId"])
+        return {"status": "Accepted"}
+
+    def on_clear_charging_profile(self, payload: dict) -> dict:
+        names = {"id": "id", "connectorId": "outlet", "chargingProfilePurpose": "purpose",
+                 "stackLevel": "stack_level"}
+        return self.clear_profiles({names[k]: v for k, v in payload.items() if k in names})
+
+    def clear_profiles(self, wanted: dict) -> dict:
+        left = [p for p in self.profiles
+                if any(getattr(p, name) != value for name, value in wanted.items())]
+        cleared, self.profiles = len(left) < len(self.profiles), left
+        return {"status": "Accepted" if cleared else "Unknown"}
+
+    def on_get_composite_schedule(self, payload: dict) -> dict:
+        return {"status": "Accepted", "connectorId": payload["connectorId"],
+                "scheduleStart": self.now(),
+                "chargingSchedule": self.composite_schedule(payload["connectorId"],
+                                                            payload["duration"])}
+
+    def on_trigger_message(self, payload: dict) -> dict:
+        return self.trigger(payload["requestedMessage"], payload.get("connectorId"))
+
+    def on_get_configuration(self, payload: dict) -> dict:
+        keys = payload.get("key") or list(self.configuration)
+        return {"configurationKey": [{"key": key, "readonly": False,
+                                      "value": self.configuration[key]}
+                                     for key in keys if key in self.configuration],
+                "unknownKey": [key for key in keys if key not in self.configuration]}
+
+    def on_change_configuration(self, payload: dict) -> dict:
+        if payload["key"] not in self.configuration:
+            return {"status": "NotSupported"}
+        self.configuration[payload["key"]] = payload["value"]
+        return {"status": "Accepted"}
+
+
+class SimulatedStation201(SimulatedStation):
+    """A Charging Station that speaks 2.0.1."""
+
+    protocol = "ocpp2.0.1"
+    preparing = "Occupied"
+    reset_reason, list_version_field = "ImmediateReset", "versionNumber"
+    commands = {
+        "RequestStartTransaction": "on_request_start", "RequestStopTransaction": "on_request_stop",
+        "Reset": "on_reset", "ChangeAvailability": "on_change_availability",
+        "SetChargingProfile": "on_set_charging_profile", "TriggerMessage": "on_trigger_message",
+        "ClearChargingProfile": "on_clear_charging_profile", "UnlockConnector": "on_unlock",
+        "GetCompositeSchedule": "on_get_composite_schedule", "ClearCache": "accepted_answer",
+        "GetVariables": "on_get_variables", "SetVariables": "on_set_variables",
+        "SendLocalList": "accepted_answer", "DataTransfer": "on_data_transfer",
+        "GetLocalListVersion": "on_get_local_list_version", "GetBaseReport": "on_get_base_report",
+        "GetTransactionStatus": "on_get_transaction_status",
+    }
+
+    def boot_payload(self) -> dict:
+        return {"reason": "PowerUp", "chargingStation": {
+            "vendorName": "ocppboard", "model": "Simulator", "serialNumber": self.identity[:25],
+            "firmwareVersion": VERSION}}
+
+    async def tell_status(self, outlet: Outlet) -> None:
+        await self.call("StatusNotification", {
+            "timestamp": self.now(), "connectorStatus": outlet.status, "evseId": outlet.number,
+            "connectorId": 1})
+
+    async def authorize(self, outlet: Outlet) -> None:
+        answer = await self.call("Authorize", {"idToken": self.id_token(outlet)})
+        if answer.get("idTokenInfo", {}).get("status") != "Accepted":
+            self.plan.clear()
+            self.after_stop(outlet)
+
+    def id_token(self, outlet: Outlet) -> dict:
+        return {"idToken": outlet.id_token[:36], "type": "ISO14443"}
+
+    async def transaction_event(self, outlet: Outlet, kind: str, trigger: str, **info: Any) -> None:
+        outlet.advance(time.time(), self.limit_a(outlet))
+        state = "Charging" if outlet.current_a else "SuspendedEVSE"
+        payload = {
+            "eventType": kind, "timestamp": self.now(), "triggerReason": trigger,
+            "seqNo": outlet.sequence, "evse": {"id": outlet.number, "connectorId": 1},
+            "transactionInfo": {"transactionId": outlet.transaction_id,
+                                "chargingState": state} | info,
+            "meterValue": [{"timestamp": self.now(), "sampledValue": self.sampled(outlet, kind)}]}
+        if kind == "Started":
+            payload["idToken"] = self.id_token(outlet)
+        outlet.sequence += 1
+        await self.call("TransactionEvent", payload)
+
+    def sampled(self, outlet: Outlet, kind: str = "Updated") -> list[dict]:
+        context = {"Started": "Transaction.Begin", "Ended": "Transaction.End"}.get(
+            kind, "Sample.Periodic")
+        values = [(REGISTER, outlet.energy_wh, "Wh", None),
+                  ("Power.Active.Import", outlet.power_w, "W", None),
+                  ("SoC", outlet.soc, "Percent", None)]
+        values += [("Current.Import", outlet.current_a, "A", phase)
+                   for phase in PHASES[:outlet.phases]]
+        return [{"measurand": measurand, "value": round(value, 2), "context": context,
+                 "unitOfMeasure": {"unit": unit}} | ({"phase": phase} if phase else {})
+                for measurand, value, unit, phase in values]
+
+    async def start(self, outlet: Outlet) -> None:
+        outlet.transaction_id, outlet.sequence = str(uuid.uuid4()), 0
+        remote = {}
+        if outlet.remote_start_id is not None:
+            remote["remoteStartId"] = outlet.remote_start_id
+        await self.transaction_event(outlet, "Started", "RemoteStart" if remote else "Authorized",
+                                     **remote)
+
+    async def meter(self, outlet: Outlet) -> None:
+        outlet.readings += 1
+        if outlet.transaction_id is not None:
+            await self.transaction_event(outlet, "Updated", "MeterValuePeriodic")
+            return
+        outlet.advance(time.time(), self.limit_a(outlet))
+        await self.call("MeterValues", {"evseId": outlet.number, "meterValue": [
+            {"timestamp": self.now(), "sampledValue": self.sampled(outlet)}]})
+
+    async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
+        triggers = {"EVDisconnected": "EVCommunicationLost", "Remote": "RemoteStop"}
+        await self.transaction_event(outlet, "Ended", triggers.get(reason, "ResetCommand"),
+                                     stoppedReason=reason)
+        self.after_stop(outlet)
+
+    def on_request_start(self, payload: dict) -> dict:
+        if profile := payload.get("chargingProfile"):
+            self.keep_profile(profile, profile["chargingSchedule"][0], payload.get("evseId", 0),
+                              profile["id"])
+        return self.start_remotely(payload.get("evseId"), payload["idToken"]["idToken"],
+                                   payload["remoteStartId"])
+
+    def on_request_stop(self, payload: dict) -> dict:
+        return self.stop_remotely(payload["transactionId"])
+
+    def on_change_availability(self, payload: dict) -> dict:
+        return self.change_availability(payload.get("evse", {}).get("id", 0),
+                                        payload["operationalStatus"] == "Operative")
+
+    def on_set_charging_profile(self, payload: dict) -> dict:
+        profile = payload["chargingProfile"]
+        self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"], profile["id"])
+        return {"status": "Accepted"}
+
+    def on_clear_charging_profile(self, payload: dict) -> dict:
+        criteria = payload.get("chargingProfileCriteria", {})
+        names = {"evseId": "outlet", "chargingProfilePurpose": "purpose",
+                 "stackLevel": "stack_level"}
+        wanted = {names[k]: v for k, v in criteria.items() if k in names}
+        if "chargingProfileId" in payload:
+            wanted["id"] = payload["chargingProfileId"]
+        return self.clear_profiles(wanted)
+
+    clear_profiles = SimulatedStation16.clear_profiles
+
+    def on_get_composite_schedule(self, payload: dict) -> dict:
+        schedule = self.composite_schedule(payload["evseId"], payload["duration"])
+        return {"status": "Accepted", "schedule": schedule | {
+            "evseId": payload["evseId"], "scheduleStart": self.now()}}
+
+    def on_trigger_message(self, payload: dict) -> dict:
+        return self.trigger(payload["requestedMessage"], payload.get("evse", {}).get("id"))
+
+    def on_get_variables(self, payload: dict) -> dict:
+        results = []
+        for one in payload["getVariableData"]:
+            value = self.configuration.get(one["variable"]["name"])
+            results.append({
+                "component": one["component"], "variable": one["variable"],
+                "attributeStatus": "UnknownVariable" if value is None else "Accepted"}
+                | ({} if value is None else {"attributeValue": value}))
+        return {"getVariableResult": results}
+
+    def on_set_variables(self, payload: dict) -> dict:
+        results = []
+        for one in payload["setVariableData"]:
+            known = one["variable"]["name"] in self.configuration
+            if known:
+                self.configuration[one["variable"]["name"]] = one["attributeValue"]
+            results.append({"component": one["component"], "variable": one["variable"],
+                            "attributeStatus": "Accepted" if known else "UnknownVariable"})
+        return {"setVariableResult": results}
+
+    def on_get_base_report(self, payload: dict) -> dict:
+        self.plan.appendleft(functools.partial(self.call, "NotifyReport", {
+            "requestId": payload["requestId"], "generatedAt": self.now(), "seqNo": 0, "tbc": False,
+            "reportData": [{"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": name},
+                            "variableAttribute": [{"value": value}]}
+                           for name, value in self.configuration.items()]}))
+        return {"status": "Accepted"}
+
+    def on_get_transaction_status(self, payload: dict) -> dict:
+        ongoing = any(o.transaction_id == payload.get("transactionId") for o in self.outlets)
+        answer = {"messagesInQueue": False}
+        return answer | ({"ongoingIndicator": ongoing} if "transactionId" in payload else {})
+
+
+class SimulatedStation21(SimulatedStation201):
+    """A Charging Station that speaks 2.1: of what it does, all is as in 2.0.1."""
+
+    protocol = "ocpp2.1"
+
+
+SIMULATED = {kind.protocol: kind
+             for kind in (SimulatedStation16, SimulatedStation201, SimulatedStation21)}
+
+
+async def simulate(url: str, stations: int, protocol: str, duration: float, rate: float,
+                   password: str = "", prefix: str = "SIM-") -> int:
+    """Run stations, tell how they fare, and sum up. Returns the exit status: 1 if none got through.
+
+    `rate` is Calls per second of all together, 0: one in two seconds from each; `duration` 0: until
+    interrupted.
+    """
+    latencies: deque = deque(maxlen=100_000)
+    kinds = list(SIMULATED.values()) if protocol == "all" else [SIMULATED[protocol]]
+    width = max(3, len(str(stations)))
+    fleet = [kinds[n % len(kinds)](f"{prefix}{n + 1:0{width}}", url.rstrip("/"),
+                                   (rate or stations / 2) / stations, 1, password, latencies)
+             for n in range(stations)]
+    tasks = [asyncio.create_task(station.run()) for station in fleet]
+    started = time.monotonic()
+    try:
+        while not duration or time.monotonic() - started < duration:
+            left = duration - (time.monotonic() - started) if duration else math.inf
+            await asyncio.sleep(min(2.0, max(0.0, left)))
+            _tell_progress(fleet, time.monotonic() - started)
+    except asyncio.CancelledError:
+        pass                             # Ctrl-C: still sum up
+    elapsed = time.monotonic() - started
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    calls, errors = sum(s.calls for s in fleet), sum(s.errors for s in fleet)
+    print(f"\n{calls} calls in {elapsed:.0f} s: {calls / elapsed:.1f} calls/s, "
+          f"{errors} CALLERRORs; latency {_percentiles(latencies)}")
+    return 0 if calls else 1
+
+
+def _tell_progress(fleet: list[SimulatedStation], elapsed: float) -> None:
+    calls, errors = sum(s.calls for s in fleet), sum(s.errors for s in fleet)
+    charging = sum(o.transaction_id is not None for s in fleet for o in s.outlets)
+    line = (f"{elapsed:4.0f} s  {sum(s.online for s in fleet)} online, {charging} charging, "
+            f"{calls} calls, {calls / elapsed:.1f}/s, {errors} CALLERRORs")
+    print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+
+
+def _percentiles(latencies: Iterable[float]) -> str:
+    ordered = sorted(latencies)
+    if not ordered:
+        return "unknown"
+    return ", ".join(f"p{p:g} {ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))]:.2f} ms"
+                     for p in (50, 90, 99))
+
+
+# --- Daemon -------------------------------------------------------------------------------
+# Wires the sections together: routes, periodic work, start and stop, the command line.
+
+
+class Daemon:
+    """The running whole: a Board, its listeners and its periodic work."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.board = Board(config)
+        self.access = Access(self.board)
+        wanted = config.ocpp.validate
+        self.schemas = Schemas.installed() if wanted != "off" else None
+        if self.schemas is None and wanted in ("warn", "strict"):
+            raise ConfigError(f'ocpp.validate = "{wanted}" needs the packages ocpp and '
+                              "fastjsonschema")
+        self.links: set[StationSocket] = set()
+        self.streams = 0
+        self.listening: list[tuple[str, int]] = []       # (what is served, port)
+        self._servers: list[HTTPServer] = []
+        self._tasks: set[asyncio.Task] = set()
+        self._process = psutil.Process()
+        self._lag_s, self._last_turn = 0.0, time.monotonic()
+        self._machine: dict = {}
+        self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
+                          PeriodicCallback(self._turn, 1000)]
+
+    # Start and stop
+
+    def start(self) -> None:
+        """Bind the ports and start the periodic work. Raises: ConfigError, with the port."""
+        for what, port, application in self._listeners():
+            server = HTTPServer(application, xheaders=self.config.server.trust_proxy,
+                                idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
+                                max_body_size=16 * BODY_BYTES)
+            try:
+                sockets = bind_sockets(port, self.config.server.address or None)
+            except OSError as error:                     # in use, not allowed, no such address
+                raise ConfigError(f"cannot listen on port {port} of "
+                                  f"{self.config.server.address or 'all addresses'}: "
+                                  f"{error.strerror}") from None
+            server.add_sockets(sockets)
+            self._servers.append(server)
+            self.listening.append((what, sockets[0].getsockname()[1]))
+        self._sample()
+        for periodic in self._periodic:
+            periodic.start()
+        self.board.system_event("STARTED", "", f"ocppboard {VERSION} listens",
+                                {"ports": [port for _, port in self.listening]})
+
+    def _listeners(self) -> list[tuple[str, int, Application]]:
+        """(what it is, port, application) of each listener."""
+        ocpp, board = self._ocpp_rules(), self._board_rules()
+        if not self.config.ocpp.port:
+            return [("board and OCPP", self.config.server.port, self._application(ocpp + board))]
+        return [("board", self.config.server.port, self._application(board)),
+                ("OCPP", self.config.ocpp.port, self._application(ocpp))]
+
+    def _application(self, rules: list) -> Application:
+        return Application(rules, default_handler_class=Api,
+                           default_handler_args={"daemon": self, "routes": {}},
+                           log_function=_log_request)
+
+    def _ocpp_rules(self) -> list:
+        arguments = {"daemon": self}
+        path = re.escape(self.config.ocpp.path.rstrip("/"))
+        return [Rule(IsUpgrade(), StationSocket, arguments),
+                Rule(PathMatches(f"{path}/.*"), StationSocket, arguments)]
+
+    def _board_rules(self) -> list:
+        paths: dict[str, dict] = {}
+        for route in (*ROUTES, PAGE_ROUTE):
+            paths.setdefault(route.path, {})[route.method] = route
+        # A named path with more in it goes before one with a name in that place.
+        ordered = sorted(paths.items(), key=lambda item: item[0].count(":"))
+        return [Rule(PathMatches(re.sub(r":(\w+)", r"(?P<\1>[^/]+)", re.escape(path)
+                                        .replace(r"\:", ":"))), Api,
+                     {"daemon": self, "routes": routes}) for path, routes in ordered]
+
+    async def stop(self) -> None:
+        """Close everything: stations are told that we go away (1001)."""
+        self.board.system_event("STOPPED", "", "ocppboard stops", {})
+        for periodic in self._periodic:
+            periodic.stop()
+        for server in self._servers:
+            server.stop()
+        for station in list(self.links):
+            station.link.end("the central system stops", 1001)
+        for task in list(self._tasks):
+            task.cancel()
+        deadline = time.monotonic() + 2
+        while self.links and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for server in self._servers:
+            await server.close_all_connections()
+
+    def spawn(self, name: str, coroutine: Any) -> None:
+        """Run a task in the background; its failure is logged under its name."""
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("The task %s failed", task.get_name(), exc_info=task.exception())
+
+    # Periodic work
+
+    def sample(self) -> dict:
+        """The telemetry now; of process and host as last measured."""
+        return self.board.sample(self._machine | {"streams": self.streams})
+
+    def _sample(self) -> None:
+        """Measure process and host, and keep a telemetry sample."""
+        memory = self._process.memory_info()
+        shared = getattr(memory, "shared", 0)
+        self._machine = {
+            "memoryUsage": {"rss": memory.rss, "heapUsed": memory.rss - shared,
+                            "heapTotal": getattr(memory, "data", memory.rss)},
+            "cpuPercent": self._process.cpu_percent(),
+            "loopLagMs": round(self._lag_s * 1000, 1),
+            "host": {"cpuPercent": psutil.cpu_percent(),
+                     "memoryPercent": psutil.virtual_memory().percent,
+                     "diskPercent": psutil.disk_usage(os.sep).percent},
+            "timestamp": iso(self.board.clock()),
+        }
+        self._lag_s = 0.0
+        self.board.sampled(self.sample())
+
+    def _turn(self) -> None:
+        """Each second: how late the loop is, and who is to be pinged."""
+        now = time.monotonic()
+        self._lag_s = max(self._lag_s, now - self._last_turn - 1)
+        self._last_turn = now
+        if interval := self.config.ocpp.ping_interval_seconds:
+            for station in list(self.links):
+                station.ping_if_due(now, interval)
+
+
+def _log_request(handler: RequestHandler) -> None:
+    """Requests are noise but for our own failures; the query may hold a token."""
+    status = handler.get_status()
+    log.log(logging.WARNING if status == 500 else logging.DEBUG, "%s %s: %d from %s",
+            shown(handler.request.method), shown(handler.request.path), status,
+            handler.request.remote_ip)
+
+
+async def run(config: Config) -> None:
+    """The daemon's life: start, tell where, wait for a signal, stop."""
+    daemon = Daemon(config)
+    daemon.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    tell_start(daemon)
+    await stop.wait()
+    log.info("Stopping")
+    await daemon.stop()
+
+
+EVERY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+def tell_start(daemon: Daemon) -> None:
+    """Say what runs and where. The token that was made is printed once, and never logged."""
+    config, access = daemon.config, daemon.access
+    log.info("ocppboard %s on Python %s, Tornado %s; configuration: %s", VERSION,
+             sys.version.split()[0], tornado.version, config.source or "defaults")
+    if daemon.schemas:
+        log.info("Messages are checked against the official schemas (packages ocpp, "
+                 "fastjsonschema)")
+    elif config.ocpp.validate != "off":
+        log.info("Messages are not checked: install ocpp and fastjsonschema for it")
+    ports = dict(daemon.listening)
+    ocpp_port = ports.get("OCPP") or ports["board and OCPP"]
+    board_port = ports.get("board") or ports["board and OCPP"]
+    for address in _addresses(config.server.address):
+        log.info("Stations connect to ws://%s:%d%s/<identity>", address, ocpp_port,
+                 config.ocpp.path.rstrip("/"))
+    if config.ocpp.accept == "any":
+        log.info('Any station may connect (ocpp.accept = "any")')
+    if config.auth.mode == "none":
+        log.warning('Anyone who reaches the board may use it (auth.mode = "none")')
+    address = config.server.address
+    host = "localhost" if address in EVERY_ADDRESS else _in_url(address)
+    token = f"?token={access.made_token}" if access.made_token else ""
+    print(f"The board: http://{host}:{board_port}/{token}", flush=True)
+
+
+def _addresses(address: str) -> list[str]:
+    """What a station may put into its URL to reach us."""
+    if address not in EVERY_ADDRESS:
+        return [_in_url(address)]
+    found = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses
+             if a.family == socket.AF_INET and not a.address.startswith("127.")]
+    return found[:5] or ["localhost"]
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: each station is one, and 1024 is usual."""
+    try:
+        import resource                                  # not on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 65536
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 65536)), hard))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The commands; `run` is meant where none is named."""
+    parser = argparse.ArgumentParser(prog="ocppboard.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"ocppboard {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("run", help="run the daemon (the default)")
+    start.add_argument("--config", metavar="FILE")
+    start.add_argument("--address", help="instead of server.address")
+    start.add_argument("--port", type=int, help="instead of server.port")
+    start.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    start.add_argument("--check", action="store_true", help="read the configuration, then exit")
+    simulator = commands.add_parser("simulate", help="run simulated stations against a daemon")
+    simulator.add_argument("--url", default="ws://127.0.0.1:9000/ocpp")
+    simulator.add_argument("--stations", type=_at_least(1, int), default=5)
+    simulator.add_argument("--protocol", default="ocpp1.6", choices=(*SIMULATED, "all"))
+    simulator.add_argument("--duration", type=_at_least(0, float), default=0.0, metavar="S",
+                           help="seconds; 0, the default: until interrupted")
+    simulator.add_argument("--rate", type=_at_least(0, float), default=0.0, metavar="R",
+                           help="calls per second of all together; 0: half the number of stations")
+    simulator.add_argument("--password", default="", help="HTTP Basic password of the stations")
+    simulator.add_argument("--prefix", default="SIM-", help="of the identities")
+    commands.add_parser("hash-password", help="print what stands for a password in the config")
+    return parser
+
+
+def _at_least(least: float, kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        number = kind(text)
+        if not least <= number < 1e9:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return number
+    read.__name__ = "number"             # argparse names it in its message
+    return read
+
+
+def ask_password() -> str:
+    """A password from the terminal, asked twice, or the first line of a pipe."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Again: ") != password:
+        raise ConfigError("the two passwords differ")
+    return password
+
+
+def configure_log(level: str) -> None:
+    """To stdout, for the journal or the terminal; Tornado's only where something is wrong."""
+    logging.raiseExceptions = False      # a full disk must not make us write more
+    logging.basicConfig(stream=sys.stdout, level=level.upper(), force=True,
+                        format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("tornado.access", "tornado.application", "tornado.general", "asyncio"):
+        logging.getLogger(name).setLevel(max(logging.ERROR, logging.getLogger().level))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and do it. Returns the exit status: 2 for what the caller must mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    words = ("run", "simulate", "hash-password", "-h", "--help", "--version")
+    if not arguments or arguments[0] not in words:
+        arguments = ["run", *arguments]
+    options = command_line().parse_args(arguments)
+    try:
+        if options.command == "hash-password":
+            if not (password := ask_password()):
+                raise ConfigError("the password is empty")
+            print(hash_password(password))
+        elif options.command == "simulate":
+            configure_log("warning")
+            return asyncio.run(simulate(options.url, options.stations, options.protocol,
+                                        options.duration, options.rate, options.password,
+                                        options.prefix))
+        else:
+            config = read_config(options.config, address=options.address, port=options.port)
+            if options.check:
+                print(f"{config.source or 'defaults'}: the configuration is good")
+                return 0
+            configure_log(options.log_level)
+            raise_file_limit()
+            asyncio.run(run(config))
+    except ConfigError as error:
+        print(f"ocppboard: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def become_a_module() -> None:
+    """Start over as `python -m`: the same process, a fifth smaller.
+
+    Python keeps the syntax tree of a script as long as it runs, which is 11 MB here; that of a
+    module goes when it is compiled.
+    """
+    path = Path(__file__).resolve()
+    if os.name != "posix" or not sys.executable or not path.stem.isidentifier():
+        return
+    interpreter = sys.orig_argv[:len(sys.orig_argv) - len(sys.argv)]     # with its own options
+    folders = [str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    os.execv(sys.executable, [*interpreter, "-P", "-m", path.stem, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    if __spec__ is None:                 # run as a script
+        become_a_module()
+    sys.exit(main())

@@ -1,0 +1,2469 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.2", "psutil>=5.9", "pytest", "hypothesis", "ocpp>=2.0",
+#                 "fastjsonschema", "websockets>=13"]
+# ///
+"""Tests of ocppboard, in the order of its sections. What has no I/O is tested without a loop;
+the edges run over a loopback socket, against stations and clients that are not ours."""
+
+import asyncio
+import base64
+import contextlib
+import csv
+import functools
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from urllib.parse import quote
+
+import fastjsonschema
+import ocpp.exceptions
+import ocpp.v16
+import ocpp.v21
+import ocpp.v201
+import pytest
+import websockets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tornado.httpclient import AsyncHTTPClient
+
+import ocppboard
+from ocppboard import (CALLS, COMMANDS, PROTOCOLS, ROUTES, SENDS, SETTINGS, SHAPES,
+                       STATION_SETTINGS, TOPICS, Board, Call, CallError, CallResult, ConfigError,
+                       Link, Store, pack, read_config, unpack)
+
+HERE = Path(__file__).resolve().parent
+NOW = 1_789_997_600.0                    # 2026-09-21T13:33:20Z
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self, now: float = NOW):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def config_of(**keys):
+    """The defaults with some keys changed: `ocpp_accept="ask"`; stations={…} as in the file."""
+    stations = keys.pop("stations", None)
+    environ = {f"OCPPBOARD_{key.upper()}": str(value) for key, value in keys.items()}
+    config = read_config(environ={"OCPPBOARD_CONFIG": os.devnull} | environ)
+    for pattern, entry in (stations or {}).items():
+        values = {s.key: s.default for s in STATION_SETTINGS} | entry
+        config.stations[pattern] = ocppboard.SimpleNamespace(**values)
+    return config
+
+
+class Bench:
+    """A Board with a movable clock, and a station's Link without a socket."""
+
+    def __init__(self, protocol="ocpp1.6", schemas=None, identity="CP-1", **keys):
+        self.clock = Clock()
+        self.board = Board(config_of(**keys), self.clock)
+        self.sent, self.closed = [], []
+        self.link = self.connect(protocol, schemas, identity)
+
+    def connect(self, protocol="ocpp1.6", schemas=None, identity="CP-1", quirks=()):
+        link = Link(self.board, schemas, protocol, lambda text: self.sent.append(text),
+                    lambda code, reason: self.closed.append((code, reason)))
+        link.start(identity, "192.0.2.1", 0, quirks)
+        return link
+
+    @property
+    def station(self):
+        return self.link.station
+
+    def receive(self, frame):
+        """Hand a frame to the Link; returns what it sent back, taken apart."""
+        before = len(self.sent)
+        waits = self.link.receive(frame if isinstance(frame, (str, bytes)) else json.dumps(frame))
+        if waits is not None:
+            asyncio.run(_await(waits))
+        assert len(self.sent) <= before + 1, "more than one answer"
+        return json.loads(self.sent[-1]) if len(self.sent) > before else None
+
+    def call(self, action, payload, id_="1"):
+        """Send a Call as the station; returns the payload of the CALLRESULT."""
+        answer = self.receive([2, id_, action, payload])
+        assert answer[0] == 3 and answer[1] == id_, answer
+        return answer[2]
+
+    def transaction(self):
+        return self.board.transactions.records[-1].view()
+
+
+async def _await(awaitable):
+    return await awaitable
+
+
+def assertCallError(frame, code):  # noqa: N802  (the standard's word)
+    assert frame[0] == 4 and frame[2] == code, frame
+    assert isinstance(frame[3], str) and len(frame[3]) <= 255 and frame[4] == {}, frame
+
+
+# --- Errors -------------------------------------------------------------------------------
+
+
+def test_every_error_knows_its_status_and_its_ocpp_code():
+    kinds = [kind for kind in vars(ocppboard).values()
+             if inspect.isclass(kind) and issubclass(kind, ocppboard.BoardError)]
+    assert len(kinds) > 15
+    codes = {"NotImplemented", "InternalError", "FormatViolation", "OccurrenceConstraintViolation",
+             "TypeConstraintViolation", "PropertyConstraintViolation", "SecurityError"}
+    for kind in kinds:
+        assert 400 <= kind.http_status < 600 and kind.ocpp_code in codes
+        assert kind.http_status in ocppboard.HTTP_WORDS or kind is ocppboard.Refused
+
+
+# --- Configuration ------------------------------------------------------------------------
+
+
+def write(tmp_path, text):
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_without_a_file_the_defaults_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = read_config(environ={})
+    assert config.server.port == 9000 and config.ocpp.protocols == list(PROTOCOLS)
+
+
+def test_the_file_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ocppboard.toml").write_text("[server]\nport = 9123\n")
+    assert read_config(environ={}).server.port == 9123
+    other = write(tmp_path, "[server]\nport = 9124\n")
+    assert read_config(environ={"OCPPBOARD_CONFIG": other}).server.port == 9124
+    third = tmp_path / "third.toml"
+    third.write_text("[server]\nport = 9125\n")
+    assert read_config(str(third), {"OCPPBOARD_CONFIG": other}).server.port == 9125
+
+
+def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
+    path = write(tmp_path, '[server]\nport = 1\n[sse]\nqueue = 5\n[ocpp]\naccept = "ask"\n')
+    environ = {"OCPPBOARD_SERVER_PORT": "2", "OCPPBOARD_SERVER_TRUST_PROXY": "true",
+               "OCPPBOARD_OCPP_ID_TOKENS": "A, B", "OCPPBOARD_SERVICE_HOST": "10.0.0.1"}
+    config = read_config(path, environ, port=3)
+    assert (config.server.port, config.sse.queue, config.ocpp.accept) == (3, 5, "ask")
+    assert config.server.trust_proxy is True and config.ocpp.id_tokens == ["A", "B"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[server]\nprot = 1", ["server.prot", "did you mean port?"]),
+    ("[sever]\nport = 1", ["[sever]", "did you mean server?"]),
+    ("port = 1", ["unknown section [port]"]),
+    ("server = 1", ["server must be a section"]),
+    ('[server]\nport = "9000"', ["server.port must be a whole number, not '9000'"]),
+    ("[server]\nport = true", ["server.port must be a whole number"]),
+    ("[server]\nport = 70000", ["from 0 to 65535, not 70000"]),
+    ("[sse]\nheartbeat_ms = 0", ["sse.heartbeat_ms must be from 100"]),
+    ('[auth]\nmode = "tokn"', ["token | credentials | none", "did you mean token?"]),
+    ('[auth]\nmode = "credentials"', ["needs auth.password"]),
+    ("[auth]\npassword = 12345", ["auth.password must be a text"]),
+    ('[auth]\npassword = "scrypt$1$2"', ["auth.password is not a hash"]),
+    ('[ocpp]\nprotocols = ["ocpp2.0"]', ["did you mean ocpp2.0.1?"]),
+    ("[ocpp]\nprotocols = []", ["at least one"]),
+    ('[ocpp]\nid_tokens = "A"', ["must be a list of texts"]),
+    ('[ocpp]\npath = "ocpp"', ["ocpp.path"]),
+    ('[ocpp]\nport = 9000', ["ocpp.port is server.port"]),
+    ('[stations."CP-1"]\npasword = "x"', ['stations."CP-1".pasword', "did you mean password?"]),
+    ('[stations]\n"CP-1" = 1', ["must be a section"]),
+    ("[smart_charge]\nenabled = true", ["[smart_charge] is not available in this version"]),
+    ('[server]\ntls_certificate = "a.pem"', ["server.tls_certificate is not available"]),
+    ("[server\n", ["not a TOML file", "line 1"]),
+])
+def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        read_config(path, {})
+    line = str(error.value)
+    assert line.startswith(path) and "\n" not in line and "12345" not in line
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("environ, word", [
+    ({"OCPPBOARD_SERVER_PRT": "1"}, "did you mean OCPPBOARD_SERVER_PORT?"),
+    ({"OCPPBOARD_SERVER_PORT": "x"}, "must be a whole number, not 'x'"),
+    ({"OCPPBOARD_SERVER_TRUST_PROXY": "maybe"}, "must be true or false"),
+    ({"OCPPBOARD_CONFIG": "/nowhere/a.toml"}, "/nowhere/a.toml: cannot be read: No such file"),
+])
+def test_a_wrong_environment_is_told_by_its_name(environ, word):
+    with pytest.raises(ConfigError, match=re.escape(word)):
+        read_config(environ=environ)
+
+
+def test_the_most_exact_station_entry_wins():
+    config = config_of(stations={"CP-*": {"max_a": 10}, "CP-1*": {"max_a": 16}, "CP-12": {},
+                                 "*": {"max_a": 6}})
+    found = {i: config.station(i).max_a for i in ("CP-9", "CP-11", "CP-12", "X")}
+    assert found == {"CP-9": 10, "CP-11": 16, "CP-12": 32, "X": 6}
+    assert config_of(stations={"A": {}}).station("B") is None
+
+
+def test_a_hashed_password_is_known_again_and_nothing_else_is():
+    hashed = ocppboard.hash_password("geheim")
+    assert "geheim" not in hashed and ocppboard.PASSWORD_HASH.fullmatch(hashed)
+    assert ocppboard.password_matches(b"geheim", hashed)
+    assert not ocppboard.password_matches(b"geheim ", hashed)
+    assert ocppboard.password_matches(b"plain", "plain")
+    assert hashed != ocppboard.hash_password("geheim"), "no salt"
+
+
+def test_the_sample_config_shows_every_key_with_its_default():
+    data = tomllib.loads((HERE / "ocppboard.toml").read_text())
+    stations = data.pop("stations")
+    assert list(stations) == ["CP-001"]
+    assert {(s, k): v for s, keys in data.items() for k, v in keys.items()} == {
+        (s.section, s.key): s.default for s in SETTINGS}
+    assert stations["CP-001"] == {s.key: s.default for s in STATION_SETTINGS}
+    config = read_config(str(HERE / "ocppboard.toml"), {})
+    assert config.station("CP-001").phases == 3
+
+
+# --- Records ------------------------------------------------------------------------------
+
+
+class Numbered(ocppboard.Record):
+    def __init__(self, size=0):
+        self.number, self.size = 0, size
+
+
+def test_a_store_drops_the_oldest_beyond_its_limit():
+    store = Store(3)
+    gone = [store.append(Numbered()) for _ in range(5)]
+    assert [r.number for r in store.records] == [3, 4, 5] and store.total == 5
+    assert [g and g.number for g in gone] == [None, None, None, 1, 2]
+
+
+def test_a_store_drops_the_oldest_beyond_its_bytes():
+    store = Store(100, 1000)
+    for size in (400, 400, 400):
+        store.append(Numbered(size))
+    assert [r.number for r in store.records] == [2, 3] and store.bytes == 800
+    store.append(Numbered(900))
+    assert [r.number for r in store.records] == [4] and store.bytes == 900
+    store.append(Numbered(2000))
+    assert not store.records and store.bytes == 0, "one beyond all bytes cannot be kept"
+
+
+def test_a_page_is_newest_first_and_counts_all_that_match():
+    store = Store(10)
+    for _ in range(12):
+        store.append(Numbered())
+    page, total = store.page(3, 2)
+    assert [r.number for r in page] == [10, 9, 8] and total == 10
+    page, total = store.page(2, 1, lambda r: r.number % 2)
+    assert [r.number for r in page] == [9, 7] and total == 5
+    assert [r.number for r in store.newest(2, lambda r: r.number < 9)] == [8, 7]
+
+
+def test_since_gives_what_came_after_and_counts_what_is_lost():
+    store = Store(3)
+    for _ in range(5):
+        store.append(Numbered())
+    numbers = {n: ([r.number for r in store.since(n)[0]], store.since(n)[1]) for n in range(7)}
+    assert numbers == {0: ([3, 4, 5], 2), 1: ([3, 4, 5], 1), 2: ([3, 4, 5], 0), 3: ([4, 5], 0),
+                       4: ([5], 0), 5: ([], 0), 6: ([], 0)}
+
+
+def test_energy_counts_on_through_a_reset_of_the_register():
+    transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW, 1000.0)
+    transaction.register, transaction.energy_wh = 1000.0, 0.0
+    for register, energy in ((1500, 500), (1499, 500), (1600, 600), (50, 650), (150, 750)):
+        transaction.count_energy(register)
+        assert transaction.energy_wh == energy
+    assert transaction.estimated
+
+
+# --- Messages -----------------------------------------------------------------------------
+
+
+def test_a_call_is_taken_apart():
+    frame = '[2, "19223201", "BootNotification", {"a": [1, 2.5, "]}"], "b": {}}]'
+    assert unpack(frame) == Call('"19223201"', "BootNotification",
+                                 {"a": [1, 2.5, "]}"], "b": {}}, '{"a": [1, 2.5, "]}"], "b": {}}')
+
+
+@pytest.mark.parametrize("frame, message", [
+    ('[3,"1",{"status":"Accepted"}]', CallResult('"1"', {"status": "Accepted"},
+                                                 '{"status":"Accepted"}')),
+    ('[3,"1",null]', CallResult('"1"', {}, "{}")),
+    ('[4,"1","NotSupported","no",{"a":1}]', CallError('"1"', "NotSupported", "no", {"a": 1},
+                                                      '{"a":1}')),
+    ('[4,"1","NotSupported"]', CallError('"1"', "NotSupported", "", {}, "{}")),
+    ('[4,"1","NotSupported","no"]', CallError('"1"', "NotSupported", "no", {}, "{}")),
+    ('[5,"1","FormatViolation","",{}]', CallError('"1"', "FormatViolation", "", {}, "{}", True)),
+    ('[6,"1","NotifyPeriodicEventStream",{}]', ocppboard.Send('"1"', "NotifyPeriodicEventStream",
+                                                              {}, "{}")),
+    (' [ 2 , "\\u0041" , "Heart\\u0062eat" , { } ] \n', Call('"\\u0041"', "Heartbeat", {}, "{ }")),
+    ('[2,17,"Heartbeat",{}]', Call("17", "Heartbeat", {}, "{}")),
+    ('[2,"1","A",{"a":\n1,\r\n"b":2}]', Call('"1"', "A", {"a": 1, "b": 2}, '{"a": 1,  "b":2}')),
+])
+def test_every_message_type_is_understood(frame, message):
+    assert unpack(frame) == message
+
+
+@pytest.mark.parametrize("frame, id_text", [
+    ("", ""), ("hello", ""), ("{}", ""), ("[]", ""), ("[2]", ""), ("null", ""),
+    ('[2,"1"]', '"1"'), ('["2","1","A",{}]', ""), ('[7,"1","A",{}]', ""),
+    ('[2,"1","A"]', '"1"'), ('[2,"1",{}]', '"1"'), ('[2,"1","A",{}', '"1"'), ('[2,"1","A",{}]]', '"1"'),
+    ('[2,"1","A",{},1]', '"1"'), ('[2,"1","A",[]]', '"1"'), ('[2,"1","A","x"]', '"1"'),
+    ('[2,"1","A",{"a":NaN}]', '"1"'), ('[2,"1","A",{"a":1e999}]', '"1"'),
+    ('[2,"1","A",{"a":' + "[" * 100_000, '"1"'), ('[2,"1","A",{"a":' + "9" * 5000 + "}]", '"1"'),
+    ('[2,"' + "1" * 300 + '","A",{}]', ""), ('[2,"1","' + "A" * 100 + '",{}]', '"1"'),
+    ('[2,"\\x","A",{}]', ""), ('[2,"1","\\x",{}]', '"1"'), ('[3,"1",[]]', ""), ('[3,"1","x"]', ""),
+    ('[4,"1"]', ""), ('[4,"1","A",', ""), ('[2,null,"A",{}]', ""), ("[" * 100_000, ""),
+    (" " * 500_000, ""), ('[2,"' + "\\\\" * 100_000, ""), ('[٢,"1","A",{}]', ""),
+])
+def test_what_is_no_message_is_refused_with_the_id_of_a_call(frame, id_text):
+    with pytest.raises(ocppboard.BadFrame) as error:
+        unpack(frame)
+    assert error.value.id_text == id_text
+
+
+@pytest.mark.parametrize("frame, names", [
+    ('[3,"1",{"configurationKey":]}]', None),
+    ('[3,"1",{"unknownKey":["a",]}]', ["json_trailing_comma"]),
+    ('[2,"1","A",{"a":,"b":1}]', ["json_missing_value"]),
+    ('[2,"1","A",{"a":"x\ty"}]\x00\x00', ["json_control_character"]),
+])
+def test_known_faults_of_json_are_mended(frame, names):
+    with pytest.raises(ocppboard.BadFrame):
+        unpack(frame)
+    mended, found = ocppboard.repair(frame)
+    unpack(mended)
+    assert names is None or found == names
+
+
+@given(st.text(min_size=1, max_size=40), st.dictionaries(st.text(max_size=5), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.floats(
+        allow_nan=False, allow_infinity=False), lambda inner: st.lists(inner, max_size=3))))
+def test_what_is_packed_is_unpacked_the_same(id_, payload):
+    call = Call(json.dumps(id_), "DataTransfer", payload, json.dumps(payload))
+    assert unpack(pack(call)) == call and ocppboard.message_id(call.id_text) == id_
+    result = CallResult(call.id_text, payload, call.text)
+    assert unpack(pack(result)) == result
+    error = CallError(call.id_text, "GenericError", "x", payload, ocppboard.to_json(payload))
+    assert unpack(pack(error)) == error
+
+
+@given(st.text(max_size=60) | st.text(alphabet='[]{},:"\\ 2346abc\n', max_size=40))
+def test_no_frame_does_more_than_to_be_refused(frame):
+    for text in (frame, ocppboard.repair(frame)[0]):
+        with contextlib.suppress(ocppboard.BadFrame):
+            unpack(text)
+
+
+# --- Versions -----------------------------------------------------------------------------
+
+
+def schema_names(protocol):
+    folder, request = ocppboard.Schemas.FOLDERS[protocol]
+    names = {p.stem for p in (Path(ocpp.__file__).parent / folder / "schemas").glob("*.json")}
+    return {n.removesuffix(request) for n in names if not n.endswith("Response")}
+
+
+@pytest.mark.parametrize("protocol, received, commands", [
+    ("ocpp1.6", 14, 26), ("ocpp2.0.1", 25, 40), ("ocpp2.1", 37, 54)])
+def test_every_action_of_the_standard_is_known(protocol, received, commands):
+    assert len(CALLS[protocol]) == received and len(COMMANDS[protocol]) == commands
+    assert set(CALLS[protocol]) | COMMANDS[protocol] | set(SENDS[protocol]) == schema_names(protocol)
+
+
+@pytest.mark.parametrize("text, seconds, zoned", [
+    ("2026-09-21T13:33:20Z", NOW, True), ("2026-09-21T13:33:20", NOW, False),
+    ("2026-09-21T13:33:20.000000Z", NOW, True), ("2026-09-21T13:33:20.123456789Z", NOW, True),
+    ("2026-09-21 15:33:20+02:00", NOW, True), ("2026-09-21t13:33:20z", NOW, True),
+])
+def test_times_are_read_as_chargers_write_them(text, seconds, zoned):
+    when, told = ocppboard.parse_time(text)
+    assert int(when) == seconds and told is zoned
+
+
+@pytest.mark.parametrize("text", ["", "now", None, 5, "0001-01-01T00:00:00Z", "2026-13-01", [], {},
+                                  "9999-12-31T23:59:59Z", "1969-12-31T23:59:59Z"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ocppboard.WrongValue):
+        ocppboard.parse_time(text)
+
+
+@pytest.mark.parametrize("action, payload", [
+    ("ChangeConfiguration", {"key": "AuthorizationKey", "value": "s3cret"}),
+    ("GetConfiguration", {"configurationKey": [{"key": "AuthorizationKey", "value": "s3cret"}]}),
+    ("SetVariables", {"setVariableData": [{"variable": {"name": "BasicAuthPassword"},
+                                           "attributeValue": "s3cret"}]}),
+    ("NotifyReport", {"reportData": [{"variable": {"name": "BasicAuthPassword"},
+                                      "variableAttribute": [{"value": "s3cret"}]}]}),
+    ("SetNetworkProfile", {"connectionData": {"basicAuthPassword": "s3cret",
+                                              "apn": {"apnPassword": "s3cret"},
+                                              "vpn": {"password": "s3cret"}}}),
+    ("GetDiagnostics", {"location": "ftp://me:s3cret@192.0.2.1/up"}),
+])
+def test_no_secret_is_kept(action, payload):
+    kept = ocppboard.without_secrets(action, payload, json.dumps(payload))
+    assert "s3cret" not in kept and ocppboard.HIDDEN in kept
+
+
+def test_a_payload_without_secrets_is_kept_as_it_came():
+    payload = {"key": "HeartbeatInterval", "value": "300"}
+    text = json.dumps(payload)
+    assert ocppboard.without_secrets("ChangeConfiguration", payload, text) is text
+
+
+# --- Meter values -------------------------------------------------------------------------
+
+
+def sample(value, measurand=None, unit=None, phase=None, **more):
+    named = {"measurand": measurand, "unit": unit, "phase": phase}
+    return {"value": value} | {k: v for k, v in named.items() if v is not None} | more
+
+
+def read_meter(*samples, timestamp="2026-09-21T13:33:20Z", quirks=None):
+    """(values, quirks) of one MeterValue, as a Reading shows them that took nothing before."""
+    quirks = []
+    found = ocppboard.read_meter_value({"timestamp": timestamp, "sampledValue": list(samples)}, NOW,
+                                       quirks)
+    if found is None:
+        return None, quirks
+    reading = ocppboard.Reading(found[0])
+    reading.take(*found, NOW)
+    return reading, quirks
+
+
+POWER, CURRENT = "Power.Active.Import", "Current.Import"
+
+
+@pytest.mark.parametrize("samples, field, value", [
+    ([sample("1234")], "energy_wh", 1234),                                    # all defaults
+    ([sample("1.234", unit="kWh")], "energy_wh", 1234),
+    ([sample("11", POWER, "kW")], "power_w", 11000),
+    ([sample("11000", POWER)], "power_w", 11000),
+    ([sample("3600", POWER, "W", "L1"), sample("3700", POWER, "W", "L2")], "power_w", 7300),
+    ([sample("1", POWER, "W", "L1"), sample("7300", POWER, "W")], "power_w", 7300),
+    ([sample("16", CURRENT, "A", "L1-N"), sample("15", CURRENT, "A", "L2")], "current_a",
+     {"L1": 16, "L2": 15}),
+    ([sample("16000", CURRENT, "mA")], "current_a", {"": 16}),
+    ([sample("230", "Voltage", "V", "L1-N"), sample("400", "Voltage", "V", "L1-L2")], "voltage_v",
+     {"L1": 230, "L1-L2": 400}),
+    ([sample("57", "SoC", "Percent")], "soc", 57),
+    ([sample("104", "Temperature", "Fahrenheit")], "temperature_c", 40),
+    ([sample("313.15", "Temperature", "K")], "temperature_c", 40),
+    ([sample("50", "Frequency", "Hertz")], "frequency_hz", 50),
+    ([sample("16", "Current.Offered", "A")], "offered_a", 16),
+    ([sample(1.5, unitOfMeasure={"unit": "Wh", "multiplier": 3})], "energy_wh", 1500),    # 2.x
+    ([sample(11.5, POWER, unitOfMeasure={"unit": "kW"})], "power_w", 11500),
+    ([sample("5", POWER, "W", location="Inlet")], "power_w", 5),
+    ([sample("9", POWER, "W", location="Inlet"), sample("7", POWER, "W")], "power_w", 7),
+    ([sample("1", "power_active_import", "W")], "power_w", 1),                # a vendor's notation
+])
+def test_the_normaliser_knows_the_defaults_units_and_phases(samples, field, value):
+    reading, quirks = read_meter(*samples)
+    found = getattr(reading, field)
+    assert found == (value if isinstance(value, dict) else pytest.approx(value)) and quirks == []
+
+
+@pytest.mark.parametrize("samples, field, value, quirk", [
+    ([sample("11000", POWER, "Wh")], "power_w", 11000, "meter_unit_mismatch"),
+    ([sample("11", POWER, "kWh")], "power_w", 11000, "meter_unit_mismatch"),
+    ([sample("x", POWER), sample("5")], "energy_wh", 5, "meter_value_not_a_number"),
+    ([sample("nan"), sample("1", POWER)], "power_w", 1, "meter_value_not_a_number"),
+    (["x", sample("1", POWER)], "power_w", 1, "meter_value_malformed"),
+])
+def test_the_normaliser_reads_what_is_wrong_and_says_so(samples, field, value, quirk):
+    reading, quirks = read_meter(*samples)
+    assert getattr(reading, field) == value and quirks == [quirk]
+
+
+def test_signed_data_and_unknown_measurands_are_passed_over():
+    assert read_meter(sample("c2lnbmVk", format="SignedData"), sample("1", "Power.Factor")) == (
+        None, [])
+
+
+def test_power_is_worked_out_from_current_and_voltage():
+    reading, _ = read_meter(sample("10", CURRENT, "A", "L1"), sample("10", CURRENT, "A", "L2"),
+                            sample("240", "Voltage", "V", "L1-N"))
+    assert reading.power_w == 10 * 240 + 10 * 230 and reading.view(NOW)["quality"] == "derived"
+    reading.take(NOW + 1, {"power_w": 5000.0}, NOW)
+    assert reading.view(NOW)["quality"] == "measured"
+    reading.take(NOW + 2, {"current_a": {"L1": 1.0}}, NOW)
+    assert reading.power_w == 5000, "a measured power goes before a derived one"
+
+
+def test_power_is_worked_out_from_energy_and_time():
+    reading = ocppboard.Reading(NOW, energy_wh=1000)
+    reading.take(NOW + 360, {"energy_wh": 2000.0}, NOW + 360)
+    assert reading.power_w == 10_000 and reading.derived
+
+
+def test_history_does_not_mix_into_what_is_live():
+    reading = ocppboard.Reading(NOW, power_w=7000)
+    assert not reading.take(NOW - 3600, {"power_w": 1.0}, NOW) and reading.power_w == 7000
+    assert reading.take(NOW, {"soc": 50.0}, NOW) and reading.soc == 50, "same stamp, other value"
+    reading = ocppboard.Reading(NOW + 7200, power_w=7000)        # its clock runs two hours ahead
+    assert reading.take(NOW + 10, {"power_w": 1.0}, NOW) and reading.power_w == 1
+
+
+def test_an_old_reading_is_shown_as_stale():
+    reading = ocppboard.Reading(NOW, power_w=7000)
+    assert reading.view(NOW + 900)["quality"] == "measured"
+    assert reading.view(NOW + 1000)["quality"] == "stale"
+
+
+# --- Board --------------------------------------------------------------------------------
+
+
+def test_the_newest_connection_of_an_identity_wins_and_a_late_close_changes_nothing():
+    bench = Bench()
+    first, second = bench.link, bench.connect()
+    assert bench.closed == [(1000, "replaced by a newer connection")]
+    assert second.station.link is second and second.station.evicted_count == 1
+    first.end("connection lost")
+    assert second.station.link is second and bench.board.online == 1
+    assert [e.kind for e in bench.board.system.records].count("EVICTION") == 1
+    assert bench.board.total_connections == 2 and bench.board.peak_connections == 1
+    second.end("connection lost")
+    assert second.station.link is None and bench.board.online == 0
+
+
+def test_an_identity_that_keeps_being_replaced_raises_an_alarm():
+    bench = Bench()
+    for _ in range(10):
+        bench.connect()
+    assert [e.kind for e in bench.board.security.records] == ["ANOMALY"]
+
+
+def test_offline_stations_beyond_the_limit_are_forgotten_the_longest_gone_first():
+    bench = Bench(store_max_connections=3, identity="A")
+    links = {i: bench.connect(identity=i) for i in "BC"} | {"A": bench.link}
+    for identity in "BA":
+        links[identity].end("connection lost")
+    bench.connect(identity="D")
+    assert sorted(bench.board.stations) == ["A", "C", "D"]
+    bench.connect(identity="A").end("x")
+    bench.connect(identity="E")
+    assert sorted(bench.board.stations) == ["C", "D", "E"]
+    bench.connect(identity="F")
+    assert sorted(bench.board.stations) == ["C", "D", "E", "F"], "who is online stays"
+
+
+def test_rates_are_means_over_their_windows():
+    bench = Bench()
+    for _ in range(50):
+        bench.call("Heartbeat", {})
+    assert bench.board.rates.per_second() == 10.0
+    bench.clock.now += 5
+    assert bench.board.rates.per_second() == 10.0
+    bench.clock.now += 5.5
+    assert bench.board.rates.per_second() == 5.0, "half of the oldest second is out"
+    assert bench.board.rates.latency_ms() > 0
+    bench.clock.now += 60
+    assert bench.board.rates.per_second() == 0 and bench.board.rates.latency_ms() == 0
+    bench.clock.now -= 3600
+    assert bench.board.rates.per_second() == 0, "the clock was set back"
+
+
+def test_a_subscription_keeps_the_newest_and_counts_the_lost():
+    bench = Bench(sse_queue=3)
+    wakes = []
+    subscription, missed, lost = bench.board.subscribe(["messages"], None, lambda: wakes.append(1))
+    assert (missed, lost) == ([], 0)
+    for _ in range(4):
+        bench.call("Heartbeat", {})
+    events, lost = subscription.take()
+    assert [e.number for e in events] == [6, 7, 8] and lost == 5 and wakes == [1]
+    assert subscription.take() == ([], 0)
+    bench.board.unsubscribe(subscription)
+    bench.call("Heartbeat", {})
+    assert subscription.take() == ([], 0) and not bench.board.listeners["messages"]
+
+
+def test_a_record_becomes_text_once_for_all_and_never_for_nobody(monkeypatch):
+    made = []
+    original = ocppboard.LoggedMessage.json
+    monkeypatch.setattr(ocppboard.LoggedMessage, "json",
+                        lambda self: made.append(self.number) or original(self))
+    bench = Bench()
+    bench.call("Heartbeat", {})
+    followers = [bench.board.subscribe(["messages"], None, lambda: None)[0] for _ in range(5)]
+    bench.call("Heartbeat", {})
+    assert made == []
+    texts = [[event.text for event in follower.take()[0]] for follower in followers]
+    assert made == [3, 4] and all(text == texts[0] for text in texts)
+
+
+def test_a_follower_that_comes_back_gets_what_it_missed():
+    bench = Bench(store_max_messages=4)
+    for _ in range(5):
+        bench.call("Heartbeat", {})                                  # messages 7 to 10 are left
+    after = functools.partial(bench.board.subscribe, ["messages"], None, lambda: None)
+    assert [e.number for e in after({"messages": 8})[1]] == [9, 10]
+    _, missed, lost = after({"messages": 3})
+    assert [e.number for e in missed] == [7, 8, 9, 10] and lost == 3
+
+
+def test_of_a_changing_record_only_its_last_state_is_missed():
+    bench = Bench()
+    before = bench.board.changes["connections"]
+    for status in ("Preparing", "Charging", "Finishing"):
+        bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                          "status": status})
+    _, missed, _ = bench.board.subscribe(["connections"], None, lambda: None,
+                                         {"connections": before})
+    assert len(missed) == 1 and '"status":"Finishing"' in missed[0].text
+
+
+def test_transaction_ids_are_unique_over_restarts_and_within_a_second():
+    bench = Bench()
+    ids = [bench.board.new_transaction_id() for _ in range(3)]
+    assert ids == [int(NOW), int(NOW) + 1, int(NOW) + 2] and max(ids) < 2 ** 31
+    restarted = Bench()
+    restarted.clock.now += 10
+    assert restarted.board.new_transaction_id() > max(ids)
+
+
+def test_what_one_station_can_make_us_keep_is_bounded():
+    bench = Bench()
+    for number in range(500):
+        bench.call("StatusNotification", {"connectorId": number, "errorCode": "x" * 5000,
+                                          "status": "y" * 5000, "info": "z" * 5000})
+    for number in range(200):
+        bench.board.quirk(bench.station, f"quirk {number}")
+    assert len(bench.station.connectors) == ocppboard.CONNECTORS_KEPT
+    assert len(bench.station.quirks) == ocppboard.QUIRKS_KEPT
+    assert len(json.dumps(bench.station.view())) < 100_000
+    bench.call("BootNotification", {"chargePointVendor": "v" * 9999, "chargePointModel": "m"})
+    assert len(bench.station.info["vendor"]) == ocppboard.TEXT_KEPT
+
+
+def test_message_payloads_are_bounded_by_bytes():
+    bench = Bench(store_max_message_bytes=1_048_576)
+    for _ in range(40):
+        bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 100_000})
+    assert bench.board.messages.bytes <= 1_048_576 and 0 < len(bench.board.messages) < 80
+    assert bench.board.messages.total == 80
+
+
+def test_the_same_knocking_is_counted_once():
+    bench = Bench()
+    news = []
+    for _ in range(3):
+        news.append(bench.board.knocked("192.0.2.9", "/x", {}, 400, "why", "ws://…"))
+        bench.clock.now += 1
+    assert news == [True, False, False]
+    entry, = bench.board.knocking_view()
+    assert entry["count"] == 3 and entry["firstAt"] < entry["lastAt"]
+    for number in range(300):
+        bench.board.knocked("192.0.2.9", f"/{number}", {}, 400, "why", "ws://…")
+    assert len(bench.board.knocking) == ocppboard.KNOCKING_KEPT
+
+
+# --- Incoming calls -----------------------------------------------------------------------
+
+
+def instance(schema, full, root=None):
+    """A value that fits a JSON schema: with all of its fields, or the required ones."""
+    root = root or schema
+    if "$ref" in schema:
+        return instance(functools.reduce(lambda s, k: s[k], schema["$ref"].split("/")[1:], root),
+                        full, root)
+    if "enum" in schema:
+        return schema["enum"][-1]
+    if "anyOf" in schema or "oneOf" in schema:
+        return instance((schema.get("anyOf") or schema["oneOf"])[0], full, root)
+    kind = schema.get("type", "object")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        wanted = schema.get("properties", {})
+        return {name: instance(inner, full, root) for name, inner in wanted.items()
+                if name in schema.get("required", ()) or full and name != "customData"}
+    if kind == "array":
+        return [instance(schema["items"], full, root)] * max(1, schema.get("minItems", 1))
+    if kind == "string":
+        text = "2026-09-21T13:33:20Z" if schema.get("format") == "date-time" else "1"
+        return "https://example.com" if schema.get("format") == "uri" else text
+    number = max(1.5, schema.get("minimum", 1.5)) if schema.get("maximum", 2) > 1 else 0.0
+    return {"integer": max(1, schema.get("minimum", 1)), "number": number, "boolean": True}[kind]
+
+
+@functools.cache
+def schema_of(protocol, action, part):
+    folder, request = ocppboard.Schemas.FOLDERS[protocol]
+    name = action + (request if part == "Request" else "Response")
+    path = Path(ocpp.__file__).parent / folder / "schemas" / f"{name}.json"
+    return json.loads(path.read_text("utf-8-sig"))
+
+
+@functools.cache
+def checker(protocol, action, part):
+    return fastjsonschema.compile(schema_of(protocol, action, part))
+
+
+EVERY_CALL = [(protocol, action) for protocol in PROTOCOLS for action in CALLS[protocol]]
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "least"])
+@pytest.mark.parametrize("protocol, action", EVERY_CALL)
+def test_every_call_is_answered_as_its_schema_says(protocol, action, full):
+    bench = Bench(protocol)
+    payload = instance(schema_of(protocol, action, "Request"), full)
+    checker(protocol, action, "Request")(payload)
+    checker(protocol, action, "Response")(bench.call(action, payload))
+    assert not set(bench.station.quirks) - {"meter_unit_mismatch"}, "a unit called 1"
+    call, answer = bench.board.messages.records
+    assert (call.direction, call.type, call.method) == ("IN", "CALL", action)
+    assert (answer.direction, answer.type, answer.method) == ("OUT", "CALLRESULT", action)
+    assert call.response_ms == answer.response_ms > 0 and json.loads(call.payload) == payload
+
+
+STRANGE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8) | st.sampled_from(["2026-09-21T13:33:20", "Started", "Ended", "-1", "1e400",
+                                             10 ** 400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["value", "timestamp", "sampledValue", "unit", "phase", "measurand", "id",
+                         "unitOfMeasure", "multiplier", "transactionId", "idToken", "type"]),
+        inner, max_size=4), max_leaves=8)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_payload_makes_a_handler_fail(protocol, data, caplog):
+    action = data.draw(st.sampled_from(sorted(CALLS[protocol])))
+    payload = instance(schema_of(protocol, action, "Request"), True)
+    for key in data.draw(st.lists(st.sampled_from(sorted(payload) or ["x"]), max_size=4)):
+        if isinstance(payload.get(key), dict) and data.draw(st.booleans()):
+            inner = data.draw(st.sampled_from(sorted(payload[key]) or ["x"]))
+            payload[key] = payload[key] | {inner: data.draw(STRANGE)}
+        else:
+            payload[key] = data.draw(STRANGE)
+    bench = Bench(protocol)
+    answer = bench.receive([2, "1", action, payload])
+    if answer[0] == 3:
+        checker(protocol, action, "Response")(answer[2])
+    else:
+        assert answer[2] not in ("InternalError", "NotImplemented"), answer
+    json.dumps([s.view() for s in bench.board.stations.values()], allow_nan=False)
+    json.dumps([t.view() for t in bench.board.transactions.records], allow_nan=False)
+    assert not caplog.records, caplog.text
+
+
+def test_a_boot_fills_the_station_data_and_tells_the_time():
+    bench = Bench()
+    answer = bench.call("BootNotification", {
+        "chargePointVendor": "V", "chargePointModel": "M", "chargePointSerialNumber": "S" * 33,
+        "firmwareVersion": "1"})
+    assert answer == {"status": "Accepted", "interval": 300, "currentTime": "2026-09-21T13:33:20Z"}
+    assert bench.station.view()["station"] == {"vendor": "V", "model": "M", "serial": "S" * 33,
+                                               "firmware": "1"}
+
+
+def test_with_ask_a_station_is_pending_until_it_is_approved():
+    bench = Bench("ocpp2.0.1", ocpp_accept="ask", stations={"KNOWN": {}})
+    boot = {"reason": "PowerUp", "chargingStation": {"model": "M", "vendorName": "V"}}
+    answer = bench.call("BootNotification", boot)
+    assert answer["status"] == "Pending" and answer["interval"] == 60
+    refused = bench.receive([2, "2", "Authorize", {"idToken": {"idToken": "A", "type": "Central"}}])
+    assertCallError(refused, "SecurityError")
+    bench.call("StatusNotification", {"timestamp": "2026-09-21T13:33:20Z", "evseId": 1,
+                                      "connectorStatus": "Available", "connectorId": 1})
+    bench.board.approve(bench.station)
+    assert bench.call("BootNotification", boot)["status"] == "Accepted"
+    bench.call("Authorize", {"idToken": {"idToken": "A", "type": "Central"}})
+    assert bench.board.is_approved("KNOWN")
+
+
+@pytest.mark.parametrize("protocol, token, unknown", [
+    ("ocpp1.6", {"idTag": "{}"}, "Invalid"),
+    ("ocpp2.0.1", {"idToken": {"idToken": "{}", "type": "ISO14443"}}, "Unknown")])
+def test_listed_id_tokens_are_accepted_in_any_case(protocol, token, unknown):
+    bench = Bench(protocol, ocpp_authorize="listed", ocpp_id_tokens="ABcd,1234*")
+    for text, status in (("abCD", "Accepted"), ("12345678_dummy1", "Accepted"), ("X", unknown)):
+        payload = json.loads(json.dumps(token).replace("{}", text))
+        assert list(bench.call("Authorize", payload).values()) == [{"status": status}]
+
+
+def test_a_16_charging_is_kept_from_start_to_stop():
+    bench = Bench()
+    bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                      "status": "Preparing"})
+    start = {"connectorId": 1, "idTag": "A", "meterStart": 1000, "timestamp": "2026-09-21T13:33:00Z"}
+    answer = bench.call("StartTransaction", start)
+    assert answer["idTagInfo"] == {"status": "Accepted"}
+    again = bench.call("StartTransaction", start)
+    assert again["transactionId"] == answer["transactionId"], "a repeated start is the same one"
+    other = bench.call("StartTransaction", start | {"connectorId": 2})
+    assert other["transactionId"] != answer["transactionId"]
+    bench.call("MeterValues", {"connectorId": 1, "transactionId": answer["transactionId"],
+                               "meterValue": [{"timestamp": "2026-09-21T13:33:20Z", "sampledValue": [
+                                   sample("1500"), sample("7000", POWER, "W"), sample("40", "SoC")]}]})
+    view = bench.board.transactions.records[0].view()
+    assert (view["energyWh"], view["powerW"], view["soc"], view["status"]) == (500, 7000, 40, "active")
+    assert view["startedAt"] == "2026-09-21T13:33:00.000Z" and not view["estimated"]
+    connector = bench.station.view()["connectors"][0]
+    assert connector["transactionId"] == answer["transactionId"] and connector["meter"]["soc"] == 40
+    bench.clock.now += 60
+    bench.call("StopTransaction", {"transactionId": answer["transactionId"], "meterStop": 1800,
+                                   "timestamp": "2026-09-21T13:34:20Z", "reason": "Remote"})
+    view = bench.board.transactions.records[0].view()
+    assert (view["energyWh"], view["powerW"], view["meterStop"]) == (800, 0, 1800)
+    assert (view["status"], view["reason"]) == ("stopped", "Remote")
+    assert view["stoppedAt"] == "2026-09-21T13:34:20.000Z"
+    assert bench.station.view()["connectors"][0]["transactionId"] is None
+
+
+@pytest.mark.parametrize("transaction_id", [7, 0, -1, -16, 2 ** 63 - 1])
+def test_the_stop_of_an_unknown_transaction_is_an_orphan(transaction_id):
+    bench = Bench()
+    bench.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                    "timestamp": "2026-09-21T13:33:20Z"})
+    stop = {"transactionId": transaction_id, "meterStop": 5, "timestamp": "2026-09-21T13:33:20Z"}
+    bench.call("StopTransaction", stop)
+    bench.call("StopTransaction", stop)
+    statuses = [(t.id, t.status) for t in bench.board.transactions.records]
+    assert statuses == [(int(NOW), "active"), (transaction_id, "orphan")], "never guessed"
+
+
+def test_a_transaction_from_before_our_time_is_adopted_by_its_id():
+    bench = Bench()
+    values = {"connectorId": 2, "transactionId": 77, "meterValue": [
+        {"timestamp": "2026-09-21T13:33:20Z", "sampledValue": [sample("5000")]}]}
+    bench.call("MeterValues", values)
+    view = bench.transaction()
+    assert (view["id"], view["evse"], view["status"], view["estimated"]) == (77, 2, "active", True)
+    assert view["meterStart"] == 5000 and view["energyWh"] == 0
+    for idle in (0, -1):
+        bench.call("MeterValues", values | {"transactionId": idle, "connectorId": 1})
+    assert len(bench.board.transactions) == 1
+
+
+def test_available_ends_a_16_transaction_that_was_never_stopped():
+    bench = Bench()
+    bench.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                    "timestamp": "2026-09-21T13:33:20Z"})
+    bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                      "status": "Available"})
+    assert bench.transaction()["status"] == "abandoned"
+    bench.call("StopTransaction", {"transactionId": int(NOW), "meterStop": 900,
+                                   "timestamp": "2026-09-21T13:33:20Z"})
+    view = bench.transaction()
+    assert (view["status"], view["energyWh"]) == ("stopped", 900), "the stop came late"
+
+
+def event(kind, number=0, energy=None, **more):
+    payload = {"eventType": kind, "timestamp": "2026-09-21T13:33:20Z", "seqNo": number,
+               "triggerReason": "Authorized", "transactionInfo": {"transactionId": "T-1"}} | more
+    if energy is not None:
+        payload["meterValue"] = [{"timestamp": "2026-09-21T13:33:20Z", "sampledValue": [
+            {"value": energy, "unitOfMeasure": {"unit": "Wh"}}]}]
+    return payload
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_a_2x_charging_is_kept_from_start_to_stop(protocol):
+    bench = Bench(protocol)
+    answer = bench.call("TransactionEvent", event(
+        "Started", 0, 1000.0, evse={"id": 2, "connectorId": 1},
+        idToken={"idToken": "A", "type": "ISO14443"}))
+    assert answer == {"idTokenInfo": {"status": "Accepted"}}
+    assert bench.call("TransactionEvent", event(
+        "Updated", 1, 1600.0, transactionInfo={"transactionId": "T-1",
+                                               "chargingState": "Charging"})) == {}
+    view = bench.transaction()
+    assert (view["evse"], view["idToken"], view["energyWh"]) == (2, "A", 600)
+    assert view["meterStart"] == 1000 and view["chargingState"] == "Charging"
+    assert not view["estimated"]
+    ended = event("Ended", 2, 2000.0, transactionInfo={"transactionId": "T-1",
+                                                       "stoppedReason": "EVDisconnected"})
+    bench.call("TransactionEvent", ended)
+    bench.call("TransactionEvent", ended)
+    view = bench.transaction()
+    assert (view["energyWh"], view["meterStop"], view["reason"], view["status"]) == (
+        1000, 2000, "EVDisconnected", "stopped")
+    assert len(bench.board.transactions) == 1
+
+
+def test_2x_events_of_unknown_transactions_are_adopted_or_orphans():
+    bench = Bench("ocpp2.0.1")
+    bench.call("TransactionEvent", event("Updated", 5, 10.0, evse={"id": 1, "connectorId": 1}))
+    assert bench.transaction()["status"] == "active" and bench.transaction()["estimated"]
+    bench.call("TransactionEvent", event("Ended", transactionInfo={"transactionId": "T-9"}))
+    assert bench.transaction()["status"] == "orphan"
+
+
+def test_the_meter_of_the_station_itself_is_connector_zero():
+    bench = Bench("ocpp2.0.1")
+    bench.call("MeterValues", {"evseId": 0, "meterValue": [{
+        "timestamp": "2026-09-21T13:33:20Z", "sampledValue": [{"value": 5.0}]}]})
+    connector, = bench.station.view()["connectors"]
+    assert (connector["evse"], connector["connector"], connector["meter"]["energyWh"]) == (0, 0, 5)
+
+
+def test_clock_skew_is_learnt_from_the_foremost_stamp():
+    bench = Bench()
+    for stamp in ("2026-09-21T11:00:00Z", "2026-09-21T13:34:20Z", "2026-09-21T12:00:00Z"):
+        bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                          "status": "Charging", "timestamp": stamp})
+    assert bench.station.view()["clockSkewSeconds"] == 60
+
+
+@pytest.mark.parametrize("protocol, action, payload, quirk", [
+    ("ocpp1.6", "StatusNotification", {"connectorId": 1, "errorCode": "NoError", "status": "Charging",
+                                       "timestamp": "2026-09-21T13:33:20"}, "time_without_zone"),
+    ("ocpp1.6", "StatusNotification", {"connectorId": 1, "errorCode": "NoError", "status": "Charging",
+                                       "timestamp": "soon"}, "time_unreadable"),
+    ("ocpp2.0.1", "BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"},
+     "other_versions_body"),
+    ("ocpp1.6", "BootNotification", {"reason": "PowerUp", "chargingStation": {"vendorName": "V"}},
+     "other_versions_body"),
+])
+def test_what_a_station_does_against_the_standard_becomes_a_quirk(protocol, action, payload, quirk):
+    bench = Bench(protocol)
+    bench.call(action, payload)
+    found, = bench.station.view()["quirks"]
+    assert found == {"name": quirk, "count": 1, "lastMessageId": "msg-1"}
+
+
+def test_an_action_of_another_version_is_refused_and_says_so():
+    bench = Bench("ocpp2.0.1")
+    answer = bench.receive([2, "1", "StartTransaction", {}])
+    assertCallError(answer, "NotImplemented")
+    assert "ocpp1.6" in answer[3] and "other_versions_action" in bench.station.quirks
+
+
+def test_a_stations_security_event_becomes_one_of_ours():
+    bench = Bench()
+    bench.call("SecurityEventNotification", {"type": "TamperDetectionActivated", "techInfo": "door",
+                                             "timestamp": "2026-09-21T13:33:20Z"})
+    found, = bench.board.security.records
+    view = found.view()
+    assert (view["category"], view["severity"]) == ("ANOMALY", "critical")
+    assert view["details"] == {"ip": "192.0.2.1", "type": "TamperDetectionActivated",
+                               "techInfo": "door"}
+
+
+@pytest.mark.parametrize("protocol, missing, wrong", [
+    ("ocpp1.6", "OccurenceConstraintViolation", "TypeConstraintViolation"),
+    ("ocpp2.0.1", "OccurrenceConstraintViolation", "TypeConstraintViolation")])
+def test_error_codes_have_the_versions_own_spelling(protocol, missing, wrong):
+    bench = Bench(protocol)
+    assertCallError(bench.receive([2, "1", "Authorize", {}]), missing)
+    for name in ("idTag", "idToken"):
+        answer = bench.receive([2, "1", "Authorize", {name: []}])
+    assertCallError(bench.receive([2, "1", "Authorize", {"idTag": [], "idToken": []}]), wrong)
+    broken = bench.receive('[2,"1","Authorize",[]]')
+    assertCallError(broken, "FormationViolation" if protocol == "ocpp1.6" else "FormatViolation")
+    assert answer[0] == 4
+
+
+def test_a_handler_that_raises_is_answered_with_internal_error(monkeypatch, caplog):
+    def broken(board, station, payload):
+        raise KeyError("oops")
+    monkeypatch.setitem(CALLS["ocpp1.6"], "Heartbeat", broken)
+    bench = Bench()
+    answer = bench.receive([2, "1", "Heartbeat", {}])
+    assertCallError(answer, "InternalError")
+    assert "oops" not in answer[3] and "oops" in caplog.text
+    assert bench.board.errors.records[-1].kind == "CALL_ERROR"
+
+
+# --- Outgoing calls -----------------------------------------------------------------------
+
+
+def with_loop(test):
+    """Run an async test in a loop of its own, for 30 s at most."""
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+    return run
+
+
+async def turn(times=5):
+    """Let the loop turn."""
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+class Command:
+    """A command on its way to the station of a Bench."""
+
+    def __init__(self, bench, action="ClearCache", payload=None):
+        self.bench = bench
+        self.task = asyncio.create_task(bench.link.call(action, payload or {}))
+
+    async def sent(self):
+        await turn()
+        return json.loads(self.bench.sent[-1])
+
+
+@with_loop
+async def test_a_command_is_sent_and_its_answer_returned():
+    bench = Bench()
+    command = Command(bench, "Reset", {"type": "Soft"})
+    kind, id_, action, payload = await command.sent()
+    assert (kind, action, payload) == (2, "Reset", {"type": "Soft"}) and len(id_) == 36
+    call = bench.board.messages.records[-1]
+    assert (call.direction, call.type, call.response_ms) == ("OUT", "CALL", None)
+    assert bench.receive([3, id_, {"status": "Accepted"}]) is None
+    result, response_ms = await command.task
+    answer = bench.board.messages.records[-1]
+    assert result == {"status": "Accepted"} and answer.method == "Reset"
+    assert call.response_ms == answer.response_ms == response_ms >= 0
+
+
+@with_loop
+async def test_second_call_waits_for_the_first_answer():
+    bench = Bench()
+    first, second = Command(bench, "ClearCache"), Command(bench, "GetLocalListVersion")
+    _, id_, action, _ = await first.sent()
+    assert action == "ClearCache" and len(bench.sent) == 1
+    assert bench.call("Heartbeat", {})["currentTime"], "calls of the station are answered meanwhile"
+    bench.receive([3, id_, {"status": "Accepted"}])
+    await first.task
+    _, id_, action, _ = await second.sent()
+    assert action == "GetLocalListVersion" and len(bench.sent) == 3
+    bench.receive([3, id_, {"listVersion": 1}])
+    assert (await second.task)[0] == {"listVersion": 1}
+
+
+@with_loop
+async def test_a_command_without_answer_times_out_and_a_late_answer_is_recognised(monkeypatch):
+    bench = Bench()
+    bench.board.config.ocpp.call_timeout_seconds = 0.05
+    first, second = Command(bench), Command(bench, "GetLocalListVersion")
+    _, id_, *_ = await first.sent()
+    with pytest.raises(ocppboard.NoAnswer):
+        await first.task
+    assert (await second.sent())[2] == "GetLocalListVersion", "the next one goes out"
+    bench.receive([3, id_, {"status": "Accepted"}])
+    bench.receive([3, id_, {"status": "Accepted"}])
+    kinds = [e.kind for e in bench.board.errors.records]
+    assert kinds == ["CALL_TIMEOUT", "LATE_ANSWER", "UNEXPECTED_ANSWER"]
+    late = bench.board.messages.page(2)[0][1]
+    assert late.method == "ClearCache" and late.response_ms >= 50
+    second.task.cancel()
+
+
+@with_loop
+async def test_a_callerror_is_raised_with_its_code():
+    bench = Bench()
+    command = Command(bench)
+    _, id_, *_ = await command.sent()
+    bench.receive([4, id_, "NotSupported", "no cache", {"a": 1}])
+    with pytest.raises(ocppboard.CallFailed) as error:
+        await command.task
+    assert error.value.body() == {"error": "The station answered NotSupported",
+                                  "errorCode": "NotSupported", "errorDescription": "no cache",
+                                  "errorDetails": {"a": 1}}
+    assert bench.board.errors.records[-1].kind == "CALL_ERROR"
+    assert bench.board.messages.records[-1].view()["errorCode"] == "NotSupported"
+
+
+@with_loop
+async def test_commands_fail_when_the_connection_ends():
+    bench = Bench()
+    commands = [Command(bench), Command(bench)]
+    await commands[0].sent()
+    bench.link.end("connection lost")
+    for command in commands:
+        with pytest.raises(ocppboard.Conflict):
+            await command.task
+    assert len(bench.sent) == 1
+
+
+@with_loop
+async def test_waiting_commands_are_bounded():
+    bench = Bench()
+    commands = [Command(bench) for _ in range(ocppboard.CALLS_WAITING)]
+    await turn()
+    with pytest.raises(ocppboard.Busy):
+        await bench.link.call("ClearCache", {})
+    for command in commands:
+        command.task.cancel()
+
+
+@with_loop
+async def test_a_command_that_the_version_does_not_have_is_refused():
+    with pytest.raises(ocppboard.UnknownAction, match="did you mean Reset"):
+        await Bench().link.call("Resett", {})
+    with pytest.raises(ocppboard.UnknownAction):
+        await Bench("ocpp2.0.1").link.call("RemoteStartTransaction", {})
+
+
+@pytest.mark.parametrize("frame, sent", [
+    ("not json", None), ('[3,"unknown",{}]', None), ("[2]", None), ('[7,"1","A",{}]', None),
+    ('[2,"1","Heartbeat",{}', "FormationViolation"), ('[2,"1","Nonsense",{}]', "NotImplemented"),
+    ('[2,"1","Reset",{}]', "NotImplemented"),
+])
+def test_what_cannot_be_answered_is_recorded_and_the_connection_stays(frame, sent):
+    bench = Bench()
+    answer = bench.receive(frame)
+    if sent:
+        assertCallError(answer, sent)
+    else:
+        assert answer is None
+    assert bench.board.errors.records and not bench.closed
+    assert bench.call("Heartbeat", {})
+    assert bench.station.message_count == bench.board.total_messages >= 3
+
+
+def test_a_bad_message_is_kept_cut_and_alarms_once():
+    bench = Bench()
+    for _ in range(3):
+        bench.receive("x" * 100_000)
+    records = bench.board.errors.records
+    assert [e.kind for e in records] == ["BAD_MESSAGE"] * 3
+    assert len(records[0].details["raw"]) == ocppboard.RAW_KEPT
+    assert [e.kind for e in bench.board.security.records] == ["PROTOCOL_VIOLATION"]
+    assert bench.station.quirks["bad_message"][0] == 3
+
+
+def test_a_mended_frame_is_answered_and_counted():
+    bench = Bench()
+    assert bench.receive('[2,"1","Heartbeat",{},]\x00')[0] == 3
+    assert set(bench.station.quirks) == {"json_control_character", "json_trailing_comma"}
+    assert bench.receive(b'[2,"2","Heartbeat",{}]')[0] == 3 and "binary_frame" in bench.station.quirks
+    assert bench.receive('[2,3,"Heartbeat",{}]')[1] == 3, "a number as id comes back as a number"
+
+
+@pytest.mark.parametrize("protocol, quirks", [("ocpp2.1", []), ("ocpp1.6", ["unknown_send"])])
+def test_a_send_is_recorded_and_not_answered(protocol, quirks):
+    bench = Bench(protocol)
+    assert bench.receive([6, "1", "NotifyPeriodicEventStream", {"id": 1}]) is None
+    record = bench.board.messages.records[-1]
+    assert (record.type, record.method) == ("SEND", "NotifyPeriodicEventStream")
+    assert list(bench.station.quirks) == quirks
+
+
+def test_a_callresulterror_is_understood():
+    bench = Bench("ocpp2.1")
+    assert bench.receive([5, "1", "FormatViolation", "bad answer", {}]) is None
+    assert bench.board.messages.records[-1].type == "CALLRESULTERROR"
+    assert [e.kind for e in bench.board.errors.records] == ["CALL_ERROR"]
+
+
+@with_loop
+async def test_a_flood_waits_and_nothing_is_dropped():
+    bench = Bench(ocpp_max_calls_per_second=100)
+    waits = [bench.link.receive(json.dumps([2, str(n), "Heartbeat", {}])) for n in range(1010)]
+    assert waits[:1000] == [None] * 1000 and None not in waits[1001:]
+    started = time.monotonic()
+    await asyncio.gather(*[w for w in waits if w is not None])
+    assert 0.04 < time.monotonic() - started < 2
+    assert len(bench.sent) == 1010
+    assert [e.kind for e in bench.board.security.records] == ["RATE_LIMIT"]
+
+
+# Validation
+
+SCHEMAS = ocppboard.Schemas.installed()
+
+
+def test_a_soft_fault_is_accepted_recorded_and_a_quirk():
+    bench = Bench("ocpp2.0.1", SCHEMAS, ocpp_validate="warn")
+    bench.call("BootNotification", {"reason": "PowerUp", "chargingStation": {
+        "model": "M", "vendorName": "V", "serialNumber": "S" * 40}})
+    error, = bench.board.errors.records
+    assert error.kind == "VALIDATION_FAILURE"
+    assert error.details["pointer"] == "/chargingStation/serialNumber"
+    assert list(bench.station.quirks) == ["schema:BootNotification/chargingStation/serialNumber"]
+    bench.call("Heartbeat", {})
+    assert len(bench.board.errors) == 1
+
+
+@pytest.mark.parametrize("protocol, payload, code", [
+    ("ocpp1.6", {"idTag": "A" * 21}, "PropertyConstraintViolation"),
+    ("ocpp1.6", {}, "OccurenceConstraintViolation"), ("ocpp1.6", {"idTag": 5},
+                                                      "TypeConstraintViolation"),
+    ("ocpp1.6", {"idTag": "A", "x": 1}, "FormationViolation"),
+    ("ocpp2.1", {"idToken": {"idToken": "A"}}, "OccurrenceConstraintViolation"),
+])
+def test_strict_answers_a_soft_fault_with_callerror(protocol, payload, code):
+    bench = Bench(protocol, SCHEMAS, ocpp_validate="strict")
+    assertCallError(bench.receive([2, "1", "Authorize", payload]), code)
+    assert [e.kind for e in bench.board.errors.records] == ["VALIDATION_FAILURE", "CALL_ERROR"]
+
+
+@with_loop
+async def test_a_command_against_its_schema_is_not_sent():
+    bench = Bench("ocpp1.6", SCHEMAS)
+    with pytest.raises(ocppboard.FormatViolation, match="type"):
+        await bench.link.call("Reset", {"type": "Gentle"})
+    assert not bench.sent
+
+
+@with_loop
+async def test_an_answer_of_the_station_is_checked_too():
+    bench = Bench("ocpp1.6", SCHEMAS)
+    command = Command(bench, "Reset", {"type": "Soft"})
+    while not bench.sent:
+        await asyncio.sleep(0.01)
+    _, id_, *_ = await command.sent()
+    bench.receive([3, id_, {"status": "Fine"}])
+    assert (await command.task)[0] == {"status": "Fine"}
+    assert bench.board.errors.records[-1].details["pointer"] == "/status"
+
+
+# --- Access -------------------------------------------------------------------------------
+
+
+def access_of(**keys):
+    clock = Clock()
+    board = Board(config_of(**keys), clock)
+    return ocppboard.Access(board, clock), board, clock
+
+
+@with_loop
+async def test_a_login_gives_a_session_and_logout_ends_it():
+    access, board, _ = access_of(auth_token="t0ken")
+    session = await access.login({"token": "t0ken"}, "192.0.2.1")
+    assert len(session.id) >= 43 and session.expires_at == NOW + 86400
+    assert access.session(session.id, None, "192.0.2.1") is session
+    assert access.session(None, session.id, "192.0.2.1") is session
+    access.logout(session)
+    with pytest.raises(ocppboard.Unauthorized):
+        access.session(session.id, None, "192.0.2.1")
+    assert "t0ken" not in str([e.view() for e in board.system.records])
+
+
+@with_loop
+async def test_a_session_past_its_time_is_told_so():
+    access, _, clock = access_of(auth_token="t")
+    session = await access.login({"token": "t"}, "192.0.2.1")
+    clock.now += 86400
+    with pytest.raises(ocppboard.Forbidden, match="Session expired"):
+        access.session(session.id, None, "192.0.2.1")
+
+
+@pytest.mark.parametrize("password", ["s3cret", ocppboard.hash_password("s3cret")])
+@with_loop
+async def test_credentials_are_checked_plain_or_hashed(password):
+    access, board, _ = access_of(auth_mode="credentials", auth_password=password)
+    right = {"username": "admin", "password": "s3cret"}
+    assert (await access.login(right, "192.0.2.1")).user == "admin"
+    for wrong in (right | {"password": "S3cret"}, right | {"username": "root"}):
+        with pytest.raises(ocppboard.Unauthorized):
+            await access.login(wrong, "192.0.2.1")
+    with pytest.raises(ocppboard.Unauthorized):
+        access.session(None, "s3cret", "192.0.2.1")
+    kept = [e.view() for e in board.security.records]
+    assert [e["details"]["attempt"] for e in kept] == [1, 2] and "3cret" not in str(kept)
+
+
+@with_loop
+async def test_wrong_logins_are_slowed_then_refused_for_that_address_alone(monkeypatch):
+    access, board, _ = access_of(auth_token="t")
+    pauses = []
+
+    async def no_sleep(seconds):
+        pauses.append(seconds)
+    monkeypatch.setattr(ocppboard.asyncio, "sleep", no_sleep)
+    for _ in range(ocppboard.LOGIN_FAILURES):
+        with pytest.raises(ocppboard.Unauthorized):
+            await access.login({"token": "wrong"}, "2001:db8::1")
+    assert pauses[0] == 0.25 and pauses[-1] == 2.0 and pauses == sorted(pauses)
+    with pytest.raises(ocppboard.TooMany):
+        await access.login({"token": "t"}, "2001:db8::ffff")         # the same /64
+    assert await access.login({"token": "t"}, "2001:db8:1::1")
+    kinds = [e.kind for e in board.security.records]
+    assert kinds == ["AUTH_FAILED"] * 10 + ["RATE_LIMIT"]
+    now = time.monotonic()
+    monkeypatch.setattr(access._failures, "_clock", lambda: now + ocppboard.LOGIN_WINDOW_S + 1)
+    assert await access.login({"token": "t"}, "2001:db8::1")
+
+
+def test_a_wrong_bearer_counts_once_and_guesses_are_refused():
+    access, board, _ = access_of(auth_token="t")
+    assert access.session(None, "t", "192.0.2.1").user == "admin"
+    for _ in range(50):
+        with pytest.raises(ocppboard.Unauthorized):
+            access.session(None, "of an earlier start", "192.0.2.1")
+    assert access.session(None, "t", "192.0.2.1"), "a client left running locks nobody out"
+    for number in range(9):
+        with pytest.raises(ocppboard.Unauthorized):
+            access.session(None, f"guess {number}", "192.0.2.1")
+    with pytest.raises(ocppboard.TooMany):
+        access.session(None, "t", "192.0.2.1")
+    assert len(board.security) == 11
+
+
+def test_sessions_and_failures_are_bounded(monkeypatch):
+    access, _, _ = access_of(auth_token="t")
+    monkeypatch.setattr(ocppboard, "SESSIONS_KEPT", 5)
+    monkeypatch.setattr(ocppboard, "ADDRESSES_KEPT", 5)
+    sessions = [access._new_session("192.0.2.1") for _ in range(8)]
+    assert list(access._sessions) == [s.id for s in sessions[3:]]
+    for number in range(20):
+        with pytest.raises(ocppboard.Unauthorized):
+            access.session(None, "x", f"192.0.2.{number}")
+    assert len(access._failures._times) == 5 and len(access._stale) == 5
+
+
+def basic(user, password):
+    secret = user.encode() + b":" + (password if isinstance(password, bytes) else password.encode())
+    return "Basic " + base64.b64encode(secret).decode()
+
+
+@pytest.mark.parametrize("configured, sent", [
+    ("s3cret", "s3cret"), ("pass:word", "pass:word"), ("6162", b"ab"), ("ab", "6162"),
+    ("00FF10AA" * 5, bytes.fromhex("00ff10aa" * 5)), ("00ff10aa" * 5, "00ff10aa" * 5),
+    (ocppboard.hash_password("s3cret"), "s3cret"),
+    (ocppboard.hash_password("00ff10aa" * 5), bytes.fromhex("00ff10aa" * 5)),
+])
+@with_loop
+async def test_a_stations_password_is_read_both_ways_of_hexadecimal(configured, sent):
+    access, _, _ = access_of(stations={"CP:1": {"password": configured}})
+    assert await access.station_profile("CP:1", basic("CP:1", sent), "192.0.2.1") == 1
+    with pytest.raises(ocppboard.Refused, match="wrong password"):
+        await access.station_profile("CP:1", basic("CP:1", "other"), "192.0.2.1")
+
+
+@pytest.mark.parametrize("header", ["", "Bearer x", "Basic", "Basic !!!", "Basic \udc80", "Basic é"])
+@with_loop
+async def test_a_station_without_its_password_is_asked_for_it(header):
+    access, board, _ = access_of(stations={"CP-1": {"password": "x"}})
+    with pytest.raises(ocppboard.Refused) as error:
+        await access.station_profile("CP-1", header, "192.0.2.1")
+    assert error.value.http_status == 401 and not board.security.records
+    assert await access.station_profile("CP-2", header, "192.0.2.1") == 0
+
+
+@with_loop
+async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
+    access, board, _ = access_of(stations={"CP-*": {"password": "x"}})
+    for _ in range(10):
+        with pytest.raises(ocppboard.Refused):
+            await access.station_profile("CP-1", basic("CP-1", "wrong"), "192.0.2.1")
+    with pytest.raises(ocppboard.Refused) as error:
+        await access.station_profile("CP-1", basic("CP-1", "x"), "192.0.2.1")
+    assert error.value.http_status == 429
+    assert await access.station_profile("CP-2", basic("CP-2", "x"), "192.0.2.1") == 1
+    assert "wrong" not in str([e.details for e in board.security.records])
+
+
+# --- HTTP ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path, identity", [
+    ("/ocpp/CP-1", "CP-1"), ("/ocpp/CP-1/", "CP-1"), ("//CP-1", "CP-1"), ("/ocpp//CP-1", "CP-1"),
+    ("/CP-1", "CP-1"), ("/ocpp/ocpp/CP-1", "CP-1"), ("/central/central", "central"),
+    ("/ws://host:9000/CP_1/SERIAL", "SERIAL"), ("/ws%3A%2F%2Fhost%3A9000%2FCP_1", "CP_1"),
+    ("/ocpp/RDAM%7C123", "RDAM|123"), ("/ocpp/a%20b", "a b"), ("/ocpp/%C3%A9", "é"),
+    ("/ocpp/%FF", "\\xff"), ("/ocpp/%2e%2e", ".."), ("/ocpp", ""), ("/ocpp/", ""), ("/", ""), ("", ""),
+    ("//ocpp//", ""),
+])
+def test_the_identity_is_found_in_odd_paths(path, identity):
+    assert ocppboard.identity_of(path, "/ocpp") == identity
+
+
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+           "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+
+
+def admitted(headers=(), path="/ocpp/CP-1", **keys):
+    headers = ocppboard.HTTPHeaders(UPGRADE | dict(headers))
+    return ocppboard.admit(config_of(**keys), path, headers)
+
+
+def offer(text):
+    return {"Sec-WebSocket-Protocol": text}
+
+
+@pytest.mark.parametrize("headers, keys, protocol, offered, quirks", [
+    # field experience, rows 1 to 7: the handshakes of real chargers
+    (offer("ocpp1.6"), {}, "ocpp1.6", "ocpp1.6", ()),
+    ({}, {}, "ocpp1.6", None, ("subprotocol_missing",)),
+    ({}, {"stations": {"CP-1": {"protocol": "ocpp2.0.1"}}}, "ocpp2.0.1", None,
+     ("subprotocol_missing",)),
+    ({}, {"ocpp_protocols": "ocpp2.1"}, "ocpp2.1", None, ("subprotocol_missing",)),
+    (offer("ocpp1.6, ocpp2.0.1"), {}, "ocpp2.0.1", "ocpp2.0.1", ()),
+    (offer("ocpp1.6,ocpp2.0.1,ocpp2.1"), {"ocpp_protocols": "ocpp1.6,ocpp2.1"}, "ocpp1.6", "ocpp1.6",
+     ()),
+    (offer("ocpp1.6,ocpp2.0.1"), {"stations": {"CP-*": {"protocol": "ocpp1.6"}}}, "ocpp1.6",
+     "ocpp1.6", ()),
+    (offer("OCPP1.6"), {}, "ocpp1.6", "OCPP1.6", ("subprotocol_spelling",)),
+    (offer("chat, ocpp1.6"), {}, "ocpp1.6", "ocpp1.6", ()),
+    (offer("ocpp1.6") | {"Origin": "https://github.com/gilmaimon/TinyWebsockets"}, {}, "ocpp1.6",
+     "ocpp1.6", ()),
+    (offer("ocpp1.6") | {"Connection": "keep-alive, Upgrade"}, {}, "ocpp1.6", "ocpp1.6", ()),
+    (offer("ocpp1.6") | {"Connection": "close"}, {}, "ocpp1.6", "ocpp1.6",
+     ("connection_header_missing",)),
+])
+def test_a_handshake_is_accepted(headers, keys, protocol, offered, quirks):
+    found = admitted(headers, **keys)
+    assert found == ocppboard.Admission("CP-1", protocol, offered, quirks)
+
+
+@pytest.mark.parametrize("headers, path, keys, status, reason", [
+    (offer("ocpp1.5"), "/ocpp/CP-1", {}, 400, "offered ocpp1.5; supported ocpp2.1, ocpp2.0.1, ocpp1.6"),
+    (offer("ocpp1.6"), "/ocpp/CP-1", {"stations": {"CP-1": {"protocol": "ocpp2.1"}}}, 400,
+     "supported ocpp2.1"),
+    (offer("ocpp1.6"), "/ocpp/", {}, 404, "must end in the station's identity"),
+    (offer("ocpp1.6"), "/ocpp/" + "x" * 200, {}, 400, "printable"),
+    (offer("ocpp1.6"), "/ocpp/a%00b", {}, 400, "printable"),
+    (offer("ocpp1.6"), "/ocpp/CP-1", {"ocpp_accept": "listed"}, 404, "not listed"),
+    ({"Upgrade": ""}, "/ocpp/CP-1", {}, 426, "by WebSocket"),
+    ({"Sec-WebSocket-Version": "8"}, "/ocpp/CP-1", {}, 400, "version 13"),
+    ({"Sec-WebSocket-Key": ""}, "/ocpp/CP-1", {}, 400, "key"),
+])
+def test_a_handshake_is_refused_with_a_reason(headers, path, keys, status, reason):
+    with pytest.raises(ocppboard.Refused, match=re.escape(reason)) as error:
+        admitted(headers, path, **keys)
+    assert error.value.http_status == status
+
+
+class Site:
+    """A running daemon on ports of its own, and clients of it that are closed with it."""
+
+    def __init__(self, **keys):
+        self.keys = {"auth_token": "t0ken", "server_address": "127.0.0.1", "server_port": 0} | keys
+        self._open = contextlib.AsyncExitStack()
+        self.client = AsyncHTTPClient(force_instance=True, max_clients=50)
+
+    async def __aenter__(self):
+        self.daemon = ocppboard.Daemon(config_of(**self.keys))
+        self.daemon.start()
+        self.board = self.daemon.board
+        ports = dict(self.daemon.listening)
+        self.port = ports.get("board") or ports["board and OCPP"]
+        self.ocpp_port = ports.get("OCPP") or self.port
+        return self
+
+    async def __aexit__(self, *error):
+        await self._open.aclose()
+        self.client.close()
+        await self.daemon.stop()
+
+    def url(self, identity="CP-1"):
+        return f"ws://127.0.0.1:{self.ocpp_port}/ocpp/{quote(identity)}"
+
+    async def station(self, identity="CP-1", protocol="ocpp1.6", **options):
+        """A bare WebSocket of a station."""
+        socket_ = await self._open.enter_async_context(websockets.connect(
+            self.url(identity), subprotocols=protocol and [protocol], **options))
+        return socket_
+
+    async def fetch(self, path, method="GET", body=None, token="t0ken", headers=None, **options):
+        """(status, JSON or text, headers) of a request."""
+        headers = dict(headers or {})
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if body is not None and not isinstance(body, (str, bytes)):
+            body = json.dumps(body)
+        if method == "POST" and body is None:
+            body = ""
+        answer = await self.client.fetch(f"http://127.0.0.1:{self.port}{path}", method=method,
+                                         body=body, headers=headers, raise_error=False,
+                                         follow_redirects=False, **options)
+        text = answer.body.decode()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.code, json.loads(text) if is_json else text, answer.headers
+
+    async def get(self, path):
+        status, body, _ = await self.fetch(path)
+        assert status == 200, (status, body)
+        return body
+
+    async def stream(self, path, headers=()):
+        """The events of a stream as they come: (name, data, id)."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self._open.callback(writer.close)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in dict(headers).items())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\n{lines}\r\n"
+                     .encode())
+        return Events(reader)
+
+
+class Events:
+    """A stream of Server-Sent Events, read as a browser reads it."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.head = None
+
+    async def next(self, name=None):
+        """The next event (of that name): (name, data, id)."""
+        if self.head is None:
+            self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+            self.text = b""
+        while True:
+            while b"\n\n" not in self.text:
+                size = int(await self.reader.readline(), 16)             # chunked
+                self.text += await self.reader.readexactly(size)
+                await self.reader.readexactly(2)
+            block, _, self.text = self.text.partition(b"\n\n")
+            fields = dict(line.split(": ", 1) for line in block.decode().split("\n"))
+            if name in (None, fields.get("event")):
+                return fields["event"], json.loads(fields["data"]), fields.get("id")
+
+
+def live(**keys):
+    """A test with a running Site as its first argument."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*args, **kwargs):
+            async def inside():
+                async with Site(**keys) as site:
+                    await test(site, *args, **kwargs)
+            asyncio.run(asyncio.wait_for(inside(), 60))
+        run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
+        return run
+    return decorate
+
+
+async def until(condition, seconds=5.0):
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come to pass"
+        await asyncio.sleep(0.01)
+
+
+async def exchange(socket_, action, payload, id_="1"):
+    await socket_.send(json.dumps([2, id_, action, payload]))
+    return json.loads(await socket_.recv())
+
+
+BOOT_16 = {"chargePointVendor": "V", "chargePointModel": "M"}
+
+# The `ocpp` package's own stations
+
+
+def charge_point(version):
+    class ChargePoint(version.ChargePoint):
+        @ocpp.routing.on("ClearCache")
+        def on_clear_cache(self, **_):
+            return version.call_result.ClearCache(status="Accepted")
+
+        @ocpp.routing.on("Reset")
+        def on_reset(self, **_):
+            raise ocpp.exceptions.NotSupportedError("no reset here")
+    return ChargePoint
+
+
+@pytest.mark.parametrize("version, protocol", [
+    (ocpp.v16, "ocpp1.6"), (ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
+@live()
+async def test_a_station_of_the_ocpp_package_charges_and_obeys(site, version, protocol):
+    socket_ = await site.station("CP 1|x", protocol)
+    station = charge_point(version)("CP 1|x", socket_)
+    task = asyncio.create_task(station.start())
+    call, now = version.call, "2026-09-21T13:33:20Z"
+    if version is ocpp.v16:
+        calls = [call.BootNotification("M", "V"), call.Heartbeat(),
+                 call.StatusNotification(1, "NoError", "Charging"), call.Authorize("A"),
+                 call.StartTransaction(1, "A", 100, now),
+                 call.DataTransfer("vendor")]
+    else:
+        token = {"idToken": "A", "type": "ISO14443"}
+        calls = [call.BootNotification({"model": "M", "vendorName": "V"}, "PowerUp"),
+                 call.Heartbeat(), call.StatusNotification(
+                     timestamp=now, connector_status="Occupied", evse_id=1, connector_id=1),
+                 call.Authorize(token),
+                 call.TransactionEvent(
+                     event_type="Started", timestamp=now, trigger_reason="Authorized", seq_no=0,
+                     transaction_info={"transactionId": "T"}, id_token=token,
+                     evse={"id": 1, "connector_id": 1}),
+                 call.DataTransfer("vendor")]
+    answers = [await station.call(one) for one in calls]
+    assert None not in answers and answers[0].status == "Accepted"
+    assert answers[-1].status == "UnknownVendorId"
+    path = "/api/connections/CP%201%7Cx"
+    view = await site.get(path)
+    assert view["protocol"] == protocol and view["status"] == "online" and not view["quirks"]
+    assert view["messageCount"] == 2 * len(calls) == len(view["recentMessages"])
+    assert view["station"]["vendor"] == "V" and len(view["connectors"]) == 1
+    transaction, = await site.get("/api/transactions?status=active")
+    assert transaction["identity"] == "CP 1|x" and transaction["idToken"] == "A"
+    status, answer, _ = await site.fetch(path + "/call", "POST", {"action": "ClearCache"})
+    assert status == 200 and answer["result"] == {"status": "Accepted"} and answer["success"]
+    assert answer["responseTime"] > 0
+    reset = {"type": "Soft"} if version is ocpp.v16 else {"type": "Immediate"}
+    status, answer, _ = await site.fetch(path + "/call", "POST",
+                                         {"action": "Reset", "payload": reset})
+    assert (status, answer["errorCode"]) == (502, "NotSupported")
+    assert answer["errorDescription"] and "errorDetails" in answer
+    task.cancel()
+
+
+# The reference, endpoint by endpoint
+
+
+def conforms(body, kind):
+    """Check an answer against the schema that OpenAPI gives it."""
+    root = {"components": ocppboard.openapi()["components"]} | ocppboard._schema(kind)
+    fastjsonschema.compile(root)(body)
+
+
+@live()
+async def test_every_answer_is_as_openapi_describes_it(site):
+    socket_ = await site.station(protocol=None)
+    await exchange(socket_, "BootNotification", BOOT_16)
+    await exchange(socket_, "Nonsense", {})
+    await exchange(socket_, "SecurityEventNotification", {"type": "FirmwareUpdated",
+                                                          "timestamp": "2026-09-21T13:33:20Z"})
+    await exchange(socket_, "StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                                 "timestamp": "2026-09-21T13:33:20Z"})
+    await exchange(socket_, "MeterValues", {"connectorId": 1, "meterValue": [{
+        "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
+    with pytest.raises(websockets.InvalidStatus):
+        await site.station("CP-2", "ocpp1.5")
+    filled = 0
+    for route in ROUTES:
+        if route.method != "GET" or "/" in route.answer or route.answer == "OpenAPI":
+            continue
+        body = await site.get(route.path.replace(":identity", "CP-1"))
+        conforms(body, route.answer)
+        filled += bool(body)
+    assert filled >= 13, "an empty list conforms to anything"
+
+
+@live()
+async def test_openapi_names_every_route_and_parameter(site):
+    document = await site.get("/api/openapi.json")
+    assert document["openapi"].startswith("3.1")
+    for route in ROUTES:
+        path = route.path.replace(":identity", "{identity}")
+        operation = document["paths"][path][route.method.lower()]
+        assert {p["name"] for p in operation.get("parameters", []) if p["in"] == "query"} == {
+            p.name for p in route.query}
+    text = json.dumps(document)
+    for name in re.findall(r'#/components/schemas/(\w+)', text):
+        assert name in document["components"]["schemas"]
+    assert len({r.act.__name__ for r in ROUTES}) == len(ROUTES), "operation ids are unique"
+
+
+@live()
+async def test_the_overview_and_the_telemetry_count_what_passed(site):
+    sockets = [await site.station(f"CP-{n}") for n in range(3)]
+    for socket_ in sockets:
+        await exchange(socket_, "Heartbeat", {})
+    await exchange(sockets[0], "Nonsense", {})
+    await sockets[2].close()
+    await until(lambda: site.board.online == 2)
+    overview = await site.get("/api/overview")
+    assert overview["connectedClients"] == 2 and overview["totalConnections"] == 3
+    assert overview["totalMessages"] == 8 == len(overview["recentMessages"])
+    assert overview["errorRate"] == pytest.approx(1 / 8) and overview["errorCount"] == 1
+    assert overview["messagesPerSecond"] == 0.8 and overview["avgLatencyMs"] > 0
+    telemetry = await site.get("/api/telemetry")
+    assert telemetry["connectionCount"] == 2 and telemetry["peakConnections"] == 3
+    memory = telemetry["memoryUsage"]
+    assert memory["rss"] > memory["heapUsed"] > 1_000_000 and memory["heapTotal"] > 1_000_000
+    history = await site.get("/api/telemetry/history")
+    assert history and history[0]["totalMessages"] == 0
+
+
+@live()
+async def test_connections_are_listed_filtered_disconnected_and_removed(site):
+    await site.station("B", "ocpp2.0.1")
+    one = await site.station("A", "ocpp1.6")
+    assert [c["identity"] for c in await site.get("/api/connections")] == ["A", "B"]
+    assert [c["identity"] for c in await site.get("/api/connections?protocol=ocpp2.0.1")] == ["B"]
+    status, body, headers = await site.fetch("/api/connections?limit=1&offset=1")
+    assert [c["identity"] for c in body] == ["B"] and headers["X-Total-Count"] == "2"
+    status, body, _ = await site.fetch("/api/connections/A/disconnect", "POST")
+    assert (status, body) == (200, {"success": True, "message": "Connection terminated"})
+    await one.wait_closed()
+    assert [c["identity"] for c in await site.get("/api/connections?status=offline")] == ["A"]
+    assert [c["identity"] for c in await site.get("/api/connections?status=online")] == ["B"]
+    detail = await site.get("/api/connections/A")
+    assert detail["status"] == "offline" and detail["disconnectedAt"] and not detail["recentMessages"]
+    status, body, _ = await site.fetch("/api/connections/A/disconnect", "POST")
+    assert status == 409
+    for identity in "AB":                                # B is online: closed first
+        assert (await site.fetch(f"/api/connections/{identity}", "DELETE"))[:2] == (
+            200, {"success": True})
+    assert await site.get("/api/connections") == []
+    for method, path in (("GET", "A"), ("DELETE", "A"), ("POST", "A/disconnect")):
+        assert (await site.fetch(f"/api/connections/{path}", method))[:2] == (
+            404, {"error": "Connection not found"})
+    assert (await site.fetch("/api/connections/A/call", "POST", {"action": "Reset"}))[0] == 404
+
+
+@live()
+async def test_messages_are_paged_and_filtered(site):
+    for identity in ("CP-1", "CP-2"):
+        socket_ = await site.station(identity)
+        for number in range(5):
+            await exchange(socket_, "Heartbeat", {}, str(number))
+        await exchange(socket_, "Nonsense", {}, "x")
+    status, body, headers = await site.fetch("/api/messages?limit=2&offset=1")
+    assert [m["id"] for m in body] == ["msg-23", "msg-22"] and headers["X-Total-Count"] == "24"
+    newest = (await site.get("/api/messages?limit=1"))[0]
+    assert newest["type"] == "CALLERROR" and newest["errorCode"] == "NotImplemented"
+    assert newest["errorDescription"] and newest["responseTime"] > 0
+
+    async def count(query):
+        found = await site.get(f"/api/messages?{query}")
+        return len(found)
+    assert await count("identity=CP-1") == 12 and await count("method=Heartbeat") == 20
+    assert await count("direction=IN") == 12 and await count("type=CALLERROR") == 2
+    assert await count("identity=CP-2&direction=OUT&type=CALLRESULT") == 5
+    assert await count("identity=nobody") == 0
+
+
+@live()
+async def test_large_lists_come_whole(site):
+    socket_ = await site.station()
+    for number in range(600):
+        await socket_.send(json.dumps([2, str(number), "Heartbeat", {}]))
+    for _ in range(600):
+        await socket_.recv()
+    body = await site.get("/api/messages?limit=100000")
+    assert [m["id"] for m in body] == [f"msg-{n}" for n in range(1200, 0, -1)]
+
+
+@live()
+async def test_messages_are_exported_as_ndjson_and_csv(site):
+    socket_ = await site.station()
+    await exchange(socket_, "DataTransfer", {"vendorId": '=cmd|"/C calc"!A0', "data": "a,b\n\"c\""},
+                   "=1+1")
+    status, text, headers = await site.fetch("/api/messages/export?identity=CP-1")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [r["direction"] for r in rows] == ["IN", "OUT"] and headers["X-Total-Count"] == "2"
+    status, text, headers = await site.fetch("/api/messages/export?format=csv&direction=IN")
+    assert headers["Content-Type"].startswith("text/csv")
+    (head, row) = csv.reader(io.StringIO(text))
+    found = dict(zip(head, row, strict=True))
+    assert found["messageId"] == "'=1+1" and json.loads(found["payload"])["data"] == 'a,b\n"c"'
+
+
+@pytest.mark.parametrize("path, word", [
+    ("/api/messages?limit=0", "limit must be"), ("/api/messages?limit=x", "limit must be"),
+    ("/api/messages?limit=1e9", "limit must be"), ("/api/messages?offset=-1", "offset must be"),
+    ("/api/messages?limit=" + "9" * 99, "limit must be"), ("/api/messages?limit=", "limit must be"),
+    ("/api/messages?direction=UP", "direction must be one of IN, OUT"),
+    ("/api/connections?status=gone", "status must be one of online, offline, all"),
+    ("/api/security?severity=bad", "severity must be one of"),
+    ("/api/stream?topics=messages,x", "topics must be some of"),
+    ("/api/messages/export?format=pdf", "format must be one of"),
+])
+@live()
+async def test_a_bad_parameter_is_named(site, path, word):
+    status, body, _ = await site.fetch(path)
+    assert status == 400 and body["error"].startswith(word)
+
+
+@live()
+async def test_errors_are_always_json(site):
+    cases = [
+        ("GET", "/nowhere", None, 404), ("GET", "/api/nowhere", None, 404),
+        ("POST", "/api/messages", {}, 405), ("DELETE", "/", None, 405),
+        ("PATCH", "/api/overview", {}, 405), ("OPTIONS", "/api/overview", None, 405),
+        ("POST", "/api/auth/login", "{", 400), ("POST", "/api/auth/login", "[1]", 400),
+        ("POST", "/api/auth/login", "", 400), ("POST", "/api/auth/login", {"token": 5}, 400),
+        ("POST", "/api/auth/login", "[" * 100_000, 400),
+        ("POST", "/api/auth/login", b"\xff\xfe", 400),
+        ("POST", "/api/auth/login", "x" * 1_048_577, 413)]
+    for method, path, body, expected in cases:
+        status, answer, headers = await site.fetch(path, method, body, allow_nonstandard_methods=True)
+        assert status == expected and isinstance(answer["error"], str), (method, path, answer)
+        assert expected != 405 or headers["Allow"]
+    await site.station()
+    for body in ({"action": 5}, {"action": "Reset", "payload": []}, {}):
+        assert (await site.fetch("/api/connections/CP-1/call", "POST", body))[0] == 400
+
+
+@live()
+async def test_a_body_without_a_length_is_bounded_too(site):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(b"POST /api/auth/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(20):
+        writer.write(b"20000\r\n" + b"x" * 0x20000 + b"\r\n")
+    writer.write(b"0\r\n\r\n")
+    assert b" 413 " in await reader.readline()
+    writer.close()
+
+
+@live()
+async def test_an_unexpected_failure_is_answered_without_details(site, caplog, monkeypatch):
+    monkeypatch.setattr(site.board, "overview", lambda: 1 / 0)
+    assert (await site.fetch("/api/overview"))[:2] == (500, {"error": "Internal server error"})
+    assert "ZeroDivisionError" in caplog.text
+
+
+# Access over HTTP
+
+
+@live()
+async def test_without_a_session_nothing_is_shown(site):
+    for route in ROUTES:
+        path = route.path.replace(":identity", "CP-1")
+        status, body, _ = await site.fetch(path, route.method, token=None)
+        if route.public:
+            assert status in (200, 400), route
+        else:
+            assert (status, body) == (401, {"error": "Unauthorized"}), route
+    assert await site.get("/healthz") == {"status": "ok"}
+
+
+@live()
+async def test_login_session_and_logout_by_cookie_and_by_bearer(site):
+    status, body, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    assert status == 200 and body["user"] == {"name": "admin"} and body["expiresAt"].endswith("Z")
+    cookie = headers["Set-Cookie"]
+    assert cookie.startswith(f"board-session={body['sessionId']};")
+    assert all(word in cookie for word in ("HttpOnly", "SameSite=Lax", "Path=/"))
+    assert "Secure" not in cookie
+    by_cookie = {"token": None, "headers": {"Cookie": cookie.split(";")[0]}}
+    for how in (by_cookie, {"token": body["sessionId"]}):
+        status, session, _ = await site.fetch("/api/auth/session", **how)
+        assert session == {"authenticated": True, "user": {"name": "admin"}, "authMode": "token",
+                           "expiresAt": body["expiresAt"]}
+        assert (await site.fetch("/api/overview", **how))[0] == 200
+    assert (await site.fetch("/api/auth/logout", "POST", **by_cookie))[:2] == (200, {"success": True})
+    assert (await site.fetch("/api/overview", **by_cookie))[0] == 401
+    status, session, _ = await site.fetch("/api/auth/session", token=None)
+    assert session == {"authenticated": False, "user": None, "expiresAt": None, "authMode": "token"}
+
+
+@live(auth_session_ttl_seconds=60)
+async def test_an_expired_session_is_403(site):
+    _, body, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    site.daemon.access.clock = lambda: time.time() + 61
+    assert (await site.fetch("/api/overview", token=body["sessionId"]))[:2] == (
+        403, {"error": "Session expired"})
+
+
+@live()
+async def test_a_wrong_login_is_401_and_on_record(site):
+    assert (await site.fetch("/api/auth/login", "POST", {"token": "wrong"}, None))[:2] == (
+        401, {"error": "Unauthorized", "message": "Invalid credentials"})
+    found, = await site.get("/api/security?category=AUTH_FAILED&severity=medium")
+    assert found["details"] == {"ip": "127.0.0.1", "attempt": 1} and "wrong" not in str(found)
+    assert await site.get("/api/security?severity=high") == []
+    for _ in range(9):
+        site.daemon.access._failed("127.0.0.1", "test")
+    status, body, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    assert status == 429 and int(headers["Retry-After"]) > 0 and "error" in body
+
+
+@live()
+async def test_a_request_of_another_sites_page_changes_nothing(site):
+    headers = {"Origin": "https://evil.example"}
+    for method, path in (("POST", "/api/auth/login"), ("DELETE", "/api/connections/CP-1")):
+        status, body, _ = await site.fetch(path, method, headers=headers)
+        assert status == 403 and body["error"] == "Cross-origin request"
+    own = {"Origin": f"http://127.0.0.1:{site.port}"}
+    assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 200
+
+
+@live(auth_mode="none")
+async def test_without_authentication_all_is_open_but_to_other_sites(site):
+    assert (await site.fetch("/api/overview", token=None))[0] == 200
+    _, session, _ = await site.fetch("/api/auth/session", token=None)
+    assert session["authenticated"] and session["authMode"] == "none"
+    assert (await site.fetch("/api/auth/login", "POST", {}, None))[0] == 200
+    assert (await site.fetch("/api/connections/x", "DELETE", token=None,
+                             headers={"Origin": "http://evil.example"}))[0] == 403
+
+
+@live(server_trust_proxy="true")
+async def test_behind_a_proxy_its_word_for_the_address_counts(site):
+    await site.fetch("/api/auth/login", "POST", {"token": "wrong"}, None,
+                     {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"})
+    found, = await site.get("/api/security")
+    assert found["details"]["ip"] == "203.0.113.7"
+    _, _, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None,
+                                     {"X-Forwarded-Proto": "https"})
+    assert "Secure" in headers["Set-Cookie"]
+
+
+# Stations over WebSocket
+
+
+@live()
+async def test_refused_stations_are_listed_as_knocking(site):
+    with pytest.raises(websockets.InvalidStatus) as error:
+        await site.station("CP-9", "ocpp1.5", additional_headers={
+            "Authorization": basic("CP-9", "s3cret"), "Cookie": "a=s3cret"})
+    assert error.value.response.status_code == 400
+    assert b"offered ocpp1.5" in error.value.response.body
+    found, = await site.get("/api/knocking")
+    assert (found["ip"], found["path"], found["status"]) == ("127.0.0.1", "/ocpp/CP-9", 400)
+    assert found["url"] == f"ws://127.0.0.1:{site.port}/ocpp/CP-9"
+    assert found["headers"]["Sec-WebSocket-Protocol"] == "ocpp1.5" and "s3cret" not in str(found)
+    event, = await site.get("/api/security")
+    assert (event["category"], event["identity"]) == ("POLICY_REJECTION", "CP-9")
+    status, text, _ = await site.fetch("/ocpp/CP-9", token=None)
+    assert status == 426 and "WebSocket" in text
+    status, text, _ = await site.fetch("/ocpp/", token=None)
+    assert status == 404 and "<identity>" in text
+
+
+@live(stations={"CP-1": {"password": "s3cret"}})
+async def test_a_station_with_a_password_has_profile_1(site):
+    for headers in ({}, {"Authorization": basic("CP-1", "wrong")}):
+        with pytest.raises(websockets.InvalidStatus) as error:
+            await site.station(additional_headers=headers)
+        assert error.value.response.status_code == 401
+        assert error.value.response.headers["WWW-Authenticate"].startswith("Basic")
+    await site.station(additional_headers={"Authorization": basic("CP-1", "s3cret")})
+    assert (await site.get("/api/connections/CP-1"))["securityProfile"] == 1
+    assert [e["category"] for e in await site.get("/api/security")] == ["AUTH_FAILED"]
+
+
+async def raw_upgrade(site, request):
+    """Send an upgrade as it stands; returns the status line and the stream behind it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(request.encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    return head.decode(), reader, writer
+
+
+@pytest.mark.parametrize("path, more, identity", [
+    ("//CP-1", "Connection: Upgrade\r\n", "CP-1"),
+    ("/ocpp/CP-1/?x=1", "Connection: Upgrade\r\n", "CP-1"),
+    ("/ws://host:9000/CP_1/SERIAL", "Connection: Upgrade\r\n", "SERIAL"),
+    ("/anywhere/RDAM%7C1", "Connection: keep-alive\r\nOrigin: https://elsewhere.example\r\n", "RDAM|1"),
+    ("/ocpp/CP-1", "", "CP-1"),
+])
+@live()
+async def test_odd_upgrades_work_on_the_wire(site, path, more, identity):
+    head, _, writer = await raw_upgrade(
+        site, f"GET {path} HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n"
+              f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n")
+    assert " 101 " in head.split("\r\n")[0], head
+    assert list(site.board.stations) == [identity]
+    writer.close()
+    await until(lambda: site.board.online == 0)
+
+
+@live()
+async def test_the_older_connection_is_closed_by_the_newer_one(site):
+    first = await site.station()
+    second = await site.station()
+    await first.wait_closed()
+    assert (await exchange(second, "Heartbeat", {}))[0] == 3
+    view = await site.get("/api/connections/CP-1")
+    assert view["status"] == "online" and view["evictedCount"] == 1
+    assert [e["type"] for e in await site.get("/api/system-events?type=EVICTION")] == ["EVICTION"]
+
+
+@live(ocpp_max_frame_bytes=2000)
+async def test_a_frame_beyond_the_limit_closes_only_that_connection(site):
+    other, socket_ = await site.station("CP-2"), await site.station()
+    await socket_.send("x" * 3000)
+    await socket_.wait_closed()
+    assert (await exchange(other, "Heartbeat", {}))[0] == 3
+
+
+@live()
+async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
+    # a client that never answers a ping: nothing reads its socket
+    head, _, writer = await raw_upgrade(
+        site, "GET /ocpp/CP-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+    alive = await site.station("CP-2")
+    stations = {s.admission.identity: s for s in site.daemon.links}
+    now = time.monotonic()
+    for late in (26, 49):
+        for station in stations.values():
+            station.ping_if_due(now + late, 25)
+        await until(lambda: stations["CP-2"].link.last_sign > now)
+    assert site.board.online == 2
+    stations["CP-1"].link.last_sign = now - 1
+    stations["CP-2"].link.last_sign = now + 49
+    for station in stations.values():
+        station.ping_if_due(now + 50, 25)
+    assert site.board.stations["CP-1"].link is None and site.board.stations["CP-2"].link
+    assert [e.kind for e in site.board.system.records if "PONG" in e.kind] == ["PONG_TIMEOUT"]
+    assert (await exchange(alive, "Heartbeat", {}))[0] == 3
+    writer.close()
+
+
+@live()
+async def test_a_station_that_never_reads_stops_being_read(site):
+    small = socket.create_connection(("127.0.0.1", site.ocpp_port))
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    socket_ = await site.station(sock=small, ping_interval=None)
+    socket_.transport.pause_reading()
+    link = site.board.stations["CP-1"].link
+    link._budget.rate = 0
+    stream = link.write.__self__._stream
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sender = asyncio.create_task(_flood(socket_, json.dumps([2, "1", "GetNothing", {}])))
+    counts = []
+    while len(counts) < 5 or counts[-1] != counts[-5]:
+        await asyncio.sleep(0.05)
+        counts.append(site.board.total_messages)
+    assert stream.writing() and 0 < counts[-1] < 200_000
+    assert (await site.fetch("/healthz"))[0] == 200
+    sender.cancel()
+    socket_.transport.abort()
+
+
+async def _flood(socket_, text):
+    while True:
+        await socket_.send(text)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+@live(ocpp_port=free_port())
+async def test_stations_may_have_a_port_of_their_own(site):
+    assert site.ocpp_port != site.port
+    socket_ = await site.station()
+    assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
+    assert len(await site.get("/api/connections")) == 1
+    site.port, site.ocpp_port = site.ocpp_port, site.port
+    for path in ("/api/connections", "/healthz", "/", "/metrics"):
+        assert (await site.fetch(path))[0] == 404, "the stations' network does not see the board"
+    with pytest.raises(websockets.InvalidStatus):
+        await site.station("CP-2")
+
+
+# Streams
+
+
+@live()
+async def test_a_stream_says_hello_and_then_what_happens(site):
+    events = await site.stream("/api/messages/stream")
+    name, data, _ = await events.next()
+    assert name == "connected" and data["stream"] == "messages" and data["time"].endswith("Z")
+    assert "text/event-stream" in events.head and "X-Accel-Buffering: no" in events.head
+    assert "Cache-Control: no-cache" in events.head
+    socket_ = await site.station()
+    await socket_.send('[2,"1","DataTransfer",{"vendorId":\n"a\\nb",\r\n"data":"é"}]')
+    name, data, id_ = await events.next()
+    assert name == "message" and data["method"] == "DataTransfer" and data["direction"] == "IN"
+    assert data["payload"] == {"vendorId": "a\nb", "data": "é"} and id_.endswith(".1")
+    assert data == (await site.get("/api/messages"))[1], "the stream tells what REST tells"
+
+
+@live(sse_heartbeat_ms=150, telemetry_interval_ms=100)
+async def test_streams_of_their_own_kind_and_heartbeats(site):
+    quiet = await site.stream("/api/security/stream")
+    assert (await quiet.next())[0] == "connected" and (await quiet.next())[0] == "heartbeat"
+    telemetry = await site.stream("/api/telemetry/stream")
+    await telemetry.next()
+    name, data, _ = await telemetry.next()
+    assert name == "telemetry"
+    conforms(data, "Telemetry")
+    await site.fetch("/api/auth/login", "POST", {"token": "wrong"}, None)
+    name, data, _ = await quiet.next("security")
+    assert data["category"] == "AUTH_FAILED"
+
+
+@live(telemetry_interval_ms=100)
+async def test_one_stream_serves_several_topics(site):
+    events = await site.stream("/api/stream?topics=messages,connections,system,transactions,errors")
+    _, data, _ = await events.next()
+    assert data["topics"] == ["messages", "connections", "system", "transactions", "errors"]
+    socket_ = await site.station()
+    await exchange(socket_, "StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                                 "timestamp": "2026-09-21T13:33:20Z"})
+    await exchange(socket_, "Nonsense", {})
+    seen = {}
+    while set(seen) != {"system", "connection", "transaction", "message", "fault"}:
+        name, data, id_ = await events.next()
+        seen[name] = data, id_
+    assert seen["connection"][0]["identity"] == "CP-1"
+    conforms(seen["transaction"][0], "Transaction")
+    everything = await site.stream("/api/stream")
+    assert (await everything.next())[1]["topics"] == list(TOPICS)
+    assert (await everything.next())[0] == "telemetry"
+
+
+@live()
+async def test_a_stream_is_narrowed_by_filters(site):
+    narrow = await site.stream("/api/messages/stream?identity=CP-2&method=Heartbeat&direction=IN"
+                               "&type=CALL")
+    await narrow.next()
+    for identity in ("CP-1", "CP-2"):
+        socket_ = await site.station(identity)
+        await exchange(socket_, "BootNotification", BOOT_16)
+        await exchange(socket_, "Heartbeat", {}, identity)
+    _, data, _ = await narrow.next()
+    assert data["messageId"] == "CP-2" and data["direction"] == "IN"
+
+
+@live(store_max_messages=6)
+async def test_a_client_that_comes_back_gets_what_it_missed_and_the_gap(site):
+    events = await site.stream("/api/messages/stream")
+    socket_ = await site.station()
+    await exchange(socket_, "Heartbeat", {}, "0")
+    await events.next()
+    id_ = (await events.next())[2]
+    assert id_.endswith(".1")
+    again = await site.stream("/api/messages/stream", {"Last-Event-ID": id_})
+    assert [(await again.next())[0] for _ in range(2)] == ["connected", "message"]
+    for number in range(5):
+        await exchange(socket_, "Heartbeat", {}, str(number + 1))
+    again = await site.stream("/api/messages/stream", {"Last-Event-ID": id_})
+    assert (await again.next())[0] == "connected"
+    assert (await again.next())[:2] == ("gap", {"lost": 5})
+    assert [(await again.next())[1]["id"] for _ in range(6)] == [f"msg-{n}" for n in range(7, 13)]
+    for odd in ("1a2b.5", "nonsense", f"{site.board.epoch}.1.2", f"{site.board.epoch}.-1"):
+        earlier = await site.stream("/api/messages/stream", {"Last-Event-ID": odd})
+        await earlier.next()
+        assert (await earlier.next())[:2] == ("gap", {"lost": 6}), "of an earlier run"
+
+
+@live()
+async def test_several_topics_resume_with_one_id(site):
+    events = await site.stream("/api/stream?topics=messages,system")
+    socket_ = await site.station()
+    await exchange(socket_, "Heartbeat", {})
+    await events.next()
+    ids = [(await events.next())[2] for _ in range(3)]       # connected, in, out
+    assert ids[-1].endswith(".2.2")
+    again = await site.stream("/api/stream?topics=messages,system", {"Last-Event-ID": ids[-1]})
+    await again.next()
+    await exchange(socket_, "Heartbeat", {}, "new")
+    assert (await again.next())[1]["messageId"] == "new"
+
+
+@live(sse_queue=50)
+async def test_a_client_that_does_not_read_costs_its_queue_and_slows_nobody(site):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port, limit=1024)
+    writer.transport.pause_reading()
+    writer.write(b"GET /api/messages/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\n\r\n")
+    await until(lambda: site.daemon.streams == 1)
+    site.board.config.ocpp.max_calls_per_second = 0
+    socket_ = await site.station()
+    site.board.stations["CP-1"].link._budget.rate = 0
+    payload = {"vendorId": "v", "data": "x" * 60_000}
+    started = time.monotonic()
+    for number in range(300):
+        await exchange(socket_, "DataTransfer", payload, str(number))
+    assert time.monotonic() - started < 20
+    subscription, = site.board.listeners["messages"]
+    assert len(subscription.waiting) <= 50 and subscription.lost > 100
+    writer.transport.abort()
+    await until(lambda: site.daemon.streams == 0 and not site.board.listeners["messages"])
+
+
+@live()
+async def test_streams_are_bounded(site):
+    site.daemon.streams = ocppboard.STREAMS_OPEN
+    assert (await site.fetch("/api/messages/stream"))[0] == 503
+    site.daemon.streams = 0
+
+
+# Others
+
+
+@live()
+async def test_metrics_are_prometheus_text(site):
+    socket_ = await site.station('a"b')
+    await exchange(socket_, "MeterValues", {"connectorId": 1, "meterValue": [{
+        "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
+    status, text, headers = await site.fetch("/metrics")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    line = re.compile(r'(# (HELP|TYPE) \w+ .+|\w+(\{\w+="(\\.|[^"\\])*"(,\w+="[^"]*")*\})? [-0-9.e]+)\Z')
+    assert all(line.match(one) for one in text.splitlines()), text
+    assert "ocppboard_stations_online 1\n" in text and "ocppboard_messages_total 2\n" in text
+    assert 'ocppboard_connector_power_watts{identity="a\\"b",evse="1",connector="1"} 7000.0' in text
+
+
+@live(ocpp_accept="ask")
+async def test_approval_on_the_board_triggers_a_boot(site):
+    socket_ = await site.station()
+    assert (await exchange(socket_, "BootNotification", BOOT_16))[2]["status"] == "Pending"
+    assert (await site.get("/api/connections/CP-1"))["registration"] == "Pending"
+    assert (await site.fetch("/api/connections/CP-1/approve", "POST"))[:2] == (
+        200, {"success": True})
+    _, id_, action, payload = json.loads(await socket_.recv())
+    assert (action, payload) == ("TriggerMessage", {"requestedMessage": "BootNotification"})
+    await socket_.send(json.dumps([3, id_, {"status": "Accepted"}]))
+    assert (await exchange(socket_, "BootNotification", BOOT_16))[2]["status"] == "Accepted"
+    assert (await site.fetch("/api/connections/CP-2/approve", "POST"))[0] == 404
+
+
+# --- Dashboard ----------------------------------------------------------------------------
+
+
+@live()
+async def test_the_page_is_safe_and_names_the_api(site):
+    status, text, headers = await site.fetch("/", token=None)
+    assert status == 200 and text.startswith("<!doctype html>")
+    assert all(route.path in text for route in ROUTES)
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    style = re.search(r"<style>(.*)</style>", text, re.S)[1]
+    digest = base64.b64encode(ocppboard.hashlib.sha256(style.encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in policy and "<script" not in text and "style=" not in text
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
+
+
+@live()
+async def test_the_printed_address_logs_in(site):
+    status, _, headers = await site.fetch("/?token=t0ken", token=None)
+    assert status == 302 and headers["Location"] == "/"
+    cookie = headers["Set-Cookie"].split(";")[0]
+    assert (await site.fetch("/api/overview", token=None, headers={"Cookie": cookie}))[0] == 200
+    assert (await site.fetch("/?token=wrong", token=None))[0] == 401
+
+
+# --- Simulator ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_simulated_station_lives_as_the_schemas_say(site, protocol, caplog):
+    station = ocppboard.SIMULATED[protocol]("SIM-1", site.url("").rstrip("/"), rate=200)
+    task = asyncio.create_task(station.run())
+    await until(lambda: any(t.status == "stopped" for t in site.board.transactions.records), 20)
+    stopped = next(t for t in site.board.transactions.records if t.status == "stopped")
+    assert stopped.energy_wh >= 0 and stopped.meter_stop >= stopped.meter_start
+    assert stopped.reading.current_a and stopped.soc > 0
+    assert site.daemon.schemas and not site.board.errors.records, site.board.errors.records[-1]
+    assert not site.board.stations["SIM-1"].quirks and station.errors == 0
+    task.cancel()
+
+
+async def simulated(site, protocol, rate=100):
+    station = ocppboard.SIMULATED[protocol]("SIM-1", site.url("").rstrip("/"), rate=rate)
+    station.plan_more = lambda: station.plan.append(functools.partial(asyncio.sleep, 0.01))
+    task = asyncio.create_task(station.run())
+    site._open.callback(task.cancel)
+    await until(lambda: site.board.stations.get("SIM-1") and site.board.stations["SIM-1"].connectors)
+
+    async def command(action, payload):
+        status, body, _ = await site.fetch("/api/connections/SIM-1/call", "POST",
+                                           {"action": action, "payload": payload})
+        assert status == 200, body
+        return body["result"]
+    return station, command
+
+
+PROFILE = {"stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
+           "chargingProfileKind": "Relative"}
+SCHEDULE = {"chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 10.0}]}
+
+
+@live()
+async def test_a_simulated_16_station_obeys(site):
+    station, command = await simulated(site, "ocpp1.6")
+    accepted = {"status": "Accepted"}
+    assert await command("SetChargingProfile", {"connectorId": 1, "csChargingProfiles": PROFILE | {
+        "chargingProfileId": 1, "chargingSchedule": SCHEDULE}}) == accepted
+    assert await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1}) == accepted
+    await until(lambda: station.outlets[0].transaction_id)
+    transaction, = await site.get("/api/transactions")
+    assert transaction["idToken"] == "REMOTE" and transaction["status"] == "active"
+    assert station.outlets[0].current_a == 10.0, "obeys the limit"
+    assert await command("TriggerMessage", {"requestedMessage": "MeterValues"}) == accepted
+    await until(lambda: site.board.transactions.records[0].reading)
+    assert set(site.board.transactions.records[0].reading.current_a.values()) == {10.0}
+    composite = await command("GetCompositeSchedule", {"connectorId": 1, "duration": 60})
+    assert composite["chargingSchedule"]["chargingSchedulePeriod"][0]["limit"] == 10.0
+    assert await command("ClearChargingProfile", {"id": 1}) == accepted
+    assert await command("ClearChargingProfile", {"id": 1}) == {"status": "Unknown"}
+    assert await command("ChangeAvailability", {"connectorId": 1, "type": "Inoperative"}) == {
+        "status": "Scheduled"}
+    assert await command("RemoteStopTransaction", {"transactionId": transaction["id"]}) == accepted
+    await until(lambda: site.board.stations["SIM-1"].connectors[1, 1].status == "Unavailable")
+    assert (await site.get("/api/transactions"))[0]["reason"] == "Remote"
+    assert await command("RemoteStartTransaction", {"idTag": "X"}) == {"status": "Rejected"}
+    assert await command("ChangeConfiguration", {"key": "HeartbeatInterval", "value": "60"}) == accepted
+    found = await command("GetConfiguration", {"key": ["HeartbeatInterval", "Nothing"]})
+    assert found["configurationKey"][0]["value"] == "60" and found["unknownKey"] == ["Nothing"]
+    before = site.board.total_connections
+    assert await command("Reset", {"type": "Soft"}) == accepted
+    await until(lambda: site.board.total_connections == before + 1)
+    assert not site.board.errors.records
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+@live()
+async def test_a_simulated_2x_station_obeys(site, protocol):
+    station, command = await simulated(site, protocol)
+    accepted = {"status": "Accepted"}
+    token = {"idToken": "REMOTE", "type": "Central"}
+    assert await command("SetChargingProfile", {"evseId": 1, "chargingProfile": PROFILE | {
+        "id": 1, "chargingSchedule": [SCHEDULE | {"id": 1}]}}) == accepted
+    assert await command("RequestStartTransaction", {"idToken": token, "remoteStartId": 7,
+                                                     "evseId": 1}) == accepted
+    await until(lambda: len(site.board.transactions) and site.board.transactions.records[0].reading)
+    transaction, = await site.get("/api/transactions")
+    assert transaction["idToken"] == "REMOTE" and transaction["chargingState"] == "Charging"
+    assert set(transaction["meter"]["currentA"].values()) == {10.0}, "obeys the limit"
+    assert await command("GetTransactionStatus", {"transactionId": transaction["id"]}) == {
+        "messagesInQueue": False, "ongoingIndicator": True}
+    assert await command("RequestStopTransaction", {"transactionId": transaction["id"]}) == accepted
+    await until(lambda: site.board.transactions.records[0].status == "stopped")
+    assert await command("ChangeAvailability", {"operationalStatus": "Inoperative"}) == accepted
+    await until(lambda: site.board.stations["SIM-1"].connectors[1, 1].status == "Unavailable")
+    variable = {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "HeartbeatInterval"}}
+    assert (await command("SetVariables", {"setVariableData": [variable | {"attributeValue": "60"}]}))[
+        "setVariableResult"][0]["attributeStatus"] == "Accepted"
+    found = await command("GetVariables", {"getVariableData": [variable]})
+    assert found["getVariableResult"][0]["attributeValue"] == "60"
+    assert await command("GetBaseReport", {"requestId": 1, "reportBase": "FullInventory"}) == accepted
+    await until(lambda: any(m.method == "NotifyReport" for m in site.board.messages.records))
+    composite = await command("GetCompositeSchedule", {"evseId": 1, "duration": 60})
+    assert composite["schedule"]["chargingSchedulePeriod"][0]["limit"] == 10.0
+    assert not site.board.errors.records, site.board.errors.records[-1]
+
+
+@live()
+async def test_the_simulator_sums_up(site, capsys):
+    status = await ocppboard.simulate(site.url("").rstrip("/"), 4, "all", 1.5, 80)
+    out = capsys.readouterr().out
+    assert status == 0 and "4 online" in out
+    rate = float(re.search(r"([0-9.]+) calls/s, 0 CALLERRORs; latency p50", out)[1])
+    assert 40 < rate < 90
+    assert {s.protocol for s in site.board.stations.values()} == set(PROTOCOLS)
+
+
+# --- Daemon -------------------------------------------------------------------------------
+
+
+def ocppboard_process(*arguments, environ=None, **options):
+    """`ocppboard.py` as a process of its own."""
+    return subprocess.Popen([sys.executable, str(HERE / "ocppboard.py"), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OCPPBOARD_CONFIG": os.devnull} | (environ or {}),
+                            **options)
+
+
+def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
+    process = ocppboard_process("--port", "0", "--address", "127.0.0.1")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("The board: "):
+            break
+    address = re.fullmatch(r"The board: (http://127.0.0.1:\d+)/\?token=(\S{20,})\n", lines[-1])
+    assert address, lines
+    url, token = address.groups()
+
+    async def use():
+        client = AsyncHTTPClient(force_instance=True)
+        answer = await client.fetch(url + "/api/overview",
+                                    headers={"Authorization": f"Bearer {token}"})
+        socket_ = await websockets.connect(url.replace("http", "ws") + "/ocpp/CP-1",
+                                           subprotocols=["ocpp1.6"])
+        await exchange(socket_, "Heartbeat", {})
+        process.send_signal(signal.SIGTERM)
+        await socket_.wait_closed()
+        client.close()
+        return answer.code, socket_.close_code
+    assert asyncio.run(asyncio.wait_for(use(), 20)) == (200, 1001)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0 and err == "" and "Stopping" in out
+    assert token not in "".join(lines[:-1]) + out, "printed once"
+
+
+def run_ocppboard(*arguments, text=None, environ=None):
+    process = ocppboard_process(*arguments, environ=environ, stdin=subprocess.PIPE)
+    out, err = process.communicate(text, timeout=20)
+    return process.returncode, out, err
+
+
+def test_check_says_what_it_found(tmp_path):
+    good = write(tmp_path, "[server]\nport = 1\n")
+    assert run_ocppboard("--check", "--config", good) == (0, f"{good}: the configuration is good\n", "")
+    bad = write(tmp_path, "[server]\nprt = 1\n")
+    status, out, err = run_ocppboard("run", "--check", "--config", bad)
+    assert (status, out) == (2, "") and err == (
+        f"ocppboard: {bad}: unknown key server.prt (did you mean port?)\n")
+
+
+def test_a_port_in_use_ends_the_start_with_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, err = run_ocppboard("--address", "127.0.0.1", "--port", str(port))
+    assert status == 2 and err.count("\n") == 1 and f"port {port}" in err and "in use" in err
+
+
+def test_hash_password_prints_a_hash_that_the_config_takes():
+    status, out, _ = run_ocppboard("hash-password", text="geheim\n")
+    assert status == 0 and ocppboard.password_matches(b"geheim", out.strip())
+    assert run_ocppboard("hash-password", text="\n")[0] == 2
+
+
+def test_simulate_without_a_daemon_fails_and_says_why():
+    status, out, _ = run_ocppboard("simulate", "--url", "ws://127.0.0.1:1/ocpp", "--duration", "1",
+                                   "--stations", "1")
+    assert status == 1 and "0 calls" in out and "refused" in out
+
+
+def test_strict_validation_without_the_packages_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(ocppboard.Schemas, "installed", classmethod(lambda cls: None))
+    with pytest.raises(ConfigError, match="needs the packages ocpp and fastjsonschema"):
+        ocppboard.Daemon(config_of(ocpp_validate="strict"))
+    assert ocppboard.Daemon(config_of()).schemas is None
+
+
+@live(auth_token="")
+async def test_no_secret_reaches_the_log(site, caplog):
+    caplog.set_level(logging.DEBUG)
+    token = site.daemon.access.made_token
+    await site.fetch(f"/?token={token}", token=None)
+    await site.fetch("/api/overview", token=token)
+    await site.fetch("/api/auth/login", "POST", {"token": token}, None)
+    with contextlib.suppress(websockets.InvalidStatus):
+        await site.station("x", "ocpp9", additional_headers={"Authorization": basic("x", token)})
+    assert token and token not in caplog.text
+    kept = json.dumps([await (site.fetch(p, token=token)) for p in (
+        "/api/security", "/api/system-events", "/api/knocking")], default=str)
+    assert token not in kept
+
+
+@live()
+async def test_a_background_task_that_fails_is_logged_by_name(site, caplog):
+    async def fail():
+        raise ValueError("oops")
+    site.daemon.spawn("the task", fail())
+    await until(lambda: "oops" in caplog.text)
+    assert "The task the task failed" in caplog.text
+
+
+# Documents
+
+
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_names_every_setting_route_topic_and_command():
+    for setting in SETTINGS + STATION_SETTINGS:
+        assert f"`{setting.key}`" in README, setting.key
+    for route in ROUTES:
+        assert f"`{route.method} {route.path}`" in README, route.path
+    for topic in TOPICS:
+        assert f"`{topic}`" in README, topic
+    for action in set().union(*CALLS.values()):
+        assert action in README, action
+    for name in ("run", "simulate", "hash-password"):
+        assert f"`{name}`" in README
+
+
+def test_the_top_level_holds_the_five_files_alone():
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    names = {name.split("/")[0] for name in tracked.stdout.splitlines()}
+    assert not names or {n for n in names if not n.startswith(".")} == {
+        "ocppboard.py", "ocppboard.toml", "test_ocppboard.py", "README.md", "LICENSE"}
+
+
+def test_every_section_knows_only_what_stands_above_it():
+    source = (HERE / "ocppboard.py").read_text()
+    banners = re.findall(r"^# --- (.+?) -+$", source, re.M)
+    assert banners == ["Errors", "Configuration", "Records", "Messages", "Versions", "Meter values",
+                       "Board", "Incoming calls", "Outgoing calls", "Access", "HTTP", "Dashboard",
+                       "Simulator", "Daemon"]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
