@@ -87,6 +87,7 @@ KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
 SESSIONS_KEPT = 1000        # logins to the board; the longest unused goes first
 ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
 STREAMS_OPEN = 200          # SSE clients at a time
+QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
@@ -557,6 +558,7 @@ class Record:
 
     __slots__ = ()
     number: int
+    size = 0                            # bytes that a stranger's text takes, where it has no bound
 
     def view(self) -> dict:
         """The record as REST shows it."""
@@ -1439,25 +1441,29 @@ class Published:
 
 
 class Subscription:
-    """What one listener follows and has not read yet. The oldest events go beyond `limit`."""
+    """What one listener follows and has not read yet.
 
-    __slots__ = ("topics", "match", "limit", "wake", "waiting", "lost", "cursor")
+    The oldest events go beyond `limit`, and beyond QUEUE_BYTES of message payloads.
+    """
+
+    __slots__ = ("topics", "match", "limit", "wake", "waiting", "bytes", "lost", "cursor")
 
     def __init__(self, topics: tuple, match: Callable[[str, Record], bool] | None, limit: int,
                  wake: Callable[[], None], cursor: dict):
         self.topics, self.match, self.limit, self.wake = topics, match, limit, wake
         self.waiting: deque = deque()
-        self.lost = 0
+        self.bytes = self.lost = 0
         self.cursor = cursor             # {topic: number of the last event read or passed over}
 
     def offer(self, event: Published) -> None:
         """Take an event if it matches; tell the listener when it is the first to wait."""
         if self.match is not None and not self.match(event.topic, event.record):
             return
-        if len(self.waiting) >= self.limit:
-            self.waiting.popleft()
-            self.lost += 1
         self.waiting.append(event)
+        self.bytes += event.record.size
+        while len(self.waiting) > self.limit or self.bytes > QUEUE_BYTES:
+            self.bytes -= self.waiting.popleft().record.size
+            self.lost += 1
         if len(self.waiting) == 1:
             self.wake()
 
@@ -1465,7 +1471,7 @@ class Subscription:
         """(events waiting, oldest first; how many were dropped before them)."""
         events, lost = list(self.waiting), self.lost
         self.waiting.clear()
-        self.lost = 0
+        self.bytes = self.lost = 0
         return events, lost
 
 
@@ -3395,46 +3401,46 @@ def get_stream(api: "Api") -> Awaitable:
 
 async def _stream(api: "Api", name: str, topics: tuple) -> None:
     """Server-Sent Events until the client goes (HTML, 9.2)."""
-    if api.daemon.streams >= STREAMS_OPEN:
+    if len(api.daemon.streams) >= STREAMS_OPEN:
         raise Busy("Too many streams")
     board, heartbeat_s = api.board, api.config.sse.heartbeat_ms / 1000
     woken = api.gone
-    subscription, missed, lost = board.subscribe(
+    subscription, events, lost = board.subscribe(
         topics, _stream_filter(api.query), woken.set, _cursor(api, board, topics))
     cursor = subscription.cursor
     api.set_header("Content-Type", "text/event-stream; charset=utf-8")
     api.set_header("X-Accel-Buffering", "no")
-    api.daemon.streams += 1
+    api.daemon.streams.add(api)
     try:
         hello = to_json({"stream": name, "topics": topics, "time": iso(board.clock())})
-        text = f"retry: 3000\nevent: connected\ndata: {hello}\n\n"
+        api.write(f"retry: 3000\nevent: connected\ndata: {hello}\n\n")
         while not api.closed:
             if lost:
-                text += f"event: gap\ndata: {to_json({'lost': lost})}\n\n"
-            text += "".join([_sse(event, cursor, board) for event in missed])
-            if text:
-                api.write(text)
-                await api.flush()
+                api.write(f"event: gap\ndata: {to_json({'lost': lost})}\n\n")
+            await api.write_slices(events, lambda event: _sse(event, cursor, board))
+            await api.flush()
             await asyncio.sleep(STREAM_PAUSE_S)          # what comes meanwhile goes out together
-            text = await _heartbeat_or_news(subscription, woken, heartbeat_s, board)
-            missed, lost = subscription.take()
+            if not await _news(subscription, woken, heartbeat_s):
+                api.write(f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n")
+            events, lost = subscription.take()
     except StreamClosedError:
         pass
     finally:
-        api.daemon.streams -= 1
+        api.daemon.streams.discard(api)
         board.unsubscribe(subscription)
 
 
-async def _heartbeat_or_news(subscription: Subscription, woken: asyncio.Event, heartbeat_s: float,
-                             board: Board) -> str:
-    if not subscription.waiting:
-        woken.clear()
-        try:
-            async with asyncio.timeout(heartbeat_s):
-                await woken.wait()
-        except TimeoutError:
-            return f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n"
-    return ""
+async def _news(subscription: Subscription, woken: asyncio.Event, patience_s: float) -> bool:
+    """Wait for an event, or for the client to go; False if all was quiet for so long."""
+    if subscription.waiting:
+        return True
+    woken.clear()
+    try:
+        async with asyncio.timeout(patience_s):
+            await woken.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _sse(event: Published, cursor: dict, board: Board) -> str:
@@ -4610,7 +4616,7 @@ class Daemon:
             raise ConfigError(f'ocpp.validate = "{wanted}" needs the packages ocpp and '
                               "fastjsonschema")
         self.links: set[StationSocket] = set()
-        self.streams = 0
+        self.streams: set[Api] = set()
         self.listening: list[tuple[str, int]] = []       # (what is served, port)
         self._servers: list[HTTPServer] = []
         self._tasks: set[asyncio.Task] = set()
@@ -4681,10 +4687,12 @@ class Daemon:
             server.stop()
         for station in list(self.links):
             station.link.end("the central system stops", 1001)
+        for stream in self.streams:
+            stream.on_connection_close()
         for task in list(self._tasks):
             task.cancel()
         deadline = time.monotonic() + 2
-        while self.links and time.monotonic() < deadline:
+        while (self.links or self.streams) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
@@ -4704,7 +4712,7 @@ class Daemon:
 
     def sample(self) -> dict:
         """The telemetry now; of process and host as last measured."""
-        return self.board.sample(self._machine | {"streams": self.streams})
+        return self.board.sample(self._machine | {"streams": len(self.streams)})
 
     def _sample(self) -> None:
         """Measure process and host, and keep a telemetry sample."""

@@ -592,6 +592,15 @@ def test_a_subscription_keeps_the_newest_and_counts_the_lost():
     assert subscription.take() == ([], 0) and not bench.board.listeners["messages"]
 
 
+def test_a_subscription_is_bounded_by_bytes_too():
+    bench = Bench()
+    subscription, _, _ = bench.board.subscribe(["messages"], None, lambda: None)
+    for _ in range(8):
+        bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 1_000_000})
+    assert subscription.bytes <= ocppboard.QUEUE_BYTES and len(subscription.waiting) == 9
+    assert subscription.take()[1] == 7 and subscription.bytes == 0
+
+
 def test_a_record_becomes_text_once_for_all_and_never_for_nobody(monkeypatch):
     made = []
     original = ocppboard.LoggedMessage.json
@@ -2135,11 +2144,11 @@ async def test_several_topics_resume_with_one_id(site):
 
 @live(sse_queue=50)
 async def test_a_client_that_does_not_read_costs_its_queue_and_slows_nobody(site):
-    reader, writer = await asyncio.open_connection("127.0.0.1", site.port, limit=1024)
-    writer.transport.pause_reading()
-    writer.write(b"GET /api/messages/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\n\r\n")
-    await until(lambda: site.daemon.streams == 1)
-    site.board.config.ocpp.max_calls_per_second = 0
+    small = socket.create_connection(("127.0.0.1", site.port))
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    small.sendall(b"GET /api/messages/stream HTTP/1.1\r\nHost: x\r\n"
+                  b"Authorization: Bearer t0ken\r\n\r\n")
+    await until(lambda: site.daemon.streams)
     socket_ = await site.station()
     site.board.stations["CP-1"].link._budget.rate = 0
     payload = {"vendorId": "v", "data": "x" * 60_000}
@@ -2148,16 +2157,27 @@ async def test_a_client_that_does_not_read_costs_its_queue_and_slows_nobody(site
         await exchange(socket_, "DataTransfer", payload, str(number))
     assert time.monotonic() - started < 20
     subscription, = site.board.listeners["messages"]
-    assert len(subscription.waiting) <= 50 and subscription.lost > 100
-    writer.transport.abort()
-    await until(lambda: site.daemon.streams == 0 and not site.board.listeners["messages"])
+    assert len(subscription.waiting) <= 50 and subscription.lost > 0
+    small.close()
+    await until(lambda: not site.daemon.streams and not site.board.listeners["messages"])
 
 
 @live()
-async def test_streams_are_bounded(site):
-    site.daemon.streams = ocppboard.STREAMS_OPEN
+async def test_streams_are_bounded(site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "STREAMS_OPEN", 2)
+    for _ in range(2):
+        await (await site.stream("/api/messages/stream")).next()
     assert (await site.fetch("/api/messages/stream"))[0] == 503
-    site.daemon.streams = 0
+
+
+@live()
+async def test_streams_end_with_the_daemon_and_leave_nothing_behind(site, caplog):
+    events = await site.stream("/api/messages/stream")
+    await events.next()
+    await site.daemon.stop()
+    with pytest.raises(asyncio.IncompleteReadError):
+        await asyncio.wait_for(events.reader.readexactly(1_000_000), 5)
+    assert not site.board.listeners["messages"] and not caplog.records
 
 
 # Others
