@@ -2110,7 +2110,8 @@ def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
     number = optional(payload, "connectorId", int, 0)
     transaction_id = optional(payload, "transactionId", int, 0)
     evse_id, connector_id = number, min(number, 1)
-    if transaction_id > 0 and number > 0:                # 0 and -1 are what idle chargers send
+    known = board.transaction(station, transaction_id)
+    if known or transaction_id > 0 and number > 0:       # 0 and -1 are what idle chargers send
         transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
     else:
         transaction = _open_transaction(station, evse_id, connector_id)
@@ -3860,6 +3861,7 @@ table { border-collapse: collapse; width: 100% }
 td { border-top: 1px solid var(--line); padding: .35rem .8rem .35rem 0; vertical-align: top }
 td + td { color: var(--dim) }
 td:first-child { font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere }
+@media (max-width: 40rem) { td { display: block } td + td { border: 0; padding-top: 0 } }
 """
 
 PAGE = r"""<!doctype html>
