@@ -3151,12 +3151,14 @@ def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
 
 
 async def post_login(api: "Api") -> dict:
+    """Create a session."""
     session = await api.daemon.access.login(api.body, api.request.remote_ip)
     api.set_session_cookie(session)
     return {"sessionId": session.id} | session.view()
 
 
 def get_session(api: "Api") -> dict:
+    """The session of this request."""
     mode = api.config.auth.mode
     try:
         session = api.authenticate()
@@ -3166,17 +3168,20 @@ def get_session(api: "Api") -> dict:
 
 
 def post_logout(api: "Api") -> dict:
+    """Destroy the session."""
     api.daemon.access.logout(api.session)
     api.clear_cookie(COOKIE, path="/")
     return {"success": True}
 
 
 def get_overview(api: "Api") -> dict:
+    """What the dashboard shows first."""
     recent, _ = api.board.messages.page(RECENT_IN_OVERVIEW)
     return api.board.overview() | {"recentMessages": [record.view() for record in recent]}
 
 
 def get_connections(api: "Api") -> Page:
+    """Stations, by identity."""
     status, protocol = api.query["status"], api.query["protocol"]
     found = [station for identity, station in sorted(api.board.stations.items())
              if (status == "all" or (status == "online") == bool(station.link))
@@ -3193,12 +3198,14 @@ def _station(api: "Api", identity: str) -> Station:
 
 
 def get_connection(api: "Api", identity: str) -> dict:
+    """One station."""
     station = _station(api, identity)
     recent = api.board.messages.newest(RECENT_IN_DETAIL, lambda record: record.identity == identity)
     return station.view() | {"recentMessages": [record.view() for record in recent]}
 
 
 def delete_connection(api: "Api", identity: str) -> dict:
+    """Forget a station; an online one is disconnected first."""
     station = _station(api, identity)
     if station.link:
         station.link.end("removed on the board", 1000)
@@ -3214,11 +3221,13 @@ def _online(api: "Api", identity: str) -> Link:
 
 
 def post_disconnect(api: "Api", identity: str) -> dict:
+    """Close a station's connection."""
     _online(api, identity).end("disconnected on the board", 1000)
     return {"success": True, "message": "Connection terminated"}
 
 
 async def post_call(api: "Api", identity: str) -> dict:
+    """Send a command and wait for its answer."""
     action, payload = api.body.get("action"), api.body.get("payload", {})
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
@@ -3227,6 +3236,7 @@ async def post_call(api: "Api", identity: str) -> dict:
 
 
 def post_approve(api: "Api", identity: str) -> dict:
+    """Let a station in where ocpp.accept is "ask"."""
     station = _station(api, identity)
     api.board.approve(station)
     if station.link and station.registration == "Pending":   # else it asks again within a minute
@@ -3242,48 +3252,59 @@ async def _ask_to_boot(link: Link) -> None:
 
 
 def get_messages(api: "Api") -> Page:
+    """Messages, newest first."""
     return _page(api.board.messages, api)
 
 
 def get_transactions(api: "Api") -> Page:
+    """Transactions, newest first."""
     return _page(api.board.transactions, api)
 
 
 def get_security(api: "Api") -> Page:
+    """Security events, newest first."""
     return _page(api.board.security, api)
 
 
 def get_errors(api: "Api") -> Page:
+    """What went wrong, newest first."""
     return _page(api.board.errors, api)
 
 
 def get_system_events(api: "Api") -> Page:
+    """Events of the board, newest first."""
     return _page(api.board.system, api, FILTERED_BY | {"type": "kind"})
 
 
 def get_smart_charge(api: "Api") -> Page:
+    """Smart charging sessions."""
     return _page(api.board.smart_charge, api)
 
 
 def get_proxy(api: "Api") -> Page:
+    """Protocol proxy events."""
     return _page(api.board.proxy, api)
 
 
 def get_knocking(api: "Api") -> Page:
+    """Refused upgrades, newest first."""
     entries = api.board.knocking_view()
     return Page(entries, len(entries))
 
 
 def get_telemetry(api: "Api") -> dict:
+    """The telemetry now."""
     return api.daemon.sample()
 
 
 def get_telemetry_history(api: "Api") -> Page:
+    """Samples, oldest first."""
     samples = list(api.board.telemetry.records)
     return Page(samples, len(samples))
 
 
 def get_healthz(api: "Api") -> dict:
+    """200 while the daemon works."""
     if not api.daemon.listening:
         raise Busy("Not listening")
     return {"status": "ok"}
@@ -3294,6 +3315,7 @@ CSV_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "
 
 
 async def get_messages_export(api: "Api") -> None:
+    """All messages that match, as a file."""
     kind = api.query["format"]
     match = matcher(api.query)
     found = [r for r in api.board.messages.records if match is None or match(r)]
@@ -3336,6 +3358,7 @@ METRICS = (
 
 
 def get_metrics(api: "Api") -> None:
+    """Prometheus text format."""
     sample, board = api.daemon.sample(), api.board
     lines = []
 
@@ -3373,6 +3396,7 @@ def _label(text: str) -> str:
 
 
 def get_openapi(api: "Api") -> dict:
+    """This description."""
     return openapi()
 
 
@@ -3380,18 +3404,22 @@ def get_openapi(api: "Api") -> dict:
 
 
 def get_messages_stream(api: "Api") -> Awaitable:
+    """Messages, live."""
     return _stream(api, "messages", ("messages",))
 
 
 def get_telemetry_stream(api: "Api") -> Awaitable:
+    """The telemetry, live."""
     return _stream(api, "telemetry", ("telemetry",))
 
 
 def get_security_stream(api: "Api") -> Awaitable:
+    """Security events, live."""
     return _stream(api, "security", ("security",))
 
 
 def get_stream(api: "Api") -> Awaitable:
+    """Several topics in one stream."""
     asked = api.query["topics"]
     topics = tuple(dict.fromkeys(asked.split(","))) if asked else tuple(TOPICS)
     for topic in topics:
@@ -3484,17 +3512,21 @@ def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
 
 
 class Route(NamedTuple):
-    """An endpoint: `:name` in the path is handed on; `answer` is its JSON schema by name."""
+    """An endpoint: `:name` in its path is handed on, its docstring is what the API tells of it."""
 
     method: str
     path: str
     act: Callable
-    text: str
     answer: str = ""                     # a key of SHAPES, "[…]" a list of it; or a media type
     query: tuple = ()
     body: str = ""                       # a key of SHAPES
     public: bool = False                 # needs no session
     errors: tuple = ()                   # beyond 400, 401, 403, 404, 405, 413, 500
+
+    @property
+    def text(self) -> str:
+        """What it does, in a line."""
+        return (self.act.__doc__ or self.path).removesuffix(".")     # none under -OO
 
 
 SSE = "text/event-stream"
@@ -3502,56 +3534,43 @@ STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
 ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most; all without it")
 
 ROUTES = (
-    Route("POST", "/api/auth/login", post_login, "Create a session", "Login", (), "Credentials",
-          True, (429,)),
-    Route("GET", "/api/auth/session", get_session, "The session of this request", "SessionInfo",
-          public=True),
-    Route("POST", "/api/auth/logout", post_logout, "Destroy the session", "Success"),
-    Route("GET", "/api/overview", get_overview, "What the dashboard shows first", "Overview"),
-    Route("GET", "/api/connections", get_connections, "Stations, by identity", "[Connection]",
+    Route("POST", "/api/auth/login", post_login, "Login", body="Credentials", public=True,
+          errors=(429,)),
+    Route("GET", "/api/auth/session", get_session, "SessionInfo", public=True),
+    Route("POST", "/api/auth/logout", post_logout, "Success"),
+    Route("GET", "/api/overview", get_overview, "Overview"),
+    Route("GET", "/api/connections", get_connections, "[Connection]",
           (ONLINE, PROTOCOL, ALL, OFFSET)),
-    Route("GET", "/api/connections/:identity", get_connection, "One station", "ConnectionDetail"),
-    Route("DELETE", "/api/connections/:identity", delete_connection,
-          "Forget a station; an online one is disconnected first", "Success"),
-    Route("POST", "/api/connections/:identity/disconnect", post_disconnect,
-          "Close a station's connection", "Success", errors=(409,)),
-    Route("POST", "/api/connections/:identity/call", post_call,
-          "Send a command and wait for its answer", "CallAnswer", (), "Command",
+    Route("GET", "/api/connections/:identity", get_connection, "ConnectionDetail"),
+    Route("DELETE", "/api/connections/:identity", delete_connection, "Success"),
+    Route("POST", "/api/connections/:identity/disconnect", post_disconnect, "Success",
+          errors=(409,)),
+    Route("POST", "/api/connections/:identity/call", post_call, "CallAnswer", body="Command",
           errors=(409, 502, 503, 504)),
-    Route("POST", "/api/connections/:identity/approve", post_approve,
-          'Let a station in where ocpp.accept is "ask"', "Success"),
-    Route("GET", "/api/messages", get_messages, "Messages, newest first", "[Message]",
-          (*PAGING, *MESSAGE_FILTERS)),
-    Route("GET", "/api/messages/stream", get_messages_stream, "Messages, live", SSE,
-          STREAM_FILTERS),
-    Route("GET", "/api/messages/export", get_messages_export, "All messages that match, as a file",
-          "application/x-ndjson", (EXPORT_FORMAT, *MESSAGE_FILTERS)),
-    Route("GET", "/api/telemetry", get_telemetry, "The telemetry now", "Telemetry"),
-    Route("GET", "/api/telemetry/history", get_telemetry_history, "Samples, oldest first",
-          "[Telemetry]"),
-    Route("GET", "/api/telemetry/stream", get_telemetry_stream, "The telemetry, live", SSE,
-          STREAM_FILTERS),
-    Route("GET", "/api/security", get_security, "Security events, newest first", "[SecurityEvent]",
-          (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
-    Route("GET", "/api/security/stream", get_security_stream, "Security events, live", SSE,
-          STREAM_FILTERS),
-    Route("GET", "/api/smart-charge", get_smart_charge, "Smart charging sessions", "[SmartCharge]",
-          (*PAGING, IDENTITY)),
-    Route("GET", "/api/proxy", get_proxy, "Protocol proxy events", "[ProxyEvent]",
-          (*PAGING, IDENTITY)),
-    Route("GET", "/api/transactions", get_transactions, "Transactions, newest first",
-          "[Transaction]", (*PAGING, IDENTITY, TRANSACTION_STATUS)),
-    Route("GET", "/api/errors", get_errors, "What went wrong, newest first", "[Error]",
-          (*PAGING, IDENTITY, CATEGORY)),
-    Route("GET", "/api/system-events", get_system_events, "Events of the board, newest first",
-          "[SystemEvent]", (*PAGING, IDENTITY, EVENT_TYPE)),
-    Route("GET", "/api/knocking", get_knocking, "Refused upgrades, newest first", "[Knocking]"),
-    Route("GET", "/api/stream", get_stream, "Several topics in one stream", SSE,
-          (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
-    Route("GET", "/api/openapi.json", get_openapi, "This description", "OpenAPI"),
-    Route("GET", "/metrics", get_metrics, "Prometheus text format", "text/plain"),
-    Route("GET", "/healthz", get_healthz, "200 while the daemon works", "Health", public=True,
+    Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
+    Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
+    Route("GET", "/api/messages/stream", get_messages_stream, SSE, STREAM_FILTERS, errors=(503,)),
+    Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
+          (EXPORT_FORMAT, *MESSAGE_FILTERS)),
+    Route("GET", "/api/telemetry", get_telemetry, "Telemetry"),
+    Route("GET", "/api/telemetry/history", get_telemetry_history, "[Telemetry]"),
+    Route("GET", "/api/telemetry/stream", get_telemetry_stream, SSE, STREAM_FILTERS,
           errors=(503,)),
+    Route("GET", "/api/security", get_security, "[SecurityEvent]",
+          (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
+    Route("GET", "/api/security/stream", get_security_stream, SSE, STREAM_FILTERS, errors=(503,)),
+    Route("GET", "/api/smart-charge", get_smart_charge, "[SmartCharge]", (*PAGING, IDENTITY)),
+    Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
+    Route("GET", "/api/transactions", get_transactions, "[Transaction]",
+          (*PAGING, IDENTITY, TRANSACTION_STATUS)),
+    Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
+    Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
+          (*PAGING, IDENTITY, EVENT_TYPE)),
+    Route("GET", "/api/knocking", get_knocking, "[Knocking]"),
+    Route("GET", "/api/stream", get_stream, SSE, (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
+    Route("GET", "/api/openapi.json", get_openapi, "OpenAPI"),
+    Route("GET", "/metrics", get_metrics, "text/plain"),
+    Route("GET", "/healthz", get_healthz, "Health", public=True, errors=(503,)),
 )
 
 # The JSON of answers and bodies: {name: {field: type}}. A type is a JSON schema's or a name of
@@ -3922,7 +3941,7 @@ async def get_page(api: Api) -> None:
     api.finish(DOCUMENT)
 
 
-PAGE_ROUTE = Route("GET", "/", get_page, "The page", "text/html",
+PAGE_ROUTE = Route("GET", "/", get_page, "text/html",
                    (Parameter("token", {"type": "string"}, "Logs in"),), public=True)
 
 
