@@ -91,7 +91,7 @@ QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
-SLICE = 100                 # records written before the loop gets its turn
+SLICE, SLICE_BYTES = 100, 256 * 1024    # of records, written before the loop gets its turn
 
 RECENT_IN_OVERVIEW, RECENT_IN_DETAIL = 10, 50
 LOGIN_FAILURES, LOGIN_WINDOW_S = 10, 300    # failures from one address, and how long each counts
@@ -3174,10 +3174,15 @@ def post_logout(api: "Api") -> dict:
     return {"success": True}
 
 
-def get_overview(api: "Api") -> dict:
+def get_overview(api: "Api") -> str:
     """What the dashboard shows first."""
     recent, _ = api.board.messages.page(RECENT_IN_OVERVIEW)
-    return api.board.overview() | {"recentMessages": [record.view() for record in recent]}
+    return _with_recent_messages(api.board.overview(), recent)
+
+
+def _with_recent_messages(fields: dict, recent: list[LoggedMessage]) -> str:
+    """JSON of the fields and the messages, whose payloads are not taken apart for it."""
+    return f'{to_json(fields)[:-1]},"recentMessages":[{",".join([r.json() for r in recent])}]}}'
 
 
 def get_connections(api: "Api") -> Page:
@@ -3197,11 +3202,11 @@ def _station(api: "Api", identity: str) -> Station:
     return station
 
 
-def get_connection(api: "Api", identity: str) -> dict:
+def get_connection(api: "Api", identity: str) -> str:
     """One station."""
     station = _station(api, identity)
     recent = api.board.messages.newest(RECENT_IN_DETAIL, lambda record: record.identity == identity)
-    return station.view() | {"recentMessages": [record.view() for record in recent]}
+    return _with_recent_messages(station.view(), recent)
 
 
 def delete_connection(api: "Api", identity: str) -> dict:
@@ -3452,8 +3457,6 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
             if not await _news(subscription, woken, heartbeat_s):
                 api.write(f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n")
             events, lost = subscription.take()
-    except StreamClosedError:
-        pass
     finally:
         api.daemon.streams.discard(api)
         board.unsubscribe(subscription)
@@ -3779,14 +3782,17 @@ class Api(RequestHandler):
             raise TooLarge("The body is too large")
         if self.route.body:
             self.body = self.read_body()
-        result = self.route.act(self, *args, **kwargs)
-        if inspect.isawaitable(result):
-            result = await result
-        if isinstance(result, Page):
-            await self.write_page(result)
-        elif result is not None:
+        try:
+            result = self.route.act(self, *args, **kwargs)
+            if inspect.isawaitable(result):
+                result = await result
+            if isinstance(result, Page):
+                result = await self.write_page(result)
+        except StreamClosedError:                        # the client has gone
+            return
+        if result is not None:
             self.set_header("Content-Type", "application/json")
-            self.finish(to_json(result))
+            self.finish(result if isinstance(result, str) else to_json(result))
 
     get = post = patch = delete = answer
 
@@ -3801,7 +3807,7 @@ class Api(RequestHandler):
         return body
 
     async def write_page(self, page: Page) -> None:
-        """A list, in slices: the loop has its turn between them."""
+        """Write a list, in slices: the loop has its turn between them."""
         self.set_header("Content-Type", "application/json")
         self.set_header("X-Total-Count", page.total)
         self.write("[")
@@ -3816,15 +3822,20 @@ class Api(RequestHandler):
         self.finish("]")
 
     async def write_slices(self, records: list, text_of: Callable[[Any], str]) -> None:
-        """Write all records; a client that reads slowly is waited for."""
-        for start in range(0, len(records), SLICE):
-            if start:
-                try:
-                    await self.flush()
-                except StreamClosedError:
-                    return
+        """Write all records; a client that reads slowly is waited for.
+
+        Raises: StreamClosedError when it is gone.
+        """
+        texts, size = [], 0
+        for record in records:
+            if len(texts) >= SLICE or size >= SLICE_BYTES:
+                self.write("".join(texts))
+                await self.flush()
                 await asyncio.sleep(0)
-            self.write("".join([text_of(r) for r in records[start:start + SLICE]]))
+                texts, size = [], 0
+            texts.append(text_of(record))
+            size += len(texts[-1])
+        self.write("".join(texts))
 
     def set_session_cookie(self, session: Session) -> None:
         """Give the browser its session."""
@@ -4149,7 +4160,7 @@ class SimulatedStation:
             message = unpack(frame)
             if type(message) is Call:
                 await connection.write_message(pack(self.obey(message)))
-            elif future := self._answers.get(message.id_text):
+            elif (future := self._answers.get(message.id_text)) and not future.done():
                 future.set_result(message)
         self.online = False
         for future in self._answers.values():
