@@ -677,6 +677,10 @@ class Reading:
         self.at = at
         return True
 
+    def stop(self) -> None:
+        """Nothing flows any more, whatever the meter said last."""
+        self.power_w, self.current_a = 0.0, dict.fromkeys(self.current_a, 0.0)
+
     def _derived_power(self, at: float, values: dict) -> float | None:
         """Power from current and voltage, else from energy and time."""
         if current := values.get("current_a"):
@@ -726,13 +730,12 @@ class Transaction(Record):
     changed: int = 0
 
     def view(self) -> dict:
-        power = self.reading.power_w if self.reading else None
         return {
             "id": self.id, "identity": self.identity, "evse": self.evse_id,
             "connector": self.connector_id, "idToken": self.id_token,
             "startedAt": iso(self.started_at), "stoppedAt": iso(self.stopped_at),
             "meterStart": self.meter_start, "meterStop": self.meter_stop,
-            "energyWh": self.energy_wh, "powerW": power if self.status == "active" else 0,
+            "energyWh": self.energy_wh, "powerW": self.reading and self.reading.power_w,
             "soc": self.soc, "reason": self.reason, "status": self.status,
             "chargingState": self.charging_state, "estimated": self.estimated,
             "meter": self.reading and self.reading.view(self.stopped_at or time.time()),
@@ -1866,6 +1869,8 @@ class Board:
             transaction.count_energy(meter_stop)
         transaction.status, transaction.stopped_at = status, stopped_at
         transaction.meter_stop, transaction.reason = meter_stop, reason
+        if transaction.reading is not None:
+            transaction.reading.stop()
         self._release(transaction)
         self.publish("transactions", transaction)
 
@@ -4455,6 +4460,7 @@ class SimulatedStation201(SimulatedStation):
     async def transaction_event(self, outlet: Outlet, kind: str, trigger: str, **info: Any) -> None:
         outlet.advance(time.time(), self.limit_a(outlet))
         state = "Charging" if outlet.current_a else "SuspendedEVSE"
+        state = "EVConnected" if kind == "Ended" else state
         payload = {
             "eventType": kind, "timestamp": self.now(), "triggerReason": trigger,
             "seqNo": outlet.sequence, "evse": {"id": outlet.number, "connectorId": 1},
