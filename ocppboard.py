@@ -26,6 +26,7 @@ import asyncio
 import base64
 import binascii
 import concurrent.futures
+import contextlib
 import csv
 import difflib
 import fnmatch
@@ -84,7 +85,7 @@ MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
 QUIRKS_KEPT = 50            # kinds of quirk of one station
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
-SESSIONS_KEPT = 1000        # logins to the board; the longest unused goes first
+SESSIONS_KEPT = 1000        # logins to the board; the oldest goes first
 ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
 STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
@@ -100,7 +101,6 @@ IDLE_HTTP_S = 75            # an HTTP connection without a request is closed
 COALESCE_S = 60             # the same refusal within this time is counted, not recorded again
 RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
 BURST_S = 10                # a station may save up this many seconds of its call rate
-STALE_S = 960               # a reading older than this and a usual interval of 900 s
 
 
 # --- Errors -------------------------------------------------------------------------------
@@ -508,26 +508,6 @@ PASSWORD_HASH = re.compile(r"scrypt\$(2048|4096|8192|16384|32768|65536)\$(8)\$([
                            r"\$([0-9a-f]{32})\$([0-9a-f]{64})")
 
 
-def hash_password(password: str | bytes) -> str:
-    """What stands in the configuration instead of a plain password."""
-    salt = secrets.token_bytes(16)
-    key = _scrypt(password if isinstance(password, bytes) else password.encode(), salt, 16384, 8, 1)
-    return f"{HASH_PREFIX}16384$8$1${salt.hex()}${key.hex()}"
-
-
-def password_matches(given: bytes, configured: str) -> bool:
-    """Whether `given` is the configured password, plain or hashed. Takes some 50 ms if hashed."""
-    if hashed := PASSWORD_HASH.fullmatch(configured):
-        n, r, p = (int(number) for number in hashed.group(1, 2, 3))
-        key = _scrypt(given, bytes.fromhex(hashed[4]), n, r, p)
-        return hmac.compare_digest(key, bytes.fromhex(hashed[5]))
-    return hmac.compare_digest(given, configured.encode())
-
-
-def _scrypt(password: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=256 * n * r * p, dklen=32)
-
-
 # --- Records ------------------------------------------------------------------------------
 # What is kept, and the bounded stores that keep it. Records hold data; `view` is the JSON that
 # REST and streams show of one. Only the Board changes them.
@@ -658,6 +638,7 @@ class Reading:
     temperature_c: float | None = None
     frequency_hz: float | None = None
     derived: bool = False               # power was worked out, no meter said it
+    stale: bool = False                 # the station has gone since
 
     def take(self, at: float, values: dict, now: float) -> bool:
         """Take what a meter says on, {field: value}; what it does not say stands as it was.
@@ -674,7 +655,7 @@ class Reading:
             self.derived = self.power_w is not None
         for name, value in values.items():
             setattr(self, name, value)
-        self.at = at
+        self.at, self.stale = at, False
         return True
 
     def stop(self) -> None:
@@ -694,9 +675,9 @@ class Reading:
             return round((register - self.energy_wh) / hours, 1)
         return self.power_w
 
-    def view(self, now: float) -> dict:
-        """`quality`: measured, derived, or stale when it is older than any usual interval."""
-        quality = "stale" if now - self.at > STALE_S else "derived" if self.derived else "measured"
+    def view(self) -> dict:
+        """`quality`: measured, derived, or stale."""
+        quality = "stale" if self.stale else "derived" if self.derived else "measured"
         return {"timestamp": iso(self.at), "energyWh": self.energy_wh, "powerW": self.power_w,
                 "currentA": self.current_a, "voltageV": self.voltage_v, "offeredA": self.offered_a,
                 "soc": self.soc, "temperatureC": self.temperature_c,
@@ -738,7 +719,7 @@ class Transaction(Record):
             "energyWh": self.energy_wh, "powerW": self.reading and self.reading.power_w,
             "soc": self.soc, "reason": self.reason, "status": self.status,
             "chargingState": self.charging_state, "estimated": self.estimated,
-            "meter": self.reading and self.reading.view(self.stopped_at or time.time()),
+            "meter": self.reading and self.reading.view(),
         }
 
     def count_energy(self, register: float) -> None:
@@ -775,7 +756,7 @@ class Connector:
         return {"evse": self.evse_id, "connector": self.connector_id, "status": self.status,
                 "errorCode": self.error_code, "info": self.info, "since": iso(self.since),
                 "transactionId": self.transaction and self.transaction.id,
-                "meter": self.reading and self.reading.view(time.time())}
+                "meter": self.reading and self.reading.view()}
 
 
 @dataclass(slots=True)
@@ -788,6 +769,7 @@ class Station(Record):
     connected_at: float
     link: Any = None                    # its live Link; None: offline
     disconnected_at: float | None = None
+    forgotten: bool = False             # its record is removed; this is the last that is told of it
     security_profile: int = 0
     message_count: int = 0
     last_message_at: float | None = None
@@ -798,7 +780,6 @@ class Station(Record):
     connectors: dict = field(default_factory=dict)   # {(evse_id, connector_id): Connector}
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
     skews: deque = field(default_factory=lambda: deque(maxlen=8))
-    number: int = 0
     changed: int = 0
 
     @property
@@ -811,7 +792,7 @@ class Station(Record):
             "identity": self.identity, "remoteAddress": self.remote_address,
             "protocol": self.protocol, "connectedAt": iso(self.connected_at),
             "disconnectedAt": iso(self.disconnected_at),
-            "status": "online" if self.link else "offline",
+            "status": "forgotten" if self.forgotten else "online" if self.link else "offline",
             "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
             "securityProfile": self.security_profile, "errorCount": self.error_count,
             "evictedCount": self.evicted_count, "registration": self.registration,
@@ -821,6 +802,26 @@ class Station(Record):
             "quirks": [{"name": name, "count": count, "lastMessageId": message_id}
                        for name, (count, message_id) in self.quirks.items()],
         }
+
+
+@dataclass(slots=True)
+class Knock(Record):
+    """An upgrade that was refused; same ones are counted together."""
+
+    ip: str
+    path: str
+    headers: dict
+    http_status: int
+    reason: str
+    url: str                            # that would work
+    first: float
+    last: float = 0.0
+    count: int = 0
+
+    def view(self) -> dict:
+        return {"path": self.path, "ip": self.ip, "headers": self.headers,
+                "status": self.http_status, "reason": self.reason, "url": self.url,
+                "count": self.count, "firstAt": iso(self.first), "lastAt": iso(self.last)}
 
 
 class Store:
@@ -905,14 +906,23 @@ class CallResult(NamedTuple):
 
 
 class CallError(NamedTuple):
-    """[4, id, code, description, details]; `of_result`: [5, …], the same for CALLRESULT (2.1)."""
+    """[4, id, code, description, details]."""
 
     id_text: str
     code: str
     description: str
     details: dict
     text: str            # the details as JSON
-    of_result: bool = False
+
+
+class CallResultError(NamedTuple):
+    """[5, id, code, description, details]: the other side cannot use our CALLRESULT (2.1)."""
+
+    id_text: str
+    code: str
+    description: str
+    details: dict
+    text: str
 
 
 def _no_constant(name: str) -> None:
@@ -921,7 +931,7 @@ def _no_constant(name: str) -> None:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if number - number != 0:             # 1e999 reads as infinity, which nobody could write again
+    if not math.isfinite(number):        # 1e999 reads as infinity, which nobody could write again
         raise ValueError("number out of range")
     return number
 
@@ -934,16 +944,16 @@ _CALL_ID = re.compile(rf'\s*\[\s*2\s*,\s*("[^"\\\x00-\x1f]{{1,{MESSAGE_ID_LENGTH
 _TAIL = re.compile(r"\s*\]\s*\Z")
 _COMMA = re.compile(r"\s*,\s*")
 
-# Tried, one after the other, only on a frame that is not JSON. The names become quirks.
+# Tried on a frame that is not JSON, one after the other until it is. The names become quirks.
 REPAIRS = (
-    ("json_control_character", re.compile(r"[\x00-\x1f]"), " "),        # C's \0 at the end, too
     ("json_empty_value", re.compile(r":\s*(?=\])"), ":["),            # "configurationKey":]
     ("json_missing_value", re.compile(r":\s*(?=[,}])"), ":null"),
     ("json_trailing_comma", re.compile(r",\s*(?=[\]}])"), ""),
+    ("json_control_character", re.compile(r"[\x00-\x1f]"), " "),        # C's \0 at the end, too
 )
 
 
-def unpack(frame: str) -> Call | CallResult | CallError | Send:
+def unpack(frame: str) -> Call | CallResult | CallError | CallResultError | Send:
     """Take a frame apart.
 
     Raises: BadFrame, with the id if it is a CALL whose id can be read.
@@ -961,6 +971,7 @@ def unpack(frame: str) -> Call | CallResult | CallError | Send:
     if kind in ("2", "6"):
         return _unpack_request(frame, kind, id_text, second, head)
     if kind == "3":
+        # A text in the payload's place is no payload; `_payload` says so.
         payload, text = _payload(frame, head.start(3) if second else head.end(), id_text="")
         return CallResult(id_text, payload, text)
     if kind in ("4", "5"):
@@ -981,6 +992,7 @@ def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
     if second is None:
         raise BadFrame("an Action and a payload expected", answer_to)
     try:
+        # One text for all messages of an Action, which the records share.
         action = sys.intern(second[1:-1] if "\\" not in second else _read(second)[0])
     except ValueError:
         raise BadFrame("the Action cannot be read", answer_to) from None
@@ -991,7 +1003,8 @@ def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
         id_text, action, payload, text)
 
 
-def _unpack_error(frame: str, kind: str, id_text: str, code: str | None, at: int) -> CallError:
+def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
+                  at: int) -> CallError | CallResultError:
     # Chargers leave out the description or the details; what is there is taken.
     rest = []
     try:
@@ -1010,8 +1023,8 @@ def _unpack_error(frame: str, kind: str, id_text: str, code: str | None, at: int
         raise BadFrame("the error message cannot be read") from None
     description = rest[0] if rest and isinstance(rest[0], str) else ""
     details = rest[-1] if rest and isinstance(rest[-1], dict) else {}
-    return CallError(id_text, kept(code, 64), kept(description), details, to_json(details),
-                     kind == "5")
+    return (CallError if kind == "4" else CallResultError)(
+        id_text, kept(code, 64), kept(description), details, to_json(details))
 
 
 def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[dict, str]:
@@ -1032,15 +1045,20 @@ def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[di
     return payload, text
 
 
-def repair(frame: str) -> tuple[str, list[str]]:
-    """A frame that was no JSON, put right as far as we know the fault: (frame, names of faults)."""
-    names = []
+def unpack_mended(frame: str) -> tuple[NamedTuple, list[str]]:
+    """A frame that `unpack` refuses, put right if we know its faults: (message, their names).
+
+    Raises: BadFrame, as `unpack` did.
+    """
+    faults = []
     for name, pattern, instead in REPAIRS:
         mended = pattern.sub(instead, frame)
         if mended != frame:
             frame = mended
-            names.append(name)
-    return frame, names
+            faults.append(name)
+            with contextlib.suppress(BadFrame):
+                return unpack(frame), faults
+    raise BadFrame("no known fault")
 
 
 def message_id(id_text: str) -> str:
@@ -1062,8 +1080,7 @@ def pack(message: Call | CallResult | CallError) -> str:
 
 
 # --- Versions -----------------------------------------------------------------------------
-# What 1.6, 2.0.1 and 2.1 call things, how they write times and units, and their official
-# schemas. A comparison with a version stands here or nowhere: elsewhere it is a table look-up.
+# What 1.6, 2.0.1 and 2.1 call things, how they write times, and their official schemas. A comparison with a version stands here or nowhere: elsewhere it is a table look-up.
 
 _COMMANDS_16 = frozenset("""
     CancelReservation CertificateSigned ChangeAvailability ChangeConfiguration ClearCache
@@ -1125,8 +1142,8 @@ _SECRET_WORD = re.compile(r"password|authorizationkey|secret|simpin|token|passph
 _SECRET_IN_URL = re.compile(r"//[^/@\s]*@")
 HIDDEN = "***"
 
-# Security events of a station, by how much they should worry us; others are "medium".
-# Spec: 1.6 security extension, appendix A; 2.0.1 part 2 appendices, 1 (critical: true).
+# Security events of a station, by how much they should worry who reads them, which is our
+# judgement; others are "medium". Names: 1.6 security extension and 2.0.1 part 2, appendices.
 EVENT_SEVERITY = {
     "TamperDetectionActivated": "critical", "SecurityLogWasCleared": "critical",
     "InvalidFirmwareSignature": "high", "InvalidFirmwareSigningCertificate": "high",
@@ -1187,50 +1204,16 @@ def parse_time(text: Any) -> tuple[float, bool]:
     except (AttributeError, ValueError, OverflowError):
         seconds = -1.0
     if not 0 <= seconds < 1 << 33:       # beyond it no calendar of ours can write it again
-        raise WrongValue(f"{shown(text)} is not an ISO 8601 time") from None
+        raise WrongValue(f"{shown(text)} is not an ISO 8601 time")
     return seconds, zoned
 
 
-def required(payload: dict, key: str, kind: type) -> Any:
-    """A field that must be there. A number or a text that stands in the other's form is taken.
-
-    Raises: MissingField, WrongType.
-    """
-    if payload.get(key) is None:
-        raise MissingField(f"{key} is required")
-    return _typed(payload[key], key, kind)
-
-
-def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
-    """A field that may be missing.
-
-    Raises: WrongType.
-    """
-    value = payload.get(key)
-    return default if value is None else _typed(value, key, kind)
-
-
-def _typed(value: Any, key: str, kind: type) -> Any:
-    if type(value) is kind and kind is not int:
-        return value
-    if kind in (int, float) and type(value) in (int, float, str):
-        try:
-            number = kind(value)
-            if abs(number) < 1 << 63:        # beyond it arithmetic fails, and it means nothing
-                return number
-        except (ValueError, OverflowError):
-            pass
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
-
-
 class Violation(NamedTuple):
-    """Where and how a payload leaves its schema: a JSON pointer, a sentence, an error code."""
+    """Where and how a payload leaves its schema: a JSON pointer, a sentence, the error to raise."""
 
     pointer: str
     text: str
-    code: str
+    error: type[FormatViolation]
 
 
 class Schemas:
@@ -1239,14 +1222,14 @@ class Schemas:
     A schema is compiled when it is first needed, outside the loop's thread: it takes up to 0.1 s.
     """
 
-    RULES = {"required": "OccurrenceConstraintViolation", "type": "TypeConstraintViolation",
-             "additionalProperties": "FormatViolation"}     # others: PropertyConstraintViolation
+    RULES = {"required": MissingField, "type": WrongType,
+             "additionalProperties": FormatViolation}       # others: WrongValue
     FOLDERS = {"ocpp1.6": ("v16", ""), "ocpp2.0.1": ("v201", "Request"),
                "ocpp2.1": ("v21", "Request")}
 
     def __init__(self, folder: Path, compiler: Any):
         self._folder, self._compiler = folder, compiler
-        self._compiled: dict = {}            # {(protocol, action, part): function, or None}
+        self._compiled: dict = {}            # {(protocol, action, part): function}
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "schemas")
 
     @classmethod
@@ -1263,35 +1246,34 @@ class Schemas:
         return (protocol, action, "Response") in self._compiled
 
     async def prepare(self, protocol: str, action: str) -> None:
-        """Compile the schemas of an Action."""
+        """Compile the schemas of an Action, unless they are ready."""
+        if self.ready(protocol, action):
+            return
         await asyncio.get_running_loop().run_in_executor(
             self._pool, self._compile, protocol, action)
 
     def check(self, protocol: str, action: str, part: str, payload: dict) -> Violation | None:
-        """The first thing in the payload that its schema does not allow; `part` as `Call`'s.
+        """The first thing in the payload that its schema does not allow.
 
         `part` is "Request" or "Response". An Action without schema has nothing to violate.
         """
-        check = self._compiled.get((protocol, action, part))
-        if check is None:
-            return None
         try:
-            check(payload)
+            self._compiled.get((protocol, action, part), dict)(payload)
         except self._compiler.JsonSchemaValueException as error:
             pointer = "".join(f"/{part}" for part in error.path[1:])
-            code = self.RULES.get(error.rule, "PropertyConstraintViolation")
-            return Violation(kept(pointer), kept(error.message), code)
+            return Violation(kept(pointer), kept(error.message),
+                             self.RULES.get(error.rule, WrongValue))
         return None
 
     def _compile(self, protocol: str, action: str) -> None:
+        if self.ready(protocol, action):             # by the one before us in the queue
+            return
         folder, request = self.FOLDERS[protocol]
         compiled = {}
         for part, name in (("Request", action + request), ("Response", action + "Response")):
             path = self._folder / folder / "schemas" / f"{name}.json"
-            if part == "Request" and not path.exists():
-                path = path.with_name(f"{action}.json")          # a Send has no "Request"
             compiled[protocol, action, part] = self._compiler.compile(
-                json.loads(path.read_text("utf-8-sig"))) if path.exists() else None
+                json.loads(path.read_text("utf-8-sig")))
         self._compiled.update(compiled)
 
 
@@ -1310,7 +1292,7 @@ QUANTITIES = {                                   # squashed measurand: (field of
     "temperature": ("temperature_c", "Celsius"),
     "frequency": ("frequency_hz", "Hz"),
 }
-UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.47 itself
+UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.45 itself
 PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
 PHASE_NAMES = {name: name.removesuffix("-N") for name in (
     "L1", "L2", "L3", "N", "L1-N", "L2-N", "L3-N", "L1-L2", "L2-L3", "L3-L1")}
@@ -1415,8 +1397,9 @@ def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) ->
 
 
 # --- Board --------------------------------------------------------------------------------
-# The one owner of state: every change of a record is a method here and ends in `publish`. No I/O
-# and no loop; time comes in as `clock`, so that a test can move it.
+# The one owner of state: a change of a record is a method here and ends in `publish`, but for
+# counters, quirks and clock skew, which go with the next one. No I/O and no loop; time comes in
+# as `clock`, so that a test can move it.
 
 # What can be followed, and the name of its events. "error" is EventSource's own word.
 TOPICS = {
@@ -1544,7 +1527,7 @@ class Board:
         self.smart_charge = Store(store.max_smart_charge_sessions)
         self.proxy = Store(store.max_proxy_events)
         self.telemetry = Store(config.telemetry.history)
-        self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): entry}
+        self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
         self.approved: OrderedDict = OrderedDict()   # identities approved on the board
         self.stores = {"messages": self.messages, "telemetry": self.telemetry,
                        "security": self.security, "smart-charge": self.smart_charge,
@@ -1567,8 +1550,8 @@ class Board:
         Returns: the subscription; the events since `after`; how many of them are gone.
         """
         topics = tuple(topics)
-        subscription = Subscription(topics, match, self.config.sse.queue, wake,
-                                    {topic: self._last_number(topic) for topic in topics})
+        cursor = {topic: self._last_number(topic) for topic in topics} | (after or {})
+        subscription = Subscription(topics, match, self.config.sse.queue, wake, cursor)
         missed, lost = [], 0
         for topic in topics if after is not None else ():
             events, gone = self._since(topic, after.get(topic, 0))
@@ -1585,9 +1568,10 @@ class Board:
 
     def publish(self, topic: str, record: Record) -> None:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
-        number = record.number
         if topic in self.changes:
             self.changes[topic] = record.changed = number = self.changes[topic] + 1
+        else:
+            number = record.number
         if self.listeners[topic]:
             event = Published(topic, number, record)
             for subscription in self.listeners[topic]:
@@ -1645,6 +1629,9 @@ class Board:
         if station is None or station.link is not link:
             return
         station.link, station.disconnected_at = None, self.clock()
+        for connector in station.connectors.values():
+            if connector.reading is not None:
+                connector.reading.stale = True
         self.online -= 1
         self._gone[identity] = None
         self.system_event("STATION_DISCONNECTED", identity, reason, {"ip": station.remote_address})
@@ -1653,9 +1640,11 @@ class Board:
         self.publish("connections", station)
 
     def forget(self, identity: str) -> None:
-        """Remove the record of an offline station."""
-        del self.stations[identity]
+        """Remove the record of an offline station; who follows it is told once more."""
+        station = self.stations.pop(identity)
         del self._gone[identity]
+        station.forgotten = True
+        self.publish("connections", station)
 
     def _forget_beyond_limit(self) -> None:
         while len(self.stations) > self.config.store.max_connections and self._gone:
@@ -1725,27 +1714,17 @@ class Board:
 
     def knocked(self, address: str, path: str, headers: dict, status: int, reason: str,
                 advice: str) -> bool:
-        """An upgrade was refused. Same ones are counted together.
-
-        Returns whether it is news: the first of its kind within `COALESCE_S`.
-        """
+        """An upgrade was refused. Returns whether it is news: the first in `COALESCE_S`."""
         now = self.clock()
         key = (address, path, reason)
-        entry = self.knocking.pop(key, None) or {"count": 0, "first": now, "last": 0.0}
-        news = now - entry["last"] > COALESCE_S
-        entry |= {"ip": address, "path": path, "headers": headers, "status": status,
-                  "reason": reason, "url": advice, "count": entry["count"] + 1, "last": now}
-        self.knocking[key] = entry
+        knock = self.knocking.pop(key, None) or Knock(address, path, headers, status, reason,
+                                                      advice, now)
+        news = now - knock.last > COALESCE_S
+        knock.last, knock.count = now, knock.count + 1
+        self.knocking[key] = knock
         if len(self.knocking) > KNOCKING_KEPT:
             self.knocking.popitem(last=False)
         return news
-
-    def knocking_view(self) -> list[dict]:
-        """The refused upgrades, newest first."""
-        return [{"path": e["path"], "ip": e["ip"], "headers": e["headers"], "status": e["status"],
-                 "reason": e["reason"], "url": e["url"], "count": e["count"],
-                 "firstAt": iso(e["first"]), "lastAt": iso(e["last"])}
-                for e in reversed(self.knocking.values())]
 
     # Messages and what happened
 
@@ -1755,16 +1734,15 @@ class Board:
         """Keep one frame. `payload` is JSON on one line; `response_ms` is known with the answer."""
         now = self.clock()
         record = LoggedMessage(station.identity, station.protocol, direction, kind, method, id_,
-                               payload, now, response_ms, error_code, error_description, 0,
-                               sys.getsizeof(payload))
+                               payload, now, response_ms, error_code, error_description,
+                               size=sys.getsizeof(payload))
         self.messages.append(record)
         self._count(station, now)
         if response_ms is not None and kind != "CALL":
             self.rates.answered(response_ms)
         if error_code is not None:
             self.total_call_errors += 1
-        if self.listeners["messages"]:
-            self.publish("messages", record)
+        self.publish("messages", record)
         return record
 
     def _count(self, station: Station, now: float) -> None:
@@ -1778,7 +1756,7 @@ class Board:
         self._count(station, self.clock())
 
     def answered(self, record: LoggedMessage, response_ms: float) -> None:
-        """A CALL that is on record has its answer."""
+        """A CALL that is on record has its answer, whose own record tells listeners the same."""
         record.response_ms = response_ms
 
     def error(self, category: str, station: Station, text: str, details: dict) -> None:
@@ -1840,7 +1818,10 @@ class Board:
 
     def transaction_seen(self, station: Station, transaction_id: int | str, evse_id: int,
                          connector_id: int) -> Transaction:
-        """The transaction, adopted if its start was before our time; alive again if abandoned."""
+        """The transaction, adopted if its start was before our time, alive again if abandoned.
+
+        Where it is may be told later than that it is: a card before the plug (2.0.1 E02).
+        """
         transaction = self.transaction(station, transaction_id)
         if transaction is None:
             transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
@@ -1849,18 +1830,21 @@ class Board:
         elif transaction.status == "abandoned":
             transaction.status, transaction.stopped_at = "active", None
             self._occupy(station, transaction)
+        elif transaction.status == "active" and not transaction.evse_id and evse_id:
+            transaction.evse_id, transaction.connector_id = evse_id, connector_id
+            self._occupy(station, transaction)
         return transaction
 
-    def transaction_updated(self, station: Station, transaction: Transaction, **told: Any) -> None:
+    def transaction_updated(self, transaction: Transaction, **told: Any) -> None:
         """Set what the station told of a transaction; None tells nothing."""
         for name, value in told.items():
             if value is not None:
                 setattr(transaction, name, value)
         self.publish("transactions", transaction)
 
-    def transaction_stopped(self, station: Station, transaction: Transaction,
-                            stopped_at: float | None, meter_stop: float | None,
-                            reason: str | None, status: str = "stopped") -> None:
+    def transaction_stopped(self, transaction: Transaction, stopped_at: float | None,
+                            meter_stop: float | None, reason: str | None,
+                            status: str = "stopped") -> None:
         """A transaction ends. A late reading may still come; power is zero from here."""
         now = self.clock()
         if stopped_at is None or not transaction.started_at <= stopped_at < now + 86400:
@@ -1879,7 +1863,7 @@ class Board:
         connector = station.connectors.get((evse_id, connector_id))
         if connector and connector.transaction:
             transaction = connector.transaction
-            self.transaction_stopped(station, transaction, None, None, None, "abandoned")
+            self.transaction_stopped(transaction, None, None, None, "abandoned")
 
     def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
                 transaction: Transaction | None) -> None:
@@ -1899,6 +1883,8 @@ class Board:
             if "energy_wh" in values and transaction.meter_stop is None:
                 transaction.count_energy(values["energy_wh"])
             transaction.soc = values.get("soc", transaction.soc)
+            if transaction.status != "active":           # a late one
+                transaction.reading.stop()
         self.publish("transactions", transaction)
         if transaction.connector is not None:
             transaction.connector.reading = transaction.reading
@@ -1968,9 +1954,7 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
     """
     try:
         if violation:
-            error = FormatViolation(f"{violation.pointer or '/'}: {violation.text}")
-            error.ocpp_code = violation.code
-            raise error
+            raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
         handler = CALLS[protocol].get(call.action)
         if handler is None:
             raise _unknown_action(board, station, protocol, call.action)
@@ -2004,9 +1988,49 @@ def _unknown_action(board: Board, station: Station, protocol: str, action: str) 
     return UnknownAction(f"{protocol} has no Action {shown(action)}")
 
 
+def required(payload: dict, key: str, kind: type) -> Any:
+    """A field that must be there. A number or a text that stands in the other's form is taken.
+
+    Raises: MissingField, WrongType.
+    """
+    if payload.get(key) is None:
+        raise MissingField(f"{key} is required")
+    return _typed(payload[key], key, kind)
+
+
+def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A field that may be missing.
+
+    Raises: WrongType.
+    """
+    value = payload.get(key)
+    return default if value is None else _typed(value, key, kind)
+
+
+def _typed(value: Any, key: str, kind: type) -> Any:
+    if type(value) is kind and kind is not int:
+        return value
+    if kind in (int, float) and type(value) in (int, float, str):
+        try:
+            number = kind(value)
+            whole = kind is not int or type(value) is not float or number == value
+            if whole and abs(number) < 1 << 63:      # beyond it arithmetic fails
+                return number
+        except (ValueError, OverflowError):
+            pass
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
+
+
 def wire_time(when: float) -> str:
     """A time as we send it: whole seconds and Z, which every charger can read."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+    return _wire_time(int(when))
+
+
+@functools.lru_cache(2)
+def _wire_time(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -2083,11 +2107,15 @@ def _id_token_info(board: Board, station: Station, id_token: dict) -> dict:
     return {"status": _token_status(board, station, required(id_token, "idToken", str))}
 
 
+def evse_of_16(connector_id: int) -> tuple[int, int]:
+    """A connector of 1.6 as (evse_id, connector_id): its n is (n, 1), its 0, the station, (0, 0)."""
+    return connector_id, min(connector_id, 1)
+
+
 def on_status_notification_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.9."""
-    number = required(payload, "connectorId", int)
+    evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
     status = kept(payload.get("status") or payload.get("connectorStatus") or "Unknown", 64)
-    evse_id, connector_id = number, min(number, 1)
     if status == "Available":            # no transaction can be open (1.6 4.9, state A)
         board.connector_free(station, evse_id, connector_id)
     _told_time(board, station, payload)
@@ -2112,11 +2140,10 @@ def on_status_notification(board: Board, station: Station, payload: dict) -> dic
 
 def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.7. A transaction that runs since before our time is adopted by its id."""
-    number = optional(payload, "connectorId", int, 0)
+    evse_id, connector_id = evse_of_16(optional(payload, "connectorId", int, 0))
     transaction_id = optional(payload, "transactionId", int, 0)
-    evse_id, connector_id = number, min(number, 1)
     known = board.transaction(station, transaction_id)
-    if known or transaction_id > 0 and number > 0:       # 0 and -1 are what idle chargers send
+    if known or transaction_id > 0 and evse_id > 0:      # 0 and -1 are what idle chargers send
         transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
     else:
         transaction = _open_transaction(station, evse_id, connector_id)
@@ -2163,15 +2190,15 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
 
 def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
-    number = required(payload, "connectorId", int)
+    evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
     id_tag = kept(required(payload, "idTag", str), 64)
     meter_start = optional(payload, "meterStart", float)
-    start_key = (number, id_tag, kept(payload.get("timestamp")), meter_start)
+    start_key = (evse_id, id_tag, kept(payload.get("timestamp")), meter_start)
     transaction = board.same_start(station, start_key)
     if transaction is None:
         started_at = _told_time(board, station, payload)
         transaction = board.transaction_started(
-            station, _free_transaction_id(board, station), number, min(number, 1), id_tag,
+            station, _free_transaction_id(board, station), evse_id, connector_id, id_tag,
             started_at, meter_start, start_key)
     return {"transactionId": transaction.id,
             "idTagInfo": {"status": _token_status(board, station, id_tag)}}
@@ -2188,19 +2215,20 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.10. A stop of an unknown transaction is kept as an orphan, never guessed."""
     transaction_id = required(payload, "transactionId", int)
     meter_stop = optional(payload, "meterStop", float)
-    reason = kept(payload.get("reason") or "Local", 64)      # 1.6 6.49: "MAY only be omitted
-    stopped_at = _told_time(board, station, payload)         # when the Reason is Local"
-    transaction, status = _to_stop(board, station, transaction_id)
+    # "MAY only be omitted when the Reason is Local" (1.6 6.49)
+    reason = kept(payload.get("reason") or "Local", 64)
+    stopped_at = _told_time(board, station, payload)
+    transaction, status = _found_or_orphan(board, station, transaction_id)
     if transaction.stopped_at is None or transaction.status == "abandoned":
         _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
                     "transactionData", transaction)
-        board.transaction_stopped(station, transaction, stopped_at, meter_stop, reason, status)
+        board.transaction_stopped(transaction, stopped_at, meter_stop, reason, status)
     if payload.get("idTag") is None:
         return {}
     return {"idTagInfo": {"status": _token_status(board, station, required(payload, "idTag", str))}}
 
 
-def _to_stop(board: Board, station: Station, transaction_id: int | str) -> tuple[Transaction, str]:
+def _found_or_orphan(board: Board, station: Station, transaction_id: int | str) -> tuple[Transaction, str]:
     """The transaction that a stop speaks of, and what the stop makes of it."""
     transaction = board.transaction(station, transaction_id)
     if transaction is not None:
@@ -2226,19 +2254,19 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         transaction = board.transaction_started(station, transaction_id, evse_id, connector_id,
                                                 token, when)
     elif event_type == "Ended":
-        transaction, status = _to_stop(board, station, transaction_id)
-    elif transaction is None or transaction.status == "abandoned":
+        transaction, status = _found_or_orphan(board, station, transaction_id)
+    else:
         transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
     # 2. what the meter says; the first register is the start's, the last one the stop's
     registers = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
                             payload, "meterValue", transaction)
     # 3. what became of it
     if event_type == "Ended" and transaction.status != status:
-        board.transaction_stopped(station, transaction, when, registers[-1] if registers else None,
+        board.transaction_stopped(transaction, when, registers[-1] if registers else None,
                                   kept(info.get("stoppedReason") or "Local", 64), status)
     else:
         board.transaction_updated(
-            station, transaction, id_token=token,
+            transaction, id_token=token,
             charging_state=_text_or_none(info.get("chargingState")),
             estimated=False if started and registers else None)
     return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
@@ -2367,7 +2395,7 @@ class Pending:
     action: str
     sent: float                         # monotonic
     record: LoggedMessage
-    answer: asyncio.Future | None = None
+    answer: asyncio.Future
 
 
 class Link:
@@ -2381,7 +2409,7 @@ class Link:
         self.ended = ""                              # why, once it has
         self.last_sign = self.last_ping = time.monotonic()
         self._strict = board.config.ocpp.validate == "strict"
-        self._budget = Budget(board.config.ocpp.max_calls_per_second)
+        self._budget = Budget(board.config.ocpp.max_calls_per_second, self.last_sign)
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._pending: Pending | None = None
@@ -2418,7 +2446,7 @@ class Link:
         return self._receive(frame)
 
     async def _receive_later(self, frame: str | bytes, wait_s: float) -> None:
-        if self._budget.is_news():
+        if self._budget.tell():
             limit = self.board.config.ocpp.max_calls_per_second
             self.board.security_event(
                 "RATE_LIMIT", self.station.identity, f"Over {limit} messages a second: they wait",
@@ -2429,6 +2457,8 @@ class Link:
             await later
 
     def _receive(self, frame: str | bytes) -> Awaitable | None:
+        if self.ended:                   # it would be kept as answered, and is not: it comes again
+            return None
         started = time.perf_counter()
         try:
             message = self._unpack(frame)
@@ -2440,20 +2470,17 @@ class Link:
                     and message.action in CALLS[self.protocol]:
                 return self._answer_when_ready(message, started)
             return self._answer(message, started)
-        if kind is Send:
-            return self._sent(message)
-        return self._answered(message)
+        return TAKERS[kind](self, message)
 
-    def _unpack(self, frame: str | bytes) -> Call | CallResult | CallError | Send:
+    def _unpack(self, frame: str | bytes) -> NamedTuple:
         if type(frame) is bytes:
             self.board.quirk(self.station, "binary_frame")
             frame = frame.decode("utf-8", "replace")
         try:
             message = unpack(frame)
         except BadFrame as error:
-            mended, faults = repair(frame)
             try:
-                message = unpack(mended)
+                message, faults = unpack_mended(frame)
             except BadFrame:
                 raise error from None
             for name in faults:
@@ -2485,9 +2512,7 @@ class Link:
         else:
             board.message(station, "OUT", "CALLERROR", action, id_, reply.text, response_ms,
                           reply.code, reply.description)
-            board.error("CALL_ERROR", station, f"We answered {action} with {reply.code}",
-                        {"action": action, "errorCode": reply.code,
-                         "errorDescription": reply.description, "messageId": id_})
+            self._failed(f"We answered {action} with {reply.code}", action, reply)
         return flushed
 
     def _violation(self, action: str, part: str, payload: dict, who: str = "") -> Violation | None:
@@ -2498,7 +2523,7 @@ class Link:
                              f"{who or 'The station sent'} {action} against its schema: "
                              f"{violation.pointer or '/'} {violation.text}",
                              {"action": action, "part": part, "pointer": violation.pointer,
-                              "rule": violation.text})
+                              "text": violation.text})
             if not who:
                 self.board.quirk(self.station, f"schema:{action}{violation.pointer}"[:TEXT_KEPT])
         return violation
@@ -2507,7 +2532,7 @@ class Link:
         """A frame that is no message: kept as an error, and answered if it is a CALL with an id."""
         board, station = self.board, self.station
         raw = frame if isinstance(frame, str) else frame.decode("utf-8", "backslashreplace")
-        if board.quirk(station, "bad_message") == 1:
+        if board.quirk(station, "bad_message", in_message=False) == 1:
             board.security_event("PROTOCOL_VIOLATION", station.identity, f"Bad message: {error}",
                                  "low", {"ip": station.remote_address})
         board.error("BAD_MESSAGE", station, str(error), {"raw": kept(raw, RAW_KEPT)})
@@ -2525,40 +2550,49 @@ class Link:
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
 
+    def _result_refused(self, message: CallResultError) -> None:
+        self.board.message(self.station, "IN", "CALLRESULTERROR", "", message_id(message.id_text),
+                           message.text, None, message.code, message.description)
+        self._failed(f"The station cannot use our answer: {message.code}", "", message)
+
+    def _failed(self, text: str, action: str, message: CallError | CallResultError) -> None:
+        """Keep a CALLERROR, theirs or ours, among the errors."""
+        self.board.error("CALL_ERROR", self.station, text,
+                         {"action": action, "errorCode": message.code,
+                          "errorDescription": message.description,
+                          "messageId": message_id(message.id_text)})
+
     def _answered(self, message: CallResult | CallError) -> None:
         """An answer to a command: the one under way, one given up, or none of ours."""
-        pending = self._pending
-        if pending is not None and message.id_text == pending.id_text:
-            self._pending, late = None, False
-        else:
+        board, station, id_ = self.board, self.station, message_id(message.id_text)
+        pending, late = self._pending, False
+        if pending is None or message.id_text != pending.id_text:
             pending, late = self._given_up.pop(message.id_text, None), True
+        else:
+            self._pending = None
+        if pending is None:
+            board.quirk(station, "unexpected_answer")
         action = pending.action if pending else ""
         response_ms = (time.monotonic() - pending.sent) * 1000 if pending else None
-        board, station, id_ = self.board, self.station, message_id(message.id_text)
-        details = {"action": action, "messageId": id_}
-        if pending and type(message) is CallResult and self.schemas:
-            self._violation(action, "Response", message.payload)
         if type(message) is CallResult:
-            text = without_secrets(action, message.payload, message.text)
-            board.message(station, "IN", "CALLRESULT", action, id_, text, response_ms)
+            if pending and self.schemas:
+                self._violation(action, "Response", message.payload)
+            board.message(station, "IN", "CALLRESULT", action, id_,
+                          without_secrets(action, message.payload, message.text), response_ms)
         else:
-            kind = "CALLRESULTERROR" if message.of_result else "CALLERROR"
-            board.message(station, "IN", kind, action, id_, message.text, response_ms,
+            board.message(station, "IN", "CALLERROR", action, id_, message.text, response_ms,
                           message.code, message.description)
-            board.error("CALL_ERROR", station, f"The station answered {action} with {message.code}",
-                        details | {"errorCode": message.code,
-                                   "errorDescription": message.description})
-        if pending:
-            board.answered(pending.record, response_ms)
-        if not late:
-            if not pending.answer.done():
-                pending.answer.set_result(message)
-        elif pending:
-            board.error("LATE_ANSWER", station, f"{action} was answered after "
-                        f"{response_ms / 1000:.1f} s", details)
-        elif type(message) is CallResult or not message.of_result:
-            board.quirk(station, "unexpected_answer")
+            self._failed(f"The station answered {action} with {message.code}", action, message)
+        details = {"action": action, "messageId": id_}
+        if pending is None:
             board.error("UNEXPECTED_ANSWER", station, "An answer to no command of ours", details)
+            return
+        board.answered(pending.record, response_ms)
+        if late:
+            board.error("LATE_ANSWER", station,
+                        f"{action} was answered after {response_ms / 1000:.1f} s", details)
+        elif not pending.answer.done():
+            pending.answer.set_result(message)
 
     # Commands out
 
@@ -2619,15 +2653,18 @@ class Link:
         return None if self.ended else self.write(text)
 
 
+TAKERS = {Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
+          CallResultError: Link._result_refused}         # of what is no Call
+
+
 class Budget:
     """A token bucket: how long the next frame of a station has to wait. Rate 0 is no limit."""
 
     __slots__ = ("rate", "_left", "_at", "_told")
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, now: float):
         self.rate, self._left = rate, rate * BURST_S
-        self._at = time.monotonic()
-        self._told = -math.inf
+        self._at, self._told = now, -math.inf
 
     def take(self, now: float) -> float:
         """Seconds that this frame waits, 0 while the budget lasts."""
@@ -2637,14 +2674,11 @@ class Budget:
         self._at = now
         return max(0.0, -self._left / self.rate)
 
-    def is_news(self) -> bool:
-        """Whether the limit was not reached within the last `COALESCE_S`."""
+    def tell(self) -> bool:
+        """Whether to tell that the limit is reached: not if that was so within `COALESCE_S`."""
         news = self._at - self._told > COALESCE_S
         self._told = self._at
         return news
-
-
-
 
 
 # --- Access -------------------------------------------------------------------------------
@@ -2827,7 +2861,8 @@ class Access:
 
     async def _password_matches(self, readings: list[bytes], configured: str) -> bool:
         if not configured.startswith(HASH_PREFIX):
-            return sum([password_matches(given, configured) for given in readings]) > 0
+            # All of them, so that the time does not tell which one was right.
+            return sum(password_matches(given, configured) for given in readings) > 0
         if self._hashes_waiting >= CALLS_WAITING:
             raise TooMany("Too many logins at a time", 10)
         self._hashes_waiting += 1
@@ -2836,6 +2871,26 @@ class Access:
                 self._hashing, lambda: any(password_matches(g, configured) for g in readings))
         finally:
             self._hashes_waiting -= 1
+
+
+def hash_password(password: str) -> str:
+    """What stands in the configuration instead of a plain password."""
+    salt = secrets.token_bytes(16)
+    key = _scrypt(password.encode(), salt, 16384, 8, 1)
+    return f"{HASH_PREFIX}16384$8$1${salt.hex()}${key.hex()}"
+
+
+def password_matches(given: bytes, configured: str) -> bool:
+    """Whether `given` is the configured password, plain or hashed. Takes some 50 ms if hashed."""
+    if hashed := PASSWORD_HASH.fullmatch(configured):
+        n, r, p = (int(number) for number in hashed.group(1, 2, 3))
+        key = _scrypt(given, bytes.fromhex(hashed[4]), n, r, p)
+        return hmac.compare_digest(key, bytes.fromhex(hashed[5]))
+    return hmac.compare_digest(given, configured.encode())
+
+
+def _scrypt(password: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=256 * n * r * p, dklen=32)
 
 
 def _network(address: str) -> str:
@@ -3004,7 +3059,7 @@ class StationSocket(WebSocketHandler):
         admission = self.admission
         self.link = Link(self.daemon.board, self.daemon.schemas, admission.protocol,
                          self._write, self._close)
-        self.daemon.links.add(self)
+        self.daemon.sockets.add(self)
         self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
 
     def on_message(self, message: str | bytes) -> Awaitable | None:
@@ -3016,10 +3071,10 @@ class StationSocket(WebSocketHandler):
     on_ping = on_pong
 
     def on_close(self) -> None:
-        self.daemon.links.discard(self)
+        self.daemon.sockets.discard(self)
         if self.link:
-            code = f" ({self.close_code})" if self.close_code else ""
-            self.link.end(f"closed by the station{code}" if self.close_code else "connection lost")
+            self.link.end(f"closed by the station ({self.close_code})" if self.close_code
+                          else "connection lost")
 
     def ping_if_due(self, now: float, interval: float) -> None:
         """Ping each `interval` seconds; a station without any sign for two of them is gone."""
@@ -3104,6 +3159,7 @@ def _choice(name: str, words: Iterable[str], text: str, **more: Any) -> Paramete
 
 
 LIMIT = Parameter("limit", {"type": "integer", "minimum": 1, "default": 100}, "How many at most")
+LIMIT_OR_ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most, or all")
 OFFSET = Parameter("offset", {"type": "integer", "minimum": 0, "default": 0}, "Pass over so many")
 IDENTITY = Parameter("identity", {"type": "string"}, "Of this station only")
 CATEGORY = Parameter("category", {"type": "string"}, "Of this category only")
@@ -3144,7 +3200,8 @@ def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool
         return None
     names, values = zip(*wanted, strict=True)
     value = values if len(values) > 1 else values[0]     # as attrgetter gives them
-    return lambda record, read=attrgetter(*names): read(record) == value
+    read = attrgetter(*names)
+    return lambda record: read(record) == value
 
 
 def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
@@ -3298,8 +3355,8 @@ def get_proxy(api: "Api") -> Page:
 
 def get_knocking(api: "Api") -> Page:
     """Refused upgrades, newest first."""
-    entries = api.board.knocking_view()
-    return Page(entries, len(entries))
+    knocks = list(reversed(api.board.knocking.values()))
+    return Page(knocks, len(knocks))
 
 
 def get_telemetry(api: "Api") -> dict:
@@ -3315,7 +3372,7 @@ def get_telemetry_history(api: "Api") -> Page:
 
 def get_healthz(api: "Api") -> dict:
     """200 while the daemon works."""
-    if not api.daemon.listening:
+    if not api.daemon.board_port:
         raise Busy("Not listening")
     return {"status": "ok"}
 
@@ -3392,7 +3449,8 @@ def get_metrics(api: "Api") -> None:
     metric("ocppboard_station_messages_total", "counter", "Messages of a station.",
            [(label, s.message_count) for label, s in stations])
     readings = [(f'{label[:-1]},evse="{c.evse_id}",connector="{c.connector_id}"}}', c.reading)
-                for label, s in stations for c in s.connectors.values() if c.reading]
+                for label, s in stations for c in s.connectors.values()
+                if c.reading and not c.reading.stale]
     metric("ocppboard_connector_power_watts", "gauge", "Power as last told.",
            [(label, r.power_w) for label, r in readings if r.power_w is not None])
     metric("ocppboard_connector_energy_watt_hours", "counter", "Import register as last told.",
@@ -3443,9 +3501,8 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
     if len(api.daemon.streams) >= STREAMS_OPEN:
         raise Busy("Too many streams")
     board, heartbeat_s = api.board, api.config.sse.heartbeat_ms / 1000
-    woken = api.gone
     subscription, events, lost = board.subscribe(
-        topics, _stream_filter(api.query), woken.set, _cursor(api, board, topics))
+        topics, _stream_filter(api.query), api.woken.set, _cursor(api, board, topics))
     cursor = subscription.cursor
     api.set_header("Content-Type", "text/event-stream; charset=utf-8")
     api.set_header("X-Accel-Buffering", "no")
@@ -3457,9 +3514,10 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
             if lost:
                 api.write(f"event: gap\ndata: {to_json({'lost': lost})}\n\n")
             await api.write_slices(events, lambda event: _sse(event, cursor, board))
-            await api.flush()
+            if not await api.flushed():
+                break
             await asyncio.sleep(STREAM_PAUSE_S)          # what comes meanwhile goes out together
-            if not await _news(subscription, woken, heartbeat_s):
+            if not await _news(api.woken, heartbeat_s):
                 api.write(f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n")
             events, lost = subscription.take()
     finally:
@@ -3467,16 +3525,14 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
         board.unsubscribe(subscription)
 
 
-async def _news(subscription: Subscription, woken: asyncio.Event, patience_s: float) -> bool:
+async def _news(woken: asyncio.Event, patience_s: float) -> bool:
     """Wait for an event, or for the client to go; False if all was quiet for so long."""
-    if subscription.waiting:
-        return True
-    woken.clear()
     try:
         async with asyncio.timeout(patience_s):
             await woken.wait()
     except TimeoutError:
         return False
+    woken.clear()
     return True
 
 
@@ -3539,8 +3595,6 @@ class Route(NamedTuple):
 
 SSE = "text/event-stream"
 STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
-ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most; all without it")
-
 ROUTES = (
     Route("POST", "/api/auth/login", post_login, "Login", body="Credentials", public=True,
           errors=(429,)),
@@ -3548,7 +3602,7 @@ ROUTES = (
     Route("POST", "/api/auth/logout", post_logout, "Success"),
     Route("GET", "/api/overview", get_overview, "Overview"),
     Route("GET", "/api/connections", get_connections, "[Connection]",
-          (ONLINE, PROTOCOL, ALL, OFFSET)),
+          (ONLINE, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
     Route("GET", "/api/connections/:identity", get_connection, "ConnectionDetail"),
     Route("DELETE", "/api/connections/:identity", delete_connection, "Success"),
     Route("POST", "/api/connections/:identity/disconnect", post_disconnect, "Success",
@@ -3733,7 +3787,7 @@ class Api(RequestHandler):
     def initialize(self, daemon: "Daemon", routes: dict) -> None:
         self.daemon, self.routes = daemon, routes        # routes: {method: Route}
         self.board, self.config = daemon.board, daemon.config
-        self.gone, self.closed = asyncio.Event(), False
+        self.woken, self.closed = asyncio.Event(), False
         self.raw_body, self.body, self.query, self.session = bytearray(), {}, {}, None
 
     def set_default_headers(self) -> None:
@@ -3787,15 +3841,12 @@ class Api(RequestHandler):
             raise TooLarge("The body is too large")
         if self.route.body:
             self.body = self.read_body()
-        try:
-            result = self.route.act(self, *args, **kwargs)
-            if inspect.isawaitable(result):
-                result = await result
-            if isinstance(result, Page):
-                result = await self.write_page(result)
-        except StreamClosedError:                        # the client has gone
-            return
-        if result is not None:
+        result = self.route.act(self, *args, **kwargs)
+        if inspect.isawaitable(result):
+            result = await result
+        if isinstance(result, Page):
+            await self.write_page(result)
+        elif result is not None:
             self.set_header("Content-Type", "application/json")
             self.finish(result if isinstance(result, str) else to_json(result))
 
@@ -3827,20 +3878,26 @@ class Api(RequestHandler):
         self.finish("]")
 
     async def write_slices(self, records: list, text_of: Callable[[Any], str]) -> None:
-        """Write all records; a client that reads slowly is waited for.
-
-        Raises: StreamClosedError when it is gone.
-        """
+        """Write all records; a client that reads slowly is waited for, until it goes."""
         texts, size = [], 0
         for record in records:
             if len(texts) >= SLICE or size >= SLICE_BYTES:
                 self.write("".join(texts))
-                await self.flush()
+                if not await self.flushed():
+                    return
                 await asyncio.sleep(0)
                 texts, size = [], 0
             texts.append(text_of(record))
             size += len(texts[-1])
         self.write("".join(texts))
+
+    async def flushed(self) -> bool:
+        """Send what is written; False when the client has gone."""
+        try:
+            await self.flush()
+        except StreamClosedError:
+            self.closed = True
+        return not self.closed
 
     def set_session_cookie(self, session: Session) -> None:
         """Give the browser its session."""
@@ -3850,7 +3907,7 @@ class Api(RequestHandler):
 
     def on_connection_close(self) -> None:
         self.closed = True
-        self.gone.set()
+        self.woken.set()
 
     def compute_etag(self) -> None:
         return None                                      # what is live is never the same twice
@@ -4365,7 +4422,6 @@ class SimulatedStation16(SimulatedStation):
         await self.call("StopTransaction", {
             "transactionId": outlet.transaction_id, "meterStop": int(outlet.energy_wh),
             "timestamp": self.now(), "reason": reason})
-        outlet.status = "Finishing"
         self.after_stop(outlet)
 
     def on_remote_start(self, payload: dict) -> dict:
@@ -4653,9 +4709,9 @@ class Daemon:
         if self.schemas is None and wanted in ("warn", "strict"):
             raise ConfigError(f'ocpp.validate = "{wanted}" needs the packages ocpp and '
                               "fastjsonschema")
-        self.links: set[StationSocket] = set()
+        self.sockets: set[StationSocket] = set()
         self.streams: set[Api] = set()
-        self.listening: list[tuple[str, int]] = []       # (what is served, port)
+        self.board_port = self.ocpp_port = 0             # once they are bound
         self._servers: list[HTTPServer] = []
         self._tasks: set[asyncio.Task] = set()
         self._process = psutil.Process()
@@ -4668,7 +4724,7 @@ class Daemon:
 
     def start(self) -> None:
         """Bind the ports and start the periodic work. Raises: ConfigError, with the port."""
-        for what, port, application in self._listeners():
+        for port, application in self._listeners():
             server = HTTPServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
                                 max_body_size=16 * BODY_BYTES)
@@ -4680,20 +4736,21 @@ class Daemon:
                                   f"{error.strerror}") from None
             server.add_sockets(sockets)
             self._servers.append(server)
-            self.listening.append((what, sockets[0].getsockname()[1]))
+            self.ocpp_port = sockets[0].getsockname()[1]
+            self.board_port = self.board_port or self.ocpp_port
         self._sample()
         for periodic in self._periodic:
             periodic.start()
         self.board.system_event("STARTED", "", f"ocppboard {VERSION} listens",
-                                {"ports": [port for _, port in self.listening]})
+                                {"port": self.board_port, "ocppPort": self.ocpp_port})
 
-    def _listeners(self) -> list[tuple[str, int, Application]]:
-        """(what it is, port, application) of each listener."""
+    def _listeners(self) -> list[tuple[int, Application]]:
+        """(port, application) of each listener: the board's first, the stations' last."""
         ocpp, board = self._ocpp_rules(), self._board_rules()
         if not self.config.ocpp.port:
-            return [("board and OCPP", self.config.server.port, self._application(ocpp + board))]
-        return [("board", self.config.server.port, self._application(board)),
-                ("OCPP", self.config.ocpp.port, self._application(ocpp))]
+            return [(self.config.server.port, self._application(ocpp + board))]
+        return [(self.config.server.port, self._application(board)),
+                (self.config.ocpp.port, self._application(ocpp))]
 
     def _application(self, rules: list) -> Application:
         return Application(rules, default_handler_class=Api,
@@ -4723,14 +4780,14 @@ class Daemon:
             periodic.stop()
         for server in self._servers:
             server.stop()
-        for station in list(self.links):
-            station.link.end("the central system stops", 1001)
+        for socket_ in list(self.sockets):
+            socket_.link.end("the central system stops", 1001)
         for stream in self.streams:
             stream.on_connection_close()
         for task in list(self._tasks):
             task.cancel()
         deadline = time.monotonic() + 2
-        while (self.links or self.streams) and time.monotonic() < deadline:
+        while (self.sockets or self.streams) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
@@ -4775,8 +4832,8 @@ class Daemon:
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
         self._last_turn = now
         if interval := self.config.ocpp.ping_interval_seconds:
-            for station in list(self.links):
-                station.ping_if_due(now, interval)
+            for socket_ in list(self.sockets):
+                socket_.ping_if_due(now, interval)
 
 
 def _log_request(handler: RequestHandler) -> None:
@@ -4814,11 +4871,8 @@ def tell_start(daemon: Daemon) -> None:
                  "fastjsonschema)")
     elif config.ocpp.validate != "off":
         log.info("Messages are not checked: install ocpp and fastjsonschema for it")
-    ports = dict(daemon.listening)
-    ocpp_port = ports.get("OCPP") or ports["board and OCPP"]
-    board_port = ports.get("board") or ports["board and OCPP"]
     for address in _addresses(config.server.address):
-        log.info("Stations connect to ws://%s:%d%s/<identity>", address, ocpp_port,
+        log.info("Stations connect to ws://%s:%d%s/<identity>", address, daemon.ocpp_port,
                  config.ocpp.path.rstrip("/"))
     if config.ocpp.accept == "any":
         log.info('Any station may connect (ocpp.accept = "any")')
@@ -4827,7 +4881,7 @@ def tell_start(daemon: Daemon) -> None:
     address = config.server.address
     host = "localhost" if address in EVERY_ADDRESS else _in_url(address)
     token = f"?token={access.made_token}" if access.made_token else ""
-    print(f"The board: http://{host}:{board_port}/{token}", flush=True)
+    print(f"The board: http://{host}:{daemon.board_port}/{token}", flush=True)
 
 
 def _addresses(address: str) -> list[str]:
