@@ -50,7 +50,7 @@ import sys
 import time
 import tomllib
 import uuid
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -60,10 +60,15 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 import psutil
 import tornado
+
+try:
+    import resource
+except ImportError:                      # on Windows
+    resource = None
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
@@ -83,24 +88,32 @@ RAW_KEPT = 2048             # characters of a frame that could not be read
 IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), chargers take more
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
+SAMPLES_READ = 5000         # sampled values in one message; of more only the last meter value
 QUIRKS_KEPT = 50            # kinds of quirk of one station
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
 SESSIONS_KEPT = 1000        # logins to the board; the oldest goes first
 ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
+PONGS_UNREAD = 1000         # answers to pings that a station may leave unread
 STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
+FILES_SPARE = 20            # files kept free for what is not a connection
 SLICE, SLICE_BYTES = 100, 256 * 1024    # of records, written before the loop gets its turn
 
 RECENT_IN_OVERVIEW, RECENT_IN_DETAIL = 10, 50
 LOGIN_FAILURES, LOGIN_WINDOW_S = 10, 300    # failures from one address, and how long each counts
+ENTRY_FAILURES = 50         # of all stations with one password, from one address
 STREAM_PAUSE_S = 0.1        # between two writes of a stream; what comes meanwhile goes out together
 IDLE_HTTP_S = 75            # an HTTP connection without a request is closed
 COALESCE_S = 60             # the same refusal within this time is counted, not recorded again
 RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
+SKEW_TOLERANCE_S = 5        # how far a clock's skew may be misjudged
+POWER_BASE_S = 30           # the least time that power is worked out over
+NESTING = 100               # of a payload's arrays and objects
 BURST_S = 10                # a station may save up this many seconds of its call rate
+COSTLY_BYTES = 32 * 1024    # a frame counts once more for each of these
 
 
 # --- Errors -------------------------------------------------------------------------------
@@ -214,11 +227,14 @@ class NoAnswer(BoardError):
 
 
 class Refused(BoardError):
-    """A station's WebSocket upgrade that we do not accept; the text says why."""
+    """A station's WebSocket upgrade that we do not accept; the text says why.
 
-    def __init__(self, http_status: int, text: str):
+    `category` is the security event to make of it, "" if there is one already.
+    """
+
+    def __init__(self, http_status: int, text: str, category: str = "POLICY_REJECTION"):
         super().__init__(text)
-        self.http_status = http_status
+        self.http_status, self.category = http_status, category
 
 
 class UnknownAction(BoardError):
@@ -345,6 +361,7 @@ class Config(SimpleNamespace):
 
     source: str
     stations: dict
+    ignored: list                       # variables that look like ours and are of no section
 
     def station(self, identity: str) -> SimpleNamespace | None:
         """The settings of the entry that fits this identity best, None where none does.
@@ -368,7 +385,7 @@ def read_config(path: str | None = None, environ: dict | None = None, **override
     environ = os.environ if environ is None else environ
     source = find_config(path, environ)
     data = _load_toml(source) if source else {}
-    config = Config(source=source or "", stations={})
+    config = Config(source=source or "", stations={}, ignored=[])
     for setting in SETTINGS:
         section = config.__dict__.setdefault(setting.section, SimpleNamespace())
         setattr(section, setting.key, setting.default)
@@ -397,7 +414,7 @@ def _load_toml(source: str) -> dict:
         return tomllib.loads(Path(source).read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-    except ValueError as error:      # TOMLDecodeError, with line and column, or not UTF-8
+    except (ValueError, RecursionError) as error:    # with line and column; not UTF-8; [[[[…
         raise ConfigError(f"{source}: not a TOML file: {error}") from None
 
 
@@ -442,6 +459,8 @@ def _apply_environment(config: Config, environ: dict) -> None:
             config.__dict__[setting.section].__dict__[setting.key] = value
         elif name.startswith(ours):
             raise ConfigError(f"environment: unknown key {name}{_nearest(name, known)}")
+        elif name.startswith(ENVIRONMENT) and name != ENVIRONMENT + "CONFIG":
+            config.ignored.append(name)                  # OCPPBOARD_SERVICE_HOST and the like
 
 
 def _from_text(setting: Setting, text: str, name: str) -> Any:
@@ -639,14 +658,16 @@ class Reading:
     frequency_hz: float | None = None
     derived: bool = False               # power was worked out, no meter said it
     stale: bool = False                 # the station has gone since
+    order: float = 0.0                  # `at` by our clock, as far as the skew is known
+    base: tuple | None = None           # (at, energy_wh) that power is worked out from
 
-    def take(self, at: float, values: dict, now: float) -> bool:
+    def take(self, at: float, values: dict, skew_s: float = 0.0) -> bool:
         """Take what a meter says on, {field: value}; what it does not say stands as it was.
 
-        A reading from before the last one is history and taken for nothing, unless the clock that
-        stamped the last one runs ahead of ours and so tells nothing. Returns whether it was taken.
+        A reading from before the last one is history and not taken; `skew_s`, the station's clock
+        less ours, tells it from one of a clock that was set. Returns whether it was taken.
         """
-        if at < self.at <= now + 60:
+        if at - skew_s < self.order - SKEW_TOLERANCE_S:
             return False
         if "power_w" in values:
             self.derived = False
@@ -655,7 +676,7 @@ class Reading:
             self.derived = self.power_w is not None
         for name, value in values.items():
             setattr(self, name, value)
-        self.at, self.stale = at, False
+        self.at, self.order, self.stale = at, at - skew_s, False
         return True
 
     def stop(self) -> None:
@@ -669,10 +690,14 @@ class Reading:
             phases = [p for p in PHASES if p in current] or [p for p in current if not p]
             return round(sum(current[p] * voltage.get(p, voltage.get("", NOMINAL_V))
                              for p in phases), 1)
-        register, hours = values.get("energy_wh"), (at - self.at) / 3600
-        if None not in (register, self.energy_wh) and hours * 3600 >= 30 and (
-                register >= self.energy_wh):
-            return round((register - self.energy_wh) / hours, 1)
+        if "energy_wh" not in values:
+            return self.power_w
+        register, (since, base) = values["energy_wh"], self.base or (at, math.inf)
+        if register < base:
+            self.base = at, register
+        elif at - since >= POWER_BASE_S:                 # shorter, and the register's grain shows
+            self.base = at, register
+            return round((register - base) / (at - since) * 3600, 1)
         return self.power_w
 
     def view(self) -> dict:
@@ -684,7 +709,7 @@ class Reading:
                 "frequencyHz": self.frequency_hz, "quality": quality}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Transaction(Record):
     """A charging, from its start (or from when we first heard of it) to its stop."""
 
@@ -699,7 +724,9 @@ class Transaction(Record):
     status: str = "active"              # active | stopped | orphan | abandoned
     stopped_at: float | None = None
     meter_stop: float | None = None
+    stop_key: tuple | None = None       # tells a repeated stop of an orphan
     register: float | None = None       # the last one seen
+    before_reset: tuple | None = None   # (register, energy_wh, estimated) when it fell
     energy_wh: float | None = None
     reading: Reading | None = None
     connector: "Connector | None" = None             # while it is active there
@@ -723,23 +750,30 @@ class Transaction(Record):
         }
 
     def count_energy(self, register: float) -> None:
-        """Take the register on; a register that falls to under half was reset to zero between.
+        """Take the register on.
 
-        A small step back is an old reading or noise and counts for nothing.
+        A small step back is an old reading or noise and counts for nothing. A fall to under half
+        is a register that was reset to zero, or one that counts the session, not the meter's
+        life; until a value at or above the former one shows that it was neither.
         """
         if self.register is None:
             self.meter_start, self.estimated = register, True
-            self.energy_wh, self.register = 0.0, register
+            self.register, self.energy_wh = register, 0.0
             return
-        step = register - self.register
-        if step < 0 and register < self.register / 2:
-            step, self.estimated = register, True
-        if step >= 0:
-            self.energy_wh = round((self.energy_wh or 0.0) + step, 3)
-            self.register = register
+        if register < self.register / 2:
+            self.before_reset = self.before_reset or (self.register, self.energy_wh, self.estimated)
+            self.energy_wh, self.estimated = round(self.energy_wh + register, 3), True
+        elif register < self.register:
+            return
+        elif self.before_reset and register >= self.before_reset[0]:
+            former, energy_wh, self.estimated = self.before_reset
+            self.energy_wh, self.before_reset = round(energy_wh + register - former, 3), None
+        else:
+            self.energy_wh = round(self.energy_wh + register - self.register, 3)
+        self.register = register
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Connector:
     """What a station says of one connector. (0, 0) is the station itself."""
 
@@ -751,6 +785,7 @@ class Connector:
     since: float | None = None
     reading: Reading | None = None
     transaction: Transaction | None = None
+    released_at: float = 0.0            # when its last transaction ended
 
     def view(self) -> dict:
         return {"evse": self.evse_id, "connector": self.connector_id, "status": self.status,
@@ -759,7 +794,7 @@ class Connector:
                 "meter": self.reading and self.reading.view()}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Station(Record):
     """A charging station, from its first connection until it is forgotten."""
 
@@ -939,7 +974,8 @@ def _finite(text: str) -> float:
 _read = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).raw_decode
 # `[type, id, ` and, where a second text follows (Action, error code), that too.
 _STRING = r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
-_HEAD = re.compile(rf'\s*\[\s*([0-9]+)\s*,\s*({_STRING}|-?[0-9]+)\s*,\s*(?:({_STRING})\s*,\s*)?')
+_HEAD = re.compile(rf'\s*\[\s*([0-9]+)\s*,\s*({_STRING}|0|-?[1-9][0-9]*)\s*,\s*'
+                   rf'(?:({_STRING})\s*,\s*)?')
 _CALL_ID = re.compile(rf'\s*\[\s*2\s*,\s*("[^"\\\x00-\x1f]{{1,{MESSAGE_ID_LENGTH}}}")')
 _TAIL = re.compile(r"\s*\]\s*\Z")
 _COMMA = re.compile(r"\s*,\s*")
@@ -1014,7 +1050,7 @@ def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
                 at = comma.end()
         else:
             code = _read(code)[0]
-        while not _TAIL.match(frame, at):
+        while len(rest) < 3 and not _TAIL.match(frame, at):
             item, at = _read(frame, at)
             rest.append(item)
             if comma := _COMMA.match(frame, at):
@@ -1023,6 +1059,8 @@ def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
         raise BadFrame("the error message cannot be read") from None
     description = rest[0] if rest and isinstance(rest[0], str) else ""
     details = rest[-1] if rest and isinstance(rest[-1], dict) else {}
+    if deeper(details, NESTING):
+        raise BadFrame("the error's details are nested too deeply")
     return (CallError if kind == "4" else CallResultError)(
         id_text, kept(code, 64), kept(description), details, to_json(details))
 
@@ -1040,9 +1078,20 @@ def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[di
     if type(payload) is not dict:
         raise BadFrame("the payload is not an object", id_text, action)
     text = frame[start:end]
+    if text.count("{") + text.count("[") > NESTING and deeper(payload, NESTING):
+        raise BadFrame("the payload is nested too deeply", id_text, action)
     if "\n" in text or "\r" in text:                 # only between values, so a space will do
         text = text.replace("\r", " ").replace("\n", " ")
     return payload, text
+
+
+def deeper(value: Any, limit: int) -> bool:
+    """Whether arrays and objects are nested beyond `limit`, where recursion on them might fail."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return bool(level)
 
 
 def unpack_mended(frame: str) -> tuple[NamedTuple, list[str]]:
@@ -1080,7 +1129,8 @@ def pack(message: Call | CallResult | CallError) -> str:
 
 
 # --- Versions -----------------------------------------------------------------------------
-# What 1.6, 2.0.1 and 2.1 call things, how they write times, and their official schemas. A comparison with a version stands here or nowhere: elsewhere it is a table look-up.
+# What 1.6, 2.0.1 and 2.1 call things, how they write times, and their official schemas. A
+# comparison with a version stands here or nowhere: elsewhere it is a table look-up.
 
 _COMMANDS_16 = frozenset("""
     CancelReservation CertificateSigned ChangeAvailability ChangeConfiguration ClearCache
@@ -1101,7 +1151,7 @@ _COMMANDS_201 = frozenset("""
 _COMMANDS_21 = _COMMANDS_201 | frozenset("""
     AFRRSignal AdjustPeriodicEventStream ChangeTransactionTariff ClearDERControl ClearTariffs
     GetDERControl GetPeriodicEventStream GetTariffs NotifyAllowedEnergyTransfer
-    RequestBatterySwap SetDERControl SetDefaultTariff UpdateDynamicSchedule
+    NotifyWebPaymentStarted RequestBatterySwap SetDERControl SetDefaultTariff UpdateDynamicSchedule
     UsePriorityCharging""".split())
 
 # The Actions that a central system may send to a station.
@@ -1121,16 +1171,18 @@ ASSUMED_PROTOCOL = "ocpp1.6"         # of a station that offers none (field expe
 TELLTALES = {
     "ocpp1.6": {"BootNotification": "chargingStation", "StatusNotification": "connectorStatus",
                 "MeterValues": "evseId"},
-    "ocpp2.0.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode"},
-    "ocpp2.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode"},
+    "ocpp2.0.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode",
+                  "MeterValues": "connectorId"},
+    "ocpp2.1": {"BootNotification": "chargePointVendor", "StatusNotification": "errorCode",
+                "MeterValues": "connectorId"},
 }
 
 # Before the board's user approves a station it may tell what it likes but gets nothing
-# (2.0.1 B02.FR.09: SecurityError).
+# (2.0.1 B02.FR.09: SecurityError). A transaction is a fact and kept; its id token is refused.
 NEEDS_APPROVAL = frozenset("""
     Authorize BatterySwap DataTransfer Get15118EVCertificate GetCertificateChainStatus
     GetCertificateStatus NotifyEVChargingNeeds PullDynamicScheduleUpdate SignCertificate
-    StartTransaction TransactionEvent VatNumberValidation""".split())
+    VatNumberValidation""".split())
 
 # Actions whose payload may hold a secret, and the fields and variables that do.
 SECRET_ACTIONS = frozenset("""
@@ -1165,9 +1217,9 @@ def error_code(protocol: str, code: str) -> str:
 
 def without_secrets(action: str, payload: dict, text: str) -> str:
     """The payload as JSON for the record: `text` itself, or with what is secret in it hidden."""
-    if action not in SECRET_ACTIONS:
+    if action and action not in SECRET_ACTIONS:
         return text
-    hidden = _hide(payload)
+    hidden = _hide(payload)              # also where nobody knows what it answers
     return text if hidden == payload else to_json(hidden)
 
 
@@ -1183,13 +1235,19 @@ def _hide(value: Any) -> Any:
     variable = value.get("variable")
     name = value.get("key") or (variable.get("name") if isinstance(variable, dict) else None)
     named = isinstance(name, str) and bool(_SECRET_WORD.search(name))
-    return {key: HIDDEN if _holds_secret(key, named) and item not in (None, "") else _hide(item)
-            for key, item in value.items()}
+    fields = ("value", "attributeValue", "variableAttribute") if named else ()
+    fields += ("key",) if "server" in value else ()          # a VPN's shared secret
+    return {key: HIDDEN if (key in fields or _SECRET_WORD.search(key)) and item not in (None, "")
+            else _hide(item) for key, item in value.items()}
 
 
-def _holds_secret(key: str, named: bool) -> bool:
-    return bool(_SECRET_WORD.search(key)) or named and key in (
-        "value", "attributeValue", "variableAttribute")
+def raw_without_secrets(raw: str) -> str:
+    """A frame that could not be read, for the record: cut, and where it speaks of a secret, with
+    its values hidden."""
+    raw = kept(_SECRET_IN_URL.sub(f"//{HIDDEN}@", raw[:2 * RAW_KEPT]), RAW_KEPT)
+    if not _SECRET_WORD.search(raw):
+        return raw
+    return re.sub(r'(:\s*")[^"]*', rf"\g<1>{HIDDEN}", raw)
 
 
 def parse_time(text: Any) -> tuple[float, bool]:
@@ -1263,6 +1321,8 @@ class Schemas:
             pointer = "".join(f"/{part}" for part in error.path[1:])
             return Violation(kept(pointer), kept(error.message),
                              self.RULES.get(error.rule, WrongValue))
+        except ArithmeticError:          # a number of 400 digits, divided
+            return Violation("", "a number is out of range", WrongValue)
         return None
 
     def _compile(self, protocol: str, action: str) -> None:
@@ -1270,10 +1330,12 @@ class Schemas:
             return
         folder, request = self.FOLDERS[protocol]
         compiled = {}
-        for part, name in (("Request", action + request), ("Response", action + "Response")):
-            path = self._folder / folder / "schemas" / f"{name}.json"
-            compiled[protocol, action, part] = self._compiler.compile(
-                json.loads(path.read_text("utf-8-sig")))
+        for part, names in (("Request", (action + request, action)),     # a Send is no Request
+                            ("Response", (action + "Response",))):       # and has no Response
+            files = [self._folder / folder / "schemas" / f"{name}.json" for name in names]
+            compiled[protocol, action, part] = next(
+                (self._compiler.compile(json.loads(file.read_text("utf-8-sig")))
+                 for file in files if file.exists()), dict)
         self._compiled.update(compiled)
 
 
@@ -1292,6 +1354,7 @@ QUANTITIES = {                                   # squashed measurand: (field of
     "temperature": ("temperature_c", "Celsius"),
     "frequency": ("frequency_hz", "Hz"),
 }
+LARGEST_READING = 1e15                           # beyond it a sum may overflow, and means nothing
 UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.45 itself
 PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
 PHASE_NAMES = {name: name.removesuffix("-N") for name in (
@@ -1330,7 +1393,7 @@ def read_meter_value(meter_value: Any, now: float, quirks: list[str]) -> tuple[f
         return None
     found: dict = {}                     # {field: {phase: value}}
     at_inlet: dict = {}                  # the same from the grid's side, where nothing else is
-    for sample in meter_value["sampledValue"]:
+    for sample in meter_value["sampledValue"][:SAMPLES_READ]:
         _read_sample(sample, found, at_inlet, quirks)
     if at_inlet:
         found = at_inlet | found
@@ -1362,19 +1425,15 @@ def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) ->
     if type(sample) is not dict:
         quirks.append("meter_value_malformed")
         return
-    measurand = sample.get("measurand", REGISTER)
+    measurand = sample.get("measurand") or REGISTER
     quantity = _quantity(measurand) if type(measurand) is str else None
     if quantity is None:
         return
     name, base = quantity
     try:
         value = float(sample["value"])
-        if value - value != 0:
-            raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
-        if sample.get("format") != "SignedData":
-            quirks.append("meter_value_not_a_number")
-        return
+        value = math.nan
     unit = sample.get("unit")
     if unit is None:
         measure = sample.get("unitOfMeasure")
@@ -1387,6 +1446,10 @@ def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) ->
         value = round(value * factor + offset, 6)
         if not usual:
             quirks.append("meter_unit_mismatch")
+    if not abs(value) < LARGEST_READING:                     # nor is NaN
+        if sample.get("format") != "SignedData":
+            quirks.append("meter_value_not_a_number")
+        return
     phase = sample.get("phase")
     phase = PHASE_NAMES.get(phase, "") if type(phase) is str else ""
     values = at_inlet if sample.get("location") == "Inlet" else found
@@ -1514,13 +1577,13 @@ class Board:
         self.config, self.clock = config, clock
         self.started_at = clock()
         self._started = time.monotonic()             # uptime must not jump with the wall clock
-        self.epoch = f"{int(self.started_at * 1000):x}"      # of the event ids of this run
+        self.epoch = secrets.token_hex(4)            # of the event ids of this run
         store = config.store
         self.stations: dict[str, Station] = {}
         self._gone: OrderedDict = OrderedDict()      # offline identities, the longest gone first
         self.messages = Store(store.max_messages, store.max_message_bytes)
         self.transactions = Store(store.max_transactions)
-        self._transaction_of: dict = {}              # {(identity, transaction id): Transaction}
+        self.transaction_of: dict = {}              # {(identity, transaction id): Transaction}
         self.security = Store(store.max_security_events)
         self.errors = Store(store.max_errors)
         self.system = Store(store.max_system_events)
@@ -1528,6 +1591,7 @@ class Board:
         self.proxy = Store(store.max_proxy_events)
         self.telemetry = Store(config.telemetry.history)
         self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
+        self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
         self.approved: OrderedDict = OrderedDict()   # identities approved on the board
         self.stores = {"messages": self.messages, "telemetry": self.telemetry,
                        "security": self.security, "smart-charge": self.smart_charge,
@@ -1565,6 +1629,12 @@ class Board:
         """Stop following."""
         for topic in subscription.topics:
             self.listeners[topic].remove(subscription)
+
+    def pass_over(self, subscription: Subscription) -> None:
+        """Nothing waits: what came and did not match is as good as read."""
+        if not subscription.waiting:
+            subscription.cursor |= {topic: self._last_number(topic)
+                                    for topic in subscription.topics}
 
     def publish(self, topic: str, record: Record) -> None:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
@@ -1641,8 +1711,13 @@ class Board:
 
     def forget(self, identity: str) -> None:
         """Remove the record of an offline station; who follows it is told once more."""
-        station = self.stations.pop(identity)
-        del self._gone[identity]
+        station = self.stations.pop(identity, None)
+        self._gone.pop(identity, None)
+        if station is None:              # beyond `max_connections` it went by itself
+            return
+        for connector in station.connectors.values():
+            if connector.transaction:    # it may come back, and be shown at a new record
+                connector.transaction.connector = connector.transaction = None
         station.forgotten = True
         self.publish("connections", station)
 
@@ -1700,26 +1775,34 @@ class Board:
         """The station's clock just said `when`."""
         station.skews.append(when - self.clock())
 
-    def quirk(self, station: Station, name: str, in_message: bool = True) -> int:
+    def quirk(self, station: Station, name: str, times: int = 1, in_message: bool = True) -> int:
         """Count a thing that the station does against the standard. Returns how often it did."""
         entry = station.quirks.get(name)
         if entry is None:
             if len(station.quirks) >= QUIRKS_KEPT:
                 return 0
             entry = station.quirks[name] = [0, None]
-        entry[0] += 1
+        entry[0] += times
         if in_message:                   # the message being handled is the next to be kept
             entry[1] = f"msg-{self.messages.total + 1}"
         return entry[0]
 
     def knocked(self, address: str, path: str, headers: dict, status: int, reason: str,
                 advice: str) -> bool:
-        """An upgrade was refused. Returns whether it is news: the first in `COALESCE_S`."""
+        """An upgrade was refused. Returns whether it is news.
+
+        It is not within `COALESCE_S` of another one from that address with that status: nobody
+        must be able to wash the log, or the security events, away.
+        """
         now = self.clock()
+        told_at = self._knocks_told.pop((address, status), 0.0)
+        news = now - told_at > COALESCE_S
+        self._knocks_told[address, status] = now if news else told_at
+        if len(self._knocks_told) > ADDRESSES_KEPT:
+            self._knocks_told.popitem(last=False)
         key = (address, path, reason)
         knock = self.knocking.pop(key, None) or Knock(address, path, headers, status, reason,
                                                       advice, now)
-        news = now - knock.last > COALESCE_S
         knock.last, knock.count = now, knock.count + 1
         self.knocking[key] = knock
         if len(self.knocking) > KNOCKING_KEPT:
@@ -1789,12 +1872,15 @@ class Board:
 
     def transaction(self, station: Station, transaction_id: int | str) -> Transaction | None:
         """The transaction that the station calls so, if we know it."""
-        return self._transaction_of.get((station.identity, transaction_id))
+        return self.transaction_of.get((station.identity, transaction_id))
 
     def same_start(self, station: Station, start_key: tuple) -> Transaction | None:
-        """The transaction that this very StartTransaction began before: a repeated one."""
+        """The transaction that this very StartTransaction began before: a repeated one.
+
+        A stop shows that the station had its answer, and that this start is another one.
+        """
         found = self.transactions.newest(1, lambda t: t.identity == station.identity
-                                         and t.start_key == start_key)
+                                         and t.start_key == start_key and t.status != "stopped")
         return found[0] if found else None
 
     def transaction_started(self, station: Station, transaction_id: int | str, evse_id: int,
@@ -1802,38 +1888,74 @@ class Board:
                             meter_start: float | None = None,
                             start_key: tuple | None = None) -> Transaction:
         """A transaction begins; another one still open on its connector is abandoned."""
-        now = self.clock()
-        if started_at is None or not now - 365 * 86400 < started_at < now + 86400:
-            started_at = now                             # a clock that was never set
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
-                                  id_token, started_at, meter_start, start_key)
+                                  id_token, self._plausible(started_at), meter_start, start_key)
         if meter_start is not None:
             transaction.register, transaction.energy_wh = meter_start, 0.0
-        if gone := self.transactions.append(transaction):
-            self._drop_transaction(gone)
-        self._transaction_of[station.identity, transaction_id] = transaction
+        self._keep_transaction(transaction)
         self._occupy(station, transaction)
         self.publish("transactions", transaction)
         return transaction
 
-    def transaction_seen(self, station: Station, transaction_id: int | str, evse_id: int,
-                         connector_id: int) -> Transaction:
-        """The transaction, adopted if its start was before our time, alive again if abandoned.
-
-        Where it is may be told later than that it is: a card before the plug (2.0.1 E02).
-        """
-        transaction = self.transaction(station, transaction_id)
-        if transaction is None:
-            transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
-                                                   None, None)
-            transaction.estimated = True
-        elif transaction.status == "abandoned":
-            transaction.status, transaction.stopped_at = "active", None
-            self._occupy(station, transaction)
-        elif transaction.status == "active" and not transaction.evse_id and evse_id:
-            transaction.evse_id, transaction.connector_id = evse_id, connector_id
-            self._occupy(station, transaction)
+    def transaction_adopted(self, station: Station, transaction_id: int | str, evse_id: int,
+                            connector_id: int, seen_at: float | None) -> Transaction:
+        """A transaction that runs since before our time."""
+        transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
+                                               None, seen_at)
+        transaction.estimated = True
         return transaction
+
+    def transaction_orphaned(self, station: Station, transaction_id: int | str, evse_id: int,
+                             connector_id: int, id_token: str | None,
+                             stopped_at: float | None) -> Transaction:
+        """A transaction of which only the stop came; what runs on its connector is not touched."""
+        transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
+                                  id_token, self._plausible(stopped_at), status="orphan",
+                                  estimated=True)
+        self._keep_transaction(transaction)
+        return transaction
+
+    def _plausible(self, when: float | None) -> float:
+        """A time that a station told, or now where its clock cannot have been set."""
+        now = self.clock()
+        return when if when is not None and now - 365 * 86400 < when < now + 86400 else now
+
+    def _keep_transaction(self, transaction: Transaction) -> None:
+        """Keep it; for it goes the oldest that is not active, if there is one."""
+        records = self.transactions.records
+        if len(records) >= self.transactions.limit:
+            index = next((i for i, t in enumerate(records) if t.status != "active"), 0)
+            gone = records[index]
+            del records[index]
+            self._release(gone)
+            if self.transaction_of.get((gone.identity, gone.id)) is gone:
+                del self.transaction_of[gone.identity, gone.id]
+        self.transactions.append(transaction)
+        self.transaction_of[transaction.identity, transaction.id] = transaction
+
+    def transaction_alive(self, station: Station, transaction: Transaction) -> None:
+        """A sign of an abandoned transaction: it goes on, unless its connector tells otherwise."""
+        connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
+        if transaction.status != "abandoned" or connector and (
+                connector.transaction or connector.status == "Available"):
+            return
+        transaction.status, transaction.stopped_at = "active", None
+        self._occupy(station, transaction)
+
+    def transaction_located(self, station: Station, transaction: Transaction, evse_id: int,
+                            connector_id: int | None) -> None:
+        """Where a transaction is may be told later than that it is: a card before the plug.
+
+        `evse_id` 0 and `connector_id` None tell nothing. Spec: 2.0.1 E02, E03.
+        """
+        same = evse_id in (0, transaction.evse_id) and connector_id in (
+            None, transaction.connector_id)
+        if same or not evse_id or transaction.status != "active":
+            return
+        self._release(transaction)
+        transaction.evse_id = evse_id
+        transaction.connector_id = min(evse_id, 1) if connector_id is None else connector_id
+        self._occupy(station, transaction)
 
     def transaction_updated(self, transaction: Transaction, **told: Any) -> None:
         """Set what the station told of a transaction; None tells nothing."""
@@ -1845,8 +1967,9 @@ class Board:
     def transaction_stopped(self, transaction: Transaction, stopped_at: float | None,
                             meter_stop: float | None, reason: str | None,
                             status: str = "stopped") -> None:
-        """A transaction ends. A late reading may still come; power is zero from here."""
+        """A transaction ends; an orphan stays one. Late readings may come; no power from here."""
         now = self.clock()
+        status = "orphan" if transaction.status == "orphan" else status
         if stopped_at is None or not transaction.started_at <= stopped_at < now + 86400:
             stopped_at = now
         if meter_stop is not None:
@@ -1868,26 +1991,37 @@ class Board:
     def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
                 transaction: Transaction | None) -> None:
         """A meter was read: of a transaction, where it belongs to one, or of a connector."""
-        now = self.clock()
+        skew_s = station.clock_skew_s or 0.0
         if transaction is None:
             connector = self.connector(station, evse_id, connector_id)
-            if connector is not None:
-                if connector.reading is None:
-                    connector.reading = Reading(at)
-                connector.reading.take(at, values, now)
-                self.publish("connections", station)
+            if connector is None or at - skew_s < connector.released_at - SKEW_TOLERANCE_S:
+                return                   # a late one, of a transaction that has ended
+            if connector.reading is None:
+                connector.reading = Reading(at)
+            connector.reading.take(at, values, skew_s)
+            self.publish("connections", station)
             return
+        active = transaction.status == "active"
         if transaction.reading is None:
             transaction.reading = Reading(at)
-        if transaction.reading.take(at, values, now):
+        if transaction.reading.take(at, values, skew_s):
             if "energy_wh" in values and transaction.meter_stop is None:
                 transaction.count_energy(values["energy_wh"])
             transaction.soc = values.get("soc", transaction.soc)
-            if transaction.status != "active":           # a late one
+            if not active:               # a late one
                 transaction.reading.stop()
         self.publish("transactions", transaction)
-        if transaction.connector is not None:
-            transaction.connector.reading = transaction.reading
+        if active:
+            self._show_reading(station, transaction)
+
+    def _show_reading(self, station: Station, transaction: Transaction) -> None:
+        """Show a transaction's reading at its connector: of the station as it is known now."""
+        connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
+        if transaction.connector is not connector or connector is None:
+            self._occupy(station, transaction)
+            connector = transaction.connector
+        if connector is not None:
+            connector.reading = transaction.reading
             self.publish("connections", station)
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
@@ -1902,9 +2036,10 @@ class Board:
         connector, transaction.connector = transaction.connector, None
         if connector is not None:
             connector.transaction = connector.reading = None     # what flowed flows no more
+            connector.released_at = self.clock()
 
     def _drop_transaction(self, gone: Transaction) -> None:
-        del self._transaction_of[gone.identity, gone.id]
+        del self.transaction_of[gone.identity, gone.id]
         self._release(gone)
 
     # Overview
@@ -2007,6 +2142,14 @@ def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
     return default if value is None else _typed(value, key, kind)
 
 
+def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
+    try:
+        return optional(payload, key, kind, default)
+    except WrongType:
+        return default
+
+
 def _typed(value: Any, key: str, kind: type) -> Any:
     if type(value) is kind and kind is not int:
         return value
@@ -2078,15 +2221,17 @@ def _told_time(board: Board, station: Station, payload: dict) -> float | None:
         return None
     if not zoned:
         board.quirk(station, "time_without_zone")
-    board.clock_told(station, when)
+    if payload.get("offline") is not True:               # 2.x: it happened when we were away
+        board.clock_told(station, when)
     return when
 
 
 def _token_status(board: Board, station: Station, id_token: str) -> str:
     """Whether the id token may charge. Tokens are case-insensitive (1.6 7.28 CiString)."""
     ocpp = board.config.ocpp
-    if ocpp.authorize == "any" or any(
-            fnmatch.fnmatchcase(id_token.lower(), pattern.lower()) for pattern in ocpp.id_tokens):
+    listed = ocpp.authorize == "any" or any(
+        fnmatch.fnmatchcase(id_token.lower(), pattern.lower()) for pattern in ocpp.id_tokens)
+    if listed and board.is_approved(station.identity):
         return "Accepted"
     return UNKNOWN_ID_TOKEN[station.protocol]
 
@@ -2102,13 +2247,15 @@ def on_authorize(board: Board, station: Station, payload: dict) -> dict:
 
 
 def _id_token_info(board: Board, station: Station, id_token: dict) -> dict:
-    if id_token.get("type") == "NoAuthorization":            # a start button (2.0.1 C02)
+    """What an IdToken is worth. Type NoAuthorization, a start button, has none (2.0.1 C02)."""
+    text = id_token.get("idToken")
+    if id_token.get("type") == "NoAuthorization" and board.is_approved(station.identity):
         return {"status": "Accepted"}
-    return {"status": _token_status(board, station, required(id_token, "idToken", str))}
+    return {"status": _token_status(board, station, text if isinstance(text, str) else "")}
 
 
 def evse_of_16(connector_id: int) -> tuple[int, int]:
-    """A connector of 1.6 as (evse_id, connector_id): its n is (n, 1), its 0, the station, (0, 0)."""
+    """A connector of 1.6 as (evse_id, connector_id): n is (n, 1), and 0, the station, (0, 0)."""
     return connector_id, min(connector_id, 1)
 
 
@@ -2139,16 +2286,33 @@ def on_status_notification(board: Board, station: Station, payload: dict) -> dic
 
 
 def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
-    """1.6 4.7. A transaction that runs since before our time is adopted by its id."""
-    evse_id, connector_id = evse_of_16(optional(payload, "connectorId", int, 0))
-    transaction_id = optional(payload, "transactionId", int, 0)
-    known = board.transaction(station, transaction_id)
-    if known or transaction_id > 0 and evse_id > 0:      # 0 and -1 are what idle chargers send
-        transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
-    else:
-        transaction = _open_transaction(station, evse_id, connector_id)
+    """1.6 4.7."""
+    number = optional(payload, "connectorId", int, optional(payload, "evseId", int, 0))
+    evse_id, connector_id = evse_of_16(number)
+    transaction = _metered_transaction(board, station, evse_id, connector_id,
+                                       optional(payload, "transactionId", int, 0))
     _read_meter(board, station, evse_id, connector_id, payload, "meterValue", transaction)
     return {}
+
+
+def _metered_transaction(board: Board, station: Station, evse_id: int, connector_id: int,
+                         transaction_id: int) -> Transaction | None:
+    """The transaction that a meter value belongs to.
+
+    One that runs since before our time is adopted by its id, but not where we know which one runs:
+    some chargers send a constant. 0 and -1 are what idle ones send.
+    """
+    running = _open_transaction(station, evse_id, connector_id)
+    known = board.transaction(station, transaction_id)
+    if known is not None and known.status != "orphan":
+        board.transaction_alive(station, known)
+        return known
+    if transaction_id <= 0 or evse_id <= 0 or known is not None:
+        return running
+    if running is not None and not running.estimated:
+        board.quirk(station, "other_transaction_id")
+        return running
+    return board.transaction_adopted(station, transaction_id, evse_id, connector_id, None)
 
 
 def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
@@ -2176,30 +2340,35 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     now = board.clock()
     if type(meter_values) is not list:
         meter_values = [meter_values]
+    if sum(len(m.get("sampledValue") or ()) for m in meter_values if type(m) is dict
+           and isinstance(m.get("sampledValue"), list)) + len(meter_values) > SAMPLES_READ:
+        board.quirk(station, "meter_values_too_many")
+        meter_values = meter_values[-1:]
     readings = [r for m in meter_values if (r := read_meter_value(m, now, quirks))]
     if len(readings) > 1:
         readings.sort(key=lambda reading: reading[0])
+    if readings and payload.get("offline") is not True:
+        board.clock_told(station, readings[-1][0])
     for at, values in readings:
         board.metered(station, evse_id, connector_id, at, values, transaction)
-    for name in quirks:
-        board.quirk(station, name)
-    if readings:
-        board.clock_told(station, readings[-1][0])
+    for name, count in Counter(quirks).items():
+        board.quirk(station, name, count)
     return [values["energy_wh"] for _, values in readings if "energy_wh" in values]
 
 
 def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
-    id_tag = kept(required(payload, "idTag", str), 64)
+    id_tag = kept(required(payload, "idTag", str))
     meter_start = optional(payload, "meterStart", float)
-    start_key = (evse_id, id_tag, kept(payload.get("timestamp")), meter_start)
-    transaction = board.same_start(station, start_key)
+    started_at = _told_time(board, station, payload)
+    start_key = started_at and (evse_id, id_tag, started_at, meter_start)
+    transaction = board.same_start(station, start_key) if start_key else None
     if transaction is None:
-        started_at = _told_time(board, station, payload)
         transaction = board.transaction_started(
             station, _free_transaction_id(board, station), evse_id, connector_id, id_tag,
             started_at, meter_start, start_key)
+    board.transaction_alive(station, transaction)
     return {"transactionId": transaction.id,
             "idTagInfo": {"status": _token_status(board, station, id_tag)}}
 
@@ -2215,25 +2384,23 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.10. A stop of an unknown transaction is kept as an orphan, never guessed."""
     transaction_id = required(payload, "transactionId", int)
     meter_stop = optional(payload, "meterStop", float)
+    id_tag = lenient(payload, "idTag", str)
     # "MAY only be omitted when the Reason is Local" (1.6 6.49)
     reason = kept(payload.get("reason") or "Local", 64)
     stopped_at = _told_time(board, station, payload)
-    transaction, status = _found_or_orphan(board, station, transaction_id)
+    stop_key = (stopped_at, meter_stop)
+    transaction = board.transaction(station, transaction_id)
+    if transaction is None or transaction.status == "orphan" and transaction.stop_key != stop_key:
+        transaction = board.transaction_orphaned(station, transaction_id, 0, 0,
+                                                 id_tag and kept(id_tag), stopped_at)
+        transaction.stop_key = stop_key
     if transaction.stopped_at is None or transaction.status == "abandoned":
         _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
                     "transactionData", transaction)
-        board.transaction_stopped(transaction, stopped_at, meter_stop, reason, status)
-    if payload.get("idTag") is None:
+        board.transaction_stopped(transaction, stopped_at, meter_stop, reason)
+    if id_tag is None:
         return {}
-    return {"idTagInfo": {"status": _token_status(board, station, required(payload, "idTag", str))}}
-
-
-def _found_or_orphan(board: Board, station: Station, transaction_id: int | str) -> tuple[Transaction, str]:
-    """The transaction that a stop speaks of, and what the stop makes of it."""
-    transaction = board.transaction(station, transaction_id)
-    if transaction is not None:
-        return transaction, "orphan" if transaction.status == "orphan" else "stopped"
-    return board.transaction_started(station, transaction_id, 0, 0, None, None), "orphan"
+    return {"idTagInfo": {"status": _token_status(board, station, id_tag)}}
 
 
 def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
@@ -2243,33 +2410,57 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
     event_type = required(payload, "eventType", str)
     # 1. which transaction it is, where
     when = _told_time(board, station, payload)
-    id_token = optional(payload, "idToken", dict)
-    token = id_token and kept(required(id_token, "idToken", str), 64)
-    evse = optional(payload, "evse", dict, {})
-    evse_id = optional(evse, "id", int, 0)
-    connector_id = optional(evse, "connectorId", int, min(evse_id, 1))
-    transaction, status = board.transaction(station, transaction_id), "stopped"
-    started = event_type == "Started" and transaction is None
+    id_token = lenient(payload, "idToken", dict)
+    token = id_token and _text_or_none(id_token.get("idToken"))
+    evse = lenient(payload, "evse", dict, {})
+    evse_id = lenient(evse, "id", int, 0)
+    connector_id = lenient(evse, "connectorId", int)
+    place = evse_id, min(evse_id, 1) if connector_id is None else connector_id
+    transaction = board.transaction(station, transaction_id)
+    started = event_type == "Started" and (
+        transaction is None or _is_another(transaction, evse_id, when))
     if started:
-        transaction = board.transaction_started(station, transaction_id, evse_id, connector_id,
-                                                token, when)
-    elif event_type == "Ended":
-        transaction, status = _found_or_orphan(board, station, transaction_id)
-    else:
-        transaction = board.transaction_seen(station, transaction_id, evse_id, connector_id)
+        transaction = board.transaction_started(station, transaction_id, *place, token, when)
+    elif transaction is None and event_type == "Ended":
+        transaction = board.transaction_orphaned(station, transaction_id, *place, token, when)
+    elif transaction is None:
+        transaction = board.transaction_adopted(station, transaction_id, *place, when)
+    board.transaction_alive(station, transaction)
+    board.transaction_located(station, transaction, evse_id, connector_id)
     # 2. what the meter says; the first register is the start's, the last one the stop's
     registers = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
                             payload, "meterValue", transaction)
-    # 3. what became of it
-    if event_type == "Ended" and transaction.status != status:
+    # 3. what became of it; a stop's id token, often another one, is not who charged
+    state = _text_or_none(info.get("chargingState"))
+    board.transaction_updated(
+        transaction, id_token=token if transaction.id_token is None else None,
+        charging_state=state if transaction.status == "active" else None,
+        estimated=False if started and registers else None)
+    if event_type == "Ended" and transaction.stopped_at is None:
         board.transaction_stopped(transaction, when, registers[-1] if registers else None,
-                                  kept(info.get("stoppedReason") or "Local", 64), status)
-    else:
-        board.transaction_updated(
-            transaction, id_token=token,
-            charging_state=_text_or_none(info.get("chargingState")),
-            estimated=False if started and registers else None)
+                                  kept(info.get("stoppedReason") or "Local", 64))
     return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
+
+
+def _is_another(transaction: Transaction, evse_id: int, when: float | None) -> bool:
+    """Whether a Started of a known id begins another transaction: some stations use ids again."""
+    if evse_id and transaction.evse_id and evse_id != transaction.evse_id:
+        return True
+    return transaction.stopped_at is not None and when is not None and when > transaction.stopped_at
+
+
+def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 N07, of which G01 is a case: a connector's status may come as AvailabilityState."""
+    for event in lenient(payload, "eventData", list, []):
+        component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
+        evse = lenient(component, "evse", dict, {})
+        status = lenient(event, "actualValue", str) if component else None
+        variable = lenient(event, "variable", dict, {}) if component else {}
+        if status and (component.get("name"), variable.get("name")) == (
+                "Connector", "AvailabilityState"):
+            board.connector_status(station, lenient(evse, "id", int, 0),
+                                   lenient(evse, "connectorId", int, 1), kept(status, 64))
+    return {}
 
 
 def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -2297,8 +2488,12 @@ def on_get_certificate_chain_status(board: Board, station: Station, payload: dic
 
 def _hash_data(told: dict) -> dict:
     """The same CertificateHashData, but nothing beyond what the standard gives it."""
-    names = ("hashAlgorithm", "issuerNameHash", "issuerKeyHash", "serialNumber")
-    return {name: required(told, name, str) for name in names}
+    longest = {"hashAlgorithm": 6, "issuerNameHash": 128, "issuerKeyHash": 128, "serialNumber": 40}
+    data = {name: required(told, name, str) for name in longest}
+    if data["hashAlgorithm"] not in ("SHA256", "SHA384", "SHA512") or any(
+            len(data[name]) > length for name, length in longest.items()):
+        raise WrongValue("certificateHashData is not what the standard allows")
+    return data
 
 
 def on_vat_number_validation(board: Board, station: Station, payload: dict) -> dict:
@@ -2351,7 +2546,7 @@ CALLS_201 = {
     "NotifyDisplayMessages": _constant(),
     "NotifyEVChargingNeeds": _constant(status="Rejected"),   # K15: we work out no schedule for it
     "NotifyEVChargingSchedule": _constant(status="Accepted"),
-    "NotifyEvent": _constant(),
+    "NotifyEvent": on_notify_event,
     "NotifyMonitoringReport": _constant(),
     "NotifyReport": _constant(),
     "PublishFirmwareStatusNotification": _progress("publishFirmwareStatus"),
@@ -2379,6 +2574,7 @@ CALLS_21 = CALLS_201 | {
 }
 CALLS = {"ocpp1.6": CALLS_16, "ocpp2.0.1": CALLS_201, "ocpp2.1": CALLS_21}
 SENDS = {"ocpp1.6": (), "ocpp2.0.1": (), "ocpp2.1": ("NotifyPeriodicEventStream",)}
+RECEIVED = {version: {*calls, *SENDS[version]} for version, calls in CALLS.items()}
 
 
 # --- Outgoing calls -----------------------------------------------------------------------
@@ -2440,7 +2636,7 @@ class Link:
     def receive(self, frame: str | bytes) -> Awaitable | None:
         """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
         self.last_sign = now = time.monotonic()
-        wait_s = self._budget.take(now)
+        wait_s = self._budget.take(now, 1 + len(frame) // COSTLY_BYTES)
         if wait_s:
             return self._receive_later(frame, wait_s)
         return self._receive(frame)
@@ -2465,12 +2661,10 @@ class Link:
         except BadFrame as error:
             return self._refuse(frame, error)
         kind = type(message)
-        if kind is Call:
-            if self.schemas and not self.schemas.ready(self.protocol, message.action) \
-                    and message.action in CALLS[self.protocol]:
-                return self._answer_when_ready(message, started)
-            return self._answer(message, started)
-        return TAKERS[kind](self, message)
+        if self.schemas and (kind is Call or kind is Send) and not self.schemas.ready(
+                self.protocol, message.action) and message.action in RECEIVED[self.protocol]:
+            return self._take_when_ready(message, started)
+        return self._answer(message, started) if kind is Call else TAKERS[kind](self, message)
 
     def _unpack(self, frame: str | bytes) -> NamedTuple:
         if type(frame) is bytes:
@@ -2485,14 +2679,19 @@ class Link:
                 raise error from None
             for name in faults:
                 self.board.quirk(self.station, name)
+            self.board.error("BAD_MESSAGE", self.station, f"{error}; mended",
+                             {"raw": raw_without_secrets(frame), "faults": faults})
         if message.id_text[0] != '"':
             self.board.quirk(self.station, "message_id_not_a_string")
         return message
 
-    async def _answer_when_ready(self, call: Call, started: float) -> None:
-        await self.schemas.prepare(self.protocol, call.action)
-        flushed = self._answer(call, started)
-        if flushed is not None:
+    async def _take_when_ready(self, message: Call | Send, started: float) -> None:
+        await self.schemas.prepare(self.protocol, message.action)
+        if self.ended:
+            return
+        if type(message) is Send:
+            self._sent(message)
+        elif flushed := self._answer(message, started):
             await flushed
 
     def _answer(self, call: Call, started: float) -> Awaitable | None:
@@ -2535,7 +2734,7 @@ class Link:
         if board.quirk(station, "bad_message", in_message=False) == 1:
             board.security_event("PROTOCOL_VIOLATION", station.identity, f"Bad message: {error}",
                                  "low", {"ip": station.remote_address})
-        board.error("BAD_MESSAGE", station, str(error), {"raw": kept(raw, RAW_KEPT)})
+        board.error("BAD_MESSAGE", station, str(error), {"raw": raw_without_secrets(raw)})
         board.count_unreadable(station)
         if not error.id_text:
             return None
@@ -2547,6 +2746,8 @@ class Link:
     def _sent(self, message: Send) -> None:
         if message.action not in SENDS[self.protocol]:
             self.board.quirk(self.station, "unknown_send")
+        elif self.schemas:
+            self._violation(message.action, "Request", message.payload)
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
 
@@ -2666,11 +2867,11 @@ class Budget:
         self.rate, self._left = rate, rate * BURST_S
         self._at, self._told = now, -math.inf
 
-    def take(self, now: float) -> float:
+    def take(self, now: float, cost: int = 1) -> float:
         """Seconds that this frame waits, 0 while the budget lasts."""
         if not self.rate:
             return 0
-        self._left = min(self._left + (now - self._at) * self.rate, self.rate * BURST_S) - 1
+        self._left = min(self._left + (now - self._at) * self.rate, self.rate * BURST_S) - cost
         self._at = now
         return max(0.0, -self._left / self.rate)
 
@@ -2702,8 +2903,8 @@ class Session:
 class Failures:
     """Failed attempts by key, within `LOGIN_WINDOW_S`. The longest quiet keys are forgotten."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], most: int = LOGIN_FAILURES):
+        self._clock, self._most = clock, most
         self._times: OrderedDict[Any, deque] = OrderedDict()
 
     def count(self, key: Any) -> int:
@@ -2715,7 +2916,7 @@ class Failures:
 
     def add(self, key: Any) -> int:
         """One more failure. Returns how many count."""
-        self._times.setdefault(key, deque(maxlen=LOGIN_FAILURES)).append(self._clock())
+        self._times.setdefault(key, deque(maxlen=self._most)).append(self._clock())
         self._times.move_to_end(key)
         if len(self._times) > ADDRESSES_KEPT:
             self._times.popitem(last=False)
@@ -2733,12 +2934,12 @@ class Access:
         self.board, self.config, self.clock = board, board.config, clock
         auth = self.config.auth
         self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
-        self._token = auth.token or self.made_token
+        self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._failures = Failures(time.monotonic)
         self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
-        self._hashing = concurrent.futures.ThreadPoolExecutor(1, "passwords")
-        self._hashes_waiting = 0
+        self._entry_failures = Failures(time.monotonic, ENTRY_FAILURES)
+        self._hashing, self._station_hashing = Hashing(), Hashing()
 
     # The board's users
 
@@ -2768,12 +2969,12 @@ class Access:
         if stale in self._stale:
             raise Unauthorized()
         self._admit(address)
-        if hmac.compare_digest(bearer, self._token.encode()):
+        if hmac.compare_digest(bearer, self._token):
             return Session(self.config.auth.username, None)
         self._stale[stale] = None
         if len(self._stale) > ADDRESSES_KEPT:
             self._stale.popitem(last=False)
-        self._failed(address, "Invalid token provided")
+        self._failed(address, self._failures.add(_network(address)), "Invalid token provided")
         raise Unauthorized()
 
     async def login(self, body: dict, address: str) -> Session:
@@ -2787,13 +2988,14 @@ class Access:
         if not all(isinstance(text, str) for text in given):
             raise BadRequest(f"{' and '.join(names)} must be given as text")
         self._admit(address)
+        attempt = self._failures.add(_network(address))      # before the wait: many try at once
         if mode == "token":
-            right = hmac.compare_digest(given[0].encode("utf-8", "replace"), self._token.encode())
+            right = hmac.compare_digest(given[0].encode("utf-8", "replace"), self._token)
         else:
             right = mode == "none" or await self._right_credentials(*given)
         if not right:
-            attempt = self._failed(address, "Invalid token provided" if mode == "token"
-                                   else "Invalid username or password")
+            self._failed(address, attempt, "Invalid token provided" if mode == "token"
+                         else "Invalid username or password")
             await asyncio.sleep(min(2.0, 0.25 * attempt))    # slows whoever tries many
             raise Unauthorized("Invalid credentials")
         self._failures.clear(_network(address))
@@ -2805,7 +3007,7 @@ class Access:
 
     async def _right_credentials(self, username: str, password: str) -> bool:
         auth = self.config.auth
-        right = await self._password_matches([password.encode("utf-8", "replace")], auth.password)
+        right = await self._hashing.matches([password.encode("utf-8", "replace")], auth.password)
         return hmac.compare_digest(username.encode("utf-8", "replace"),
                                    auth.username.encode()) and right
 
@@ -2823,15 +3025,13 @@ class Access:
         if self._failures.count(_network(address)) >= LOGIN_FAILURES:
             raise TooMany("Too many failed logins", LOGIN_WINDOW_S)
 
-    def _failed(self, address: str, text: str) -> int:
-        attempt = self._failures.add(_network(address))
+    def _failed(self, address: str, attempt: int, text: str) -> None:
         self.board.security_event("AUTH_FAILED", "UNKNOWN", text, "medium",
                                   {"ip": address, "attempt": attempt})
         if attempt == LOGIN_FAILURES:
             self.board.security_event(
                 "RATE_LIMIT", "UNKNOWN", f"{attempt} failed logins: no more for a while", "high",
                 {"ip": address})
-        return attempt
 
     # Stations
 
@@ -2844,33 +3044,45 @@ class Access:
         settings = self.config.station(identity)
         if settings is None or not settings.password:
             return 0
-        key = (_network(address), identity)              # one bad charger must not lock out a site
-        if self._failures.count(key) >= LOGIN_FAILURES:
-            raise Refused(429, "too many wrong passwords")
+        # One bad charger must not lock out a site; but an entry for many has one password.
+        key, entry = (_network(address), identity), (_network(address), id(settings))
+        if self._failures.count(key) >= LOGIN_FAILURES or (
+                self._entry_failures.count(entry) >= ENTRY_FAILURES):
+            raise Refused(429, "too many wrong passwords", "")
         given = _basic_password(identity, authorization)
         if given is None:
-            raise Refused(401, "a password is needed (HTTP Basic)")
-        if await self._password_matches(_readings(given), settings.password):
+            raise Refused(401, "a password is needed (HTTP Basic)", "AUTH_FAILED")
+        attempt, _ = self._failures.add(key), self._entry_failures.add(entry)
+        if await self._station_hashing.matches(_readings(given), settings.password):
             self._failures.clear(key)
+            self._entry_failures.clear(entry)
             return 1
-        attempt = self._failures.add(key)
         self.board.security_event("AUTH_FAILED", identity, "Wrong password of a station",
                                   "high" if attempt == LOGIN_FAILURES else "medium",
                                   {"ip": address, "attempt": attempt})
-        raise Refused(401, "wrong password")
+        raise Refused(401, "wrong password", "")
 
-    async def _password_matches(self, readings: list[bytes], configured: str) -> bool:
+
+class Hashing:
+    """Passwords checked in a thread of their own, a bounded number of them waiting."""
+
+    def __init__(self):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "passwords")
+        self._waiting = 0
+
+    async def matches(self, readings: list[bytes], configured: str) -> bool:
+        """Whether one of the readings is the configured password. Raises: TooMany."""
         if not configured.startswith(HASH_PREFIX):
             # All of them, so that the time does not tell which one was right.
             return sum(password_matches(given, configured) for given in readings) > 0
-        if self._hashes_waiting >= CALLS_WAITING:
+        if self._waiting >= CALLS_WAITING:
             raise TooMany("Too many logins at a time", 10)
-        self._hashes_waiting += 1
+        self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._hashing, lambda: any(password_matches(g, configured) for g in readings))
+                self._thread, lambda: any(password_matches(g, configured) for g in readings))
         finally:
-            self._hashes_waiting -= 1
+            self._waiting -= 1
 
 
 def hash_password(password: str) -> str:
@@ -2899,6 +3111,7 @@ def _network(address: str) -> str:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
         return address                                   # a Unix socket, or a proxy's odd word
+    ip = getattr(ip, "ipv4_mapped", None) or ip
     return str(ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
 
 
@@ -2953,6 +3166,8 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
     Spec: OCPP-J 1.6 3.1 to 3.4; 2.0.1 part 4, 3.1 and 3.2.
     """
     quirks = []
+    if path.startswith("/api/"):
+        raise Refused(404, "this is the path of the board, not of stations")
     identity = identity_of(path, config.ocpp.path)
     if not identity:
         raise Refused(404, "the URL must end in the station's identity")
@@ -2972,7 +3187,7 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
     wanted = [settings.protocol] if settings and settings.protocol else config.ocpp.protocols
     if not offered:
         quirks.append("subprotocol_missing")
-        protocol = wanted[0] if len(wanted) == 1 else ASSUMED_PROTOCOL
+        protocol = ASSUMED_PROTOCOL if ASSUMED_PROTOCOL in wanted else wanted[0]
         return Admission(identity, protocol, None, tuple(quirks))
     protocol = next((p for p in wanted if p in known), None)
     if protocol is None:
@@ -2986,10 +3201,14 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
 def identity_of(path: str, prefix: str) -> str:
     """The identity that a URL's path ends in; "" if there is none.
 
-    Odd shapes work: //id, id/, prefix twice, none, or a whole URL as the path.
+    Odd shapes work: //id, id/, the prefix twice or not at all, a whole URL as the path. An encoded
+    slash is part of the identity.
     """
-    path = unquote(path, errors="backslashreplace")
-    segments = [segment.strip() for segment in path.split("/") if segment.strip()]
+    if "://" in (whole := unquote(path, errors="backslashreplace")):
+        segments = whole.rpartition("://")[2].split("/")[1:]             # the first is its host
+    else:
+        segments = [unquote(segment, errors="backslashreplace") for segment in path.split("/")]
+    segments = [segment.strip() for segment in segments if segment.strip()]
     if not segments or "/" + "/".join(segments) == prefix.rstrip("/"):
         return ""
     if len(segments) == 1 and segments[0] == prefix.strip("/").rpartition("/")[2]:
@@ -2997,15 +3216,28 @@ def identity_of(path: str, prefix: str) -> str:
     return segments[-1]
 
 
+@stream_request_body
 class StationSocket(WebSocketHandler):
     """The OCPP endpoint: one instance is one station's socket."""
 
-    def initialize(self, daemon: "Daemon") -> None:
-        self.daemon, self.link, self.admission = daemon, None, None
+    def initialize(self, daemon: "Daemon", here: bool = True) -> None:
+        self.daemon, self.here = daemon, here            # here: stations connect to this port
+        self.link = self.admission = None
+        self._pongs_unread = 0
+
+    def prepare(self) -> None:
+        # A handshake has no body: one is let go unread.
+        if self.request.headers.get("Content-Length", "0") != "0":
+            self._refuse(Refused(413, "a WebSocket handshake has no body"))
+
+    def data_received(self, chunk: bytes) -> None:
+        pass
 
     async def get(self, *args: Any) -> None:
         config, headers = self.daemon.config, self.request.headers
         try:
+            if not self.here:
+                raise Refused(404, f"stations connect to port {self.daemon.ocpp_port}")
             self.admission = admit(config, self.request.path, headers)
             self.profile = await self.daemon.access.station_profile(
                 self.admission.identity, headers.get("Authorization", ""), self.request.remote_ip)
@@ -3021,17 +3253,23 @@ class StationSocket(WebSocketHandler):
         identity = identity_of(self.request.path, config.ocpp.path)
         headers = {name: kept(value) for name in SHOWN_HEADERS
                    if (value := self.request.headers.get(name))}
-        advice = (f"ws://{kept(self.request.host, 100)}{config.ocpp.path.rstrip('/')}/"
+        host = kept(self.request.host, 100)
+        if not self.here:
+            host = f"{host.rpartition(':')[0] or host}:{self.daemon.ocpp_port}"
+        advice = (f"ws://{host}{config.ocpp.path.rstrip('/')}/"
                   f"{quote(kept(identity, IDENTITY_LENGTH), safe='') or '<identity>'}")
         news = self.daemon.board.knocked(address, path, headers, error.http_status, str(error),
                                          advice)
         if news:
             log.info("Refused an upgrade from %s to %s: %s", address, shown(path),
                      shown(error, 200))
-            if error.http_status not in (401, 429):      # those are on record as AUTH_FAILED
-                self.daemon.board.security_event(
-                    "POLICY_REJECTION", kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
-                    f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
+        category = getattr(error, "category", "")        # "": on record already
+        if news and category:
+            self.daemon.board.security_event(
+                category, kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
+                f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
+        if error.http_status == 413:
+            self.set_header("Connection", "close")
         self.set_status(error.http_status)
         if error.http_status == 401:
             self.set_header("WWW-Authenticate", 'Basic realm="ocppboard"')
@@ -3054,8 +3292,11 @@ class StationSocket(WebSocketHandler):
         # The stream itself: `write_message` starts a task for each message, which costs a third
         # of the whole answer and, when the socket dies, ends in a traceback in the log.
         self._stream = self.ws_connection.stream
-        self._stream.set_nodelay(True)
-        self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        try:
+            self._stream.set_nodelay(True)
+            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        except (AttributeError, OSError):                # gone again already
+            return
         admission = self.admission
         self.link = Link(self.daemon.board, self.daemon.schemas, admission.protocol,
                          self._write, self._close)
@@ -3063,12 +3304,21 @@ class StationSocket(WebSocketHandler):
         self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
 
     def on_message(self, message: str | bytes) -> Awaitable | None:
-        return self.link.receive(message)
+        return self.link.receive(message) if self.link else None
 
     def on_pong(self, data: bytes) -> None:
-        self.link.last_sign = time.monotonic()
+        if self.link:
+            self.link.last_sign = time.monotonic()
 
-    on_ping = on_pong
+    def on_ping(self, data: bytes) -> None:
+        self.on_pong(data)
+        self._pongs_unread = self._pongs_unread + 1 if self._stream.writing() else 0
+        if self._pongs_unread > PONGS_UNREAD and self.link:
+            self.link.end("pings, and does not read the pongs", 1008)
+            self._stream.close()
+
+    def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        log_unexpected(self, kind, error, trace)
 
     def on_close(self) -> None:
         self.daemon.sockets.discard(self)
@@ -3120,15 +3370,22 @@ async def _until_written(flushed: Awaitable) -> None:
         pass
 
 
+def log_unexpected(handler: RequestHandler, kind: Any, error: BaseException | None,
+                   trace: Any) -> None:
+    """Log what we did not raise on purpose; without the query, which may hold a token."""
+    if not isinstance(error, (BoardError, HTTPError)):
+        log.error("A request to %s failed", shown(handler.request.path),
+                  exc_info=(kind, error, trace))
+
+
 class IsUpgrade(Matcher):
-    """Routes every WebSocket upgrade outside of /api to the stations' endpoint.
+    """Routes every WebSocket upgrade to the stations' endpoint.
 
     A wrong path is the first thing that goes wrong with a new charger, so any will do.
     """
 
     def match(self, request: HTTPServerRequest) -> dict | None:
-        upgrade = request.headers.get("Upgrade", "").lower() == "websocket"
-        return {} if upgrade and not request.path.startswith("/api/") else None
+        return {} if request.headers.get("Upgrade", "").lower() == "websocket" else None
 
 
 # REST: what endpoints take
@@ -3406,7 +3663,7 @@ def _csv_line(cells: Iterable[Any]) -> str:
     csv.writer(line).writerow(
         ["'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r")
          else cell for cell in cells])
-    return line.getvalue()
+    return line.getvalue().encode("utf-8", "backslashreplace").decode()      # lone surrogates
 
 
 # What /metrics shows: (name, type, help, key of a telemetry sample).
@@ -3417,7 +3674,7 @@ METRICS = (
     ("ocppboard_messages_per_second", "gauge", "Mean over 10 s.", "messagesPerSecond"),
     ("ocppboard_answer_milliseconds", "gauge", "Mean time to answer over 60 s.", "avgLatencyMs"),
     ("ocppboard_error_ratio", "gauge", "CALLERRORs over messages.", "errorRate"),
-    ("ocppboard_uptime_seconds", "counter", "Since the start.", "uptimeSeconds"),
+    ("ocppboard_uptime_seconds", "gauge", "Since the start.", "uptimeSeconds"),
     ("ocppboard_cpu_percent", "gauge", "Of one core, by this process.", "cpuPercent"),
     ("ocppboard_loop_lag_milliseconds", "gauge", "How late the loop woke up.", "loopLagMs"),
     ("ocppboard_streams", "gauge", "Open SSE streams.", "streams"),
@@ -3453,7 +3710,7 @@ def get_metrics(api: "Api") -> None:
                 if c.reading and not c.reading.stale]
     metric("ocppboard_connector_power_watts", "gauge", "Power as last told.",
            [(label, r.power_w) for label, r in readings if r.power_w is not None])
-    metric("ocppboard_connector_energy_watt_hours", "counter", "Import register as last told.",
+    metric("ocppboard_connector_energy_watt_hours", "gauge", "Import register as last told.",
            [(label, r.energy_wh) for label, r in readings if r.energy_wh is not None])
     api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
     api.finish("\n".join(lines) + "\n")
@@ -3497,36 +3754,49 @@ def get_stream(api: "Api") -> Awaitable:
 
 
 async def _stream(api: "Api", name: str, topics: tuple) -> None:
-    """Server-Sent Events until the client goes (HTML, 9.2)."""
+    """Server-Sent Events until the client goes or its session ends (HTML, 9.2)."""
     if len(api.daemon.streams) >= STREAMS_OPEN:
         raise Busy("Too many streams")
     board, heartbeat_s = api.board, api.config.sse.heartbeat_ms / 1000
+    after, restarted = _resume_from(api, board, topics)
     subscription, events, lost = board.subscribe(
-        topics, _stream_filter(api.query), api.woken.set, _cursor(api, board, topics))
-    cursor = subscription.cursor
+        topics, _stream_filter(api.query), api.woken.set, after)
     api.set_header("Content-Type", "text/event-stream; charset=utf-8")
     api.set_header("X-Accel-Buffering", "no")
     api.daemon.streams.add(api)
+
+    def tell(event: str, **data: Any) -> None:
+        api.write(f"id: {_event_id(subscription, board)}\nevent: {event}\n"
+                  f"data: {to_json(data | {'time': iso(board.clock())})}\n\n")
     try:
-        hello = to_json({"stream": name, "topics": topics, "time": iso(board.clock())})
-        api.write(f"retry: 3000\nevent: connected\ndata: {hello}\n\n")
-        while not api.closed:
-            if lost:
-                api.write(f"event: gap\ndata: {to_json({'lost': lost})}\n\n")
-            await api.write_slices(events, lambda event: _sse(event, cursor, board))
+        api.write("retry: 3000\n")
+        tell("connected", stream=name, topics=topics)
+        heartbeat_at = time.monotonic() + heartbeat_s
+        while True:
+            if lost or restarted:
+                tell("gap", lost=lost, restarted=restarted)
+            await api.write_slices(events, lambda event: _sse(event, subscription, board))
             if not await api.flushed():
                 break
             await asyncio.sleep(STREAM_PAUSE_S)          # what comes meanwhile goes out together
-            if not await _news(api.woken, heartbeat_s):
-                api.write(f"event: heartbeat\ndata: {to_json({'time': iso(board.clock())})}\n\n")
-            events, lost = subscription.take()
+            if not await _news(api.woken, heartbeat_at - time.monotonic()):
+                if not api.still_allowed():
+                    break
+                board.pass_over(subscription)
+                tell("heartbeat")
+                heartbeat_at = time.monotonic() + heartbeat_s
+            if api.closed:
+                break
+            (events, lost), restarted = subscription.take(), False
     finally:
         api.daemon.streams.discard(api)
         board.unsubscribe(subscription)
 
 
 async def _news(woken: asyncio.Event, patience_s: float) -> bool:
-    """Wait for an event, or for the client to go; False if all was quiet for so long."""
+    """Wait for an event, or for the client to go; False when the time is over."""
+    if patience_s <= 0:
+        return False
     try:
         async with asyncio.timeout(patience_s):
             await woken.wait()
@@ -3536,29 +3806,30 @@ async def _news(woken: asyncio.Event, patience_s: float) -> bool:
     return True
 
 
-def _sse(event: Published, cursor: dict, board: Board) -> str:
-    """An event as text. Its id is where every topic of the stream stands: 18c2f.120.7"""
-    topic = event.topic
-    cursor[topic] = event.number
-    if topic in CHANGING and event.record.changed > event.number:
+def _sse(event: Published, subscription: Subscription, board: Board) -> str:
+    """An event as text, with its id."""
+    subscription.cursor[event.topic] = event.number
+    if event.topic in CHANGING and event.record.changed > event.number:
         return ""                        # the same record comes again, as it is now
-    number = ".".join(map(str, cursor.values())) if len(cursor) > 1 else event.number
-    return f"id: {board.epoch}.{number}\n{event.text}"
+    return f"id: {_event_id(subscription, board)}\n{event.text}"
 
 
-def _cursor(api: "Api", board: Board, topics: tuple) -> dict | None:
-    """{topic: the number of the last event seen} of a client that comes back; None of a new one.
+def _event_id(subscription: Subscription, board: Board) -> str:
+    """Where each topic of the stream stands: 9f86d081.120.7"""
+    return f"{board.epoch}.{'.'.join(map(str, subscription.cursor.values()))}"
 
-    An id of an earlier run is from before all events of this one.
-    """
+
+def _resume_from(api: "Api", board: Board, topics: tuple) -> tuple[dict | None, bool]:
+    """({topic: number of the last event seen}, whether by an earlier run) of a client that comes
+    back; (None, False) of a new one."""
     text = api.request.headers.get("Last-Event-ID") or api.query["lastEventId"]
     if not text:
-        return None
+        return None, False
     epoch, *numbers = text.split(".")
     if epoch != board.epoch or len(numbers) != len(topics) or not all(
             re.fullmatch("[0-9]{1,15}", number) for number in numbers):
-        return dict.fromkeys(topics, 0)
-    return dict(zip(topics, map(int, numbers), strict=True))
+        return dict.fromkeys(topics, 0), True
+    return dict(zip(topics, map(int, numbers), strict=True)), False
 
 
 def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
@@ -3773,6 +4044,7 @@ def _schema(kind: str) -> dict:
 
 
 COOKIE = "board-session"
+SESSION_COOKIE = re.compile(rf"(?:^|;)\s*{COOKIE}=([\w-]{{20,100}})(?:;|$)")
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
@@ -3799,31 +4071,44 @@ class Api(RequestHandler):
         """Refuse, before its body is read, what is not to be answered."""
         if not self.routes:
             raise NotFound("Not found")
-        self.route = self.routes.get(self.request.method)
-        if self.route is None:
+        method = self.request.method
+        self.route = self.routes.get("GET" if method == "HEAD" else method)
+        if self.route is None or method == "HEAD" and self.route.answer == SSE:
             raise MethodNotAllowed(", ".join(self.routes))
-        if self.request.method != "GET" and not self.same_origin():
+        if method not in ("GET", "HEAD") and not self.same_origin():
             self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
                                       "medium", {"ip": self.request.remote_ip})
             raise Forbidden("Cross-origin request")
         if not self.route.public:
             self.session = self.authenticate()
         length = self.request.headers.get("Content-Length", "0")
-        if not length.isdigit() or int(length) > BODY_BYTES:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY_BYTES:
             raise TooLarge("The body is too large")
         self.query = self.read_query()
 
     def same_origin(self) -> bool:
         """Whether the request's Origin, if it has one, is the host that it is sent to."""
         origin = self.request.headers.get("Origin")
-        return origin is None or urlsplit(origin).netloc.lower() == self.request.host.lower()
+        return origin is None or origin.lower().partition("://")[2] == self.request.host.lower()
 
     def authenticate(self) -> Session:
         """The session of the request. Raises: Unauthorized, Forbidden, TooMany."""
         scheme, _, bearer = self.request.headers.get("Authorization", "").partition(" ")
         return self.daemon.access.session(
-            self.get_cookie(COOKIE), bearer.strip() if scheme.lower() == "bearer" else None,
+            self.read_session_cookie(), bearer.strip() if scheme.lower() == "bearer" else None,
             self.request.remote_ip)
+
+    def read_session_cookie(self) -> str | None:
+        """The session id; Tornado 6.2 takes quadratic time to take a hostile header apart."""
+        found = SESSION_COOKIE.search(self.request.headers.get("Cookie", ""))
+        return found and found[1]
+
+    def still_allowed(self) -> bool:
+        """Whether the session of a request that goes on is still there."""
+        try:
+            return bool(self.authenticate())
+        except BoardError:
+            return False
 
     def read_query(self) -> dict:
         """{name: value} of all that the route knows; its default, or None, where not given."""
@@ -3850,14 +4135,16 @@ class Api(RequestHandler):
             self.set_header("Content-Type", "application/json")
             self.finish(result if isinstance(result, str) else to_json(result))
 
-    get = post = patch = delete = answer
+    get = head = post = patch = delete = answer
 
     def read_body(self) -> dict:
         """The body's JSON object. Raises: BadRequest."""
         try:
-            body = json.loads(self.raw_body)
+            body = json.loads(self.raw_body, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError):
             raise BadRequest("The body is not JSON") from None
+        if deeper(body, NESTING):
+            raise BadRequest("The body is nested too deeply")
         if not isinstance(body, dict):
             raise BadRequest("The body is not a JSON object")
         return body
@@ -3903,7 +4190,7 @@ class Api(RequestHandler):
         """Give the browser its session."""
         self.set_cookie(COOKIE, session.id, path="/", httponly=True, samesite="Lax",
                         secure=self.request.protocol == "https",
-                        max_age=self.config.auth.session_ttl_seconds)
+                        max_age=2 * self.config.auth.session_ttl_seconds)    # to be told of its end
 
     def on_connection_close(self) -> None:
         self.closed = True
@@ -3926,9 +4213,7 @@ class Api(RequestHandler):
         self.finish(to_json(body))
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, (BoardError, HTTPError)):
-            log.error("A request to %s failed", shown(self.request.path),
-                      exc_info=(kind, error, trace))
+        log_unexpected(self, kind, error, trace)
 
 
 # --- Dashboard ----------------------------------------------------------------------------
@@ -4003,6 +4288,10 @@ PAGE_POLICY = (f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri '
 
 async def get_page(api: Api) -> None:
     """The page; with ?token= a login first, and the token leaves the address bar."""
+    fetch = api.request.headers.get
+    if api.query["token"] and fetch("Sec-Fetch-Site") == "cross-site" and (
+            fetch("Sec-Fetch-Dest") != "document"):      # a link is fine; an image's guesses would
+        raise Forbidden("Cross-origin request")          # lock the address out
     if api.query["token"] is not None and api.config.auth.mode == "token":
         session = await api.daemon.access.login({"token": api.query["token"]},
                                                 api.request.remote_ip)
@@ -4697,6 +4986,25 @@ def _percentiles(latencies: Iterable[float]) -> str:
 # Wires the sections together: routes, periodic work, start and stop, the command line.
 
 
+class BoundedServer(HTTPServer):
+    """An HTTP server that closes new connections before the process runs out of files.
+
+    Beyond that no accept works, and the loop would do nothing but fail to.
+    """
+
+    def handle_stream(self, stream: Any, address: tuple) -> Any:
+        # The lowest free number is given out: it tells how many are open.
+        if stream.socket.fileno() >= file_limit() - FILES_SPARE:
+            stream.close()
+            return None
+        return super().handle_stream(stream, address)
+
+
+def file_limit() -> int:
+    """How many files this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 1 << 30
+
+
 class Daemon:
     """The running whole: a Board, its listeners and its periodic work."""
 
@@ -4725,15 +5033,15 @@ class Daemon:
     def start(self) -> None:
         """Bind the ports and start the periodic work. Raises: ConfigError, with the port."""
         for port, application in self._listeners():
-            server = HTTPServer(application, xheaders=self.config.server.trust_proxy,
+            server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
                                 max_body_size=16 * BODY_BYTES)
             try:
                 sockets = bind_sockets(port, self.config.server.address or None)
-            except OSError as error:                     # in use, not allowed, no such address
+            except (OSError, UnicodeError) as error:     # in use, not allowed, no such address
                 raise ConfigError(f"cannot listen on port {port} of "
                                   f"{self.config.server.address or 'all addresses'}: "
-                                  f"{error.strerror}") from None
+                                  f"{getattr(error, 'strerror', '') or 'no address'}") from None
             server.add_sockets(sockets)
             self._servers.append(server)
             self.ocpp_port = sockets[0].getsockname()[1]
@@ -4749,7 +5057,8 @@ class Daemon:
         ocpp, board = self._ocpp_rules(), self._board_rules()
         if not self.config.ocpp.port:
             return [(self.config.server.port, self._application(ocpp + board))]
-        return [(self.config.server.port, self._application(board)),
+        strayed = Rule(IsUpgrade(), StationSocket, {"daemon": self, "here": False})
+        return [(self.config.server.port, self._application([strayed, *board])),
                 (self.config.ocpp.port, self._application(ocpp))]
 
     def _application(self, rules: list) -> Application:
@@ -4759,9 +5068,9 @@ class Daemon:
 
     def _ocpp_rules(self) -> list:
         arguments = {"daemon": self}
-        path = re.escape(self.config.ocpp.path.rstrip("/"))
-        return [Rule(IsUpgrade(), StationSocket, arguments),
-                Rule(PathMatches(f"{path}/.*"), StationSocket, arguments)]
+        path = self.config.ocpp.path.rstrip("/")
+        looked_at = [Rule(PathMatches(re.escape(path) + "/.*"), StationSocket, arguments)]
+        return [Rule(IsUpgrade(), StationSocket, arguments)] + (looked_at if path else [])
 
     def _board_rules(self) -> list:
         paths: dict[str, dict] = {}
@@ -4858,6 +5167,21 @@ async def run(config: Config) -> None:
     await daemon.stop()
 
 
+def tell_check(config: Config) -> None:
+    """Say what the configuration changes. Raises: ConfigError, as the start would."""
+    Daemon(config)
+    print(f"{config.source or 'defaults'}: the configuration is good")
+    for setting in SETTINGS:
+        value = config.__dict__[setting.section].__dict__[setting.key]
+        if value != setting.default:
+            shown_value = HIDDEN if setting.key in ("password", "token") else repr(value)
+            print(f"  {setting.section}.{setting.key} = {shown_value}")
+    for pattern in config.stations:
+        print(f'  stations."{pattern}"')
+    for name in config.ignored:
+        print(f"  {name} is of no section and ignored")
+
+
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
@@ -4881,7 +5205,10 @@ def tell_start(daemon: Daemon) -> None:
     address = config.server.address
     host = "localhost" if address in EVERY_ADDRESS else _in_url(address)
     token = f"?token={access.made_token}" if access.made_token else ""
-    print(f"The board: http://{host}:{daemon.board_port}/{token}", flush=True)
+    for name in config.ignored:
+        log.warning("%s is of no section and ignored", name)
+    with contextlib.suppress(OSError):                   # nobody reads it, or the disk is full
+        print(f"The board: http://{host}:{daemon.board_port}/{token}", flush=True)
 
 
 def _addresses(address: str) -> list[str]:
@@ -4899,13 +5226,10 @@ def _in_url(host: str) -> str:
 
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: each station is one, and 1024 is usual."""
-    try:
-        import resource                                  # not on Windows
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 65536
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 65536)), hard))
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -4945,12 +5269,15 @@ def _at_least(least: float, kind: type) -> Callable[[str], Any]:
 
 def ask_password() -> str:
     """A password from the terminal, asked twice, or the first line of a pipe."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\r\n")
-    password = getpass.getpass("Password: ")
-    if getpass.getpass("Again: ") != password:
-        raise ConfigError("the two passwords differ")
-    return password
+    try:
+        if not sys.stdin.isatty():
+            return sys.stdin.readline().rstrip("\r\n")
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") == password:
+            return password
+    except (EOFError, UnicodeError):
+        raise ConfigError("no password was given, or one that is not UTF-8") from None
+    raise ConfigError("the two passwords differ")
 
 
 def configure_log(level: str) -> None:
@@ -4960,6 +5287,14 @@ def configure_log(level: str) -> None:
                         format="%(asctime)s %(levelname)s %(message)s")
     for name in ("tornado.access", "tornado.application", "tornado.general", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.ERROR, logging.getLogger().level))
+
+
+def let_output_go() -> None:
+    """Drop what a full disk or a closed pipe did not take: it is no failure of the daemon."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -4982,11 +5317,12 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:
-                print(f"{config.source or 'defaults'}: the configuration is good")
+                tell_check(config)
                 return 0
             configure_log(options.log_level)
             raise_file_limit()
             asyncio.run(run(config))
+            let_output_go()
     except ConfigError as error:
         print(f"ocppboard: {error}", file=sys.stderr)
         return 2
@@ -5002,7 +5338,8 @@ def become_a_module() -> None:
     module goes when it is compiled.
     """
     path = Path(__file__).resolve()
-    if os.name != "posix" or not sys.executable or not path.stem.isidentifier():
+    hindered = sys.flags.ignore_environment or os.pathsep in str(path)
+    if os.name != "posix" or hindered or not sys.executable or not path.stem.isidentifier():
         return
     interpreter = sys.orig_argv[:len(sys.orig_argv) - len(sys.argv)]     # with its own options
     folders = [str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import symtable
 import sys
@@ -188,7 +189,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[stations]\n"CP-1" = 1', ["must be a section"]),
     ("[smart_charge]\nenabled = true", ["[smart_charge] is not available in this version"]),
     ('[server]\ntls_certificate = "a.pem"', ["server.tls_certificate is not available"]),
-    ("[server\n", ["not a TOML file", "line 1"]),
+    ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
 def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
     path = write(tmp_path, text)
@@ -293,6 +294,20 @@ def test_energy_counts_on_through_a_reset_of_the_register():
     assert transaction.estimated
 
 
+def energy_of(start, *registers):
+    transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW, start)
+    transaction.register, transaction.energy_wh = start, 0.0
+    for register in registers:
+        transaction.count_energy(register)
+    return transaction.energy_wh, transaction.estimated
+
+
+def test_a_register_of_the_session_and_a_glitch_are_no_resets():
+    assert energy_of(1_234_567.0, 0, 500, 5000, 1_239_567) == (5000, False)
+    assert energy_of(1_000_000.0, 1_000_100, 0, 1_000_200, 1_000_300) == (300, False)
+    assert energy_of(1_000_000.0, 1_000_100, 0, 400) == (500, True)
+
+
 # --- Messages -----------------------------------------------------------------------------
 
 
@@ -328,6 +343,8 @@ def test_every_message_type_is_understood(frame, message):
     ('[2,"1","A",{},1]', '"1"'), ('[2,"1","A",[]]', '"1"'), ('[2,"1","A","x"]', '"1"'),
     ('[2,"1","A",{"a":NaN}]', '"1"'), ('[2,"1","A",{"a":1e999}]', '"1"'),
     ('[2,"1","A",{"a":' + "[" * 100_000, '"1"'), ('[2,"1","A",{"a":' + "9" * 5000 + "}]", '"1"'),
+    ('[2,"1","A",{"a":' + "[" * 150 + "]" * 150 + "}]", '"1"'), ('[2,007,"A",{}]', ""),
+    ('[4,"1","A","",{"a":' + "[" * 150 + "]" * 150 + "}]", ""),
     ('[2,"' + "1" * 300 + '","A",{}]', ""), ('[2,"1","' + "A" * 100 + '",{}]', '"1"'),
     ('[2,"\\x","A",{}]', ""), ('[2,"1","\\x",{}]', '"1"'), ('[3,"1",[]]', ""), ('[3,"1","x"]', ""),
     ('[4,"1"]', ""), ('[4,"1","A",', ""), ('[2,null,"A",{}]', ""), ("[" * 100_000, ""),
@@ -382,7 +399,7 @@ def schema_names(protocol):
 
 
 @pytest.mark.parametrize("protocol, received, commands", [
-    ("ocpp1.6", 14, 26), ("ocpp2.0.1", 25, 40), ("ocpp2.1", 37, 54)])
+    ("ocpp1.6", 14, 26), ("ocpp2.0.1", 25, 40), ("ocpp2.1", 37, 55)])
 def test_every_action_of_the_standard_is_known(protocol, received, commands):
     assert len(CALLS[protocol]) == received and len(COMMANDS[protocol]) == commands
     assert set(CALLS[protocol]) | COMMANDS[protocol] | set(SENDS[protocol]) == schema_names(protocol)
@@ -444,7 +461,7 @@ def read_meter(*samples, timestamp="2026-09-21T13:33:20Z"):
     if found is None:
         return None, quirks
     reading = ocppboard.Reading(found[0])
-    reading.take(*found, NOW)
+    reading.take(*found)
     return reading, quirks
 
 
@@ -492,6 +509,13 @@ def test_the_normaliser_reads_what_is_wrong_and_says_so(samples, field, value, q
     assert getattr(reading, field) == value and quirks == [quirk]
 
 
+@pytest.mark.parametrize("one", [
+    sample("1e308", POWER, "kW"), sample(1e300, unitOfMeasure={"unit": "Wh", "multiplier": 29}),
+    sample("-inf"), sample("1e400"), sample("1e15")])
+def test_a_value_beyond_all_reason_is_no_reading(one):
+    assert read_meter(one) == (None, ["meter_value_not_a_number"])
+
+
 def test_signed_data_and_unknown_measurands_are_passed_over():
     assert read_meter(sample("c2lnbmVk", format="SignedData"), sample("1", "Power.Factor")) == (
         None, [])
@@ -501,24 +525,52 @@ def test_power_is_worked_out_from_current_and_voltage():
     reading, _ = read_meter(sample("10", CURRENT, "A", "L1"), sample("10", CURRENT, "A", "L2"),
                             sample("240", "Voltage", "V", "L1-N"))
     assert reading.power_w == 10 * 240 + 10 * 230 and reading.view()["quality"] == "derived"
-    reading.take(NOW + 1, {"power_w": 5000.0}, NOW)
+    reading.take(NOW + 1, {"power_w": 5000.0})
     assert reading.view()["quality"] == "measured"
-    reading.take(NOW + 2, {"current_a": {"L1": 1.0}}, NOW)
+    reading.take(NOW + 2, {"current_a": {"L1": 1.0}})
     assert reading.power_w == 5000, "a measured power goes before a derived one"
 
 
 def test_power_is_worked_out_from_energy_and_time():
-    reading = ocppboard.Reading(NOW, energy_wh=1000)
-    reading.take(NOW + 360, {"energy_wh": 2000.0}, NOW + 360)
-    assert reading.power_w == 10_000 and reading.derived
+    reading = ocppboard.Reading(NOW)
+    powers = []
+    for seconds in range(0, 61, 10):                         # more often than it is worked out
+        reading.take(NOW + seconds, {"energy_wh": 1000.0 + seconds * 3})
+        powers.append(reading.power_w)
+    assert powers == [None, None, None, 10_800, 10_800, 10_800, 10_800] and reading.derived
+
+
+def live_power(bench, stamp, watts):
+    bench.call("MeterValues", {"connectorId": 1, "meterValue": [
+        {"timestamp": ocppboard.iso(stamp), "sampledValue": [sample(str(watts), POWER, "W")]}]})
+    return bench.station.connectors[1, 1].reading.power_w
 
 
 def test_history_does_not_mix_into_what_is_live():
-    reading = ocppboard.Reading(NOW, power_w=7000)
-    assert not reading.take(NOW - 3600, {"power_w": 1.0}, NOW) and reading.power_w == 7000
-    assert reading.take(NOW, {"soc": 50.0}, NOW) and reading.soc == 50, "same stamp, other value"
-    reading = ocppboard.Reading(NOW + 7200, power_w=7000)        # its clock runs two hours ahead
-    assert reading.take(NOW + 10, {"power_w": 1.0}, NOW) and reading.power_w == 1
+    bench = Bench()
+    assert live_power(bench, NOW, 7000) == 7000
+    assert live_power(bench, NOW - 3600, 1) == 7000
+    assert live_power(bench, NOW, 6000) == 6000, "same stamp, other value"
+
+
+@pytest.mark.parametrize("skew", [7200, -7200])
+def test_a_clock_that_runs_ahead_or_behind_does_not_hide_what_is_live(skew):
+    bench = Bench()
+    for number in range(3):
+        bench.clock.now += 10
+        assert live_power(bench, bench.clock.now + skew, number) == number
+    bench.clock.now += 10
+    assert live_power(bench, bench.clock.now + skew - 3600, 99) == 2, "history still is"
+
+
+def test_a_clock_that_fell_back_is_believed_after_some_messages():
+    bench = Bench()
+    live_power(bench, NOW, 7000)
+    shown = []
+    for number in range(10):
+        bench.clock.now += 10
+        shown.append(live_power(bench, 1000 + 10 * number, number))
+    assert shown[0] == 7000 and shown[-1] == 9
 
 
 def test_a_reading_is_stale_once_its_station_has_gone_and_until_the_next_one():
@@ -936,6 +988,192 @@ def test_the_meter_of_the_station_itself_is_connector_zero():
     assert (connector["evse"], connector["connector"], connector["meter"]["energyWh"]) == (0, 0, 5)
 
 
+def meter_16(connector=1, transaction_id=None, energy=None, power=None, at=NOW):
+    samples = [sample(str(energy))] * (energy is not None)
+    samples += [sample(str(power), POWER, "W")] * (power is not None)
+    payload = {"connectorId": connector, "meterValue": [{"timestamp": ocppboard.iso(at),
+                                                         "sampledValue": samples}]}
+    return payload | ({} if transaction_id is None else {"transactionId": transaction_id})
+
+
+def start_16(bench, connector=1, **more):
+    return bench.call("StartTransaction", {"connectorId": connector, "idTag": "A", "meterStart": 0,
+                                           "timestamp": ocppboard.iso(bench.clock.now)}
+                      | more)["transactionId"]
+
+
+def statuses(bench):
+    return {t.id: t.status for t in bench.board.transactions.records}
+
+
+def test_a_late_reading_does_not_bring_a_lost_transaction_back_over_the_next_one():
+    bench = Bench()
+    first = start_16(bench)
+    bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                      "status": "Available"})
+    bench.call("MeterValues", meter_16(1, first, power=7000))
+    assert statuses(bench) == {first: "abandoned"}, "its connector is free"
+    bench.clock.now += 10
+    second = start_16(bench)
+    bench.call("MeterValues", meter_16(1, first, energy=50))
+    assert statuses(bench) == {first: "abandoned", second: "active"}
+    assert bench.station.connectors[1, 1].transaction.id == second
+
+
+def test_a_transaction_goes_on_when_its_connector_never_was_free():
+    bench = Bench()
+    first = start_16(bench)
+    second = start_16(bench, idTag="B")
+    assert statuses(bench) == {first: "abandoned", second: "active"}
+    bench.call("StopTransaction", {"transactionId": second, "meterStop": 1,
+                                   "timestamp": ocppboard.iso(NOW)})
+    bench.call("MeterValues", meter_16(1, first, energy=50))
+    assert statuses(bench) == {first: "active", second: "stopped"}
+
+
+def test_a_constant_transaction_id_is_no_other_transaction():
+    bench = Bench()
+    started = start_16(bench)
+    bench.call("MeterValues", meter_16(1, 1, energy=500))
+    assert statuses(bench) == {started: "active"} and bench.transaction()["energyWh"] == 500
+    assert "other_transaction_id" in bench.station.quirks
+
+
+@pytest.mark.parametrize("idle", [0, -1])
+def test_an_orphan_of_an_idle_id_swallows_no_readings(idle):
+    bench = Bench()
+    bench.call("StopTransaction", {"transactionId": idle, "meterStop": 1,
+                                   "timestamp": ocppboard.iso(NOW)})
+    start_16(bench)
+    bench.call("MeterValues", meter_16(1, energy=500))
+    bench.call("MeterValues", meter_16(1, idle, energy=600))
+    assert bench.transaction()["energyWh"] == 600
+
+
+def test_another_stop_of_an_unknown_id_is_another_orphan():
+    bench = Bench()
+    for stop in (500, 500, 900):
+        bench.call("StopTransaction", {"transactionId": -1, "meterStop": stop,
+                                       "timestamp": "2026-09-21T11:33:20Z", "idTag": "A"})
+    views = [t.view() for t in bench.board.transactions.records]
+    assert [(v["meterStop"], v["status"]) for v in views] == [(500, "orphan"), (900, "orphan")]
+    assert views[0]["startedAt"] == views[0]["stoppedAt"] == "2026-09-21T11:33:20.000Z"
+    assert views[0]["idToken"] == "A"
+
+
+def test_the_same_start_after_a_stop_is_another_transaction():
+    bench = Bench()
+    first = start_16(bench)
+    assert start_16(bench) == first
+    bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                      "status": "Preparing"})
+    bench.call("StopTransaction", {"transactionId": first, "meterStop": 5,
+                                   "timestamp": ocppboard.iso(NOW)})
+    assert start_16(bench) == first + 1
+
+
+def test_two_stations_may_start_alike():
+    bench = Bench()
+    first = start_16(bench)
+    bench.link = bench.connect(identity="CP-2")
+    assert start_16(bench) != first
+
+
+def test_a_finished_transaction_goes_before_one_that_runs():
+    bench = Bench(store_max_transactions=3)
+    long = start_16(bench, 2)
+    for _ in range(5):
+        bench.clock.now += 1
+        bench.call("StopTransaction", {"transactionId": start_16(bench), "meterStop": 5,
+                                       "timestamp": ocppboard.iso(bench.clock.now)})
+    assert len(bench.board.transactions) == 3 and statuses(bench)[long] == "active"
+    assert len(bench.board.transaction_of) == 3
+
+
+def test_a_removed_station_that_comes_back_shows_its_transaction():
+    bench = Bench()
+    started = start_16(bench)
+    bench.link.end("removed on the board")
+    bench.board.forget("CP-1")
+    bench.link = bench.connect()
+    bench.call("MeterValues", meter_16(1, started, energy=500))
+    connector, = bench.station.view()["connectors"]
+    assert connector["transactionId"] == started and connector["meter"]["energyWh"] == 500
+
+
+def test_a_late_reading_of_what_has_ended_is_no_live_one():
+    bench = Bench()
+    started = start_16(bench)
+    bench.clock.now += 600
+    bench.call("StopTransaction", {"transactionId": started, "meterStop": 900,
+                                   "timestamp": ocppboard.iso(bench.clock.now)})
+    bench.call("MeterValues", meter_16(1, power=7000, at=NOW + 300))
+    assert bench.station.connectors[1, 1].reading is None
+    bench.call("MeterValues", meter_16(1, started, energy=800, power=7000, at=NOW + 300))
+    view = bench.transaction()
+    assert (view["energyWh"], view["powerW"], view["status"]) == (900, 0, "stopped")
+
+
+def test_where_a_2x_transaction_is_may_be_told_later():
+    bench = Bench("ocpp2.0.1")
+    bench.call("TransactionEvent", event("Started", 0))
+    assert bench.transaction()["evse"] == 0
+    bench.call("TransactionEvent", event("Updated", 1, 10.0, evse={"id": 2, "connectorId": 2}))
+    assert (bench.transaction()["evse"], bench.transaction()["connector"]) == (2, 2)
+    bench.call("MeterValues", {"evseId": 2, "meterValue": [
+        {"timestamp": "2026-09-21T13:33:30Z", "sampledValue": [{"value": 30.0}]}]})
+    assert bench.transaction()["energyWh"] == 20
+    assert bench.station.connectors[2, 2].transaction.id == "T-1"
+
+
+def test_a_2x_id_that_is_used_again_is_another_transaction():
+    bench = Bench("ocpp2.0.1")
+    bench.call("TransactionEvent", event("Started", 0, 0.0, evse={"id": 1, "connectorId": 1}))
+    bench.call("TransactionEvent", event("Started", 0, 500.0, evse={"id": 2, "connectorId": 1}))
+    bench.call("TransactionEvent", event("Ended", 1, 600.0))
+    later = {"timestamp": "2026-09-21T14:33:20Z"}
+    bench.call("TransactionEvent", event("Started", 0, 600.0, **later))
+    found = [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records]
+    assert found == [(1, "active", 0), (2, "stopped", 100), (0, "active", 0)]
+
+
+def test_who_stops_a_2x_transaction_is_not_who_charged():
+    bench = Bench("ocpp2.0.1")
+    tokens = [{"idToken": text, "type": "ISO14443"} for text in ("DRIVER", "MASTER")]
+    bench.call("TransactionEvent", event("Started", 0, idToken=tokens[0]))
+    bench.call("TransactionEvent", event("Ended", 1, idToken=tokens[1]))
+    bench.call("TransactionEvent", event("Updated", 2, transactionInfo={
+        "transactionId": "T-1", "chargingState": "Charging"}))
+    view = bench.transaction()
+    assert (view["idToken"], view["status"], view["chargingState"]) == ("DRIVER", "stopped", None)
+
+
+def test_an_availability_state_event_tells_a_connectors_status():
+    bench = Bench("ocpp2.0.1")
+    bench.call("NotifyEvent", {"generatedAt": "2026-09-21T13:33:20Z", "seqNo": 0, "eventData": [{
+        "eventId": 1, "timestamp": "2026-09-21T13:33:20Z", "trigger": "Delta",
+        "actualValue": "Occupied", "eventNotificationType": "HardWiredNotification",
+        "component": {"name": "Connector", "evse": {"id": 2, "connectorId": 1}},
+        "variable": {"name": "AvailabilityState"}}]})
+    connector, = bench.station.view()["connectors"]
+    assert (connector["evse"], connector["connector"], connector["status"]) == (2, 1, "Occupied")
+
+
+def test_an_unapproved_stations_transaction_is_kept_and_its_token_refused():
+    bench = Bench(ocpp_accept="ask")
+    answer = bench.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                             "timestamp": "2026-09-21T13:33:20Z"})
+    assert answer["idTagInfo"] == {"status": "Invalid"} and len(bench.board.transactions) == 1
+
+
+def test_a_certificate_hash_of_no_standard_is_not_given_back():
+    bench = Bench("ocpp2.1")
+    data = {"hashAlgorithm": "MD5", "issuerNameHash": "a", "issuerKeyHash": "b", "serialNumber": "c"}
+    answer = bench.receive([2, "1", "GetCertificateChainStatus", {
+        "certificateStatusRequests": [{"source": "OCSP", "urls": [], "certificateHashData": data}]}])
+    assertCallError(answer, "PropertyConstraintViolation")
+
+
 def test_clock_skew_is_learnt_from_the_foremost_stamp():
     bench = Bench()
     for stamp in ("2026-09-21T11:00:00Z", "2026-09-21T13:34:20Z", "2026-09-21T12:00:00Z"):
@@ -1002,6 +1240,8 @@ def test_a_handler_that_raises_is_answered_with_internal_error(monkeypatch, capl
 
 
 # --- Outgoing calls -----------------------------------------------------------------------
+
+SCHEMAS = ocppboard.Schemas.installed()
 
 
 def with_loop(test):
@@ -1208,6 +1448,28 @@ def test_frames_after_the_end_of_a_connection_change_nothing():
     assert not bench.board.transactions.records and not bench.board.messages.records
 
 
+def test_an_answer_that_comes_on_a_new_connection_keeps_no_secret():
+    bench = Bench()
+    bench.receive([3, "of the old connection", {"configurationKey": [
+        {"key": "AuthorizationKey", "value": "s3cret", "readonly": False}]}])
+    bench.receive('[3,"2",{"configurationKey":[{"key":"AuthorizationKey","value":"s3cret"')
+    records = [r.json() for store in bench.board.stores.values() for r in store.records]
+    assert len(records) > 2 and "s3cret" not in "".join(records)
+
+
+@with_loop
+async def test_a_number_beyond_arithmetic_in_an_answer_is_a_violation():
+    bench = Bench("ocpp1.6", SCHEMAS)
+    command = Command(bench, "GetCompositeSchedule", {"connectorId": 1, "duration": 60})
+    while not bench.sent:
+        await asyncio.sleep(0.01)
+    _, id_, *_ = await command.sent()
+    bench.receive('[3,"' + id_ + '",{"status":"Accepted","chargingSchedule":{"chargingRateUnit":"A",'
+                  '"chargingSchedulePeriod":[{"startPeriod":0,"limit":1' + "0" * 400 + "}]}}]")
+    assert (await command.task)[0]["status"] == "Accepted"
+    assert bench.board.errors.records[-1].kind == "VALIDATION_FAILURE"
+
+
 def test_secrets_are_in_no_record_either_way():
     bench = Bench("ocpp1.6")
 
@@ -1231,7 +1493,11 @@ def test_secrets_are_in_no_record_either_way():
 
 # Validation
 
-SCHEMAS = ocppboard.Schemas.installed()
+
+def test_a_send_is_checked_too():
+    bench = Bench("ocpp2.1", SCHEMAS)
+    bench.receive([6, "1", "NotifyPeriodicEventStream", {"zz": 1}])
+    assert [e.kind for e in bench.board.errors.records] == ["VALIDATION_FAILURE"]
 
 
 def test_a_soft_fault_is_accepted_recorded_and_a_quirk():
@@ -1347,6 +1613,44 @@ async def test_wrong_logins_are_slowed_then_refused_for_that_address_alone(monke
     assert await access.login({"token": "t"}, "2001:db8::1")
 
 
+@with_loop
+async def test_many_at_once_do_not_get_more_guesses():
+    access, board, _ = access_of(auth_mode="credentials",
+                                 auth_password=ocppboard.hash_password("s3cret"))
+    body = {"username": "admin", "password": "wrong"}
+    results = await asyncio.gather(*[access.login(body, "192.0.2.1") for _ in range(30)],
+                                   return_exceptions=True)
+    kinds = [type(result) for result in results]
+    assert kinds.count(ocppboard.Unauthorized) == ocppboard.LOGIN_FAILURES
+    assert kinds.count(ocppboard.TooMany) == 30 - ocppboard.LOGIN_FAILURES
+
+
+@with_loop
+async def test_a_success_clears_what_failed_before():
+    access, _, _ = access_of(auth_token="t")
+    for _ in range(9):
+        access._failures.add("192.0.2.1")
+    for _ in range(5):
+        assert await access.login({"token": "t"}, "192.0.2.1")
+
+
+def test_addresses_are_told_apart_as_networks():
+    assert ocppboard._network("::ffff:192.0.2.1") == "192.0.2.1" == ocppboard._network("192.0.2.1")
+    assert ocppboard._network("2001:db8::1%eth0") == ocppboard._network("2001:db8::2")
+    assert ocppboard._network("unix") == "unix"
+
+
+@with_loop
+async def test_a_password_of_many_stations_is_not_guessed_through_their_names():
+    access, _, _ = access_of(stations={"CP-*": {"password": "x"}})
+    statuses = []
+    for number in range(60):
+        with pytest.raises(ocppboard.Refused) as error:
+            await access.station_profile(f"CP-{number}", basic("CP", "wrong"), "192.0.2.1")
+        statuses.append(error.value.http_status)
+    assert statuses == [401] * 50 + [429] * 10
+
+
 def test_a_wrong_bearer_counts_once_and_guesses_are_refused():
     access, board, _ = access_of(auth_token="t")
     assert access.session(None, "t", "192.0.2.1").user == "admin"
@@ -1423,7 +1727,7 @@ async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
     ("/ocpp/CP-1", "CP-1"), ("/ocpp/CP-1/", "CP-1"), ("//CP-1", "CP-1"), ("/ocpp//CP-1", "CP-1"),
     ("/CP-1", "CP-1"), ("/ocpp/ocpp/CP-1", "CP-1"), ("/central/central", "central"),
     ("/ws://host:9000/CP_1/SERIAL", "SERIAL"), ("/ws%3A%2F%2Fhost%3A9000%2FCP_1", "CP_1"),
-    ("/ocpp/RDAM%7C123", "RDAM|123"), ("/ocpp/a%20b", "a b"), ("/ocpp/%C3%A9", "é"),
+    ("/ocpp/S1%2FCP1", "S1/CP1"), ("/ws://bob:secret@host", ""), ("/ocpp/RDAM%7C123", "RDAM|123"), ("/ocpp/a%20b", "a b"), ("/ocpp/%C3%A9", "é"),
     ("/ocpp/%FF", "\\xff"), ("/ocpp/%2e%2e", ".."), ("/ocpp", ""), ("/ocpp/", ""), ("/", ""), ("", ""),
     ("//ocpp//", ""),
 ])
@@ -1530,7 +1834,7 @@ class Site:
                                          follow_redirects=False, **options)
         text = answer.body.decode()
         is_json = answer.headers.get("Content-Type", "").startswith("application/json")
-        return answer.code, json.loads(text) if is_json else text, answer.headers
+        return answer.code, json.loads(text) if is_json and text else text, answer.headers
 
     async def get(self, path):
         status, body, _ = await self.fetch(path)
@@ -1850,6 +2154,55 @@ async def test_a_body_without_a_length_is_bounded_too(site):
 
 
 @live()
+async def test_head_answers_as_get_without_a_body(site):
+    for path, status in (("/healthz", 200), ("/", 200), ("/api/overview", 200), ("/nowhere", 404),
+                         ("/api/messages/stream", 405)):
+        found, text, _ = await site.fetch(path, "HEAD")
+        assert (found, text) == (status, "") or found == status and not text
+
+
+@pytest.mark.parametrize("raw", [
+    b"POST /api/auth/login HTTP/1.1\r\nHost: x\r\nOrigin: http://[\r\nContent-Length: 0\r\n\r\n",
+    b"GET /api/overview HTTP/1.1\r\nHost: x\r\nCookie: a=" + b'"\\"\\' * 4000 + b"\r\n\r\n",
+])
+@live()
+async def test_odd_headers_are_refused_in_a_moment(site, raw, caplog):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    started = time.monotonic()
+    writer.write(raw)
+    assert (await reader.readline()).split()[1] in (b"401", b"403")
+    assert time.monotonic() - started < 2
+    writer.close()
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "[" * 150 + "]" * 150])
+@live()
+async def test_a_command_that_is_no_json_or_too_deep_is_refused(site, value):
+    await site.station()
+    body = '{"action":"DataTransfer","payload":{"vendorId":"v","data":' + value + "}}"
+    status, answer, _ = await site.fetch("/api/connections/CP-1/call", "POST", body)
+    assert status == 400 and "body" in answer["error"]
+
+
+@live()
+async def test_lone_surrogates_do_not_stop_an_export(site):
+    socket_ = await site.station()
+    await socket_.send('[2,"a","Heart\\ud800",{}]')
+    await socket_.recv()
+    status, text, _ = await site.fetch("/api/messages/export?format=csv")
+    assert status == 200 and "Heart\\ud800" in text
+
+
+@live(store_max_connections=1)
+async def test_an_online_station_beyond_the_limit_can_be_removed(site):
+    await site.station("A")
+    await site.station("B")
+    assert (await site.fetch("/api/connections/A", "DELETE"))[0] == 200
+    assert [c["identity"] for c in await site.get("/api/connections")] == ["B"]
+
+
+@live()
 async def test_an_unexpected_failure_is_answered_without_details(site, caplog, monkeypatch):
     monkeypatch.setattr(site.board, "overview", lambda: 1 / 0)
     assert (await site.fetch("/api/overview"))[:2] == (500, {"error": "Internal server error"})
@@ -1907,7 +2260,7 @@ async def test_a_wrong_login_is_401_and_on_record(site):
     assert found["details"] == {"ip": "127.0.0.1", "attempt": 1} and "wrong" not in str(found)
     assert await site.get("/api/security?severity=high") == []
     for _ in range(9):
-        site.daemon.access._failed("127.0.0.1", "test")
+        site.daemon.access._failures.add("127.0.0.1")
     status, body, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
     assert status == 429 and int(headers["Retry-After"]) > 0 and "error" in body
 
@@ -1974,7 +2327,9 @@ async def test_a_station_with_a_password_has_profile_1(site):
         assert error.value.response.headers["WWW-Authenticate"].startswith("Basic")
     await site.station(additional_headers={"Authorization": basic("CP-1", "s3cret")})
     assert (await site.get("/api/connections/CP-1"))["securityProfile"] == 1
-    assert [e["category"] for e in await site.get("/api/security")] == ["AUTH_FAILED"]
+    told = [e["message"] for e in await site.get("/api/security?category=AUTH_FAILED")]
+    assert told == ["Wrong password of a station",
+                    "Upgrade refused: a password is needed (HTTP Basic)"]
 
 
 async def raw_upgrade(site, request):
@@ -2091,8 +2446,58 @@ async def check_ports(site):
     site.port, site.ocpp_port = site.ocpp_port, site.port
     for path in ("/api/connections", "/healthz", "/", "/metrics"):
         assert (await site.fetch(path))[0] == 404, "the stations' network does not see the board"
-    with pytest.raises(websockets.InvalidStatus):
+    with pytest.raises(websockets.InvalidStatus) as error:
         await site.station("CP-2")
+    right = f"ws://127.0.0.1:{site.port}/ocpp/CP-2"
+    assert error.value.response.status_code == 404 and right in error.value.response.body.decode()
+    assert [k.url for k in site.board.knocking.values()] == [right]
+
+
+@live(ocpp_path="/")
+async def test_stations_may_connect_without_a_path(site):
+    reader = await websockets.connect(f"ws://127.0.0.1:{site.port}/CP-1", subprotocols=["ocpp1.6"])
+    assert (await exchange(reader, "Heartbeat", {}))[0] == 3
+    await reader.close()
+    assert len(await site.get("/api/connections")) == 1
+
+
+@live()
+async def test_an_upgrade_to_the_api_is_refused_and_listed(site):
+    with pytest.raises(websockets.InvalidStatus):
+        await websockets.connect(f"ws://127.0.0.1:{site.port}/api/messages")
+    assert [k["path"] for k in await site.get("/api/knocking")] == ["/api/messages"]
+    assert await site.get("/api/connections") == []
+
+
+@live()
+async def test_a_body_at_the_stations_path_is_not_read(site):
+    status, text, _ = await site.fetch("/ocpp/CP-1", "POST", "x" * 2_000_000, token=None)
+    assert status == 413 and "no body" in text
+
+
+@live()
+async def test_a_client_that_goes_right_after_the_upgrade_leaves_no_trace(site, caplog):
+    for _ in range(30):
+        raw = socket.create_connection(("127.0.0.1", site.port))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.sendall(b"GET /ocpp/X?password=s3cret HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+                    b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        raw.close()
+    await asyncio.sleep(0.2)
+    await until(lambda: site.board.online == 0)
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR], caplog.text
+    assert "s3cret" not in caplog.text
+
+
+@live()
+async def test_short_of_files_new_connections_are_closed(site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "file_limit", lambda: 5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
 
 
 # Streams
@@ -2125,6 +2530,37 @@ async def test_streams_of_their_own_kind_and_heartbeats(site):
     await site.fetch("/api/auth/login", "POST", {"token": "wrong"}, None)
     name, data, _ = await quiet.next("security")
     assert data["category"] == "AUTH_FAILED"
+
+
+@live(sse_heartbeat_ms=300, telemetry_interval_ms=100)
+async def test_heartbeats_come_while_events_flow_and_every_event_has_an_id(site):
+    events = await site.stream("/api/telemetry/stream")
+    seen = [await events.next() for _ in range(9)]
+    names = [name for name, *_ in seen]
+    assert names[0] == "connected" and {"telemetry", "heartbeat"} <= set(names)
+    assert all(id_.startswith(site.board.epoch + ".") for *_, id_ in seen)
+
+
+@live(sse_heartbeat_ms=200)
+async def test_a_heartbeat_passes_over_what_did_not_match(site):
+    events = await site.stream("/api/messages/stream?identity=OTHER")
+    assert (await events.next())[2].endswith(".0")
+    socket_ = await site.station()
+    await exchange(socket_, "Heartbeat", {})
+    assert (await events.next("heartbeat"))[2].endswith(".2")
+
+
+@live(sse_heartbeat_ms=200)
+async def test_a_stream_ends_with_its_session(site):
+    _, body, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(f"GET /api/messages/stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                 f"Cookie: a=b; board-session={body['sessionId']}\r\n\r\n".encode())
+    assert b" 200 " in await reader.readline()
+    await site.fetch("/api/auth/logout", "POST", token=body["sessionId"])
+    await asyncio.wait_for(reader.read(), 5)
+    assert not site.daemon.streams
+    writer.close()
 
 
 @live(telemetry_interval_ms=100)
@@ -2186,12 +2622,14 @@ async def test_a_client_that_comes_back_gets_what_it_missed_and_the_gap(site):
         await exchange(socket_, "Heartbeat", {}, str(number + 1))
     again = await site.stream("/api/messages/stream", {"Last-Event-ID": id_})
     assert (await again.next())[0] == "connected"
-    assert (await again.next())[:2] == ("gap", {"lost": 5})
+    name, gap, gap_id = await again.next()
+    assert (name, gap["lost"], gap["restarted"], gap_id) == ("gap", 5, False, id_)
     assert [(await again.next())[1]["id"] for _ in range(6)] == [f"msg-{n}" for n in range(7, 13)]
     for odd in ("1a2b.5", "nonsense", f"{site.board.epoch}.1.2", f"{site.board.epoch}.-1"):
         earlier = await site.stream("/api/messages/stream", {"Last-Event-ID": odd})
         await earlier.next()
-        assert (await earlier.next())[:2] == ("gap", {"lost": 6}), "of an earlier run"
+        name, gap, _ = await earlier.next()
+        assert (name, gap["lost"], gap["restarted"]) == ("gap", 6, True), "of an earlier run"
 
 
 @live()
@@ -2222,7 +2660,7 @@ async def test_a_client_that_does_not_read_costs_its_queue_and_slows_nobody(site
     await until(lambda: site.daemon.streams)
     socket_ = await site.station()
     site.board.stations["CP-1"].link._budget.rate = 0
-    payload = {"vendorId": "v", "data": "x" * 60_000}
+    payload = {"vendorId": "v", "data": "x" * 200_000}
     started = time.monotonic()
     for number in range(300):
         await exchange(socket_, "DataTransfer", payload, str(number))
@@ -2304,6 +2742,11 @@ async def test_the_printed_address_logs_in(site):
     cookie = headers["Set-Cookie"].split(";")[0]
     assert (await site.fetch("/api/overview", token=None, headers={"Cookie": cookie}))[0] == 200
     assert (await site.fetch("/?token=wrong", token=None))[0] == 401
+    foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}
+    for _ in range(20):
+        assert (await site.fetch("/?token=guess", token=None, headers=foreign))[0] == 403
+    assert (await site.fetch("/?token=t0ken", token=None,
+                             headers=foreign | {"Sec-Fetch-Dest": "document"}))[0] == 302
 
 
 # --- Simulator ----------------------------------------------------------------------------
@@ -2456,6 +2899,17 @@ def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
     assert token not in "".join(lines[:-1]) + out, "printed once"
 
 
+def test_a_full_disk_and_an_isolated_interpreter_do_not_stop_the_start():
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-E", str(HERE / "ocppboard.py"), "--port", "0"], stdout=full,
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"OCPPBOARD_CONFIG": os.devnull})
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0 and process.stderr.read() == ""
+
+
 def run_ocppboard(*arguments, text=None, environ=None):
     process = ocppboard_process(*arguments, environ=environ, stdin=subprocess.PIPE)
     out, err = process.communicate(text, timeout=20)
@@ -2464,7 +2918,8 @@ def run_ocppboard(*arguments, text=None, environ=None):
 
 def test_check_says_what_it_found(tmp_path):
     good = write(tmp_path, "[server]\nport = 1\n")
-    assert run_ocppboard("--check", "--config", good) == (0, f"{good}: the configuration is good\n", "")
+    assert run_ocppboard("--check", "--config", good, environ={"OCPPBOARD_AUTH_TOKEN": "s3cret"}) == (
+        0, f"{good}: the configuration is good\n  server.port = 1\n  auth.token = ***\n", "")
     bad = write(tmp_path, "[server]\nprt = 1\n")
     status, out, err = run_ocppboard("run", "--check", "--config", bad)
     assert (status, out) == (2, "") and err == (
