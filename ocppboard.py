@@ -88,7 +88,7 @@ RAW_KEPT = 2048             # characters of a frame that could not be read
 IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), chargers take more
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
-SAMPLES_READ = 5000         # sampled values in one message; of more only the last meter value
+SAMPLES_READ = 2000         # meter values in a message, and sampled values in each, the last ones
 QUIRKS_KEPT = 50            # kinds of quirk of one station
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
 SESSIONS_KEPT = 1000        # logins to the board; the oldest goes first
@@ -583,8 +583,8 @@ class LoggedMessage(Record):
     response_ms: float | None = None    # from a CALL to its answer, on both
     error_code: str | None = None
     error_description: str | None = None
-    number: int = 0
     size: int = 0                       # bytes that the payload takes in memory
+    number: int = 0
 
     def view(self) -> dict:
         return self.head() | {"payload": json.loads(self.payload)}
@@ -1393,7 +1393,7 @@ def read_meter_value(meter_value: Any, now: float, quirks: list[str]) -> tuple[f
         return None
     found: dict = {}                     # {field: {phase: value}}
     at_inlet: dict = {}                  # the same from the grid's side, where nothing else is
-    for sample in meter_value["sampledValue"][:SAMPLES_READ]:
+    for sample in meter_value["sampledValue"][-SAMPLES_READ:]:
         _read_sample(sample, found, at_inlet, quirks)
     if at_inlet:
         found = at_inlet | found
@@ -1818,7 +1818,7 @@ class Board:
         now = self.clock()
         record = LoggedMessage(station.identity, station.protocol, direction, kind, method, id_,
                                payload, now, response_ms, error_code, error_description,
-                               size=sys.getsizeof(payload))
+                               sys.getsizeof(payload))
         self.messages.append(record)
         self._count(station, now)
         if response_ms is not None and kind != "CALL":
@@ -1991,7 +1991,7 @@ class Board:
     def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
                 transaction: Transaction | None) -> None:
         """A meter was read: of a transaction, where it belongs to one, or of a connector."""
-        skew_s = station.clock_skew_s or 0.0
+        skew_s = max(station.skews, default=0.0)
         if transaction is None:
             connector = self.connector(station, evse_id, connector_id)
             if connector is None or at - skew_s < connector.released_at - SKEW_TOLERANCE_S:
@@ -2287,8 +2287,8 @@ def on_status_notification(board: Board, station: Station, payload: dict) -> dic
 
 def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.7."""
-    number = optional(payload, "connectorId", int, optional(payload, "evseId", int, 0))
-    evse_id, connector_id = evse_of_16(number)
+    number = "connectorId" if "connectorId" in payload else "evseId"     # of a body of 2.x
+    evse_id, connector_id = evse_of_16(optional(payload, number, int, 0))
     transaction = _metered_transaction(board, station, evse_id, connector_id,
                                        optional(payload, "transactionId", int, 0))
     _read_meter(board, station, evse_id, connector_id, payload, "meterValue", transaction)
@@ -2302,11 +2302,12 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
     One that runs since before our time is adopted by its id, but not where we know which one runs:
     some chargers send a constant. 0 and -1 are what idle ones send.
     """
-    running = _open_transaction(station, evse_id, connector_id)
     known = board.transaction(station, transaction_id)
     if known is not None and known.status != "orphan":
-        board.transaction_alive(station, known)
+        if known.status != "active":
+            board.transaction_alive(station, known)
         return known
+    running = _open_transaction(station, evse_id, connector_id)
     if transaction_id <= 0 or evse_id <= 0 or known is not None:
         return running
     if running is not None and not running.estimated:
@@ -2340,10 +2341,9 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     now = board.clock()
     if type(meter_values) is not list:
         meter_values = [meter_values]
-    if sum(len(m.get("sampledValue") or ()) for m in meter_values if type(m) is dict
-           and isinstance(m.get("sampledValue"), list)) + len(meter_values) > SAMPLES_READ:
+    if len(meter_values) > SAMPLES_READ:
+        meter_values = meter_values[-SAMPLES_READ:]
         board.quirk(station, "meter_values_too_many")
-        meter_values = meter_values[-1:]
     readings = [r for m in meter_values if (r := read_meter_value(m, now, quirks))]
     if len(readings) > 1:
         readings.sort(key=lambda reading: reading[0])
@@ -2351,8 +2351,9 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
         board.clock_told(station, readings[-1][0])
     for at, values in readings:
         board.metered(station, evse_id, connector_id, at, values, transaction)
-    for name, count in Counter(quirks).items():
-        board.quirk(station, name, count)
+    if quirks:
+        for name, count in Counter(quirks).items():
+            board.quirk(station, name, count)
     return [values["energy_wh"] for _, values in readings if "energy_wh" in values]
 
 
@@ -3778,7 +3779,8 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
             await api.write_slices(events, lambda event: _sse(event, subscription, board))
             if not await api.flushed():
                 break
-            await asyncio.sleep(STREAM_PAUSE_S)          # what comes meanwhile goes out together
+            # What comes meanwhile goes out together; streams that woke together drift apart.
+            await asyncio.sleep(STREAM_PAUSE_S * random.uniform(0.7, 1.3))
             if not await _news(api.woken, heartbeat_at - time.monotonic()):
                 if not api.still_allowed():
                     break
