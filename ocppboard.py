@@ -3143,9 +3143,8 @@ def _readings(password: bytes) -> list[bytes]:
     return readings
 
 
-# --- HTTP ---------------------------------------------------------------------------------
-# The thin edge. First the stations' WebSocket, then REST: an endpoint is a function that reads
-# `api` and returns what is to be written; ROUTES is the table of them, OpenAPI comes from it.
+# --- OCPP endpoint ------------------------------------------------------------------------
+# The stations' WebSocket: which upgrades are let in, and the socket of a Link.
 
 SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-WebSocket-Version",
                  "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions")      # none holds a secret
@@ -3389,7 +3388,11 @@ class IsUpgrade(Matcher):
         return {} if request.headers.get("Upgrade", "").lower() == "websocket" else None
 
 
-# REST: what endpoints take
+# --- REST and streams ---------------------------------------------------------------------
+# The thin edge: an endpoint is a function that reads `api` and returns what is to be written.
+# ROUTES is the table of them; OpenAPI comes from it.
+
+# What endpoints take
 
 
 class Parameter(NamedTuple):
@@ -3467,7 +3470,7 @@ def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
     return Page(*store.page(api.query["limit"], api.query["offset"], match))
 
 
-# REST: the endpoints
+# The endpoints
 
 
 async def post_login(api: "Api") -> dict:
@@ -4379,8 +4382,8 @@ class SimulatedStation:
     """A station of one version. Subclasses hold what versions call things."""
 
     protocol = ""
-    commands: dict = {}                  # {Action: name of the method that answers it}
-    unavailable, preparing = "Unavailable", "Preparing"
+    preparing = "Preparing"              # what a connector is with a car that does not charge yet
+    reset_reason = list_version_field = ""
 
     def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
                  password: str = "", latencies: deque | None = None):
@@ -4522,9 +4525,11 @@ class SimulatedStation:
 
     def obey(self, call: Call) -> CallResult | CallError:
         """The answer to a command; what follows from it goes into the plan."""
-        if call.action not in self.commands:
+        name = re.sub("(?<!^)(?=[A-Z])", "_", call.action).lower()       # on_change_availability
+        handler = getattr(self, f"on_{name}", None)
+        if handler is None:
             return CallError(call.id_text, "NotSupported", "", {}, "{}")
-        payload = getattr(self, self.commands[call.action])(call.payload)
+        payload = handler(call.payload)
         return CallResult(call.id_text, payload, to_json(payload))
 
     # What every version does
@@ -4559,6 +4564,13 @@ class SimulatedStation:
         self.profiles.append(new)
         for one in self.outlets:
             one.advance(time.time(), self.limit_a(one))
+
+    def clear_profiles(self, wanted: dict) -> dict:
+        """Remove the profiles whose attributes are all as wanted."""
+        left = [p for p in self.profiles
+                if any(getattr(p, name) != value for name, value in wanted.items())]
+        cleared, self.profiles = len(left) < len(self.profiles), left
+        return {"status": "Accepted" if cleared else "Unknown"}
 
     def outlet(self, number: int | None) -> Outlet | None:
         """The outlet of that number, or a free one."""
@@ -4603,7 +4615,7 @@ class SimulatedStation:
                 if outlet.transaction_id is not None:
                     scheduled = True     # when the transaction ends (1.6 5.2)
                     continue
-                outlet.status = "Available" if operative else self.unavailable
+                outlet.status = "Available" if operative else "Unavailable"
                 self.plan.append(functools.partial(self.tell_status, outlet))
         return {"status": "Scheduled" if scheduled else "Accepted"}
 
@@ -4623,7 +4635,10 @@ class SimulatedStation:
         return {"duration": duration, "chargingRateUnit": "A",
                 "chargingSchedulePeriod": [{"startPeriod": 0, "limit": round(limit, 1)}]}
 
-    def accepted_answer(self, payload: dict) -> dict:
+    def on_clear_cache(self, payload: dict) -> dict:
+        return {"status": "Accepted"}
+
+    def on_send_local_list(self, payload: dict) -> dict:
         return {"status": "Accepted"}
 
     def on_data_transfer(self, payload: dict) -> dict:
@@ -4632,7 +4647,7 @@ class SimulatedStation:
     def on_get_local_list_version(self, payload: dict) -> dict:
         return {self.list_version_field: 0}
 
-    def on_unlock(self, payload: dict) -> dict:
+    def on_unlock_connector(self, payload: dict) -> dict:
         return {"status": "Unlocked"}
 
     async def heartbeat(self) -> None:
@@ -4644,7 +4659,7 @@ class SimulatedStation:
     def after_stop(self, outlet: Outlet) -> None:
         """The car goes; an availability that was to change by then does."""
         outlet.transaction_id, outlet.current_a, outlet.remote_start_id = None, 0.0, None
-        outlet.status = "Available" if outlet.operative else self.unavailable
+        outlet.status = "Available" if outlet.operative else "Unavailable"
         self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
         self.plan.append(functools.partial(self.tell_status, outlet))
 
@@ -4654,16 +4669,6 @@ class SimulatedStation16(SimulatedStation):
 
     protocol = "ocpp1.6"
     reset_reason, list_version_field = "SoftReset", "listVersion"
-    commands = {
-        "RemoteStartTransaction": "on_remote_start", "RemoteStopTransaction": "on_remote_stop",
-        "Reset": "on_reset", "ChangeAvailability": "on_change_availability",
-        "SetChargingProfile": "on_set_charging_profile", "TriggerMessage": "on_trigger_message",
-        "ClearChargingProfile": "on_clear_charging_profile", "UnlockConnector": "on_unlock",
-        "GetCompositeSchedule": "on_get_composite_schedule", "ClearCache": "accepted_answer",
-        "GetConfiguration": "on_get_configuration", "SendLocalList": "accepted_answer",
-        "ChangeConfiguration": "on_change_configuration", "DataTransfer": "on_data_transfer",
-        "GetLocalListVersion": "on_get_local_list_version",
-    }
 
     def boot_payload(self) -> dict:
         return {"chargePointVendor": "ocppboard", "chargePointModel": "Simulator",
@@ -4715,13 +4720,13 @@ class SimulatedStation16(SimulatedStation):
             "timestamp": self.now(), "reason": reason})
         self.after_stop(outlet)
 
-    def on_remote_start(self, payload: dict) -> dict:
+    def on_remote_start_transaction(self, payload: dict) -> dict:
         if profile := payload.get("chargingProfile"):
             self.keep_profile(profile, profile["chargingSchedule"], payload.get("connectorId", 0),
                               profile["chargingProfileId"])
         return self.start_remotely(payload.get("connectorId"), payload["idTag"])
 
-    def on_remote_stop(self, payload: dict) -> dict:
+    def on_remote_stop_transaction(self, payload: dict) -> dict:
         return self.stop_remotely(payload["transactionId"])
 
     def on_change_availability(self, payload: dict) -> dict:
@@ -4737,12 +4742,6 @@ class SimulatedStation16(SimulatedStation):
         names = {"id": "id", "connectorId": "outlet", "chargingProfilePurpose": "purpose",
                  "stackLevel": "stack_level"}
         return self.clear_profiles({names[k]: v for k, v in payload.items() if k in names})
-
-    def clear_profiles(self, wanted: dict) -> dict:
-        left = [p for p in self.profiles
-                if any(getattr(p, name) != value for name, value in wanted.items())]
-        cleared, self.profiles = len(left) < len(self.profiles), left
-        return {"status": "Accepted" if cleared else "Unknown"}
 
     def on_get_composite_schedule(self, payload: dict) -> dict:
         return {"status": "Accepted", "connectorId": payload["connectorId"],
@@ -4773,17 +4772,6 @@ class SimulatedStation201(SimulatedStation):
     protocol = "ocpp2.0.1"
     preparing = "Occupied"
     reset_reason, list_version_field = "ImmediateReset", "versionNumber"
-    commands = {
-        "RequestStartTransaction": "on_request_start", "RequestStopTransaction": "on_request_stop",
-        "Reset": "on_reset", "ChangeAvailability": "on_change_availability",
-        "SetChargingProfile": "on_set_charging_profile", "TriggerMessage": "on_trigger_message",
-        "ClearChargingProfile": "on_clear_charging_profile", "UnlockConnector": "on_unlock",
-        "GetCompositeSchedule": "on_get_composite_schedule", "ClearCache": "accepted_answer",
-        "GetVariables": "on_get_variables", "SetVariables": "on_set_variables",
-        "SendLocalList": "accepted_answer", "DataTransfer": "on_data_transfer",
-        "GetLocalListVersion": "on_get_local_list_version", "GetBaseReport": "on_get_base_report",
-        "GetTransactionStatus": "on_get_transaction_status",
-    }
 
     def boot_payload(self) -> dict:
         return {"reason": "PowerUp", "chargingStation": {
@@ -4854,14 +4842,14 @@ class SimulatedStation201(SimulatedStation):
                                      stoppedReason=reason)
         self.after_stop(outlet)
 
-    def on_request_start(self, payload: dict) -> dict:
+    def on_request_start_transaction(self, payload: dict) -> dict:
         if profile := payload.get("chargingProfile"):
             self.keep_profile(profile, profile["chargingSchedule"][0], payload.get("evseId", 0),
                               profile["id"])
         return self.start_remotely(payload.get("evseId"), payload["idToken"]["idToken"],
                                    payload["remoteStartId"])
 
-    def on_request_stop(self, payload: dict) -> dict:
+    def on_request_stop_transaction(self, payload: dict) -> dict:
         return self.stop_remotely(payload["transactionId"])
 
     def on_change_availability(self, payload: dict) -> dict:
@@ -4881,8 +4869,6 @@ class SimulatedStation201(SimulatedStation):
         if "chargingProfileId" in payload:
             wanted["id"] = payload["chargingProfileId"]
         return self.clear_profiles(wanted)
-
-    clear_profiles = SimulatedStation16.clear_profiles
 
     def on_get_composite_schedule(self, payload: dict) -> dict:
         schedule = self.composite_schedule(payload["evseId"], payload["duration"])
