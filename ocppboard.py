@@ -64,11 +64,6 @@ from urllib.parse import parse_qsl, quote, unquote
 
 import psutil
 import tornado
-
-try:
-    import resource
-except ImportError:                      # on Windows
-    resource = None
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
@@ -78,6 +73,11 @@ from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 from tornado.websocket import WebSocketClosedError, WebSocketHandler, websocket_connect
+
+try:
+    import resource
+except ImportError:                      # on Windows
+    resource = None
 
 VERSION = "0.1.0"
 log = logging.getLogger("ocppboard")
