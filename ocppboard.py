@@ -754,8 +754,10 @@ class Transaction(Record):
 
         A small step back is an old reading or noise and counts for nothing. A fall to under half
         is a register that was reset to zero, or one that counts the session, not the meter's
-        life; until a value at or above the former one shows that it was neither.
+        life; until a leap back to the former value or more shows that it was neither.
         """
+        if register < 0:                 # no register, whatever it is
+            return
         if self.register is None:
             self.meter_start, self.estimated = register, True
             self.register, self.energy_wh = register, 0.0
@@ -765,7 +767,8 @@ class Transaction(Record):
             self.energy_wh, self.estimated = round(self.energy_wh + register, 3), True
         elif register < self.register:
             return
-        elif self.before_reset and register >= self.before_reset[0]:
+        elif self.before_reset and self.register < self.before_reset[0] / 2 and (
+                register >= self.before_reset[0]):
             former, energy_wh, self.estimated = self.before_reset
             self.energy_wh, self.before_reset = round(energy_wh + register - former, 3), None
         else:
@@ -1715,9 +1718,8 @@ class Board:
         self._gone.pop(identity, None)
         if station is None:              # beyond `max_connections` it went by itself
             return
-        for connector in station.connectors.values():
-            if connector.transaction:    # it may come back, and be shown at a new record
-                connector.transaction.connector = connector.transaction = None
+        for evse_id, connector_id in station.connectors:     # a sign of them brings them back
+            self.connector_free(station, evse_id, connector_id)
         station.forgotten = True
         self.publish("connections", station)
 
@@ -1922,6 +1924,9 @@ class Board:
 
     def _keep_transaction(self, transaction: Transaction) -> None:
         """Keep it; for it goes the oldest that is not active, if there is one."""
+        former = self.transaction_of.get((transaction.identity, transaction.id))
+        if former is not None and former.status == "active":
+            self.transaction_stopped(former, None, None, None, "abandoned")
         records = self.transactions.records
         if len(records) >= self.transactions.limit:
             index = next((i for i, t in enumerate(records) if t.status != "active"), 0)
@@ -1991,7 +1996,8 @@ class Board:
     def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
                 transaction: Transaction | None) -> None:
         """A meter was read: of a transaction, where it belongs to one, or of a connector."""
-        skew_s = max(station.skews, default=0.0)
+        # No reading is from after now, whatever its stamp; it would keep all others out.
+        skew_s = max(max(station.skews, default=0.0), at - self.clock())
         if transaction is None:
             connector = self.connector(station, evse_id, connector_id)
             if connector is None or at - skew_s < connector.released_at - SKEW_TOLERANCE_S:
@@ -2011,17 +2017,8 @@ class Board:
             if not active:               # a late one
                 transaction.reading.stop()
         self.publish("transactions", transaction)
-        if active:
-            self._show_reading(station, transaction)
-
-    def _show_reading(self, station: Station, transaction: Transaction) -> None:
-        """Show a transaction's reading at its connector: of the station as it is known now."""
-        connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
-        if transaction.connector is not connector or connector is None:
-            self._occupy(station, transaction)
-            connector = transaction.connector
-        if connector is not None:
-            connector.reading = transaction.reading
+        if transaction.connector is not None:
+            transaction.connector.reading = transaction.reading
             self.publish("connections", station)
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
@@ -2037,10 +2034,6 @@ class Board:
         if connector is not None:
             connector.transaction = connector.reading = None     # what flowed flows no more
             connector.released_at = self.clock()
-
-    def _drop_transaction(self, gone: Transaction) -> None:
-        del self.transaction_of[gone.identity, gone.id]
-        self._release(gone)
 
     # Overview
 
@@ -2437,7 +2430,8 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         transaction, id_token=token if transaction.id_token is None else None,
         charging_state=state if transaction.status == "active" else None,
         estimated=False if started and registers else None)
-    if event_type == "Ended" and transaction.stopped_at is None:
+    if event_type == "Ended" and (transaction.stopped_at is None
+                                  or transaction.status == "abandoned"):
         board.transaction_stopped(transaction, when, registers[-1] if registers else None,
                                   kept(info.get("stoppedReason") or "Local", 64))
     return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
@@ -2989,6 +2983,7 @@ class Access:
         if not all(isinstance(text, str) for text in given):
             raise BadRequest(f"{' and '.join(names)} must be given as text")
         self._admit(address)
+        self._hashing.admit()
         attempt = self._failures.add(_network(address))      # before the wait: many try at once
         if mode == "token":
             right = hmac.compare_digest(given[0].encode("utf-8", "replace"), self._token)
@@ -3053,6 +3048,7 @@ class Access:
         given = _basic_password(identity, authorization)
         if given is None:
             raise Refused(401, "a password is needed (HTTP Basic)", "AUTH_FAILED")
+        self._station_hashing.admit()
         attempt, _ = self._failures.add(key), self._entry_failures.add(entry)
         if await self._station_hashing.matches(_readings(given), settings.password):
             self._failures.clear(key)
@@ -3071,13 +3067,16 @@ class Hashing:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "passwords")
         self._waiting = 0
 
+    def admit(self) -> None:
+        """Raises: TooMany, when too many wait; that is nobody's failed attempt."""
+        if self._waiting >= CALLS_WAITING:
+            raise TooMany("Too many logins at a time", 10)
+
     async def matches(self, readings: list[bytes], configured: str) -> bool:
-        """Whether one of the readings is the configured password. Raises: TooMany."""
+        """Whether one of the readings is the configured password."""
         if not configured.startswith(HASH_PREFIX):
             # All of them, so that the time does not tell which one was right.
             return sum(password_matches(given, configured) for given in readings) > 0
-        if self._waiting >= CALLS_WAITING:
-            raise TooMany("Too many logins at a time", 10)
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
@@ -5326,10 +5325,11 @@ def become_a_module() -> None:
     module goes when it is compiled.
     """
     path = Path(__file__).resolve()
-    hindered = sys.flags.ignore_environment or os.pathsep in str(path)
-    if os.name != "posix" or hindered or not sys.executable or not path.stem.isidentifier():
-        return
     interpreter = sys.orig_argv[:len(sys.orig_argv) - len(sys.argv)]     # with its own options
+    hindered = (sys.flags.ignore_environment or os.pathsep in str(path) or path.suffix != ".py"
+                or not path.stem.isidentifier() or {"-m", "--"} & set(interpreter))
+    if os.name != "posix" or hindered or not sys.executable:
+        return
     folders = [str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
     os.execv(sys.executable, [*interpreter, "-P", "-m", path.stem, *sys.argv[1:]])

@@ -306,6 +306,8 @@ def test_a_register_of_the_session_and_a_glitch_are_no_resets():
     assert energy_of(1_234_567.0, 0, 500, 5000, 1_239_567) == (5000, False)
     assert energy_of(1_000_000.0, 1_000_100, 0, 1_000_200, 1_000_300) == (300, False)
     assert energy_of(1_000_000.0, 1_000_100, 0, 400) == (500, True)
+    assert energy_of(1000.0, 0, 500, 999, 1001) == (1001, True), "a session passes a low start"
+    assert energy_of(0.0, -0.1, -5, 10) == (10, False)
 
 
 # --- Messages -----------------------------------------------------------------------------
@@ -1134,7 +1136,42 @@ def test_a_2x_id_that_is_used_again_is_another_transaction():
     later = {"timestamp": "2026-09-21T14:33:20Z"}
     bench.call("TransactionEvent", event("Started", 0, 600.0, **later))
     found = [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records]
-    assert found == [(1, "active", 0), (2, "stopped", 100), (0, "active", 0)]
+    assert found == [(1, "abandoned", 0), (2, "stopped", 100), (0, "active", 0)]
+
+
+def test_the_end_of_an_abandoned_2x_transaction_comes_late():
+    bench = Bench("ocpp2.0.1")
+    place = {"evse": {"id": 1, "connectorId": 1}}
+    bench.call("TransactionEvent", event("Started", 0, 100.0, **place))
+    bench.call("TransactionEvent", event("Started", 0, 500.0, **place, transactionInfo={
+        "transactionId": "T-2"}))
+    bench.call("TransactionEvent", event("Ended", 1, 500.0, offline=True, transactionInfo={
+        "transactionId": "T-1", "stoppedReason": "Remote"}))
+    found = [(t.id, t.status, t.energy_wh, t.reason) for t in bench.board.transactions.records]
+    assert found == [("T-1", "stopped", 400, "Remote"), ("T-2", "active", 0, None)]
+
+
+def test_a_reading_of_the_future_keeps_no_others_out():
+    bench = Bench("ocpp2.0.1")
+    bench.call("TransactionEvent", event("Started", 0, 100.0))
+    for number, stamp in enumerate((7200, 60, 120)):
+        bench.clock.now += 60
+        at = ocppboard.iso(NOW + stamp)
+        bench.call("TransactionEvent", event("Updated", 1, timestamp=at, offline=number == 0) | {
+            "meterValue": [{"timestamp": at, "sampledValue": [{"value": 200.0 + 100 * number}]}]})
+    assert bench.transaction()["energyWh"] == 300
+
+
+def test_a_removed_stations_transaction_does_not_come_back_over_the_next_one():
+    bench = Bench()
+    first = start_16(bench)
+    bench.link.end("removed on the board")
+    bench.board.forget("CP-1")
+    bench.link = bench.connect()
+    bench.clock.now += 10
+    second = start_16(bench)
+    bench.call("MeterValues", meter_16(1, first, energy=500))
+    assert statuses(bench) == {first: "abandoned", second: "active"}
 
 
 def test_who_stops_a_2x_transaction_is_not_who_charged():
@@ -1649,6 +1686,22 @@ async def test_a_password_of_many_stations_is_not_guessed_through_their_names():
             await access.station_profile(f"CP-{number}", basic("CP", "wrong"), "192.0.2.1")
         statuses.append(error.value.http_status)
     assert statuses == [401] * 50 + [429] * 10
+
+
+@with_loop
+async def test_who_finds_the_queue_full_has_not_failed(monkeypatch):
+    hashed = ocppboard.hash_password("s3cret")
+    access, _, _ = access_of(auth_mode="credentials", auth_password=hashed,
+                             stations={"CP-*": {"password": hashed}})
+    monkeypatch.setattr(ocppboard, "CALLS_WAITING", 0)
+    for _ in range(20):
+        with pytest.raises(ocppboard.TooMany):
+            await access.login({"username": "admin", "password": "s3cret"}, "192.0.2.1")
+        with pytest.raises(ocppboard.TooMany):
+            await access.station_profile("CP-1", basic("CP-1", "s3cret"), "192.0.2.1")
+    monkeypatch.setattr(ocppboard, "CALLS_WAITING", 50)
+    assert await access.login({"username": "admin", "password": "s3cret"}, "192.0.2.1")
+    assert await access.station_profile("CP-1", basic("CP-1", "s3cret"), "192.0.2.1") == 1
 
 
 def test_a_wrong_bearer_counts_once_and_guesses_are_refused():
@@ -2914,6 +2967,13 @@ def run_ocppboard(*arguments, text=None, environ=None):
     process = ocppboard_process(*arguments, environ=environ, stdin=subprocess.PIPE)
     out, err = process.communicate(text, timeout=20)
     return process.returncode, out, err
+
+
+def test_a_copy_by_another_name_runs_as_well(tmp_path):
+    copy = tmp_path / "board-daemon"
+    copy.write_bytes((HERE / "ocppboard.py").read_bytes())
+    done = subprocess.run([sys.executable, str(copy), "--version"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"ocppboard {ocppboard.VERSION}\n", "")
 
 
 def test_check_says_what_it_found(tmp_path):
