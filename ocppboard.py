@@ -3288,8 +3288,8 @@ class StationSocket(WebSocketHandler):
         return self.daemon.config.ocpp.max_frame_bytes
 
     def open(self, *args: Any) -> None:
-        # The stream itself: `write_message` starts a task for each message, which costs a third
-        # of the whole answer and, when the socket dies, ends in a traceback in the log.
+        # The stream itself: `write_message` starts a task for each message, which costs time and,
+        # when the socket dies, ends in a traceback in the log.
         self._stream = self.ws_connection.stream
         try:
             self._stream.set_nodelay(True)
@@ -3352,11 +3352,20 @@ class StationSocket(WebSocketHandler):
             head = b"\x81\x7e" + size.to_bytes(2, "big")
         else:
             head = b"\x81\x7f" + size.to_bytes(8, "big")
+        frame, stream, sent = head + data, self._stream, 0
+        # The socket itself first: all that the stream keeps for a frame costs 5 % of the answers.
+        if not stream.writing():
+            try:
+                sent = stream.socket.send(frame)         # mostly takes it all, and at once
+            except (AttributeError, OSError):
+                pass                                     # the stream will see for itself
+            if sent == len(frame):
+                return None
         try:
-            flushed = self._stream.write(head + data)
+            flushed = stream.write(frame[sent:])
         except StreamClosedError:
             return None                                  # `on_close` is on its way
-        return _until_written(flushed) if self._stream.writing() else None
+        return _until_written(flushed) if stream.writing() else None
 
     def _close(self, code: int, reason: str) -> None:
         self.close(code, reason[:100])
