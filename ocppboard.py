@@ -50,6 +50,7 @@ import sys
 import time
 import tomllib
 import uuid
+from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ RAW_KEPT = 2048             # characters of a frame that could not be read
 IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), chargers take more
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
+SERIES_KEPT = 240           # readings of a transaction; beyond it every second one goes
 SAMPLES_READ = 2000         # meter values in a message, and sampled values in each, the last ones
 QUIRKS_KEPT = 50            # kinds of quirk of one station
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
@@ -593,6 +595,12 @@ class LoggedMessage(Record):
         # The payload is JSON already; a page of large messages would take its time to parse.
         return f'{to_json(self.head())[:-1]},"payload":{self.payload}}}'
 
+    def mentions(self, text: str) -> bool:
+        """Whether the text, given in lower case, stands anywhere in it in any case."""
+        words = (self.identity, self.method, self.message_id, self.error_code or "",
+                 self.error_description or "")
+        return text in "\n".join(words).lower() or text in self.payload.lower()
+
     def head(self) -> dict:
         """`view` without the payload."""
         head = {
@@ -709,6 +717,51 @@ class Reading:
                 "frequencyHz": self.frequency_hz, "quality": quality}
 
 
+class Series:
+    """What the meter of a transaction said over time, for a chart: at most SERIES_KEPT readings.
+
+    Beyond it every second one goes, and later ones are taken half as often: the whole stays.
+    """
+
+    __slots__ = ("start", "_numbers", "_step")
+    FIELDS = ("power_w", "energy_wh", "soc")
+    WIDTH = 1 + len(FIELDS) + len(PHASES) + 1            # seconds since start, …, currents
+
+    def __init__(self, start: float):
+        self.start = start
+        self._numbers = array("f")                       # WIDTH for each reading; unknown is NaN
+        self._step = 0.0                                 # seconds between two of them, at least
+
+    def __len__(self) -> int:
+        return len(self._numbers) // self.WIDTH
+
+    def take(self, at: float, reading: Reading, energy_wh: float | None) -> None:
+        """Keep a reading of that time, unless it is too near the last one or before it."""
+        since, numbers, width = at - self.start, self._numbers, self.WIDTH
+        if numbers and since <= numbers[-width] + self._step:
+            return
+        known = (reading.power_w, energy_wh, reading.soc,
+                 *(reading.current_a.get(phase) for phase in (*PHASES, "")))
+        numbers.extend([since, *(math.nan if value is None else value for value in known)])
+        if len(self) > SERIES_KEPT:
+            self._numbers = array("f", (value for n in range(0, len(self), 2)
+                                        for value in numbers[n * width:(n + 1) * width]))
+            self._step = 1.8 * (since - numbers[0]) / SERIES_KEPT    # readings come a little early
+
+    def view(self) -> list[dict]:
+        """The readings as REST shows them, oldest first."""
+        return [self._point(self._numbers[n:n + self.WIDTH])
+                for n in range(0, len(self._numbers), self.WIDTH)]
+
+    def _point(self, numbers: array) -> dict:
+        since, power_w, energy_wh, soc, *currents = [
+            None if math.isnan(n) else round(n, 3) for n in numbers]
+        return {"timestamp": iso(self.start + since), "powerW": power_w, "energyWh": energy_wh,
+                "soc": soc, "currentA": {phase: a for phase, a in zip((*PHASES, ""), currents,
+                                                                       strict=True)
+                                         if a is not None}}
+
+
 @dataclass(slots=True, eq=False)
 class Transaction(Record):
     """A charging, from its start (or from when we first heard of it) to its stop."""
@@ -729,6 +782,7 @@ class Transaction(Record):
     before_reset: tuple | None = None   # (register, energy_wh, estimated) when it fell
     energy_wh: float | None = None
     reading: Reading | None = None
+    series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
     soc: float | None = None
     reason: str | None = None
@@ -900,6 +954,11 @@ class Store:
             return list(islice(newest, offset, offset + limit)), len(self.records)
         found = [record for record in newest if match(record)]
         return found[offset:offset + limit], len(found)
+
+    def get(self, number: int) -> Any:
+        """The record of that number, or None when it is gone, or never was."""
+        index = number - (self.total - len(self.records) + 1)
+        return self.records[index] if 0 <= index < len(self.records) else None
 
     def newest(self, limit: int, match: Callable[[Any], bool]) -> list:
         """The newest that match; reads no further than it must."""
@@ -2016,10 +2075,19 @@ class Board:
             transaction.soc = values.get("soc", transaction.soc)
             if not active:               # a late one
                 transaction.reading.stop()
+            else:
+                self._chart(transaction)
         self.publish("transactions", transaction)
         if transaction.connector is not None:
             transaction.connector.reading = transaction.reading
             self.publish("connections", station)
+
+    def _chart(self, transaction: Transaction) -> None:
+        """Keep what the meter says now in the series of the transaction."""
+        at = transaction.reading.order   # by our clock
+        if transaction.series is None:
+            transaction.series = Series(at)
+        transaction.series.take(at, transaction.reading, transaction.energy_wh)
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
         if transaction.evse_id == 0:                     # nobody told where it is
@@ -2692,7 +2760,7 @@ class Link:
     def _answer(self, call: Call, started: float) -> Awaitable | None:
         """Answer a Call, keep both frames. Returns what to await if the socket is clogged."""
         board, station, protocol = self.board, self.station, self.protocol
-        violation = self._violation(call.action, "Request", call.payload) if self.schemas else None
+        violation = self._violation(call, call.action, "Request") if self.schemas else None
         reply = answer(board, station, protocol, call, violation if self._strict else None)
         flushed = self._write(pack(reply))
         response_ms = (time.perf_counter() - started) * 1000
@@ -2702,22 +2770,23 @@ class Link:
         if type(reply) is CallResult:
             board.message(station, "OUT", "CALLRESULT", action, id_, reply.text, response_ms)
             if self.schemas:
-                self._violation(action, "Response", reply.payload, "We answered")
+                self._violation(reply, action, "Response", "We answered")
         else:
             board.message(station, "OUT", "CALLERROR", action, id_, reply.text, response_ms,
                           reply.code, reply.description)
             self._failed(f"We answered {action} with {reply.code}", action, reply)
         return flushed
 
-    def _violation(self, action: str, part: str, payload: dict, who: str = "") -> Violation | None:
+    def _violation(self, message: Call | Send | CallResult, action: str, part: str,
+                   who: str = "") -> Violation | None:
         """What the schema says against the payload; it goes on record, and among the quirks."""
-        violation = self.schemas.check(self.protocol, action, part, payload)
+        violation = self.schemas.check(self.protocol, action, part, message.payload)
         if violation:
             self.board.error("VALIDATION_FAILURE", self.station,
                              f"{who or 'The station sent'} {action} against its schema: "
                              f"{violation.pointer or '/'} {violation.text}",
                              {"action": action, "part": part, "pointer": violation.pointer,
-                              "text": violation.text})
+                              "text": violation.text, "messageId": message_id(message.id_text)})
             if not who:
                 self.board.quirk(self.station, f"schema:{action}{violation.pointer}"[:TEXT_KEPT])
         return violation
@@ -2742,7 +2811,7 @@ class Link:
         if message.action not in SENDS[self.protocol]:
             self.board.quirk(self.station, "unknown_send")
         elif self.schemas:
-            self._violation(message.action, "Request", message.payload)
+            self._violation(message, message.action, "Request")
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
 
@@ -2772,7 +2841,7 @@ class Link:
         response_ms = (time.monotonic() - pending.sent) * 1000 if pending else None
         if type(message) is CallResult:
             if pending and self.schemas:
-                self._violation(action, "Response", message.payload)
+                self._violation(message, action, "Response")
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_secrets(action, message.payload, message.text), response_ms)
         else:
@@ -3436,6 +3505,8 @@ EVENT_TYPE = Parameter("type", {"type": "string"}, "Of this type only")
 SEVERITY = _choice("severity", ("low", "medium", "high", "critical"), "Of this severity only")
 METHOD = Parameter("method", {"type": "string"}, "Of this OCPP Action only")
 DIRECTION = _choice("direction", ("IN", "OUT"), "IN is from the station")
+MESSAGE_ID = Parameter("messageId", {"type": "string"}, "Of this message id: a CALL, its answer")
+TEXT = Parameter("text", {"type": "string"}, "With this text in it, in any case")
 MESSAGE_TYPE = _choice("type", ("CALL", "CALLRESULT", "CALLERROR", "SEND", "CALLRESULTERROR"),
                        "Of this message type only")
 ONLINE = _choice("status", ("online", "offline", "all"), "Of this status only", default="all")
@@ -3445,7 +3516,7 @@ TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandone
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
-MESSAGE_FILTERS = (IDENTITY, METHOD, DIRECTION, MESSAGE_TYPE)
+MESSAGE_FILTERS = (IDENTITY, METHOD, DIRECTION, MESSAGE_TYPE, MESSAGE_ID, TEXT)
 PAGING = (LIMIT, OFFSET)
 
 
@@ -3458,18 +3529,22 @@ class Page(NamedTuple):
 
 # Attribute of a record that a query parameter of that name must equal.
 FILTERED_BY = {"identity": "identity", "method": "method", "direction": "direction", "type": "type",
-               "status": "status", "category": "kind", "severity": "severity"}
+               "messageId": "message_id", "status": "status", "category": "kind",
+               "severity": "severity"}
 
 
 def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool] | None:
     """A function that tells whether a record matches all the filters; None without any."""
     wanted = [(attributes[name], value) for name, value in query.items()
               if name in attributes and value is not None]
+    text = (query.get("text") or "").lower()
     if not wanted:
-        return None
+        return (lambda record: record.mentions(text)) if text else None
     names, values = zip(*wanted, strict=True)
     value = values if len(values) > 1 else values[0]     # as attrgetter gives them
     read = attrgetter(*names)
+    if text:
+        return lambda record: read(record) == value and record.mentions(text)
     return lambda record: read(record) == value
 
 
@@ -3503,6 +3578,18 @@ def post_logout(api: "Api") -> dict:
     api.daemon.access.logout(api.session)
     api.clear_cookie(COOKIE, path="/")
     return {"success": True}
+
+
+def get_about(api: "Api") -> dict:
+    """What runs here, where stations connect, and what they can be told."""
+    ocpp = api.config.ocpp
+    return {
+        "version": VERSION, "startedAt": iso(api.board.started_at),
+        "stationUrls": api.daemon.station_urls(), "protocols": ocpp.protocols,
+        "accept": ocpp.accept, "validated": api.daemon.schemas is not None,
+        "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
+        "smartCharging": False, "relay": False,
+    }
 
 
 def get_overview(api: "Api") -> str:
@@ -3587,14 +3674,49 @@ async def _ask_to_boot(link: Link) -> None:
         log.info("%s was not triggered to boot: %s", shown(link.station.identity), error)
 
 
-def get_messages(api: "Api") -> Page:
+async def get_messages(api: "Api") -> Page:
     """Messages, newest first."""
-    return _page(api.board.messages, api)
+    if matcher(api.query) is None:
+        return _page(api.board.messages, api)
+    found, offset = await _found_messages(api), api.query["offset"]
+    return Page(found[offset:offset + api.query["limit"]], len(found))
+
+
+async def _found_messages(api: "Api") -> list[LoggedMessage]:
+    """All that match, newest first; the loop has its turn while their payloads are read."""
+    match, found, size = matcher(api.query), [], 0
+    for record in reversed(list(api.board.messages.records)):
+        if match is None or match(record):
+            found.append(record)
+        size += record.size
+        if size > 1 << 20:
+            await asyncio.sleep(0)
+            size = 0
+    return found
+
+
+def get_message(api: "Api", number: str) -> str:
+    """One message, by its id."""
+    digits = re.fullmatch(r"(?:msg-)?([0-9]{1,15})", number)
+    record = digits and api.board.messages.get(int(digits[1]))
+    if not record:
+        raise NotFound("Message not found: it was dropped for newer ones, or never was")
+    return record.json()
 
 
 def get_transactions(api: "Api") -> Page:
     """Transactions, newest first."""
     return _page(api.board.transactions, api)
+
+
+def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
+    """One transaction, with what its meter said over time."""
+    known = api.board.transaction_of
+    found = known.get((identity, transaction)) or known.get(
+        (identity, int(transaction) if re.fullmatch("[0-9]{1,15}", transaction) else None))
+    if found is None:
+        raise NotFound("Transaction not found")
+    return found.view() | {"series": found.series.view() if found.series else []}
 
 
 def get_security(api: "Api") -> Page:
@@ -3634,9 +3756,10 @@ def get_telemetry(api: "Api") -> dict:
 
 
 def get_telemetry_history(api: "Api") -> Page:
-    """Samples, oldest first."""
-    samples = list(api.board.telemetry.records)
-    return Page(samples, len(samples))
+    """The newest samples, oldest first."""
+    kept = api.board.telemetry
+    samples, total = kept.page(api.query["limit"] or len(kept) or 1)
+    return Page(samples[::-1], total)
 
 
 def get_healthz(api: "Api") -> dict:
@@ -3646,27 +3769,41 @@ def get_healthz(api: "Api") -> dict:
     return {"status": "ok"}
 
 
-CSV_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
-               "messageId", "responseTime", "errorCode", "errorDescription", "payload")
+MESSAGE_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
+                   "messageId", "responseTime", "errorCode", "errorDescription", "payload")
+TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "startedAt", "stoppedAt",
+                       "meterStart", "meterStop", "energyWh", "soc", "reason", "status",
+                       "estimated")
 
 
 async def get_messages_export(api: "Api") -> None:
-    """All messages that match, as a file."""
-    kind = api.query["format"]
+    """All messages that match, oldest first, as a file."""
+    await _export(api, "messages", (await _found_messages(api))[::-1], MESSAGE_COLUMNS,
+                  lambda record: record.head() | {"payload": record.payload})
+
+
+async def get_transactions_export(api: "Api") -> None:
+    """All transactions that match, oldest first, as a file."""
     match = matcher(api.query)
-    found = [r for r in api.board.messages.records if match is None or match(r)]
+    found = [r for r in api.board.transactions.records if match is None or match(r)]
+    await _export(api, "transactions", found, TRANSACTION_COLUMNS, Transaction.view)
+
+
+async def _export(api: "Api", name: str, records: list, columns: tuple,
+                  row: Callable[[Any], dict]) -> None:
+    """Write records as a file, of JSON lines or of CSV with these columns of `row(record)`."""
+    kind = api.query["format"]
     api.set_header("Content-Type", "text/csv; charset=utf-8" if kind == "csv"
                    else "application/x-ndjson")
-    api.set_header("Content-Disposition", f'attachment; filename="messages.{kind}"')
-    api.set_header("X-Total-Count", len(found))
+    api.set_header("Content-Disposition", f'attachment; filename="{name}.{kind}"')
+    api.set_header("X-Total-Count", len(records))
     if kind == "csv":
-        api.write(_csv_line(CSV_COLUMNS))
-    await api.write_slices(found, _csv_message if kind == "csv" else lambda r: r.json() + "\n")
+        api.write(_csv_line(columns))
 
-
-def _csv_message(record: LoggedMessage) -> str:
-    row = record.head() | {"payload": record.payload}
-    return _csv_line([row.get(name) for name in CSV_COLUMNS])
+    def line(record: Any) -> str:
+        return (_csv_line(map(row(record).get, columns)) if kind == "csv"
+                else record.json() + "\n")
+    await api.write_slices(records, line)
 
 
 def _csv_line(cells: Iterable[Any]) -> str:
@@ -3782,7 +3919,8 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
                   f"data: {to_json(data | {'time': iso(board.clock())})}\n\n")
     try:
         api.write("retry: 3000\n")
-        tell("connected", stream=name, topics=topics)
+        tell("connected", stream=name, topics=topics,
+             heartbeatMs=api.config.sse.heartbeat_ms)
         heartbeat_at = time.monotonic() + heartbeat_s
         while True:
             if lost or restarted:
@@ -3884,6 +4022,7 @@ ROUTES = (
           errors=(429,)),
     Route("GET", "/api/auth/session", get_session, "SessionInfo", public=True),
     Route("POST", "/api/auth/logout", post_logout, "Success"),
+    Route("GET", "/api/about", get_about, "About"),
     Route("GET", "/api/overview", get_overview, "Overview"),
     Route("GET", "/api/connections", get_connections, "[Connection]",
           (ONLINE, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
@@ -3894,12 +4033,15 @@ ROUTES = (
     Route("POST", "/api/connections/:identity/call", post_call, "CallAnswer", body="Command",
           errors=(409, 502, 503, 504)),
     Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
+    Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
+          "TransactionDetail"),
     Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
     Route("GET", "/api/messages/stream", get_messages_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
           (EXPORT_FORMAT, *MESSAGE_FILTERS)),
+    Route("GET", "/api/messages/:number", get_message, "Message"),
     Route("GET", "/api/telemetry", get_telemetry, "Telemetry"),
-    Route("GET", "/api/telemetry/history", get_telemetry_history, "[Telemetry]"),
+    Route("GET", "/api/telemetry/history", get_telemetry_history, "[Telemetry]", (LIMIT_OR_ALL,)),
     Route("GET", "/api/telemetry/stream", get_telemetry_stream, SSE, STREAM_FILTERS,
           errors=(503,)),
     Route("GET", "/api/security", get_security, "[SecurityEvent]",
@@ -3909,6 +4051,8 @@ ROUTES = (
     Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
     Route("GET", "/api/transactions", get_transactions, "[Transaction]",
           (*PAGING, IDENTITY, TRANSACTION_STATUS)),
+    Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
+          (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS)),
     Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
     Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
           (*PAGING, IDENTITY, EVENT_TYPE)),
@@ -3966,6 +4110,12 @@ SHAPES = {
         "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
         "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
         "meter": "Meter?"},
+    "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
+    "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
+                    "soc": "number?", "currentA": "object"},
+    "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
+              "protocols": "[string]", "accept": "string", "validated": "boolean",
+              "commands": "object", "smartCharging": "boolean", "relay": "boolean"},
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
         "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
@@ -5097,6 +5247,12 @@ class Daemon:
         for server in self._servers:
             await server.close_all_connections()
 
+    def station_urls(self) -> list[str]:
+        """What stations connect to, but for their identity at the end."""
+        path = self.config.ocpp.path.rstrip("/")
+        return [f"ws://{address}:{self.ocpp_port}{path}/"
+                for address in _addresses(self.config.server.address)]
+
     def spawn(self, name: str, coroutine: Any) -> None:
         """Run a task in the background; its failure is logged under its name."""
         task = asyncio.create_task(coroutine, name=name)
@@ -5191,9 +5347,8 @@ def tell_start(daemon: Daemon) -> None:
                  "fastjsonschema)")
     elif config.ocpp.validate != "off":
         log.info("Messages are not checked: install ocpp and fastjsonschema for it")
-    for address in _addresses(config.server.address):
-        log.info("Stations connect to ws://%s:%d%s/<identity>", address, daemon.ocpp_port,
-                 config.ocpp.path.rstrip("/"))
+    for url in daemon.station_urls():
+        log.info("Stations connect to %s<identity>", url)
     if config.ocpp.accept == "any":
         log.info('Any station may connect (ocpp.accept = "any")')
     if config.auth.mode == "none":

@@ -294,6 +294,24 @@ def test_energy_counts_on_through_a_reset_of_the_register():
     assert transaction.estimated
 
 
+def test_a_series_keeps_the_whole_of_a_long_charging():
+    series = ocppboard.Series(NOW)
+    reading = ocppboard.Reading(NOW)
+    for number in range(5000):
+        reading.power_w, reading.current_a = float(number), {"L1": 16.1}
+        series.take(NOW + 10 * number, reading, number / 10)
+    points = series.view()
+    assert ocppboard.SERIES_KEPT / 2 < len(points) <= ocppboard.SERIES_KEPT
+    assert points[0] == {"timestamp": "2026-09-21T13:33:20.000Z", "powerW": 0, "energyWh": 0,
+                         "soc": None, "currentA": {"L1": 16.1}}
+    times = [ocppboard.parse_time(p["timestamp"])[0] - NOW for p in points]
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert max(steps) < 2 * min(steps) and times[-1] > 49_000, "evenly, to the end"
+    assert all(p["powerW"] == t / 10 for p, t in zip(points, times, strict=True))
+    series.take(NOW, reading, 0)
+    assert len(series) == len(points), "what is out of order is not taken"
+
+
 def energy_of(start, *registers):
     transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW, start)
     transaction.register, transaction.energy_wh = start, 0.0
@@ -1955,7 +1973,12 @@ async def exchange(socket_, action, payload, id_="1"):
     return json.loads(await socket_.recv())
 
 
+def iso_now(seconds=0):
+    return ocppboard.iso(time.time() + seconds)
+
+
 BOOT_16 = {"chargePointVendor": "V", "chargePointModel": "M"}
+START_16 = {"connectorId": 1, "idTag": "=A", "meterStart": 100, "timestamp": "2026-09-21T13:33:20Z"}
 
 # The `ocpp` package's own stations
 
@@ -2033,8 +2056,7 @@ async def test_every_answer_is_as_openapi_describes_it(site):
     await exchange(socket_, "Nonsense", {})
     await exchange(socket_, "SecurityEventNotification", {"type": "FirmwareUpdated",
                                                           "timestamp": "2026-09-21T13:33:20Z"})
-    await exchange(socket_, "StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
-                                                 "timestamp": "2026-09-21T13:33:20Z"})
+    started = await exchange(socket_, "StartTransaction", START_16)
     await exchange(socket_, "MeterValues", {"connectorId": 1, "meterValue": [{
         "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
     with pytest.raises(websockets.InvalidStatus):
@@ -2043,10 +2065,11 @@ async def test_every_answer_is_as_openapi_describes_it(site):
     for route in ROUTES:
         if route.method != "GET" or "/" in route.answer or route.answer == "OpenAPI":
             continue
-        body = await site.get(route.path.replace(":identity", "CP-1"))
+        named = {"identity": "CP-1", "number": "msg-1", "transaction": str(started[2]["transactionId"])}
+        body = await site.get(re.sub(r":(\w+)", lambda name: named[name[1]], route.path))
         conforms(body, route.answer)
         filled += bool(body)
-    assert filled >= 13, "an empty list conforms to anything"
+    assert filled >= 16, "an empty list conforms to anything"
 
 
 @live()
@@ -2054,7 +2077,7 @@ async def test_openapi_names_every_route_and_parameter(site):
     document = await site.get("/api/openapi.json")
     assert document["openapi"].startswith("3.1")
     for route in ROUTES:
-        path = route.path.replace(":identity", "{identity}")
+        path = re.sub(r":(\w+)", r"{\1}", route.path)
         operation = document["paths"][path][route.method.lower()]
         assert {p["name"] for p in operation.get("parameters", []) if p["in"] == "query"} == {
             p.name for p in route.query}
@@ -2083,6 +2106,10 @@ async def test_the_overview_and_the_telemetry_count_what_passed(site):
     assert memory["rss"] > memory["heapUsed"] > 1_000_000 and memory["heapTotal"] > 1_000_000
     history = await site.get("/api/telemetry/history")
     assert history and history[0]["totalMessages"] == 0
+    for _ in range(3):
+        site.daemon._sample()
+    newest = await site.get("/api/telemetry/history?limit=2")
+    assert newest == (await site.get("/api/telemetry/history"))[-2:] and len(newest) == 2
 
 
 @live()
@@ -2132,6 +2159,43 @@ async def test_messages_are_paged_and_filtered(site):
     assert await count("direction=IN") == 12 and await count("type=CALLERROR") == 2
     assert await count("identity=CP-2&direction=OUT&type=CALLRESULT") == 5
     assert await count("identity=nobody") == 0
+    assert await count("messageId=3") == 4 and await count("messageId=3&identity=CP-1") == 2
+    assert await count("text=nonSENSE") == 4 and await count("text=notimplemented") == 2
+    assert await count("text=currentTime") == 10 and await count("text=CURRENTTIME&type=CALL") == 0
+    assert await count("text=payload") == 0 and await count("text=none") == 0, "not in the names"
+    assert (await site.get("/api/messages?text=cp-2&limit=3&offset=11"))[0]["id"] == "msg-13"
+
+
+@live(store_max_messages=20)
+async def test_a_message_is_found_by_its_id_while_it_is_kept(site):
+    socket_ = await site.station()
+    for number in range(12):
+        await exchange(socket_, "Heartbeat", {}, str(number))
+    assert (await site.get("/api/messages/msg-5"))["messageId"] == "2"
+    assert (await site.get("/api/messages/24"))["id"] == "msg-24"
+    for gone in ("msg-4", "msg-25", "msg-0", "x", "9" * 30):
+        assert (await site.fetch(f"/api/messages/{gone}"))[0] == 404
+
+
+@live(store_max_message_bytes=20_000_000)
+async def test_a_text_is_looked_for_without_stopping_the_loop(site):
+    site.board.connected("CP-1", "ocpp1.6", "192.0.2.1", None)
+    station = site.board.stations["CP-1"]
+    for number in range(40):
+        site.board.message(station, "IN", "CALL", "DataTransfer", str(number),
+                           json.dumps({"data": "X" * 400_000}))
+    turns = []
+
+    async def turn():
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+    task = asyncio.create_task(turn())
+    asked = asyncio.create_task(site.fetch("/api/messages?text=xxy"))
+    await until(lambda: len(turns) > 5)
+    assert (await asked)[1] == []
+    task.cancel()
+    assert len(turns) > 20
 
 
 @live(ocpp_max_calls_per_second=0)
@@ -2158,6 +2222,57 @@ async def test_messages_are_exported_as_ndjson_and_csv(site):
     (head, row) = csv.reader(io.StringIO(text))
     found = dict(zip(head, row, strict=True))
     assert found["messageId"] == "'=1+1" and json.loads(found["payload"])["data"] == 'a,b\n"c"'
+    _, text, _ = await site.fetch("/api/messages/export?text=calc")
+    assert [json.loads(line)["direction"] for line in text.splitlines()] == ["IN"]
+
+
+@live()
+async def test_transactions_are_exported_as_ndjson_and_csv(site):
+    socket_ = await site.station()
+    for connector in (1, 2):
+        await exchange(socket_, "StartTransaction", START_16 | {"connectorId": connector})
+    id_ = (await site.get("/api/transactions"))[1]["id"]
+    await exchange(socket_, "StopTransaction", {
+        "transactionId": id_, "meterStop": 2100, "timestamp": "2026-09-21T14:33:20Z"})
+    _, text, headers = await site.fetch("/api/transactions/export?format=csv&status=stopped")
+    head, row = csv.reader(io.StringIO(text))
+    found = dict(zip(head, row, strict=True))
+    assert (found["id"], found["idToken"], found["energyWh"], found["meterStop"]) == (
+        str(id_), "'=A", "2000.0", "2100.0")
+    assert 'filename="transactions.csv"' in headers["Content-Disposition"]
+    _, text, _ = await site.fetch("/api/transactions/export")
+    assert [json.loads(line)["evse"] for line in text.splitlines()] == [1, 2]
+
+
+@live()
+async def test_a_transaction_shows_its_meter_over_time(site):
+    socket_ = await site.station("CP 1")
+    started = await exchange(socket_, "StartTransaction", START_16 | {"timestamp": iso_now(-60)})
+    id_ = started[2]["transactionId"]
+    for seconds, watts in ((-60, "0"), (-30, "7000"), (0, "6900")):
+        await exchange(socket_, "MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
+            {"timestamp": iso_now(seconds), "sampledValue": [
+                sample(watts, POWER, "W"), sample("10.5", "Current.Import", "A", phase="L2"),
+                sample(str(1000 + 10 * seconds), unit="Wh")]}]})
+    found = await site.get(f"/api/connections/CP%201/transactions/{id_}")
+    assert found["id"] == id_ and found["powerW"] == 6900
+    assert [(p["powerW"], p["currentA"], p["soc"]) for p in found["series"]] == [
+        (watts, {"L2": 10.5}, None) for watts in (0, 7000, 6900)]
+    assert [p["energyWh"] for p in found["series"]] == [300, 600, 900]
+    for path in (f"CP%2F2/transactions/{id_}", "CP%201/transactions/1", "CP%201/transactions/x"):
+        assert (await site.fetch(f"/api/connections/{path}"))[0] == 404
+
+
+@live(ocpp_protocols="ocpp1.6,ocpp2.1", server_address="127.0.0.1")
+async def test_about_tells_where_stations_connect_and_what_they_can_be_told(site):
+    about = await site.get("/api/about")
+    assert about["stationUrls"] == [f"ws://127.0.0.1:{site.ocpp_port}/ocpp/"]
+    assert list(about["commands"]) == about["protocols"] == ["ocpp1.6", "ocpp2.1"]
+    assert "RemoteStartTransaction" in about["commands"]["ocpp1.6"] and about["validated"]
+    assert about["version"] == ocppboard.VERSION
+    socket_ = await websockets.connect(about["stationUrls"][0] + "CP-1", subprotocols=["ocpp1.6"])
+    assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
+    await socket_.close()
 
 
 @pytest.mark.parametrize("path, word", [
