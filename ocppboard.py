@@ -32,6 +32,7 @@ import difflib
 import fnmatch
 import functools
 import getpass
+import gzip
 import hashlib
 import hmac
 import importlib.util
@@ -1663,7 +1664,7 @@ class Board:
         self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
         self.rates = Rates(clock)
         self.total_messages = self.total_call_errors = 0
-        self.total_connections = self.peak_connections = self.online = 0
+        self.total_connections = self.total_refused = self.peak_connections = self.online = 0
         self._last_transaction_id = 0
 
     # Following
@@ -1856,6 +1857,7 @@ class Board:
         must be able to wash the log, or the security events, away.
         """
         now = self.clock()
+        self.total_refused += 1
         told_at = self._knocks_told.pop((address, status), 0.0)
         news = now - told_at > COALESCE_S
         self._knocks_told[address, status] = now if news else told_at
@@ -2114,8 +2116,16 @@ class Board:
             "errorRate": round(self.total_call_errors / total, 6) if total else 0.0,
             "connectionCount": self.online, "peakConnections": self.peak_connections,
             "uptimeSeconds": int(time.monotonic() - self._started), "totalMessages": total,
-            **machine,
+            "totalConnections": self.total_connections, "errorCount": self.errors.total,
+            "securityEventCount": self.security.total, "systemEventCount": self.system.total,
+            "refusedConnections": self.total_refused, **self._charging(), **machine,
         }
+
+    def _charging(self) -> dict:
+        """How many transactions run, and the power that their meters tell."""
+        active = [t.reading for t in self.transactions.records if t.status == "active"]
+        return {"activeTransactions": len(active),
+                "powerW": round(sum(r.power_w or 0 for r in active if r), 1)}
 
     def sampled(self, values: dict) -> None:
         """Keep a telemetry sample and tell it."""
@@ -2126,13 +2136,9 @@ class Board:
     def overview(self) -> dict:
         """The counters of GET /api/overview, but for its messages."""
         sample = self.sample({})
-        return {
-            "connectedClients": self.online, "totalConnections": self.total_connections,
-            **{key: sample[key] for key in ("messagesPerSecond", "avgLatencyMs", "errorRate",
-                                            "uptimeSeconds", "totalMessages")},
-            "securityEventCount": self.security.total, "errorCount": self.errors.total,
-            "systemEventCount": self.system.total,
-        }
+        return {"connectedClients": self.online} | {key: sample[key] for key in (
+            "totalConnections", "messagesPerSecond", "avgLatencyMs", "errorRate", "uptimeSeconds",
+            "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
 # --- Incoming calls -----------------------------------------------------------------------
@@ -4119,7 +4125,10 @@ SHAPES = {
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
         "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
-        "totalMessages": "integer", "memoryUsage": "Memory", "cpuPercent": "number",
+        "totalMessages": "integer", "totalConnections": "integer", "errorCount": "integer",
+        "securityEventCount": "integer", "systemEventCount": "integer",
+        "refusedConnections": "integer", "activeTransactions": "integer", "powerW": "number",
+        "memoryUsage": "Memory", "cpuPercent": "number",
         "loopLagMs": "number", "streams": "integer", "timestamp": "time"},
     "Memory": {"rss": "integer", "heapUsed": "integer", "heapTotal": "integer"},
     "SecurityEvent": {"category": "string", "severity": "string", **_EVENT},
@@ -4380,94 +4389,2555 @@ class Api(RequestHandler):
 
 
 # --- Dashboard ----------------------------------------------------------------------------
-# What `/` shows: constants, nothing from another host.
+# What `/` shows: constants in three languages, nothing from another host. All data comes by REST
+# and by one stream; the page may talk to no one else, and run and wear no more than this.
 
 STYLE = r"""
-:root { color-scheme: light dark; --ink: #1b2430; --dim: #5b6778; --paper: #f6f7f9; --line: #d9dee5;
-        --accent: #0a6cbd; --code: #e9edf2 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaf0; --dim: #98a4b5; --paper: #12161c; --line: #2b333e; --accent: #66b3f5;
-          --code: #1e252e } }
+:root { color-scheme: light;
+  --paper: #f4f6f8; --card: #fff; --ink: #17202b; --dim: #556274; --line: #dbe1e8; --well: #eef1f5;
+  --accent: #0a6e69; --on-accent: #fff; --good: #1a7339; --warn: #8a5300; --bad: #b3261e;
+  --info: #1a5fb4; --good-bg: #e0f3e6; --warn-bg: #fdf0d5; --bad-bg: #fde7e5; --info-bg: #e3eefb;
+  --c0: #0a7d77; --c1: #b45309; --c2: #5b5bd6; --c3: #be185d; --c4: #4d7c0f; --c5: #0369a1;
+  --c6: #7c3aed; --c7: #a16207;
+  --shadow: 0 1px 2px rgb(20 30 45 / .06); --row: 34px; --gap: 1rem }
+@media (prefers-color-scheme: dark) { :root { color-scheme: dark;
+  --paper: #0f141a; --card: #171e26; --ink: #e7ecf2; --dim: #9aa8b8; --line: #2a343f; --well: #1f2831;
+  --accent: #3fc1b6; --on-accent: #06231f; --good: #5fd38a; --warn: #f0b354; --bad: #ff8a80;
+  --info: #7db7ff; --good-bg: #12301f; --warn-bg: #362810; --bad-bg: #3b1a19; --info-bg: #14283f;
+  --c0: #3fc1b6; --c1: #f0a04b; --c2: #9d9dff; --c3: #f472b6; --c4: #a3d65c; --c5: #5cc0f5;
+  --c6: #c39bff; --c7: #e6c35c;
+  --shadow: none } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink);
-       font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem }
-h1 { margin: 0; font-size: 1.6rem } h2 { margin: 2rem 0 .5rem; font-size: 1.1rem }
-p { max-width: 45rem } a { color: var(--accent) }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; background: var(--code);
-            border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere }
-pre { padding: .8rem 1rem; overflow-x: auto; overflow-wrap: normal }
-table { border-collapse: collapse; width: 100% }
-td { border-top: 1px solid var(--line); padding: .35rem .8rem .35rem 0; vertical-align: top }
-td + td { color: var(--dim) }
-td:first-child { font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere }
-@media (max-width: 40rem) { td { display: block } td + td { border: 0; padding-top: 0 } }
+html { scrollbar-gutter: stable }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
+h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0 }
+h1 { font-size: 1.35rem; line-height: 1.25 } h2 { font-size: 1rem } h3 { font-size: .9rem }
+ul { list-style: none }
+a { color: var(--accent); text-decoration: none } a:hover, p a { text-decoration: underline }
+button, input, select, textarea { font: inherit; color: inherit }
+code, pre, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .86em }
+code { overflow-wrap: anywhere }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap }
+.dim { color: var(--dim) } .small { font-size: .85rem } .num { text-align: right }
+.good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
+.info { color: var(--info) } .nowrap { white-space: nowrap }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.grow { flex: 1 1 auto; min-width: 0 } h1.grow, h2.grow { min-width: min-content }
+.grow.cut { flex: 1 1 0; min-width: 0 }
+.start { max-width: 26rem; margin: 14vh auto 2rem; padding: 0 1.25rem; display: grid; gap: 1rem }
+
+/* Frame */
+.app { display: grid; grid-template: "head head" auto "nav main" 1fr / 12.5rem minmax(0, 1fr);
+  min-height: 100vh }
+.head { grid-area: head; position: sticky; top: 0; z-index: 5; display: flex; align-items: center;
+  gap: .75rem; height: 3.25rem; padding: 0 1.25rem; background: var(--card);
+  border-bottom: 1px solid var(--line) }
+.brand { display: flex; align-items: center; gap: .5rem; font-weight: 650; color: var(--ink) }
+.brand:hover { text-decoration: none }
+.brand svg { width: 1.4rem; height: 1.4rem }
+.live { display: flex; align-items: center; gap: .4rem; font-size: .85rem; color: var(--dim) }
+.live::before { content: ""; width: .6rem; height: .6rem; border-radius: 50%;
+  background: var(--warn) }
+.live.on::before { background: var(--good) } .live.off { color: var(--bad) }
+.live.off::before { background: var(--bad) }
+.nav { grid-area: nav; position: sticky; top: 3.25rem; align-self: start; padding: .75rem;
+  height: calc(100vh - 3.25rem); overflow-y: auto }
+.nav a { display: flex; align-items: center; gap: .6rem; padding: .42rem .7rem; border-radius: 8px;
+  color: var(--ink) }
+.nav a:hover { background: var(--well); text-decoration: none }
+.nav a[aria-current] { background: var(--accent); color: var(--on-accent) }
+.nav svg { width: 1.1rem; height: 1.1rem; flex: none }
+.nav .count { margin-left: auto; font-size: .8rem; opacity: .85 }
+.main { grid-area: main; padding: 1.1rem 1.25rem 2.5rem; display: grid; gap: var(--gap);
+  align-content: start; min-width: 0; max-width: 120rem; outline: none }
+.title { display: flex; align-items: center; gap: .75rem; flex-wrap: wrap; min-height: 2.2rem }
+.notices { position: fixed; right: 1rem; bottom: 1rem; z-index: 9; display: grid; gap: .5rem;
+  max-width: min(26rem, calc(100vw - 2rem)) }
+.notice { display: flex; gap: .75rem; align-items: start; padding: .6rem .5rem .6rem .9rem;
+  background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--info);
+  border-radius: 8px; box-shadow: 0 4px 18px rgb(0 0 0 / .18); overflow-wrap: anywhere }
+.notice.bad { border-left-color: var(--bad); color: var(--ink) }
+.notice.warn { border-left-color: var(--warn); color: var(--ink) }
+
+/* Cards, tiles, words */
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; min-width: 0;
+  box-shadow: var(--shadow) }
+.card > header { display: flex; align-items: center; gap: .6rem; flex-wrap: wrap;
+  padding: .7rem 1rem .55rem; min-height: 2.9rem }
+.card > .in { padding: 0 1rem 1rem } .card > .in.top { padding-top: 1rem }
+.tiles { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .75rem }
+.tile { padding: .7rem .9rem .5rem; display: grid; gap: .1rem; align-content: start;
+  min-height: 7.9rem; position: relative; overflow: hidden }
+.tile dt { font-size: .82rem; color: var(--dim) }
+.tile dd { font-size: 1.5rem; font-weight: 620; line-height: 1.25; white-space: nowrap }
+.tile dd + dd { font-size: .8rem; font-weight: 400 }
+.tile .spark { position: absolute; left: 0; right: 0; bottom: 0; height: 2rem; width: 100% }
+.cols { display: grid; gap: var(--gap); grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
+.cols.wide-left { grid-template-columns: minmax(0, 3fr) minmax(18rem, 2fr) }
+.stack { display: grid; gap: var(--gap); align-content: start; min-width: 0 }
+.pill { display: inline-flex; align-items: center; gap: .35em; padding: .05em .55em; border-radius: 99px;
+  font-size: .8rem; line-height: 1.5; white-space: nowrap; background: var(--well); color: var(--dim) }
+.pill.good { background: var(--good-bg); color: var(--good) }
+.pill.warn { background: var(--warn-bg); color: var(--warn) }
+.pill.bad { background: var(--bad-bg); color: var(--bad) }
+.pill.info { background: var(--info-bg); color: var(--info) }
+.pills { display: flex; gap: .3rem; flex-wrap: wrap; min-width: 0 }
+.cut .pill + .pill { margin-left: .3rem }
+.empty { padding: 1.2rem 1rem 1.6rem; color: var(--dim); display: grid; gap: .6rem; justify-items: start }
+.url { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap }
+.url code { background: var(--well); padding: .2rem .5rem; border-radius: 6px; color: var(--ink) }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .7rem 1rem }
+.facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
+.list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
+  align-items: baseline; min-width: 0; overflow-wrap: anywhere }
+.list > li:first-child { border-top: 0 }
+.why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
+.why p { overflow-wrap: anywhere }
+
+/* What is clicked and typed in */
+.btn, select, input, textarea { border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  padding: .28rem .65rem; min-height: 2.1rem; max-width: 100% }
+.btn { cursor: pointer; display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap;
+  color: var(--ink) }
+.btn:hover { background: var(--well); text-decoration: none }
+.btn.main-act { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
+.btn.main-act:hover { filter: brightness(1.08) }
+.btn.danger { color: var(--bad); border-color: currentColor }
+.btn.plain { border-color: transparent; background: none; padding: .28rem .45rem }
+.btn.plain:hover { background: var(--well) }
+.filters { flex: 1 1 36rem }
+.btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info); border-color: var(--info) }
+.btn:disabled { opacity: .55; cursor: default }
+input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
+textarea { width: 100%; min-height: 6.5rem; padding: .5rem .65rem }
+label { display: grid; gap: .15rem; font-size: .82rem; color: var(--dim); min-width: 0 }
+label > * { color: var(--ink); font-size: .95rem }
+label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size: .9rem;
+  color: var(--ink) }
+.bar { display: flex; gap: .5rem; flex-wrap: wrap; align-items: center }
+.bar input[type=search] { flex: 1 1 12rem; min-width: 8rem } .bar select { flex: 0 1 auto }
+.form { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
+  align-items: end }
+.form .whole { grid-column: 1 / -1 }
+.tabs { display: flex; gap: .35rem; flex-wrap: wrap }
+dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: var(--ink);
+  padding: 1.2rem; max-width: min(30rem, calc(100vw - 2rem)); box-shadow: 0 12px 40px rgb(0 0 0 / .35) }
+dialog::backdrop { background: rgb(0 0 0 / .45) }
+dialog .bar { margin-top: 1rem; justify-content: flex-end }
+kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5px; padding: 0 .4em;
+  background: var(--well); font: .85em ui-monospace, monospace }
+
+/* Tables */
+.grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh; border-top: 1px solid var(--line);
+  border-radius: 0 0 12px 12px }
+.grid.tall { max-height: none; height: calc(100vh - 13.5rem); min-height: 18rem }
+table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
+th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left; font-weight: 500;
+  font-size: .8rem; color: var(--dim); height: 2rem; padding: 0 .6rem; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+th button { border: 0; background: none; padding: 0; font: inherit; color: inherit; cursor: pointer }
+td { height: var(--row); padding: 0 .6rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { padding-left: 1rem } th:last-child, td:last-child { padding-right: 1rem }
+td.num, th.num { text-align: right }
+tr.spacer td { padding: 0; border: 0 }
+tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
+tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-bg) }
+tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
+tr.picked td { background: var(--info-bg) }
+tr.lost td { background: var(--warn-bg); color: var(--warn); text-align: center }
+table.plain { table-layout: auto } table.plain td { white-space: normal; overflow-wrap: anywhere;
+  padding: .35rem .6rem; height: auto }
+.meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden; display: flex;
+  min-width: 4rem }
+.meter i { display: block; height: 100% }
+
+/* One message beside the list */
+.split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
+.split.both { grid-template-columns: minmax(0, 1fr) minmax(20rem, 36%) }
+.aside { align-self: start; position: sticky; top: 4.25rem; max-height: calc(100vh - 5.5rem);
+  overflow: auto }
+.json { margin: 0; padding: .7rem .9rem; background: var(--well); border-radius: 8px; overflow: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 26rem; line-height: 1.45 }
+.json .k { color: var(--info) } .json .s { color: var(--good) } .json .n { color: var(--warn) }
+.pair { display: grid; gap: .7rem }
+.sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
+
+/* Charts */
+.chart { position: relative } .chart svg { display: block; width: 100%; overflow: visible }
+.chart text { font-size: 11px; fill: var(--dim) }
+.chart .gridline { stroke: var(--line); stroke-width: 1 }
+.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; vector-effect: non-scaling-stroke }
+.chart .limit { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 5 4 }
+.chart .at { stroke: var(--dim); stroke-width: 1 }
+.legend { display: flex; gap: .2rem .9rem; flex-wrap: wrap; font-size: .82rem; color: var(--dim);
+  min-height: 1.35rem }
+.legend i { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px; margin-right: .35rem;
+  vertical-align: -1px }
+.legend b { font-weight: 600; color: var(--ink) }
+.spark path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.spark .area { stroke: none; fill: var(--accent); opacity: .1 }
+
+@media (max-width: 80rem) { .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+@media (max-width: 62rem) { .cols.wide-left { grid-template-columns: minmax(0, 1fr) }
+  .split.both { grid-template-columns: minmax(0, 1fr) }
+  .split.both > .aside { order: -1; position: static; max-height: none } }
+@media (max-width: 48rem) { :root { --row: 44px; --gap: .75rem }
+  .app { grid-template: "head" auto "nav" auto "main" 1fr / minmax(0, 1fr) }
+  .head { padding: 0 .75rem; gap: .4rem } .main { padding: .75rem .75rem 2rem }
+  .nav { position: sticky; height: auto; display: flex; overflow-x: auto; padding: .35rem .5rem;
+    gap: .15rem; background: var(--card); border-bottom: 1px solid var(--line); z-index: 4 }
+  .nav a { flex: none; padding: .35rem .65rem } .nav svg { display: none }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+  .tile dd { font-size: 1.25rem }
+  .filters { display: grid; grid-template-columns: 1fr 1fr; flex: 1 1 100% }
+  .filters > * { width: 100% !important } .filters input[type=search] { grid-column: 1 / -1 }
+  .grid.tall { height: calc(100vh - 12rem) }
+  .btn, select, input { min-height: 2.5rem } .wide { display: none } }
+@media (min-width: 48.01rem) { .slim { display: none } }
+@media (prefers-reduced-motion: reduce) { * { transition: none; animation: none; scroll-behavior: auto } }
+@media (prefers-contrast: more) { :root { --line: currentColor; --dim: var(--ink) } }
 """
 
 PAGE = r"""<!doctype html>
 <html lang="en">
+<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>ocppboard</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%230b7a75'/%3E%3Cpath d='M9 2 4 9h3l-1 5 6-8H8.500z' fill='%23fff'/%3E%3C/svg%3E">
 <style></style>
-<main>
-<h1>ocppboard</h1>
-<p>An OCPP central system for charging stations that speak OCPP 1.6, 2.0.1 or 2.1. It answers them,
-keeps what passes, and shows it by REST and as live streams.</p>
-<h2>Connect a station</h2>
-<p>Give it the address of this host, the port for stations, the path of the configuration, and its
-own identity at the end. With the defaults:</p>
-<pre>ws://&lt;this host&gt;:9000/ocpp/&lt;identity&gt;</pre>
-<p>One that is refused is listed under <a href="/api/knocking">/api/knocking</a>, with the
-reason.</p>
-<h2>Look</h2>
-<p>The API needs a login: open the address with <code>?token=</code> that the daemon printed when it
-started, or send the token as <code>Authorization: Bearer</code>.</p>
-<pre>curl -H "Authorization: Bearer $TOKEN" http://&lt;this host&gt;:9000/api/connections
-curl -N -H "Authorization: Bearer $TOKEN" http://&lt;this host&gt;:9000/api/messages/stream</pre>
-<h2>The API</h2>
-<table></table>
-</main>
+</head>
+<body>
+<div id="board"><main class="start"><h1>ocppboard</h1><p>Watch and steer charging stations.</p></main></div>
+<noscript><p class="start">This page needs JavaScript. The same is to be had by REST: <code>/api/openapi.json</code>
+describes it.</p></noscript>
+<script></script>
+</body>
+</html>
+"""
+
+SCRIPT = r"""
+'use strict';
+// --- Elements -------------------------------------------------------------------------------
+// `h` describes an element, `patch` makes the page so: what stays the same is not touched. All
+// text becomes text nodes, and what could turn a line around is shown as what it is.
+
+// h('p.dim', {title: 'x'}, 'text', h('b', 'bold')): tag and classes, properties if any, children.
+function h(name, ...children) {
+  const [tag, ...classes] = name.split('.');
+  const given = children[0]?.constructor === Object && !children[0].tag ? children.shift() : null;
+  const props = classes.length ? {...given, class: [...classes, given?.class
+      || []].flat().join(' ')}
+    : given || {};
+  return {tag, props, children: children.flat(9).filter(one => one != null && one !== false)};
+}
+
+const SVG = 'http://www.w3.org/2000/svg';
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+const plain = text => String(text).replace(HIDDEN,
+  sign => '\\u' + sign.charCodeAt(0).toString(16).padStart(4, '0'));
+
+// Make the children of a node those of the list; ones with a `key` keep their node when they move.
+function patch(parent, list) {
+  const keys = new Map();
+  for (const one of list) if (one.props?.key != null) keys.set(one.props.key, null);
+  for (const node of [...parent.childNodes]) {
+    const key = node.is?.props?.key;
+    if (key == null) continue;
+    if (keys.has(key) && keys.get(key) === null) keys.set(key, node); else node.remove();
+  }
+  let next = parent.firstChild;
+  for (const one of list) {
+    const key = one.props?.key;
+    let node = key != null ? keys.get(key) : next?.is && next.is.props?.key == null ? next : null;
+    if (node && (node.is.tag !== one.tag || one.props?.made && !node.is.props.made)) node = null;
+    if (node === next && next) next = next.nextSibling;
+    else parent.insertBefore(node ||= make(one, parent), next);
+    update(node, one);
+  }
+  while (next) {
+    const gone = next;
+    next = next.nextSibling;
+    gone.remove();
+  }
+}
+
+function make(one, parent) {
+  if (one.tag === undefined) return Object.assign(document.createTextNode(''), {is: {}});
+  const drawn = one.tag === 'svg' || parent.namespaceURI === SVG;
+  const node = drawn ? document.createElementNS(SVG, one.tag) : document.createElement(one.tag);
+  node.is = h(one.tag);
+  one.props.made?.(node);
+  return node;
+}
+
+function update(node, one) {
+  if (node.is === one) return;
+  if (one.tag === undefined) {
+    if (node.is.text !== one) node.data = plain(one);
+    node.is = {text: one};
+    return;
+  }
+  patch(node, one.children);
+  for (const name in node.is.props) if (!(name in one.props)) set(node, name, null);
+  for (const name in one.props)
+    if (one.props[name] !== node.is.props[name] || name === 'value' || name === 'checked')
+      set(node, name, one.props[name]);
+  node.is = one;
+}
+
+function set(node, name, value) {
+  if (name === 'key' || name === 'made') return;
+  if (name.startsWith('on')) node[name] = value;
+  else if (name === 'style') for (const key in value) node.style.setProperty(key, value[key]);
+  else if (name === 'value' || name === 'checked' || name === 'disabled') {
+    if (node[name] !== (value ?? '')) node[name] = value ?? '';
+  } else if (value == null || value === false) node.removeAttribute(name);
+  else node.setAttribute(name, value === true ? '' : value);
+}
+
+// --- Formats --------------------------------------------------------------------------------
+// Numbers with their units; times in the viewer's zone, with the exact UTC on hover. A dash is
+// what is not known.
+
+const DASH = '–';
+const digits = (value, most = 0) => value == null ? DASH
+  : value.toLocaleString(undefined, {maximumFractionDigits: most});
+const scaled = (value, units) => {
+  if (value == null) return DASH;
+  let n = 0;
+  while (Math.abs(value) >= 1000 && n < units.length - 1) { value /= 1000; n++; }
+  return digits(value, Math.abs(value) < 10 && n ? 2 : Math.abs(value) < 100 && n ? 1 : 0) + ' '
+    + units[n];
+};
+const power = w => scaled(w, ['W', 'kW', 'MW']);
+const energy = wh => scaled(wh, ['Wh', 'kWh', 'MWh']);
+const bytes = n => scaled(n, ['B', 'kB', 'MB', 'GB']);
+const amperes = a => a == null ? DASH : digits(a, 1) + ' A';
+const percent = (part, most = 0) => part == null ? DASH : digits(part, most) + ' %';
+const millis = ms => ms == null ? DASH : ms >= 1000 ? digits(ms / 1000, 1) + ' s'
+  : digits(ms, ms < 1 ? 2 : ms < 10 ? 1 : 0) + ' ms';
+const plural = (n, word) => `${digits(n)} ${word}${n === 1 ? '' : 's'}`;
+
+function duration(s) {
+  if (s == null || !isFinite(s)) return DASH;
+  s = Math.max(0, Math.round(s));
+  const units = [['d', 86400], ['h', 3600], ['min', 60], ['s', 1]];
+  const first = Math.max(0, units.findIndex(([, size]) => s >= size));
+  if (s < 60) return `${s} s`;
+  const [[big, size], [small, less]] = units.slice(first);
+  const rest = Math.floor(s % size / less);
+  return `${Math.floor(s / size)} ${big}` + (rest ? ` ${rest} ${small}` : '');
+}
+const ms = iso => iso ? Date.parse(iso) : null;
+const since = iso => iso ? (now() - ms(iso)) / 1000 : null;
+
+const HOURS = {hour: '2-digit', minute: '2-digit', hourCycle: 'h23'};
+function clock(iso, fine) {
+  if (!iso) return DASH;
+  const at = new Date(iso), today = at.toDateString() === new Date(now()).toDateString();
+  const text = at.toLocaleTimeString(undefined, {...HOURS, second: '2-digit',
+    ...fine && {fractionalSecondDigits: 3}});
+  const day = today ? '' : at.toLocaleDateString(undefined, {day: '2-digit', month: 'short',
+    ...at.getFullYear() !== new Date(now()).getFullYear() && {year: 'numeric'}}) + ', ';
+  return h('time', {datetime: iso, title: `${iso.replace('T', ' ').replace('Z', '')} UTC`},
+    day + text);
+}
+const ago = iso => iso ? h('time', {datetime: iso, title: `${iso} (UTC)`}, duration(since(iso))
+  + ' ago') : DASH;
+
+// JSON as it was written, on lines of its own and coloured; never parsed, so no digit is lost.
+const JSON_SHOWN = 60000;
+function pretty(raw) {
+  const out = [], whole = raw.length <= JSON_SHOWN;
+  const tokens = (whole ? raw : raw.slice(0, JSON_SHOWN))
+    .match(/"(?:\\.|[^"\\])*"?|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  let depth = 0, text = '';
+  const line = () => '\n' + '  '.repeat(depth);
+  const flush = () => { if (text) out.push(text); text = ''; };
+  tokens.forEach((token, n) => {
+    const next = tokens[n + 1];
+    if (token === '{' || token === '[') {
+      depth++;
+      text += token + (next === '}' || next === ']' ? '' : line());
+    } else if (token === '}' || token === ']') {
+      depth--;
+      text += (tokens[n - 1] === '{' || tokens[n - 1] === '[' ? '' : line()) + token;
+    } else if (token === ',') text += token + line();
+    else if (token === ':') text += ': ';
+    else {
+      flush();
+      out.push(h('span', {class: token[0] !== '"' ? 'n' : next === ':' ? 'k' : 's'}, token));
+    }
+  });
+  flush();
+  if (!whole) out.push(
+    `\n… ${bytes(raw.length - JSON_SHOWN)} more: copy it, or look at the raw text`);
+  return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out);
+}
+
+// --- State ----------------------------------------------------------------------------------
+// All that the page shows. Events change it, `draw` shows it, nothing is read back from the page.
+
+const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20, EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800,
+  ANSWERS_KEPT = 20;
+const state = {
+  session: null, mode: '', problem: '',            // who looks; why the login did not work
+  live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
+  about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
+  recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
+  findings: new Map(),                             // {identity + message id: [error]}
+  list: null,                                      // the messages on screen
+  answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
+  route: {screen: 'overview', id: '', query: {}}, ui: {}, hover: null, notices: [], confirm: null,
+};
+const now = () => Date.now()
+  + state.clockOff;     // the board's clock: its times are compared with it
+const number = record => +/\d+$/.exec(record.id)[0];
+const pairOf = (identity, messageId) => identity + '\n' + messageId;
+const keyOf = transaction => pairOf(transaction.identity, transaction.id);
+const running = () => [...state.transactions.values()].filter(one => one.status === 'active');
+const sample = () => state.samples.at(-1) || {};
+
+// Put a record on top of a list, unless it is there already.
+function onTop(list, record, most = EVENTS_KEPT) {
+  if (list.length && number(record) <= number(list[0])) return false;
+  list.unshift(record);
+  list.length = Math.min(list.length, most);
+  return true;
+}
+
+// --- The board: what is asked of it ---------------------------------------------------------
+
+class Failure extends Error {
+  constructor(text, status, data) { super(text); Object.assign(this, {status, data}); }
+}
+
+async function ask(method, path, body) {
+  let answer, data = null, text = '';
+  try {
+    answer = await fetch(path, {method, body: body && JSON.stringify(body),
+        credentials: 'same-origin'});
+    text = await answer.text();
+  } catch {
+    throw new Failure('The board does not answer: is it running, and is the network there?', 0);
+  }
+  try { data = JSON.parse(text); } catch { /* an error page of something in between */ }
+  if (answer.ok && data !== null)
+    return {data, text, total: +(answer.headers.get('X-Total-Count') || 0)};
+  const said = data?.message || data?.error || `HTTP ${answer.status}`;
+  if (answer.status === 401 && path !== '/api/auth/login' || said === 'Session expired') signedOut(
+    );
+  throw new Failure(said, answer.status, data);
+}
+const get = async path => (await ask('GET', path)).data;
+const query = fields => new URLSearchParams(Object.entries(fields).filter(([, value]) =>
+    value)).toString();
+const path = (...parts) => '/api/' + parts.map(encodeURIComponent).join('/');
+
+// Do what was clicked; what goes wrong is told.
+async function attempt(work) {
+  try { return await work(); } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    notice(error.message, 'bad');
+  }
+}
+
+function notice(text, kind = 'info') {
+  const one = {text, kind, key: Math.random()};
+  state.notices = [...state.notices.slice(-2), one];
+  setTimeout(() => { state.notices = state.notices.filter(other => other !== one); touch(
+        'notice'); }, 12000);
+  touch('notice');
+}
+
+// Everything anew: at the start, and when events were missed. What the stream brings meanwhile
+// waits, so that no older answer overwrites it.
+let waiting = null, loading = 0;
+async function load(lists = true) {
+  const turn = ++loading;
+  waiting = [];
+  const paths = ['about', 'connections', 'transactions?limit=1000', 'telemetry/history',
+    'security?limit=500',
+    'errors?limit=500', 'system-events?limit=500', 'knocking', 'smart-charge?limit=500',
+      'proxy?limit=500',
+    'messages?limit=12'];
+  try {
+    const [about, connections, transactions, samples, security, errors, system, knocking, charges,
+      proxied,
+      recent] = await Promise.all(paths.map(one => get('/api/' + one)));
+    if (turn !== loading) return;
+    Object.assign(state, {about, samples, security, errors, system, knocking, proxied, loaded: true,
+      recent: recent.map(parsedRow), series: new Map(), findings: new Map(),
+      stations: new Map(connections.map(one => [one.identity, one])),
+      transactions: new Map(transactions.reverse().map(one => [keyOf(one), one])),
+      charges: new Map(charges.reverse().map(one => [one.sessionId, one]))});
+    if (samples.length) state.clockOff = ms(samples.at(-1).timestamp) - Date.now();
+    errors.forEach(find);
+    if (lists && state.list) openList(state.list.filter);
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    if (turn === loading && error.status !== 401 && error.status !== 403) {
+      state.live = {status: 'off', since: Date.now()};
+      setTimeout(() => turn === loading && state.session && load(), 3000);
+    }
+    return;
+  }
+  const events = waiting;
+  waiting = null;
+  for (const [name, data, raw] of events) on[name](data, raw);
+  touch('all');
+}
+
+// --- Messages: a list that follows the stream -----------------------------------------------
+// Rows stand oldest first, so that a new one costs nothing; the screen shows them from the end.
+
+const payloadText = raw => raw.slice(raw.indexOf('"payload":') + 10, -1);   // it is the last field
+
+function streamedRow(record, raw) {
+  delete record.payload;
+  return Object.assign(record, {number: number(record), raw: payloadText(raw)});
+}
+
+function parsedRow(record) {
+  const {payload, ...row} = record;
+  return Object.assign(row, {number: number(record), raw: JSON.stringify(payload), reparsed: true});
+}
+
+function matches(filter, row) {
+  for (const name of ['identity', 'method', 'direction', 'type'])
+    if (filter[name] && row[name] !== filter[name]) return false;
+  if (!filter.text) return true;
+  const text = filter.text.toLowerCase();
+  return [row.identity, row.method, row.messageId, row.errorCode || '', row.errorDescription || '']
+    .join('\n').toLowerCase().includes(text) || row.raw.toLowerCase().includes(text);
+}
+
+function openList(filter) {
+  const list = state.list = {filter, rows: [], held: [], pairs: new Map(), size: 0, fresh: 0,
+    older: true,
+    paused: state.list?.paused && same(filter, state.list.filter), total: 0, loading: false};
+  loadOlder(list);
+  return list;
+}
+const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+
+async function loadOlder(list) {
+  if (list.loading || !list.older) return;
+  list.loading = true;
+  const limit = list.rows.length ? 1000 : 500;
+  await attempt(async () => {
+    const {data, total} = await ask('GET', '/api/messages?' + query({...list.filter, limit,
+          offset: list.rows.length}));
+    const first = list.rows.find(row => row.number)?.number ?? Infinity;
+    const older = data.map(parsedRow).reverse().filter(row => row.number < first);
+    list.rows = [...older, ...list.rows];
+    older.forEach(row => pair(list, row));
+    list.size += older.reduce((sum, row) => sum + row.raw.length, 0);
+    list.total = Math.max(total, list.rows.length);
+    list.older = older.length > 0 && list.rows.length < Math.min(total, ROWS_KEPT)
+      && list.size < ROW_BYTES_KEPT;
+  });
+  list.loading = false;
+  touch('messages');
+}
+
+function pair(list, row) {
+  const key = pairOf(row.identity, row.messageId), entry = list.pairs.get(key) || {};
+  entry[row.type === 'CALL' || row.type === 'SEND' ? 'call' : 'answer'] = row;
+  if (entry.call && entry.answer) entry.call.responseTime ??= entry.answer.responseTime;
+  list.pairs.set(key, entry);
+}
+const partners = (list, row) => list.pairs.get(pairOf(row.identity, row.messageId)) || {};
+
+function follow(list, row) {
+  if (row.number && (!matches(list.filter, row) || row.number <= (list.rows.at(-1)?.number
+        ?? 0))) return;
+  list.total++;
+  if (list.paused) {
+    list.held.push(row);
+    if (list.held.length > ROWS_KEPT) list.held.splice(0, ROWS_KEPT / 10);
+    return;
+  }
+  list.rows.push(row);
+  list.fresh++;
+  list.size += row.raw?.length || 0;
+  if (row.number) pair(list, row);
+  if (list.rows.length <= ROWS_KEPT && list.size <= ROW_BYTES_KEPT) return;
+  let gone = Math.ceil(list.rows.length / 20);
+  for (const old of list.rows.splice(0, gone)) {
+    list.size -= old.raw?.length || 0;
+    if (old.number) list.pairs.delete(pairOf(old.identity, old.messageId));
+  }
+  list.older = false;
+}
+
+function pause(list) {
+  list.paused = !list.paused;
+  if (!list.paused) {
+    const held = list.held;
+    Object.assign(list, {held: [], total: list.total - held.length});
+    held.forEach(row => follow(list, row));
+  }
+  touch('messages');
+}
+
+// A finding of the schemas belongs to a message.
+function find(error) {
+  if (error.category !== 'VALIDATION_FAILURE' || !error.details.messageId) return;
+  const key = pairOf(error.identity, error.details.messageId), known = state.findings.get(key)
+    || [];
+  if (known.some(other => other.id === error.id)) return;
+  state.findings.set(key, [...known, error]);
+  if (state.findings.size > EVENTS_KEPT) state.findings.delete(state.findings.keys().next().value);
+}
+const findings = row => (state.findings.get(pairOf(row.identity, row.messageId)) || [])
+  .filter(error => (error.details.part === 'Request') === (row.type === 'CALL'
+      || row.type === 'SEND'));
+
+// --- Events ---------------------------------------------------------------------------------
+// One key for each event of the stream.
+
+const on = {
+  connected(data) {
+    patience = data.heartbeatMs * 2.5 + 2000;
+    const first = !state.loaded;
+    state.live = {status: 'on', since: Date.now()};
+    touch('live');
+    if (first) load();
+  },
+  heartbeat() {},
+  gap(data) {
+    const text = data.restarted ? 'The board was restarted: what it shows begins anew.'
+      : `${plural(data.lost, 'event')} went by unseen while the connection was slow or gone.`;
+    notice(text, 'warn');
+    const {list} = state;
+    if (list && !data.restarted) {
+      follow(list, {lost: data.lost, id: 'gap-' + Date.now(), identity: '', timestamp: data.time});
+      touch('messages');
+    }
+    if (data.restarted) {
+      if (list) list.paused = false;
+      load();
+    } else load(false);                            // the list keeps its rows, and shows the gap
+  },
+  message(record, raw) {
+    const row = streamedRow(record, raw);
+    if (onTop(state.recent, row, 12)) touch('recent');
+    if (state.list) { follow(state.list, row); touch('messages'); }
+    if (row.method === 'NotifyReport') reported(row);
+  },
+  telemetry(one) {
+    state.clockOff = ms(one.timestamp) - Date.now();
+    const last = state.samples.at(-1);
+    if (last && last.timestamp >= one.timestamp) return;
+    if (one.refusedConnections !== last?.refusedConnections) refreshKnocking();
+    state.samples.push(one);
+    if (state.samples.length > SAMPLES_KEPT) state.samples.shift();
+    touch('telemetry');
+  },
+  security(event) { if (onTop(state.security, event)) touch('security'); },
+  fault(event) {
+    if (!onTop(state.errors, event)) return;
+    find(event);
+    touch('errors');
+  },
+  system(event) { if (onTop(state.system, event)) touch('system'); },
+  connection(station) {
+    if (station.status === 'forgotten') state.stations.delete(station.identity);
+    else state.stations.set(station.identity, station);
+    touch('connections');
+  },
+  transaction(one) {
+    const key = keyOf(one), series = state.series.get(key), {meter} = one;
+    state.transactions.set(key, one);
+    if (state.transactions.size > EVENTS_KEPT) state.transactions.delete(state.transactions.keys(
+        ).next().value);
+    if (series && meter && one.status === 'active'
+      && ms(meter.timestamp) > ms(series.at(-1)?.timestamp || 0)) {
+      series.push({...meter, energyWh: one.energyWh});
+      if (series.length > 2000) series.splice(1, 1);
+    }
+    touch('transactions');
+  },
+  'smart-charge'(record) {
+    state.charges.set(record.sessionId, record);
+    if (state.charges.size > EVENTS_KEPT) state.charges.delete(state.charges.keys().next().value);
+    touch('smart-charge');
+  },
+  proxy(record) { if (onTop(state.proxied, record)) touch('proxy'); },
+};
+
+const refreshKnocking = () => attempt(async () => {
+  state.knocking = await get('/api/knocking');
+  touch('knocking');
+});
+
+// The stream: EventSource comes back by itself after most troubles; after the others we do.
+let source = null, heard = 0, patience = 45000, lastId = '', retry = 0;
+function connect() {
+  source?.close();
+  clearTimeout(retry);
+  heard = Date.now();
+  source = new EventSource('/api/stream?' + query({lastEventId: lastId}));
+  source.onerror = lost;
+  for (const name in on) source.addEventListener(name, event => {
+    heard = Date.now();
+    lastId = event.lastEventId || lastId;
+    const data = JSON.parse(event.data);
+    if (waiting && !['connected', 'heartbeat', 'gap'].includes(name)) waiting.push([name, data,
+        event.data]);
+    else on[name](data, event.data);
+  });
+}
+
+function lost() {
+  if (!state.session) return;
+  if (state.live.status !== 'off') {
+    state.live = {status: 'off', since: Date.now()};
+    signIn();                                      // it may be the session that has ended
+  }
+  touch('live');
+  if (source.readyState !== EventSource.CLOSED) return;
+  clearTimeout(retry);
+  retry = setTimeout(async () => { if (await signIn() === true) connect(); else if (
+        state.session) lost(); }, 3000);
+}
+
+function watch() {
+  if (!state.session) return;
+  if (Date.now() - heard > patience) { lost(); connect(); }
+  touch('tick');
+}
+
+// --- Parts of the page ----------------------------------------------------------------------
+
+const link = (to, ...text) => h('a', {href: '#/' + to}, text);
+const to = (screen, id, fields) => [screen, ...id == null ? [] : [encodeURIComponent(id)]].join('/')
+  + (fields && query(fields) ? '?' + query(fields) : '');
+const pill = (text, tone = '') => h('span', {class: 'pill ' + tone}, text);
+const button = (text, onclick, props = {}) =>
+  h('button', {type: 'button', onclick, ...props, class: 'btn ' + (props.class || '')}, text);
+const card = (title, props, ...content) => h('section.card', {...props},
+  title && h('header', typeof title === 'string' ? h('h2', title) : title), content);
+const facts = pairs => h('dl.facts', pairs.map(([name, value]) =>
+  h('div', {key: name}, h('dt', name), h('dd', value ?? DASH))));
+const empty = (...content) => h('div.empty', content);
+const stationLink = (identity, tab) => identity
+  ? h('a', {href: '#/' + to('stations', identity) + (tab ? '/' + tab : ''), title: plain(identity)},
+    h('bdi', identity)) : h('span.dim', DASH);
+const narrow = () => matchMedia('(max-width: 48rem)').matches;
+
+function copy(text) {
+  const done = () => notice('Copied');
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(done, () => copyOld(text,
+      done));
+  copyOld(text, done);                             // over plain http there is no clipboard
+}
+function copyOld(text, done) {
+  const area = Object.assign(document.createElement('textarea'), {value: text, readOnly: true});
+  (document.querySelector('dialog[open]') || document.body).append(area);
+  area.select();
+  if (document.execCommand('copy')) done(); else notice(
+    'Copying is not possible here: mark the text', 'warn');
+  area.remove();
+}
+const copyButton = (text, what = 'Copy') => button(what, () => copy(typeof text === 'function'
+    ? text() : text));
+
+// The address that goes into a charger: by the name under which the viewer reaches the board, else
+// by its own in the network.
+function stationUrl() {
+  const [first] = state.about?.stationUrls || [];
+  if (!first) return '';
+  const local = ['localhost', '127.0.0.1', '[::1]'].includes(location.hostname);
+  return local ? first : first.replace(/^ws:\/\/(\[.*?\]|[^:/]+)/, 'ws://' + location.hostname);
+}
+const howToConnect = () => [
+  h('p', 'Type this address into the charger, with its identity at the end (many add it themselves):'),
+  h('div.url', h('code', stationUrl() + '‹identity›'), copyButton(stationUrl)),
+  h('p.small', 'Or try it out: ', h('code', 'python3 ocppboard.py simulate')),
+];
+
+// A windowed table: only rows in sight are on the page. `fresh` rows came on top since it was drawn;
+// a column that `leads` has the link to what its row opens.
+function grid(id, {columns, rows, row = {}, key, blank, tall, label, end, fresh = 0}) {
+  const slim = narrow(), shown = columns.filter(one => slim ? one.slim !== false : !one.only);
+  if (!rows.length) return blank || empty('Nothing yet.');
+  const sort = state.ui[id + '.sort'], column = sort && columns.find(one => one.name === sort.by);
+  if (column) {
+    const value = one => column.sort(one) ?? '';
+    rows = [...rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      return (x < y ? -1 : x > y ? 1 : 0) * (sort.down ? -1 : 1);
+    });
+  }
+  const height = slim ? 44 : 34, view = state.ui[id + '.view'] ||= {top: 0, height: 900};
+  if (fresh && view.top > 0 && !sort) {
+    view.top += fresh * height;
+    after.push(() => { view.node.scrollTop = view.top; });
+  }
+  const first = Math.max(0, Math.min(Math.floor(view.top / height) - 10, rows.length - 1));
+  const last = Math.min(rows.length, first + Math.ceil(view.height / height) + 20);
+  const scrolled = event => {
+    const {scrollTop: top, clientHeight} = event.target;
+    const moved = Math.abs(top - (view.drawn ?? 0)) > height * 4;
+    Object.assign(view, {top, height: clientHeight});
+    if (moved) touch('scroll');
+    if (end && top + clientHeight > event.target.scrollHeight - 600) end();
+  };
+  view.drawn = view.top;
+  const spacer = (place, count) => h('tr', {key: place, class: 'spacer', 'aria-hidden': 'true'},
+    h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
+  const sorted = one => ({'aria-sort': sort?.by === one.name ? sort.down ? 'descending'
+      : 'ascending' : 'none'});
+  const turn = one => () => {
+    state.ui[id + '.sort'] = sort?.by !== one.name ? {by: one.name, down: !!one.down}
+      : sort.down === !!one.down ? {by: one.name, down: !one.down} : null;
+    touch('ui');
+  };
+  return h('div', {key: id, class: 'grid' + (tall ? ' tall' : ''), onscroll: scrolled, tabindex: 0,
+      role: 'region',
+    'aria-label': label, made: node => { view.node = node; view.top = 0;
+      after.push(() => { view.height = node.clientHeight; }); }},
+  h('table', {'aria-rowcount': rows.length + 1},
+    h('colgroup', shown.map(one => h('col', {style: {width: one.width || 'auto'}}))),
+    h('thead', h('tr', shown.map(one => h('th', {scope: 'col', class: one.num && 'num',
+      ...one.sort && sorted(one)}, one.sort ? h('button', {type: 'button', onclick: turn(one)},
+        one.name,
+      sort?.by === one.name ? sort.down ? ' ▾' : ' ▴' : '') : one.name)))),
+    h('tbody', first > 0 && spacer('above', first),
+      rows.slice(first, last).map((one, n) => {
+        const {open, ...props} = typeof row === 'function' ? row(one) : row;
+        return h('tr', {key: key(one), 'aria-rowindex': first + n + 2, ...props,
+          class: (open ? 'open ' : '') + (props.class || ''),
+          onclick: open && (event => { if (!event.target.closest('a, button')
+                && !String(getSelection())) location.hash = '#/' + open; })},
+        shown.map(place => h('td', {class: place.num && 'num'}, place.leads && open
+            ? h('a', {href: '#/' + open}, place.cell(one)) : place.cell(one))));
+      }),
+      last < rows.length && spacer('below', rows.length - last))));
+}
+
+// --- Charts ---------------------------------------------------------------------------------
+// Lines over time, or areas on top of each other. A value that is null is a break in the line.
+
+const COLOURS = [0, 1, 2, 3, 4, 5, 6, 7].map(n => `var(--c${n})`);
+const TICKS = [1, 2, 2.5, 5, 10];
+
+function spark(values) {
+  const known = values.filter(value => value != null), top = Math.max(...known, 1e-9) * 1.15;
+  if (known.length < 2) return null;
+  const points = values.slice(-120).map((value, n, all) =>
+    `${(n / (all.length - 1) * 100).toFixed(1)} ${(30 - (value || 0) / top * 28).toFixed(1)}`);
+  return h('svg.spark', {viewBox: '0 0 100 30', preserveAspectRatio: 'none', 'aria-hidden': 'true'},
+    h('path.area', {d: `M0 30L${points.join('L')}L100 30Z`}),
+      h('path', {d: 'M' + points.join('L')}));
+}
+
+// The last point at or before a time, or undefined.
+function pointAt(points, at) {
+  let low = 0, high = points.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (points[middle][0] <= at) low = middle + 1; else high = middle;
+  }
+  return points[low - 1];
+}
+
+const widths = new ResizeObserver(entries => {
+  for (const {target, contentRect} of entries) {
+    if (state.ui[target.id + '.width'] === Math.round(contentRect.width)) continue;
+    state.ui[target.id + '.width'] = Math.round(contentRect.width);
+    touch('ui');
+  }
+});
+
+function thinned(points, most) {
+  if (points.length <= most) return points;
+  const step = points.length / most, out = [];
+  for (let n = 0; n < most; n++) {                 // of each bucket the highest: peaks must show
+    const part = points.slice(Math.floor(n * step), Math.floor((n + 1) * step));
+    out.push(part.reduce((best, one) => (one[1] ?? -Infinity) > (best[1] ?? -Infinity) ? one
+        : best));
+  }
+  return out;
+}
+
+// Areas: the values of all lines at the same times, each on top of those before it.
+function stacked(lines, from, till) {
+  const times = Array.from({length: 121}, (_, n) => from + (till - from) * n / 120);
+  const sums = times.map(() => 0);
+  return lines.map(line => ({...line, band: times.map((at, n) => {
+    const low = sums[n];
+    sums[n] += at > (line.end ?? Infinity) ? 0 : pointAt(line.points, at)?.[1] || 0;
+    return [at, low, sums[n]];
+  })}));
+}
+
+function chart(id, {lines, format = digits, height = 170, label, limit, from, till, areas,
+    least = 1}) {
+  lines = lines.map((line, n) => ({colour: COLOURS[n % COLOURS.length], ...line}));
+  const all = lines.flatMap(line => line.points);
+  from ??= Math.min(...all.map(one => one[0]));
+  till ??= Math.max(...all.map(one => one[0]));
+  from = Math.min(from, till - 60000);
+  const width = state.ui[`chart-${id}.width`] || 600, left = 58, right = width - 8,
+    bottom = height - 20;
+  const bands = areas ? stacked(lines, from, till) : null;
+  const values = bands ? bands.flatMap(line => line.band.map(one => one[2])) : all.map(one => one[1]
+    ?? 0);
+  const top = Math.max(least, limit ?? 0, ...values), rough = top / 3,
+    unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * TICKS.find(one => one * unit >= rough * .999),
+    ceiling = Math.ceil(top / step * .999) * step;
+  const x = at => left + (at - from) / (till - from || 1) * (right - left);
+  const y = value => bottom - value / ceiling * (bottom - 8);
+  const xy = (at, value) => `${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
+  const draw = points => {
+    let path = '', pen = 'M';
+    for (const [at, value] of thinned(points.filter(one => one[0] >= from && one[0] <= till),
+        right - left)) {
+      if (value == null) { pen = 'M'; continue; }
+      path += pen + xy(at, value);
+      pen = 'L';
+    }
+    return path;
+  };
+  const marks = [], span = till - from, hover = state.hover?.id === id && state.hover.at >= from
+    && state.hover.at <= till ? state.hover.at : null;
+  for (let value = 0; value <= ceiling * 1.001; value += step) marks.push(value);
+  const count = Math.max(2, Math.floor(width / 130));
+  const times = Array.from({length: count}, (_, n) => from + span * (n + .5) / count);
+  const shownAt = hover ?? till;
+  const point = event => {
+    const box = event.currentTarget.getBoundingClientRect();
+    const at = from + (event.clientX - box.left - left) / (right - left) * span;
+    state.hover = {id, at: Math.max(from, Math.min(till, at))};
+    touch('hover');
+  };
+  const time = at => new Date(at).toLocaleTimeString(undefined, {...HOURS,
+    ...span < 600000 && {second: '2-digit'}});
+  const told = lines.map(line => pointAt(line.points, shownAt)?.[1]);
+  const words = lines.map((line, n) =>
+    `${line.name} ${told[n] == null ? DASH : format(told[n])}`).join(', ');
+  return h('figure.chart', {key: id, id: 'chart-' + id, made: node => widths.observe(node)},
+    h('figcaption.legend',
+      lines.length > 1 || hover ? lines.slice(0, 16).map((line, n) => h('span', {key: line.name},
+        h('i', {style: {background: line.colour}}), line.name, ' ',
+        h('b', told[n] == null ? DASH : format(told[n])))) : null,
+      lines.length > 16 && `and ${lines.length - 16} more`, hover && h('span', {key: ' at'},
+        clock(new Date(hover).toISOString()))),
+    h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img',
+        'aria-label': `${label}. ${words}`,
+      onpointermove: point, onpointerdown: point,
+      onpointerleave: () => { state.hover = null; touch('hover'); }},
+    marks.map(value => h('g', {key: 'y' + value}, h('line.gridline', {x1: left, x2: right,
+            y1: y(value), y2: y(value)}),
+      h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, format(value)))),
+    times.map((at, n) => h('text', {key: 'x' + n, x: x(at), y: height - 4, 'text-anchor': 'middle'},
+        time(at))),
+    bands ? bands.map(line => h('path', {key: 'a' + line.name, style: {fill: line.colour},
+          opacity: .78,
+      d: 'M' + line.band.map(([at, , high]) => xy(at, high)).join('L')
+        + 'L' + line.band.map(([at, low]) => xy(at, low)).reverse().join('L') + 'Z'}))
+      : lines.map(line => h('path', {key: 'l' + line.name, class: 'line',
+            style: {stroke: line.colour}, d: draw(line.points)})),
+    limit != null && h('line', {key: 'limit', class: 'limit', x1: left, x2: right, y1: y(limit),
+        y2: y(limit)}),
+    hover && h('line', {key: 'at', class: 'at', x1: x(hover), x2: x(hover), y1: 4, y2: bottom})));
+}
+
+// The meter of a transaction over time: asked for once, then the stream adds to it.
+function seriesOf(transaction) {
+  const key = keyOf(transaction);
+  if (state.series.has(key)) return state.series.get(key);
+  state.series.set(key, []);
+  attempt(async () => {
+    const {series} = await get(path('connections', transaction.identity, 'transactions',
+        transaction.id));
+    state.series.set(key, series);
+    if (state.series.size > 60) state.series.delete(state.series.keys().next().value);
+    touch('transactions');
+  });
+  return [];
+}
+const pointsOf = (series, value) => series.map(one => [ms(one.timestamp), value(one)]);
+const PHASES = ['L1', 'L2', 'L3', ''];
+
+function meterCharts(transaction) {
+  const series = seriesOf(transaction), id = keyOf(transaction);
+  if (series.length < 2) return empty('The chart begins with the second meter value.');
+  const phases = PHASES.filter(phase => series.some(one => one.currentA[phase] != null));
+  const has = field => series.some(one => one[field] != null);
+  return h('div.stack',
+    has('powerW') && [h('h3', 'Power'), chart('power ' + id, {label: 'Power', format: power,
+          least: 1000,
+      lines: [{name: 'Power', points: pointsOf(series, one => one.powerW)}]})],
+    phases.length > 0 && [h('h3', 'Current'), chart('current ' + id, {label: 'Current by phase',
+          format: amperes,
+      least: 6, height: 130,
+      lines: phases.map(phase => ({name: phase || 'Current', points: pointsOf(series,
+              one => one.currentA[phase])}))})],
+    has('energyWh') && [h('h3', 'Energy'), chart('energy ' + id, {label: 'Energy', format: energy,
+          height: 110,
+      lines: [{name: 'Energy', points: pointsOf(series, one => one.energyWh)}]})],
+    has('soc') && [h('h3', 'State of charge'), chart('soc ' + id, {label: 'State of charge',
+          format: percent,
+      least: 100, height: 110, lines: [{name: 'State of charge', points: pointsOf(series,
+            one => one.soc)}]})]);
+}
+
+// --- What a station is doing ----------------------------------------------------------------
+
+const TONES = {Available: 'good', Charging: 'info', Preparing: 'warn', Occupied: 'info',
+  EVConnected: 'warn',
+  SuspendedEV: 'warn', SuspendedEVSE: 'warn', Finishing: 'warn', Reserved: 'warn', Faulted: 'bad',
+  Unavailable: 'bad', Idle: ''};
+const transactionAt = (station, connector) => connector.transactionId == null ? null
+  : state.transactions.get(pairOf(station.identity, connector.transactionId));
+const nameOf = (station, connector) => connector.evse === 0 ? 'Station'
+  : station.protocol === 'ocpp1.6' || connector.connector <= 1 ? `Connector ${connector.evse}`
+    : `EVSE ${connector.evse}, connector ${connector.connector}`;
+const statusOf = (station, connector) => {
+  const transaction = transactionAt(station, connector);
+  return transaction?.chargingState || (transaction && connector.status === 'Occupied' ? 'Charging'
+    : connector.status);
+};
+const chargeAt = (identity, connector) => [...state.charges.values()].find(one =>
+  one.identity === identity
+  && one.evse === connector.evse && one.status !== 'ended');
+const sum = values => values.reduce((total, value) => total + (value || 0), 0);
+
+// Why it is, or is not, charging: a sentence for the one who stands before it.
+function why(station, connector) {
+  const {status} = connector, transaction = transactionAt(station, connector),
+    meter = connector.meter;
+  const told = [connector.errorCode !== 'NoError' && connector.errorCode,
+    connector.info].filter(Boolean).join(': ');
+  const limited = chargeAt(station.identity, connector)?.reason;
+  if (station.status !== 'online') return 'Not known: the station is offline since '
+    + `${duration(since(station.disconnectedAt))}${transaction ? ', and a car was charging' : ''}.`;
+  if (station.registration === 'Pending' || station.registration === 'Rejected')
+    return 'May not charge yet: the station waits to be approved on this board.';
+  if (status === 'Faulted') return `Cannot charge, the charger reports a fault${told ? ` (${told})` : ' and no code'}.`;
+  if (status === 'Unavailable') return 'Out of service: set to inoperative, or taken out by the charger itself'
+    + (told ? ` (${told}).` : '.');
+  if (transaction) {
+    const now = statusOf(station, connector), watts = transaction.powerW, soc = transaction.soc;
+    if (watts > 0 && now !== 'SuspendedEV' && now !== 'SuspendedEVSE') {
+      const flows = Object.values(meter?.currentA || {}), most = Math.max(0, ...flows);
+      const held = meter?.offeredA && most > meter.offeredA * .93;
+      return `Charging at ${power(watts)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
+        + (held ? `, as much as the charger offers (${amperes(meter.offeredA)})` : soc >= 80
+          ? ', and takes less as it fills' : '')
+        + `.${limited ? ' ' + limited : ''}`;
+    }
+    if (now === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
+      : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
+    if (now === 'SuspendedEVSE') return limited
+      || 'The charger holds the power back: look for a charging profile '
+      + 'or limit of 0, or for its own load management.';
+    if (watts === 0) return limited
+      || 'A transaction runs, but no power flows: the car may be full, or limited to less than 6 A.';
+    return 'A transaction runs; the meter has not told its power yet.';
+  }
+  if (status === 'Reserved') return 'Reserved for one id token; others are refused.';
+  if (status === 'Finishing') return 'The charging has ended: the car is to be unplugged before the next one.';
+  if (status === 'Preparing' || status === 'Occupied' || status === 'EVConnected') {
+    const refused = refusedToken(station.identity, connector.since);
+    return refused ? `A car is plugged in, but its id token was refused: ${refused}.`
+      : 'A car is plugged in and waits for a card or a remote start.';
+  }
+  if (status === 'Charging') return 'Charging, says the charger, but it has not told of a transaction.';
+  if (status?.startsWith(
+      'Suspended')) return 'A charging is suspended, but no transaction was told: it began before this board.';
+  if (status === 'Available') return 'Free: no car is plugged in.';
+  return status ? `The charger says ${status}${told ? ` (${told})` : ''}.`
+    : 'The charger has not told its status yet: trigger a StatusNotification.';
+}
+
+// What the last answer to a card was, if it was no.
+function refusedToken(identity, from) {
+  const rows = state.list?.filter.identity === identity ? state.list.rows : state.recent;
+  for (const row of [...rows].reverse()) {
+    if (row.identity !== identity || row.timestamp < from) continue;
+    const found = row.type === 'CALLRESULT'
+      && /"id(?:Tag|Token)Info":\{[^}]*?"status":"(\w+)"/.exec(row.raw);
+    if (found) return found[1] === 'Accepted' ? '' : found[1];
+  }
+  return '';
+}
+
+function connectorPills(station) {
+  const shown = station.connectors.filter(one => one.evse > 0 || one.status === 'Faulted');
+  return h('div.cut', shown.slice(0, 8).map(one => {
+    const status = statusOf(station, one), watts = transactionAt(station, one)?.powerW;
+    return h('span', {key: `${one.evse}.${one.connector}`, title: plain(why(station, one)),
+      class: 'pill ' + (station.status === 'online' ? TONES[status] ?? '' : '')},
+    `${one.evse || 'all'} ${status || 'unknown'}${watts > 0 ? ' ' + power(watts) : ''}`);
+  }), shown.length > 8 && ` and ${shown.length - 8} more`);
+}
+
+// What needs attention, the worst first: [tone, where it leads, text …].
+function attention() {
+  const found = [], stations = [...state.stations.values()], hour = now() - 3600e3,
+    day = now() - 86400e3;
+  const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
+  for (const one of stations) {
+    const at = to('stations', one.identity);
+    if (one.status === 'online' && one.registration === 'Pending') add(0, 'warn', at, one.identity,
+      ' waits to be approved');
+    for (const connector of one.connectors) if (connector.status === 'Faulted'
+      && one.status === 'online')
+      add(1, 'bad', at, one.identity, ` is faulted: ${nameOf(one, connector).toLowerCase()}`,
+        connector.errorCode && connector.errorCode !== 'NoError' ? ` (${connector.errorCode})`
+          : '');
+    if (one.status !== 'online') {
+      const busy = one.connectors.some(connector => transactionAt(one,
+          connector)?.status === 'active');
+      add(busy ? 2 : 4, busy ? 'bad' : 'warn', at, one.identity, ' is offline, ',
+        ago(one.disconnectedAt),
+        busy ? ', and a car was charging' : '');
+    } else if (Math.abs(one.clockSkewSeconds) > 60)
+      add(6, 'warn', at, one.identity,
+        `: its clock is ${duration(Math.abs(one.clockSkewSeconds))} ${one.clockSkewSeconds > 0 ? 'ahead' : 'behind'}`);
+  }
+  const wrong = new Map();
+  for (const error of state.errors) if (ms(error.timestamp) > hour) wrong.set(error.identity,
+    [...wrong.get(error.identity) || [], error]);
+  for (const [identity, errors] of wrong)
+    add(5, 'warn', to('events', null, {identity}), identity,
+      `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`);
+  for (const knock of state.knocking) if (ms(knock.lastAt) > day)
+    add(3, 'warn', to('security'),
+      `${knock.ip} wants in and is refused: ${knock.reason} (${plural(knock.count, 'time')})`);
+  for (const event of state.security) if ((event.severity === 'high'
+      || event.severity === 'critical') && ms(event.timestamp) > day)
+    add(event.severity === 'critical' ? 0 : 2, 'bad', to('security'),
+      `${event.message} (${event.identity}), `, ago(event.timestamp));
+  const {host = {}, loopLagMs} = sample();
+  if (host.diskPercent > 95) add(3, 'bad', to('telemetry'),
+    `The disk of the board's host is ${percent(host.diskPercent)} full`);
+  if (host.memoryPercent > 95) add(3, 'bad', to('telemetry'),
+    `The memory of the board's host is ${percent(host.memoryPercent)} full`);
+  if (loopLagMs > 500) add(3, 'warn', to('telemetry'),
+    `The board lags ${millis(loopLagMs)} behind`);
+  return found.sort((a, b) => a.rank - b.rank);
+}
+
+// --- Commands -------------------------------------------------------------------------------
+// FORMS are the usual commands: what is asked for, and the Action and payload that it becomes in
+// 1.6 and in 2.x, where they differ. `danger` asks first.
+
+const old = station => station.protocol === 'ocpp1.6';
+const FIELDS = {
+  connector: station => ({label: old(station) ? 'Connector' : 'EVSE', number: true,
+    options: connectorsOf(station).map(one => [one.evse, one.evse])}),
+  target: station => ({label: old(station) ? 'Connector' : 'EVSE', number: true,
+      options: [[0, 'whole station'],
+    ...connectorsOf(station).map(one => [one.evse, one.evse])]}),
+  token: () => ({label: 'Id token', value: 'BOARD'}),
+  kind: station => old(station) ? null : {label: 'Type of token', options: ['Central', 'ISO14443',
+      'ISO15693',
+    'eMAID', 'KeyCode', 'Local', 'MacAddress', 'NoAuthorization']},
+  transaction: station => ({label: 'Transaction', options: running().filter(one =>
+        one.identity === station.identity)
+    .map(one => [String(one.id), `${one.id} at ${one.evse}`]), none: 'none runs'}),
+  reset: station => ({label: 'Type', options: old(station) ? ['Soft', 'Hard'] : ['OnIdle',
+        'Immediate']}),
+  operative: () => ({label: 'To be', options: ['Operative', 'Inoperative']}),
+  message: station => ({label: 'Message', options: old(station)
+    ? ['StatusNotification', 'MeterValues', 'Heartbeat', 'BootNotification',
+      'DiagnosticsStatusNotification', 'FirmwareStatusNotification']
+    : ['StatusNotification', 'MeterValues', 'TransactionEvent', 'Heartbeat', 'BootNotification',
+      'LogStatusNotification',
+      'FirmwareStatusNotification', 'SignChargingStationCertificate']}),
+  limit: () => ({label: 'Limit', number: true, value: '10', min: 0, step: .1}),
+  unit: () => ({label: 'Unit', options: [['A', 'A per phase'], ['W', 'W in all']]}),
+  minutes: () => ({label: 'For minutes (empty: for good)', number: true, value: '', min: 1,
+      optional: true}),
+  purpose: station => ({label: 'Purpose', options: ['TxDefaultProfile', 'TxProfile',
+    old(station) ? 'ChargePointMaxProfile' : 'ChargingStationMaxProfile']}),
+  purposes: station => ({label: 'Purpose', options: [['', 'every purpose'],
+        ...FIELDS.purpose(station).options]}),
+  stack: () => ({label: 'Stack level', number: true, value: '0', min: 0, step: 1}),
+  seconds: () => ({label: 'Seconds from now', number: true, value: '3600', min: 1}),
+};
+const connectorsOf = station => {
+  const found = [...new Map(station.connectors.filter(one => one.evse > 0).map(one => [one.evse,
+          one])).values()];
+  return found.length ? found : [{evse: 1, connector: 1}];
+};
+const evse = one => one.target || one.connector ? {id: one.target || one.connector} : undefined;
+
+const FORMS = [
+  {name: 'Remote start', fields: ['connector', 'token', 'kind'],
+    old: one => ['RemoteStartTransaction', {idTag: one.token, connectorId: one.connector}],
+    now: one => ['RequestStartTransaction', {idToken: {idToken: one.token, type: one.kind},
+        evseId: one.connector,
+      remoteStartId: Math.floor(Math.random() * 2 ** 31)}]},
+  {name: 'Remote stop', fields: ['transaction'],
+    old: one => ['RemoteStopTransaction', {transactionId: +one.transaction}],
+    now: one => ['RequestStopTransaction', {transactionId: one.transaction}]},
+  {name: 'Unlock', fields: ['connector'], danger: 'The cable is released; a charging there ends.',
+    old: one => ['UnlockConnector', {connectorId: one.connector}],
+    now: one => ['UnlockConnector', {evseId: one.connector, connectorId: 1}]},
+  {name: 'Reset', fields: ['reset'],
+    danger: 'The station starts anew; charging ends, unless it waits for it.',
+    old: one => ['Reset', {type: one.reset}], now: one => ['Reset', {type: one.reset}]},
+  {name: 'Trigger', fields: ['message', 'target'],
+    old: one => ['TriggerMessage', {requestedMessage: one.message, connectorId: one.target
+        || undefined}],
+    now: one => ['TriggerMessage', {requestedMessage: one.message, evse: evse(one)}]},
+  {name: 'Availability', fields: ['target', 'operative'],
+    danger: one => one.operative === 'Inoperative'
+      && 'Nobody can charge there until it is made operative again.',
+    old: one => ['ChangeAvailability', {connectorId: one.target, type: one.operative}],
+    now: one => ['ChangeAvailability', {operationalStatus: one.operative, evse: evse(one)}]},
+  {name: 'Set a limit', fields: ['target', 'limit', 'unit', 'purpose', 'minutes', 'stack'],
+    danger: one => one.limit > 0 && one.limit < (one.unit === 'A' ? 6 : 1380)
+      && 'Below 6 A (1.38 kW on one phase) no car charges: it will pause.',
+    old: one => ['SetChargingProfile', {connectorId: one.target, csChargingProfiles: profile(one,
+          'chargingProfileId',
+      schedule => schedule)}],
+    now: one => ['SetChargingProfile', {evseId: one.target, chargingProfile: profile(one, 'id',
+          schedule => [{id: 1, ...schedule}])}]},
+  {name: 'Clear limits', fields: ['target', 'purposes'],
+    old: one => ['ClearChargingProfile', {connectorId: one.target || undefined,
+        chargingProfilePurpose: one.purposes || undefined}],
+    now: one => ['ClearChargingProfile', {chargingProfileCriteria: {evseId: one.target || undefined,
+      chargingProfilePurpose: one.purposes || undefined}}]},
+  {name: 'Limits in force', fields: ['target', 'seconds', 'unit'],
+    old: one => ['GetCompositeSchedule', {connectorId: one.target, duration: one.seconds,
+        chargingRateUnit: one.unit}],
+    now: one => ['GetCompositeSchedule', {evseId: one.target, duration: one.seconds,
+        chargingRateUnit: one.unit}]},
+  {name: 'Clear cache', fields: [], danger: 'The station forgets which cards it knows.',
+    old: () => ['ClearCache', {}], now: () => ['ClearCache', {}]},
+];
+const RISKY = /^(Reset|UnlockConnector|ClearCache|UpdateFirmware|SignedUpdateFirmware|PublishFirmware|DeleteCertificate|InstallCertificate|SendLocalList|SetNetworkProfile|ChangeAvailability|ChangeConfiguration|SetVariables)$/;
+
+// A charging profile from a form. It begins a minute ago, since stations' clocks are not ours.
+function profile(one, idName, schedules) {
+  const purpose = FORMS.purposes.indexOf(one.purpose);
+  const active = running().find(other => other.identity === state.route.id
+    && other.evse === one.target);
+  const bound = one.purpose === 'TxProfile' && active ? {transactionId: active.id} : {};
+  return {[idName]: 1000 + one.target * 10 + purpose, stackLevel: one.stack,
+    chargingProfilePurpose: one.purpose,
+    chargingProfileKind: 'Absolute', ...bound, chargingSchedule: schedules({
+      startSchedule: new Date(now() - 60000).toISOString(), ...one.minutes
+        && {duration: one.minutes * 60 + 60},
+      chargingRateUnit: one.unit, chargingSchedulePeriod: [{startPeriod: 0, limit: one.limit}]})};
+}
+FORMS.purposes = ['TxDefaultProfile', 'TxProfile', 'ChargePointMaxProfile',
+  'ChargingStationMaxProfile'];
+
+// Send a command; what the station really answered, and when, stands on top of its answers.
+async function command(identity, action, payload) {
+  const entry = {key: Math.random(), action, payload, at: new Date(now()).toISOString()};
+  state.answers.set(identity, [entry, ...state.answers.get(identity) || []].slice(0, ANSWERS_KEPT));
+  touch('answers');
+  try {
+    const {data, text} = await ask('POST', path('connections', identity, 'call'),
+      {action, payload});
+    Object.assign(entry, {result: data.result, responseTime: data.responseTime,
+      raw: text.slice(text.indexOf('"result":') + 9, text.lastIndexOf(',"responseTime"'))});
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    Object.assign(entry, {failed: error.message, ...error.data?.errorCode
+        && {code: error.data.errorCode,
+      raw: JSON.stringify(error.data.errorDetails || {})}});
+  }
+  touch('answers');
+  return entry.result;
+}
+
+// Ask before what cannot be undone. Resolves to whether to go on.
+const confirmed = (title, text, yes) => new Promise(resolve => {
+  state.confirm = {title, text, yes, done: value => { state.confirm = null; touch('ui'); resolve(
+        value); }};
+  touch('ui');
+});
+
+function fieldOf(form, name, station) {
+  const spec = FIELDS[name](station);
+  if (!spec) return null;
+  const values = state.ui.values ||= {}, id = `${form.name}.${name}`;
+  const options = spec.options?.map(one => Array.isArray(one) ? one : [one, one]);
+  let value = values[id] ?? spec.value ?? options?.[0]?.[0] ?? '';
+  if (options && !options.some(([one]) => String(one) === String(value))) value = options[0]?.[0]
+    ?? '';
+  const props = {value, 'aria-label': spec.label,
+    oninput: event => { values[id] = event.target.value; touch('ui'); }};
+  const read = spec.number ? value === '' ? undefined : +value : value;
+  return {name, value: read, missing: !spec.optional && (value === '' && name !== 'purposes'
+      || Number.isNaN(read)),
+    view: h('label', {key: name}, spec.label, options
+      ? h('select', {...props, disabled: !options.length}, options.length
+        ? options.map(([one, text]) =>
+        h('option', {key: one, value: one}, text)) : h('option', {value: ''}, spec.none))
+      : h('input', {...props, type: spec.number ? 'number' : 'text', min: spec.min, step: spec.step
+          ?? (spec.number ? 1 : null),
+        autocomplete: 'off', spellcheck: 'false'}))};
+}
+
+function commandForm(station) {
+  const names = [...FORMS.map(one => one.name), 'Any command'];
+  const chosen = state.ui.command || names[0], form = FORMS.find(one => one.name === chosen);
+  const online = station.status === 'online';
+  const tabs = h('div.tabs', {role: 'group', 'aria-label': 'Command'},
+    names.map(name => button(name,
+    () => { state.ui.command = name; touch('ui'); },
+      {key: name, 'aria-pressed': String(name === chosen)})));
+  if (!form) return [tabs, freeForm(station, online)];
+  const fields = form.fields.map(name => fieldOf(form, name, station)).filter(Boolean);
+  const send = async event => {
+    event.preventDefault();
+    const values = Object.fromEntries(fields.map(one => [one.name, one.value]));
+    const danger = typeof form.danger === 'function' ? form.danger(values) : form.danger;
+    if (danger && !await confirmed(`${form.name}: ${station.identity}`, danger, form.name)) return;
+    const [action, payload] = (old(station) ? form.old : form.now)(values);
+    command(station.identity, action, JSON.parse(JSON.stringify(payload)));
+  };
+  return [tabs, h('form.form', {onsubmit: send}, fields.map(one => one.view),
+    h('div.bar', h('button.btn.main-act', {disabled: !online || fields.some(one => one.missing)},
+      `Send${form.danger && form.danger.call ? '' : form.danger ? ' …' : ''}`),
+    !online && h('span.dim', 'The station is offline.')))];
+}
+
+function freeForm(station, online) {
+  const values = state.ui.values ||= {}, action = values.action ?? '', text = values.payload
+    ?? '{}';
+  let payload = null, problem = '';
+  try { payload = JSON.parse(text); } catch (error) { problem = String(error.message); }
+  if (payload !== null && (typeof payload !== 'object'
+      || Array.isArray(payload))) problem = 'The payload must be an object: {…}';
+  const send = async event => {
+    event.preventDefault();
+    if (RISKY.test(action) && !await confirmed(`${action}: ${station.identity}`,
+        'This changes what the station does. Send it?', 'Send')) return;
+    command(station.identity, action, payload);
+  };
+  return h('form.form', {onsubmit: send},
+    h('label.whole', 'Action to send', h('input', {value: action, list: 'actions',
+          autocomplete: 'off', spellcheck: 'false',
+      oninput: event => { values.action = event.target.value.trim(); touch('ui'); }})),
+    h('datalist', {id: 'actions'}, (state.about?.commands[station.protocol] || []).map(name =>
+        h('option', {key: name, value: name}))),
+    h('label.whole', 'Payload, JSON', h('textarea.mono', {value: text, spellcheck: 'false',
+      'aria-invalid': String(!!problem),
+        oninput: event => { values.payload = event.target.value; touch('ui'); }})),
+    h('div.bar.whole', h('button.btn.main-act', {disabled: !online || !action || !!problem},
+        'Send'),
+      h('span', {class: problem ? 'bad small' : 'dim small', role: 'status'}, problem
+        || (online ? '' : 'The station is offline.'))));
+}
+
+const GOOD = /^(Accepted|Unlocked|Scheduled)$/;
+function answersOf(identity) {
+  const answers = state.answers.get(identity) || [];
+  if (!answers.length) return empty(
+    'The answers of the station will stand here, with the time that each took.');
+  return h('ul.list', {'aria-live': 'polite'}, answers.map(one => {
+    const status = one.result?.status;
+    return h('li', {key: one.key}, h('div.stack.grow', {style: {gap: '.35rem'}},
+      h('div.bar', h('b', one.action), clock(one.at),
+        one.failed ? pill(one.code || 'failed', 'bad') : !one.result ? pill('waiting …', 'info')
+          : pill(status || 'answered', !status || GOOD.test(status) ? 'good' : 'bad'),
+        one.responseTime != null && h('span.dim', millis(one.responseTime))),
+      h('code.dim.small', JSON.stringify(one.payload)),
+      one.failed && h('p.bad', one.failed),
+      one.raw && one.raw !== '{}' && pretty(one.raw)));
+  }));
+}
+
+// The configuration of 1.6 and the variables of 2.x, as one table of rows that can be written.
+
+async function readConfiguration(station) {
+  const {identity} = station;
+  if (old(station)) {
+    const result = await command(identity, 'GetConfiguration', {});
+    if (result) state.reports.set(identity, {at: now(), rows: (result.configurationKey
+          || []).map(one => ({id: one.key,
+      name: one.key, value: one.value ?? '', locked: !!one.readonly, payload: value =>
+        ['ChangeConfiguration', {key: one.key, value}],
+      status: answer => answer.status}))});
+  } else {
+    const requestId = Math.floor(Math.random() * 2 ** 31);
+    state.reports.set(identity, {at: now(), requestId, rows: []});
+    const result = await command(identity, 'GetBaseReport',
+      {requestId, reportBase: 'FullInventory'});
+    if (result?.status !== 'Accepted') state.reports.delete(identity);
+  }
+  touch('answers');
+}
+
+// A NotifyReport came, in answer to what was asked for, in one part of several.
+function reported(row) {
+  const report = state.reports.get(row.identity);
+  if (row.type !== 'CALL' || !report) return;
+  const payload = JSON.parse(row.raw);
+  if (payload.requestId !== report.requestId) return;
+  for (const {component, variable, variableAttribute = []} of payload.reportData
+    || []) for (const one of variableAttribute) {
+    const place = [component.name, component.instance, component.evse
+      && `EVSE ${component.evse.id}`,
+      component.evse?.connectorId && `connector ${component.evse.connectorId}`].filter(
+        Boolean).join(', ');
+    const name = variable.name + (variable.instance ? ` (${variable.instance})` : '');
+    const attributeType = one.type && one.type !== 'Actual' ? one.type : undefined;
+    const id = [place, name, attributeType].filter(Boolean).join(' / ');
+    const entry = {id, place, name: attributeType ? `${name} ${attributeType}` : name,
+      value: one.value ?? '', locked: one.mutability === 'ReadOnly',
+      payload: value => ['SetVariables', {setVariableData: [{component, variable, attributeType,
+              attributeValue: value}]}],
+      status: answer => answer.setVariableResult?.[0]?.attributeStatus};
+    const known = report.rows.findIndex(other => other.id === id);
+    if (known >= 0) report.rows[known] = entry; else if (
+      report.rows.length < EVENTS_KEPT) report.rows.push(entry);
+  }
+  report.done = !payload.tbc;
+  touch('answers');
+}
+
+async function writeRow(station, row, value) {
+  const [action, payload] = row.payload(value);
+  const result = await command(station.identity, action, JSON.parse(JSON.stringify(payload)));
+  row.said = result ? row.status(result) || 'answered' : 'failed';
+  if (row.said === 'Accepted' || row.said === 'RebootRequired') {
+    row.before ??= row.value;
+    Object.assign(row, {value, edited: undefined});
+  }
+  touch('answers');
+}
+
+function configuration(station) {
+  const report = state.reports.get(station.identity), wanted = (state.ui.configText
+    || '').toLowerCase();
+  const online = station.status === 'online', rows = (report?.rows || []).filter(one =>
+    `${one.id} ${one.value}`.toLowerCase().includes(wanted));
+  const what = old(station) ? 'configuration' : 'variables';
+  const edit = row => h('form.bar', {style: {'flex-wrap': 'nowrap'},
+      onsubmit: event => { event.preventDefault(); writeRow(station, row, row.edited
+          ?? row.value); }},
+    h('input.grow', {value: row.edited ?? row.value, 'aria-label': row.id, spellcheck: 'false',
+        autocomplete: 'off',
+      oninput: event => { row.edited = event.target.value; touch('ui'); }}),
+    h('button.btn', {disabled: !online || row.edited == null || row.edited === row.value},
+      'Write'));
+  return [card([h('h2.grow', old(station) ? 'Configuration' : 'Variables'), report
+        && h('span.dim.small',
+    `${plural(report.rows.length, 'row')}, read `, clock(new Date(report.at).toISOString())),
+  h('input', {type: 'search', placeholder: 'Filter', 'aria-label': `Filter the ${what}`,
+      value: state.ui.configText || '', 'data-search': true,
+    oninput: event => { state.ui.configText = event.target.value; touch('ui'); }}),
+  button(`Read the ${what}`, () => readConfiguration(station), {disabled: !online, class: report
+      ? '' : 'main-act'})], null,
+  !report ? empty(
+    `Read what the station is set to (${old(station) ? 'GetConfiguration' : 'GetBaseReport'}); then change it here.`)
+    : !rows.length ? empty(report.rows.length ? 'Nothing matches.'
+      : 'The station sends its report …')
+      : h('div.grid', {tabindex: 0, role: 'region', 'aria-label': what}, h('table.plain',
+        h('thead', h('tr', ['Name', 'Value', 'Before', 'Answer'].map(one => h('th',
+                {key: one, scope: 'col'}, one)))),
+        h('tbody', rows.slice(0, 600).map(row => h('tr', {key: row.id},
+          h('td', row.place && h('span.dim', row.place, ': '), row.name),
+          h('td', row.locked ? [h('span', row.value), ' ', h('span.dim.small', 'read-only')]
+            : edit(row)),
+          h('td', row.before != null && [row.before, ' ', button('Restore', () => writeRow(station,
+                  row, row.before), {disabled: !online || row.value === row.before})]),
+          h('td', row.said && pill(row.said, GOOD.test(row.said) ? 'good'
+              : row.said === 'RebootRequired' ? 'warn' : 'bad')))))))),
+  card('Answers', null, answersOf(station.identity))];
+}
+
+// --- Screens --------------------------------------------------------------------------------
+// A function for each, of panels that are drawn again when one of their topics was touched.
+
+const cache = new Map();
+function panel(id, topics, draw) {
+  if (cache.has(id) && !['all', 'ui', 'scroll', ...topics].some(topic =>
+      dirty.has(topic))) return cache.get(id);
+  const drawn = draw();
+  cache.set(id, drawn);
+  return drawn;
+}
+const heading = (text, ...more) => h('div.title', h('h1.grow', text), more);
+const searchBox = (name, text, more = {}) => h('input', {type: 'search', placeholder: text,
+    'aria-label': text, 'data-search': true,
+  value: state.route.query[name] || '', oninput: event => filter({[name]: event.target.value}),
+    ...more});
+const choice = (name, label, options) => h('select', {'aria-label': label,
+    value: state.route.query[name] || '',
+  onchange: event => filter({[name]: event.target.value})}, options.map(one => {
+  const [value, text] = Array.isArray(one) ? one : [one, one];
+  return h('option', {key: value, value}, text);
+}));
+const download = (file, fields) => ['ndjson', 'csv'].map(format => h('a.btn', {key: format,
+      download: true,
+  href: `/api/${file}/export?` + query({...fields, format})}, format === 'csv' ? 'CSV' : 'NDJSON'));
+
+function tile(name, value, unit, values, tone, where) {
+  return h('dl.card.tile', {key: name}, h('dt', where ? link(where, name) : name),
+    h('dd', {class: tone}, value), h('dd.dim.cut', unit), values && spark(values));
+}
+
+function overview() {
+  const samples = state.samples.slice(-120), last = sample(), of = name => samples.map(one =>
+    one[name]);
+  return [
+    heading('Overview', panel('urls', [], () => h('div.url.wide', h('span.dim.small',
+            'Chargers connect to'),
+      h('code', (stationUrl() || '…') + '‹identity›'), stationUrl() && copyButton(stationUrl)))),
+    panel('tiles', ['telemetry', 'connections', 'transactions'], () => {
+      const going = running(), errors = samples.map((one, n) => n
+        ? one.errorCount - samples[n - 1].errorCount : 0);
+      return h('div.tiles',
+        tile('Stations online', digits(last.connectionCount),
+          `${digits(last.totalConnections)} connections ever`, of('connectionCount'), '',
+          'stations'),
+        tile('Charging now', digits(going.length), power(sum(going.map(one => one.powerW))),
+          of('powerW'), '', 'transactions'),
+        tile('Messages', digits(last.messagesPerSecond, 1), 'per second', of('messagesPerSecond'),
+          '', 'messages'),
+        tile('Time to answer', millis(last.avgLatencyMs), 'mean', of('avgLatencyMs'), '',
+          'telemetry'),
+        tile('Error rate', last.errorRate == null ? DASH : percent(last.errorRate * 100, 2),
+          `${digits(last.errorCount)} errors`, errors,
+          last.errorRate > .05 ? 'bad' : '', 'events'),
+        tile('Security events', digits(last.securityEventCount), 'since the start',
+          of('securityEventCount')
+          .map((value, n, all) => n ? value - all[n - 1] : 0), '', 'security'),
+        tile('Memory', bytes(last.memoryUsage?.rss), `${percent(last.cpuPercent)} of a core`,
+          samples.map(one => one.memoryUsage.rss), '', 'telemetry'),
+        tile('Uptime', duration(last.uptimeSeconds), last.uptimeSeconds == null ? '' : ['since ',
+            clock(state.about?.startedAt)], null, '', 'telemetry'));
+    }),
+    h('div.cols',
+      panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions', 'tick'],
+        () => {
+        const found = attention();
+        return card([h('h2', 'Needs attention'), found.length > 0 && pill(digits(found.length),
+              found[0].tone)], {key: 'attention'},
+          found.length ? h('ul.list', found.slice(0, 12).map((one, n) => h('li', {key: n},
+            h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
+            h('a.grow', {href: '#/' + one.where}, one.text))),
+          found.length > 12 && h('li', {key: 'more', class: 'dim'},
+            `and ${found.length - 12} more`))
+            : empty(state.stations.size
+              ? 'Nothing: no station is faulted, offline or refused, and no error in the last hour.'
+              : 'Nothing yet.'));
+      }),
+      panel('charging', ['transactions', 'connections'], () => {
+        const going = running().sort((a, b) => (b.powerW || 0) - (a.powerW || 0));
+        return card([h('h2.grow', 'Charging now'),
+            h('b', power(sum(going.map(one => one.powerW))))], {key: 'charging'},
+          grid('charging', {rows: going, key: keyOf, label: 'Charging now', row: one =>
+              ({open: to('transactions', keyOf(one))}),
+            blank: empty(state.stations.size ? 'No car is charging.'
+              : ['No station has connected yet.', ...howToConnect()]), columns: [
+              {name: 'Station', cell: one => stationLink(one.identity)},
+              {name: 'Power', num: true, width: '6.5rem', leads: true, cell: one =>
+                power(one.powerW)},
+              {name: 'Energy', num: true, width: '6.5rem', cell: one => energy(one.energyWh)},
+              {name: 'SoC', num: true, width: '4.5rem', cell: one => percent(one.soc), slim: false},
+              {name: 'Since', num: true, width: '6.5rem', cell: one =>
+                duration(since(one.startedAt)), slim: false}]}));
+      })),
+    panel('recent', ['recent'], () => card([h('h2.grow', 'Last messages'), link('messages',
+            'All messages')], {key: 'recent'},
+      grid('recent', {rows: state.recent, key: row => row.number, label: 'Last messages',
+          columns: MESSAGE_COLUMNS.filter(one => one.name !== 'Id'),
+        row: row => ({...rowLook(row), open: to('messages', row.id)}),
+          blank: empty('No message yet: they stand here as they pass.')}))),
+  ];
+}
+
+function stations() {
+  const wanted = state.route.query, text = (wanted.text || '').toLowerCase();
+  const tests = {online: one => one.status === 'online', offline: one => one.status !== 'online',
+    errors: one => one.errorCount > 0, quirks: one => one.quirks.length > 0, charging: one =>
+      one.connectors.some(c => transactionAt(one, c)?.status === 'active'),
+    faulted: one => one.connectors.some(c => c.status === 'Faulted')};
+  return [heading('Stations'), panel('stations', ['connections', 'transactions', 'tick'], () => {
+    const rows = [...state.stations.values()].filter(one => (!wanted.protocol
+        || one.protocol === wanted.protocol)
+      && (!wanted.show || tests[wanted.show]?.(one))
+      && (!text || [one.identity, one.remoteAddress, ...Object.values(one.station)].join(
+          '\n').toLowerCase().includes(text)))
+      .sort((a, b) => a.identity < b.identity ? -1 : 1);
+    return card(h('div.bar.grow', searchBox('text', 'Search identity, address, vendor, model …'),
+      choice('show', 'Show', [['', 'all stations'], 'online', 'offline', 'charging', 'faulted',
+          ['errors', 'with errors'], ['quirks', 'with quirks']]),
+      choice('protocol', 'Protocol', [['', 'every version'], ...(state.about?.protocols || [])]),
+      h('span.dim.small.nowrap', {role: 'status'},
+        `${digits(rows.length)} of ${plural(state.stations.size, 'station')}`)), {key: 'stations'},
+    grid('stations', {rows, key: one => one.identity, tall: true, label: 'Stations', row: one =>
+        ({open: to('stations', one.identity)}),
+      blank: state.stations.size ? empty('No station is so.', button('Show all',
+          () => go('stations')))
+        : empty(h('p', h('b', 'No station has connected yet.')), howToConnect(),
+          h('p.small', 'Nothing appears? ',
+          link('security', 'Knocking'), ' lists who was refused, and why.')), columns: [
+        {name: 'Station', width: narrow() ? 'auto' : '15%', cell: one => narrow()
+          ? [h('div.cut', stationLink(one.identity)), h('div.cut.small', connectorPills(one))]
+          : stationLink(one.identity), sort: one => one.identity},
+        {name: 'Status', width: '6.5rem', cell: one => pill(one.registration === 'Pending'
+            && one.status === 'online' ? 'pending' : one.status,
+          one.status !== 'online' ? 'bad' : one.registration === 'Pending' ? 'warn' : 'good'),
+            sort: one => one.status, down: true},
+        {name: 'Connectors', cell: connectorPills, slim: false},
+        {name: 'Protocol', width: '6.6rem', cell: one => one.protocol, sort: one => one.protocol,
+          slim: false},
+        {name: 'Address', width: '8.5rem', cell: one => h('span', {title: one.remoteAddress},
+            one.remoteAddress), sort: one => one.remoteAddress, slim: false},
+        {name: 'Profile', num: true, width: '4.6rem', cell: one => h('span',
+            {title: 'Security profile'}, digits(one.securityProfile)), sort: one =>
+          one.securityProfile, slim: false},
+        {name: 'Messages', num: true, width: '6.4rem', cell: one => digits(one.messageCount),
+          sort: one => one.messageCount, down: true, slim: false},
+        {name: 'Errors', num: true, width: '5.2rem', cell: one => h('span', {class: one.errorCount
+              ? 'bad' : 'dim'}, digits(one.errorCount)), sort: one => one.errorCount, down: true,
+          slim: false},
+        {name: 'Connected', num: true, width: '7.2rem', cell: one => one.status === 'online'
+          ? h('span', {title: one.connectedAt}, duration(since(one.connectedAt))) : DASH,
+          sort: one => one.status === 'online' ? since(one.connectedAt) : -1, down: true,
+          slim: false},
+        {name: 'Last seen', num: true, width: '7.2rem', cell: one => ago(one.lastMessageAt
+            || one.disconnectedAt), sort: one => one.lastMessageAt || '', down: true,
+          slim: false}]}));
+  })];
+}
+
+const TABS = {now: 'Now', commands: 'Commands', configuration: 'Configuration',
+  messages: 'Messages', transactions: 'Transactions'};
+function station() {
+  const {id, tab} = state.route, one = state.stations.get(id);
+  if (!one) return [heading(h('bdi', id)), card('', null, empty(state.loaded
+        ? 'This station is not known: it was forgotten, or has not connected since the board was started.'
+    : 'Loading …', link('stations', 'All stations')))];
+  const online = one.status === 'online', act = (method, ...parts) => attempt(() => ask(method,
+      path('connections', id, ...parts)));
+  return [
+    panel('station head', ['connections'], () => h('div.title',
+        h('h1.cut', h('bdi', {title: plain(id)}, id)),
+      pill(one.status, online ? 'good' : 'bad'), one.registration === 'Pending' && pill('pending',
+        'warn'), h('span.grow'),
+      one.registration === 'Pending' && button('Approve', () => act('POST', 'approve'),
+        {class: 'main-act'}),
+      button('Disconnect …', async () => { if (await confirmed(`Disconnect ${id}`,
+              'Its connection is closed; most stations come back at once.', 'Disconnect')) act(
+            'POST', 'disconnect'); }, {disabled: !online}),
+      button('Forget …', async () => { if (await confirmed(`Forget ${id}`,
+              'It is disconnected and its record removed; its messages and transactions stay.',
+              'Forget') && await act('DELETE')) go('stations'); }, {class: 'danger'}))),
+    h('nav.tabs', {'aria-label': 'Of this station'}, Object.entries(TABS).map(([name, text]) =>
+        h('a', {key: name, class: 'btn',
+      href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
+        'aria-current': name === tab ? 'page' : null}, name === 'configuration' && !old(one)
+        ? 'Variables' : text))),
+    ...{now: stationNow, commands: stationCommands, configuration: stationConfiguration,
+      messages: stationMessages,
+      transactions: stationTransactions}[tab](one),
+  ];
+}
+
+function stationNow(one) {
+  const info = one.station;
+  return [h('div.cols.wide-left',
+    h('div.stack',
+      panel('connectors', ['connections', 'transactions', 'smart-charge', 'messages'],
+        () => card('Connectors', {key: 'connectors'},
+        one.connectors.length ? one.connectors.map(connector => h('div.why',
+            {key: `${connector.evse}.${connector.connector}`},
+          h('div.bar', h('h3', nameOf(one, connector)),
+            pill(statusOf(one, connector) || 'unknown', one.status === 'online'
+              ? TONES[statusOf(one, connector)] : ''),
+            connector.since && h('span.dim.small', 'since ', clock(connector.since))),
+          h('p', why(one, connector)), meterLine(connector)))
+          : empty('The station has told of no connector yet: it does with its first StatusNotification.'))),
+      panel('charts', ['transactions', 'hover'], () => {
+        const shown = one.connectors.map(connector => transactionAt(one, connector)).filter(
+          Boolean);
+        const last = [...state.transactions.values()].filter(other =>
+          other.identity === one.identity).at(-1);
+        return shown.length || last ? (shown.length ? shown : [last]).slice(0, 4).map(transaction =>
+          card([h('h2.grow',
+          transaction.status === 'active' ? 'Charging' : 'Last charging', one.connectors.length > 1
+            && ` at ${transaction.evse}`),
+        link(to('transactions', keyOf(transaction)), `Transaction ${transaction.id}`)],
+          {key: 'chart' + keyOf(transaction)},
+        h('div.in', meterCharts(transaction))))
+          : card('Charging', {key: 'none'},
+            empty('No transaction of this station is known: power and current are drawn here while a car charges.'));
+      })),
+    h('div.stack',
+      panel('facts', ['connections', 'tick'], () => card('About', {key: 'about'},
+          h('div.in', facts([
+        ['Vendor', info.vendor], ['Model', info.model], ['Serial number', info.serial],
+          ['Firmware', info.firmware],
+        ['Protocol', one.protocol], ['Address', one.remoteAddress], ['Security profile',
+          digits(one.securityProfile)],
+        ['Registration', one.registration], [one.status === 'online' ? 'Connected' : 'Offline',
+          one.status === 'online'
+          ? [clock(one.connectedAt), ` (${duration(since(one.connectedAt))})`]
+            : [clock(one.disconnectedAt), ` (${duration(since(one.disconnectedAt))})`]],
+        ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
+        ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
+            digits(one.errorCount)) : '0'],
+        ['Evictions', one.evictedCount ? h('span.warn', digits(one.evictedCount)) : '0'],
+        ['Clock', one.clockSkewSeconds == null ? DASH : Math.abs(one.clockSkewSeconds) < 2 ? 'right'
+          : h('span', {class: Math.abs(one.clockSkewSeconds) > 60 ? 'warn' : ''},
+            `${duration(Math.abs(one.clockSkewSeconds))} ${one.clockSkewSeconds > 0 ? 'ahead' : 'behind'}`)],
+        ...Object.entries(info).filter(([name]) => !['vendor', 'model', 'serial',
+            'firmware'].includes(name))])))),
+      panel('quirks', ['connections'], () => card('Quirks', {key: 'quirks'}, one.quirks.length
+        ? h('ul.list', one.quirks.map(quirk => h('li', {key: quirk.name}, h('span.grow',
+                quirk.name.startsWith('schema:')
+          ? ['against the schema: ', h('code', quirk.name.slice(7))] : quirk.name.replaceAll('_',
+            ' ')),
+        h('span.dim.nowrap', plural(quirk.count, 'time')),
+        quirk.lastMessageId && link(to('messages', quirk.lastMessageId), 'show'))))
+        : empty('None: all it does is as the standard says.')))))];
+}
+
+function meterLine({meter}) {
+  if (!meter) return null;
+  const phases = Object.entries(meter.currentA).map(([phase, a]) =>
+    `${phase} ${amperes(a)}`.trim()).join(' · ');
+  const said = [meter.powerW != null && power(meter.powerW) + (meter.quality === 'derived'
+      ? ' (worked out)' : ''), phases,
+    meter.energyWh != null && `${energy(meter.energyWh)} on the meter`, meter.offeredA != null
+      && `${amperes(meter.offeredA)} offered`,
+    meter.soc != null && `${percent(meter.soc)} charged`, meter.temperatureC != null
+      && `${digits(meter.temperatureC, 1)} °C`].filter(Boolean);
+  return h('p.dim.small', said.join(' · '), meter.quality === 'stale'
+    && ' · stale: the station has gone since', ' · ', clock(meter.timestamp));
+}
+
+const stationCommands = one => [h('div.cols',
+  panel('form', ['connections', 'transactions'], () => card('Commands', {key: 'form'},
+      h('div.in.stack', commandForm(one)))),
+  panel('answers', ['answers'], () => card('Answers', {key: 'answers'}, answersOf(one.identity)))),
+    ...messageList('command-messages', true)];
+const stationConfiguration = one => [panel('configuration', ['answers', 'connections'],
+    () => h('div.stack', configuration(one)))];
+const stationMessages = () => messageList('station-messages', true);
+const stationTransactions = one => [panel('station transactions', ['transactions', 'tick'],
+    () => card([h('h2.grow', 'Transactions'),
+  download('transactions', {identity: one.identity})], {key: 'transactions'},
+    transactionGrid('station-transactions',
+  [...state.transactions.values()].reverse().filter(other => other.identity === one.identity),
+    false)))];
+
+const KINDS = {CALL: 'CALL', CALLRESULT: 'RESULT', CALLERROR: 'ERROR', SEND: 'SEND',
+  CALLRESULTERROR: 'RESULT ERROR'};
+const MESSAGE_COLUMNS = [
+  {name: 'Time', width: '8.6rem', leads: true, cell: row => clock(row.timestamp, true)},
+  {name: 'From', width: '5.2rem', slim: false, cell: row => row.direction === 'IN' ? h('span.info',
+      'station') : h('span.dim', 'board')},
+  {name: 'Station', width: '14%', slim: false, cell: row => stationLink(row.identity)},
+  {name: 'Action', width: '23%', slim: false, cell: row => h('b', row.method || DASH)},
+  {name: 'Message', slim: true, only: true, cell: row => [h('div.cut', row.direction === 'IN' ? '→ '
+        : '← ', h('b', row.method || KINDS[row.type])),
+    h('div.cut.dim.small', row.identity, ' · ', KINDS[row.type], row.responseTime != null
+      && ` · ${millis(row.responseTime)}`)]},
+  {name: 'Type', width: '7.2rem', slim: false, cell: row => pill(KINDS[row.type], failed(row)
+      ? 'bad' : row.type === 'CALL' || row.type === 'SEND' ? 'info' : '')},
+  {name: 'Payload', slim: false, cell: row => h('span.mono.dim', findings(row).length
+      ? h('span.warn', {title: 'Against the schema'}, '▲ ') : null,
+    row.errorCode ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`)
+      : row.raw.slice(0, 200))},
+  {name: 'Took', num: true, width: '5.6rem', slim: false, cell: row => h('span',
+      {class: row.responseTime > 2000 ? 'warn' : ''}, row.responseTime == null ? ''
+      : millis(row.responseTime))},
+];
+const failed = row => row.type === 'CALLERROR' || row.type === 'CALLRESULTERROR';
+const rowLook = row => ({class: failed(row) ? 'failed' : findings(row).length ? 'found' : ''});
+
+function messageList(id, ofStation) {
+  const {list, route} = state, {rows} = list, picked = route.message, wanted = route.query;
+  const open = row => ofStation
+    ? `${to('stations', route.id)}/${route.tab}?${query({...wanted, message: row.id})}`
+    : to('messages', row.id, wanted);
+  const bar = panel(id + ' bar', ['connections'], () => h('div.bar.filters',
+    searchBox('text', 'Search in payloads, ids, errors …'),
+    !ofStation && h('input', {placeholder: 'Station', 'aria-label': 'Station', list: 'identities',
+        value: wanted.identity || '', autocomplete: 'off',
+      style: {width: '10rem'}, onchange: event => filter({identity: event.target.value.trim()})}),
+    !ofStation && h('datalist', {id: 'identities'}, [...state.stations.keys()].slice(0,
+        500).map(name => h('option', {key: name, value: name}))),
+    h('input', {placeholder: 'Action', 'aria-label': 'Action', list: 'methods', value: wanted.method
+        || '', autocomplete: 'off', style: {width: '11rem'},
+      onchange: event => filter({method: event.target.value.trim()})}),
+    h('datalist', {id: 'methods'}, methods().map(name => h('option', {key: name, value: name}))),
+    choice('direction', 'Direction', [['', 'both directions'], ['IN', 'from stations'],
+        ['OUT', 'to stations']]),
+    choice('type', 'Type', [['', 'every type'], ...Object.keys(KINDS)]),
+    h('label.inline', h('input', {type: 'checkbox', checked: !!state.ui.fold,
+          onchange: event => { state.ui.fold = event.target.checked; touch('ui'); }}),
+      'pairs on one line'),
+    Object.keys(wanted).length > (wanted.message ? 1 : 0) && button('Clear', () => filter(null))));
+  const table = panel(id, ['messages', 'errors'], () => {
+    const other = picked && partners(list, picked), fresh = list.fresh, fold = state.ui.fold;
+    list.fresh = 0;
+    const shown = [];
+    for (let n = rows.length - 1; n >= 0; n--) {
+      const row = rows[n];
+      if (!fold || !row.number || row.type === 'CALL' || row.type === 'SEND' || !partners(list,
+          row).call) shown.push(row);
+    }
+    const own = MESSAGE_COLUMNS.filter(one => !ofStation || one.name !== 'Station');
+    const columns = !fold ? own : own.map(one => one.name !== 'Payload' ? one : {...one,
+        cell: row => {
+      const {answer} = partners(list, row);
+      return [h('span.mono.dim', row.raw.slice(0, 110)), answer && answer !== row && h('span',
+          {class: 'mono ' + (failed(answer) ? 'bad' : 'good')},
+        '  ⇒ ', answer.errorCode || answer.raw.slice(0, 80))];
+    }});
+    return card([bar, h('span.dim.small.grow.nowrap', {role: 'status'}, list.loading && !rows.length
+          ? 'Loading …'
+      : `${digits(rows.length)} of ${plural(Math.max(list.total, rows.length), 'message')}${list.paused ? ', paused' : ', live'}`),
+    button(list.paused ? `Resume · ${digits(list.held.length)} new` : 'Pause', () => pause(list),
+      {'aria-pressed': String(list.paused), title: 'p'}), download('messages', list.filter)],
+        {key: id},
+    grid(id, {rows: shown, tall: true, fresh: fold ? 0 : fresh, label: 'Messages',
+        columns: columns.map(one => one.number ? one : ({...one,
+      cell: row => row.number ? one.cell(row) : one.name === 'Payload' || one.name === 'Message'
+        ? `${row.lost ? plural(row.lost, 'event') : 'Events'} lost here: the connection was slow or gone` : one.name === 'Time' ? clock(row.timestamp, true) : ''})),
+    key: row => row.number || row.id, end: () => { if (list.older && !list.loading) loadOlder(
+        list); },
+    row: row => !row.number ? {class: 'lost'} : {...fold && failed(partners(list, row).answer
+        || row) ? {class: 'failed'} : rowLook(row), open: open(row),
+      ...picked && row.number === picked.number ? {class: 'picked', 'aria-selected': 'true'} : other
+        && (row === other.call || row === other.answer) ? {class: 'partner'} : {}},
+    blank: empty(list.loading ? 'Loading …' : Object.keys(list.filter).length > (ofStation ? 1 : 0)
+      ? ['No message matches, of those that are kept.', button('Clear the filters',
+          () => filter(null))]
+      : 'No message yet: they stand here as they pass.')}));
+  });
+  return [h('div', {class: 'split' + (picked ? ' both' : '')}, table,
+    picked && panel(id + ' one', ['messages', 'errors'], () => messageDetail(picked)))];
+}
+
+const methods = () => [...new Set([...Object.values(state.about?.commands || {}).flat(),
+      ...INCOMING])].sort();
+const INCOMING = ['Authorize', 'BootNotification', 'DataTransfer', 'FirmwareStatusNotification',
+  'Heartbeat', 'LogStatusNotification', 'MeterValues',
+  'NotifyEvent', 'NotifyReport', 'SecurityEventNotification', 'StartTransaction',
+    'StatusNotification', 'StopTransaction', 'TransactionEvent'];
+
+function messageDetail(picked) {
+  const {call, answer} = {...state.list && partners(state.list, picked), ...picked.pair};
+  const two = [call || (!answer || answer.number !== picked.number ? picked : null), answer
+    || null].filter(Boolean);
+  const one = row => h('div.pair', {key: row.number},
+    h('div.bar', pill(KINDS[row.type], failed(row) ? 'bad' : row.type === 'CALL'
+        || row.type === 'SEND' ? 'info' : 'good'),
+      h('b.grow', row.direction === 'IN' ? 'from the station' : 'from the board'),
+        h('span.dim.small', clock(row.timestamp, true))),
+    row.errorCode && h('p.bad', h('b', row.errorCode), ' ', row.errorDescription),
+    findings(row).map(error => h('p.warn', {key: error.id}, '▲ ', h('code', error.details.pointer
+          || '/'), ' ', error.details.text)),
+    pretty(row.raw), h('div.bar', copyButton(() => row.raw, 'Copy JSON'),
+      copyButton(() => frameOf(row), 'Copy frame')));
+  return card([h('h2.grow.cut', picked.method || KINDS[picked.type]), button('✕', closeMessage,
+        {class: 'plain', 'aria-label': 'Close', title: 'Esc'})],
+    {class: 'card aside', key: 'detail', 'aria-label': 'Message'}, h('div.in.stack',
+      facts([['Station', stationLink(picked.identity)], ['Protocol', picked.protocol],
+          ['Record', picked.id],
+        ['Took', call && !answer && call.direction === 'OUT' ? 'no answer yet'
+          : millis(picked.responseTime ?? call?.responseTime)], ['Message id',
+          h('code', picked.messageId)]]),
+      two.map(one)));
+}
+const frameOf = row => row.type === 'CALL' || row.type === 'SEND'
+  ? `[${row.type === 'CALL' ? 2 : 6},${JSON.stringify(row.messageId)},${JSON.stringify(row.method)},${row.raw}]`
+  : failed(row)
+    ? `[${row.type === 'CALLERROR' ? 4 : 5},${JSON.stringify(row.messageId)},${JSON.stringify(row.errorCode)},${JSON.stringify(row.errorDescription || '')},${row.raw}]`
+    : `[3,${JSON.stringify(row.messageId)},${row.raw}]`;
+
+function transactionGrid(id, rows, withStation = true) {
+  return grid(id, {rows, key: keyOf, tall: withStation, label: 'Transactions', row: one =>
+      ({open: to('transactions', keyOf(one), withStation && state.route.query),
+    ...state.route.id === keyOf(one) && {class: 'picked'}}),
+  blank: empty(state.transactions.size ? 'No transaction is so.'
+    : 'No transaction yet: they stand here from a car\'s first charging on.'), columns: [
+    {name: 'Started', width: narrow() ? '7rem' : '9.5rem', leads: true, cell: one =>
+      clock(one.startedAt), sort: one => one.startedAt, down: true},
+    withStation && {name: 'Station', cell: one => [h('div.cut', stationLink(one.identity),
+          h('span.dim', ` ${one.evse}`)),
+      narrow() && h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)], sort: one =>
+        one.identity},
+    {name: 'Status', width: '6.6rem', slim: false, cell: one => pill(one.status, {active: 'info',
+          stopped: 'good', orphan: 'warn', abandoned: 'bad'}[one.status]), sort: one => one.status},
+    {name: 'Id token', width: '12%', slim: false, cell: one => one.idToken || DASH, sort: one =>
+      one.idToken || ''},
+    {name: 'Energy', num: true, width: '7rem', cell: one => [one.estimated && h('span.dim',
+          {title: 'Estimated: its start was not seen, or its meter was reset'}, '≈ '),
+        energy(one.energyWh)], sort: one => one.energyWh || 0, down: true},
+    {name: 'Power', num: true, width: '6.2rem', slim: false, cell: one => one.status === 'active'
+      ? power(one.powerW) : DASH, sort: one => one.powerW || 0, down: true},
+    {name: 'SoC', num: true, width: '4.2rem', slim: false, cell: one => percent(one.soc),
+      sort: one => one.soc || 0, down: true},
+    {name: 'Duration', num: true, width: '6.6rem', cell: one => duration(lasted(one)), sort: lasted,
+      down: true, slim: !withStation},
+    {name: 'Reason', width: '10%', slim: false, cell: one => one.reason || DASH, sort: one =>
+      one.reason || ''}].filter(Boolean)});
+}
+const lasted = one => ((ms(one.stoppedAt) || now()) - ms(one.startedAt)) / 1000;
+
+function transactions() {
+  const wanted = state.route.query, text = (wanted.text || '').toLowerCase(),
+    picked = state.transactions.get(state.route.id);
+  return [heading('Transactions'), h('div', {class: 'split' + (picked ? ' both' : '')},
+    panel('transactions', ['transactions', 'tick'], () => {
+      const rows = [...state.transactions.values()].reverse().filter(one => (!wanted.status
+          || one.status === wanted.status) && (!wanted.identity || one.identity === wanted.identity)
+        && (!text || [one.identity, one.id, one.idToken, one.reason].join('\n').toLowerCase(
+            ).includes(text)));
+      return card(h('div.bar.grow', searchBox('text', 'Search station, id token, id …'),
+          choice('status', 'Status', [['', 'every status'], 'active', 'stopped', 'abandoned',
+              'orphan']),
+        h('span.dim.small.grow', {role: 'status'},
+          `${plural(rows.length, 'transaction')}, ${energy(sum(rows.map(one => one.energyWh)))}`),
+        download('transactions', {status: wanted.status, identity: wanted.identity})),
+          {key: 'transactions'}, transactionGrid('transactions', rows));
+    }),
+    picked && panel('transaction', ['transactions', 'hover', 'tick'],
+      () => card([h('h2.grow.cut', `Transaction ${picked.id}`),
+      button('✕', () => go('transactions', null, wanted), {class: 'plain', 'aria-label': 'Close',
+          title: 'Esc'})], {class: 'card aside', key: 'transaction', 'aria-label': 'Transaction'},
+    h('div.in.stack', facts([['Station', stationLink(picked.identity)],
+          [state.stations.get(picked.identity)?.protocol === 'ocpp1.6' ? 'Connector' : 'EVSE',
+            picked.evse], ['Status', picked.chargingState || picked.status],
+      ['Id token', picked.idToken], ['Started', clock(picked.startedAt)],
+        ['Stopped', clock(picked.stoppedAt)], ['Duration', duration(lasted(picked))],
+      ['Energy', energy(picked.energyWh) + (picked.estimated ? ', estimated' : '')],
+        ['Power', picked.status === 'active' ? power(picked.powerW) : DASH], ['State of charge',
+        percent(picked.soc)],
+      ['Meter at start', energy(picked.meterStart)], ['Meter at stop', energy(picked.meterStop)],
+        ['Reason', picked.reason]]),
+    meterCharts(picked), link(to('messages', null, {identity: picked.identity}),
+      'Messages of this station')))))];
+}
+
+function powerScreen() {
+  return [heading('Power'), panel('power now', ['transactions', 'telemetry', 'hover'], () => {
+    const going = running().filter(one => one.powerW != null).sort((a, b) => b.powerW - a.powerW);
+    const from = now() - 3600e3, recent = [...state.transactions.values()].filter(one =>
+      one.status === 'active' || ms(one.stoppedAt) > from);
+    const lines = recent.slice(-40).map(one => ({name: `${one.identity} ${one.evse}`,
+          end: one.stoppedAt && ms(one.stoppedAt), points: pointsOf(seriesOf(one), point =>
+            point.powerW)}))
+      .filter(line => line.points.length).sort((a, b) => (b.points.at(-1)[1]
+          || 0) - (a.points.at(-1)[1] || 0));
+    const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
+    return card([h('h2.grow', 'Charging power by station, the last hour'),
+        h('b', power(sum(going.map(one => one.powerW))))], {key: 'now'},
+      lines.length ? h('div.in', chart('site', {label: 'Charging power by station', areas: true,
+            format: power, least: 1000, height: 240, lines, from: first, till: now()}))
+        : empty('No car has charged in the last hour: what each station draws is stacked here.'));
+  }), panel('charges', ['smart-charge', 'transactions', 'tick'], () => {
+    const charges = [...state.charges.values()].reverse(), going = charges.filter(one =>
+      one.status !== 'ended');
+    const most = Math.max(...going.map(one => one.allocatedKw), 1),
+      allocated = sum(going.map(one => one.allocatedKw));
+    if (!charges.length) return card('Smart charging', {key: 'charges'},
+      empty(state.about?.smartCharging ? 'It is on, and no car charges.'
+      : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be set by hand, on each station\'s Commands.'));
+    return card([h('h2.grow', 'Smart charging'), !state.about?.smartCharging && pill('switched off',
+          'warn'), h('b', `${power(allocated * 1000)} allocated`)], {key: 'charges'},
+      h('div.in', h('div.meter', {role: 'img', style: {height: '1.1rem'},
+            'aria-label': `Allocated: ${going.map(one => `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')}`},
+        going.map((one, n) => h('i', {key: one.sessionId,
+              title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
+              style: {width: one.allocatedKw / Math.max(allocated, .001) * 100 + '%',
+                background: COLOURS[n % 8]}})))),
+      grid('charges', {rows: charges, key: one => one.sessionId, label: 'Smart charging sessions',
+          columns: [
+        {name: 'Station', width: '16%', cell: one => [stationLink(one.identity), one.evse != null
+            && h('span.dim', ` ${one.evse}`)], sort: one => one.identity},
+        {name: 'Status', width: '9rem', cell: one => pill(one.status, {active: 'good',
+              waiting: 'warn', paused: 'warn', ended: ''}[one.status] ?? 'bad'), sort: one =>
+          one.status},
+        {name: 'Allocated', num: true, width: '7.5rem', cell: one => one.allocatedA != null
+          && one.status !== 'ended' ? `${amperes(one.allocatedA)}, ${power(one.allocatedKw * 1000)}`
+          : power(one.allocatedKw * 1000), sort: one => one.allocatedKw, down: true},
+        {name: '', width: '8rem', slim: false, cell: one => h('div.meter', {'aria-hidden': 'true'},
+            h('i', {style: {width: one.status === 'ended' ? '0' : one.allocatedKw / most * 100
+                  + '%', background: 'var(--accent)'}}))},
+        {name: 'Measured', num: true, width: '6rem', slim: false, cell: one =>
+          amperes(one.measuredA)},
+        {name: 'Why', slim: false, cell: one => h('span', {title: plain(one.reason || '')},
+            one.reason || DASH)},
+        {name: 'Strategy', width: '8rem', slim: false, cell: one => one.strategy.replaceAll('_',
+            ' ')},
+        {name: 'Since', num: true, width: '8rem', slim: false, cell: one => clock(one.startedAt),
+          sort: one => one.startedAt, down: true},
+        {name: 'Changed', num: true, width: '7rem', slim: false, cell: one => ago(one.updatedAt),
+          sort: one => one.updatedAt, down: true}]}));
+  })];
+}
+
+function relay() {
+  const wanted = state.route.query, picked = state.proxied.find(one => one.id === state.route.id);
+  return [heading('Relay'), h('div', {class: 'split' + (picked ? ' both' : '')}, panel('relay',
+        ['proxy'], () => {
+    if (!state.proxied.length) return card('', {key: 'relay'}, empty(state.about?.relay
+        ? 'The relay is on: what it passes to the upstream system, and back, stands here.'
+      : 'The relay is switched off: all stations are served by this board alone.'));
+    const types = [...new Set(state.proxied.map(one => one.type))],
+      rows = state.proxied.filter(one => (!wanted.type || one.type === wanted.type)
+      && (!wanted.identity || one.identity === wanted.identity));
+    return card(h('div.bar.grow', choice('type', 'Type', [['', 'every type'], ...types]),
+        h('span.dim.small', {role: 'status'}, plural(rows.length, 'event'))), {key: 'relay'},
+      grid('relay', {rows, key: one => one.id, tall: true, label: 'Relay', row: one =>
+          ({open: to('relay', one.id, wanted), class: one.type === 'error' || one.type === 'refused'
+              ? 'failed' : ''}), columns: [
+        {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
+        {name: 'Station', width: '15%', cell: one => stationLink(one.identity)},
+        {name: 'What', width: '8rem', cell: one => pill(one.type, {translation: 'info',
+              delivered: 'good', connected: 'good', buffered: 'warn'}[one.type] ?? 'bad')},
+        {name: 'Action', slim: false, cell: one => one.toMethod && one.toMethod !== one.method
+          ? `${one.method} ⇒ ${one.toMethod}` : one.method},
+        {name: 'From', width: '7rem', slim: false, cell: one => one.fromProtocol},
+          {name: 'To', width: '7rem', slim: false, cell: one => one.toProtocol},
+        {name: 'Took', num: true, width: '6rem', slim: false, cell: one => millis(one.latencyMs)},
+        {name: 'Error', width: '20%', slim: false, cell: one => h('span.bad', one.error || '')}]}));
+  }), picked && panel('relayed', ['proxy'],
+    () => card([h('h2.grow.cut',
+      `${picked.method}${picked.toMethod && picked.toMethod !== picked.method ? ' ⇒ ' + picked.toMethod : ''}`),
+    button('✕', () => go('relay', null, wanted), {class: 'plain', 'aria-label': 'Close',
+        title: 'Esc'})], {class: 'card aside', key: 'relayed', 'aria-label': 'Relayed message'},
+  h('div.in.stack', facts([['Station', stationLink(picked.identity)], ['What', picked.type],
+        ['Direction', picked.direction], ['Took', millis(picked.latencyMs)], ['Message id',
+          picked.messageId]]),
+    picked.error && h('p.bad', picked.error), h('div.sides',
+      [[picked.fromProtocol, picked.payload], [picked.toProtocol, picked.translated]].map(
+        ([protocol, payload], n) => h('div', {key: n, class: 'pair'},
+        h('h3', n ? 'Translated' : 'Original', h('span.dim', ` · ${protocol || DASH}`)),
+          payload == null ? h('p.dim', 'none') : pretty(JSON.stringify(payload))))))))) ];
+}
+
+const RANGES = [[5, '5 min'], [15, '15 min'], [60, '1 h'], [0, 'all']];
+function telemetry() {
+  const range = state.ui.range ?? 15;
+  const part = (id, title, props, lines) => h('div', {key: id}, h('h3', title),
+    chart(id, {label: title, height: 150, ...props, lines}));
+  return [heading('Telemetry', h('div.tabs', {role: 'group', 'aria-label': 'Time shown'},
+        RANGES.map(([minutes, text]) =>
+    button(text, () => { state.ui.range = minutes; touch('ui'); },
+      {key: text, 'aria-pressed': String(range === minutes)})))),
+  panel('telemetry', ['telemetry', 'hover'], () => {
+    const from = range ? now() - range * 60000 : -Infinity, samples = state.samples.filter(one =>
+      ms(one.timestamp) >= from), last = sample();
+    const line = (name, value) => ({name, points: samples.map(one => [ms(one.timestamp),
+            value(one)])});
+    if (samples.length < 2) return card('', {key: 'none'},
+      empty('The first samples are on their way.'));
+    const errors = {name: 'Errors', points: samples.map((one, n) => [ms(one.timestamp),
+          n ? Math.max(0, one.errorCount - samples[n - 1].errorCount) : 0])};
+    return h('div.stack', {key: 'charts'}, card('', null, h('div.in.top',
+          facts([['Messages', digits(last.totalMessages)], ['Stations online',
+                `${digits(last.connectionCount)}, ${digits(last.peakConnections)} at most`],
+      ['Streams', digits(last.streams)], ['Processor', `${percent(last.cpuPercent, 1)} of a core`],
+        ['Loop lag', millis(last.loopLagMs)], ['Memory', bytes(last.memoryUsage.rss)],
+      ['Processor of the host', percent(last.host?.cpuPercent)], ['Its memory in use',
+        percent(last.host?.memoryPercent)], ['Its disk in use', percent(last.host?.diskPercent)],
+      ['Uptime', duration(last.uptimeSeconds)]]))),
+    card('', null, h('div.in.top.cols',
+      part('rate', 'Messages per second', {format: value => digits(value, 1)},
+        [line('Messages', one => one.messagesPerSecond)]),
+      part('latency', 'Time to answer', {format: millis}, [line('Mean', one => one.avgLatencyMs)]),
+      part('online', 'Stations online', {least: 3}, [line('Stations', one => one.connectionCount)]),
+      part('errors', 'Errors', {least: 3}, [errors]),
+      part('kw', 'Charging power', {format: power, least: 1000},
+        [line('Power', one => one.powerW)]),
+      part('memory', 'Memory', {format: bytes, least: 1e6},
+        [line('Resident', one => one.memoryUsage.rss), line('Private',
+            one => one.memoryUsage.heapUsed)]),
+      part('cpu', 'Processor, of one core', {format: value => percent(value), least: 10},
+        [line('Board', one => one.cpuPercent), line('Host', one => one.host?.cpuPercent)]),
+      part('lag', 'Loop lag', {format: millis, least: 10}, [line('Lag', one => one.loopLagMs)]))));
+  })];
+}
+
+// Events of one kind in a table; one that is picked shows its details beside it.
+function eventGrid(id, rows, kind, blank, more = []) {
+  const picked = rows.find(one => one.id === state.route.query.event);
+  return h('div', {class: 'split' + (picked ? ' both' : ''), key: id}, card(h('div.bar.grow', more,
+        h('span.dim.small', {role: 'status'}, plural(rows.length, 'event'))), {key: 'list'},
+    grid(id, {rows, key: one => one.id, tall: true, label: 'Events', blank: empty(blank),
+      row: one => ({open: to(state.route.screen, state.route.id || null, {...state.route.query,
+              event: one.id}), class: one === picked ? 'picked' : ''}), columns: [
+        {name: 'Time', width: narrow() ? '6.2rem' : '9rem', leads: true, cell: one =>
+          clock(one.timestamp)},
+        kind === 'severity' && {name: 'Severity', width: '6rem', cell: one => pill(one.severity,
+            {low: '', medium: 'warn'}[one.severity] ?? 'bad'), sort: one => ['low', 'medium',
+            'high', 'critical'].indexOf(one.severity), down: true},
+        {name: kind === 'type' ? 'Type' : 'Category', width: '13rem', slim: false, cell: one =>
+          one.category || one.type, sort: one => one.category || one.type},
+        {name: 'Station', width: '16%', slim: false, cell: one => one.identity
+          && one.identity !== 'UNKNOWN' ? stationLink(one.identity) : h('span.dim', one.details.ip
+            || DASH), sort: one => one.identity},
+        {name: 'What happened', cell: one => h('span', {title: plain(one.message)},
+            one.message)}].filter(Boolean)})),
+  picked && card([h('h2.grow.cut', picked.category || picked.type),
+      button('✕', () => filter({event: ''}), {class: 'plain', 'aria-label': 'Close',
+          title: 'Esc'})],
+    {class: 'card aside', key: 'event', 'aria-label': 'Event'}, h('div.in.stack',
+      h('p', picked.message), facts([['Time', clock(picked.timestamp, true)],
+          ['Station', stationLink(picked.identity)],
+      ...picked.severity ? [['Severity', picked.severity]] : [], ['Record', picked.id]]),
+    picked.details.raw != null && [h('h3', 'Raw'), h('pre.json.mono', {tabindex: 0,
+          'aria-label': 'Raw text'}, picked.details.raw)],
+    pretty(JSON.stringify({...picked.details, raw: undefined})),
+    picked.details.messageId && link(to('messages', null, {identity: picked.identity,
+          text: picked.details.messageId}), 'Show the message'))));
+}
+
+function security() {
+  const wanted = state.route.query;
+  return [heading('Security'), panel('knocking', ['knocking', 'tick'],
+      () => card([h('h2.grow', 'Knocking'), h('span.dim.small',
+            'who was refused, and what would work')], {key: 'knocking'},
+    state.knocking.length ? h('div.grid', {tabindex: 0, role: 'region', 'aria-label': 'Knocking'},
+      h('table.plain', h('thead', h('tr', ['From', 'Asked for', 'Refused', 'Times', 'Last',
+              'Would work'].map(one => h('th', {key: one, scope: 'col'}, one)))),
+      h('tbody', state.knocking.slice(0, 50).map((one, n) => h('tr', {key: n}, h('td', one.ip),
+            h('td', h('code', one.path)),
+        h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
+          h('td.nowrap', ago(one.lastAt)),
+        h('td', one.url && h('span.url', h('code', one.url), copyButton(one.url))))))))
+      : empty('Nobody was refused. A charger that does not appear here, nor under Stations, does not reach this host: look at its address, port and network.', ...howToConnect()))),
+  panel('security', ['security'], () => eventGrid('security', state.security.filter(one =>
+        (!wanted.severity || one.severity === wanted.severity) && (!wanted.category
+          || one.category === wanted.category)),
+    'severity', 'No security event.', [h('h2', 'Security events'), choice('severity', 'Severity',
+        [['', 'every severity'], 'low', 'medium', 'high', 'critical']),
+      choice('category', 'Category', [['', 'every category'], ...new Set(state.security.map(one =>
+              one.category))])]))];
+}
+
+function events() {
+  const wanted = state.route.query, system = state.route.id === 'system', all = system
+    ? state.system : state.errors, kind = system ? 'type' : 'category';
+  const rows = all.filter(one => (!wanted.identity || one.identity === wanted.identity)
+    && (!wanted.kind || one[kind] === wanted.kind));
+  return [heading('Events', h('nav.tabs', {'aria-label': 'Kind of event'}, [['', 'Errors'],
+          ['system', 'System']].map(([id, text]) => h('a.btn', {key: id, href: '#/' + to('events',
+                id || null),
+    'aria-current': id === state.route.id ? 'page' : null}, text)))),
+  panel('events', ['errors', 'system'], () => eventGrid('events' + state.route.id, rows, kind,
+      system ? 'No event yet.' : 'No error: stations and board understand each other.', [
+    choice('kind', 'Kind', [['', 'every kind'], ...new Set(all.map(one => one[kind]))]),
+    wanted.identity && h('span.pill.info', h('bdi', wanted.identity),
+      button('✕', () => filter({identity: ''}), {class: 'plain',
+          'aria-label': 'Every station'}))]))];
+}
+
+const KEYS = [['/', 'search'], ['g o', 'Overview'], ['g s', 'Stations'], ['g m', 'Messages'],
+  ['g t', 'Transactions'], ['g p', 'Power'], ['g r', 'Relay'], ['g l', 'Telemetry'],
+  ['g k', 'Security and knocking'],
+  ['g e', 'Events'], ['p', 'pause and resume the messages'], ['j  k', 'next and previous message'],
+    ['Esc', 'close, clear, leave a field'], ['?', 'this page']];
+function help() {
+  return [heading('Help'), h('div.cols', card('Connect a charger', {key: 'connect'},
+        h('div.in.stack', howToConnect(),
+          facts([['OCPP', (state.about?.protocols || []).map(one => one.slice(4)).join(', ')],
+    ['Who may connect', {any: 'any station', listed: 'stations of the configuration',
+        ask: 'any, once approved here'}[state.about?.accept]], ['Checked against the schemas',
+      state.about?.validated ? 'yes' : 'no: install ocpp and fastjsonschema'],
+      ['Version', state.about?.version]]))),
+  card('Keys', {key: 'keys'}, h('div.in', h('table.plain', h('tbody', KEYS.map(([key, text]) =>
+            h('tr', {key}, h('td', {style: {width: '6rem'}}, h('kbd', key)), h('td', text)))))))),
+  panel('api', ['api'], () => card([h('h2.grow', 'API'), h('a', {href: '/api/openapi.json'},
+          'OpenAPI')], {key: 'api'}, state.ui.api ? h('div.grid', {tabindex: 0, role: 'region',
+          'aria-label': 'API'}, h('table.plain', h('tbody', null,
+    Object.entries(state.ui.api.paths).flatMap(([at, methods]) =>
+      Object.entries(methods).map(([method, one]) => h('tr', {key: method + at},
+          h('td', h('code', `${method.toUpperCase()} ${at}`)), h('td', one.summary)))))))
+    : empty('Loading …')))];
+}
+
+function login() {
+  const token = state.mode === 'token';
+  const send = async event => {
+    event.preventDefault();
+    const fields = Object.fromEntries(new FormData(event.target));
+    state.problem = '';
+    state.ui.busy = true;
+    touch('all');
+    await logIn(fields);
+    state.ui.busy = false;
+    touch('all');
+  };
+  return h('main.start', {key: 'login'}, h('h1', 'ocppboard'), h('form.card', {onsubmit: send},
+      h('div.in.top.stack',
+    token ? h('label', 'Token', h('input', {name: 'token', type: 'password', required: true,
+          autocomplete: 'current-password', made: node => setTimeout(() => node.focus())}))
+      : [h('label', 'Name', h('input', {name: 'username', required: true, autocomplete: 'username',
+              made: node => setTimeout(() => node.focus())})),
+        h('label', 'Password', h('input', {name: 'password', type: 'password', required: true,
+              autocomplete: 'current-password'}))],
+    h('p.bad', {role: 'alert'}, state.problem || null), h('button.btn.main-act',
+      {disabled: !!state.ui.busy}, state.ui.busy ? 'One moment …' : 'Log in'),
+    token && h('p.dim.small',
+      'The board prints a link with the token when it starts; a fixed one stands in its configuration, auth.token.'))));
+}
+
+// --- Where we are ---------------------------------------------------------------------------
+// The part after # names the screen, what is open on it, and its filters; a link can be shared.
+
+const ICONS = {
+  overview: 'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z',
+    stations: 'M5 21V5a2 2 0 0 1 2-2h6a2 2 0 0 1 2 2v16M3 21h14M8 8h4M15 11h2a2 2 0 0 1 2 2v3a1.500 1.500 0 0 0 3 0V9l-3-3',
+  messages: 'M4 7h13l-3-3M20 17H7l3 3', transactions: 'M13 2 5 13h6l-1 9 8-12h-6z',
+    power: 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16',
+  relay: 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8', telemetry: 'M3 12h4l3-8 4 16 3-8h4',
+    security: 'M12 3l8 3v6c0 5-3.500 8-8 9-4.500-1-8-4-8-9V6z',
+  events: 'M12 3 2 20h20zM12 10v4M12 17v.5',
+    help: 'M9 9a3 3 0 1 1 4.500 2.600c-1 .6-1.500 1.200-1.500 2.400M12 17.500v.5M12 2a10 10 0 1 0 0 20 10 10 0 0 0 0-20',
+};
+const SCREENS = {
+  overview: ['Overview', overview, 'o'], stations: ['Stations', () => state.route.id ? station()
+    : stations(), 's'], messages: ['Messages', () => [heading('Messages'),
+      ...messageList('messages')], 'm'],
+  transactions: ['Transactions', transactions, 't'], power: ['Power', powerScreen, 'p'],
+    relay: ['Relay', relay, 'r'], telemetry: ['Telemetry', telemetry, 'l'],
+  security: ['Security', security, 'k'], events: ['Events', events, 'e'], help: ['Help', help, 'h'],
+};
+const COUNTS = {stations: () => sample().connectionCount, transactions: () => running().length,
+  events: () => 0};
+
+function go(screen, id, fields) { location.hash = '#/' + to(screen, id, fields); }
+
+// Change filters of the screen; the address follows, without a step back for each letter.
+function filter(changes) {
+  const {screen, id, tab} = state.route, kept = changes ? {...state.route.query, ...changes} : {};
+  const at = to(screen, id || null) + (tab && tab !== 'now' ? '/' + tab : '') + (query(kept)
+    ? '?' + query(kept) : '');
+  history.replaceState(null, '', '#/' + at);
+  arrive();
+}
+
+function arrive() {
+  const [place, fields] = location.hash.replace(/^#\/?/, '').split('?');
+  const [name, id = '', tab = 'now'] = place.split('/').map(
+    part => { try { return decodeURIComponent(part); } catch { return part; } });
+  const screen = SCREENS[name] ? name : 'overview', before = state.route;
+  const route = state.route = {screen, id, tab: TABS[tab] ? tab : 'now',
+    query: Object.fromEntries(new URLSearchParams(fields)), message: null};
+  if (screen !== before.screen || id !== before.id && screen === 'stations'
+    || route.tab !== before.tab) {
+    cache.clear();
+    state.hover = null;
+    scrollTo(0, 0);
+    if (state.session) after.push(() => {
+      document.querySelector('main')?.focus({preventScroll: true});
+      document.querySelector('.nav [aria-current]')?.scrollIntoView({block: 'nearest',
+          inline: 'center'});
+    });
+  }
+  const ofStation = screen === 'stations' && id, wantsList = screen === 'messages' || ofStation;
+  const {identity, method, direction, type, text} = route.query;
+  const wanted = Object.fromEntries(Object.entries({identity: ofStation ? id : identity, method,
+        direction, type, text}).filter(([, value]) => value));
+  if (!wantsList) state.list = null;
+  else if (!state.list || !same(state.list.filter, wanted)) openSoon(wanted);
+  const messageId = ofStation ? route.query.message : screen === 'messages' && id;
+  if (messageId) showMessage(messageId, before.message);
+  if (screen === 'help' && !state.ui.api && state.session) attempt(
+    async () => { state.ui.api = await get('/api/openapi.json'); touch('all'); });
+  document.title = `${route.id && screen === 'stations' ? plain(id) : SCREENS[screen][0]} · ocppboard`;
+  touch('all');
+}
+
+let opening = 0;
+function openSoon(wanted) {                        // while one types, the list waits a moment
+  clearTimeout(opening);
+  const quick = !state.list || state.list.filter.text === wanted.text;
+  if (!state.list) state.list = {filter: {}, rows: [], held: [], pairs: new Map(), total: 0,
+    loading: true, fresh: 0};
+  const open = () => { openList(wanted); touch('all'); };
+  if (!state.session) return;
+  if (quick) open(); else opening = setTimeout(open, 250);
+}
+
+// Find the message that is to be open: on the list, else on the board; its partner as well.
+async function showMessage(id, before) {
+  const {route} = state, wanted = number({id: /\d+$/.test(id) ? id : 'x0'});
+  const known = state.list?.rows.find(row => row.number === wanted) || (before?.number === wanted
+    ? before : null);
+  route.message = known;
+  if (known?.pair || !state.session) return;
+  await attempt(async () => {
+    const {data, text} = await ask('GET', path('messages', id));
+    const row = streamedRow(data, text), {data: both} = await ask('GET', '/api/messages?'
+      + query({identity: row.identity, messageId: row.messageId}));
+    row.pair = {};
+    for (const one of both) {
+      const other = number(one) === row.number ? row : parsedRow(one);
+      row.pair[one.type === 'CALL' || one.type === 'SEND' ? 'call' : 'answer'] ??= other;
+    }
+    if (state.route === route) route.message = row;
+    touch('all');
+  });
+}
+
+function closeMessage() {
+  const {screen, id, query: fields} = state.route;
+  if (screen === 'messages') go('messages', null, fields); else filter({message: ''});
+}
+
+// --- Drawing --------------------------------------------------------------------------------
+// Once a frame, what data touched some eight times a second at most, and nothing while hidden.
+
+const dirty = new Set(), after = [];
+const AT_ONCE = new Set(['ui', 'all', 'hover', 'scroll', 'notice', 'live', 'answers']);
+const PAUSE_MS = 125;
+let frame = 0, timer = 0, drawnAt = 0;
+function touch(topic) {
+  dirty.add(topic);
+  if (document.hidden || frame) return;
+  const pause = AT_ONCE.has(topic) ? 0 : drawnAt + PAUSE_MS - performance.now();
+  if (timer && pause > 0) return;
+  clearTimeout(timer);
+  timer = 0;
+  if (pause > 0) timer = setTimeout(() => { timer = 0; frame = requestAnimationFrame(draw); },
+    pause);
+  else frame = requestAnimationFrame(draw);
+}
+
+function draw() {
+  frame = 0;
+  drawnAt = performance.now();
+  const root = document.getElementById('board');
+  if (state.session === null) patch(root, [login(), notices()]);
+  else if (state.session) {
+    const [, screen] = SCREENS[state.route.screen];
+    const shown = screen();
+    patch(root, [h('div.app', {key: 'app'}, header(), navigation(),
+      h('main.main', {id: 'main', tabindex: -1}, shown)), notices(), question()].filter(Boolean));
+  }
+  dirty.clear();
+  for (const work of after.splice(0)) work();
+}
+
+function header() {
+  return panel('header', ['live', 'tick'], () => {
+    const {status, since: from} = state.live;
+    return h('header.head', h('a.brand', {href: '#/overview'}, h('svg', {viewBox: '0 0 16 16',
+            'aria-hidden': 'true'},
+      h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
+        h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})), 'ocppboard'),
+    h('span', {class: 'live ' + status, role: 'status'}, status === 'on' ? 'live'
+      : status === 'connecting' ? 'connecting …'
+      : ['reconnecting, no connection since ',
+        clock(new Date(from + state.clockOff).toISOString())]),
+    h('span.grow'),
+    h('select', {'aria-label': 'Colours', value: theme(), onchange: event =>
+        setTheme(event.target.value)}, [['system', 'Auto'], ['light', 'Light'],
+        ['dark', 'Dark']].map(([value, text]) => h('option', {key: value, value}, text))),
+    state.mode !== 'none' && button('Log out', logOut,
+      {title: `Logged in as ${plain(state.session.user?.name)}`}));
+  });
+}
+
+function navigation() {
+  return panel('nav', ['telemetry', 'transactions'], () => h('nav.nav', {'aria-label': 'Screens'},
+      Object.entries(SCREENS).map(([name, [text, , key]]) => {
+    const count = COUNTS[name]?.();
+    return h('a', {key: name, href: '#/' + name, 'aria-current': state.route.screen === name
+        ? 'page' : null, title: `g ${key}`},
+      h('svg', {viewBox: '0 0 24 24', fill: 'none', stroke: 'currentColor', 'stroke-width': 2,
+          'stroke-linejoin': 'round', 'stroke-linecap': 'round', 'aria-hidden': 'true'},
+        h('path', {d: ICONS[name]})),
+      text, count ? h('span.count', digits(count)) : null);
+  })));
+}
+
+const notices = () => h('div.notices', {role: 'status', 'aria-live': 'polite', key: 'notices'},
+  state.notices.map(one =>
+  h('div', {class: 'notice ' + one.kind, key: one.key}, h('span.grow', one.text),
+    button('✕', () => { state.notices = state.notices.filter(other => other !== one); touch(
+          'notice'); }, {class: 'plain', 'aria-label': 'Dismiss'}))));
+
+function question() {
+  const {confirm} = state;
+  return confirm && h('dialog', {key: confirm.title, made: node => after.push(() =>
+        node.showModal()), oncancel: () => confirm.done(false), 'aria-labelledby': 'question'},
+    h('h2', {id: 'question'}, confirm.title), h('p', confirm.text), h('div.bar', button('Cancel',
+        () => confirm.done(false)),
+      button(confirm.yes, () => confirm.done(true), {class: 'danger'})));
+}
+
+// --- Colours, keys --------------------------------------------------------------------------
+
+const stored = (name, value) => {
+  try { return value === undefined ? localStorage.getItem(name) : localStorage.setItem(name,
+      value); } catch { return null; }
+};
+const theme = () => stored('theme') || 'system';
+const darkRule = [...document.styleSheets[0].cssRules].find(rule =>
+  rule.media?.mediaText.includes('color-scheme'));
+function setTheme(name) {
+  stored('theme', name);
+  darkRule.media.mediaText = {dark: 'all', light: 'not all'}[name]
+    || '(prefers-color-scheme: dark)';
+  touch('all');
+}
+
+let prefix = 0;
+function pressed(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || !state.session || state.confirm) return;
+  const typing = event.target.matches?.('input, textarea, select'), {key} = event;
+  if (key === 'Escape') {
+    const {screen, query: fields} = state.route;
+    if (typing) event.target.blur();
+    else if (state.route.message) closeMessage();
+    else if (fields.event) filter({event: ''});
+    else if (state.route.id && (screen === 'transactions' || screen === 'relay')) go(screen, null,
+      fields);
+    return;
+  }
+  if (typing) return;
+  const jump = Date.now() - prefix < 1500 && Object.entries(SCREENS).find(([, [, , letter]]) =>
+    letter === key);
+  prefix = key === 'g' ? Date.now() : 0;
+  if (jump) go(jump[0]);
+  else if (key === '/') { document.querySelector('[data-search]')?.focus(); event.preventDefault(
+      ); }
+  else if (key === '?') go('help');
+  else if (key === 'p' && state.list) pause(state.list);
+  else if ((key === 'j' || key === 'k') && state.list?.rows.length) step(key === 'j' ? -1 : 1);
+}
+
+// Open the message below (older) or above (newer) the one that is open.
+function step(by) {
+  const {list, route} = state, at = route.message ? list.rows.findIndex(row =>
+    row.number === route.message.number) : list.rows.length;
+  const next = list.rows[at + by];
+  if (!next?.number) return;
+  if (route.screen === 'messages') location.hash = '#/' + to('messages', next.id,
+    route.query); else filter({message: next.id});
+}
+
+// --- Logging in, and the start --------------------------------------------------------------
+
+// True with a session, false when one must log in, null when the board does not answer.
+async function signIn() {
+  let session;
+  try { session = await get('/api/auth/session'); } catch { return null; }
+  state.mode = session.authMode;
+  if (!session.authenticated) signedOut(); else state.session = session;
+  return session.authenticated;
+}
+
+async function logIn(fields) {
+  try {
+    state.session = (await ask('POST', '/api/auth/login', fields)).data;
+    state.problem = '';
+    begin();
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    state.problem = error.status === 401 ? state.mode === 'token' ? 'This token is wrong.'
+      : 'Name or password is wrong.'
+      : error.status === 429 ? 'Too many wrong ones: wait some minutes.' : error.message;
+  }
+}
+
+function signedOut(text = state.session
+  ? 'The session has ended: log in again, all is as you left it.' : '') {
+  source?.close();
+  clearTimeout(retry);
+  state.problem = text;
+  state.session = null;
+  touch('all');
+}
+
+async function logOut() {
+  await attempt(() => ask('POST', '/api/auth/logout'));
+  lastId = '';
+  state.loaded = false;
+  signedOut('');
+}
+
+function begin() {
+  state.session.user ??= {name: ''};
+  connect();
+  arrive();
+}
+
+async function start() {
+  setTheme(theme());
+  const token = new URLSearchParams(location.hash.slice(1)).get('token');
+  if (token) history.replaceState(null, '', location.pathname);
+  const signed = await signIn();
+  if (signed === true) return begin();
+  if (signed === null) { setTimeout(start, 3000); return; }
+  if (token && state.mode === 'token') await logIn({token});
+  touch('all');
+}
+
+addEventListener('hashchange', arrive);
+addEventListener('keydown', pressed);
+addEventListener('resize', () => touch('ui'));
+document.addEventListener('visibilitychange',
+  () => { if (!document.hidden) { watch(); touch('all'); } });
+setInterval(watch, 1000);
+start();
 """
 
 
-def page_document() -> str:
-    """PAGE with its style and the table of ROUTES."""
-    rows = "".join(f"<tr><td>{_route_cell(route)}<td>{route.text}" for route in ROUTES)
-    return PAGE.replace("<style>", f"<style>{STYLE}").replace("<table>", f"<table>{rows}")
+def page_document() -> bytes:
+    """PAGE with its style and script."""
+    return PAGE.replace("<style>", f"<style>{STYLE}").replace(
+        "<script>", f"<script>{SCRIPT}").encode()
 
 
-def _route_cell(route: Route) -> str:
-    linked = route.method == "GET" and ":" not in route.path
-    path = f'<a href="{route.path}">{route.path}</a>' if linked else route.path
-    return f"{route.method} {path}"
+def _source(text: str) -> str:
+    """How a content security policy names a script or style within the page (CSP 3, 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 DOCUMENT = page_document()
-STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-PAGE_POLICY = (f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; "
-               "form-action 'none'; frame-ancestors 'none'")
+COMPRESSED = gzip.compress(DOCUMENT, 9, mtime=0)
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Vary": "Accept-Encoding",
+    "Etag": f'W/"{hashlib.sha256(DOCUMENT).hexdigest()[:32]}"',
+    "Content-Security-Policy": (
+        f"default-src 'none'; script-src {_source(SCRIPT)}; style-src {_source(STYLE)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"),
+}
 
 
-async def get_page(api: Api) -> None:
-    """The page; with ?token= a login first, and the token leaves the address bar."""
-    fetch = api.request.headers.get
-    if api.query["token"] and fetch("Sec-Fetch-Site") == "cross-site" and (
-            fetch("Sec-Fetch-Dest") != "document"):      # a link is fine; an image's guesses would
-        raise Forbidden("Cross-origin request")          # lock the address out
-    if api.query["token"] is not None and api.config.auth.mode == "token":
-        session = await api.daemon.access.login({"token": api.query["token"]},
-                                                api.request.remote_ip)
-        api.set_session_cookie(session)
-        api.redirect("/")
+def get_page(api: Api) -> None:
+    """The page; it logs in by itself, with the token of its fragment or what is typed in."""
+    for name, value in PAGE_HEADERS.items():
+        api.set_header(name, value)
+    if api.check_etag_header():
+        api.set_status(304)
+        api.finish()
         return
-    api.set_header("Content-Type", "text/html; charset=utf-8")
-    api.set_header("Content-Security-Policy", PAGE_POLICY)
-    api.finish(DOCUMENT)
+    document = DOCUMENT
+    if "gzip" in api.request.headers.get("Accept-Encoding", ""):
+        document = COMPRESSED
+        api.set_header("Content-Encoding", "gzip")
+    api.finish(document)
 
 
-PAGE_ROUTE = Route("GET", "/", get_page, "text/html",
-                   (Parameter("token", {"type": "string"}, "Logs in"),), public=True)
+PAGE_ROUTE = Route("GET", "/", get_page, "text/html", public=True)
 
 
 # --- Simulator ----------------------------------------------------------------------------
@@ -5355,7 +7825,7 @@ def tell_start(daemon: Daemon) -> None:
         log.warning('Anyone who reaches the board may use it (auth.mode = "none")')
     address = config.server.address
     host = "localhost" if address in EVERY_ADDRESS else _in_url(address)
-    token = f"?token={access.made_token}" if access.made_token else ""
+    token = f"#token={access.made_token}" if access.made_token else ""
     for name in config.ignored:
         log.warning("%s is of no section and ignored", name)
     with contextlib.suppress(OSError):                   # nobody reads it, or the disk is full

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["tornado>=6.2", "psutil>=5.9", "pytest", "hypothesis", "ocpp>=2.0",
-#                 "fastjsonschema", "websockets>=13"]
+#                 "fastjsonschema", "websockets>=13", "playwright", "axe-playwright-python"]
 # ///
 """Tests of ocppboard, in the order of its sections. What has no I/O is tested without a loop;
 the edges run over a loopback socket, against stations and clients that are not ours."""
@@ -13,12 +13,14 @@ import bisect
 import contextlib
 import csv
 import functools
+import gzip
 import inspect
 import io
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -37,8 +39,10 @@ import ocpp.v21
 import ocpp.v201
 import pytest
 import websockets
+from axe_playwright_python.async_playwright import Axe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient
 
 import ocppboard
@@ -2892,30 +2896,691 @@ async def test_approval_on_the_board_triggers_a_boot(site):
 
 
 @live()
-async def test_the_page_is_safe_and_names_the_api(site):
+async def test_the_page_is_safe_small_and_kept_by_browsers(site):
     status, text, headers = await site.fetch("/", token=None)
-    assert status == 200 and text.startswith("<!doctype html>")
-    assert all(route.path in text for route in ROUTES)
+    assert status == 200 and text.startswith("<!doctype html>") and "Content-Encoding" not in headers
     policy = headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-    style = re.search(r"<style>(.*)</style>", text, re.S)[1]
-    digest = base64.b64encode(ocppboard.hashlib.sha256(style.encode()).digest()).decode()
-    assert f"'sha256-{digest}'" in policy and "<script" not in text and "style=" not in text
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+        source, = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+        digest = base64.b64encode(ocppboard.hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    assert "style=" not in text.split("<style>")[0] + text.split("</style>")[1].split("<script>")[0]
     assert headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
+    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "https://"):
+        assert word not in ocppboard.SCRIPT, word
+    status, _, again = await site.fetch("/", token=None, headers={"If-None-Match": headers["Etag"]})
+    assert status == 304 and again["Etag"] == headers["Etag"]
+    packed = await site.client.fetch(f"http://127.0.0.1:{site.port}/", decompress_response=False,
+                                     headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert packed.headers["Vary"] == "Accept-Encoding" and len(packed.body) < 80_000
+    assert gzip.decompress(packed.body).decode() == text
+
+
+def test_the_page_has_a_key_for_every_event():
+    table = re.search(r"^const on = \{\n(.*?)^\};", ocppboard.SCRIPT, re.S | re.M)[1]
+    keys = set(re.findall(r"^  '?([\w-]+)'?\(", table, re.M))
+    assert keys == {*TOPICS.values(), "connected", "heartbeat", "gap"}
+
+
+class Look:
+    """A page of a real browser, and what went wrong in it."""
+
+    FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-component-update "
+             "--disable-background-networking --disable-sync").split()
+
+    def __init__(self, page, site):
+        self.page, self.site, self.wrong, self.dialogs = page, site, [], []
+        page.on("console", lambda m: m.type == "error" and self.wrong.append(m.text))
+        page.on("pageerror", lambda error: self.wrong.append(f"uncaught: {error}"))
+        page.on("request", self._asked)
+        page.on("dialog", lambda dialog: self.wrong.append(f"a dialog: {dialog.message}"))
+
+    def _asked(self, request):
+        if not request.url.startswith((f"http://127.0.0.1:{self.site.port}/", "data:")):
+            self.wrong.append(f"a request to {request.url}")
+
+    async def go(self, screen):
+        await self.page.evaluate("to => { location.hash = '#/' + to }", screen)
+
+    async def sees(self, text, within="body"):
+        await expect(self.page.locator(within).first).to_contain_text(text)
+
+    async def click(self, name, role="button"):
+        await self.page.get_by_role(role, name=name, exact=True).first.click()
+
+    async def count(self, selector):
+        return await self.page.locator(selector).count()
+
+
+def browser_path():
+    """A Chromium of the system, or None for the one that Playwright has installed."""
+    names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextlib.asynccontextmanager
+async def looking(site, at="/#token=t0ken", expected=(), width=1440, height=900, **options):
+    """Open the board in a browser; in the end nothing may have gone wrong but what is expected."""
+    async with async_playwright() as playwright:
+        path = browser_path()
+        if not path and not os.path.exists(playwright.chromium.executable_path):
+            pytest.fail("no browser: apt install chromium, or: playwright install chromium",
+                        pytrace=False)
+        browser = await playwright.chromium.launch(executable_path=path, args=Look.FLAGS)
+        context = await browser.new_context(viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(10_000)
+        look = Look(await context.new_page(), site)
+        await look.page.goto(f"http://127.0.0.1:{site.port}{at}")
+        if "token=" in at and not expected:
+            await look.sees("live", ".live")
+        yield look
+        await browser.close()
+        wrong = [text for text in look.wrong if not any(word in text for word in expected)]
+        assert not wrong, wrong
 
 
 @live()
-async def test_the_printed_address_logs_in(site):
-    status, _, headers = await site.fetch("/?token=t0ken", token=None)
-    assert status == 302 and headers["Location"] == "/"
-    cookie = headers["Set-Cookie"].split(";")[0]
-    assert (await site.fetch("/api/overview", token=None, headers={"Cookie": cookie}))[0] == 200
-    assert (await site.fetch("/?token=wrong", token=None))[0] == 401
-    foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}
+async def test_the_printed_link_logs_in_and_leaves_no_token_behind(site):
+    async with looking(site) as look:
+        await look.sees("Stations online")
+        assert "t0ken" not in look.page.url
+        await look.click("Log out")
+        await look.sees("Log in")
+        assert not site.daemon.access._sessions
+        assert "Stations online" not in await look.page.inner_text("body")
+        await look.page.reload()
+        await look.sees("Log in")
+
+
+@live()
+async def test_a_wrong_token_says_so_and_the_right_one_goes_where_one_wanted(site):
+    async with looking(site, "/#/telemetry", expected=["401"]) as look:
+        await look.page.get_by_label("Token").fill("guess")
+        await look.click("Log in")
+        await look.sees("This token is wrong.", "[role=alert]")
+        await look.page.get_by_label("Token").fill("t0ken")
+        await look.page.keyboard.press("Enter")
+        await look.sees("Telemetry", "h1")
+
+
+@live(auth_mode="credentials", auth_password="geheim")
+async def test_name_and_password_log_in(site):
+    async with looking(site, "/", expected=["401"]) as look:
+        await look.page.get_by_label("Name").fill("admin")
+        await look.page.get_by_label("Password").fill("wrong")
+        await look.click("Log in")
+        await look.sees("Name or password is wrong.")
+        await look.page.get_by_label("Password").fill("geheim")
+        await look.click("Log in")
+        await look.sees("Overview", "h1")
+
+
+@live(auth_session_ttl_seconds=60, sse_heartbeat_ms=300)
+async def test_a_session_that_expires_asks_again_and_goes_on_where_it_was(site):
+    async with looking(site, expected=["403", "401"]) as look:
+        await look.go("messages?method=Heartbeat")
+        await look.sees("No message matches")
+        session, = site.daemon.access._sessions.values()
+        session.expires_at = 0.0
+        await look.sees("The session has ended")
+        await look.page.get_by_label("Token").fill("t0ken")
+        await look.click("Log in")
+        await look.sees("Messages", "h1")
+        await exchange(await site.station(), "Heartbeat", {})
+        await look.sees("Heartbeat", "tbody")
+        assert await look.page.get_by_label("Action").input_value() == "Heartbeat"
+
+
+@live(auth_mode="none")
+async def test_an_empty_board_says_what_to_do_next(site):
+    async with looking(site, "/") as look:
+        await look.sees(f"ws://127.0.0.1:{site.ocpp_port}/ocpp/‹identity›")
+        await look.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await look.click("Copy")
+        await look.sees("Copied", ".notices")
+        copied = await look.page.evaluate("navigator.clipboard.readText()")
+        assert copied == f"ws://127.0.0.1:{site.ocpp_port}/ocpp/"
+        assert await look.count("text=Log out") == 0
+        await look.go("power")
+        await look.sees("Smart charging is switched off")
+        await look.go("relay")
+        await look.sees("The relay is switched off")
+
+
+@live()
+async def test_a_station_that_charges_is_seen_to(site):
+    async with looking(site) as look:
+        station, command = await simulated(site, "ocpp1.6")
+        await look.go("stations")
+        await look.click("SIM-1", "link")
+        await look.sees("Free: no car is plugged in.")
+        await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
+        await look.sees("Charging", ".why .pill")
+        outlet = station.outlets[0]
+        outlet.phases, outlet.car_a, outlet.soc = 3, 16.0, 50.0
+        for _ in range(3):
+            await command("TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": 1})
+            await asyncio.sleep(0.05)
+        await look.sees("Charging at 11 kW, the car is at 50 %.", ".why")
+        await expect(look.page.get_by_role("img", name="Power")).to_have_count(1)
+        path = await look.page.locator(".chart .line").first.get_attribute("d")
+        assert re.fullmatch(r"M[\d. ]+(L[\d. ]+)+", path)
+        await look.go("overview")
+        await look.sees("11 kW", ".tiles")
+        await look.page.locator("section", has_text="Charging now").get_by_text("11 kW").nth(1).click()
+        await look.sees("Id token", ".aside")
+        await look.sees("REMOTE", ".aside")
+        await command("RemoteStopTransaction", {
+            "transactionId": site.board.transactions.records[0].id})
+        await look.sees("Remote", ".aside")
+        async with look.page.expect_download() as event:
+            await look.page.get_by_role("link", name="CSV").click()
+        text = Path(await (await event.value).path()).read_text()
+        assert list(csv.DictReader(io.StringIO(text)))[0]["idToken"] == "REMOTE"
+
+
+WHY = [
+    ("Faulted", "GroundFailure", None, "the charger reports a fault (GroundFailure: wet)"),
+    ("Unavailable", "NoError", None, "Out of service"),
+    ("Preparing", "NoError", None, "A car is plugged in and waits for a card or a remote start."),
+    ("Reserved", "NoError", None, "Reserved for one id token"),
+    ("Finishing", "NoError", None, "the car is to be unplugged"),
+    ("SuspendedEV", "NoError", {"powerW": 0}, "The car takes no power: it is full"),
+    ("SuspendedEVSE", "NoError", {"powerW": 0}, "The charger holds the power back"),
+    ("Charging", "NoError", {"powerW": 0}, "no power flows"),
+    ("Charging", "NoError", {}, "the meter has not told its power yet"),
+    ("Charging", "NoError", {"powerW": 3450, "offered": 15, "a": 15}, "as much as the charger offers"),
+]
+
+
+@live()
+async def test_a_sentence_says_why_a_connector_does_not_charge(site):
+    socket_ = await site.station()
+    async with looking(site) as look:
+        await look.go("stations/CP-1")
+        for number, (status, code, meter, words) in enumerate(WHY):
+            if meter is not None and number and WHY[number - 1][2] is None:
+                started = await exchange(socket_, "StartTransaction", START_16)
+            if meter:
+                values = [sample(str(meter["powerW"]), POWER, "W")]
+                values += [sample(str(meter["offered"]), "Current.Offered", "A"),
+                           sample(str(meter["a"]), CURRENT, "A")] if "a" in meter else []
+                await exchange(socket_, "MeterValues", {
+                    "connectorId": 1, "transactionId": started[2]["transactionId"],
+                    "meterValue": [{"timestamp": iso_now(), "sampledValue": values}]})
+            elif meter is not None:
+                started = await exchange(socket_, "StartTransaction", START_16 | {"idTag": "B"})
+            await exchange(socket_, "StatusNotification", {
+                "connectorId": 1, "status": status, "errorCode": code, "info": "wet"})
+            await look.sees(words, ".why")
+        await socket_.close()
+        await look.sees("the station is offline since", ".why")
+
+
+@live(ocpp_authorize="listed")
+async def test_a_refused_card_is_named_as_the_reason(site):
+    socket_ = await site.station()
+    async with looking(site) as look:
+        await look.go("stations/CP-1")
+        await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": "Preparing",
+                                                       "errorCode": "NoError"})
+        await exchange(socket_, "Authorize", {"idTag": "STRANGER"})
+        await look.sees("its id token was refused: Invalid.", ".why")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol):
+    station, command = await simulated(site, protocol)
+    before = station.plan_start
+    station.plan_start = lambda *_: None                 # it says Accepted and stays as it is
+    obeyed = []
+    station.obey = lambda call, obey=station.obey: (obeyed.append(call), obey(call))[1]
+    async with looking(site) as look:
+        await look.go("stations/SIM-1/commands")
+
+        async def send(name, asks, **fields):
+            await look.click(name)
+            for label, value in fields.items():
+                field = look.page.get_by_label(label.replace("_", " "), exact=True)
+                await (field.select_option(value) if await field.evaluate(
+                    "node => node.tagName === 'SELECT'") else field.fill(value))
+            await look.page.get_by_role("button", name=re.compile("^Send")).click()
+            if asks:
+                await look.page.locator("dialog").get_by_role("button", name=name).click()
+            total = len(obeyed) + 1
+            await until(lambda: len(obeyed) >= total or obeyed)
+            await look.sees("ms", ".cols .card:last-child li:first-child .bar")
+            return obeyed.pop()
+
+        target = "Connector" if protocol == "ocpp1.6" else "EVSE"
+        start = await send("Remote start", False, Id_token="CARD")
+        assert start.action.endswith(("RemoteStartTransaction", "RequestStartTransaction"))
+        assert "CARD" in start.text
+        await look.sees("Accepted", ".cols .card:last-child")
+        assert (await send("Unlock", True)).action == "UnlockConnector"
+        await look.sees("Unlocked", ".cols .card:last-child li:first-child")
+        assert (await send("Trigger", False, Message="Heartbeat")).payload == {
+            "requestedMessage": "Heartbeat"}
+        assert "Inoperative" in (await send("Availability", True, To_be="Inoperative")).text
+        limit = await send("Set a limit", False, **{target: "1", "Limit": "13.5"})
+        assert limit.action == "SetChargingProfile" and '"limit":13.5' in limit.text
+        assert station.limit_a(station.outlets[0]) == 13.5, "the station took it"
+        assert "13.5" in json.dumps((await command("GetCompositeSchedule", {
+            "connectorId" if protocol == "ocpp1.6" else "evseId": 1, "duration": 60})))
+        obeyed.clear()
+        assert (await send("Limits in force", False, **{target: "1"})).action == "GetCompositeSchedule"
+        await look.sees("13.5", ".cols .card:last-child li:first-child")
+        assert (await send("Clear limits", False)).action == "ClearChargingProfile"
+        assert station.limit_a(station.outlets[0]) > 32
+        assert (await send("Clear cache", True)).action == "ClearCache"
+        free = await send("Any command", False, Action_to_send="GetLocalListVersion")
+        assert free.payload == {}
+        station.plan_start = before
+        assert (await send("Reset", True)).action == "Reset"
+        await look.click("Any command")
+        await look.page.get_by_label("Payload, JSON").fill("{")
+        await expect(look.page.get_by_role("button", name="Send")).to_be_disabled()
+    assert not [e for e in site.board.errors.records if e.kind == "VALIDATION_FAILURE"]
+
+
+@live(ocpp_call_timeout_seconds=1)
+async def test_a_command_that_fails_says_how(site):
+    socket_ = await site.station()
+    async with looking(site, expected=["502", "504", "400"]) as look:
+        await look.go("stations/CP-1/commands")
+        await look.page.get_by_role("button", name="Send").click()
+        _, id_, action, _ = json.loads(await socket_.recv())
+        await socket_.send(json.dumps([4, id_, "GenericError", "<b>no</b>", {"why": 1}]))
+        await look.sees("GenericError")
+        await look.sees("<b>no</b>")
+        await look.click("Remote start")
+        await look.page.get_by_role("button", name="Send").click()
+        await look.sees("The station did not answer within 1 s")
+        await look.click("Any command")
+        await look.page.get_by_label("Action to send").fill("RemoteStart")
+        await look.page.get_by_role("button", name="Send").click()
+        await look.sees("ocpp1.6 has no command 'RemoteStart' (did you mean RemoteStartTransaction?)")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_the_configuration_is_read_written_and_restored(site, protocol):
+    station, _ = await simulated(site, protocol)
+    async with looking(site) as look:
+        await look.go("stations/SIM-1/configuration")
+        await look.page.get_by_role("button", name=re.compile("^Read the")).click()
+        row = look.page.locator("tr", has_text="HeartbeatInterval")
+        await expect(row.get_by_role("textbox")).to_have_value("300")
+        await row.get_by_role("textbox").fill("60")
+        await row.get_by_role("button", name="Write").click()
+        await expect(row).to_contain_text("Accepted")
+        assert station.configuration["HeartbeatInterval"] == "60"
+        await row.get_by_role("button", name="Restore").click()
+        await until(lambda: station.configuration["HeartbeatInterval"] == "300")
+        await look.page.get_by_label(re.compile("^Filter the")).fill("sampleINT")
+        await expect(look.page.locator("tbody tr", has_text="Interval")).to_have_count(1)
+
+
+@live(ocpp_accept="ask")
+async def test_a_station_is_approved_disconnected_and_forgotten_on_the_page(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    async with looking(site) as look:
+        await look.sees("CP-1 waits to be approved")
+        await look.go("stations/CP-1")
+        await look.click("Approve")
+        await until(lambda: "CP-1" in site.board.approved)
+        await look.click("Disconnect …")
+        await look.click("Cancel")
+        assert site.board.stations["CP-1"].link
+        await look.click("Disconnect …")
+        await look.click("Disconnect")
+        await look.sees("offline", "h1 + .pill")
+        await look.click("Forget …")
+        await look.click("Forget")
+        await look.sees("No station has connected yet.")
+        assert not site.board.stations
+
+
+@live(ocpp_max_calls_per_second=0)
+async def test_messages_are_followed_filtered_paused_paired_and_exported(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16 | {"firmwareVersion": "x" * 60}, "boot")
+    await exchange(socket_, "Nonsense", {}, "bad")
+    async with looking(site) as look:
+        rows = look.page.locator("tr.open")
+        await look.go("messages")
+        await expect(rows).to_have_count(4)
+        await expect(look.page.locator("tr.failed")).to_have_count(1)
+        await expect(look.page.locator("tr.found")).to_have_count(1)
+        await exchange(socket_, "Heartbeat", {}, "h1")
+        await expect(rows).to_have_count(6)
+        await look.page.get_by_label("Type").select_option("CALL")
+        await expect(rows).to_have_count(3)
+        await look.page.get_by_label("Search in payloads, ids, errors …").fill("XXXX")
+        await expect(rows).to_have_count(1)
+        assert "text=XXXX" in look.page.url and "type=CALL" in look.page.url
+        for name, count in (("NDJSON", 1), ("CSV", 2)):
+            async with look.page.expect_download() as event:
+                await look.page.get_by_role("link", name=name).click()
+            text = Path(await (await event.value).path()).read_text()
+            assert len(text.splitlines()) == count and "xxxx" in text, "what is filtered"
+        await look.page.reload()
+        await expect(rows).to_have_count(1)
+        await rows.click()
+        await look.sees("firmwareVersion", ".aside .json")
+        await look.sees("RESULT", ".aside")
+        await look.sees("/firmwareVersion", ".aside .warn")
+        await look.page.keyboard.press("Escape")
+        await expect(look.page.locator(".aside")).to_have_count(0)
+        await look.click("Clear")
+        await expect(rows).to_have_count(6)
+        await look.click("Pause")
+        for number in range(3):
+            await exchange(socket_, "Heartbeat", {}, f"p{number}")
+        await look.sees("Resume · 6 new")
+        await expect(rows).to_have_count(6)
+        await look.click("Resume · 6 new")
+        await expect(rows).to_have_count(12)
+        await look.page.get_by_label("pairs on one line").check()
+        await expect(rows).to_have_count(6)
+        await look.sees("⇒ NotImplemented", "tr.failed")
+
+
+@live()
+async def test_numbers_in_a_payload_stand_as_they_were_sent(site):
+    socket_ = await site.station()
+    await socket_.send('[2,"1","DataTransfer",{"vendorId":"V","data":12345678901234567890.10}]')
+    await socket_.recv()
+    async with looking(site, expected=["404"]) as look:
+        await look.go("messages/msg-1")
+        await look.sees("12345678901234567890.10", ".aside .json")
+        await look.go("messages/msg-99")
+        await look.sees("Message not found", ".notices")
+
+
+@live(ocpp_max_calls_per_second=0)
+async def test_ten_thousand_messages_stay_a_small_table(site):
+    socket_ = await site.station()
+    for number in range(5000):
+        await socket_.send(f'[2,"{number}","Heartbeat",{{}}]')
+        if number % 100 == 99:
+            for _ in range(100):
+                await socket_.recv()
+    async with looking(site) as look:
+        await look.go("messages")
+        await look.sees("of 10,000 messages")
+        while "10,000 of 10,000 messages" not in await look.page.inner_text(".main"):
+            await look.page.evaluate("() => { const grid = document.querySelector('.grid.tall');"
+                                     "grid.scrollTop = grid.scrollHeight }")
+            await asyncio.sleep(0.05)
+        await look.page.evaluate("() => { document.querySelector('.grid.tall').scrollTop = 34 * 5000 }")
+        await look.page.wait_for_function("document.querySelector('tr[aria-rowindex=\"5010\"]')")
+        assert await look.count("tbody tr") < 120
+        before = await look.page.evaluate("document.querySelector('.grid.tall').scrollTop")
+        await exchange(socket_, "Heartbeat", {}, "new")
+        await look.page.wait_for_function(
+            "before => document.querySelector('.grid.tall').scrollTop === before + 68", arg=before)
+
+
+@live(sse_queue=10)
+async def test_a_gap_is_shown_as_a_gap(site):
+    socket_ = await site.station()
+    async with looking(site) as look:
+        await look.go("messages")
+        await exchange(socket_, "Heartbeat", {}, "before")
+        await look.sees("Heartbeat", "tbody")
+        station = site.board.stations["CP-1"]
+        for number in range(50):
+            site.board.message(station, "IN", "CALL", "StatusNotification", str(number), "{}")
+        await look.sees("lost here", "tr.lost")
+        await look.sees("went by unseen", ".notices")
+        assert await look.count("tr.lost") == 1
+
+
+def test_the_page_comes_back_after_a_restart_of_the_board():
+    async def inside():
+        async with Site() as first:
+            port = first.port
+            context = looking(first, expected=["ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE", "401",
+                                               "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET"])
+            look = await context.__aenter__()
+            await exchange(await first.station("CP-OLD"), "Heartbeat", {})
+            await look.go("stations")
+            await look.sees("CP-OLD", "tbody")
+        await look.sees("reconnecting, no connection since", ".live")
+        async with Site(server_port=port) as second:
+            await look.page.get_by_label("Token").fill("t0ken")
+            await look.click("Log in")
+            await look.sees("The board was restarted", ".notices")
+            await look.sees("No station has connected yet.")
+            await exchange(await second.station("CP-NEW"), "Heartbeat", {})
+            await look.sees("CP-NEW", "tbody")
+            assert await look.count("text=CP-OLD") == 0
+            await look.sees("live", ".live")
+            await context.__aexit__(None, None, None)
+    asyncio.run(asyncio.wait_for(inside(), 60))
+
+
+def test_without_logins_the_page_comes_back_by_itself():
+    async def inside():
+        async with Site(auth_mode="none") as first:
+            port = first.port
+            context = looking(first, "/", expected=["ERR_"])
+            look = await context.__aenter__()
+            await look.sees("live", ".live")
+            await exchange(await first.station("CP-OLD"), "Heartbeat", {})
+            await look.go("stations/CP-OLD/messages")
+            await look.sees("Heartbeat", "tbody")
+        await look.sees("reconnecting", ".live")
+        async with Site(auth_mode="none", server_port=port) as second:
+            await look.sees("live", ".live.on")
+            await look.sees("This station is not known")
+            await exchange(await second.station("CP-OLD"), "Heartbeat", {})
+            await look.sees("2 of 2 messages")
+            await context.__aexit__(None, None, None)
+    asyncio.run(asyncio.wait_for(inside(), 60))
+
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@live(ocpp_max_calls_per_second=0, store_max_message_bytes=50_000_000)
+async def test_strangers_words_are_shown_as_text(site):
+    socket_ = await site.station(HOSTILE)
+    markup = f"</script><script>alert(2)</script>{HOSTILE}\u202eevil\u2066"
+    await exchange(socket_, "BootNotification", {"chargePointVendor": markup[:50],
+                                                 "chargePointModel": "\u202exslx.exe"})
+    await exchange(socket_, "StatusNotification", {
+        "connectorId": 1, "status": "Faulted", "errorCode": HOSTILE, "info": markup, "vendorId": markup})
+    await exchange(socket_, "StartTransaction", START_16 | {"idTag": HOSTILE})
+    await exchange(socket_, HOSTILE, {HOSTILE: markup})
+    await exchange(socket_, "DataTransfer", {"vendorId": markup, "data": "<b>" * 300_000}, HOSTILE)
+    await socket_.send(f"[2,{HOSTILE}]")
+    with contextlib.suppress(websockets.InvalidStatus):
+        await site.station(HOSTILE + "x", "ocpp1.5")
+    identity = quote(HOSTILE, safe="")
+    async with looking(site) as look:
+        for screen in ("overview", "stations", "messages", "transactions", "security", "events",
+                       f"stations/{identity}", f"stations/{identity}/commands",
+                       f"stations/{identity}/messages"):
+            await look.go(screen)
+            await look.sees(HOSTILE, "main")
+            assert await look.count("main img, main script, main b:has(b)") == 0
+            text = await look.page.inner_text("body")
+            assert not re.search("[\u202a-\u202e\u2066-\u2069]", text), screen
+        await look.go(f"stations/{identity}")
+        await look.sees(r"\u202exslx.exe", "main")
+        await look.go("messages/msg-9")
+        await look.sees("more: copy it", ".aside")
+        assert len(await look.page.inner_text(".aside")) < 100_000
+
+
+SCREENS = ("overview", "stations", "stations/SIM-1", "stations/SIM-1/commands",
+           "stations/SIM-1/configuration", "stations/SIM-1/messages", "stations/SIM-1/transactions",
+           "messages", "messages/msg-1", "transactions", "power", "relay", "telemetry", "security",
+           "events", "events/system", "help")
+
+
+class Told(ocppboard.Record):
+    """A record of what is to come: of smart charging, of the relay."""
+
+    def __init__(self, **fields):
+        self.fields, self.number, self.identity = fields, 0, fields["identity"]
+
+    def view(self):
+        return self.fields
+
+
+def fill(site):
+    """Something of every kind on the board."""
+    board = site.board
+    for number in range(3):
+        board.security_event("AUTH_FAILED", "UNKNOWN", "Wrong password", ("low", "medium", "high")[number],
+                             {"ip": "192.0.2.9"})
+        board.smart_charge.append(Told(
+            sessionId=f"sc-{number}", identity="SIM-1", strategy="equal_share", allocatedKw=4.14 * number,
+            status=("active", "waiting", "ended")[number], startedAt=iso_now(-60), updatedAt=iso_now(),
+            evse=1, allocatedA=6 * number, measuredA=5.8, reason="Five of eight cars can have 6 A."))
+        board.proxy.append(Told(
+            id=f"px-{number + 1}", type=("translation", "refused", "buffered")[number], identity="SIM-1",
+            fromProtocol="ocpp1.6", toProtocol="ocpp2.0.1", method="StopTransaction",
+            toMethod="TransactionEvent", timestamp=iso_now(), payload={"meterStop": 7},
+            translated={"eventType": "Ended"}, latencyMs=0.7, error=None))
+    board.knocked("192.0.2.7", "/ocpp", {}, 404, "the URL must end in the station's identity",
+                  "ws://192.0.2.1:9000/ocpp/CP-1")
+    station = board.stations["SIM-1"]
+    board.error("CALL_TIMEOUT", station, "No answer to Reset", {"action": "Reset", "messageId": "1"})
     for _ in range(20):
-        assert (await site.fetch("/?token=guess", token=None, headers=foreign))[0] == 403
-    assert (await site.fetch("/?token=t0ken", token=None,
-                             headers=foreign | {"Sec-Fetch-Dest": "document"}))[0] == 302
+        site.daemon._sample()
+
+
+async def violations(look):
+    """What axe-core finds to be serious: [(rule, where)]."""
+    results = await Axe().run(look.page, options={"resultTypes": ["violations"]})
+    return [(v["id"], v["nodes"][0]["html"][:200]) for v in results.response["violations"]
+            if v["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@live()
+async def test_every_screen_is_accessible(site, theme):
+    async with looking(site, color_scheme=theme) as look:
+        for screen in ("overview", "stations", "messages", "transactions", "power"):
+            await look.go(screen)
+            assert await violations(look) == [], f"{screen}, empty"
+        station, command = await simulated(site, "ocpp1.6")
+        await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
+        fill(site)
+        for screen in SCREENS:
+            await look.go(screen)
+            await asyncio.sleep(0.2)
+            assert await violations(look) == [], screen
+        await look.go("stations/SIM-1")
+        await look.click("Forget …")
+        assert await violations(look) == [], "a question"
+        await look.click("Cancel")
+        await look.click("Log out")
+        await look.sees("Log in")
+        assert await violations(look) == [], "login"
+
+
+@live()
+async def test_every_screen_fits_a_phone(site):
+    await simulated(site, "ocpp1.6")
+    fill(site)
+    async with looking(site, width=390, height=844) as look:
+        for screen in SCREENS:
+            await look.go(screen)
+            await asyncio.sleep(0.2)
+            width = await look.page.evaluate("document.documentElement.scrollWidth")
+            assert width <= 390, (screen, width)
+
+
+@live()
+async def test_power_and_relay_show_what_their_endpoints_give(site):
+    await simulated(site, "ocpp1.6")
+    fill(site)
+    async with looking(site) as look:
+        await look.go("power")
+        await look.sees("Five of eight cars can have 6 A.", "tbody")
+        await look.sees("6 A, 4.14 kW", "tbody")
+        later = Told(sessionId="sc-1", identity="SIM-1", strategy="equal_share", allocatedKw=8.0,
+                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(), reason="More now.")
+        site.board.smart_charge.append(later)
+        site.board.publish("smart-charge", later)
+        await look.sees("More now.", "tbody")
+        await look.go("relay")
+        await look.page.locator("tr", has_text="translation").locator("a").first.click()
+        await look.sees("StopTransaction ⇒ TransactionEvent", ".aside h2")
+        sides = look.page.locator(".sides .json")
+        assert [json.loads(t) for t in await sides.all_inner_texts()] == [
+            {"meterStop": 7}, {"eventType": "Ended"}]
+
+
+@live()
+async def test_keys_lead_everywhere(site):
+    await exchange(await site.station(), "Heartbeat", {})
+    async with looking(site) as look:
+        press = look.page.keyboard.press
+        for key, title in (("s", "Stations"), ("t", "Transactions"), ("k", "Security"), ("m", "Messages")):
+            await press("g")
+            await press(key)
+            await look.sees(title, "h1")
+        await look.sees("Heartbeat", "tbody")
+        await press("j")
+        await look.sees("Heartbeat", ".aside h2")
+        await press("Escape")
+        await press("/")
+        await look.page.keyboard.type("g s")
+        assert await look.page.get_by_label("Search in payloads, ids, errors …").input_value() == "g s"
+        await press("Escape")
+        await press("p")
+        await look.sees("Resume · 0 new")
+        await press("?")
+        await look.sees("Help", "h1")
+        await look.sees("GET /api/openapi.json", "main")
+
+
+@live()
+async def test_nothing_is_drawn_while_the_tab_is_hidden(site):
+    socket_ = await site.station()
+    async with looking(site) as look:
+        await look.go("messages")
+        await look.sees("No message yet")
+        hide = """hidden => { Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+                  document.dispatchEvent(new Event('visibilitychange')) }"""
+        await look.page.evaluate(hide, True)
+        await asyncio.sleep(0.3)
+        await look.page.evaluate("() => { window.changes = 0; new MutationObserver(all => {"
+                                 "window.changes += all.length }).observe(document.body, {"
+                                 "subtree: true, childList: true, characterData: true}) }")
+        for number in range(5):
+            await exchange(socket_, "Heartbeat", {}, str(number))
+        await asyncio.sleep(1.5)
+        assert await look.page.evaluate("window.changes") == 0
+        await look.page.evaluate(hide, False)
+        await expect(look.page.locator("tr.open")).to_have_count(10)
+
+
+@live()
+async def test_the_colours_can_be_chosen(site):
+    async with looking(site, color_scheme="light") as look:
+        paper = "getComputedStyle(document.body).backgroundColor"
+        light = await look.page.evaluate(paper)
+        await look.page.get_by_label("Colours").select_option("dark")
+        dark = await look.page.evaluate(paper)
+        assert dark != light
+        await look.page.reload()
+        await look.sees("live", ".live")
+        assert await look.page.evaluate(paper) == dark
+        await look.page.get_by_label("Colours").select_option("system")
+        assert await look.page.evaluate(paper) == light
+        await look.page.emulate_media(color_scheme="dark")
+        assert await look.page.evaluate(paper) == dark
 
 
 # --- Simulator ----------------------------------------------------------------------------
@@ -3047,7 +3712,7 @@ def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
         lines.append(line)
         if line.startswith("The board: "):
             break
-    address = re.fullmatch(r"The board: (http://127.0.0.1:\d+)/\?token=(\S{20,})\n", lines[-1])
+    address = re.fullmatch(r"The board: (http://127.0.0.1:\d+)/#token=(\S{20,})\n", lines[-1])
     assert address, lines
     url, token = address.groups()
 
@@ -3132,7 +3797,6 @@ def test_strict_validation_without_the_packages_is_a_clear_error(monkeypatch):
 async def test_no_secret_reaches_the_log(site, caplog):
     caplog.set_level(logging.DEBUG)
     token = site.daemon.access.made_token
-    await site.fetch(f"/?token={token}", token=None)
     await site.fetch("/api/overview", token=token)
     await site.fetch("/api/auth/login", "POST", {"token": token}, None)
     with contextlib.suppress(websockets.InvalidStatus):
