@@ -804,6 +804,11 @@ class Transaction(Record):
             "meter": self.reading and self.reading.view(),
         }
 
+    def mentions(self, text: str) -> bool:
+        """Whether the text, given in lower case, stands anywhere in it in any case."""
+        words = (self.identity, str(self.id), self.id_token or "", self.reason or "")
+        return text in "\n".join(words).lower()
+
     def count_energy(self, register: float) -> None:
         """Take the register on.
 
@@ -3593,8 +3598,9 @@ def get_about(api: "Api") -> dict:
         "version": VERSION, "startedAt": iso(api.board.started_at),
         "stationUrls": api.daemon.station_urls(), "protocols": ocpp.protocols,
         "accept": ocpp.accept, "validated": api.daemon.schemas is not None,
+        "actions": {protocol: sorted(RECEIVED[protocol]) for protocol in ocpp.protocols},
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
-        "smartCharging": False, "relay": False,
+        "smartCharging": None, "relay": False,
     }
 
 
@@ -4056,9 +4062,9 @@ ROUTES = (
     Route("GET", "/api/smart-charge", get_smart_charge, "[SmartCharge]", (*PAGING, IDENTITY)),
     Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
     Route("GET", "/api/transactions", get_transactions, "[Transaction]",
-          (*PAGING, IDENTITY, TRANSACTION_STATUS)),
+          (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
-          (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS)),
+          (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
     Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
           (*PAGING, IDENTITY, EVENT_TYPE)),
@@ -4121,7 +4127,9 @@ SHAPES = {
                     "soc": "number?", "currentA": "object"},
     "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
               "protocols": "[string]", "accept": "string", "validated": "boolean",
-              "commands": "object", "smartCharging": "boolean", "relay": "boolean"},
+              "actions": "object", "commands": "object", "smartCharging": "SiteLimit?",
+              "relay": "boolean"},
+    "SiteLimit": {"limitKw": "number"},
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
         "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
@@ -4426,6 +4434,7 @@ code { overflow-wrap: anywhere }
 .info { color: var(--info) } .nowrap { white-space: nowrap }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .grow { flex: 1 1 auto; min-width: 0 } h1.grow, h2.grow { min-width: min-content }
+.short { width: 10.5rem } .tight { gap: .35rem } .one-line { flex-wrap: nowrap }
 .grow.cut { flex: 1 1 0; min-width: 0 }
 .start { max-width: 26rem; margin: 14vh auto 2rem; padding: 0 1.25rem; display: grid; gap: 1rem }
 
@@ -4553,7 +4562,7 @@ table.plain { table-layout: auto } table.plain td { white-space: normal; overflo
   padding: .35rem .6rem; height: auto }
 .meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden; display: flex;
   min-width: 4rem }
-.meter i { display: block; height: 100% }
+.meter i { display: block; height: 100% } .thick { height: 1.1rem }
 
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
@@ -4631,14 +4640,13 @@ SCRIPT = r"""
 function h(name, ...children) {
   const [tag, ...classes] = name.split('.');
   const given = children[0]?.constructor === Object && !children[0].tag ? children.shift() : null;
-  const props = classes.length ? {...given, class: [...classes, given?.class
-      || []].flat().join(' ')}
-    : given || {};
+  const all = [...classes, given?.class].filter(Boolean).join(' ');
+  const props = all ? {...given, class: all} : given || {};
   return {tag, props, children: children.flat(9).filter(one => one != null && one !== false)};
 }
 
 const SVG = 'http://www.w3.org/2000/svg';
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+const HIDDEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 const plain = text => String(text).replace(HIDDEN,
   sign => '\\u' + sign.charCodeAt(0).toString(16).padStart(4, '0'));
 
@@ -4696,7 +4704,8 @@ function set(node, name, value) {
   if (name.startsWith('on')) node[name] = value;
   else if (name === 'style') for (const key in value) node.style.setProperty(key, value[key]);
   else if (name === 'value' || name === 'checked' || name === 'disabled') {
-    if (node[name] !== (value ?? '')) node[name] = value ?? '';
+    const typed = name === 'value' && node === document.activeElement && node.tagName !== 'SELECT';
+    if (!typed && node[name] !== (value ?? '')) node[name] = value ?? '';
   } else if (value == null || value === false) node.removeAttribute(name);
   else node.setAttribute(name, value === true ? '' : value);
 }
@@ -4712,8 +4721,8 @@ const scaled = (value, units) => {
   if (value == null) return DASH;
   let n = 0;
   while (Math.abs(value) >= 1000 && n < units.length - 1) { value /= 1000; n++; }
-  return digits(value, Math.abs(value) < 10 && n ? 2 : Math.abs(value) < 100 && n ? 1 : 0) + ' '
-    + units[n];
+  const size = Math.abs(value), most = !n || size >= 100 ? 0 : size < 10 ? 2 : 1;
+  return `${digits(value, most)} ${units[n]}`;
 };
 const power = w => scaled(w, ['W', 'kW', 'MW']);
 const energy = wh => scaled(wh, ['Wh', 'kWh', 'MWh']);
@@ -4748,8 +4757,11 @@ function clock(iso, fine) {
   return h('time', {datetime: iso, title: `${iso.replace('T', ' ').replace('Z', '')} UTC`},
     day + text);
 }
-const ago = iso => iso ? h('time', {datetime: iso, title: `${iso} (UTC)`}, duration(since(iso))
-  + ' ago') : DASH;
+const ago = iso => !iso ? DASH
+  : h('time', {datetime: iso, title: `${iso} (UTC)`}, `${duration(since(iso))} ago`);
+
+const rawText = text => h('pre.json.mono', {tabindex: 0, 'aria-label': 'Raw text'},
+  text.slice(0, JSON_SHOWN), text.length > JSON_SHOWN && ` … of ${bytes(text.length)}: copy it`);
 
 // JSON as it was written, on lines of its own and coloured; never parsed, so no digit is lost.
 const JSON_SHOWN = 60000;
@@ -4776,16 +4788,15 @@ function pretty(raw) {
     }
   });
   flush();
-  if (!whole) out.push(
-    `\n… ${bytes(raw.length - JSON_SHOWN)} more: copy it, or look at the raw text`);
+  if (!whole) out.push(`\n… ${bytes(raw.length - JSON_SHOWN)} more: copy it`);
   return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out);
 }
 
 // --- State ----------------------------------------------------------------------------------
 // All that the page shows. Events change it, `draw` shows it, nothing is read back from the page.
 
-const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20, EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800,
-  ANSWERS_KEPT = 20;
+const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20;
+const EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800, ANSWERS_KEPT = 20, RECENT = 12;
 const state = {
   session: null, mode: '', problem: '',            // who looks; why the login did not work
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
@@ -4796,13 +4807,18 @@ const state = {
   answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
   route: {screen: 'overview', id: '', query: {}}, ui: {}, hover: null, notices: [], confirm: null,
 };
-const now = () => Date.now()
-  + state.clockOff;     // the board's clock: its times are compared with it
+// The board's clock: its times are compared with it, whatever the viewer's says.
+const now = () => Date.now() + state.clockOff;
+const tellTime = () => { state.clockOff = (ms(sample().timestamp) ?? Date.now()) - Date.now(); };
+const asks = row => row.type === 'CALL' || row.type === 'SEND';
 const number = record => +/\d+$/.exec(record.id)[0];
 const pairOf = (identity, messageId) => identity + '\n' + messageId;
 const keyOf = transaction => pairOf(transaction.identity, transaction.id);
 const running = () => [...state.transactions.values()].filter(one => one.status === 'active');
 const sample = () => state.samples.at(-1) || {};
+
+// Drop the oldest of a Map beyond so many.
+const bound = (map, most) => { if (map.size > most) map.delete(map.keys().next().value); };
 
 // Put a record on top of a list, unless it is there already.
 function onTop(list, record, most = EVENTS_KEPT) {
@@ -4821,8 +4837,7 @@ class Failure extends Error {
 async function ask(method, path, body) {
   let answer, data = null, text = '';
   try {
-    answer = await fetch(path, {method, body: body && JSON.stringify(body),
-        credentials: 'same-origin'});
+    answer = await fetch(path, {method, body: body && JSON.stringify(body)});
     text = await answer.text();
   } catch {
     throw new Failure('The board does not answer: is it running, and is the network there?', 0);
@@ -4831,14 +4846,21 @@ async function ask(method, path, body) {
   if (answer.ok && data !== null)
     return {data, text, total: +(answer.headers.get('X-Total-Count') || 0)};
   const said = data?.message || data?.error || `HTTP ${answer.status}`;
-  if (answer.status === 401 && path !== '/api/auth/login' || said === 'Session expired') signedOut(
-    );
+  const ended = answer.status === 401 && path !== '/api/auth/login' || said === 'Session expired';
+  if (ended) signedOut();
   throw new Failure(said, answer.status, data);
 }
 const get = async path => (await ask('GET', path)).data;
-const query = fields => new URLSearchParams(Object.entries(fields).filter(([, value]) =>
-    value)).toString();
-const path = (...parts) => '/api/' + parts.map(encodeURIComponent).join('/');
+const query = fields =>
+  new URLSearchParams(Object.entries(fields).filter(([, value]) => value)).toString();
+function encoded(text) {
+  try {
+    return encodeURIComponent(text);
+  } catch {                                        // half of a pair of surrogates
+    return encodeURIComponent(text.replace(/[\ud800-\udfff]/g, '\ufffd'));
+  }
+}
+const path = (...parts) => '/api/' + parts.map(encoded).join('/');
 
 // Do what was clicked; what goes wrong is told.
 async function attempt(work) {
@@ -4848,45 +4870,45 @@ async function attempt(work) {
   }
 }
 
+const NOTICE_MS = 12000;
 function notice(text, kind = 'info') {
   const one = {text, kind, key: Math.random()};
   state.notices = [...state.notices.slice(-2), one];
-  setTimeout(() => { state.notices = state.notices.filter(other => other !== one); touch(
-        'notice'); }, 12000);
+  setTimeout(() => dismiss(one), NOTICE_MS);
+  touch('notice');
+}
+function dismiss(one) {
+  state.notices = state.notices.filter(other => other !== one);
   touch('notice');
 }
 
 // Everything anew: at the start, and when events were missed. What the stream brings meanwhile
 // waits, so that no older answer overwrites it.
+const SOURCES = {about: 'about', stations: 'connections', transactions: 'transactions?limit=1000',
+  samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
+  system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
+  proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
+const AGAIN_MS = 3000;
 let waiting = null, loading = 0;
 async function load(lists = true) {
   const turn = ++loading;
-  waiting = [];
-  const paths = ['about', 'connections', 'transactions?limit=1000', 'telemetry/history',
-    'security?limit=500',
-    'errors?limit=500', 'system-events?limit=500', 'knocking', 'smart-charge?limit=500',
-      'proxy?limit=500',
-    'messages?limit=12'];
+  waiting ??= [];
   try {
-    const [about, connections, transactions, samples, security, errors, system, knocking, charges,
-      proxied,
-      recent] = await Promise.all(paths.map(one => get('/api/' + one)));
+    const got = await Promise.all(Object.values(SOURCES).map(one => ask('GET', '/api/' + one)));
     if (turn !== loading) return;
-    Object.assign(state, {about, samples, security, errors, system, knocking, proxied, loaded: true,
-      recent: recent.map(parsedRow), series: new Map(), findings: new Map(),
-      stations: new Map(connections.map(one => [one.identity, one])),
-      transactions: new Map(transactions.reverse().map(one => [keyOf(one), one])),
-      charges: new Map(charges.reverse().map(one => [one.sessionId, one]))});
-    if (samples.length) state.clockOff = ms(samples.at(-1).timestamp) - Date.now();
-    errors.forEach(find);
+    Object.keys(SOURCES).forEach((name, n) => { state[name] = got[n].data; });
+    state.recent = rowsIn(got.at(-1).text);
+    state.stations = new Map(state.stations.map(one => [one.identity, one]));
+    state.transactions = new Map(state.transactions.reverse().map(one => [keyOf(one), one]));
+    state.charges = new Map(state.charges.reverse().map(one => [one.sessionId, one]));
+    Object.assign(state, {loaded: true, series: new Map(), findings: new Map()});
+    state.errors.forEach(find);
+    tellTime();
     if (lists && state.list) openList(state.list.filter);
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    if (turn === loading && error.status !== 401 && error.status !== 403) {
-      state.live = {status: 'off', since: Date.now()};
-      setTimeout(() => turn === loading && state.session && load(), 3000);
-    }
-    return;
+    if (turn !== loading) return;
+    setTimeout(() => { if (turn === loading && state.session) load(lists); }, AGAIN_MS);
   }
   const events = waiting;
   waiting = null;
@@ -4896,149 +4918,179 @@ async function load(lists = true) {
 
 // --- Messages: a list that follows the stream -----------------------------------------------
 // Rows stand oldest first, so that a new one costs nothing; the screen shows them from the end.
+// Their payloads stay the text that passed: a number that is parsed may lose digits.
 
 const payloadText = raw => raw.slice(raw.indexOf('"payload":') + 10, -1);   // it is the last field
 
-function streamedRow(record, raw) {
+function rowOf(record, raw) {
   delete record.payload;
   return Object.assign(record, {number: number(record), raw: payloadText(raw)});
 }
 
-function parsedRow(record) {
-  const {payload, ...row} = record;
-  return Object.assign(row, {number: number(record), raw: JSON.stringify(payload), reparsed: true});
+// The messages of a list that the board answered with, newest first.
+const TOKENS = /"[^"\\]*(?:\\.[^"\\]*)*"|[{}]/g;
+function rowsIn(text) {
+  const rows = [];
+  let depth = 0, from = 0;
+  for (const {0: token, index} of text.matchAll(TOKENS)) {
+    if (token === '{' && depth++ === 0) from = index;
+    if (token !== '}' || --depth > 0) continue;
+    const raw = text.slice(from, index + 1);
+    rows.push(rowOf(JSON.parse(raw), raw));
+  }
+  return rows;
 }
 
+const FILTERS = ['identity', 'method', 'direction', 'type', 'text'];
 function matches(filter, row) {
   for (const name of ['identity', 'method', 'direction', 'type'])
     if (filter[name] && row[name] !== filter[name]) return false;
   if (!filter.text) return true;
-  const text = filter.text.toLowerCase();
-  return [row.identity, row.method, row.messageId, row.errorCode || '', row.errorDescription || '']
-    .join('\n').toLowerCase().includes(text) || row.raw.toLowerCase().includes(text);
+  const text = filter.text.toLowerCase(), words = [row.identity, row.method, row.messageId,
+    row.errorCode || '', row.errorDescription || ''];
+  return contains(words, text) || row.raw.toLowerCase().includes(text);
 }
 
-function openList(filter) {
-  const list = state.list = {filter, rows: [], held: [], pairs: new Map(), size: 0, fresh: 0,
-    older: true,
-    paused: state.list?.paused && same(filter, state.list.filter), total: 0, loading: false};
-  loadOlder(list);
-  return list;
-}
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+function openList(filter) {
+  const paused = !!state.list?.paused && same(filter, state.list.filter);
+  state.list = {filter, paused, rows: [], size: 0, held: {rows: [], size: 0}, skipped: 0,
+    calls: new Map(), newest: 0, total: 0, asked: 0, older: true, loading: false};
+  loadOlder(state.list);
+}
 
+const FIRST_PAGE = 500, PAGE = 1000;
 async function loadOlder(list) {
   if (list.loading || !list.older) return;
   list.loading = true;
-  const limit = list.rows.length ? 1000 : 500;
+  const limit = list.asked ? PAGE : FIRST_PAGE;
+  const offset = Math.max(list.asked, list.rows.length + list.held.rows.length);
   await attempt(async () => {
-    const {data, total} = await ask('GET', '/api/messages?' + query({...list.filter, limit,
-          offset: list.rows.length}));
-    const first = list.rows.find(row => row.number)?.number ?? Infinity;
-    const older = data.map(parsedRow).reverse().filter(row => row.number < first);
+    const {text, total} = await ask('GET', '/api/messages?'
+      + query({...list.filter, limit, offset}));
+    const first = [...list.rows, ...list.held.rows].find(row => row.number)?.number ?? Infinity;
+    const found = rowsIn(text), older = found.reverse().filter(row => row.number < first);
     list.rows = [...older, ...list.rows];
-    older.forEach(row => pair(list, row));
-    list.size += older.reduce((sum, row) => sum + row.raw.length, 0);
-    list.total = Math.max(total, list.rows.length);
-    list.older = older.length > 0 && list.rows.length < Math.min(total, ROWS_KEPT)
-      && list.size < ROW_BYTES_KEPT;
+    list.size += sum(older.map(row => row.raw.length));
+    list.calls.clear();
+    list.rows.forEach(row => pair(list, row));
+    Object.assign(list, {asked: offset + found.length, total: Math.max(total, list.rows.length),
+      newest: Math.max(list.newest, older.at(-1)?.number || 0),
+      older: found.length === limit && list.rows.length < ROWS_KEPT && list.size < ROW_BYTES_KEPT});
   });
   list.loading = false;
   touch('messages');
 }
 
+// Tell a CALL and its answer of each other. Stations use ids again: it is the last CALL before.
 function pair(list, row) {
-  const key = pairOf(row.identity, row.messageId), entry = list.pairs.get(key) || {};
-  entry[row.type === 'CALL' || row.type === 'SEND' ? 'call' : 'answer'] = row;
-  if (entry.call && entry.answer) entry.call.responseTime ??= entry.answer.responseTime;
-  list.pairs.set(key, entry);
+  if (!row.number) return;
+  const caller = asks(row) === (row.direction === 'IN') ? 'station' : 'board';
+  const key = [caller, row.identity, row.messageId].join('\n'), call = list.calls.get(key);
+  if (asks(row)) {
+    list.calls.set(key, row);
+    bound(list.calls, EVENTS_KEPT);
+  } else if (call) {
+    list.calls.delete(key);
+    row.call = call;
+    call.answer = row;
+    call.responseTime ??= row.responseTime;
+  }
 }
-const partners = (list, row) => list.pairs.get(pairOf(row.identity, row.messageId)) || {};
+const partners = row => asks(row) ? {call: row, answer: row.answer} : {call: row.call, answer: row};
+
+// Put a row on a pile, and drop the oldest beyond what is kept. Returns how many went.
+function keep(pile, row) {
+  pile.rows.push(row);
+  pile.size += row.raw?.length || 0;
+  if (pile.rows.length <= ROWS_KEPT && pile.size <= ROW_BYTES_KEPT) return 0;
+  const gone = pile.rows.splice(0, Math.ceil(pile.rows.length / 20));
+  pile.size -= sum(gone.map(one => one.raw?.length));
+  return gone.length;
+}
 
 function follow(list, row) {
-  if (row.number && (!matches(list.filter, row) || row.number <= (list.rows.at(-1)?.number
-        ?? 0))) return;
-  list.total++;
-  if (list.paused) {
-    list.held.push(row);
-    if (list.held.length > ROWS_KEPT) list.held.splice(0, ROWS_KEPT / 10);
-    return;
+  if (row.number) {
+    if (row.number <= list.newest || !matches(list.filter, row)) return;
+    list.newest = row.number;
+    list.total++;
   }
-  list.rows.push(row);
-  list.fresh++;
-  list.size += row.raw?.length || 0;
-  if (row.number) pair(list, row);
-  if (list.rows.length <= ROWS_KEPT && list.size <= ROW_BYTES_KEPT) return;
-  let gone = Math.ceil(list.rows.length / 20);
-  for (const old of list.rows.splice(0, gone)) {
-    list.size -= old.raw?.length || 0;
-    if (old.number) list.pairs.delete(pairOf(old.identity, old.messageId));
-  }
-  list.older = false;
+  if (list.paused) list.skipped += keep(list.held, row); else append(list, row);
 }
+
+function append(list, row) {
+  if (keep(list, row)) list.older = false;
+  pair(list, row);
+}
+
+const gapRow = (text, at) => ({text, id: `gap ${Math.random()}`, identity: '', timestamp: at});
+const SLOW = 'lost here: the connection was slow or gone';
 
 function pause(list) {
   list.paused = !list.paused;
   if (!list.paused) {
-    const held = list.held;
-    Object.assign(list, {held: [], total: list.total - held.length});
-    held.forEach(row => follow(list, row));
+    const {held, skipped} = list;
+    Object.assign(list, {held: {rows: [], size: 0}, skipped: 0});
+    if (skipped) append(list, gapRow(`${plural(skipped, 'message')} went by while this was paused`,
+      held.rows[0].timestamp));
+    held.rows.forEach(row => append(list, row));
   }
   touch('messages');
 }
 
-// A finding of the schemas belongs to a message.
+// A finding of the schemas belongs to a message: the one of that id at that time.
+const FINDING_MS = 2000;
 function find(error) {
   if (error.category !== 'VALIDATION_FAILURE' || !error.details.messageId) return;
-  const key = pairOf(error.identity, error.details.messageId), known = state.findings.get(key)
-    || [];
+  const key = pairOf(error.identity, error.details.messageId);
+  const known = state.findings.get(key) || [];
   if (known.some(other => other.id === error.id)) return;
-  state.findings.set(key, [...known, error]);
-  if (state.findings.size > EVENTS_KEPT) state.findings.delete(state.findings.keys().next().value);
+  state.findings.set(key, [...known.slice(-ANSWERS_KEPT), error]);
+  bound(state.findings, EVENTS_KEPT);
 }
-const findings = row => (state.findings.get(pairOf(row.identity, row.messageId)) || [])
-  .filter(error => (error.details.part === 'Request') === (row.type === 'CALL'
-      || row.type === 'SEND'));
+function findings(row) {
+  const found = state.findings.get(pairOf(row.identity, row.messageId));
+  return found ? found.filter(error => (error.details.part === 'Request') === asks(row)
+    && Math.abs(ms(error.timestamp) - ms(row.timestamp)) < FINDING_MS) : [];
+}
 
 // --- Events ---------------------------------------------------------------------------------
 // One key for each event of the stream.
 
 const on = {
-  connected(data) {
-    patience = data.heartbeatMs * 2.5 + 2000;
-    const first = !state.loaded;
+  connected({heartbeatMs}) {
+    patience = heartbeatMs * 2.5 + 2000;
     state.live = {status: 'on', since: Date.now()};
+    for (const [key, series] of state.series) if (!series.length) state.series.delete(key);
+    if (!state.loaded) load();
     touch('live');
-    if (first) load();
   },
   heartbeat() {},
-  gap(data) {
-    const text = data.restarted ? 'The board was restarted: what it shows begins anew.'
-      : `${plural(data.lost, 'event')} went by unseen while the connection was slow or gone.`;
-    notice(text, 'warn');
-    const {list} = state;
-    if (list && !data.restarted) {
-      follow(list, {lost: data.lost, id: 'gap-' + Date.now(), identity: '', timestamp: data.time});
-      touch('messages');
-    }
-    if (data.restarted) {
+  gap({lost: count, restarted, time}) {
+    const {list} = state, what = plural(count, 'event');
+    if (restarted) {
+      notice('The board was restarted: what it shows begins anew.', 'warn');
       if (list) list.paused = false;
       load();
-    } else load(false);                            // the list keeps its rows, and shows the gap
+      return;
+    }
+    notice(`${what} went by unseen: the connection was slow or gone.`, 'warn');
+    if (list) follow(list, gapRow(`${what} ${SLOW}`, time));
+    load(false);                                   // the list keeps its rows, and shows the gap
   },
   message(record, raw) {
-    const row = streamedRow(record, raw);
-    if (onTop(state.recent, row, 12)) touch('recent');
+    const row = rowOf(record, raw);
+    if (onTop(state.recent, row, RECENT)) touch('recent');
     if (state.list) { follow(state.list, row); touch('messages'); }
     if (row.method === 'NotifyReport') reported(row);
   },
   telemetry(one) {
-    state.clockOff = ms(one.timestamp) - Date.now();
     const last = state.samples.at(-1);
     if (last && last.timestamp >= one.timestamp) return;
     if (one.refusedConnections !== last?.refusedConnections) refreshKnocking();
     state.samples.push(one);
     if (state.samples.length > SAMPLES_KEPT) state.samples.shift();
+    tellTime();
     touch('telemetry');
   },
   security(event) { if (onTop(state.security, event)) touch('security'); },
@@ -5054,24 +5106,29 @@ const on = {
     touch('connections');
   },
   transaction(one) {
-    const key = keyOf(one), series = state.series.get(key), {meter} = one;
+    const key = keyOf(one), {meter} = one;
     state.transactions.set(key, one);
-    if (state.transactions.size > EVENTS_KEPT) state.transactions.delete(state.transactions.keys(
-        ).next().value);
-    if (series && meter && one.status === 'active'
-      && ms(meter.timestamp) > ms(series.at(-1)?.timestamp || 0)) {
-      series.push({...meter, energyWh: one.energyWh});
-      if (series.length > 2000) series.splice(1, 1);
-    }
+    bound(state.transactions, EVENTS_KEPT);
+    if (meter && one.status === 'active')
+      extend(state.series.get(key), [{...meter, energyWh: one.energyWh}]);
     touch('transactions');
   },
   'smart-charge'(record) {
     state.charges.set(record.sessionId, record);
-    if (state.charges.size > EVENTS_KEPT) state.charges.delete(state.charges.keys().next().value);
+    bound(state.charges, EVENTS_KEPT);
     touch('smart-charge');
   },
   proxy(record) { if (onTop(state.proxied, record)) touch('proxy'); },
 };
+
+// Add to a series what is later than its last point. Beyond what is kept the second goes: the
+// first says when it began.
+function extend(series, points) {
+  if (!series) return;
+  const last = ms(series.at(-1)?.timestamp) || 0;
+  series.push(...points.filter(one => ms(one.timestamp) > last));
+  if (series.length > EVENTS_KEPT) series.splice(1, series.length - EVENTS_KEPT);
+}
 
 const refreshKnocking = () => attempt(async () => {
   state.knocking = await get('/api/knocking');
@@ -5090,8 +5147,8 @@ function connect() {
     heard = Date.now();
     lastId = event.lastEventId || lastId;
     const data = JSON.parse(event.data);
-    if (waiting && !['connected', 'heartbeat', 'gap'].includes(name)) waiting.push([name, data,
-        event.data]);
+    const atOnce = ['connected', 'heartbeat', 'gap'].includes(name);
+    if (waiting && !atOnce) waiting.push([name, data, event.data]);
     else on[name](data, event.data);
   });
 }
@@ -5105,8 +5162,9 @@ function lost() {
   touch('live');
   if (source.readyState !== EventSource.CLOSED) return;
   clearTimeout(retry);
-  retry = setTimeout(async () => { if (await signIn() === true) connect(); else if (
-        state.session) lost(); }, 3000);
+  retry = setTimeout(async () => {
+    if (await signIn()) connect(); else if (state.session) lost();
+  }, AGAIN_MS);
 }
 
 function watch() {
@@ -5117,38 +5175,56 @@ function watch() {
 
 // --- Parts of the page ----------------------------------------------------------------------
 
-const link = (to, ...text) => h('a', {href: '#/' + to}, text);
-const to = (screen, id, fields) => [screen, ...id == null ? [] : [encodeURIComponent(id)]].join('/')
+const to = (screen, id, fields) => [screen, ...id == null ? [] : [encoded(id)]].join('/')
   + (fields && query(fields) ? '?' + query(fields) : '');
+const link = (place, ...text) => h('a', {href: '#/' + place}, text);
 const pill = (text, tone = '') => h('span', {class: 'pill ' + tone}, text);
 const button = (text, onclick, props = {}) =>
   h('button', {type: 'button', onclick, ...props, class: 'btn ' + (props.class || '')}, text);
-const card = (title, props, ...content) => h('section.card', {...props},
+const card = (title, props, ...content) => h('section.card', props,
   title && h('header', typeof title === 'string' ? h('h2', title) : title), content);
-const facts = pairs => h('dl.facts', pairs.map(([name, value]) =>
+const facts = pairs => h('dl.facts', pairs.filter(Boolean).map(([name, value]) =>
   h('div', {key: name}, h('dt', name), h('dd', value ?? DASH))));
-const empty = (...content) => h('div.empty', content);
-const stationLink = (identity, tab) => identity
-  ? h('a', {href: '#/' + to('stations', identity) + (tab ? '/' + tab : ''), title: plain(identity)},
-    h('bdi', identity)) : h('span.dim', DASH);
+const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading …');
+const scrolls = (label, ...content) =>
+  h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
+const typing = (where, name) => event => { where[name] = event.target.value; touch('ui'); };
 const narrow = () => matchMedia('(max-width: 48rem)').matches;
+const rowHeight = () =>
+  parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'));
+
+// Tell of an element's size, now and when it changes.
+const sizes = new ResizeObserver(entries => {
+  for (const {target, contentRect} of entries) target.resized(contentRect);
+});
+const watchSize = (node, resized) => { node.resized = resized; sizes.observe(node); };
+
+// A list and, when one of it is open, that one beside it.
+const split = (list, detail) => h('div.split' + (detail ? '.both' : ''), list, detail);
+const aside = (title, close, ...content) => h('section.card.aside', {key: 'aside',
+    'aria-label': title},
+  h('header', h('h2.grow.cut', title), button('✕', close, {class: 'plain', 'aria-label': 'Close',
+    title: 'Esc'})), h('div.in.stack', content));
+
+const stationLink = identity => identity
+  ? h('a', {href: '#/' + to('stations', identity), title: plain(identity)}, h('bdi', identity))
+  : h('span.dim', DASH);
 
 function copy(text) {
   const done = () => notice('Copied');
-  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(done, () => copyOld(text,
-      done));
-  copyOld(text, done);                             // over plain http there is no clipboard
+  const otherwise = () => copyOld(text, done);     // over plain http there is no clipboard
+  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, otherwise);
+  else otherwise();
 }
 function copyOld(text, done) {
   const area = Object.assign(document.createElement('textarea'), {value: text, readOnly: true});
-  (document.querySelector('dialog[open]') || document.body).append(area);
+  document.body.append(area);
   area.select();
-  if (document.execCommand('copy')) done(); else notice(
-    'Copying is not possible here: mark the text', 'warn');
+  if (document.execCommand('copy')) done();
+  else notice('Copying is not possible here: mark the text', 'warn');
   area.remove();
 }
-const copyButton = (text, what = 'Copy') => button(what, () => copy(typeof text === 'function'
-    ? text() : text));
+const copyButton = (text, name = 'Copy') => button(name, () => copy(text()));
 
 // The address that goes into a charger: by the name under which the viewer reaches the board, else
 // by its own in the network.
@@ -5158,86 +5234,109 @@ function stationUrl() {
   const local = ['localhost', '127.0.0.1', '[::1]'].includes(location.hostname);
   return local ? first : first.replace(/^ws:\/\/(\[.*?\]|[^:/]+)/, 'ws://' + location.hostname);
 }
+const addressLine = () => h('div.url', h('code', (stationUrl() || '…') + '‹identity›'),
+  copyButton(stationUrl, 'Copy'));
 const howToConnect = () => [
-  h('p', 'Type this address into the charger, with its identity at the end (many add it themselves):'),
-  h('div.url', h('code', stationUrl() + '‹identity›'), copyButton(stationUrl)),
+  h('p', 'Type this address into the charger, with its identity at the end (many add it '
+    + 'themselves):'),
+  addressLine(),
   h('p.small', 'Or try it out: ', h('code', 'python3 ocppboard.py simulate')),
 ];
 
-// A windowed table: only rows in sight are on the page. `fresh` rows came on top since it was drawn;
-// a column that `leads` has the link to what its row opens.
-function grid(id, {columns, rows, row = {}, key, blank, tall, label, end, fresh = 0}) {
-  const slim = narrow(), shown = columns.filter(one => slim ? one.slim !== false : !one.only);
-  if (!rows.length) return blank || empty('Nothing yet.');
+// --- Tables ---------------------------------------------------------------------------------
+// Windowed: only rows in sight are on the page. `columns` have a name, a width, a `cell(row)`, a
+// `sort(row)` where they can be sorted by (`down`: the largest first), `leads` where the cell is
+// the link to what its row opens; `wide` ones are not on a phone, `slim` ones only there.
+
+function sorted(id, columns, rows) {
   const sort = state.ui[id + '.sort'], column = sort && columns.find(one => one.name === sort.by);
-  if (column) {
-    const value = one => column.sort(one) ?? '';
-    rows = [...rows].sort((a, b) => {
-      const [x, y] = [value(a), value(b)];
-      return (x < y ? -1 : x > y ? 1 : 0) * (sort.down ? -1 : 1);
-    });
-  }
-  const height = slim ? 44 : 34, view = state.ui[id + '.view'] ||= {top: 0, height: 900};
-  if (fresh && view.top > 0 && !sort) {
+  if (!column) return rows;
+  const value = one => column.sort(one) ?? '', sign = sort.down ? -1 : 1;
+  return rows.map(one => [value(one), one])
+    .sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0) * sign).map(([, one]) => one);
+}
+
+function headCell(id, column) {
+  const props = {key: column.name, scope: 'col', class: column.num && 'num'};
+  if (!column.sort) return h('th', props, column.name);
+  const sort = state.ui[id + '.sort'], mine = sort?.by === column.name, down = !!column.down;
+  const turn = () => {                             // as it suits the column, the other way, not
+    state.ui[id + '.sort'] = !mine ? {by: column.name, down}
+      : sort.down === down ? {by: column.name, down: !down} : null;
+    touch('ui');
+  };
+  const way = !mine ? 'none' : sort.down ? 'descending' : 'ascending';
+  return h('th', {...props, 'aria-sort': way}, h('button',
+    {type: 'button', onclick: turn}, column.name, {descending: ' ▾', ascending: ' ▴'}[way]));
+}
+
+// `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
+// the last one. Rows that came on top since it was drawn do not move what is looked at.
+function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end}) {
+  if (!rows.length) return blank;
+  const slim = narrow(), shown = columns.filter(one => one && !(slim ? one.wide : one.slim));
+  const height = rowHeight(), view = state.ui[id + '.view'] ||= {top: 0, height: 900};
+  const fresh = view.top > 0 ? rows.findIndex(one => key(one) === view.newest) : 0;
+  if (fresh > 0 && !state.ui[id + '.sort']) {
     view.top += fresh * height;
     after.push(() => { view.node.scrollTop = view.top; });
   }
+  Object.assign(view, {drawn: view.top, newest: key(rows[0])});
   const first = Math.max(0, Math.min(Math.floor(view.top / height) - 10, rows.length - 1));
   const last = Math.min(rows.length, first + Math.ceil(view.height / height) + 20);
-  const scrolled = event => {
-    const {scrollTop: top, clientHeight} = event.target;
-    const moved = Math.abs(top - (view.drawn ?? 0)) > height * 4;
-    Object.assign(view, {top, height: clientHeight});
-    if (moved) touch('scroll');
-    if (end && top + clientHeight > event.target.scrollHeight - 600) end();
+  const onscroll = ({target}) => {
+    Object.assign(view, {top: target.scrollTop, height: target.clientHeight});
+    if (Math.abs(view.top - view.drawn) > height * 4) touch('scroll');
+    if (end && view.top + view.height > target.scrollHeight - 600) end();
   };
-  view.drawn = view.top;
-  const spacer = (place, count) => h('tr', {key: place, class: 'spacer', 'aria-hidden': 'true'},
+  const made = node => {
+    Object.assign(view, {node, top: 0});
+    watchSize(node, ({height: tall}) => { view.height = tall; touch('scroll'); });
+  };
+  const spacer = (name, count) => h('tr.spacer', {key: name, 'aria-hidden': 'true'},
     h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
-  const sorted = one => ({'aria-sort': sort?.by === one.name ? sort.down ? 'descending'
-      : 'ascending' : 'none'});
-  const turn = one => () => {
-    state.ui[id + '.sort'] = sort?.by !== one.name ? {by: one.name, down: !!one.down}
-      : sort.down === !!one.down ? {by: one.name, down: !one.down} : null;
-    touch('ui');
+  const line = (one, n) => {
+    const {open, ...props} = row(one), cells = shown.map(column => {
+      const content = column.cell(one);
+      return h('td', {class: column.num && 'num'},
+        column.leads && open ? link(open, content) : content);
+    });
+    return h('tr' + (open ? '.open' : ''), {key: key(one), 'aria-rowindex': first + n + 2, ...props,
+      onclick: open && (event => followed(event, open))}, cells);
   };
-  return h('div', {key: id, class: 'grid' + (tall ? ' tall' : ''), onscroll: scrolled, tabindex: 0,
-      role: 'region',
-    'aria-label': label, made: node => { view.node = node; view.top = 0;
-      after.push(() => { view.height = node.clientHeight; }); }},
-  h('table', {'aria-rowcount': rows.length + 1},
-    h('colgroup', shown.map(one => h('col', {style: {width: one.width || 'auto'}}))),
-    h('thead', h('tr', shown.map(one => h('th', {scope: 'col', class: one.num && 'num',
-      ...one.sort && sorted(one)}, one.sort ? h('button', {type: 'button', onclick: turn(one)},
-        one.name,
-      sort?.by === one.name ? sort.down ? ' ▾' : ' ▴' : '') : one.name)))),
-    h('tbody', first > 0 && spacer('above', first),
-      rows.slice(first, last).map((one, n) => {
-        const {open, ...props} = typeof row === 'function' ? row(one) : row;
-        return h('tr', {key: key(one), 'aria-rowindex': first + n + 2, ...props,
-          class: (open ? 'open ' : '') + (props.class || ''),
-          onclick: open && (event => { if (!event.target.closest('a, button')
-                && !String(getSelection())) location.hash = '#/' + open; })},
-        shown.map(place => h('td', {class: place.num && 'num'}, place.leads && open
-            ? h('a', {href: '#/' + open}, place.cell(one)) : place.cell(one))));
-      }),
-      last < rows.length && spacer('below', rows.length - last))));
+  return h('div.grid' + (tall ? '.tall' : ''),
+    {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
+    h('table', {'aria-rowcount': rows.length + 1},
+      h('colgroup', shown.map(one => h('col', {style: {width: one.width || 'auto'}}))),
+      h('thead', h('tr', shown.map(one => headCell(id, one)))),
+      h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
+        last < rows.length && spacer('below', rows.length - last))));
 }
+
+// A row was clicked: it opens, unless something on it was meant, or text is being marked.
+function followed(event, open) {
+  if (!event.target.closest('a, button') && !String(getSelection())) location.hash = '#/' + open;
+}
+
+const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
+  names.length > 0 && h('thead', h('tr', names.map(one => h('th', {key: one, scope: 'col'}, one)))),
+  h('tbody', rows)));
 
 // --- Charts ---------------------------------------------------------------------------------
 // Lines over time, or areas on top of each other. A value that is null is a break in the line.
 
 const COLOURS = [0, 1, 2, 3, 4, 5, 6, 7].map(n => `var(--c${n})`);
 const TICKS = [1, 2, 2.5, 5, 10];
+const LEGEND = 16;
+const highest = values => values.reduce((best, one) => one > best ? one : best, -Infinity);
 
 function spark(values) {
-  const known = values.filter(value => value != null), top = Math.max(...known, 1e-9) * 1.15;
-  if (known.length < 2) return null;
-  const points = values.slice(-120).map((value, n, all) =>
-    `${(n / (all.length - 1) * 100).toFixed(1)} ${(30 - (value || 0) / top * 28).toFixed(1)}`);
+  if (values.length < 2) return null;
+  const top = Math.max(highest(values), 1e-9) * 1.15;
+  const points = values.map((value, n) => `${(n / (values.length - 1) * 100).toFixed(1)} `
+    + (30 - (value || 0) / top * 28).toFixed(1)).join('L');
   return h('svg.spark', {viewBox: '0 0 100 30', preserveAspectRatio: 'none', 'aria-hidden': 'true'},
-    h('path.area', {d: `M0 30L${points.join('L')}L100 30Z`}),
-      h('path', {d: 'M' + points.join('L')}));
+    h('path.area', {d: `M0 30L${points}L100 30Z`}), h('path', {d: 'M' + points}));
 }
 
 // The last point at or before a time, or undefined.
@@ -5250,119 +5349,118 @@ function pointAt(points, at) {
   return points[low - 1];
 }
 
-const widths = new ResizeObserver(entries => {
-  for (const {target, contentRect} of entries) {
-    if (state.ui[target.id + '.width'] === Math.round(contentRect.width)) continue;
-    state.ui[target.id + '.width'] = Math.round(contentRect.width);
-    touch('ui');
-  }
-});
-
+// Of each of so many buckets the highest point: peaks must show.
 function thinned(points, most) {
   if (points.length <= most) return points;
-  const step = points.length / most, out = [];
-  for (let n = 0; n < most; n++) {                 // of each bucket the highest: peaks must show
-    const part = points.slice(Math.floor(n * step), Math.floor((n + 1) * step));
-    out.push(part.reduce((best, one) => (one[1] ?? -Infinity) > (best[1] ?? -Infinity) ? one
-        : best));
-  }
-  return out;
+  const step = points.length / most, value = one => one[1] ?? -Infinity;
+  return Array.from({length: Math.floor(most)}, (_, n) =>
+    points.slice(Math.floor(n * step), Math.floor((n + 1) * step))
+      .reduce((best, one) => value(one) > value(best) ? one : best));
 }
 
-// Areas: the values of all lines at the same times, each on top of those before it.
+// The values of all lines at the same times, each on top of those before it.
 function stacked(lines, from, till) {
   const times = Array.from({length: 121}, (_, n) => from + (till - from) * n / 120);
   const sums = times.map(() => 0);
   return lines.map(line => ({...line, band: times.map((at, n) => {
     const low = sums[n];
-    sums[n] += at > (line.end ?? Infinity) ? 0 : pointAt(line.points, at)?.[1] || 0;
+    sums[n] += pointAt(line.points, at)?.[1] || 0;
     return [at, low, sums[n]];
   })}));
 }
 
-function chart(id, {lines, format = digits, height = 170, label, limit, from, till, areas,
-    least = 1}) {
-  lines = lines.map((line, n) => ({colour: COLOURS[n % COLOURS.length], ...line}));
-  const all = lines.flatMap(line => line.points);
-  from ??= Math.min(...all.map(one => one[0]));
-  till ??= Math.max(...all.map(one => one[0]));
+// Round marks from 0 to at least `top`.
+function marksTo(top) {
+  const rough = top / 3, unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * TICKS.find(one => one * unit >= rough * .999);
+  return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
+}
+
+// `lines` are {name, points: [[ms, value], …]}; `least` is what the scale reaches at least.
+function chart(id, {lines, label, format = digits, height = 170, least = 1, areas, limit, from,
+    till}) {
+  const name = `chart ${id}`, width = state.ui[name] || 600;
+  till ??= highest(lines.map(line => line.points.at(-1)?.[0] ?? 0));
+  from ??= Math.min(...lines.map(line => line.points[0][0]));
   from = Math.min(from, till - 60000);
-  const width = state.ui[`chart-${id}.width`] || 600, left = 58, right = width - 8,
-    bottom = height - 20;
-  const bands = areas ? stacked(lines, from, till) : null;
-  const values = bands ? bands.flatMap(line => line.band.map(one => one[2])) : all.map(one => one[1]
-    ?? 0);
-  const top = Math.max(least, limit ?? 0, ...values), rough = top / 3,
-    unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * TICKS.find(one => one * unit >= rough * .999),
-    ceiling = Math.ceil(top / step * .999) * step;
-  const x = at => left + (at - from) / (till - from || 1) * (right - left);
-  const y = value => bottom - value / ceiling * (bottom - 8);
-  const xy = (at, value) => `${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
-  const draw = points => {
-    let path = '', pen = 'M';
-    for (const [at, value] of thinned(points.filter(one => one[0] >= from && one[0] <= till),
-        right - left)) {
-      if (value == null) { pen = 'M'; continue; }
-      path += pen + xy(at, value);
-      pen = 'L';
-    }
-    return path;
-  };
-  const marks = [], span = till - from, hover = state.hover?.id === id && state.hover.at >= from
-    && state.hover.at <= till ? state.hover.at : null;
-  for (let value = 0; value <= ceiling * 1.001; value += step) marks.push(value);
-  const count = Math.max(2, Math.floor(width / 130));
-  const times = Array.from({length: count}, (_, n) => from + span * (n + .5) / count);
-  const shownAt = hover ?? till;
+  lines = lines.map((line, n) => ({colour: COLOURS[n % COLOURS.length], ...line}));
+  if (areas) lines = stacked(lines, from, till);
+  const values = areas ? lines.at(-1).band.map(one => one[2])
+    : lines.flatMap(line => line.points.map(one => one[1] ?? 0));
+  const marks = marksTo(Math.max(least, limit ?? 0, highest(values)));
+  const left = 58, right = width - 8, bottom = height - 20;
+  const x = at => left + (at - from) / (till - from) * (right - left);
+  const y = value => bottom - value / marks.at(-1) * (bottom - 8);
+  const hover = state.hover?.id === id ? Math.max(from, Math.min(till, state.hover.at)) : null;
+  const said = lines.map(line => {
+    const value = pointAt(line.points, hover ?? till)?.[1];
+    return value == null ? DASH : format(value);
+  });
   const point = event => {
-    const box = event.currentTarget.getBoundingClientRect();
-    const at = from + (event.clientX - box.left - left) / (right - left) * span;
-    state.hover = {id, at: Math.max(from, Math.min(till, at))};
+    const at = event.clientX - event.currentTarget.getBoundingClientRect().left - left;
+    state.hover = {id, at: from + at / (right - left) * (till - from)};
     touch('hover');
   };
-  const time = at => new Date(at).toLocaleTimeString(undefined, {...HOURS,
-    ...span < 600000 && {second: '2-digit'}});
-  const told = lines.map(line => pointAt(line.points, shownAt)?.[1]);
-  const words = lines.map((line, n) =>
-    `${line.name} ${told[n] == null ? DASH : format(told[n])}`).join(', ');
-  return h('figure.chart', {key: id, id: 'chart-' + id, made: node => widths.observe(node)},
-    h('figcaption.legend',
-      lines.length > 1 || hover ? lines.slice(0, 16).map((line, n) => h('span', {key: line.name},
-        h('i', {style: {background: line.colour}}), line.name, ' ',
-        h('b', told[n] == null ? DASH : format(told[n])))) : null,
-      lines.length > 16 && `and ${lines.length - 16} more`, hover && h('span', {key: ' at'},
-        clock(new Date(hover).toISOString()))),
-    h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img',
-        'aria-label': `${label}. ${words}`,
-      onpointermove: point, onpointerdown: point,
-      onpointerleave: () => { state.hover = null; touch('hover'); }},
-    marks.map(value => h('g', {key: 'y' + value}, h('line.gridline', {x1: left, x2: right,
-            y1: y(value), y2: y(value)}),
+  const leave = () => { state.hover = null; touch('hover'); };
+  const made = node => watchSize(node, box => {
+    state.ui[name] = Math.round(box.width);
+    touch('ui');
+  });
+  return h('figure.chart', {key: id, made},
+    h('figcaption.legend', lines.length > 1 || hover ? legend(lines, said) : null,
+      hover && h('span', {key: ' at'}, clock(new Date(hover).toISOString()))),
+    h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: point,
+      onpointerdown: point, onpointerleave: leave,
+      'aria-label': `${label}. ${lines.map((line, n) => `${line.name} ${said[n]}`).join(', ')}`},
+    marks.map(value => h('g', {key: 'y' + value},
+      h('line.gridline', {x1: left, x2: right, y1: y(value), y2: y(value)}),
       h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, format(value)))),
-    times.map((at, n) => h('text', {key: 'x' + n, x: x(at), y: height - 4, 'text-anchor': 'middle'},
-        time(at))),
-    bands ? bands.map(line => h('path', {key: 'a' + line.name, style: {fill: line.colour},
-          opacity: .78,
-      d: 'M' + line.band.map(([at, , high]) => xy(at, high)).join('L')
-        + 'L' + line.band.map(([at, low]) => xy(at, low)).reverse().join('L') + 'Z'}))
-      : lines.map(line => h('path', {key: 'l' + line.name, class: 'line',
-            style: {stroke: line.colour}, d: draw(line.points)})),
-    limit != null && h('line', {key: 'limit', class: 'limit', x1: left, x2: right, y1: y(limit),
-        y2: y(limit)}),
-    hover && h('line', {key: 'at', class: 'at', x1: x(hover), x2: x(hover), y1: 4, y2: bottom})));
+    timeMarks(from, till, Math.max(2, Math.floor(width / 130))).map(([at, text], n) =>
+      h('text', {key: 'x' + n, x: x(at), y: height - 4, 'text-anchor': 'middle'}, text)),
+    lines.map(line => areas ? areaPath(line, x, y)
+      : linePath(line, x, y, right - left, at => at >= from && at <= till)),
+    limit != null
+      && h('line.limit', {key: 'limit', x1: left, x2: right, y1: y(limit), y2: y(limit)}),
+    hover && h('line.at', {key: 'at', x1: x(hover), x2: x(hover), y1: 4, y2: bottom})));
+}
+
+const legend = (lines, said) => [lines.slice(0, LEGEND).map((line, n) => h('span', {key: line.name},
+  h('i', {style: {background: line.colour}}), line.name, ' ', h('b', said[n]))),
+lines.length > LEGEND && h('span', {key: ' more'}, `and ${lines.length - LEGEND} more`)];
+
+function timeMarks(from, till, count) {
+  const span = till - from, format = {...HOURS, ...span < 600000 && {second: '2-digit'}};
+  return Array.from({length: count}, (_, n) => from + span * (n + .5) / count)
+    .map(at => [at, new Date(at).toLocaleTimeString(undefined, format)]);
+}
+
+function linePath({name, colour, points}, x, y, most, shown) {
+  let path = '', pen = 'M';
+  for (const [at, value] of thinned(points.filter(([at]) => shown(at)), most)) {
+    if (value != null) path += `${pen}${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
+    pen = value == null ? 'M' : 'L';
+  }
+  return h('path.line', {key: 'line ' + name, style: {stroke: colour}, d: path});
+}
+
+function areaPath({name, colour, band}, x, y) {
+  const edge = side => band.map(one => `${x(one[0]).toFixed(1)} ${y(one[side]).toFixed(1)}`);
+  return h('path', {key: 'area ' + name, style: {fill: colour}, opacity: .78,
+    d: `M${edge(2).join('L')}L${edge(1).reverse().join('L')}Z`});
 }
 
 // The meter of a transaction over time: asked for once, then the stream adds to it.
+const SERIES_KEPT = 60;
 function seriesOf(transaction) {
   const key = keyOf(transaction);
   if (state.series.has(key)) return state.series.get(key);
   state.series.set(key, []);
   attempt(async () => {
-    const {series} = await get(path('connections', transaction.identity, 'transactions',
-        transaction.id));
+    const {identity, id} = transaction, later = state.series.get(key);
+    const {series} = await get(path('connections', identity, 'transactions', id));
+    extend(series, later);
     state.series.set(key, series);
-    if (state.series.size > 60) state.series.delete(state.series.keys().next().value);
+    bound(state.series, SERIES_KEPT);
     touch('transactions');
   });
   return [];
@@ -5371,277 +5469,306 @@ const pointsOf = (series, value) => series.map(one => [ms(one.timestamp), value(
 const PHASES = ['L1', 'L2', 'L3', ''];
 
 function meterCharts(transaction) {
-  const series = seriesOf(transaction), id = keyOf(transaction);
-  if (series.length < 2) return empty('The chart begins with the second meter value.');
+  const series = seriesOf(transaction);
+  if (series.length < 2) return empty('The charts begin with the second meter value.');
+  const part = (title, props, lines) => lines.length > 0 && h('div', {key: title}, h('h3', title),
+    chart(`${title} ${keyOf(transaction)}`, {label: title, ...props, lines}));
+  const line = (name, value) => ({name, points: pointsOf(series, value)});
+  const of = (field, name) => series.some(one => one[field] != null)
+    ? [line(name, one => one[field])] : [];
   const phases = PHASES.filter(phase => series.some(one => one.currentA[phase] != null));
-  const has = field => series.some(one => one[field] != null);
-  return h('div.stack',
-    has('powerW') && [h('h3', 'Power'), chart('power ' + id, {label: 'Power', format: power,
-          least: 1000,
-      lines: [{name: 'Power', points: pointsOf(series, one => one.powerW)}]})],
-    phases.length > 0 && [h('h3', 'Current'), chart('current ' + id, {label: 'Current by phase',
-          format: amperes,
-      least: 6, height: 130,
-      lines: phases.map(phase => ({name: phase || 'Current', points: pointsOf(series,
-              one => one.currentA[phase])}))})],
-    has('energyWh') && [h('h3', 'Energy'), chart('energy ' + id, {label: 'Energy', format: energy,
-          height: 110,
-      lines: [{name: 'Energy', points: pointsOf(series, one => one.energyWh)}]})],
-    has('soc') && [h('h3', 'State of charge'), chart('soc ' + id, {label: 'State of charge',
-          format: percent,
-      least: 100, height: 110, lines: [{name: 'State of charge', points: pointsOf(series,
-            one => one.soc)}]})]);
+  return h('div.stack', {key: 'charts'},
+    part('Power', {format: power, least: 1000}, of('powerW', 'Power')),
+    part('Current', {format: amperes, least: 6, height: 130},
+      phases.map(phase => line(phase || 'Current', one => one.currentA[phase]))),
+    part('Energy', {format: energy, least: 10, height: 110}, of('energyWh', 'Energy')),
+    part('State of charge', {format: percent, least: 100, height: 110}, of('soc', 'SoC')));
 }
 
 // --- What a station is doing ----------------------------------------------------------------
 
-const TONES = {Available: 'good', Charging: 'info', Preparing: 'warn', Occupied: 'info',
-  EVConnected: 'warn',
+const TONES = {
+  Available: 'good', Charging: 'info', Preparing: 'warn', Occupied: 'info', EVConnected: 'warn',
   SuspendedEV: 'warn', SuspendedEVSE: 'warn', Finishing: 'warn', Reserved: 'warn', Faulted: 'bad',
-  Unavailable: 'bad', Idle: ''};
+  Unavailable: 'bad',
+};
+const is16 = station => station?.protocol === 'ocpp1.6';
+const online = station => station.status === 'online';
+const sum = values => values.reduce((total, value) => total + (value || 0), 0);
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
-const nameOf = (station, connector) => connector.evse === 0 ? 'Station'
-  : station.protocol === 'ocpp1.6' || connector.connector <= 1 ? `Connector ${connector.evse}`
-    : `EVSE ${connector.evse}, connector ${connector.connector}`;
-const statusOf = (station, connector) => {
+const chargeAt = (station, connector) => [...state.charges.values()].find(one =>
+  one.identity === station.identity && one.evse === connector.evse && one.status !== 'ended');
+
+function nameOf(station, {evse, connector}) {
+  if (evse === 0) return 'Station';
+  return is16(station) || connector <= 1 ? `Connector ${evse}`
+    : `EVSE ${evse}, connector ${connector}`;
+}
+
+function statusOf(station, connector) {
   const transaction = transactionAt(station, connector);
-  return transaction?.chargingState || (transaction && connector.status === 'Occupied' ? 'Charging'
-    : connector.status);
-};
-const chargeAt = (identity, connector) => [...state.charges.values()].find(one =>
-  one.identity === identity
-  && one.evse === connector.evse && one.status !== 'ended');
-const sum = values => values.reduce((total, value) => total + (value || 0), 0);
+  return transaction?.chargingState
+    || (transaction && connector.status === 'Occupied' ? 'Charging' : connector.status);
+}
+
+// What a charger adds to its status: an error code, a text.
+const toldWith = ({errorCode, info}) =>
+  [errorCode !== 'NoError' && errorCode, info].filter(Boolean).join(': ');
 
 // Why it is, or is not, charging: a sentence for the one who stands before it.
 function why(station, connector) {
-  const {status} = connector, transaction = transactionAt(station, connector),
-    meter = connector.meter;
-  const told = [connector.errorCode !== 'NoError' && connector.errorCode,
-    connector.info].filter(Boolean).join(': ');
-  const limited = chargeAt(station.identity, connector)?.reason;
-  if (station.status !== 'online') return 'Not known: the station is offline since '
+  const {status} = connector, transaction = transactionAt(station, connector);
+  const told = toldWith(connector), added = told ? ` (${told})` : '';
+  if (!online(station)) return 'Not known: the station has been offline for '
     + `${duration(since(station.disconnectedAt))}${transaction ? ', and a car was charging' : ''}.`;
   if (station.registration === 'Pending' || station.registration === 'Rejected')
     return 'May not charge yet: the station waits to be approved on this board.';
-  if (status === 'Faulted') return `Cannot charge, the charger reports a fault${told ? ` (${told})` : ' and no code'}.`;
-  if (status === 'Unavailable') return 'Out of service: set to inoperative, or taken out by the charger itself'
-    + (told ? ` (${told}).` : '.');
-  if (transaction) {
-    const now = statusOf(station, connector), watts = transaction.powerW, soc = transaction.soc;
-    if (watts > 0 && now !== 'SuspendedEV' && now !== 'SuspendedEVSE') {
-      const flows = Object.values(meter?.currentA || {}), most = Math.max(0, ...flows);
-      const held = meter?.offeredA && most > meter.offeredA * .93;
-      return `Charging at ${power(watts)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
-        + (held ? `, as much as the charger offers (${amperes(meter.offeredA)})` : soc >= 80
-          ? ', and takes less as it fills' : '')
-        + `.${limited ? ' ' + limited : ''}`;
-    }
-    if (now === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
-      : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
-    if (now === 'SuspendedEVSE') return limited
-      || 'The charger holds the power back: look for a charging profile '
-      + 'or limit of 0, or for its own load management.';
-    if (watts === 0) return limited
-      || 'A transaction runs, but no power flows: the car may be full, or limited to less than 6 A.';
-    return 'A transaction runs; the meter has not told its power yet.';
+  if (status === 'Faulted')
+    return `Cannot charge, the charger reports a fault${added || ' and no code'}.`;
+  if (status === 'Unavailable')
+    return `Out of service: set to inoperative, or taken out by the charger itself${added}.`;
+  if (transaction) return whyInTransaction(station, connector, transaction);
+  const refused = refusedToken(station.identity, connector.since);
+  return {
+    Available: 'Free: no car is plugged in.',
+    Reserved: 'Reserved for one id token; others are refused.',
+    Finishing: 'The charging has ended: the car is to be unplugged before the next one.',
+    Charging: 'Charging, says the charger, but it has told of no transaction.',
+    SuspendedEV: 'The car takes no power, and the charger has told of no transaction.',
+    SuspendedEVSE: 'The charger holds the power back, and has told of no transaction.',
+  }[status] || (['Preparing', 'Occupied', 'EVConnected'].includes(status)
+    ? refused ? `A car is plugged in, but its id token was refused: ${refused}.`
+      : 'A car is plugged in and waits for a card or a remote start.'
+    : status ? `The charger says ${status}${added}.`
+      : 'The charger has not told its status yet: trigger a StatusNotification.');
+}
+
+function whyInTransaction(station, connector, {powerW, soc}) {
+  const status = statusOf(station, connector), {meter} = connector;
+  const limited = chargeAt(station, connector)?.reason;
+  if (powerW > 0 && !status?.startsWith('Suspended')) {
+    const held = meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93;
+    return `Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
+      + (held ? `, as much as the charger offers (${amperes(meter.offeredA)})`
+        : soc >= 80 ? ', and takes less as it fills' : '') + `.${limited ? ' ' + limited : ''}`;
   }
-  if (status === 'Reserved') return 'Reserved for one id token; others are refused.';
-  if (status === 'Finishing') return 'The charging has ended: the car is to be unplugged before the next one.';
-  if (status === 'Preparing' || status === 'Occupied' || status === 'EVConnected') {
-    const refused = refusedToken(station.identity, connector.since);
-    return refused ? `A car is plugged in, but its id token was refused: ${refused}.`
-      : 'A car is plugged in and waits for a card or a remote start.';
-  }
-  if (status === 'Charging') return 'Charging, says the charger, but it has not told of a transaction.';
-  if (status?.startsWith(
-      'Suspended')) return 'A charging is suspended, but no transaction was told: it began before this board.';
-  if (status === 'Available') return 'Free: no car is plugged in.';
-  return status ? `The charger says ${status}${told ? ` (${told})` : ''}.`
-    : 'The charger has not told its status yet: trigger a StatusNotification.';
+  if (status === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
+    : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
+  if (limited) return limited;
+  if (status === 'SuspendedEVSE') return 'The charger holds the power back: look for a charging '
+    + 'profile or limit of 0, or for its own load management.';
+  return powerW === 0
+    ? 'A transaction runs, but no power flows: the car may be full, or limited to '
+    + 'less than 6 A.' : 'A transaction runs; the meter has not told its power yet.';
 }
 
 // What the last answer to a card was, if it was no.
+const TOKEN_STATUS = /"id(?:Tag|Token)Info":\{[^}]*?"status":"(\w+)"/;
 function refusedToken(identity, from) {
-  const rows = state.list?.filter.identity === identity ? state.list.rows : state.recent;
-  for (const row of [...rows].reverse()) {
-    if (row.identity !== identity || row.timestamp < from) continue;
-    const found = row.type === 'CALLRESULT'
-      && /"id(?:Tag|Token)Info":\{[^}]*?"status":"(\w+)"/.exec(row.raw);
+  const rows = state.list?.filter.identity === identity ? state.list.rows : [];
+  for (let n = rows.length - 1; n >= 0 && rows[n].timestamp >= from; n--) {
+    const found = rows[n].type === 'CALLRESULT' && TOKEN_STATUS.exec(rows[n].raw);
     if (found) return found[1] === 'Accepted' ? '' : found[1];
   }
   return '';
 }
 
+const PILLS = 8;
 function connectorPills(station) {
   const shown = station.connectors.filter(one => one.evse > 0 || one.status === 'Faulted');
-  return h('div.cut', shown.slice(0, 8).map(one => {
+  return h('div.cut', shown.slice(0, PILLS).map(one => {
     const status = statusOf(station, one), watts = transactionAt(station, one)?.powerW;
     return h('span', {key: `${one.evse}.${one.connector}`, title: plain(why(station, one)),
-      class: 'pill ' + (station.status === 'online' ? TONES[status] ?? '' : '')},
+      class: 'pill ' + (online(station) && TONES[status] || '')},
     `${one.evse || 'all'} ${status || 'unknown'}${watts > 0 ? ' ' + power(watts) : ''}`);
-  }), shown.length > 8 && ` and ${shown.length - 8} more`);
+  }), shown.length > PILLS && ` and ${shown.length - PILLS} more`);
 }
 
-// What needs attention, the worst first: [tone, where it leads, text …].
+// What a clock is off, in words.
+const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead' : 'behind'}`;
+
+// What needs attention, the worst first: {rank, tone, where it leads, text}.
+const HOUR = 3600e3, DAY = 24 * HOUR;
 function attention() {
-  const found = [], stations = [...state.stations.values()], hour = now() - 3600e3,
-    day = now() - 86400e3;
+  const found = [...state.stations.values()].flatMap(attentionTo), wrong = new Map();
   const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
-  for (const one of stations) {
-    const at = to('stations', one.identity);
-    if (one.status === 'online' && one.registration === 'Pending') add(0, 'warn', at, one.identity,
-      ' waits to be approved');
-    for (const connector of one.connectors) if (connector.status === 'Faulted'
-      && one.status === 'online')
-      add(1, 'bad', at, one.identity, ` is faulted: ${nameOf(one, connector).toLowerCase()}`,
-        connector.errorCode && connector.errorCode !== 'NoError' ? ` (${connector.errorCode})`
-          : '');
-    if (one.status !== 'online') {
-      const busy = one.connectors.some(connector => transactionAt(one,
-          connector)?.status === 'active');
-      add(busy ? 2 : 4, busy ? 'bad' : 'warn', at, one.identity, ' is offline, ',
-        ago(one.disconnectedAt),
-        busy ? ', and a car was charging' : '');
-    } else if (Math.abs(one.clockSkewSeconds) > 60)
-      add(6, 'warn', at, one.identity,
-        `: its clock is ${duration(Math.abs(one.clockSkewSeconds))} ${one.clockSkewSeconds > 0 ? 'ahead' : 'behind'}`);
+  for (const error of state.errors) {
+    if (ms(error.timestamp) < now() - HOUR) break;
+    wrong.set(error.identity, [...wrong.get(error.identity) || [], error]);
   }
-  const wrong = new Map();
-  for (const error of state.errors) if (ms(error.timestamp) > hour) wrong.set(error.identity,
-    [...wrong.get(error.identity) || [], error]);
-  for (const [identity, errors] of wrong)
-    add(5, 'warn', to('events', null, {identity}), identity,
-      `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`);
-  for (const knock of state.knocking) if (ms(knock.lastAt) > day)
-    add(3, 'warn', to('security'),
-      `${knock.ip} wants in and is refused: ${knock.reason} (${plural(knock.count, 'time')})`);
-  for (const event of state.security) if ((event.severity === 'high'
-      || event.severity === 'critical') && ms(event.timestamp) > day)
-    add(event.severity === 'critical' ? 0 : 2, 'bad', to('security'),
-      `${event.message} (${event.identity}), `, ago(event.timestamp));
+  for (const [identity, errors] of wrong) add(5, 'warn', to('events', null, {identity}), identity,
+    `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`);
+  for (const one of state.knocking) if (ms(one.lastAt) > now() - DAY) add(3, 'warn', 'security',
+    `${one.ip} wants in and is refused: ${one.reason} (${plural(one.count, 'time')})`);
+  for (const one of state.security) {
+    const rank = {critical: 0, high: 2}[one.severity];
+    if (rank != null && ms(one.timestamp) > now() - DAY) add(rank, 'bad',
+      to('security', null, {event: one.id}), `${one.message} (${one.identity}), `,
+        ago(one.timestamp));
+  }
   const {host = {}, loopLagMs} = sample();
-  if (host.diskPercent > 95) add(3, 'bad', to('telemetry'),
-    `The disk of the board's host is ${percent(host.diskPercent)} full`);
-  if (host.memoryPercent > 95) add(3, 'bad', to('telemetry'),
-    `The memory of the board's host is ${percent(host.memoryPercent)} full`);
-  if (loopLagMs > 500) add(3, 'warn', to('telemetry'),
-    `The board lags ${millis(loopLagMs)} behind`);
+  for (const [name, part] of [['disk', host.diskPercent], ['memory', host.memoryPercent]])
+    if (part > 95) add(3, 'bad', 'telemetry',
+      `The ${name} of the board's host is ${percent(part)} full`);
+  if (loopLagMs > 500) add(3, 'warn', 'telemetry', `The board lags ${millis(loopLagMs)} behind`);
   return found.sort((a, b) => a.rank - b.rank);
 }
 
-// --- Commands -------------------------------------------------------------------------------
-// FORMS are the usual commands: what is asked for, and the Action and payload that it becomes in
-// 1.6 and in 2.x, where they differ. `danger` asks first.
+function attentionTo(station) {
+  const found = [], {identity, clockSkewSeconds: skew} = station;
+  const add = (rank, tone, ...text) => found.push({rank, tone, where: to('stations', identity),
+    text: [identity, ...text]});
+  if (!online(station)) {
+    const busy = station.connectors.some(one => transactionAt(station, one)?.status === 'active');
+    add(busy ? 2 : 4, busy ? 'bad' : 'warn', ' is offline, ', ago(station.disconnectedAt),
+      busy ? ', and a car was charging' : '');
+    return found;
+  }
+  if (station.registration === 'Pending') add(0, 'warn', ' waits to be approved');
+  for (const one of station.connectors) if (one.status === 'Faulted')
+    add(1, 'bad', ` is faulted: ${nameOf(station, one).toLowerCase()}`,
+      toldWith(one) && ` (${toldWith(one)})`);
+  if (Math.abs(skew) > 60) add(6, 'warn', `: its clock is ${skewOf(skew)}`);
+  return found;
+}
 
-const old = station => station.protocol === 'ocpp1.6';
+// --- Commands -------------------------------------------------------------------------------
+// FORMS are the usual commands: the FIELDS that are asked for, and the Action and payload that they
+// become in 1.6 (`v16`) and in 2.x (`v2x`). `danger` is what is asked before.
+
+const evsesOf = station => {
+  const known = [...new Set(station.connectors.map(one => one.evse))].filter(one => one > 0);
+  return known.length ? known : [1];
+};
+const place = station => is16(station) ? 'Connector' : 'EVSE';
+
+// The connectors as options: "evse.connector".
+function spotsOf(station) {
+  const known = station.connectors.filter(one => one.evse > 0 && one.connector > 0);
+  return (known.length ? known : [{evse: 1, connector: 1}]).map(one =>
+    [`${one.evse}.${one.connector}`, nameOf(station, one)]);
+}
+const evseAt = spot => Number(spot.split('.')[0]);
+const connectorAt = spot => Number(spot.split('.')[1]);
+const MESSAGES_16 = ['StatusNotification', 'MeterValues', 'Heartbeat', 'BootNotification',
+  'DiagnosticsStatusNotification', 'FirmwareStatusNotification'];
+const MESSAGES_2X = ['StatusNotification', 'MeterValues', 'TransactionEvent', 'Heartbeat',
+  'BootNotification', 'LogStatusNotification', 'FirmwareStatusNotification',
+  'SignChargingStationCertificate'];
+const TOKEN_TYPES = ['Central', 'ISO14443', 'ISO15693', 'eMAID', 'KeyCode', 'Local', 'MacAddress',
+  'NoAuthorization'];
+const purposes = station => ['TxDefaultProfile', 'TxProfile',
+  is16(station) ? 'ChargePointMaxProfile' : 'ChargingStationMaxProfile'];
+const activeAt = station => running().filter(one => one.identity === station.identity);
+const runningAt = (station, evse) => activeAt(station).find(one => one.evse === evse);
+
 const FIELDS = {
-  connector: station => ({label: old(station) ? 'Connector' : 'EVSE', number: true,
-    options: connectorsOf(station).map(one => [one.evse, one.evse])}),
-  target: station => ({label: old(station) ? 'Connector' : 'EVSE', number: true,
-      options: [[0, 'whole station'],
-    ...connectorsOf(station).map(one => [one.evse, one.evse])]}),
+  evse: station => ({label: place(station), number: true, options: evsesOf(station)}),
+  target: station => ({label: place(station), number: true,
+    options: [[0, 'whole station'], ...evsesOf(station)]}),
+  spot: station => ({label: 'Connector', options: spotsOf(station)}),
+  anywhere: station => ({label: 'Connector',
+    options: [...spotsOf(station), ['0.0', 'whole station']]}),
   token: () => ({label: 'Id token', value: 'BOARD'}),
-  kind: station => old(station) ? null : {label: 'Type of token', options: ['Central', 'ISO14443',
-      'ISO15693',
-    'eMAID', 'KeyCode', 'Local', 'MacAddress', 'NoAuthorization']},
-  transaction: station => ({label: 'Transaction', options: running().filter(one =>
-        one.identity === station.identity)
-    .map(one => [String(one.id), `${one.id} at ${one.evse}`]), none: 'none runs'}),
-  reset: station => ({label: 'Type', options: old(station) ? ['Soft', 'Hard'] : ['OnIdle',
-        'Immediate']}),
+  kind: station => is16(station) ? null : {label: 'Type of token', options: TOKEN_TYPES},
+  transaction: station => ({label: 'Transaction', none: 'none runs',
+    options: activeAt(station).map(one => [String(one.id), `${one.id} at ${one.evse}`])}),
+  reset: station => ({label: 'Type',
+    options: is16(station) ? ['Soft', 'Hard'] : ['OnIdle', 'Immediate']}),
   operative: () => ({label: 'To be', options: ['Operative', 'Inoperative']}),
-  message: station => ({label: 'Message', options: old(station)
-    ? ['StatusNotification', 'MeterValues', 'Heartbeat', 'BootNotification',
-      'DiagnosticsStatusNotification', 'FirmwareStatusNotification']
-    : ['StatusNotification', 'MeterValues', 'TransactionEvent', 'Heartbeat', 'BootNotification',
-      'LogStatusNotification',
-      'FirmwareStatusNotification', 'SignChargingStationCertificate']}),
+  message: station => ({label: 'Message', options: is16(station) ? MESSAGES_16 : MESSAGES_2X}),
   limit: () => ({label: 'Limit', number: true, value: '10', min: 0, step: .1}),
   unit: () => ({label: 'Unit', options: [['A', 'A per phase'], ['W', 'W in all']]}),
-  minutes: () => ({label: 'For minutes (empty: for good)', number: true, value: '', min: 1,
+  minutes: () => ({label: 'Minutes (empty: for good)', number: true, min: 1, step: 1,
       optional: true}),
-  purpose: station => ({label: 'Purpose', options: ['TxDefaultProfile', 'TxProfile',
-    old(station) ? 'ChargePointMaxProfile' : 'ChargingStationMaxProfile']}),
-  purposes: station => ({label: 'Purpose', options: [['', 'every purpose'],
-        ...FIELDS.purpose(station).options]}),
+  purpose: station => ({label: 'Purpose', options: purposes(station)}),
+  purposes: station => ({label: 'Purpose', options: [['', 'every purpose'], ...purposes(station)],
+    optional: true}),
   stack: () => ({label: 'Stack level', number: true, value: '0', min: 0, step: 1}),
-  seconds: () => ({label: 'Seconds from now', number: true, value: '3600', min: 1}),
+  seconds: () => ({label: 'Seconds from now', number: true, value: '3600', min: 1, step: 1}),
 };
-const connectorsOf = station => {
-  const found = [...new Map(station.connectors.filter(one => one.evse > 0).map(one => [one.evse,
-          one])).values()];
-  return found.length ? found : [{evse: 1, connector: 1}];
-};
-const evse = one => one.target || one.connector ? {id: one.target || one.connector} : undefined;
+const evseOf = (id, connectorId) => id ? {id, connectorId} : undefined;
 
 const FORMS = [
-  {name: 'Remote start', fields: ['connector', 'token', 'kind'],
-    old: one => ['RemoteStartTransaction', {idTag: one.token, connectorId: one.connector}],
-    now: one => ['RequestStartTransaction', {idToken: {idToken: one.token, type: one.kind},
-        evseId: one.connector,
-      remoteStartId: Math.floor(Math.random() * 2 ** 31)}]},
+  {name: 'Remote start', fields: ['evse', 'token', 'kind'],
+    v16: one => ['RemoteStartTransaction', {idTag: one.token, connectorId: one.evse}],
+    v2x: one => ['RequestStartTransaction', {idToken: {idToken: one.token, type: one.kind},
+      evseId: one.evse, remoteStartId: requestId()}]},
   {name: 'Remote stop', fields: ['transaction'],
-    old: one => ['RemoteStopTransaction', {transactionId: +one.transaction}],
-    now: one => ['RequestStopTransaction', {transactionId: one.transaction}]},
-  {name: 'Unlock', fields: ['connector'], danger: 'The cable is released; a charging there ends.',
-    old: one => ['UnlockConnector', {connectorId: one.connector}],
-    now: one => ['UnlockConnector', {evseId: one.connector, connectorId: 1}]},
+    v16: one => ['RemoteStopTransaction', {transactionId: Number(one.transaction)}],
+    v2x: one => ['RequestStopTransaction', {transactionId: one.transaction}]},
+  {name: 'Unlock', fields: ['spot'],
+    danger: () => 'The cable is released; a charging there ends.',
+    v16: one => ['UnlockConnector', {connectorId: evseAt(one.spot)}],
+    v2x: one => ['UnlockConnector', {evseId: evseAt(one.spot),
+      connectorId: connectorAt(one.spot)}]},
   {name: 'Reset', fields: ['reset'],
-    danger: 'The station starts anew; charging ends, unless it waits for it.',
-    old: one => ['Reset', {type: one.reset}], now: one => ['Reset', {type: one.reset}]},
-  {name: 'Trigger', fields: ['message', 'target'],
-    old: one => ['TriggerMessage', {requestedMessage: one.message, connectorId: one.target
-        || undefined}],
-    now: one => ['TriggerMessage', {requestedMessage: one.message, evse: evse(one)}]},
+    danger: () => 'The station starts anew; charging ends, unless it waits for it.',
+    v16: one => ['Reset', {type: one.reset}],
+    v2x: one => ['Reset', {type: one.reset}]},
+  {name: 'Trigger', fields: ['message', 'anywhere'],
+    v16: one => ['TriggerMessage', {requestedMessage: one.message,
+      connectorId: evseAt(one.anywhere) || undefined}],
+    v2x: one => ['TriggerMessage', {requestedMessage: one.message,
+      evse: evseOf(evseAt(one.anywhere), connectorAt(one.anywhere))}]},
   {name: 'Availability', fields: ['target', 'operative'],
     danger: one => one.operative === 'Inoperative'
       && 'Nobody can charge there until it is made operative again.',
-    old: one => ['ChangeAvailability', {connectorId: one.target, type: one.operative}],
-    now: one => ['ChangeAvailability', {operationalStatus: one.operative, evse: evse(one)}]},
+    v16: one => ['ChangeAvailability', {connectorId: one.target, type: one.operative}],
+    v2x: one => ['ChangeAvailability', {operationalStatus: one.operative,
+        evse: evseOf(one.target)}]},
   {name: 'Set a limit', fields: ['target', 'limit', 'unit', 'purpose', 'minutes', 'stack'],
-    danger: one => one.limit > 0 && one.limit < (one.unit === 'A' ? 6 : 1380)
+    danger: one => one.limit < (one.unit === 'A' ? 6 : 1380)
       && 'Below 6 A (1.38 kW on one phase) no car charges: it will pause.',
-    old: one => ['SetChargingProfile', {connectorId: one.target, csChargingProfiles: profile(one,
-          'chargingProfileId',
-      schedule => schedule)}],
-    now: one => ['SetChargingProfile', {evseId: one.target, chargingProfile: profile(one, 'id',
-          schedule => [{id: 1, ...schedule}])}]},
+    wrong: (one, station) => one.purpose === 'TxProfile' ? !one.target ? 'A TxProfile is of one '
+      + 'connector.' : !runningAt(station, one.target) && 'No transaction runs there.'
+      : one.purpose.endsWith('MaxProfile') && one.target && 'It is of the whole station.',
+    v16: (one, station) => ['SetChargingProfile', {connectorId: one.target, csChargingProfiles: {
+      chargingProfileId: profileId(one), ...profile(one, station),
+      chargingSchedule: schedule(one)}}],
+    v2x: (one, station) => ['SetChargingProfile', {evseId: one.target, chargingProfile: {
+      id: profileId(one), ...profile(one, station),
+      chargingSchedule: [{id: 1, ...schedule(one)}]}}]},
   {name: 'Clear limits', fields: ['target', 'purposes'],
-    old: one => ['ClearChargingProfile', {connectorId: one.target || undefined,
-        chargingProfilePurpose: one.purposes || undefined}],
-    now: one => ['ClearChargingProfile', {chargingProfileCriteria: {evseId: one.target || undefined,
+    danger: () => 'What limited the station, also for safety, does so no more.',
+    v16: one => ['ClearChargingProfile', {connectorId: one.target || undefined,
+      chargingProfilePurpose: one.purposes || undefined}],
+    v2x: one => ['ClearChargingProfile', {chargingProfileCriteria: {evseId: one.target || undefined,
       chargingProfilePurpose: one.purposes || undefined}}]},
   {name: 'Limits in force', fields: ['target', 'seconds', 'unit'],
-    old: one => ['GetCompositeSchedule', {connectorId: one.target, duration: one.seconds,
-        chargingRateUnit: one.unit}],
-    now: one => ['GetCompositeSchedule', {evseId: one.target, duration: one.seconds,
-        chargingRateUnit: one.unit}]},
-  {name: 'Clear cache', fields: [], danger: 'The station forgets which cards it knows.',
-    old: () => ['ClearCache', {}], now: () => ['ClearCache', {}]},
+    v16: one => ['GetCompositeSchedule', {connectorId: one.target, duration: one.seconds,
+      chargingRateUnit: one.unit}],
+    v2x: one => ['GetCompositeSchedule', {evseId: one.target, duration: one.seconds,
+      chargingRateUnit: one.unit}]},
+  {name: 'Clear cache', fields: [], danger: () => 'The station forgets which cards it knows.',
+    v16: () => ['ClearCache', {}], v2x: () => ['ClearCache', {}]},
 ];
-const RISKY = /^(Reset|UnlockConnector|ClearCache|UpdateFirmware|SignedUpdateFirmware|PublishFirmware|DeleteCertificate|InstallCertificate|SendLocalList|SetNetworkProfile|ChangeAvailability|ChangeConfiguration|SetVariables)$/;
+const FREE = 'Any command';
+const RISKY = new Set(('CertificateSigned ChangeAvailability ChangeConfiguration ClearCache '
+  + 'ClearChargingProfile DeleteCertificate InstallCertificate PublishFirmware Reset SendLocalList '
+  + 'SetChargingProfile SetNetworkProfile SetVariables SignedUpdateFirmware UnlockConnector '
+  + 'UpdateFirmware').split(' '));
 
-// A charging profile from a form. It begins a minute ago, since stations' clocks are not ours.
-function profile(one, idName, schedules) {
-  const purpose = FORMS.purposes.indexOf(one.purpose);
-  const active = running().find(other => other.identity === state.route.id
-    && other.evse === one.target);
-  const bound = one.purpose === 'TxProfile' && active ? {transactionId: active.id} : {};
-  return {[idName]: 1000 + one.target * 10 + purpose, stackLevel: one.stack,
-    chargingProfilePurpose: one.purpose,
-    chargingProfileKind: 'Absolute', ...bound, chargingSchedule: schedules({
-      startSchedule: new Date(now() - 60000).toISOString(), ...one.minutes
-        && {duration: one.minutes * 60 + 60},
-      chargingRateUnit: one.unit, chargingSchedulePeriod: [{startPeriod: 0, limit: one.limit}]})};
-}
-FORMS.purposes = ['TxDefaultProfile', 'TxProfile', 'ChargePointMaxProfile',
-  'ChargingStationMaxProfile'];
+const requestId = () => Math.floor(Math.random() * 2 ** 31);
+
+// The same limit again takes the place of the former one.
+const profileId = one => 1000 + one.target * 10
+  + ['TxDefaultProfile', 'TxProfile'].indexOf(one.purpose) + 1;
+
+const profile = (one, station) => ({
+  stackLevel: one.stack, chargingProfilePurpose: one.purpose, chargingProfileKind: 'Absolute',
+  transactionId: one.purpose === 'TxProfile' ? runningAt(station, one.target).id : undefined,
+});
+
+// It begins a minute ago: the station's clock may be behind ours.
+const schedule = one => ({startSchedule: new Date(now() - 60000).toISOString(),
+  duration: one.minutes ? one.minutes * 60 + 60 : undefined, chargingRateUnit: one.unit,
+  chargingSchedulePeriod: [{startPeriod: 0, limit: one.limit}]});
 
 // Send a command; what the station really answered, and when, stands on top of its answers.
-async function command(identity, action, payload) {
-  const entry = {key: Math.random(), action, payload, at: new Date(now()).toISOString()};
+async function command(identity, action, payload, shown = payload) {
+  const entry = {key: Math.random(), action, shown, at: new Date(now()).toISOString()};
   state.answers.set(identity, [entry, ...state.answers.get(identity) || []].slice(0, ANSWERS_KEPT));
   touch('answers');
   try {
@@ -5651,9 +5778,9 @@ async function command(identity, action, payload) {
       raw: text.slice(text.indexOf('"result":') + 9, text.lastIndexOf(',"responseTime"'))});
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    Object.assign(entry, {failed: error.message, ...error.data?.errorCode
-        && {code: error.data.errorCode,
-      raw: JSON.stringify(error.data.errorDetails || {})}});
+    const {errorCode: code, errorDetails = {}} = error.data || {};
+    entry.failed = error.message;
+    if (code) Object.assign(entry, {code, raw: JSON.stringify(errorDetails)});
   }
   touch('answers');
   return entry.result;
@@ -5661,1040 +5788,1169 @@ async function command(identity, action, payload) {
 
 // Ask before what cannot be undone. Resolves to whether to go on.
 const confirmed = (title, text, yes) => new Promise(resolve => {
-  state.confirm = {title, text, yes, done: value => { state.confirm = null; touch('ui'); resolve(
-        value); }};
+  state.confirm = {title, text, yes, done: value => {
+    state.confirm = null;
+    touch('ui');
+    resolve(value);
+  }};
   touch('ui');
 });
 
+// A field of a form: {name, its value as the command takes it, whether it is missing, view}.
 function fieldOf(form, name, station) {
   const spec = FIELDS[name](station);
   if (!spec) return null;
-  const values = state.ui.values ||= {}, id = `${form.name}.${name}`;
+  const id = `${form.name}.${name}`, values = state.ui.values ||= {};
   const options = spec.options?.map(one => Array.isArray(one) ? one : [one, one]);
-  let value = values[id] ?? spec.value ?? options?.[0]?.[0] ?? '';
-  if (options && !options.some(([one]) => String(one) === String(value))) value = options[0]?.[0]
-    ?? '';
-  const props = {value, 'aria-label': spec.label,
-    oninput: event => { values[id] = event.target.value; touch('ui'); }};
-  const read = spec.number ? value === '' ? undefined : +value : value;
-  return {name, value: read, missing: !spec.optional && (value === '' && name !== 'purposes'
-      || Number.isNaN(read)),
-    view: h('label', {key: name}, spec.label, options
-      ? h('select', {...props, disabled: !options.length}, options.length
-        ? options.map(([one, text]) =>
-        h('option', {key: one, value: one}, text)) : h('option', {value: ''}, spec.none))
-      : h('input', {...props, type: spec.number ? 'number' : 'text', min: spec.min, step: spec.step
-          ?? (spec.number ? 1 : null),
-        autocomplete: 'off', spellcheck: 'false'}))};
+  let text = String(values[id] ?? spec.value ?? options?.[0]?.[0] ?? '');
+  const gone = options?.length && !options.some(([one]) => String(one) === text);
+  if (gone) {                                      // not the next best one: it is another's car
+    options.unshift(['', 'choose …']);
+    text = '';
+  }
+  const value = spec.number ? text === '' ? undefined : Number(text) : text;
+  const props = {value: text, 'aria-label': spec.label,
+    oninput: typing(values, id)};
+  const input = options
+    ? h('select', {...props, disabled: !options.length}, options.length
+      ? options.map(([one, shown]) => h('option', {key: one, value: one}, shown))
+      : h('option', {value: ''}, spec.none))
+    : h('input', {...props, type: spec.number ? 'number' : 'text', min: spec.min, step: spec.step,
+      autocomplete: 'off', spellcheck: 'false'});
+  return {name, value, missing: !spec.optional && text === '' || value < spec.min,
+    view: h('label', {key: name}, spec.label, input)};
 }
 
 function commandForm(station) {
-  const names = [...FORMS.map(one => one.name), 'Any command'];
-  const chosen = state.ui.command || names[0], form = FORMS.find(one => one.name === chosen);
-  const online = station.status === 'online';
-  const tabs = h('div.tabs', {role: 'group', 'aria-label': 'Command'},
-    names.map(name => button(name,
-    () => { state.ui.command = name; touch('ui'); },
-      {key: name, 'aria-pressed': String(name === chosen)})));
-  if (!form) return [tabs, freeForm(station, online)];
-  const fields = form.fields.map(name => fieldOf(form, name, station)).filter(Boolean);
-  const send = async event => {
-    event.preventDefault();
-    const values = Object.fromEntries(fields.map(one => [one.name, one.value]));
-    const danger = typeof form.danger === 'function' ? form.danger(values) : form.danger;
-    if (danger && !await confirmed(`${form.name}: ${station.identity}`, danger, form.name)) return;
-    const [action, payload] = (old(station) ? form.old : form.now)(values);
-    command(station.identity, action, JSON.parse(JSON.stringify(payload)));
-  };
-  return [tabs, h('form.form', {onsubmit: send}, fields.map(one => one.view),
-    h('div.bar', h('button.btn.main-act', {disabled: !online || fields.some(one => one.missing)},
-      `Send${form.danger && form.danger.call ? '' : form.danger ? ' …' : ''}`),
-    !online && h('span.dim', 'The station is offline.')))];
+  const chosen = state.ui.command || FORMS[0].name, form = FORMS.find(one => one.name === chosen);
+  return [h('div.tabs', {role: 'group', 'aria-label': 'Command'},
+    [...FORMS.map(one => one.name), FREE].map(name => button(name, () => {
+      state.ui.command = name;
+      touch('ui');
+    }, {key: name, 'aria-pressed': String(name === chosen)}))),
+  form ? usualForm(station, form) : freeForm(station)];
 }
 
-function freeForm(station, online) {
-  const values = state.ui.values ||= {}, action = values.action ?? '', text = values.payload
-    ?? '{}';
-  let payload = null, problem = '';
-  try { payload = JSON.parse(text); } catch (error) { problem = String(error.message); }
-  if (payload !== null && (typeof payload !== 'object'
-      || Array.isArray(payload))) problem = 'The payload must be an object: {…}';
+const sendButton = (station, ready) => [
+  h('button.btn.main-act', {disabled: !online(station) || !ready}, 'Send'),
+  !online(station) && h('span.dim', 'The station is offline.')];
+
+function usualForm(station, form) {
+  const fields = form.fields.map(name => fieldOf(form, name, station)).filter(Boolean);
+  const values = Object.fromEntries(fields.map(one => [one.name, one.value]));
+  const missing = fields.some(one => one.missing);
+  const wrong = !missing && form.wrong?.(values, station);
   const send = async event => {
     event.preventDefault();
-    if (RISKY.test(action) && !await confirmed(`${action}: ${station.identity}`,
-        'This changes what the station does. Send it?', 'Send')) return;
+    const danger = form.danger?.(values);
+    if (danger && !await confirmed(`${form.name}: ${station.identity}`, danger, form.name)) return;
+    command(station.identity, ...(is16(station) ? form.v16 : form.v2x)(values, station));
+  };
+  return h('form.form', {key: form.name, onsubmit: send}, fields.map(one => one.view),
+    h('div.bar.whole', sendButton(station, !missing && !wrong),
+      wrong && h('span.bad.small', wrong)));
+}
+
+function freeForm(station) {
+  const values = state.ui.values ||= {}, {action = '', payload: text = '{}'} = values;
+  const {payload, problem} = objectIn(text);
+  const send = async event => {
+    event.preventDefault();
+    if (RISKY.has(action) && !await confirmed(`${action}: ${station.identity}`,
+      'This changes what the station does. Send it?', 'Send it')) return;
     command(station.identity, action, payload);
   };
-  return h('form.form', {onsubmit: send},
+  return h('form.form', {key: FREE, onsubmit: send},
     h('label.whole', 'Action to send', h('input', {value: action, list: 'actions',
-          autocomplete: 'off', spellcheck: 'false',
-      oninput: event => { values.action = event.target.value.trim(); touch('ui'); }})),
+      spellcheck: 'false', autocomplete: 'off', oninput: typing(values, 'action')})),
     h('datalist', {id: 'actions'}, (state.about?.commands[station.protocol] || []).map(name =>
-        h('option', {key: name, value: name}))),
+      h('option', {key: name, value: name}))),
     h('label.whole', 'Payload, JSON', h('textarea.mono', {value: text, spellcheck: 'false',
-      'aria-invalid': String(!!problem),
-        oninput: event => { values.payload = event.target.value; touch('ui'); }})),
-    h('div.bar.whole', h('button.btn.main-act', {disabled: !online || !action || !!problem},
-        'Send'),
-      h('span', {class: problem ? 'bad small' : 'dim small', role: 'status'}, problem
-        || (online ? '' : 'The station is offline.'))));
+      'aria-invalid': String(!!problem), oninput: typing(values, 'payload')})),
+    h('div.bar.whole', sendButton(station, action && !problem),
+      h('span.bad.small', {role: 'status'}, problem)));
+}
+
+// {payload} of a text that is a JSON object, else {problem}.
+function objectIn(text) {
+  try {
+    const payload = JSON.parse(text);
+    return payload?.constructor === Object ? {payload, problem: ''}
+      : {problem: 'The payload must be an object: {…}'};
+  } catch (error) {
+    return {problem: String(error.message)};
+  }
 }
 
 const GOOD = /^(Accepted|Unlocked|Scheduled)$/;
 function answersOf(identity) {
   const answers = state.answers.get(identity) || [];
-  if (!answers.length) return empty(
-    'The answers of the station will stand here, with the time that each took.');
-  return h('ul.list', {'aria-live': 'polite'}, answers.map(one => {
-    const status = one.result?.status;
-    return h('li', {key: one.key}, h('div.stack.grow', {style: {gap: '.35rem'}},
-      h('div.bar', h('b', one.action), clock(one.at),
-        one.failed ? pill(one.code || 'failed', 'bad') : !one.result ? pill('waiting …', 'info')
-          : pill(status || 'answered', !status || GOOD.test(status) ? 'good' : 'bad'),
+  if (!answers.length)
+    return empty('The answers of the station will stand here, with the time that each took.');
+  return h('ul.list', {'aria-live': 'polite'}, answers.map(one => h('li', {key: one.key},
+    h('div.stack.grow.tight',
+      h('div.bar', h('b', one.action), clock(one.at), answerPill(one),
         one.responseTime != null && h('span.dim', millis(one.responseTime))),
-      h('code.dim.small', JSON.stringify(one.payload)),
-      one.failed && h('p.bad', one.failed),
-      one.raw && one.raw !== '{}' && pretty(one.raw)));
-  }));
+      h('code.dim.small', JSON.stringify(one.shown)), one.failed && h('p.bad', one.failed),
+      one.raw && one.raw !== '{}' && pretty(one.raw)))));
 }
 
-// The configuration of 1.6 and the variables of 2.x, as one table of rows that can be written.
+function answerPill({failed, code, result}) {
+  if (failed) return pill(code || 'failed', 'bad');
+  if (!result) return pill('waiting …', 'info');
+  const {status} = result;
+  return pill(status || 'answered', !status || GOOD.test(status) ? 'good' : 'bad');
+}
+
+// --- Configuration --------------------------------------------------------------------------
+// The configuration of 1.6 and the variables of 2.x, as one table of rows that can be written:
+// {id, place, name, value, locked, secret, payload(value), status(answer)}; `before` is its first
+// value, where that is known.
+
+const SECRET = /password|authorizationkey|secret|passphrase|privatekey/i;
+const CUTS_OFF = /security|network|csms|centralsystem|url|apn|vpn/i;
 
 async function readConfiguration(station) {
   const {identity} = station;
-  if (old(station)) {
+  if (is16(station)) {
     const result = await command(identity, 'GetConfiguration', {});
-    if (result) state.reports.set(identity, {at: now(), rows: (result.configurationKey
-          || []).map(one => ({id: one.key,
-      name: one.key, value: one.value ?? '', locked: !!one.readonly, payload: value =>
-        ['ChangeConfiguration', {key: one.key, value}],
-      status: answer => answer.status}))});
+    const rows = listOf(result?.configurationKey).map(configurationRow);
+    if (result) state.reports.set(identity, {at: now(), rows, done: true});
   } else {
-    const requestId = Math.floor(Math.random() * 2 ** 31);
-    state.reports.set(identity, {at: now(), requestId, rows: []});
-    const result = await command(identity, 'GetBaseReport',
-      {requestId, reportBase: 'FullInventory'});
+    const report = {at: now(), requestId: requestId(), rows: []};
+    state.reports.set(identity, report);
+    const result = await command(identity, 'GetBaseReport', {requestId: report.requestId,
+      reportBase: 'FullInventory'});
     if (result?.status !== 'Accepted') state.reports.delete(identity);
   }
   touch('answers');
 }
+const listOf = value =>
+  Array.isArray(value) ? value.filter(one => one?.constructor === Object) : [];
 
-// A NotifyReport came, in answer to what was asked for, in one part of several.
+const configurationRow = one => ({
+  id: String(one.key), name: String(one.key), value: String(one.value ?? ''),
+  locked: !!one.readonly, secret: SECRET.test(one.key),
+  payload: value => ['ChangeConfiguration', {key: one.key, value}],
+  status: answer => answer.status,
+});
+
+// A NotifyReport came, in answer to what was asked for: one part of several.
 function reported(row) {
-  const report = state.reports.get(row.identity);
-  if (row.type !== 'CALL' || !report) return;
-  const payload = JSON.parse(row.raw);
-  if (payload.requestId !== report.requestId) return;
-  for (const {component, variable, variableAttribute = []} of payload.reportData
-    || []) for (const one of variableAttribute) {
-    const place = [component.name, component.instance, component.evse
-      && `EVSE ${component.evse.id}`,
-      component.evse?.connectorId && `connector ${component.evse.connectorId}`].filter(
-        Boolean).join(', ');
-    const name = variable.name + (variable.instance ? ` (${variable.instance})` : '');
-    const attributeType = one.type && one.type !== 'Actual' ? one.type : undefined;
-    const id = [place, name, attributeType].filter(Boolean).join(' / ');
-    const entry = {id, place, name: attributeType ? `${name} ${attributeType}` : name,
-      value: one.value ?? '', locked: one.mutability === 'ReadOnly',
-      payload: value => ['SetVariables', {setVariableData: [{component, variable, attributeType,
-              attributeValue: value}]}],
-      status: answer => answer.setVariableResult?.[0]?.attributeStatus};
-    const known = report.rows.findIndex(other => other.id === id);
-    if (known >= 0) report.rows[known] = entry; else if (
-      report.rows.length < EVENTS_KEPT) report.rows.push(entry);
-  }
+  const report = state.reports.get(row.identity), payload = JSON.parse(row.raw);
+  if (row.type !== 'CALL' || !report || payload.requestId !== report.requestId) return;
+  for (const {component, variable, variableAttribute} of listOf(payload.reportData))
+    for (const one of listOf(variableAttribute)) {
+      const entry = variableRow(component || {}, variable || {}, one);
+      const known = report.rows.findIndex(other => other.id === entry.id);
+      if (known >= 0) report.rows[known] = entry;
+      else if (report.rows.length < EVENTS_KEPT) report.rows.push(entry);
+    }
   report.done = !payload.tbc;
   touch('answers');
 }
 
+function variableRow(component, variable, {type, value, mutability}) {
+  const attributeType = type && type !== 'Actual' ? type : undefined, {evse} = component;
+  const at = [component.name, component.instance, evse && `EVSE ${evse.id}`,
+    evse?.connectorId && `connector ${evse.connectorId}`].filter(Boolean).join(', ');
+  const name = [variable.name, variable.instance && `(${variable.instance})`, attributeType]
+    .filter(Boolean).join(' ');
+  return {
+    id: `${at}: ${name}`, place: at, name, value: String(value ?? ''),
+    locked: mutability === 'ReadOnly', secret: mutability === 'WriteOnly' || SECRET.test(name),
+    payload: text => ['SetVariables', {setVariableData: [
+      {component, variable, attributeType, attributeValue: text}]}],
+    status: answer => listOf(answer.setVariableResult)[0]?.attributeStatus,
+  };
+}
+
 async function writeRow(station, row, value) {
-  const [action, payload] = row.payload(value);
-  const result = await command(station.identity, action, JSON.parse(JSON.stringify(payload)));
+  const risk = (row.secret || CUTS_OFF.test(row.id)) && 'A wrong value here may cut the station '
+    + 'off: it could then only be set right at the station itself.';
+  if (risk && !await confirmed(`${row.name}: ${station.identity}`, risk, 'Write')) return;
+  const [action, payload] = row.payload(value), [, shown] = row.payload(row.secret ? '***' : value);
+  const result = await command(station.identity, action, payload, shown);
   row.said = result ? row.status(result) || 'answered' : 'failed';
   if (row.said === 'Accepted' || row.said === 'RebootRequired') {
-    row.before ??= row.value;
+    if (!row.secret) row.before ??= row.value;
     Object.assign(row, {value, edited: undefined});
   }
   touch('answers');
 }
 
 function configuration(station) {
-  const report = state.reports.get(station.identity), wanted = (state.ui.configText
-    || '').toLowerCase();
-  const online = station.status === 'online', rows = (report?.rows || []).filter(one =>
-    `${one.id} ${one.value}`.toLowerCase().includes(wanted));
-  const what = old(station) ? 'configuration' : 'variables';
-  const edit = row => h('form.bar', {style: {'flex-wrap': 'nowrap'},
-      onsubmit: event => { event.preventDefault(); writeRow(station, row, row.edited
-          ?? row.value); }},
-    h('input.grow', {value: row.edited ?? row.value, 'aria-label': row.id, spellcheck: 'false',
-        autocomplete: 'off',
-      oninput: event => { row.edited = event.target.value; touch('ui'); }}),
-    h('button.btn', {disabled: !online || row.edited == null || row.edited === row.value},
-      'Write'));
-  return [card([h('h2.grow', old(station) ? 'Configuration' : 'Variables'), report
-        && h('span.dim.small',
-    `${plural(report.rows.length, 'row')}, read `, clock(new Date(report.at).toISOString())),
-  h('input', {type: 'search', placeholder: 'Filter', 'aria-label': `Filter the ${what}`,
-      value: state.ui.configText || '', 'data-search': true,
-    oninput: event => { state.ui.configText = event.target.value; touch('ui'); }}),
-  button(`Read the ${what}`, () => readConfiguration(station), {disabled: !online, class: report
-      ? '' : 'main-act'})], null,
-  !report ? empty(
-    `Read what the station is set to (${old(station) ? 'GetConfiguration' : 'GetBaseReport'}); then change it here.`)
-    : !rows.length ? empty(report.rows.length ? 'Nothing matches.'
-      : 'The station sends its report …')
-      : h('div.grid', {tabindex: 0, role: 'region', 'aria-label': what}, h('table.plain',
-        h('thead', h('tr', ['Name', 'Value', 'Before', 'Answer'].map(one => h('th',
-                {key: one, scope: 'col'}, one)))),
-        h('tbody', rows.slice(0, 600).map(row => h('tr', {key: row.id},
-          h('td', row.place && h('span.dim', row.place, ': '), row.name),
-          h('td', row.locked ? [h('span', row.value), ' ', h('span.dim.small', 'read-only')]
-            : edit(row)),
-          h('td', row.before != null && [row.before, ' ', button('Restore', () => writeRow(station,
-                  row, row.before), {disabled: !online || row.value === row.before})]),
-          h('td', row.said && pill(row.said, GOOD.test(row.said) ? 'good'
-              : row.said === 'RebootRequired' ? 'warn' : 'bad')))))))),
-  card('Answers', null, answersOf(station.identity))];
+  const report = state.reports.get(station.identity), text = state.ui.configText || '';
+  const what = is16(station) ? 'configuration' : 'variables', wanted = text.toLowerCase();
+  const rows = (report?.rows || [])
+    .filter(one => `${one.id} ${one.value}`.toLowerCase().includes(wanted));
+  const head = [h('h2.grow', is16(station) ? 'Configuration' : 'Variables'),
+    report && h('span.dim.small', `${plural(report.rows.length, 'row')}, read `,
+      clock(new Date(report.at).toISOString())),
+    h('input', {type: 'search', placeholder: 'Filter', 'aria-label': `Filter the ${what}`,
+      value: text, 'data-search': true, oninput: typing(state.ui, 'configText')}),
+    button(`Read the ${what}`, () => readConfiguration(station),
+      {disabled: !online(station), class: report ? '' : 'main-act'})];
+  const action = is16(station) ? 'GetConfiguration' : 'GetBaseReport';
+  return card(head, {key: 'configuration'}, !report
+    ? empty(`Read what the station is set to (${action}); then change it here.`)
+    : !rows.length ? empty(report.rows.length ? 'Nothing matches.' : report.done
+      ? 'The station told of nothing that is set.' : 'The station sends its report …')
+      : plainTable(what, ['Name', 'Value', 'Before', 'Answer'],
+        rows.slice(0, ROWS_SHOWN).map(row => configurationLine(station, row))),
+  rows.length > ROWS_SHOWN && empty(`And ${rows.length - ROWS_SHOWN} more: filter for them.`));
+}
+const ROWS_SHOWN = 500;
+
+function configurationLine(station, row) {
+  const text = row.edited ?? row.value;
+  const write = event => { event.preventDefault(); writeRow(station, row, text); };
+  const tone = GOOD.test(row.said) ? 'good' : row.said === 'RebootRequired' ? 'warn' : 'bad';
+  return h('tr', {key: row.id},
+    h('td', row.place && h('span.dim', row.place, ': '), row.name),
+    h('td', row.locked ? [row.value, ' ', h('span.dim.small', 'read-only')]
+      : h('form.bar.one-line', {onsubmit: write},
+        h('input.grow', {value: text, 'aria-label': plain(row.id), spellcheck: 'false',
+          type: row.secret ? 'password' : 'text', autocomplete: row.secret ? 'new-password' : 'off',
+          oninput: typing(row, 'edited')}),
+        h('button.btn', {disabled: !online(station) || text === row.value}, 'Write'))),
+    h('td', row.before != null && [row.before, ' ',
+      button('Restore', () => writeRow(station, row, row.before),
+        {disabled: !online(station) || row.value === row.before})]),
+    h('td', row.said && pill(row.said, tone)));
 }
 
 // --- Screens --------------------------------------------------------------------------------
-// A function for each, of panels that are drawn again when one of their topics was touched.
+// A function for each, made of panels: one is drawn again when one of its topics was touched.
 
-const cache = new Map();
+const EVERYTHING = ['all', 'ui', 'scroll'], cache = new Map();
 function panel(id, topics, draw) {
-  if (cache.has(id) && !['all', 'ui', 'scroll', ...topics].some(topic =>
-      dirty.has(topic))) return cache.get(id);
-  const drawn = draw();
-  cache.set(id, drawn);
-  return drawn;
+  const stale = !cache.has(id) || [...EVERYTHING, ...topics].some(topic => dirty.has(topic));
+  if (stale) cache.set(id, guarded(id, draw));
+  return cache.get(id);
+}
+// What a station said must not take the page away: a panel that cannot be drawn says so.
+function guarded(id, draw) {
+  try {
+    return draw();
+  } catch (error) {
+    console.error(id, error);
+    return card('', {key: id}, empty(`This part cannot be shown: ${error.message}`));
+  }
 }
 const heading = (text, ...more) => h('div.title', h('h1.grow', text), more);
-const searchBox = (name, text, more = {}) => h('input', {type: 'search', placeholder: text,
-    'aria-label': text, 'data-search': true,
-  value: state.route.query[name] || '', oninput: event => filter({[name]: event.target.value}),
-    ...more});
+const counted = text => h('span.dim.small.grow.nowrap', text);
+const searchBox = (name, text) => h('input', {type: 'search', placeholder: text, 'aria-label': text,
+  'data-search': true, value: state.route.query[name] || '',
+  oninput: event => filter({[name]: event.target.value})});
 const choice = (name, label, options) => h('select', {'aria-label': label,
-    value: state.route.query[name] || '',
-  onchange: event => filter({[name]: event.target.value})}, options.map(one => {
-  const [value, text] = Array.isArray(one) ? one : [one, one];
-  return h('option', {key: value, value}, text);
-}));
-const download = (file, fields) => ['ndjson', 'csv'].map(format => h('a.btn', {key: format,
-      download: true,
-  href: `/api/${file}/export?` + query({...fields, format})}, format === 'csv' ? 'CSV' : 'NDJSON'));
+  value: state.route.query[name] || '', onchange: event => filter({[name]: event.target.value})},
+options.map(one => Array.isArray(one) ? one : [one, one]).map(([value, text]) =>
+  h('option', {key: value, value}, text)));
+const downloads = (file, fields) => ['ndjson', 'csv'].map(format => h('a.btn', {key: format,
+  download: true, href: `/api/${file}/export?` + query({...fields, format})},
+    format.toUpperCase()));
+const contains = (words, text = '') =>
+  words.join('\n').toLowerCase().includes(text.toLowerCase());
+const newestFirst = map => [...map.values()].reverse();
 
-function tile(name, value, unit, values, tone, where) {
-  return h('dl.card.tile', {key: name}, h('dt', where ? link(where, name) : name),
-    h('dd', {class: tone}, value), h('dd.dim.cut', unit), values && spark(values));
-}
+// Overview
+
+const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
 
 function overview() {
-  const samples = state.samples.slice(-120), last = sample(), of = name => samples.map(one =>
-    one[name]);
   return [
-    heading('Overview', panel('urls', [], () => h('div.url.wide', h('span.dim.small',
-            'Chargers connect to'),
-      h('code', (stationUrl() || '…') + '‹identity›'), stationUrl() && copyButton(stationUrl)))),
-    panel('tiles', ['telemetry', 'connections', 'transactions'], () => {
-      const going = running(), errors = samples.map((one, n) => n
-        ? one.errorCount - samples[n - 1].errorCount : 0);
-      return h('div.tiles',
-        tile('Stations online', digits(last.connectionCount),
-          `${digits(last.totalConnections)} connections ever`, of('connectionCount'), '',
-          'stations'),
-        tile('Charging now', digits(going.length), power(sum(going.map(one => one.powerW))),
-          of('powerW'), '', 'transactions'),
-        tile('Messages', digits(last.messagesPerSecond, 1), 'per second', of('messagesPerSecond'),
-          '', 'messages'),
-        tile('Time to answer', millis(last.avgLatencyMs), 'mean', of('avgLatencyMs'), '',
-          'telemetry'),
-        tile('Error rate', last.errorRate == null ? DASH : percent(last.errorRate * 100, 2),
-          `${digits(last.errorCount)} errors`, errors,
-          last.errorRate > .05 ? 'bad' : '', 'events'),
-        tile('Security events', digits(last.securityEventCount), 'since the start',
-          of('securityEventCount')
-          .map((value, n, all) => n ? value - all[n - 1] : 0), '', 'security'),
-        tile('Memory', bytes(last.memoryUsage?.rss), `${percent(last.cpuPercent)} of a core`,
-          samples.map(one => one.memoryUsage.rss), '', 'telemetry'),
-        tile('Uptime', duration(last.uptimeSeconds), last.uptimeSeconds == null ? '' : ['since ',
-            clock(state.about?.startedAt)], null, '', 'telemetry'));
-    }),
+    heading('Overview', panel('address', [], () =>
+      h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()))),
+    panel('tiles', ['telemetry', 'transactions'], tiles),
     h('div.cols',
       panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions', 'tick'],
-        () => {
-        const found = attention();
-        return card([h('h2', 'Needs attention'), found.length > 0 && pill(digits(found.length),
-              found[0].tone)], {key: 'attention'},
-          found.length ? h('ul.list', found.slice(0, 12).map((one, n) => h('li', {key: n},
-            h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
-            h('a.grow', {href: '#/' + one.where}, one.text))),
-          found.length > 12 && h('li', {key: 'more', class: 'dim'},
-            `and ${found.length - 12} more`))
-            : empty(state.stations.size
-              ? 'Nothing: no station is faulted, offline or refused, and no error in the last hour.'
-              : 'Nothing yet.'));
-      }),
-      panel('charging', ['transactions', 'connections'], () => {
-        const going = running().sort((a, b) => (b.powerW || 0) - (a.powerW || 0));
-        return card([h('h2.grow', 'Charging now'),
-            h('b', power(sum(going.map(one => one.powerW))))], {key: 'charging'},
-          grid('charging', {rows: going, key: keyOf, label: 'Charging now', row: one =>
-              ({open: to('transactions', keyOf(one))}),
-            blank: empty(state.stations.size ? 'No car is charging.'
-              : ['No station has connected yet.', ...howToConnect()]), columns: [
-              {name: 'Station', cell: one => stationLink(one.identity)},
-              {name: 'Power', num: true, width: '6.5rem', leads: true, cell: one =>
-                power(one.powerW)},
-              {name: 'Energy', num: true, width: '6.5rem', cell: one => energy(one.energyWh)},
-              {name: 'SoC', num: true, width: '4.5rem', cell: one => percent(one.soc), slim: false},
-              {name: 'Since', num: true, width: '6.5rem', cell: one =>
-                duration(since(one.startedAt)), slim: false}]}));
-      })),
-    panel('recent', ['recent'], () => card([h('h2.grow', 'Last messages'), link('messages',
-            'All messages')], {key: 'recent'},
-      grid('recent', {rows: state.recent, key: row => row.number, label: 'Last messages',
-          columns: MESSAGE_COLUMNS.filter(one => one.name !== 'Id'),
-        row: row => ({...rowLook(row), open: to('messages', row.id)}),
-          blank: empty('No message yet: they stand here as they pass.')}))),
+        attentionCard),
+      panel('charging', ['transactions', 'connections', 'tick'], chargingCard)),
+    panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
+      link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
+      key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
+      row: row => ({...rowLook(row), open: to('messages', row.id)}),
+      blank: empty('No message yet: they stand here as they pass.')}))),
   ];
 }
 
+function tiles() {
+  const samples = state.samples.slice(-120), last = sample(), going = running();
+  const of = name => samples.map(one => one[name]);
+  const tile = (name, where, value, more, values, tone) => h('dl.card.tile', {key: name},
+    h('dt', link(where, name)), h('dd', {class: tone}, value), h('dd.dim.cut', more),
+    values && spark(values));
+  return h('div.tiles',
+    tile('Stations online', 'stations', digits(last.connectionCount),
+      `${digits(last.totalConnections)} connections ever`, of('connectionCount')),
+    tile('Charging now', 'transactions?status=active', digits(going.length),
+      power(sum(going.map(one => one.powerW))), of('powerW')),
+    tile('Messages', 'messages', digits(last.messagesPerSecond, 1), 'per second',
+      of('messagesPerSecond')),
+    tile('Time to answer', 'telemetry', millis(last.avgLatencyMs), 'mean', of('avgLatencyMs')),
+    tile('Error rate', 'events', last.errorRate == null ? DASH : percent(last.errorRate * 100, 2),
+      `${digits(last.errorCount)} errors`, steps(of('errorCount')), last.errorRate > .05 && 'bad'),
+    tile('Security events', 'security', digits(last.securityEventCount), 'since the start',
+      steps(of('securityEventCount'))),
+    tile('Memory', 'telemetry', bytes(last.memoryUsage?.rss),
+      `${percent(last.cpuPercent)} of a core`,
+      samples.map(one => one.memoryUsage.rss)),
+    tile('Uptime', 'telemetry', duration(last.uptimeSeconds),
+      ['since ', clock(state.about?.startedAt)]));
+}
+
+const ATTENTION_SHOWN = 12;
+function attentionCard() {
+  const found = attention();
+  return card([h('h2', 'Needs attention'),
+    found.length > 0 && pill(digits(found.length), found[0].tone)],
+  {key: 'attention'}, found.length === 0
+      ? empty(state.stations.size
+        ? 'Nothing: no station is faulted, offline or refused, and no error in the last hour.'
+        : 'Nothing yet.')
+      : h('ul.list', found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
+        h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
+        h('a.grow', {href: '#/' + one.where}, one.text))),
+      found.length > ATTENTION_SHOWN && h('li.dim', {key: 'more'},
+        `and ${found.length - ATTENTION_SHOWN} more`)));
+}
+
+function chargingCard() {
+  const going = running().sort((a, b) => (b.powerW || 0) - (a.powerW || 0));
+  return card([h('h2.grow', 'Charging now'), h('b', power(sum(going.map(one => one.powerW))))],
+    {key: 'charging'}, grid('charging', {rows: going, key: keyOf, label: 'Charging now',
+      row: one => ({open: to('transactions', keyOf(one))}),
+      blank: empty(state.stations.size ? 'No car is charging.'
+        : [h('p', h('b', 'No station has connected yet.')), howToConnect()]),
+      columns: [
+        {name: 'Station', cell: one => stationLink(one.identity)},
+        {name: 'Power', num: true, width: '6.5rem', leads: true, cell: one => power(one.powerW)},
+        {name: 'Energy', num: true, width: '6.5rem', cell: one => energy(one.energyWh)},
+        {name: 'SoC', num: true, width: '4.5rem', wide: true, cell: one => percent(one.soc)},
+        {name: 'Since', num: true, width: '6.5rem', wide: true, cell: one =>
+          duration(since(one.startedAt))},
+      ]}));
+}
+
+// Stations
+
+const SHOWN = {
+  online, offline: one => !online(one), charging: one => activeAt(one).length > 0,
+  faulted: one => one.connectors.some(connector => connector.status === 'Faulted'),
+  errors: one => one.errorCount > 0, quirks: one => one.quirks.length > 0,
+};
+
 function stations() {
-  const wanted = state.route.query, text = (wanted.text || '').toLowerCase();
-  const tests = {online: one => one.status === 'online', offline: one => one.status !== 'online',
-    errors: one => one.errorCount > 0, quirks: one => one.quirks.length > 0, charging: one =>
-      one.connectors.some(c => transactionAt(one, c)?.status === 'active'),
-    faulted: one => one.connectors.some(c => c.status === 'Faulted')};
   return [heading('Stations'), panel('stations', ['connections', 'transactions', 'tick'], () => {
-    const rows = [...state.stations.values()].filter(one => (!wanted.protocol
-        || one.protocol === wanted.protocol)
-      && (!wanted.show || tests[wanted.show]?.(one))
-      && (!text || [one.identity, one.remoteAddress, ...Object.values(one.station)].join(
-          '\n').toLowerCase().includes(text)))
-      .sort((a, b) => a.identity < b.identity ? -1 : 1);
+    const {text, show, protocol} = state.route.query, all = [...state.stations.values()];
+    const rows = sorted('stations', STATION_COLUMNS, all
+      .filter(one => (!protocol || one.protocol === protocol) && (!SHOWN[show] || SHOWN[show](one))
+        && contains([one.identity, one.remoteAddress, ...Object.values(one.station)], text))
+      .sort((a, b) => a.identity < b.identity ? -1 : 1));
     return card(h('div.bar.grow', searchBox('text', 'Search identity, address, vendor, model …'),
       choice('show', 'Show', [['', 'all stations'], 'online', 'offline', 'charging', 'faulted',
-          ['errors', 'with errors'], ['quirks', 'with quirks']]),
-      choice('protocol', 'Protocol', [['', 'every version'], ...(state.about?.protocols || [])]),
-      h('span.dim.small.nowrap', {role: 'status'},
-        `${digits(rows.length)} of ${plural(state.stations.size, 'station')}`)), {key: 'stations'},
-    grid('stations', {rows, key: one => one.identity, tall: true, label: 'Stations', row: one =>
-        ({open: to('stations', one.identity)}),
-      blank: state.stations.size ? empty('No station is so.', button('Show all',
-          () => go('stations')))
-        : empty(h('p', h('b', 'No station has connected yet.')), howToConnect(),
-          h('p.small', 'Nothing appears? ',
-          link('security', 'Knocking'), ' lists who was refused, and why.')), columns: [
-        {name: 'Station', width: narrow() ? 'auto' : '15%', cell: one => narrow()
-          ? [h('div.cut', stationLink(one.identity)), h('div.cut.small', connectorPills(one))]
-          : stationLink(one.identity), sort: one => one.identity},
-        {name: 'Status', width: '6.5rem', cell: one => pill(one.registration === 'Pending'
-            && one.status === 'online' ? 'pending' : one.status,
-          one.status !== 'online' ? 'bad' : one.registration === 'Pending' ? 'warn' : 'good'),
-            sort: one => one.status, down: true},
-        {name: 'Connectors', cell: connectorPills, slim: false},
-        {name: 'Protocol', width: '6.6rem', cell: one => one.protocol, sort: one => one.protocol,
-          slim: false},
-        {name: 'Address', width: '8.5rem', cell: one => h('span', {title: one.remoteAddress},
-            one.remoteAddress), sort: one => one.remoteAddress, slim: false},
-        {name: 'Profile', num: true, width: '4.6rem', cell: one => h('span',
-            {title: 'Security profile'}, digits(one.securityProfile)), sort: one =>
-          one.securityProfile, slim: false},
-        {name: 'Messages', num: true, width: '6.4rem', cell: one => digits(one.messageCount),
-          sort: one => one.messageCount, down: true, slim: false},
-        {name: 'Errors', num: true, width: '5.2rem', cell: one => h('span', {class: one.errorCount
-              ? 'bad' : 'dim'}, digits(one.errorCount)), sort: one => one.errorCount, down: true,
-          slim: false},
-        {name: 'Connected', num: true, width: '7.2rem', cell: one => one.status === 'online'
-          ? h('span', {title: one.connectedAt}, duration(since(one.connectedAt))) : DASH,
-          sort: one => one.status === 'online' ? since(one.connectedAt) : -1, down: true,
-          slim: false},
-        {name: 'Last seen', num: true, width: '7.2rem', cell: one => ago(one.lastMessageAt
-            || one.disconnectedAt), sort: one => one.lastMessageAt || '', down: true,
-          slim: false}]}));
+        ['errors', 'with errors'], ['quirks', 'with quirks']]),
+      choice('protocol', 'Protocol', [['', 'every version'], ...state.about?.protocols || []]),
+      counted(`${digits(rows.length)} of ${plural(all.length, 'station')}`)), {key: 'stations'},
+    grid('stations', {rows, columns: STATION_COLUMNS, key: one => one.identity, tall: true,
+      label: 'Stations', row: one => ({open: to('stations', one.identity)}),
+        blank: noStations(all)}));
   })];
 }
 
-const TABS = {now: 'Now', commands: 'Commands', configuration: 'Configuration',
-  messages: 'Messages', transactions: 'Transactions'};
+const noStations = all => all.length
+  ? empty('No station is so.', button('Show all', () => filter(null)))
+  : empty(h('p', h('b', 'No station has connected yet.')), howToConnect(), h('p.small',
+    'Nothing appears? ', link('security', 'Knocking'), ' lists who was refused, and why.'));
+
+const stationPill = one => one.registration === 'Pending' && online(one) ? pill('pending', 'warn')
+  : pill(one.status, online(one) ? 'good' : 'bad');
+
+const STATION_COLUMNS = [
+  {name: 'Station', width: '15%', wide: true, leads: true, sort: one => one.identity,
+    cell: one => h('bdi', {title: plain(one.identity)}, one.identity)},
+  {name: 'Station and connectors', slim: true, leads: true, cell: one => [
+    h('div.cut', h('bdi', one.identity)), h('div.small', connectorPills(one))]},
+  {name: 'Status', width: '6.5rem', sort: one => one.status, down: true, cell: stationPill},
+  {name: 'Connectors', wide: true, cell: connectorPills},
+  {name: 'Protocol', width: '6.6rem', wide: true, sort: one => one.protocol, cell: one =>
+    one.protocol},
+  {name: 'Address', width: '8.5rem', wide: true, sort: one => one.remoteAddress,
+    cell: one => h('span', {title: one.remoteAddress}, one.remoteAddress)},
+  {name: 'Profile', width: '4.6rem', num: true, wide: true, sort: one => one.securityProfile,
+    cell: one => h('span', {title: 'Security profile'}, digits(one.securityProfile))},
+  {name: 'Messages', width: '6.4rem', num: true, wide: true, sort: one => one.messageCount,
+    down: true,
+    cell: one => digits(one.messageCount)},
+  {name: 'Errors', width: '5.2rem', num: true, wide: true, sort: one => one.errorCount, down: true,
+    cell: one => h('span', {class: one.errorCount ? 'bad' : 'dim'}, digits(one.errorCount))},
+  {name: 'Connected', width: '7.2rem', num: true, wide: true, down: true,
+    sort: one => online(one) ? since(one.connectedAt) : -1,
+    cell: one => online(one) ? h('span', {title: one.connectedAt}, duration(since(one.connectedAt)))
+      : DASH},
+  {name: 'Last seen', width: '7.2rem', num: true, wide: true, down: true,
+    sort: one => one.lastMessageAt || '', cell: one => ago(one.lastMessageAt
+      || one.disconnectedAt)},
+];
+
+// One station
+
+const TABS = {
+  now: ['Now', stationNow], commands: ['Commands', stationCommands],
+  configuration: ['Configuration', stationConfiguration],
+  messages: ['Messages', () => messageList('station messages')],
+  transactions: ['Transactions', stationTransactions],
+};
+
 function station() {
   const {id, tab} = state.route, one = state.stations.get(id);
-  if (!one) return [heading(h('bdi', id)), card('', null, empty(state.loaded
-        ? 'This station is not known: it was forgotten, or has not connected since the board was started.'
-    : 'Loading …', link('stations', 'All stations')))];
-  const online = one.status === 'online', act = (method, ...parts) => attempt(() => ask(method,
-      path('connections', id, ...parts)));
-  return [
-    panel('station head', ['connections'], () => h('div.title',
-        h('h1.cut', h('bdi', {title: plain(id)}, id)),
-      pill(one.status, online ? 'good' : 'bad'), one.registration === 'Pending' && pill('pending',
-        'warn'), h('span.grow'),
-      one.registration === 'Pending' && button('Approve', () => act('POST', 'approve'),
-        {class: 'main-act'}),
-      button('Disconnect …', async () => { if (await confirmed(`Disconnect ${id}`,
-              'Its connection is closed; most stations come back at once.', 'Disconnect')) act(
-            'POST', 'disconnect'); }, {disabled: !online}),
-      button('Forget …', async () => { if (await confirmed(`Forget ${id}`,
-              'It is disconnected and its record removed; its messages and transactions stay.',
-              'Forget') && await act('DELETE')) go('stations'); }, {class: 'danger'}))),
-    h('nav.tabs', {'aria-label': 'Of this station'}, Object.entries(TABS).map(([name, text]) =>
-        h('a', {key: name, class: 'btn',
-      href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
-        'aria-current': name === tab ? 'page' : null}, name === 'configuration' && !old(one)
-        ? 'Variables' : text))),
-    ...{now: stationNow, commands: stationCommands, configuration: stationConfiguration,
-      messages: stationMessages,
-      transactions: stationTransactions}[tab](one),
-  ];
+  if (!one) return [heading(h('bdi', id)), card('', {}, empty(state.loaded
+    ? 'This station is not known: it was forgotten, or has not connected since the board was '
+      + 'started.' : 'Loading …',
+  link('stations', 'All stations')))];
+  return [panel('station head', ['connections'], () => stationHead(one)),
+    h('nav.tabs', {'aria-label': 'Of this station'}, Object.entries(TABS).map(([name, [text]]) =>
+      h('a.btn', {key: name, href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
+        'aria-current': name === tab && 'page'},
+      name === 'configuration' && !is16(one) ? 'Variables' : text))),
+    ...TABS[tab][1](one)];
+}
+
+function stationHead(one) {
+  const {identity} = one, act = (method, ...parts) => () =>
+    attempt(() => ask(method, path('connections', identity, ...parts)));
+  const disconnect = async () => {
+    const text = 'Its connection is closed; most stations come back at once.';
+    if (await confirmed(`Disconnect ${identity}`, text, 'Disconnect')) act('POST', 'disconnect')();
+  };
+  const forget = async () => {
+    const text = 'It is disconnected and its record removed; its messages and transactions stay.';
+    if (!await confirmed(`Forget ${identity}`, text, 'Forget')) return;
+    if (await act('DELETE')()) go('stations');
+  };
+  return h('div.title', h('h1.cut', h('bdi', {title: plain(identity)}, identity)),
+    pill(one.status, online(one) ? 'good' : 'bad'), h('span.grow'),
+    one.registration === 'Pending' && [pill('pending', 'warn'),
+      button('Approve', act('POST', 'approve'), {class: 'main-act'})],
+    button('Disconnect …', disconnect, {disabled: !online(one)}),
+    button('Forget …', forget, {class: 'danger'}));
 }
 
 function stationNow(one) {
-  const info = one.station;
   return [h('div.cols.wide-left',
     h('div.stack',
-      panel('connectors', ['connections', 'transactions', 'smart-charge', 'messages'],
-        () => card('Connectors', {key: 'connectors'},
-        one.connectors.length ? one.connectors.map(connector => h('div.why',
-            {key: `${connector.evse}.${connector.connector}`},
-          h('div.bar', h('h3', nameOf(one, connector)),
-            pill(statusOf(one, connector) || 'unknown', one.status === 'online'
-              ? TONES[statusOf(one, connector)] : ''),
-            connector.since && h('span.dim.small', 'since ', clock(connector.since))),
-          h('p', why(one, connector)), meterLine(connector)))
-          : empty('The station has told of no connector yet: it does with its first StatusNotification.'))),
-      panel('charts', ['transactions', 'hover'], () => {
-        const shown = one.connectors.map(connector => transactionAt(one, connector)).filter(
-          Boolean);
-        const last = [...state.transactions.values()].filter(other =>
-          other.identity === one.identity).at(-1);
-        return shown.length || last ? (shown.length ? shown : [last]).slice(0, 4).map(transaction =>
-          card([h('h2.grow',
-          transaction.status === 'active' ? 'Charging' : 'Last charging', one.connectors.length > 1
-            && ` at ${transaction.evse}`),
-        link(to('transactions', keyOf(transaction)), `Transaction ${transaction.id}`)],
-          {key: 'chart' + keyOf(transaction)},
-        h('div.in', meterCharts(transaction))))
-          : card('Charging', {key: 'none'},
-            empty('No transaction of this station is known: power and current are drawn here while a car charges.'));
-      })),
+      panel('connectors', ['connections', 'transactions', 'smart-charge', 'messages', 'tick'],
+        () => card('Connectors', {key: 'connectors'}, one.connectors.length
+          ? one.connectors.map(connector => connectorLine(one, connector))
+          : empty('The station has told of no connector yet: trigger a StatusNotification.'))),
+      panel('charts', ['transactions', 'connections', 'hover'], () => stationCharts(one))),
     h('div.stack',
-      panel('facts', ['connections', 'tick'], () => card('About', {key: 'about'},
-          h('div.in', facts([
-        ['Vendor', info.vendor], ['Model', info.model], ['Serial number', info.serial],
-          ['Firmware', info.firmware],
-        ['Protocol', one.protocol], ['Address', one.remoteAddress], ['Security profile',
-          digits(one.securityProfile)],
-        ['Registration', one.registration], [one.status === 'online' ? 'Connected' : 'Offline',
-          one.status === 'online'
-          ? [clock(one.connectedAt), ` (${duration(since(one.connectedAt))})`]
-            : [clock(one.disconnectedAt), ` (${duration(since(one.disconnectedAt))})`]],
-        ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
-        ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
-            digits(one.errorCount)) : '0'],
-        ['Evictions', one.evictedCount ? h('span.warn', digits(one.evictedCount)) : '0'],
-        ['Clock', one.clockSkewSeconds == null ? DASH : Math.abs(one.clockSkewSeconds) < 2 ? 'right'
-          : h('span', {class: Math.abs(one.clockSkewSeconds) > 60 ? 'warn' : ''},
-            `${duration(Math.abs(one.clockSkewSeconds))} ${one.clockSkewSeconds > 0 ? 'ahead' : 'behind'}`)],
-        ...Object.entries(info).filter(([name]) => !['vendor', 'model', 'serial',
-            'firmware'].includes(name))])))),
+      panel('about', ['connections', 'tick'], () => card('About', {key: 'about'},
+        h('div.in', facts(stationFacts(one))))),
       panel('quirks', ['connections'], () => card('Quirks', {key: 'quirks'}, one.quirks.length
-        ? h('ul.list', one.quirks.map(quirk => h('li', {key: quirk.name}, h('span.grow',
-                quirk.name.startsWith('schema:')
-          ? ['against the schema: ', h('code', quirk.name.slice(7))] : quirk.name.replaceAll('_',
-            ' ')),
-        h('span.dim.nowrap', plural(quirk.count, 'time')),
-        quirk.lastMessageId && link(to('messages', quirk.lastMessageId), 'show'))))
-        : empty('None: all it does is as the standard says.')))))];
+        ? h('ul.list', one.quirks.map(quirkLine))
+          : empty('None: all it does is as the standard says.')))))];
 }
 
-function meterLine({meter}) {
-  if (!meter) return null;
+function connectorLine(one, connector) {
+  const status = statusOf(one, connector);
+  return h('div.why', {key: `${connector.evse}.${connector.connector}`},
+    h('div.bar', h('h3', nameOf(one, connector)),
+      pill(status || 'unknown', online(one) ? TONES[status] : ''),
+      connector.since && h('span.dim.small', 'since ', clock(connector.since))),
+    h('p', why(one, connector)), connector.meter && meterLine(connector.meter));
+}
+
+function meterLine(meter) {
   const phases = Object.entries(meter.currentA).map(([phase, a]) =>
-    `${phase} ${amperes(a)}`.trim()).join(' · ');
-  const said = [meter.powerW != null && power(meter.powerW) + (meter.quality === 'derived'
-      ? ' (worked out)' : ''), phases,
-    meter.energyWh != null && `${energy(meter.energyWh)} on the meter`, meter.offeredA != null
-      && `${amperes(meter.offeredA)} offered`,
-    meter.soc != null && `${percent(meter.soc)} charged`, meter.temperatureC != null
-      && `${digits(meter.temperatureC, 1)} °C`].filter(Boolean);
-  return h('p.dim.small', said.join(' · '), meter.quality === 'stale'
-    && ' · stale: the station has gone since', ' · ', clock(meter.timestamp));
+    `${phase} ${amperes(a)}`.trim());
+  const said = [
+    meter.powerW != null && power(meter.powerW) + (meter.quality === 'derived' ? ' (worked out)'
+      : ''),
+    ...phases, meter.offeredA != null && `${amperes(meter.offeredA)} offered`,
+    meter.energyWh != null && `${energy(meter.energyWh)} on the meter`,
+    meter.soc != null && `${percent(meter.soc)} charged`,
+    meter.temperatureC != null && `${digits(meter.temperatureC, 1)} °C`,
+    meter.quality === 'stale' && 'stale: the station has gone since'];
+  return h('p.dim.small', said.filter(Boolean).map(text => text + ' · '), clock(meter.timestamp));
 }
 
-const stationCommands = one => [h('div.cols',
-  panel('form', ['connections', 'transactions'], () => card('Commands', {key: 'form'},
+function stationCharts(one) {
+  const going = one.connectors.map(connector => transactionAt(one, connector)).filter(Boolean);
+  const last = newestFirst(state.transactions).find(other => other.identity === one.identity);
+  const shown = going.length ? going.slice(0, 4) : last ? [last] : [];
+  if (!shown.length) return card('Charging', {key: 'none'}, empty('No transaction of this station '
+    + 'is known: power and current are drawn here while a car charges.'));
+  return shown.map(transaction => card([
+    h('h2.grow', (transaction.status === 'active' ? 'Charging at ' : 'Last charging, at ')
+      + transaction.evse),
+    h('span.cut', link(to('transactions', keyOf(transaction)), `Transaction ${transaction.id}`))],
+  {key: 'chart ' + keyOf(transaction)}, h('div.in', meterCharts(transaction))));
+}
+
+function stationFacts(one) {
+  const {vendor, model, serial, firmware, ...others} = one.station, skew = one.clockSkewSeconds;
+  const from = online(one) ? one.connectedAt : one.disconnectedAt;
+  return [
+    ['Vendor', vendor], ['Model', model], ['Serial number', serial], ['Firmware', firmware],
+    ['Protocol', one.protocol], ['Address', one.remoteAddress],
+    ['Security profile', digits(one.securityProfile)], ['Registration', one.registration],
+    [online(one) ? 'Connected' : 'Offline', [clock(from), ` (${duration(since(from))})`]],
+    ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
+    ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
+      digits(one.errorCount)) : '0'],
+    ['Evictions', h('span', {class: one.evictedCount && 'warn'}, digits(one.evictedCount))],
+    ['Clock', skew == null ? DASH : Math.abs(skew) < 2 ? 'right'
+      : h('span', {class: Math.abs(skew) > 60 && 'warn'}, skewOf(skew))],
+    ...Object.entries(others),
+  ];
+}
+
+const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
+  h('span.grow', name.startsWith('schema:') ? ['against the schema: ', h('code', name.slice(7))]
+    : name.replaceAll('_', ' ')), h('span.dim.nowrap', plural(count, 'time')),
+  lastMessageId && link(to('messages', lastMessageId), 'show'));
+
+function stationCommands(one) {
+  return [h('div.cols',
+    panel('form', ['connections', 'transactions'], () => card('Commands', {key: 'form'},
       h('div.in.stack', commandForm(one)))),
-  panel('answers', ['answers'], () => card('Answers', {key: 'answers'}, answersOf(one.identity)))),
-    ...messageList('command-messages', true)];
-const stationConfiguration = one => [panel('configuration', ['answers', 'connections'],
-    () => h('div.stack', configuration(one)))];
-const stationMessages = () => messageList('station-messages', true);
-const stationTransactions = one => [panel('station transactions', ['transactions', 'tick'],
-    () => card([h('h2.grow', 'Transactions'),
-  download('transactions', {identity: one.identity})], {key: 'transactions'},
-    transactionGrid('station-transactions',
-  [...state.transactions.values()].reverse().filter(other => other.identity === one.identity),
-    false)))];
+    panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
+        answersOf(one.identity)))),
+  ...messageList('command messages')];
+}
+
+function stationConfiguration(one) {
+  return [panel('configuration', ['answers', 'connections'], () => h('div.stack',
+        configuration(one),
+    card('Answers', {key: 'answers'}, answersOf(one.identity))))];
+}
+
+function stationTransactions(one) {
+  return [panel('its transactions', ['transactions', 'tick'],
+      () => card([h('h2.grow', 'Transactions'),
+    downloads('transactions', {identity: one.identity})], {key: 'transactions'},
+  transactionGrid('its transactions', newestFirst(state.transactions)
+    .filter(other => other.identity === one.identity), false)))];
+}
+
+// Messages
 
 const KINDS = {CALL: 'CALL', CALLRESULT: 'RESULT', CALLERROR: 'ERROR', SEND: 'SEND',
   CALLRESULTERROR: 'RESULT ERROR'};
-const MESSAGE_COLUMNS = [
-  {name: 'Time', width: '8.6rem', leads: true, cell: row => clock(row.timestamp, true)},
-  {name: 'From', width: '5.2rem', slim: false, cell: row => row.direction === 'IN' ? h('span.info',
-      'station') : h('span.dim', 'board')},
-  {name: 'Station', width: '14%', slim: false, cell: row => stationLink(row.identity)},
-  {name: 'Action', width: '23%', slim: false, cell: row => h('b', row.method || DASH)},
-  {name: 'Message', slim: true, only: true, cell: row => [h('div.cut', row.direction === 'IN' ? '→ '
-        : '← ', h('b', row.method || KINDS[row.type])),
-    h('div.cut.dim.small', row.identity, ' · ', KINDS[row.type], row.responseTime != null
-      && ` · ${millis(row.responseTime)}`)]},
-  {name: 'Type', width: '7.2rem', slim: false, cell: row => pill(KINDS[row.type], failed(row)
-      ? 'bad' : row.type === 'CALL' || row.type === 'SEND' ? 'info' : '')},
-  {name: 'Payload', slim: false, cell: row => h('span.mono.dim', findings(row).length
-      ? h('span.warn', {title: 'Against the schema'}, '▲ ') : null,
-    row.errorCode ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`)
-      : row.raw.slice(0, 200))},
-  {name: 'Took', num: true, width: '5.6rem', slim: false, cell: row => h('span',
-      {class: row.responseTime > 2000 ? 'warn' : ''}, row.responseTime == null ? ''
-      : millis(row.responseTime))},
-];
 const failed = row => row.type === 'CALLERROR' || row.type === 'CALLRESULTERROR';
 const rowLook = row => ({class: failed(row) ? 'failed' : findings(row).length ? 'found' : ''});
+const kindPill = row => pill(KINDS[row.type], failed(row) ? 'bad' : asks(row) ? 'info' : '');
+const gist = (row, most = 200) => row.errorCode
+  ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`) : row.raw.slice(0, most);
 
-function messageList(id, ofStation) {
-  const {list, route} = state, {rows} = list, picked = route.message, wanted = route.query;
+const MESSAGE_COLUMNS = [
+  {name: 'Time', width: '8.6rem', leads: true, cell: row => clock(row.timestamp, true)},
+  {name: 'From', width: '5.2rem', wide: true, cell: row => row.direction === 'IN'
+    ? h('span.info', 'station') : h('span.dim', 'board')},
+  {name: 'Station', width: '14%', wide: true, cell: row => stationLink(row.identity)},
+  {name: 'Action', width: '23%', wide: true, cell: row => h('b', row.method || DASH)},
+  {name: 'Message', slim: true, cell: row => [
+    h('div.cut', row.direction === 'IN' ? '→ ' : '← ', h('b', row.method || KINDS[row.type])),
+    h('div.cut.dim.small', row.identity, ' · ', KINDS[row.type],
+      row.responseTime != null && ` · ${millis(row.responseTime)}`)]},
+  {name: 'Type', width: '7.2rem', wide: true, cell: kindPill},
+  {name: 'Payload', wide: true, cell: row => h('span.mono.dim', findings(row).length > 0
+    && h('span.warn', {title: 'Against the schema'}, '▲ '), gist(row))},
+  {name: 'Took', width: '5.6rem', num: true, wide: true, cell: row => row.responseTime != null
+    && h('span', {class: row.responseTime > 2000 && 'warn'}, millis(row.responseTime))},
+];
+
+// The columns of a list: of one station, without its name; with pairs, the answer beside the CALL;
+// and what a gap shows.
+function messageColumns(list) {
+  const said = {Time: row => clock(row.timestamp, true), Payload: row => row.text,
+    Message: row => row.text};
+  const paired = row => {
+    const {answer} = partners(row);
+    return [h('span.mono.dim', gist(row, 110)), answer && answer !== row
+      && h('span.mono', {class: failed(answer) ? 'bad' : 'good'}, '  ⇒ ', gist(answer, 80))];
+  };
+  return MESSAGE_COLUMNS.filter(one => one.name !== 'Station' || !list.filter.identity).map(one => {
+    const cell = one.name === 'Payload' && state.ui.fold ? paired : one.cell;
+    return {...one, cell: row => row.number ? cell(row) : said[one.name]?.(row)};
+  });
+}
+function messageList(id) {
+  const {list, route} = state, picked = route.message, ofStation = route.screen === 'stations';
   const open = row => ofStation
-    ? `${to('stations', route.id)}/${route.tab}?${query({...wanted, message: row.id})}`
-    : to('messages', row.id, wanted);
-  const bar = panel(id + ' bar', ['connections'], () => h('div.bar.filters',
-    searchBox('text', 'Search in payloads, ids, errors …'),
-    !ofStation && h('input', {placeholder: 'Station', 'aria-label': 'Station', list: 'identities',
-        value: wanted.identity || '', autocomplete: 'off',
-      style: {width: '10rem'}, onchange: event => filter({identity: event.target.value.trim()})}),
-    !ofStation && h('datalist', {id: 'identities'}, [...state.stations.keys()].slice(0,
-        500).map(name => h('option', {key: name, value: name}))),
-    h('input', {placeholder: 'Action', 'aria-label': 'Action', list: 'methods', value: wanted.method
-        || '', autocomplete: 'off', style: {width: '11rem'},
-      onchange: event => filter({method: event.target.value.trim()})}),
-    h('datalist', {id: 'methods'}, methods().map(name => h('option', {key: name, value: name}))),
+    ? `${to('stations', route.id)}/${route.tab}?${query({...route.query, message: row.id})}`
+    : to('messages', row.id, route.query);
+  const table = panel(id, ['messages', 'errors', 'connections'], () => card([
+    messageFilters(list, ofStation), counted(list.loading && !list.rows.length ? 'Loading …'
+      : `${digits(list.rows.length)} of ${plural(list.total, 'message')}`
+        + (list.paused ? ', paused' : ', live')),
+    button(list.paused ? `Resume · ${digits(list.held.rows.length + list.skipped)} new` : 'Pause',
+      () => pause(list),
+      {'aria-pressed': String(list.paused), title: 'p'}), downloads('messages', list.filter)],
+  {key: id}, messageGrid(id, list, picked, open)));
+  return [split(table, picked && panel('message', ['messages', 'errors'],
+        () => messageDetail(picked)))];
+}
+
+function messageFilters(list, ofStation) {
+  const {query: wanted} = state.route, given = Object.keys(list.filter).length - (ofStation ? 1
+    : 0);
+  const typed = (name, label, options) => [
+    h('input', {key: name, placeholder: label, 'aria-label': label, list: 'all ' + name,
+      value: wanted[name] || '', autocomplete: 'off', class: 'short',
+      onchange: event => filter({[name]: event.target.value.trim()})}),
+    h('datalist', {key: 'all ' + name, id: 'all ' + name}, options.map(one =>
+      h('option', {key: one, value: one})))];
+  return h('div.bar.filters', searchBox('text', 'Search in payloads, ids, errors …'),
+    !ofStation && typed('identity', 'Station', [...state.stations.keys()].slice(0, 500)),
+    typed('method', 'Action', methods()),
     choice('direction', 'Direction', [['', 'both directions'], ['IN', 'from stations'],
-        ['OUT', 'to stations']]),
+      ['OUT', 'to stations']]),
     choice('type', 'Type', [['', 'every type'], ...Object.keys(KINDS)]),
     h('label.inline', h('input', {type: 'checkbox', checked: !!state.ui.fold,
-          onchange: event => { state.ui.fold = event.target.checked; touch('ui'); }}),
-      'pairs on one line'),
-    Object.keys(wanted).length > (wanted.message ? 1 : 0) && button('Clear', () => filter(null))));
-  const table = panel(id, ['messages', 'errors'], () => {
-    const other = picked && partners(list, picked), fresh = list.fresh, fold = state.ui.fold;
-    list.fresh = 0;
-    const shown = [];
-    for (let n = rows.length - 1; n >= 0; n--) {
-      const row = rows[n];
-      if (!fold || !row.number || row.type === 'CALL' || row.type === 'SEND' || !partners(list,
-          row).call) shown.push(row);
-    }
-    const own = MESSAGE_COLUMNS.filter(one => !ofStation || one.name !== 'Station');
-    const columns = !fold ? own : own.map(one => one.name !== 'Payload' ? one : {...one,
-        cell: row => {
-      const {answer} = partners(list, row);
-      return [h('span.mono.dim', row.raw.slice(0, 110)), answer && answer !== row && h('span',
-          {class: 'mono ' + (failed(answer) ? 'bad' : 'good')},
-        '  ⇒ ', answer.errorCode || answer.raw.slice(0, 80))];
-    }});
-    return card([bar, h('span.dim.small.grow.nowrap', {role: 'status'}, list.loading && !rows.length
-          ? 'Loading …'
-      : `${digits(rows.length)} of ${plural(Math.max(list.total, rows.length), 'message')}${list.paused ? ', paused' : ', live'}`),
-    button(list.paused ? `Resume · ${digits(list.held.length)} new` : 'Pause', () => pause(list),
-      {'aria-pressed': String(list.paused), title: 'p'}), download('messages', list.filter)],
-        {key: id},
-    grid(id, {rows: shown, tall: true, fresh: fold ? 0 : fresh, label: 'Messages',
-        columns: columns.map(one => one.number ? one : ({...one,
-      cell: row => row.number ? one.cell(row) : one.name === 'Payload' || one.name === 'Message'
-        ? `${row.lost ? plural(row.lost, 'event') : 'Events'} lost here: the connection was slow or gone` : one.name === 'Time' ? clock(row.timestamp, true) : ''})),
-    key: row => row.number || row.id, end: () => { if (list.older && !list.loading) loadOlder(
-        list); },
-    row: row => !row.number ? {class: 'lost'} : {...fold && failed(partners(list, row).answer
-        || row) ? {class: 'failed'} : rowLook(row), open: open(row),
-      ...picked && row.number === picked.number ? {class: 'picked', 'aria-selected': 'true'} : other
-        && (row === other.call || row === other.answer) ? {class: 'partner'} : {}},
-    blank: empty(list.loading ? 'Loading …' : Object.keys(list.filter).length > (ofStation ? 1 : 0)
-      ? ['No message matches, of those that are kept.', button('Clear the filters',
-          () => filter(null))]
-      : 'No message yet: they stand here as they pass.')}));
-  });
-  return [h('div', {class: 'split' + (picked ? ' both' : '')}, table,
-    picked && panel(id + ' one', ['messages', 'errors'], () => messageDetail(picked)))];
+      onchange: event => { state.ui.fold = event.target.checked; touch('ui'); }}),
+        'pairs on one line'),
+    given > 0 && button('Clear', () => filter(null)));
 }
 
-const methods = () => [...new Set([...Object.values(state.about?.commands || {}).flat(),
-      ...INCOMING])].sort();
-const INCOMING = ['Authorize', 'BootNotification', 'DataTransfer', 'FirmwareStatusNotification',
-  'Heartbeat', 'LogStatusNotification', 'MeterValues',
-  'NotifyEvent', 'NotifyReport', 'SecurityEventNotification', 'StartTransaction',
-    'StatusNotification', 'StopTransaction', 'TransactionEvent'];
+const methods = () => [...new Set([state.about?.actions, state.about?.commands]
+  .flatMap(one => Object.values(one || {}).flat()))].sort();
+
+function messageGrid(id, list, picked, open) {
+  const {fold} = state.ui, pair = picked ? partners(picked) : {};
+  const rows = (fold ? list.rows.filter(row => !row.call) : list.rows.slice()).reverse();
+  const look = row => picked?.number === row.number ? {class: 'picked', 'aria-selected': 'true'}
+    : [pair.call?.number, pair.answer?.number].includes(row.number) ? {class: 'partner'}
+      : rowLook(fold && row.answer || row);
+  const filtered = FILTERS.some(name => state.route.query[name]);
+  return grid(id, {rows, columns: messageColumns(list), tall: true, label: 'Messages',
+    key: row => row.number || row.id, end: () => loadOlder(list),
+    row: row => row.number ? {...look(row), open: open(row)} : {class: 'lost'},
+    blank: list.loading ? empty('Loading …') : filtered
+      ? empty('No message matches, of those that are kept.',
+        button('Clear the filters', () => filter(null)))
+      : empty('No message yet: they stand here as they pass.')});
+}
 
 function messageDetail(picked) {
-  const {call, answer} = {...state.list && partners(state.list, picked), ...picked.pair};
-  const two = [call || (!answer || answer.number !== picked.number ? picked : null), answer
-    || null].filter(Boolean);
-  const one = row => h('div.pair', {key: row.number},
-    h('div.bar', pill(KINDS[row.type], failed(row) ? 'bad' : row.type === 'CALL'
-        || row.type === 'SEND' ? 'info' : 'good'),
-      h('b.grow', row.direction === 'IN' ? 'from the station' : 'from the board'),
-        h('span.dim.small', clock(row.timestamp, true))),
-    row.errorCode && h('p.bad', h('b', row.errorCode), ' ', row.errorDescription),
-    findings(row).map(error => h('p.warn', {key: error.id}, '▲ ', h('code', error.details.pointer
-          || '/'), ' ', error.details.text)),
-    pretty(row.raw), h('div.bar', copyButton(() => row.raw, 'Copy JSON'),
-      copyButton(() => frameOf(row), 'Copy frame')));
-  return card([h('h2.grow.cut', picked.method || KINDS[picked.type]), button('✕', closeMessage,
-        {class: 'plain', 'aria-label': 'Close', title: 'Esc'})],
-    {class: 'card aside', key: 'detail', 'aria-label': 'Message'}, h('div.in.stack',
-      facts([['Station', stationLink(picked.identity)], ['Protocol', picked.protocol],
-          ['Record', picked.id],
-        ['Took', call && !answer && call.direction === 'OUT' ? 'no answer yet'
-          : millis(picked.responseTime ?? call?.responseTime)], ['Message id',
-          h('code', picked.messageId)]]),
-      two.map(one)));
+  const listed = state.list.rows.find(row => row.number === picked.number);
+  const {call, answer} = {...partners(listed || picked), ...partners(picked)};
+  const took = picked.responseTime ?? call?.responseTime;
+  return aside(picked.method || KINDS[picked.type], closeMessage,
+    facts([['Station', stationLink(picked.identity)], ['Protocol', picked.protocol],
+      ['Record', picked.id], ['Took', took == null && !answer ? 'no answer yet' : millis(took)],
+      ['Message id', h('code', picked.messageId)]]), [call, answer].filter(Boolean).map(frame));
 }
-const frameOf = row => row.type === 'CALL' || row.type === 'SEND'
-  ? `[${row.type === 'CALL' ? 2 : 6},${JSON.stringify(row.messageId)},${JSON.stringify(row.method)},${row.raw}]`
-  : failed(row)
-    ? `[${row.type === 'CALLERROR' ? 4 : 5},${JSON.stringify(row.messageId)},${JSON.stringify(row.errorCode)},${JSON.stringify(row.errorDescription || '')},${row.raw}]`
-    : `[3,${JSON.stringify(row.messageId)},${row.raw}]`;
 
-function transactionGrid(id, rows, withStation = true) {
-  return grid(id, {rows, key: keyOf, tall: withStation, label: 'Transactions', row: one =>
-      ({open: to('transactions', keyOf(one), withStation && state.route.query),
-    ...state.route.id === keyOf(one) && {class: 'picked'}}),
-  blank: empty(state.transactions.size ? 'No transaction is so.'
-    : 'No transaction yet: they stand here from a car\'s first charging on.'), columns: [
-    {name: 'Started', width: narrow() ? '7rem' : '9.5rem', leads: true, cell: one =>
-      clock(one.startedAt), sort: one => one.startedAt, down: true},
-    withStation && {name: 'Station', cell: one => [h('div.cut', stationLink(one.identity),
-          h('span.dim', ` ${one.evse}`)),
-      narrow() && h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)], sort: one =>
-        one.identity},
-    {name: 'Status', width: '6.6rem', slim: false, cell: one => pill(one.status, {active: 'info',
-          stopped: 'good', orphan: 'warn', abandoned: 'bad'}[one.status]), sort: one => one.status},
-    {name: 'Id token', width: '12%', slim: false, cell: one => one.idToken || DASH, sort: one =>
-      one.idToken || ''},
-    {name: 'Energy', num: true, width: '7rem', cell: one => [one.estimated && h('span.dim',
-          {title: 'Estimated: its start was not seen, or its meter was reset'}, '≈ '),
-        energy(one.energyWh)], sort: one => one.energyWh || 0, down: true},
-    {name: 'Power', num: true, width: '6.2rem', slim: false, cell: one => one.status === 'active'
-      ? power(one.powerW) : DASH, sort: one => one.powerW || 0, down: true},
-    {name: 'SoC', num: true, width: '4.2rem', slim: false, cell: one => percent(one.soc),
-      sort: one => one.soc || 0, down: true},
-    {name: 'Duration', num: true, width: '6.6rem', cell: one => duration(lasted(one)), sort: lasted,
-      down: true, slim: !withStation},
-    {name: 'Reason', width: '10%', slim: false, cell: one => one.reason || DASH, sort: one =>
-      one.reason || ''}].filter(Boolean)});
+const frame = row => h('div.pair', {key: row.number},
+  h('div.bar', kindPill(row), h('b.grow', row.direction === 'IN' ? 'from the station'
+      : 'from the board'),
+    h('span.dim.small', clock(row.timestamp, true))),
+  row.errorCode && h('p.bad', h('b', row.errorCode), ' ', row.errorDescription),
+  findings(row).map(one => h('p.warn', {key: one.id}, '▲ ', h('code', one.details.pointer || '/'),
+      ' ',
+    one.details.text)),
+  state.ui.raw ? rawText(row.raw) : pretty(row.raw),
+  h('div.bar', button(state.ui.raw ? 'Pretty' : 'Raw', () => {
+    state.ui.raw = !state.ui.raw;
+    touch('ui');
+  }), copyButton(() => row.raw, 'Copy JSON'), copyButton(() => frameOf(row), 'Copy frame')));
+
+// The frame as OCPP-J writes it (1.6 and 2.0.1, 4.2).
+function frameOf({type, messageId, method, errorCode, errorDescription, raw}) {
+  const parts = {CALL: [2, messageId, method], SEND: [6, messageId, method],
+    CALLRESULT: [3, messageId],
+    CALLERROR: [4, messageId, errorCode, errorDescription || ''],
+    CALLRESULTERROR: [5, messageId, errorCode, errorDescription || '']}[type];
+  return `[${parts.map(part => JSON.stringify(part)).join(',')},${raw}]`;
 }
-const lasted = one => ((ms(one.stoppedAt) || now()) - ms(one.startedAt)) / 1000;
+
+// Transactions
+
+const STATUS_TONES = {active: 'info', stopped: 'good', orphan: 'warn', abandoned: 'bad'};
+const lasted = one => ((ms(one.stoppedAt) ?? now()) - ms(one.startedAt)) / 1000;
+const ESTIMATED = 'Estimated: its start was not seen, or its meter was reset';
+const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
+
+const TRANSACTION_COLUMNS = [
+  {name: 'Started', width: '9.5rem', leads: true, sort: one => one.startedAt, down: true,
+    cell: one => clock(one.startedAt)},
+  {name: 'Station', wide: true, sort: one => one.identity,
+    cell: one => [stationLink(one.identity), h('span.dim', ` ${one.evse}`)]},
+  {name: 'Station and status', slim: true, cell: one => [
+    h('div.cut', stationLink(one.identity), h('span.dim', ` ${one.evse}`)),
+    h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)]},
+  {name: 'Status', width: '6.6rem', wide: true, sort: one => one.status,
+    cell: one => pill(one.status, STATUS_TONES[one.status])},
+  {name: 'Id token', width: '12%', wide: true, sort: one => one.idToken || '',
+    cell: one => one.idToken || DASH},
+  {name: 'Energy', width: '7rem', num: true, sort: one => one.energyWh || 0, down: true,
+    cell: one => [estimate(one), energy(one.energyWh)]},
+  {name: 'Power', width: '6.2rem', num: true, wide: true, sort: one => one.powerW || 0, down: true,
+    cell: one => one.status === 'active' ? power(one.powerW) : DASH},
+  {name: 'SoC', width: '4.4rem', num: true, wide: true, sort: one => one.soc || 0, down: true,
+    cell: one => percent(one.soc)},
+  {name: 'Duration', width: '6.6rem', num: true, wide: true, sort: lasted, down: true,
+    cell: one => duration(lasted(one))},
+  {name: 'Reason', width: '10%', wide: true, sort: one => one.reason || '', cell: one => one.reason
+    || DASH},
+];
+
+function transactionGrid(id, rows, everywhere) {
+  const {id: open, query: wanted} = state.route;
+  const columns = TRANSACTION_COLUMNS.filter(one => everywhere || one.name !== 'Station');
+  return grid(id, {rows: sorted(id, columns, rows), columns, key: keyOf, tall: everywhere,
+    label: 'Transactions', row: one => ({
+      open: to('transactions', keyOf(one), everywhere ? wanted : {}),
+      class: everywhere && open === keyOf(one) && 'picked'}),
+    blank: empty(state.transactions.size ? 'No transaction is so.'
+      : 'No transaction yet: they stand here from the first charging on.')});
+}
 
 function transactions() {
-  const wanted = state.route.query, text = (wanted.text || '').toLowerCase(),
+  const {status, identity, text} = state.route.query,
     picked = state.transactions.get(state.route.id);
-  return [heading('Transactions'), h('div', {class: 'split' + (picked ? ' both' : '')},
+  return [heading('Transactions'), split(
     panel('transactions', ['transactions', 'tick'], () => {
-      const rows = [...state.transactions.values()].reverse().filter(one => (!wanted.status
-          || one.status === wanted.status) && (!wanted.identity || one.identity === wanted.identity)
-        && (!text || [one.identity, one.id, one.idToken, one.reason].join('\n').toLowerCase(
-            ).includes(text)));
-      return card(h('div.bar.grow', searchBox('text', 'Search station, id token, id …'),
-          choice('status', 'Status', [['', 'every status'], 'active', 'stopped', 'abandoned',
-              'orphan']),
-        h('span.dim.small.grow', {role: 'status'},
-          `${plural(rows.length, 'transaction')}, ${energy(sum(rows.map(one => one.energyWh)))}`),
-        download('transactions', {status: wanted.status, identity: wanted.identity})),
-          {key: 'transactions'}, transactionGrid('transactions', rows));
+      const rows = newestFirst(state.transactions).filter(one => (!status || one.status === status)
+        && (!identity || one.identity === identity)
+        && contains([one.identity, one.id, one.idToken || '', one.reason || ''], text));
+      return card([h('div.bar.filters', searchBox('text', 'Search station, id token, id …'),
+        choice('status', 'Status', [['', 'every status'], ...Object.keys(STATUS_TONES)])),
+      counted(`${plural(rows.length, 'transaction')}, `
+        + energy(sum(rows.map(one => one.energyWh)))),
+      downloads('transactions', {status, identity, text})], {key: 'transactions'},
+      transactionGrid('transactions', rows, true));
     }),
     picked && panel('transaction', ['transactions', 'hover', 'tick'],
-      () => card([h('h2.grow.cut', `Transaction ${picked.id}`),
-      button('✕', () => go('transactions', null, wanted), {class: 'plain', 'aria-label': 'Close',
-          title: 'Esc'})], {class: 'card aside', key: 'transaction', 'aria-label': 'Transaction'},
-    h('div.in.stack', facts([['Station', stationLink(picked.identity)],
-          [state.stations.get(picked.identity)?.protocol === 'ocpp1.6' ? 'Connector' : 'EVSE',
-            picked.evse], ['Status', picked.chargingState || picked.status],
-      ['Id token', picked.idToken], ['Started', clock(picked.startedAt)],
-        ['Stopped', clock(picked.stoppedAt)], ['Duration', duration(lasted(picked))],
-      ['Energy', energy(picked.energyWh) + (picked.estimated ? ', estimated' : '')],
-        ['Power', picked.status === 'active' ? power(picked.powerW) : DASH], ['State of charge',
-        percent(picked.soc)],
-      ['Meter at start', energy(picked.meterStart)], ['Meter at stop', energy(picked.meterStop)],
-        ['Reason', picked.reason]]),
-    meterCharts(picked), link(to('messages', null, {identity: picked.identity}),
-      'Messages of this station')))))];
+      () => transactionDetail(picked)))];
 }
 
-function powerScreen() {
-  return [heading('Power'), panel('power now', ['transactions', 'telemetry', 'hover'], () => {
-    const going = running().filter(one => one.powerW != null).sort((a, b) => b.powerW - a.powerW);
-    const from = now() - 3600e3, recent = [...state.transactions.values()].filter(one =>
-      one.status === 'active' || ms(one.stoppedAt) > from);
-    const lines = recent.slice(-40).map(one => ({name: `${one.identity} ${one.evse}`,
-          end: one.stoppedAt && ms(one.stoppedAt), points: pointsOf(seriesOf(one), point =>
-            point.powerW)}))
-      .filter(line => line.points.length).sort((a, b) => (b.points.at(-1)[1]
-          || 0) - (a.points.at(-1)[1] || 0));
-    const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
-    return card([h('h2.grow', 'Charging power by station, the last hour'),
-        h('b', power(sum(going.map(one => one.powerW))))], {key: 'now'},
-      lines.length ? h('div.in', chart('site', {label: 'Charging power by station', areas: true,
-            format: power, least: 1000, height: 240, lines, from: first, till: now()}))
-        : empty('No car has charged in the last hour: what each station draws is stacked here.'));
-  }), panel('charges', ['smart-charge', 'transactions', 'tick'], () => {
-    const charges = [...state.charges.values()].reverse(), going = charges.filter(one =>
-      one.status !== 'ended');
-    const most = Math.max(...going.map(one => one.allocatedKw), 1),
-      allocated = sum(going.map(one => one.allocatedKw));
-    if (!charges.length) return card('Smart charging', {key: 'charges'},
-      empty(state.about?.smartCharging ? 'It is on, and no car charges.'
-      : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be set by hand, on each station\'s Commands.'));
-    return card([h('h2.grow', 'Smart charging'), !state.about?.smartCharging && pill('switched off',
-          'warn'), h('b', `${power(allocated * 1000)} allocated`)], {key: 'charges'},
-      h('div.in', h('div.meter', {role: 'img', style: {height: '1.1rem'},
-            'aria-label': `Allocated: ${going.map(one => `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')}`},
-        going.map((one, n) => h('i', {key: one.sessionId,
-              title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
-              style: {width: one.allocatedKw / Math.max(allocated, .001) * 100 + '%',
-                background: COLOURS[n % 8]}})))),
-      grid('charges', {rows: charges, key: one => one.sessionId, label: 'Smart charging sessions',
-          columns: [
-        {name: 'Station', width: '16%', cell: one => [stationLink(one.identity), one.evse != null
-            && h('span.dim', ` ${one.evse}`)], sort: one => one.identity},
-        {name: 'Status', width: '9rem', cell: one => pill(one.status, {active: 'good',
-              waiting: 'warn', paused: 'warn', ended: ''}[one.status] ?? 'bad'), sort: one =>
-          one.status},
-        {name: 'Allocated', num: true, width: '7.5rem', cell: one => one.allocatedA != null
-          && one.status !== 'ended' ? `${amperes(one.allocatedA)}, ${power(one.allocatedKw * 1000)}`
-          : power(one.allocatedKw * 1000), sort: one => one.allocatedKw, down: true},
-        {name: '', width: '8rem', slim: false, cell: one => h('div.meter', {'aria-hidden': 'true'},
-            h('i', {style: {width: one.status === 'ended' ? '0' : one.allocatedKw / most * 100
-                  + '%', background: 'var(--accent)'}}))},
-        {name: 'Measured', num: true, width: '6rem', slim: false, cell: one =>
-          amperes(one.measuredA)},
-        {name: 'Why', slim: false, cell: one => h('span', {title: plain(one.reason || '')},
-            one.reason || DASH)},
-        {name: 'Strategy', width: '8rem', slim: false, cell: one => one.strategy.replaceAll('_',
-            ' ')},
-        {name: 'Since', num: true, width: '8rem', slim: false, cell: one => clock(one.startedAt),
-          sort: one => one.startedAt, down: true},
-        {name: 'Changed', num: true, width: '7rem', slim: false, cell: one => ago(one.updatedAt),
-          sort: one => one.updatedAt, down: true}]}));
-  })];
+function transactionDetail(one) {
+  return aside(`Transaction ${one.id}`, () => go('transactions', null, state.route.query),
+    facts([['Station', stationLink(one.identity)],
+      [place(state.stations.get(one.identity)), digits(one.evse)],
+      ['Status', one.status === 'active' ? one.chargingState || 'active' : one.status],
+      ['Id token', one.idToken], ['Started', clock(one.startedAt)],
+        ['Stopped', clock(one.stoppedAt)],
+      ['Duration', duration(lasted(one))], ['Energy', [estimate(one), energy(one.energyWh)]],
+      ['Power', one.status === 'active' ? power(one.powerW) : DASH], ['State of charge',
+        percent(one.soc)],
+      ['Meter at start', energy(one.meterStart)], ['Meter at stop', energy(one.meterStop)],
+      ['Reason', one.reason]]),
+    meterCharts(one), link(to('messages', null, {identity: one.identity}),
+      'Messages of this station'));
 }
+
+// Power
+
+const SERIES_SHOWN = 50;                           // under SERIES_KEPT
+function powerScreen() {
+  return [heading('Power'), panel('power', ['transactions', 'telemetry', 'hover'], powerCard),
+    panel('charges', ['smart-charge', 'tick'], chargesCard)];
+}
+
+function powerCard() {
+  const from = now() - HOUR, places = new Map(), {limitKw} = state.about?.smartCharging || {};
+  const recent = newestFirst(state.transactions).slice(0, SERIES_SHOWN)
+    .filter(one => one.status === 'active' || ms(one.stoppedAt) > from).reverse();
+  for (const one of recent) {
+    const name = `${one.identity} ${one.evse}`, points = pointsOf(seriesOf(one), point =>
+      point.powerW);
+    if (points.length && one.stoppedAt) points.push([ms(one.stoppedAt), 0]);
+    places.set(name, [...places.get(name) || [], ...points]);
+  }
+  const lines = [...places].map(([name, points]) => ({name, points})).filter(line =>
+    line.points.length);
+  const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
+  return card([h('h2.grow', 'Charging power by connector, the last hour'),
+    h('b', power(sum(running().map(one => one.powerW))))], {key: 'power'}, lines.length
+    ? h('div.in', chart('site', {label: 'Charging power', areas: true, format: power, least: 1000,
+      height: 260, lines, from: first, till: now(), limit: limitKw && limitKw * 1000}))
+    : empty('No car has charged in the last hour: what each draws is stacked here.'));
+}
+
+const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''};
+function chargesCard() {
+  const charges = newestFirst(state.charges), on = state.about?.smartCharging;
+  if (!charges.length) return card('Smart charging', {key: 'charges'}, empty(on
+    ? 'It is on, and no car charges.'
+    : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
+      + 'set by hand, among the commands of each station.'));
+  const going = charges.filter(one => one.status !== 'ended');
+  const kilowatts = sum(going.map(one => one.allocatedKw));
+  return card([h('h2.grow', 'Smart charging'), !on && pill('switched off', 'warn'),
+    h('b', `${power(kilowatts * 1000)} allocated`)], {key: 'charges'},
+  h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allocated: ' + going.map(one =>
+    `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')}, going.map((one, n) =>
+    h('i', {key: one.sessionId, title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
+      style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
+        background: COLOURS[n % 8]}})))),
+  grid('charges', {rows: sorted('charges', CHARGE_COLUMNS, charges), columns: CHARGE_COLUMNS,
+    key: one => one.sessionId, label: 'Smart charging sessions'}));
+}
+
+const CHARGE_COLUMNS = [
+  {name: 'Station', width: '16%', sort: one => one.identity,
+    cell: one => [stationLink(one.identity), one.evse != null && h('span.dim', ` ${one.evse}`)]},
+  {name: 'Status', width: '9rem', sort: one => one.status,
+    cell: one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad')},
+  {name: 'Allocated', width: '9rem', num: true, sort: one => one.allocatedKw, down: true,
+    cell: one =>
+    (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000)},
+  {name: 'Measured', width: '6rem', num: true, wide: true, cell: one => amperes(one.measuredA)},
+  {name: 'Why', wide: true, cell: one => h('span', {title: plain(one.reason || '')}, one.reason
+      || DASH)},
+  {name: 'Strategy', width: '8rem', wide: true, cell: one => one.strategy.replaceAll('_', ' ')},
+  {name: 'Since', width: '8rem', num: true, wide: true, sort: one => one.startedAt, down: true,
+    cell: one => clock(one.startedAt)},
+  {name: 'Changed', width: '7rem', num: true, wide: true, sort: one => one.updatedAt, down: true,
+    cell: one => ago(one.updatedAt)},
+];
+
+// Relay
+
+const RELAY_TONES = {translation: 'info', delivered: 'good', connected: 'good', buffered: 'warn'};
+const relayed = ({method, toMethod}) =>
+  toMethod && toMethod !== method ? `${method} ⇒ ${toMethod}` : method;
+
+const RELAY_COLUMNS = [
+  {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
+  {name: 'Station', width: '15%', cell: one => stationLink(one.identity)},
+  {name: 'What', width: '8rem', cell: one => pill(one.type, RELAY_TONES[one.type] ?? 'bad')},
+  {name: 'Action', wide: true, cell: relayed},
+  {name: 'From', width: '7rem', wide: true, cell: one => one.fromProtocol},
+  {name: 'To', width: '7rem', wide: true, cell: one => one.toProtocol},
+  {name: 'Took', width: '6rem', num: true, wide: true, cell: one => millis(one.latencyMs)},
+  {name: 'Error', width: '20%', wide: true, cell: one => h('span.bad', one.error)},
+];
 
 function relay() {
-  const wanted = state.route.query, picked = state.proxied.find(one => one.id === state.route.id);
-  return [heading('Relay'), h('div', {class: 'split' + (picked ? ' both' : '')}, panel('relay',
-        ['proxy'], () => {
+  const {id, query: wanted} = state.route, picked = state.proxied.find(one => one.id === id);
+  return [heading('Relay'), split(panel('relay', ['proxy'], () => {
     if (!state.proxied.length) return card('', {key: 'relay'}, empty(state.about?.relay
-        ? 'The relay is on: what it passes to the upstream system, and back, stands here.'
+      ? 'The relay is on: what it passes to the upstream system, and back, stands here.'
       : 'The relay is switched off: all stations are served by this board alone.'));
-    const types = [...new Set(state.proxied.map(one => one.type))],
-      rows = state.proxied.filter(one => (!wanted.type || one.type === wanted.type)
-      && (!wanted.identity || one.identity === wanted.identity));
-    return card(h('div.bar.grow', choice('type', 'Type', [['', 'every type'], ...types]),
-        h('span.dim.small', {role: 'status'}, plural(rows.length, 'event'))), {key: 'relay'},
-      grid('relay', {rows, key: one => one.id, tall: true, label: 'Relay', row: one =>
-          ({open: to('relay', one.id, wanted), class: one.type === 'error' || one.type === 'refused'
-              ? 'failed' : ''}), columns: [
-        {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
-        {name: 'Station', width: '15%', cell: one => stationLink(one.identity)},
-        {name: 'What', width: '8rem', cell: one => pill(one.type, {translation: 'info',
-              delivered: 'good', connected: 'good', buffered: 'warn'}[one.type] ?? 'bad')},
-        {name: 'Action', slim: false, cell: one => one.toMethod && one.toMethod !== one.method
-          ? `${one.method} ⇒ ${one.toMethod}` : one.method},
-        {name: 'From', width: '7rem', slim: false, cell: one => one.fromProtocol},
-          {name: 'To', width: '7rem', slim: false, cell: one => one.toProtocol},
-        {name: 'Took', num: true, width: '6rem', slim: false, cell: one => millis(one.latencyMs)},
-        {name: 'Error', width: '20%', slim: false, cell: one => h('span.bad', one.error || '')}]}));
-  }), picked && panel('relayed', ['proxy'],
-    () => card([h('h2.grow.cut',
-      `${picked.method}${picked.toMethod && picked.toMethod !== picked.method ? ' ⇒ ' + picked.toMethod : ''}`),
-    button('✕', () => go('relay', null, wanted), {class: 'plain', 'aria-label': 'Close',
-        title: 'Esc'})], {class: 'card aside', key: 'relayed', 'aria-label': 'Relayed message'},
-  h('div.in.stack', facts([['Station', stationLink(picked.identity)], ['What', picked.type],
-        ['Direction', picked.direction], ['Took', millis(picked.latencyMs)], ['Message id',
-          picked.messageId]]),
-    picked.error && h('p.bad', picked.error), h('div.sides',
-      [[picked.fromProtocol, picked.payload], [picked.toProtocol, picked.translated]].map(
-        ([protocol, payload], n) => h('div', {key: n, class: 'pair'},
-        h('h3', n ? 'Translated' : 'Original', h('span.dim', ` · ${protocol || DASH}`)),
-          payload == null ? h('p.dim', 'none') : pretty(JSON.stringify(payload))))))))) ];
+    const rows = state.proxied.filter(one => !wanted.type || one.type === wanted.type);
+    return card(h('div.bar.grow', choice('type', 'Type', [['', 'every type'],
+      ...new Set(state.proxied.map(one => one.type))]), counted(plural(rows.length, 'event'))),
+    {key: 'relay'}, grid('relay', {rows, columns: RELAY_COLUMNS, key: one => one.id, tall: true,
+      label: 'Relay', row: one => ({open: to('relay', one.id, wanted),
+        class: one === picked ? 'picked' : ['error', 'refused'].includes(one.type) && 'failed'}),
+      blank: empty('No event is so.')}));
+  }), picked && panel('relayed', ['proxy'], () => relayDetail(picked)))];
 }
+
+function relayDetail(one) {
+  const side = (title, protocol, payload) => h('div.pair', {key: title},
+    h('h3', title, h('span.dim', ` · ${protocol || DASH}`)),
+    payload == null ? h('p.dim', 'none') : pretty(JSON.stringify(payload)));
+  return aside(relayed(one), () => go('relay', null, state.route.query),
+    facts([['Station', stationLink(one.identity)], ['What', one.type], ['Direction', one.direction],
+      ['Took', millis(one.latencyMs)], ['Message id', one.messageId]]),
+    one.error && h('p.bad', one.error),
+    h('div.sides', side('Original', one.fromProtocol, one.payload),
+      side('Translated', one.toProtocol, one.translated)));
+}
+
+// Telemetry
 
 const RANGES = [[5, '5 min'], [15, '15 min'], [60, '1 h'], [0, 'all']];
 function telemetry() {
   const range = state.ui.range ?? 15;
-  const part = (id, title, props, lines) => h('div', {key: id}, h('h3', title),
-    chart(id, {label: title, height: 150, ...props, lines}));
   return [heading('Telemetry', h('div.tabs', {role: 'group', 'aria-label': 'Time shown'},
-        RANGES.map(([minutes, text]) =>
-    button(text, () => { state.ui.range = minutes; touch('ui'); },
+    RANGES.map(([minutes, text]) => button(text, () => { state.ui.range = minutes; touch('ui'); },
       {key: text, 'aria-pressed': String(range === minutes)})))),
   panel('telemetry', ['telemetry', 'hover'], () => {
-    const from = range ? now() - range * 60000 : -Infinity, samples = state.samples.filter(one =>
-      ms(one.timestamp) >= from), last = sample();
-    const line = (name, value) => ({name, points: samples.map(one => [ms(one.timestamp),
-            value(one)])});
-    if (samples.length < 2) return card('', {key: 'none'},
-      empty('The first samples are on their way.'));
-    const errors = {name: 'Errors', points: samples.map((one, n) => [ms(one.timestamp),
-          n ? Math.max(0, one.errorCount - samples[n - 1].errorCount) : 0])};
-    return h('div.stack', {key: 'charts'}, card('', null, h('div.in.top',
-          facts([['Messages', digits(last.totalMessages)], ['Stations online',
-                `${digits(last.connectionCount)}, ${digits(last.peakConnections)} at most`],
-      ['Streams', digits(last.streams)], ['Processor', `${percent(last.cpuPercent, 1)} of a core`],
-        ['Loop lag', millis(last.loopLagMs)], ['Memory', bytes(last.memoryUsage.rss)],
-      ['Processor of the host', percent(last.host?.cpuPercent)], ['Its memory in use',
-        percent(last.host?.memoryPercent)], ['Its disk in use', percent(last.host?.diskPercent)],
-      ['Uptime', duration(last.uptimeSeconds)]]))),
-    card('', null, h('div.in.top.cols',
-      part('rate', 'Messages per second', {format: value => digits(value, 1)},
-        [line('Messages', one => one.messagesPerSecond)]),
-      part('latency', 'Time to answer', {format: millis}, [line('Mean', one => one.avgLatencyMs)]),
-      part('online', 'Stations online', {least: 3}, [line('Stations', one => one.connectionCount)]),
-      part('errors', 'Errors', {least: 3}, [errors]),
-      part('kw', 'Charging power', {format: power, least: 1000},
-        [line('Power', one => one.powerW)]),
-      part('memory', 'Memory', {format: bytes, least: 1e6},
-        [line('Resident', one => one.memoryUsage.rss), line('Private',
-            one => one.memoryUsage.heapUsed)]),
-      part('cpu', 'Processor, of one core', {format: value => percent(value), least: 10},
-        [line('Board', one => one.cpuPercent), line('Host', one => one.host?.cpuPercent)]),
-      part('lag', 'Loop lag', {format: millis, least: 10}, [line('Lag', one => one.loopLagMs)]))));
+    const from = range ? now() - range * 60000 : 0;
+    const samples = state.samples.filter(one => ms(one.timestamp) >= from);
+    return h('div.stack', {key: 'telemetry'},
+      card('', {}, h('div.in.top', facts(telemetryFacts(sample())))), samples.length < 2
+        ? card('', {}, empty('The first samples are on their way.'))
+        : card('', {}, h('div.in.top.cols', telemetryCharts(samples))));
   })];
 }
 
-// Events of one kind in a table; one that is picked shows its details beside it.
-function eventGrid(id, rows, kind, blank, more = []) {
-  const picked = rows.find(one => one.id === state.route.query.event);
-  return h('div', {class: 'split' + (picked ? ' both' : ''), key: id}, card(h('div.bar.grow', more,
-        h('span.dim.small', {role: 'status'}, plural(rows.length, 'event'))), {key: 'list'},
-    grid(id, {rows, key: one => one.id, tall: true, label: 'Events', blank: empty(blank),
-      row: one => ({open: to(state.route.screen, state.route.id || null, {...state.route.query,
-              event: one.id}), class: one === picked ? 'picked' : ''}), columns: [
-        {name: 'Time', width: narrow() ? '6.2rem' : '9rem', leads: true, cell: one =>
-          clock(one.timestamp)},
-        kind === 'severity' && {name: 'Severity', width: '6rem', cell: one => pill(one.severity,
-            {low: '', medium: 'warn'}[one.severity] ?? 'bad'), sort: one => ['low', 'medium',
-            'high', 'critical'].indexOf(one.severity), down: true},
-        {name: kind === 'type' ? 'Type' : 'Category', width: '13rem', slim: false, cell: one =>
-          one.category || one.type, sort: one => one.category || one.type},
-        {name: 'Station', width: '16%', slim: false, cell: one => one.identity
-          && one.identity !== 'UNKNOWN' ? stationLink(one.identity) : h('span.dim', one.details.ip
-            || DASH), sort: one => one.identity},
-        {name: 'What happened', cell: one => h('span', {title: plain(one.message)},
-            one.message)}].filter(Boolean)})),
-  picked && card([h('h2.grow.cut', picked.category || picked.type),
-      button('✕', () => filter({event: ''}), {class: 'plain', 'aria-label': 'Close',
-          title: 'Esc'})],
-    {class: 'card aside', key: 'event', 'aria-label': 'Event'}, h('div.in.stack',
-      h('p', picked.message), facts([['Time', clock(picked.timestamp, true)],
-          ['Station', stationLink(picked.identity)],
-      ...picked.severity ? [['Severity', picked.severity]] : [], ['Record', picked.id]]),
-    picked.details.raw != null && [h('h3', 'Raw'), h('pre.json.mono', {tabindex: 0,
-          'aria-label': 'Raw text'}, picked.details.raw)],
-    pretty(JSON.stringify({...picked.details, raw: undefined})),
-    picked.details.messageId && link(to('messages', null, {identity: picked.identity,
-          text: picked.details.messageId}), 'Show the message'))));
+const telemetryFacts = last => [
+  ['Messages', digits(last.totalMessages)], ['Connections', digits(last.totalConnections)],
+  ['Stations at most', digits(last.peakConnections)], ['Refused', digits(last.refusedConnections)],
+  ['Streams', digits(last.streams)], ['Processor', `${percent(last.cpuPercent, 1)} of a core`],
+  ['Loop lag', millis(last.loopLagMs)], ['Memory', bytes(last.memoryUsage?.rss)],
+  ['Processor of the host', percent(last.host?.cpuPercent)],
+  ['Memory of the host', `${percent(last.host?.memoryPercent)} in use`],
+  ['Disk of the host', `${percent(last.host?.diskPercent)} in use`],
+    ['Uptime', duration(last.uptimeSeconds)],
+];
+
+function telemetryCharts(samples) {
+  const line = (name, value) => ({name, points: samples.map(one => [ms(one.timestamp),
+          value(one)])});
+  const part = (title, props, ...lines) => h('div', {key: title}, h('h3', title),
+    chart(title, {label: title, height: 150, ...props, lines}));
+  const errors = steps(samples.map(one => one.errorCount));
+  return [
+    part('Messages per second', {format: one => digits(one, 1)},
+      line('Messages', one => one.messagesPerSecond)),
+    part('Time to answer', {format: millis}, line('Mean', one => one.avgLatencyMs)),
+    part('Stations online', {least: 3}, line('Stations', one => one.connectionCount)),
+    part('Errors', {least: 3},
+      {name: 'Errors', points: samples.map((one, n) => [ms(one.timestamp), errors[n]])}),
+    part('Charging power', {format: power, least: 1000}, line('Power', one => one.powerW)),
+    part('Memory', {format: bytes, least: 1e6}, line('Resident', one => one.memoryUsage.rss),
+      line('Private', one => one.memoryUsage.heapUsed)),
+    part('Processor, of one core', {format: percent, least: 10},
+      line('Board', one => one.cpuPercent), line('Host', one => one.host?.cpuPercent)),
+    part('Loop lag', {format: millis, least: 10}, line('Lag', one => one.loopLagMs)),
+  ];
+}
+
+// Security, errors and system events: lists of events, with the details of one beside it.
+
+const SEVERITIES = ['low', 'medium', 'high', 'critical'];
+const kindOf = one => one.category || one.type;
+const EVENT_COLUMNS = [
+  {name: 'Time', width: '9rem', leads: true, cell: one => clock(one.timestamp)},
+  {name: 'Severity', width: '6rem', wide: true, sort: one => SEVERITIES.indexOf(one.severity),
+    down: true,
+    cell: one => pill(one.severity, {low: '', medium: 'warn'}[one.severity] ?? 'bad')},
+  {name: 'Kind', width: '13rem', wide: true, sort: kindOf, cell: kindOf},
+  {name: 'Station', width: '16%', wide: true, sort: one => one.identity, cell: one =>
+    one.identity && one.identity !== 'UNKNOWN' ? stationLink(one.identity)
+      : h('span.dim', one.details.ip || DASH)},
+  {name: 'What happened', cell: one => h('span', {title: plain(one.message)}, one.message)},
+];
+
+function eventList(id, all, title, blank) {
+  const {query: wanted, screen, id: place} = state.route, severe = all[0]?.severity != null;
+  const rows = all.filter(one => (!wanted.kind || kindOf(one) === wanted.kind)
+    && (!wanted.severity || one.severity === wanted.severity)
+    && (!wanted.identity || one.identity === wanted.identity)
+    && contains([one.message, one.identity, kindOf(one)], wanted.text));
+  const columns = EVENT_COLUMNS.filter(one => severe || one.name !== 'Severity');
+  const picked = all.find(one => one.id === wanted.event);
+  const open = one => to(screen, place || null, {...wanted, event: one.id});
+  return split(card([title && h('h2', title), h('div.bar.filters', searchBox('text', 'Search …'),
+    severe && choice('severity', 'Severity', [['', 'every severity'], ...SEVERITIES]),
+    choice('kind', 'Kind', [['', 'every kind'], ...new Set(all.map(kindOf))]),
+    wanted.identity && button(['Only ', h('bdi', wanted.identity), ' ✕'],
+      () => filter({identity: ''}))),
+  counted(plural(rows.length, 'event'))], {key: id}, grid(id, {rows: sorted(id, columns, rows),
+    columns,
+    key: one => one.id, tall: true, label: 'Events',
+    blank: empty(all.length ? 'No event is so.' : blank),
+    row: one => ({open: open(one), class: one === picked && 'picked'})})),
+  picked && eventDetail(picked));
+}
+
+function eventDetail({id, identity, message, severity, timestamp, details, ...one}) {
+  const {raw, ...others} = details;
+  return aside(kindOf(one), () => filter({event: ''}), h('p', message),
+    facts([['Time', clock(timestamp, true)], ['Station', stationLink(identity)],
+      severity && ['Severity', severity], ['Record', id]]),
+    raw != null && [h('h3', 'Raw'), rawText(raw)],
+    Object.keys(others).length > 0 && pretty(JSON.stringify(others)),
+    details.messageId && link(to('messages', null, {identity, text: details.messageId}),
+      'Show the message'));
 }
 
 function security() {
-  const wanted = state.route.query;
-  return [heading('Security'), panel('knocking', ['knocking', 'tick'],
-      () => card([h('h2.grow', 'Knocking'), h('span.dim.small',
-            'who was refused, and what would work')], {key: 'knocking'},
-    state.knocking.length ? h('div.grid', {tabindex: 0, role: 'region', 'aria-label': 'Knocking'},
-      h('table.plain', h('thead', h('tr', ['From', 'Asked for', 'Refused', 'Times', 'Last',
-              'Would work'].map(one => h('th', {key: one, scope: 'col'}, one)))),
-      h('tbody', state.knocking.slice(0, 50).map((one, n) => h('tr', {key: n}, h('td', one.ip),
-            h('td', h('code', one.path)),
-        h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
-          h('td.nowrap', ago(one.lastAt)),
-        h('td', one.url && h('span.url', h('code', one.url), copyButton(one.url))))))))
-      : empty('Nobody was refused. A charger that does not appear here, nor under Stations, does not reach this host: look at its address, port and network.', ...howToConnect()))),
-  panel('security', ['security'], () => eventGrid('security', state.security.filter(one =>
-        (!wanted.severity || one.severity === wanted.severity) && (!wanted.category
-          || one.category === wanted.category)),
-    'severity', 'No security event.', [h('h2', 'Security events'), choice('severity', 'Severity',
-        [['', 'every severity'], 'low', 'medium', 'high', 'critical']),
-      choice('category', 'Category', [['', 'every category'], ...new Set(state.security.map(one =>
-              one.category))])]))];
+  return [heading('Security'), panel('knocking', ['knocking', 'tick'], knockingCard),
+    panel('security', ['security'], () =>
+      eventList('security', state.security, 'Security events', 'No security event.'))];
+}
+
+const KNOCKS_SHOWN = 50;
+function knockingCard() {
+  const line = (one, n) => h('tr', {key: n}, h('td', one.ip), h('td', h('code', one.path)),
+    h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
+    h('td.nowrap', ago(one.lastAt)),
+    h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url))));
+  return card([h('h2.grow', 'Knocking'),
+    h('span.dim.small', 'who was refused, and what would work')],
+    {key: 'knocking'}, state.knocking.length
+      ? plainTable('Knocking', ['From', 'Asked for', 'Refused', 'Times', 'Last', 'Would work'],
+        state.knocking.slice(0, KNOCKS_SHOWN).map(line))
+      : empty(h('p', 'Nobody was refused. A charger that appears neither here nor under Stations '
+        + 'does not reach this host: look at its address, port and network.'), howToConnect()));
 }
 
 function events() {
-  const wanted = state.route.query, system = state.route.id === 'system', all = system
-    ? state.system : state.errors, kind = system ? 'type' : 'category';
-  const rows = all.filter(one => (!wanted.identity || one.identity === wanted.identity)
-    && (!wanted.kind || one[kind] === wanted.kind));
-  return [heading('Events', h('nav.tabs', {'aria-label': 'Kind of event'}, [['', 'Errors'],
-          ['system', 'System']].map(([id, text]) => h('a.btn', {key: id, href: '#/' + to('events',
-                id || null),
-    'aria-current': id === state.route.id ? 'page' : null}, text)))),
-  panel('events', ['errors', 'system'], () => eventGrid('events' + state.route.id, rows, kind,
-      system ? 'No event yet.' : 'No error: stations and board understand each other.', [
-    choice('kind', 'Kind', [['', 'every kind'], ...new Set(all.map(one => one[kind]))]),
-    wanted.identity && h('span.pill.info', h('bdi', wanted.identity),
-      button('✕', () => filter({identity: ''}), {class: 'plain',
-          'aria-label': 'Every station'}))]))];
+  const system = state.route.id === 'system';
+  return [heading('Events', h('nav.tabs', {'aria-label': 'Kind of event'},
+    [['', 'Errors'], ['system', 'System']].map(([id, text]) => h('a.btn', {key: id,
+      href: '#/' + to('events', id || null),
+      'aria-current': (id === 'system') === system && 'page'}, text)))),
+  panel('events', ['errors', 'system'], () => system
+    ? eventList('system', state.system, '', 'No event yet.')
+    : eventList('errors', state.errors, '',
+      'No error: stations and board understand each other.'))];
 }
 
-const KEYS = [['/', 'search'], ['g o', 'Overview'], ['g s', 'Stations'], ['g m', 'Messages'],
-  ['g t', 'Transactions'], ['g p', 'Power'], ['g r', 'Relay'], ['g l', 'Telemetry'],
-  ['g k', 'Security and knocking'],
-  ['g e', 'Events'], ['p', 'pause and resume the messages'], ['j  k', 'next and previous message'],
-    ['Esc', 'close, clear, leave a field'], ['?', 'this page']];
+// Help and login
+
+const KEYS = [['/', 'search'], ['p', 'pause and resume the messages'],
+  ['j  k', 'older and newer message'],
+  ['Esc', 'close what is open, leave a field'], ['?', 'this page']];
+const ACCEPTED = {any: 'any station', listed: 'the stations of the configuration',
+  ask: 'any, once approved here'};
+
 function help() {
-  return [heading('Help'), h('div.cols', card('Connect a charger', {key: 'connect'},
-        h('div.in.stack', howToConnect(),
-          facts([['OCPP', (state.about?.protocols || []).map(one => one.slice(4)).join(', ')],
-    ['Who may connect', {any: 'any station', listed: 'stations of the configuration',
-        ask: 'any, once approved here'}[state.about?.accept]], ['Checked against the schemas',
-      state.about?.validated ? 'yes' : 'no: install ocpp and fastjsonschema'],
-      ['Version', state.about?.version]]))),
-  card('Keys', {key: 'keys'}, h('div.in', h('table.plain', h('tbody', KEYS.map(([key, text]) =>
-            h('tr', {key}, h('td', {style: {width: '6rem'}}, h('kbd', key)), h('td', text)))))))),
-  panel('api', ['api'], () => card([h('h2.grow', 'API'), h('a', {href: '/api/openapi.json'},
-          'OpenAPI')], {key: 'api'}, state.ui.api ? h('div.grid', {tabindex: 0, role: 'region',
-          'aria-label': 'API'}, h('table.plain', h('tbody', null,
-    Object.entries(state.ui.api.paths).flatMap(([at, methods]) =>
-      Object.entries(methods).map(([method, one]) => h('tr', {key: method + at},
-          h('td', h('code', `${method.toUpperCase()} ${at}`)), h('td', one.summary)))))))
-    : empty('Loading …')))];
+  const {about} = state, keys = Object.values(SCREENS).map(([name, , key]) => [`g ${key}`, name]);
+  return [heading('Help'), h('div.cols',
+    card('Connect a charger', {key: 'connect'}, h('div.in.stack', howToConnect(), facts([
+      ['OCPP', (about?.protocols || []).map(one => one.slice(4)).join(', ')],
+      ['Who may connect', ACCEPTED[about?.accept]],
+      ['Checked against the schemas', about?.validated ? 'yes'
+        : 'no: install ocpp and fastjsonschema'],
+      ['Version', about?.version]]))),
+    card('Keys', {key: 'keys'}, plainTable('Keys', [], [...KEYS, ...keys].map(([key, text]) =>
+      h('tr', {key}, h('td', h('kbd', key)), h('td', text)))))),
+  panel('api', ['api'], apiCard)];
+}
+
+function apiCard() {
+  const line = at => ([method, {summary}]) => h('tr', {key: method + at},
+    h('td', h('code', `${method.toUpperCase()} ${at}`)), h('td', summary));
+  return card([h('h2.grow', 'API'), h('a', {href: '/api/openapi.json'}, 'OpenAPI')], {key: 'api'},
+    state.api ? plainTable('API', [], Object.entries(state.api.paths).flatMap(([at, methods]) =>
+      Object.entries(methods).map(line(at)))) : empty('Loading …'));
 }
 
 function login() {
-  const token = state.mode === 'token';
+  const token = state.mode === 'token', focus = node => setTimeout(() => node.focus());
   const send = async event => {
     event.preventDefault();
     const fields = Object.fromEntries(new FormData(event.target));
-    state.problem = '';
-    state.ui.busy = true;
+    Object.assign(state, {problem: '', busy: true});
     touch('all');
     await logIn(fields);
-    state.ui.busy = false;
+    state.busy = false;
     touch('all');
   };
+  const field = (label, props) =>
+    h('label', {key: label}, label, h('input', {required: true, ...props}));
+  const secret = {type: 'password', autocomplete: 'current-password'};
   return h('main.start', {key: 'login'}, h('h1', 'ocppboard'), h('form.card', {onsubmit: send},
-      h('div.in.top.stack',
-    token ? h('label', 'Token', h('input', {name: 'token', type: 'password', required: true,
-          autocomplete: 'current-password', made: node => setTimeout(() => node.focus())}))
-      : [h('label', 'Name', h('input', {name: 'username', required: true, autocomplete: 'username',
-              made: node => setTimeout(() => node.focus())})),
-        h('label', 'Password', h('input', {name: 'password', type: 'password', required: true,
-              autocomplete: 'current-password'}))],
-    h('p.bad', {role: 'alert'}, state.problem || null), h('button.btn.main-act',
-      {disabled: !!state.ui.busy}, state.ui.busy ? 'One moment …' : 'Log in'),
-    token && h('p.dim.small',
-      'The board prints a link with the token when it starts; a fixed one stands in its configuration, auth.token.'))));
+    h('div.in.top.stack',
+      token ? field('Token', {name: 'token', ...secret, made: focus})
+        : [field('Name', {name: 'username', autocomplete: 'username', made: focus}),
+          field('Password', {name: 'password', ...secret})],
+      h('p.bad', {role: 'alert'}, state.problem),
+      h('button.btn.main-act', {disabled: !!state.busy}, state.busy ? 'One moment …' : 'Log in'),
+      token && h('p.dim.small', 'The board prints a link with the token when it starts; a fixed '
+        + 'one stands in its configuration, auth.token.'))));
 }
 
 // --- Where we are ---------------------------------------------------------------------------
 // The part after # names the screen, what is open on it, and its filters; a link can be shared.
 
-const ICONS = {
-  overview: 'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z',
-    stations: 'M5 21V5a2 2 0 0 1 2-2h6a2 2 0 0 1 2 2v16M3 21h14M8 8h4M15 11h2a2 2 0 0 1 2 2v3a1.500 1.500 0 0 0 3 0V9l-3-3',
-  messages: 'M4 7h13l-3-3M20 17H7l3 3', transactions: 'M13 2 5 13h6l-1 9 8-12h-6z',
-    power: 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16',
-  relay: 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8', telemetry: 'M3 12h4l3-8 4 16 3-8h4',
-    security: 'M12 3l8 3v6c0 5-3.500 8-8 9-4.500-1-8-4-8-9V6z',
-  events: 'M12 3 2 20h20zM12 10v4M12 17v.5',
-    help: 'M9 9a3 3 0 1 1 4.500 2.600c-1 .6-1.500 1.200-1.500 2.400M12 17.500v.5M12 2a10 10 0 1 0 0 20 10 10 0 0 0 0-20',
-};
+// Name, function and key of each screen, and its picture.
 const SCREENS = {
-  overview: ['Overview', overview, 'o'], stations: ['Stations', () => state.route.id ? station()
-    : stations(), 's'], messages: ['Messages', () => [heading('Messages'),
-      ...messageList('messages')], 'm'],
-  transactions: ['Transactions', transactions, 't'], power: ['Power', powerScreen, 'p'],
-    relay: ['Relay', relay, 'r'], telemetry: ['Telemetry', telemetry, 'l'],
-  security: ['Security', security, 'k'], events: ['Events', events, 'e'], help: ['Help', help, 'h'],
+  overview: ['Overview', overview, 'o', 'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z'],
+  stations: ['Stations', () => state.route.id ? station() : stations(), 's',
+    'M5 21V5a2 2 0 0 1 2-2h6a2 2 0 0 1 2 2v16M3 21h14M8 8h4M15 11h2a2 2 0 0 1 2 2v3a1.5 1.5 0 0 0 '
+    + '3 0V9l-3-3'],
+  messages: ['Messages', () => [heading('Messages'), ...messageList('messages')], 'm',
+    'M4 7h13l-3-3M20 17H7l3 3'],
+  transactions: ['Transactions', transactions, 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
+  power: ['Power', powerScreen, 'p', 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16'],
+  relay: ['Relay', relay, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
+  telemetry: ['Telemetry', telemetry, 'l', 'M3 12h4l3-8 4 16 3-8h4'],
+  security: ['Security', security, 'k', 'M12 3l8 3v6c0 5-3.5 8-8 9-4.5-1-8-4-8-9V6z'],
+  events: ['Events', events, 'e', 'M12 3 2 20h20zM12 10v4M12 17v.5'],
+  help: ['Help', help, 'h',
+    'M9 9a3 3 0 1 1 4.5 2.6c-1 .6-1.5 1.2-1.5 2.4M12 17.5v.5M12 2a10 10 0 1 0 0 20 '
+    + '10 10 0 0 0 0-20'],
 };
-const COUNTS = {stations: () => sample().connectionCount, transactions: () => running().length,
-  events: () => 0};
 
-function go(screen, id, fields) { location.hash = '#/' + to(screen, id, fields); }
+const go = (screen, id, fields) => { location.hash = '#/' + to(screen, id, fields); };
 
 // Change filters of the screen; the address follows, without a step back for each letter.
 function filter(changes) {
-  const {screen, id, tab} = state.route, kept = changes ? {...state.route.query, ...changes} : {};
-  const at = to(screen, id || null) + (tab && tab !== 'now' ? '/' + tab : '') + (query(kept)
-    ? '?' + query(kept) : '');
-  history.replaceState(null, '', '#/' + at);
+  const {screen, id, tab, query: before} = state.route;
+  const fields = query(changes ? {...before, ...changes} : {});
+  const place = to(screen, id || null) + (tab === 'now' ? '' : '/' + tab);
+  history.replaceState(null, '', `#/${place}${fields ? '?' + fields : ''}`);
   arrive();
 }
 
+function decoded(part) {
+  try { return decodeURIComponent(part); } catch { return part; }
+}
+
 function arrive() {
-  const [place, fields] = location.hash.replace(/^#\/?/, '').split('?');
-  const [name, id = '', tab = 'now'] = place.split('/').map(
-    part => { try { return decodeURIComponent(part); } catch { return part; } });
-  const screen = SCREENS[name] ? name : 'overview', before = state.route;
-  const route = state.route = {screen, id, tab: TABS[tab] ? tab : 'now',
+  const [place, fields] = location.hash.replace(/^#\/?/, '').split('?'), before = state.route;
+  const [name, id = '', tab] = place.split('/').map(decoded);
+  const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
+  const ofStation = screen === 'stations' && !!id;
+  state.route = {screen, id, tab: ofStation && Object.hasOwn(TABS, tab) ? tab : 'now',
     query: Object.fromEntries(new URLSearchParams(fields)), message: null};
-  if (screen !== before.screen || id !== before.id && screen === 'stations'
-    || route.tab !== before.tab) {
-    cache.clear();
-    state.hover = null;
-    scrollTo(0, 0);
-    if (state.session) after.push(() => {
-      document.querySelector('main')?.focus({preventScroll: true});
-      document.querySelector('.nav [aria-current]')?.scrollIntoView({block: 'nearest',
-          inline: 'center'});
-    });
-  }
-  const ofStation = screen === 'stations' && id, wantsList = screen === 'messages' || ofStation;
-  const {identity, method, direction, type, text} = route.query;
-  const wanted = Object.fromEntries(Object.entries({identity: ofStation ? id : identity, method,
-        direction, type, text}).filter(([, value]) => value));
-  if (!wantsList) state.list = null;
-  else if (!state.list || !same(state.list.filter, wanted)) openSoon(wanted);
-  const messageId = ofStation ? route.query.message : screen === 'messages' && id;
-  if (messageId) showMessage(messageId, before.message);
-  if (screen === 'help' && !state.ui.api && state.session) attempt(
-    async () => { state.ui.api = await get('/api/openapi.json'); touch('all'); });
-  document.title = `${route.id && screen === 'stations' ? plain(id) : SCREENS[screen][0]} · ocppboard`;
+  const other = screen !== before.screen || ofStation && id !== before.id;
+  if (other || state.route.tab !== before.tab) enter();
+  follows(ofStation);
+  const message = ofStation ? state.route.query.message : screen === 'messages' && id;
+  if (message) showMessage(message, before.message);
+  if (screen === 'help' && !state.api) attempt(async () => {
+    state.api = await get('/api/openapi.json');
+    touch('api');
+  });
+  document.title = `${ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
   touch('all');
 }
 
-let opening = 0;
-function openSoon(wanted) {                        // while one types, the list waits a moment
-  clearTimeout(opening);
-  const quick = !state.list || state.list.filter.text === wanted.text;
-  if (!state.list) state.list = {filter: {}, rows: [], held: [], pairs: new Map(), total: 0,
-    loading: true, fresh: 0};
-  const open = () => { openList(wanted); touch('all'); };
-  if (!state.session) return;
-  if (quick) open(); else opening = setTimeout(open, 250);
+// Another screen: from its top, with the focus there.
+function enter() {
+  cache.clear();
+  state.hover = null;
+  scrollTo(0, 0);
+  after.push(() => {
+    document.querySelector('main')?.focus({preventScroll: true});
+    document.querySelector('.nav [aria-current]')?.scrollIntoView({block: 'nearest',
+        inline: 'center'});
+  });
 }
 
-// Find the message that is to be open: on the list, else on the board; its partner as well.
+// Open the list of messages that the screen shows; while one types, it waits a moment.
+const TYPING_MS = 250;
+let opening = 0;
+function follows(ofStation) {
+  const {screen, id, query: wanted} = state.route;
+  clearTimeout(opening);
+  if (screen !== 'messages' && !ofStation) { state.list = null; return; }
+  const given = ofStation ? {...wanted, identity: id} : wanted;
+  const filter = Object.fromEntries(Object.entries(given)
+    .filter(([name, value]) => value && FILTERS.includes(name)));
+  if (state.list && same(state.list.filter, filter)) return;
+  const typing = state.list && state.list.filter.text !== filter.text;
+  if (typing) opening = setTimeout(() => { openList(filter); touch('all'); }, TYPING_MS);
+  else openList(filter);
+}
+
+// Find the message that is to be open: on the list, else on the board; and its partner.
 async function showMessage(id, before) {
-  const {route} = state, wanted = number({id: /\d+$/.test(id) ? id : 'x0'});
-  const known = state.list?.rows.find(row => row.number === wanted) || (before?.number === wanted
-    ? before : null);
+  const {route} = state, wanted = number({id});
+  const known = before?.number === wanted ? before
+    : state.list.rows.find(row => row.number === wanted);
+  const {call, answer} = known ? partners(known) : {};
   route.message = known;
-  if (known?.pair || !state.session) return;
+  if (call && answer) return;
   await attempt(async () => {
-    const {data, text} = await ask('GET', path('messages', id));
-    const row = streamedRow(data, text), {data: both} = await ask('GET', '/api/messages?'
-      + query({identity: row.identity, messageId: row.messageId}));
-    row.pair = {};
-    for (const one of both) {
-      const other = number(one) === row.number ? row : parsedRow(one);
-      row.pair[one.type === 'CALL' || one.type === 'SEND' ? 'call' : 'answer'] ??= other;
-    }
+    const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
+    const {identity, messageId} = row, both = await ask('GET', '/api/messages?'
+      + query({identity, messageId}));
+    const others = rowsIn(both.text).filter(one => one.direction !== row.direction
+      && asks(one) !== asks(row));                 // newest first
+    if (asks(row)) row.answer = others.findLast(one => one.number > row.number);
+    else row.call = others.find(one => one.number < row.number);
     if (state.route === route) route.message = row;
     touch('all');
   });
 }
 
 function closeMessage() {
-  const {screen, id, query: fields} = state.route;
+  const {screen, query: fields} = state.route;
   if (screen === 'messages') go('messages', null, fields); else filter({message: ''});
 }
 
@@ -6702,93 +6958,93 @@ function closeMessage() {
 // Once a frame, what data touched some eight times a second at most, and nothing while hidden.
 
 const dirty = new Set(), after = [];
-const AT_ONCE = new Set(['ui', 'all', 'hover', 'scroll', 'notice', 'live', 'answers']);
+const AT_ONCE = new Set(['ui', 'all', 'hover', 'scroll', 'notice', 'live', 'answers', 'api']);
 const PAUSE_MS = 125;
-let frame = 0, timer = 0, drawnAt = 0;
+let frameAsked = 0, timer = 0, drawnAt = 0;
 function touch(topic) {
   dirty.add(topic);
-  if (document.hidden || frame) return;
+  if (document.hidden || frameAsked) return;
   const pause = AT_ONCE.has(topic) ? 0 : drawnAt + PAUSE_MS - performance.now();
   if (timer && pause > 0) return;
   clearTimeout(timer);
   timer = 0;
-  if (pause > 0) timer = setTimeout(() => { timer = 0; frame = requestAnimationFrame(draw); },
-    pause);
-  else frame = requestAnimationFrame(draw);
+  const soon = () => { timer = 0; frameAsked = requestAnimationFrame(draw); };
+  if (pause > 0) timer = setTimeout(soon, pause); else soon();
 }
 
 function draw() {
-  frame = 0;
+  frameAsked = 0;
   drawnAt = performance.now();
-  const root = document.getElementById('board');
-  if (state.session === null) patch(root, [login(), notices()]);
-  else if (state.session) {
-    const [, screen] = SCREENS[state.route.screen];
-    const shown = screen();
-    patch(root, [h('div.app', {key: 'app'}, header(), navigation(),
-      h('main.main', {id: 'main', tabindex: -1}, shown)), notices(), question()].filter(Boolean));
-  }
+  const app = () => h('div.app', {key: 'app'}, header(), navigation(),
+    h('main.main', {tabindex: -1}, SCREENS[state.route.screen][1]()));
+  if (state.mode) patch(document.getElementById('board'), [state.session ? app() : login(),
+      notices(),
+    ...state.confirm ? [question(state.confirm)] : []]);
   dirty.clear();
   for (const work of after.splice(0)) work();
 }
 
 function header() {
-  return panel('header', ['live', 'tick'], () => {
+  return panel('header', ['live'], () => {
     const {status, since: from} = state.live;
-    return h('header.head', h('a.brand', {href: '#/overview'}, h('svg', {viewBox: '0 0 16 16',
-            'aria-hidden': 'true'},
-      h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
+    const said = {on: 'live', connecting: 'connecting …'}[status];
+    return h('header.head', h('a.brand', {href: '#/overview'},
+      h('svg', {viewBox: '0 0 16 16', 'aria-hidden': 'true'},
+        h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
         h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})), 'ocppboard'),
-    h('span', {class: 'live ' + status, role: 'status'}, status === 'on' ? 'live'
-      : status === 'connecting' ? 'connecting …'
-      : ['reconnecting, no connection since ',
+    h('span', {class: 'live ' + status, role: 'status'}, said
+      || ['reconnecting, no connection since ',
         clock(new Date(from + state.clockOff).toISOString())]),
     h('span.grow'),
-    h('select', {'aria-label': 'Colours', value: theme(), onchange: event =>
-        setTheme(event.target.value)}, [['system', 'Auto'], ['light', 'Light'],
-        ['dark', 'Dark']].map(([value, text]) => h('option', {key: value, value}, text))),
+    h('select', {'aria-label': 'Colours', value: theme(),
+      onchange: event => setTheme(event.target.value)},
+      [['system', 'Auto'], ['light', 'Light'], ['dark', 'Dark']].map(([value, text]) =>
+        h('option', {key: value, value}, text))),
     state.mode !== 'none' && button('Log out', logOut,
       {title: `Logged in as ${plain(state.session.user?.name)}`}));
   });
 }
 
 function navigation() {
-  return panel('nav', ['telemetry', 'transactions'], () => h('nav.nav', {'aria-label': 'Screens'},
-      Object.entries(SCREENS).map(([name, [text, , key]]) => {
-    const count = COUNTS[name]?.();
-    return h('a', {key: name, href: '#/' + name, 'aria-current': state.route.screen === name
-        ? 'page' : null, title: `g ${key}`},
-      h('svg', {viewBox: '0 0 24 24', fill: 'none', stroke: 'currentColor', 'stroke-width': 2,
-          'stroke-linejoin': 'round', 'stroke-linecap': 'round', 'aria-hidden': 'true'},
-        h('path', {d: ICONS[name]})),
-      text, count ? h('span.count', digits(count)) : null);
-  })));
+  const stroke = {fill: 'none', stroke: 'currentColor', 'stroke-width': 2,
+    'stroke-linejoin': 'round', 'stroke-linecap': 'round'};
+  return panel('navigation', ['telemetry', 'transactions'], () => {
+    const counts = {stations: sample().connectionCount, transactions: running().length};
+    return h('nav.nav', {'aria-label': 'Screens'}, Object.entries(SCREENS).map(
+      ([name, [text, , key, picture]]) => h('a', {key: name, href: '#/' + name, title: `g ${key}`,
+        'aria-current': state.route.screen === name && 'page'},
+      h('svg', {viewBox: '0 0 24 24', ...stroke, 'aria-hidden': 'true'}, h('path', {d: picture})),
+      text, counts[name] ? h('span.count', digits(counts[name])) : null)));
+  });
 }
 
-const notices = () => h('div.notices', {role: 'status', 'aria-live': 'polite', key: 'notices'},
-  state.notices.map(one =>
-  h('div', {class: 'notice ' + one.kind, key: one.key}, h('span.grow', one.text),
-    button('✕', () => { state.notices = state.notices.filter(other => other !== one); touch(
-          'notice'); }, {class: 'plain', 'aria-label': 'Dismiss'}))));
-
-function question() {
-  const {confirm} = state;
-  return confirm && h('dialog', {key: confirm.title, made: node => after.push(() =>
-        node.showModal()), oncancel: () => confirm.done(false), 'aria-labelledby': 'question'},
-    h('h2', {id: 'question'}, confirm.title), h('p', confirm.text), h('div.bar', button('Cancel',
-        () => confirm.done(false)),
-      button(confirm.yes, () => confirm.done(true), {class: 'danger'})));
+function notices() {
+  return h('div.notices', {role: 'status', key: 'notices'}, state.notices.map(one =>
+    h('div', {class: 'notice ' + one.kind, key: one.key}, h('span.grow', one.text),
+      button('✕', () => dismiss(one), {class: 'plain', 'aria-label': 'Dismiss'}))));
 }
 
-// --- Colours, keys --------------------------------------------------------------------------
+function question({title, text, yes, done}) {
+  const close = value => event => event.target.closest('dialog').close(value);
+  return h('dialog', {key: 'question ' + title, 'aria-labelledby': 'question',
+    made: node => after.push(() => node.showModal()),
+    onclose: event => done(event.target.returnValue === 'yes')},
+  h('h2', {id: 'question'}, title), h('p', text),
+  h('div.bar', button('Cancel', close('')), button(yes, close('yes'), {class: 'danger'})));
+}
 
-const stored = (name, value) => {
-  try { return value === undefined ? localStorage.getItem(name) : localStorage.setItem(name,
-      value); } catch { return null; }
-};
+// --- Colours and keys -----------------------------------------------------------------------
+
+function stored(name, value) {
+  try {
+    return value === undefined ? localStorage.getItem(name) : localStorage.setItem(name, value);
+  } catch {
+    return null;                                   // a browser that keeps nothing
+  }
+}
 const theme = () => stored('theme') || 'system';
-const darkRule = [...document.styleSheets[0].cssRules].find(rule =>
-  rule.media?.mediaText.includes('color-scheme'));
+const darkRule = [...document.styleSheets[0].cssRules]
+  .find(rule => rule.media?.mediaText.includes('prefers-color-scheme'));
 function setTheme(name) {
   stored('theme', name);
   darkRule.media.mediaText = {dark: 'all', light: 'not all'}[name]
@@ -6796,39 +7052,47 @@ function setTheme(name) {
   touch('all');
 }
 
-let prefix = 0;
+const PREFIX_MS = 1500;
+let prefixAt = 0;
 function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.session || state.confirm) return;
-  const typing = event.target.matches?.('input, textarea, select'), {key} = event;
-  if (key === 'Escape') {
-    const {screen, query: fields} = state.route;
-    if (typing) event.target.blur();
-    else if (state.route.message) closeMessage();
-    else if (fields.event) filter({event: ''});
-    else if (state.route.id && (screen === 'transactions' || screen === 'relay')) go(screen, null,
-      fields);
-    return;
-  }
+  const {key, target} = event, typing = target.matches?.('input, textarea, select');
+  if (key === 'Escape') return typing ? target.blur() : escape();
   if (typing) return;
-  const jump = Date.now() - prefix < 1500 && Object.entries(SCREENS).find(([, [, , letter]]) =>
-    letter === key);
-  prefix = key === 'g' ? Date.now() : 0;
-  if (jump) go(jump[0]);
-  else if (key === '/') { document.querySelector('[data-search]')?.focus(); event.preventDefault(
-      ); }
-  else if (key === '?') go('help');
-  else if (key === 'p' && state.list) pause(state.list);
-  else if ((key === 'j' || key === 'k') && state.list?.rows.length) step(key === 'j' ? -1 : 1);
+  const prefixed = Date.now() - prefixAt < PREFIX_MS;
+  const jump = prefixed && Object.keys(SCREENS).find(name => SCREENS[name][2] === key);
+  prefixAt = key === 'g' ? Date.now() : 0;
+  if (jump) go(jump);
+  else if (key === '/') {
+    event.preventDefault();
+    document.querySelector('[data-search]')?.focus();
+  } else if (key === '?') go('help');
+  else if (!document.querySelector('.filters [data-search]') || !state.list) return;
+  else if (key === 'p') pause(state.list);
+  else if (key === 'j' || key === 'k') step(key === 'j' ? -1 : 1);
 }
 
-// Open the message below (older) or above (newer) the one that is open.
+// Close what is open beside a list.
+function escape() {
+  const {screen, id, query: fields, message} = state.route;
+  if (message) closeMessage();
+  else if (fields.event) filter({event: ''});
+  else if (id && (screen === 'transactions' || screen === 'relay')) go(screen, null, fields);
+}
+
+// Open the message below (older) or above (newer) the one that is open, and bring it into sight.
 function step(by) {
-  const {list, route} = state, at = route.message ? list.rows.findIndex(row =>
-    row.number === route.message.number) : list.rows.length;
-  const next = list.rows[at + by];
-  if (!next?.number) return;
-  if (route.screen === 'messages') location.hash = '#/' + to('messages', next.id,
-    route.query); else filter({message: next.id});
+  const {list, route} = state, open = route.message?.number, {fold} = state.ui;
+  const rows = list.rows.filter(row => row.number && !(fold && row.call));
+  const at = by + (open ? rows.findIndex(row => row.number === open) : rows.length);
+  const next = rows[at];
+  if (!next) return;
+  if (route.screen === 'messages') go('messages', next.id, route.query);
+  else filter({message: next.id});
+  const view = Object.values(state.ui).find(one => one?.node?.ariaLabel === 'Messages'
+    && one.node.isConnected), top = (rows.length - 1 - at) * rowHeight();
+  if (view && (top < view.top || top > view.top + view.height - 3 * rowHeight()))
+    view.node.scrollTop = top - view.height / 3;
 }
 
 // --- Logging in, and the start --------------------------------------------------------------
@@ -6836,9 +7100,15 @@ function step(by) {
 // True with a session, false when one must log in, null when the board does not answer.
 async function signIn() {
   let session;
-  try { session = await get('/api/auth/session'); } catch { return null; }
+  try {
+    session = await get('/api/auth/session');
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    return null;
+  }
   state.mode = session.authMode;
-  if (!session.authenticated) signedOut(); else state.session = session;
+  if (session.authenticated) state.session = session; else signedOut();
+  touch('all');
   return session.authenticated;
 }
 
@@ -6849,18 +7119,18 @@ async function logIn(fields) {
     begin();
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    state.problem = error.status === 401 ? state.mode === 'token' ? 'This token is wrong.'
-      : 'Name or password is wrong.'
-      : error.status === 429 ? 'Too many wrong ones: wait some minutes.' : error.message;
+    const wrong = state.mode === 'token' ? 'This token is wrong.' : 'Name or password is wrong.';
+    state.problem = {401: wrong, 429: 'Too many wrong ones: wait some minutes.'}[error.status]
+      || error.message;
   }
 }
 
-function signedOut(text = state.session
-  ? 'The session has ended: log in again, all is as you left it.' : '') {
+const ENDED = 'The session has ended: log in again, all is as you left it.';
+function signedOut(text = ENDED) {
+  if (!state.session) return;
   source?.close();
   clearTimeout(retry);
-  state.problem = text;
-  state.session = null;
+  Object.assign(state, {session: null, problem: text, confirm: null});
   touch('all');
 }
 
@@ -6872,28 +7142,39 @@ async function logOut() {
 }
 
 function begin() {
-  state.session.user ??= {name: ''};
   connect();
   arrive();
 }
 
+// The token of the link that the board printed, which then leaves the address.
+let token = '';
+function takeToken() {
+  const found = new URLSearchParams(location.hash.slice(1)).get('token');
+  if (found) history.replaceState(null, '', location.pathname);
+  token = found || token;
+  return !!found;
+}
+
 async function start() {
-  setTheme(theme());
-  const token = new URLSearchParams(location.hash.slice(1)).get('token');
-  if (token) history.replaceState(null, '', location.pathname);
   const signed = await signIn();
-  if (signed === true) return begin();
-  if (signed === null) { setTimeout(start, 3000); return; }
-  if (token && state.mode === 'token') await logIn({token});
+  if (signed === null) setTimeout(start, AGAIN_MS);
+  else if (signed) begin();
+  else if (token && state.mode === 'token') await logIn({token});
+  token = signed === null ? token : '';
   touch('all');
 }
 
-addEventListener('hashchange', arrive);
+takeToken();
+addEventListener('hashchange', () => {
+  if (takeToken() && !state.session) start();
+  else if (state.session) arrive();
+});
 addEventListener('keydown', pressed);
 addEventListener('resize', () => touch('ui'));
 document.addEventListener('visibilitychange',
   () => { if (!document.hidden) { watch(); touch('all'); } });
 setInterval(watch, 1000);
+setTheme(theme());
 start();
 """
 
