@@ -2130,7 +2130,7 @@ class Board:
         """How many transactions run, and the power that their meters tell."""
         active = [t.reading for t in self.transactions.records if t.status == "active"]
         return {"activeTransactions": len(active),
-                "powerW": round(sum(r.power_w or 0 for r in active if r), 1)}
+                "powerW": round(sum(r.power_w or 0 for r in active if r and not r.stale), 1)}
 
     def sampled(self, values: dict) -> None:
         """Keep a telemetry sample and tell it."""
@@ -4461,7 +4461,8 @@ code { overflow-wrap: anywhere }
 .nav svg { width: 1.1rem; height: 1.1rem; flex: none }
 .nav .count { margin-left: auto; font-size: .8rem; opacity: .85 }
 .main { grid-area: main; padding: 1.1rem 1.25rem 2.5rem; display: grid; gap: var(--gap);
-  align-content: start; min-width: 0; max-width: 120rem; outline: none }
+  align-content: start; min-width: 0; max-width: 200rem; outline: none }
+.away { filter: saturate(.25) }
 .title { display: flex; align-items: center; gap: .75rem; flex-wrap: wrap; min-height: 2.2rem }
 .notices { position: fixed; right: 1rem; bottom: 1rem; z-index: 9; display: grid; gap: .5rem;
   max-width: min(26rem, calc(100vw - 2rem)) }
@@ -4481,7 +4482,8 @@ code { overflow-wrap: anywhere }
 .tile { padding: .7rem .9rem .5rem; display: grid; gap: .1rem; align-content: start;
   min-height: 7.9rem; position: relative; overflow: hidden }
 .tile dt { font-size: .82rem; color: var(--dim) }
-.tile dd { font-size: 1.5rem; font-weight: 620; line-height: 1.25; white-space: nowrap }
+.tile dt a::after { content: ""; position: absolute; inset: 0 }
+.tile dd { font-size: 1.4rem; font-weight: 620; line-height: 1.25; white-space: nowrap }
 .tile dd + dd { font-size: .8rem; font-weight: 400 }
 .tile .spark { position: absolute; left: 0; right: 0; bottom: 0; height: 2rem; width: 100% }
 .cols { display: grid; gap: var(--gap); grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
@@ -4502,7 +4504,7 @@ code { overflow-wrap: anywhere }
 .facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
-.list > li:first-child { border-top: 0 }
+.list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
 .why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
 .why p { overflow-wrap: anywhere }
 
@@ -4522,7 +4524,7 @@ code { overflow-wrap: anywhere }
 .btn:disabled { opacity: .55; cursor: default }
 input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 textarea { width: 100%; min-height: 6.5rem; padding: .5rem .65rem }
-label { display: grid; gap: .15rem; font-size: .82rem; color: var(--dim); min-width: 0 }
+label { display: grid; grid-template-columns: minmax(0, 1fr); gap: .15rem; font-size: .82rem; color: var(--dim); min-width: 0 }
 label > * { color: var(--ink); font-size: .95rem }
 label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size: .9rem;
   color: var(--ink) }
@@ -4530,7 +4532,7 @@ label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size:
 .bar input[type=search] { flex: 1 1 12rem; min-width: 8rem } .bar select { flex: 0 1 auto }
 .form { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
   align-items: end }
-.form .whole { grid-column: 1 / -1 }
+.form .whole { grid-column: 1 / -1 } .form label > * { width: 100%; min-width: 0 }
 .tabs { display: flex; gap: .35rem; flex-wrap: wrap }
 dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: var(--ink);
   padding: 1.2rem; max-width: min(30rem, calc(100vw - 2rem)); box-shadow: 0 12px 40px rgb(0 0 0 / .35) }
@@ -4542,7 +4544,7 @@ kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5p
 /* Tables */
 .grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh; border-top: 1px solid var(--line);
   border-radius: 0 0 12px 12px }
-.grid.tall { max-height: none; height: calc(100vh - 13.5rem); min-height: 18rem }
+.grid.tall { max-height: none; height: calc(100vh - 16.5rem); min-height: 18rem }
 table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
 th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left; font-weight: 500;
   font-size: .8rem; color: var(--dim); height: 2rem; padding: 0 .6rem; white-space: nowrap;
@@ -4558,7 +4560,8 @@ tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-
 tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
 tr.picked td { background: var(--info-bg) }
 tr.lost td { background: var(--warn-bg); color: var(--warn); text-align: center }
-table.plain { table-layout: auto } table.plain td { white-space: normal; overflow-wrap: anywhere;
+table.plain { table-layout: auto } .plain td.nowrap { white-space: nowrap }
+table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   padding: .35rem .6rem; height: auto }
 .meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden; display: flex;
   min-width: 4rem }
@@ -4594,7 +4597,7 @@ table.plain { table-layout: auto } table.plain td { white-space: normal; overflo
 @media (max-width: 62rem) { .cols.wide-left { grid-template-columns: minmax(0, 1fr) }
   .split.both { grid-template-columns: minmax(0, 1fr) }
   .split.both > .aside { order: -1; position: static; max-height: none } }
-@media (max-width: 48rem) { :root { --row: 44px; --gap: .75rem }
+@media (max-width: 44rem) { :root { --row: 44px; --gap: .75rem }
   .app { grid-template: "head" auto "nav" auto "main" 1fr / minmax(0, 1fr) }
   .head { padding: 0 .75rem; gap: .4rem } .main { padding: .75rem .75rem 2rem }
   .nav { position: sticky; height: auto; display: flex; overflow-x: auto; padding: .35rem .5rem;
@@ -4605,8 +4608,11 @@ table.plain { table-layout: auto } table.plain td { white-space: normal; overflo
   .filters { display: grid; grid-template-columns: 1fr 1fr; flex: 1 1 100% }
   .filters > * { width: 100% !important } .filters input[type=search] { grid-column: 1 / -1 }
   .grid.tall { height: calc(100vh - 12rem) }
+  table.plain, .plain tbody, .plain tr, .plain td { display: block } .plain thead { display: none }
+  table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
+  .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) } .plain td:empty { display: none }
   .btn, select, input { min-height: 2.5rem } .wide { display: none } }
-@media (min-width: 48.01rem) { .slim { display: none } }
+@media (min-width: 44.01rem) { .slim { display: none } }
 @media (prefers-reduced-motion: reduce) { * { transition: none; animation: none; scroll-behavior: auto } }
 @media (prefers-contrast: more) { :root { --line: currentColor; --dim: var(--ink) } }
 """
@@ -4622,7 +4628,8 @@ PAGE = r"""<!doctype html>
 <style></style>
 </head>
 <body>
-<div id="board"><main class="start"><h1>ocppboard</h1><p>Watch and steer charging stations.</p></main></div>
+<div id="board"><div class="app"><header class="head"><b>ocppboard</b></header><nav class="nav"></nav>
+<main class="main"></main></div></div>
 <noscript><p class="start">This page needs JavaScript. The same is to be had by REST: <code>/api/openapi.json</code>
 describes it.</p></noscript>
 <script></script>
@@ -4870,11 +4877,11 @@ async function attempt(work) {
   }
 }
 
-const NOTICE_MS = 12000;
+const NOTICE_MS = {info: 3000, warn: 12000, bad: 12000};
 function notice(text, kind = 'info') {
   const one = {text, kind, key: Math.random()};
-  state.notices = [...state.notices.slice(-2), one];
-  setTimeout(() => dismiss(one), NOTICE_MS);
+  state.notices = [...state.notices.filter(other => other.text !== text).slice(-2), one];
+  setTimeout(() => dismiss(one), NOTICE_MS[kind]);
   touch('notice');
 }
 function dismiss(one) {
@@ -5038,21 +5045,23 @@ function pause(list) {
   touch('messages');
 }
 
-// A finding of the schemas belongs to a message: the one of that id at that time.
+// A finding of the schemas belongs to a message: the one of that id at that time. So does the
+// time-out of a command, whose id is our own.
 const FINDING_MS = 2000;
 function find(error) {
-  if (error.category !== 'VALIDATION_FAILURE' || !error.details.messageId) return;
-  const key = pairOf(error.identity, error.details.messageId);
-  const known = state.findings.get(key) || [];
+  const {category, identity, details: {messageId}} = error;
+  if (!messageId || category !== 'VALIDATION_FAILURE' && category !== 'CALL_TIMEOUT') return;
+  const key = pairOf(identity, messageId), known = state.findings.get(key) || [];
   if (known.some(other => other.id === error.id)) return;
   state.findings.set(key, [...known.slice(-ANSWERS_KEPT), error]);
   bound(state.findings, EVENTS_KEPT);
 }
-function findings(row) {
-  const found = state.findings.get(pairOf(row.identity, row.messageId));
-  return found ? found.filter(error => (error.details.part === 'Request') === asks(row)
-    && Math.abs(ms(error.timestamp) - ms(row.timestamp)) < FINDING_MS) : [];
-}
+const foundAt = row => state.findings.get(pairOf(row.identity, row.messageId)) || [];
+const findings = row => foundAt(row).filter(({category, details, timestamp}) =>
+  category === 'VALIDATION_FAILURE' && (details.part === 'Request') === asks(row)
+    && Math.abs(ms(timestamp) - ms(row.timestamp)) < FINDING_MS);
+const unanswered = row => row.direction === 'OUT' && row.responseTime == null
+  && foundAt(row).some(one => one.category === 'CALL_TIMEOUT');
 
 // --- Events ---------------------------------------------------------------------------------
 // One key for each event of the stream.
@@ -5153,22 +5162,30 @@ function connect() {
   });
 }
 
-function lost() {
-  if (!state.session) return;
-  if (state.live.status !== 'off') {
-    state.live = {status: 'off', since: Date.now()};
-    signIn();                                      // it may be the session that has ended
-  }
+async function lost() {
+  const news = state.live.status !== 'off', closed = source.readyState === EventSource.CLOSED;
+  if (news) state.live = {status: 'off', since: Date.now()};
   touch('live');
-  if (source.readyState !== EventSource.CLOSED) return;
+  if (news || closed) await signIn();              // it may be the session that has ended
+  if (!closed || !state.session) return;
   clearTimeout(retry);
-  retry = setTimeout(async () => {
-    if (await signIn()) connect(); else if (state.session) lost();
-  }, AGAIN_MS);
+  retry = setTimeout(connect, AGAIN_MS);
+}
+
+// A tab that nobody looks at gives its connection back, and goes on from where it was.
+const HIDDEN_MS = 60000;
+let hiding = 0;
+function look() {
+  clearTimeout(hiding);
+  if (document.hidden) hiding = setTimeout(() => source?.close(), HIDDEN_MS);
+  else {
+    if (state.session && source?.readyState === EventSource.CLOSED) connect();
+    touch('all');
+  }
 }
 
 function watch() {
-  if (!state.session) return;
+  if (!state.session || document.hidden) return;
   if (Date.now() - heard > patience) { lost(); connect(); }
   touch('tick');
 }
@@ -5189,7 +5206,7 @@ const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading �
 const scrolls = (label, ...content) =>
   h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
 const typing = (where, name) => event => { where[name] = event.target.value; touch('ui'); };
-const narrow = () => matchMedia('(max-width: 48rem)').matches;
+const narrow = () => matchMedia('(max-width: 44rem)').matches;
 const rowHeight = () =>
   parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'));
 
@@ -5206,7 +5223,7 @@ const aside = (title, close, ...content) => h('section.card.aside', {key: 'aside
   h('header', h('h2.grow.cut', title), button('✕', close, {class: 'plain', 'aria-label': 'Close',
     title: 'Esc'})), h('div.in.stack', content));
 
-const stationLink = identity => identity
+const stationLink = identity => identity && identity !== 'UNKNOWN'
   ? h('a', {href: '#/' + to('stations', identity), title: plain(identity)}, h('bdi', identity))
   : h('span.dim', DASH);
 
@@ -5240,13 +5257,15 @@ const howToConnect = () => [
   h('p', 'Type this address into the charger, with its identity at the end (many add it '
     + 'themselves):'),
   addressLine(),
-  h('p.small', 'Or try it out: ', h('code', 'python3 ocppboard.py simulate')),
+  h('p.small', 'Or try it out: ',
+    h('code', `python3 ocppboard.py simulate --url ${stationUrl().slice(0, -1)}`)),
 ];
 
 // --- Tables ---------------------------------------------------------------------------------
-// Windowed: only rows in sight are on the page. `columns` have a name, a width, a `cell(row)`, a
-// `sort(row)` where they can be sorted by (`down`: the largest first), `leads` where the cell is
-// the link to what its row opens; `wide` ones are not on a phone, `slim` ones only there.
+// Windowed: only rows in sight are on the page. `columns` have a name, a width (`short` on a
+// phone), a `cell(row)`, a `sort(row)` where they can be sorted by (`down`: the largest first),
+// `leads` where the cell is the link to what its row opens; `wide` ones are not on a phone, `slim`
+// ones only there, `spare` ones give way to what is open `beside` the table.
 
 function sorted(id, columns, rows) {
   const sort = state.ui[id + '.sort'], column = sort && columns.find(one => one.name === sort.by);
@@ -5272,9 +5291,10 @@ function headCell(id, column) {
 
 // `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
 // the last one. Rows that came on top since it was drawn do not move what is looked at.
-function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end}) {
+function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside}) {
   if (!rows.length) return blank;
-  const slim = narrow(), shown = columns.filter(one => one && !(slim ? one.wide : one.slim));
+  const slim = narrow();
+  const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
   const height = rowHeight(), view = state.ui[id + '.view'] ||= {top: 0, height: 900};
   const fresh = view.top > 0 ? rows.findIndex(one => key(one) === view.newest) : 0;
   if (fresh > 0 && !state.ui[id + '.sort']) {
@@ -5302,20 +5322,31 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
         column.leads && open ? link(open, content) : content);
     });
     return h('tr' + (open ? '.open' : ''), {key: key(one), 'aria-rowindex': first + n + 2, ...props,
-      onclick: open && (event => followed(event, open))}, cells);
+      onpointerdown: open && (event => press(event, open))}, cells);
   };
   return h('div.grid' + (tall ? '.tall' : ''),
     {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
-      h('colgroup', shown.map(one => h('col', {style: {width: one.width || 'auto'}}))),
+      h('colgroup', shown.map(one => h('col',
+        {key: one.name, style: {width: slim && one.short || one.width || 'auto'}}))),
       h('thead', h('tr', shown.map(one => headCell(id, one)))),
       h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
         last < rows.length && spacer('below', rows.length - last))));
 }
 
-// A row was clicked: it opens, unless something on it was meant, or text is being marked.
-function followed(event, open) {
-  if (!event.target.closest('a, button') && !String(getSelection())) location.hash = '#/' + open;
+// A row opens when it is pressed and released. It is no click: while messages pass, the row has
+// moved on before the button is up.
+const STILL_PX = 5;
+let pressedRow = null;
+function press({button: which, ctrlKey, metaKey, shiftKey, target, clientX, clientY}, open) {
+  const link = target.closest('a'), plainly = which === 0 && !ctrlKey && !metaKey && !shiftKey;
+  pressedRow = plainly ? {to: link ? link.hash : '#/' + open, clientX, clientY} : null;
+}
+function release({clientX, clientY}) {
+  const pressed = pressedRow;
+  pressedRow = null;
+  if (pressed && Math.hypot(clientX - pressed.clientX, clientY - pressed.clientY) < STILL_PX)
+    location.hash = pressed.to;
 }
 
 const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
@@ -5407,7 +5438,7 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
     touch('ui');
   });
   return h('figure.chart', {key: id, made},
-    h('figcaption.legend', lines.length > 1 || hover ? legend(lines, said) : null,
+    h('figcaption.legend', legend(lines, said),
       hover && h('span', {key: ' at'}, clock(new Date(hover).toISOString()))),
     h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: point,
       onpointerdown: point, onpointerleave: leave,
@@ -5495,6 +5526,9 @@ const TONES = {
 const is16 = station => station?.protocol === 'ocpp1.6';
 const online = station => station.status === 'online';
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
+// The power that flows for a transaction: of a station that has gone, nobody knows.
+const isOnline = ({identity}) => online(state.stations.get(identity) || {});
+const flow = one => isOnline(one) ? one.powerW || 0 : 0;
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
 const chargeAt = (station, connector) => [...state.charges.values()].find(one =>
@@ -5529,6 +5563,7 @@ function why(station, connector) {
   if (status === 'Unavailable')
     return `Out of service: set to inoperative, or taken out by the charger itself${added}.`;
   if (transaction) return whyInTransaction(station, connector, transaction);
+  if (connector.evse === 0 && status === 'Available') return 'The station is in service.';
   const refused = refusedToken(station.identity, connector.since);
   return {
     Available: 'Free: no car is plugged in.',
@@ -5551,7 +5586,8 @@ function whyInTransaction(station, connector, {powerW, soc}) {
     const held = meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93;
     return `Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
       + (held ? `, as much as the charger offers (${amperes(meter.offeredA)})`
-        : soc >= 80 ? ', and takes less as it fills' : '') + `.${limited ? ' ' + limited : ''}`;
+        : soc >= 80 ? ', and cars take less from 80 % on' : '')
+      + `.${limited ? ' ' + limited : ''}`;
   }
   if (status === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
     : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
@@ -5574,9 +5610,11 @@ function refusedToken(identity, from) {
   return '';
 }
 
-const PILLS = 8;
+const PILLS = 8, PILL_ORDER = ['good', 'warn', 'info', 'bad'];
 function connectorPills(station) {
-  const shown = station.connectors.filter(one => one.evse > 0 || one.status === 'Faulted');
+  const rank = one => PILL_ORDER.indexOf(TONES[statusOf(station, one)]);
+  const shown = station.connectors.filter(one => one.evse > 0 || one.status === 'Faulted')
+    .sort((a, b) => rank(b) - rank(a));
   return h('div.cut', shown.slice(0, PILLS).map(one => {
     const status = statusOf(station, one), watts = transactionAt(station, one)?.powerW;
     return h('span', {key: `${one.evse}.${one.connector}`, title: plain(why(station, one)),
@@ -5621,7 +5659,8 @@ function attentionTo(station) {
     text: [identity, ...text]});
   if (!online(station)) {
     const busy = station.connectors.some(one => transactionAt(station, one)?.status === 'active');
-    add(busy ? 2 : 4, busy ? 'bad' : 'warn', ' is offline, ', ago(station.disconnectedAt),
+    add(busy ? 2 : 4, busy ? 'bad' : 'warn',
+      ` has been offline for ${duration(since(station.disconnectedAt))}`,
       busy ? ', and a car was charging' : '');
     return found;
   }
@@ -5766,10 +5805,28 @@ const schedule = one => ({startSchedule: new Date(now() - 60000).toISOString(),
   duration: one.minutes ? one.minutes * 60 + 60 : undefined, chargingRateUnit: one.unit,
   chargingSchedulePeriod: [{startPeriod: 0, limit: one.limit}]});
 
+// A browser has six connections to a host. A station that does not answer must not take them all:
+// of each station one command is under way, of all together a few.
+const AT_ONCE_MOST = 3;
+const underWay = new Set(), queue = [];
+async function turnOf(identity) {
+  while (underWay.has(identity) || underWay.size >= AT_ONCE_MOST)
+    await new Promise(wake => queue.push(wake));
+  underWay.add(identity);
+}
+function turnOver(identity) {
+  underWay.delete(identity);
+  queue.splice(0).forEach(wake => wake());
+}
+
 // Send a command; what the station really answered, and when, stands on top of its answers.
 async function command(identity, action, payload, shown = payload) {
-  const entry = {key: Math.random(), action, shown, at: new Date(now()).toISOString()};
+  const at = new Date(now()).toISOString();
+  const entry = {key: Math.random(), action, shown, at, queued: true};
   state.answers.set(identity, [entry, ...state.answers.get(identity) || []].slice(0, ANSWERS_KEPT));
+  touch('answers');
+  await turnOf(identity);
+  entry.queued = false;
   touch('answers');
   try {
     const {data, text} = await ask('POST', path('connections', identity, 'call'),
@@ -5781,6 +5838,8 @@ async function command(identity, action, payload, shown = payload) {
     const {errorCode: code, errorDetails = {}} = error.data || {};
     entry.failed = error.message;
     if (code) Object.assign(entry, {code, raw: JSON.stringify(errorDetails)});
+  } finally {
+    turnOver(identity);
   }
   touch('answers');
   return entry.result;
@@ -5800,7 +5859,7 @@ const confirmed = (title, text, yes) => new Promise(resolve => {
 function fieldOf(form, name, station) {
   const spec = FIELDS[name](station);
   if (!spec) return null;
-  const id = `${form.name}.${name}`, values = state.ui.values ||= {};
+  const id = `${form.name}.${name}`, values = typedFor(station);
   const options = spec.options?.map(one => Array.isArray(one) ? one : [one, one]);
   let text = String(values[id] ?? spec.value ?? options?.[0]?.[0] ?? '');
   const gone = options?.length && !options.some(([one]) => String(one) === text);
@@ -5821,11 +5880,15 @@ function fieldOf(form, name, station) {
     view: h('label', {key: name}, spec.label, input)};
 }
 
+// What was typed into the forms of a station.
+const typedFor = station => state.ui['form ' + station.identity] ||= {};
+
 function commandForm(station) {
-  const chosen = state.ui.command || FORMS[0].name, form = FORMS.find(one => one.name === chosen);
+  const values = typedFor(station), chosen = values.form || FORMS[0].name;
+  const form = FORMS.find(one => one.name === chosen);
   return [h('div.tabs', {role: 'group', 'aria-label': 'Command'},
     [...FORMS.map(one => one.name), FREE].map(name => button(name, () => {
-      state.ui.command = name;
+      values.form = name;
       touch('ui');
     }, {key: name, 'aria-pressed': String(name === chosen)}))),
   form ? usualForm(station, form) : freeForm(station)];
@@ -5852,7 +5915,7 @@ function usualForm(station, form) {
 }
 
 function freeForm(station) {
-  const values = state.ui.values ||= {}, {action = '', payload: text = '{}'} = values;
+  const values = typedFor(station), {action = '', payload: text = '{}'} = values;
   const {payload, problem} = objectIn(text);
   const send = async event => {
     event.preventDefault();
@@ -5895,9 +5958,9 @@ function answersOf(identity) {
       one.raw && one.raw !== '{}' && pretty(one.raw)))));
 }
 
-function answerPill({failed, code, result}) {
+function answerPill({failed, code, result, queued}) {
   if (failed) return pill(code || 'failed', 'bad');
-  if (!result) return pill('waiting …', 'info');
+  if (!result) return pill(queued ? 'queued …' : 'waiting …', 'info');
   const {status} = result;
   return pill(status || 'answered', !status || GOOD.test(status) ? 'good' : 'bad');
 }
@@ -6059,20 +6122,19 @@ const newestFirst = map => [...map.values()].reverse();
 const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
 
 function overview() {
-  return [
-    heading('Overview', panel('address', [], () =>
-      h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()))),
-    panel('tiles', ['telemetry', 'transactions'], tiles),
-    h('div.cols',
-      panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions', 'tick'],
-        attentionCard),
-      panel('charging', ['transactions', 'connections', 'tick'], chargingCard)),
-    panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
-      link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
-      key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
-      row: row => ({...rowLook(row), open: to('messages', row.id)}),
-      blank: empty('No message yet: they stand here as they pass.')}))),
-  ];
+  const address = panel('address', [], () =>
+    h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
+  const numbers = panel('tiles', ['telemetry', 'transactions'], tiles);
+  const news = h('div.cols', {key: 'news'},
+    panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions', 'tick'],
+      attentionCard),
+    panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
+  const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
+    link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
+    key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
+    row: row => ({...rowLook(row), open: to('messages', row.id)}),
+    blank: empty('No message yet: they stand here as they pass.')})));
+  return [heading('Overview', address), ...narrow() ? [news, numbers] : [numbers, news], messages];
 }
 
 function tiles() {
@@ -6081,14 +6143,15 @@ function tiles() {
   const tile = (name, where, value, more, values, tone) => h('dl.card.tile', {key: name},
     h('dt', link(where, name)), h('dd', {class: tone}, value), h('dd.dim.cut', more),
     values && spark(values));
-  return h('div.tiles',
+  return h('div.tiles', {key: 'tiles'},
     tile('Stations online', 'stations', digits(last.connectionCount),
-      `${digits(last.totalConnections)} connections ever`, of('connectionCount')),
+      `${digits(last.totalConnections)} ever`, of('connectionCount')),
     tile('Charging now', 'transactions?status=active', digits(going.length),
-      power(sum(going.map(one => one.powerW))), of('powerW')),
+      power(sum(going.map(flow))), of('powerW')),
     tile('Messages', 'messages', digits(last.messagesPerSecond, 1), 'per second',
       of('messagesPerSecond')),
-    tile('Time to answer', 'telemetry', millis(last.avgLatencyMs), 'mean', of('avgLatencyMs')),
+    tile('Time to answer', 'telemetry', last.avgLatencyMs ? millis(last.avgLatencyMs) : DASH,
+      'mean', of('avgLatencyMs')),
     tile('Error rate', 'events', last.errorRate == null ? DASH : percent(last.errorRate * 100, 2),
       `${digits(last.errorCount)} errors`, steps(of('errorCount')), last.errorRate > .05 && 'bad'),
     tile('Security events', 'security', digits(last.securityEventCount), 'since the start',
@@ -6096,11 +6159,11 @@ function tiles() {
     tile('Memory', 'telemetry', bytes(last.memoryUsage?.rss),
       `${percent(last.cpuPercent)} of a core`,
       samples.map(one => one.memoryUsage.rss)),
-    tile('Uptime', 'telemetry', duration(last.uptimeSeconds),
+    tile('Uptime', 'telemetry', duration(last.uptimeSeconds).replace(/^(\d+ \S+) .*/, '$1'),
       ['since ', clock(state.about?.startedAt)]));
 }
 
-const ATTENTION_SHOWN = 12;
+const ATTENTION_SHOWN = 200;
 function attentionCard() {
   const found = attention();
   return card([h('h2', 'Needs attention'),
@@ -6109,7 +6172,8 @@ function attentionCard() {
       ? empty(state.stations.size
         ? 'Nothing: no station is faulted, offline or refused, and no error in the last hour.'
         : 'Nothing yet.')
-      : h('ul.list', found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
+      : h('ul.list.scrolls', {tabindex: 0, 'aria-label': 'What needs attention'},
+        found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
         h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
         h('a.grow', {href: '#/' + one.where}, one.text))),
       found.length > ATTENTION_SHOWN && h('li.dim', {key: 'more'},
@@ -6117,18 +6181,19 @@ function attentionCard() {
 }
 
 function chargingCard() {
-  const going = running().sort((a, b) => (b.powerW || 0) - (a.powerW || 0));
-  return card([h('h2.grow', 'Charging now'), h('b', power(sum(going.map(one => one.powerW))))],
+  const going = running().sort((a, b) => flow(b) - flow(a));
+  return card([h('h2.grow', 'Charging now'), h('b', power(sum(going.map(flow))))],
     {key: 'charging'}, grid('charging', {rows: going, key: keyOf, label: 'Charging now',
       row: one => ({open: to('transactions', keyOf(one))}),
       blank: empty(state.stations.size ? 'No car is charging.'
         : [h('p', h('b', 'No station has connected yet.')), howToConnect()]),
       columns: [
         {name: 'Station', cell: one => stationLink(one.identity)},
-        {name: 'Power', num: true, width: '6.5rem', leads: true, cell: one => power(one.powerW)},
+        {name: 'Power', num: true, width: '6.5rem', leads: true,
+          cell: one => isOnline(one) ? power(one.powerW) : 'offline'},
         {name: 'Energy', num: true, width: '6.5rem', cell: one => energy(one.energyWh)},
         {name: 'SoC', num: true, width: '4.5rem', wide: true, cell: one => percent(one.soc)},
-        {name: 'Since', num: true, width: '6.5rem', wide: true, cell: one =>
+        {name: 'Since', num: true, width: '7rem', wide: true, cell: one =>
           duration(since(one.startedAt))},
       ]}));
 }
@@ -6137,6 +6202,7 @@ function chargingCard() {
 
 const SHOWN = {
   online, offline: one => !online(one), charging: one => activeAt(one).length > 0,
+  pending: one => one.registration === 'Pending',
   faulted: one => one.connectors.some(connector => connector.status === 'Faulted'),
   errors: one => one.errorCount > 0, quirks: one => one.quirks.length > 0,
 };
@@ -6150,7 +6216,7 @@ function stations() {
       .sort((a, b) => a.identity < b.identity ? -1 : 1));
     return card(h('div.bar.grow', searchBox('text', 'Search identity, address, vendor, model …'),
       choice('show', 'Show', [['', 'all stations'], 'online', 'offline', 'charging', 'faulted',
-        ['errors', 'with errors'], ['quirks', 'with quirks']]),
+        'pending', ['errors', 'with errors'], ['quirks', 'with quirks']]),
       choice('protocol', 'Protocol', [['', 'every version'], ...state.about?.protocols || []]),
       counted(`${digits(rows.length)} of ${plural(all.length, 'station')}`)), {key: 'stations'},
     grid('stations', {rows, columns: STATION_COLUMNS, key: one => one.identity, tall: true,
@@ -6168,7 +6234,7 @@ const stationPill = one => one.registration === 'Pending' && online(one) ? pill(
   : pill(one.status, online(one) ? 'good' : 'bad');
 
 const STATION_COLUMNS = [
-  {name: 'Station', width: '15%', wide: true, leads: true, sort: one => one.identity,
+  {name: 'Station', width: '12%', wide: true, leads: true, sort: one => one.identity,
     cell: one => h('bdi', {title: plain(one.identity)}, one.identity)},
   {name: 'Station and connectors', slim: true, leads: true, cell: one => [
     h('div.cut', h('bdi', one.identity)), h('div.small', connectorPills(one))]},
@@ -6189,7 +6255,7 @@ const STATION_COLUMNS = [
     sort: one => online(one) ? since(one.connectedAt) : -1,
     cell: one => online(one) ? h('span', {title: one.connectedAt}, duration(since(one.connectedAt)))
       : DASH},
-  {name: 'Last seen', width: '7.2rem', num: true, wide: true, down: true,
+  {name: 'Last seen', width: '8.4rem', num: true, wide: true, down: true,
     sort: one => one.lastMessageAt || '', cell: one => ago(one.lastMessageAt
       || one.disconnectedAt)},
 ];
@@ -6310,7 +6376,7 @@ function stationFacts(one) {
 const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
   h('span.grow', name.startsWith('schema:') ? ['against the schema: ', h('code', name.slice(7))]
     : name.replaceAll('_', ' ')), h('span.dim.nowrap', plural(count, 'time')),
-  lastMessageId && link(to('messages', lastMessageId), 'show'));
+  lastMessageId && h('span.nowrap', link(to('messages', lastMessageId), 'show')));
 
 function stationCommands(one) {
   return [h('div.cols',
@@ -6340,58 +6406,65 @@ function stationTransactions(one) {
 const KINDS = {CALL: 'CALL', CALLRESULT: 'RESULT', CALLERROR: 'ERROR', SEND: 'SEND',
   CALLRESULTERROR: 'RESULT ERROR'};
 const failed = row => row.type === 'CALLERROR' || row.type === 'CALLRESULTERROR';
-const rowLook = row => ({class: failed(row) ? 'failed' : findings(row).length ? 'found' : ''});
+const rowLook = row => ({class: failed(row) || unanswered(row) ? 'failed'
+  : findings(row).length ? 'found' : ''});
+const finding = row => findings(row).length > 0
+  && h('span.warn', {title: findings(row)[0].message}, '▲ ');
 const kindPill = row => pill(KINDS[row.type], failed(row) ? 'bad' : asks(row) ? 'info' : '');
-const gist = (row, most = 200) => row.errorCode
-  ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`) : row.raw.slice(0, most);
+const gist = row => row.errorCode
+  ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`) : row.raw.slice(0, 200);
 
 const MESSAGE_COLUMNS = [
   {name: 'Time', width: '8.6rem', leads: true, cell: row => clock(row.timestamp, true)},
-  {name: 'From', width: '5.2rem', wide: true, cell: row => row.direction === 'IN'
+  {name: 'From', width: '5.2rem', wide: true, spare: true, cell: row => row.direction === 'IN'
     ? h('span.info', 'station') : h('span.dim', 'board')},
   {name: 'Station', width: '14%', wide: true, cell: row => stationLink(row.identity)},
-  {name: 'Action', width: '23%', wide: true, cell: row => h('b', row.method || DASH)},
+  {name: 'Action', width: '12.5rem', wide: true, cell: row => h('b', row.method || DASH)},
   {name: 'Message', slim: true, cell: row => [
     h('div.cut', row.direction === 'IN' ? '→ ' : '← ', h('b', row.method || KINDS[row.type])),
     h('div.cut.dim.small', row.identity, ' · ', KINDS[row.type],
       row.responseTime != null && ` · ${millis(row.responseTime)}`)]},
-  {name: 'Type', width: '7.2rem', wide: true, cell: kindPill},
-  {name: 'Payload', wide: true, cell: row => h('span.mono.dim', findings(row).length > 0
-    && h('span.warn', {title: 'Against the schema'}, '▲ '), gist(row))},
-  {name: 'Took', width: '5.6rem', num: true, wide: true, cell: row => row.responseTime != null
-    && h('span', {class: row.responseTime > 2000 && 'warn'}, millis(row.responseTime))},
+  {name: 'Type', width: '7.2rem', wide: true, spare: true, cell: kindPill},
+  {name: 'Payload', wide: true, cell: row => [finding(row), h('span.mono.dim', gist(row))]},
+  {name: 'Took', width: '5.6rem', num: true, wide: true, cell: row => row.responseTime == null
+    ? unanswered(row) && h('span.bad', 'never')
+    : h('span', {class: row.responseTime > 2000 && 'warn'}, millis(row.responseTime))},
 ];
 
 // The columns of a list: of one station, without its name; with pairs, the answer beside the CALL;
 // and what a gap shows.
 function messageColumns(list) {
-  const said = {Time: row => clock(row.timestamp, true), Payload: row => row.text,
-    Message: row => row.text};
-  const paired = row => {
-    const {answer} = partners(row);
-    return [h('span.mono.dim', gist(row, 110)), answer && answer !== row
-      && h('span.mono', {class: failed(answer) ? 'bad' : 'good'}, '  ⇒ ', gist(answer, 80))];
-  };
-  return MESSAGE_COLUMNS.filter(one => one.name !== 'Station' || !list.filter.identity).map(one => {
-    const cell = one.name === 'Payload' && state.ui.fold ? paired : one.cell;
-    return {...one, cell: row => row.number ? cell(row) : said[one.name]?.(row)};
-  });
+  const answer = {name: 'Answer', wide: true, cell: row => row.answer && [finding(row.answer),
+    h('span.mono', {class: failed(row.answer) ? 'bad' : 'good'}, gist(row.answer))]};
+  const columns = !state.ui.fold ? MESSAGE_COLUMNS : MESSAGE_COLUMNS.flatMap(one =>
+    one.name === 'Type' ? [] : one.name === 'Payload' ? [one, answer] : one);
+  return columns.filter(one => one.name !== 'Station' || !list.filter.identity).map(one => ({...one,
+    cell: row => row.number ? one.cell(row) : GAP[one.name]?.(row)}));
 }
+const GAP = {Time: row => clock(row.timestamp, true), Payload: row => row.text,
+  Message: row => row.text};
+
 function messageList(id) {
   const {list, route} = state, picked = route.message, ofStation = route.screen === 'stations';
   const open = row => ofStation
     ? `${to('stations', route.id)}/${route.tab}?${query({...route.query, message: row.id})}`
     : to('messages', row.id, route.query);
-  const table = panel(id, ['messages', 'errors', 'connections'], () => card([
-    messageFilters(list, ofStation), counted(list.loading && !list.rows.length ? 'Loading …'
-      : `${digits(list.rows.length)} of ${plural(list.total, 'message')}`
-        + (list.paused ? ', paused' : ', live')),
+  const table = panel(id, ['messages', 'errors', 'connections', 'live'], () => card([
+    messageFilters(list, ofStation), counted(listState(list)),
     button(list.paused ? `Resume · ${digits(list.held.rows.length + list.skipped)} new` : 'Pause',
       () => pause(list),
       {'aria-pressed': String(list.paused), title: 'p'}), downloads('messages', list.filter)],
   {key: id}, messageGrid(id, list, picked, open)));
-  return [split(table, picked && panel('message', ['messages', 'errors'],
-        () => messageDetail(picked)))];
+  const detail = () => panel('message', ['messages', 'errors'], () => messageDetail(picked));
+  return [split(table, picked ? detail()
+    : route.gone && aside('Message', closeMessage, h('p', route.gone)))];
+}
+
+function listState(list) {
+  if (list.loading && !list.rows.length) return 'Loading …';
+  const shown = list.older ? `${digits(list.rows.length)} of ${plural(list.total, 'message')}`
+    : plural(list.rows.filter(row => row.number).length, 'message');
+  return `${shown}, ${list.paused ? 'paused' : state.live.status === 'on' ? 'live' : 'not live'}`;
 }
 
 function messageFilters(list, ofStation) {
@@ -6408,7 +6481,7 @@ function messageFilters(list, ofStation) {
     typed('method', 'Action', methods()),
     choice('direction', 'Direction', [['', 'both directions'], ['IN', 'from stations'],
       ['OUT', 'to stations']]),
-    choice('type', 'Type', [['', 'every type'], ...Object.keys(KINDS)]),
+    choice('type', 'Type', [['', 'every type'], ...Object.entries(KINDS)]),
     h('label.inline', h('input', {type: 'checkbox', checked: !!state.ui.fold,
       onchange: event => { state.ui.fold = event.target.checked; touch('ui'); }}),
         'pairs on one line'),
@@ -6426,7 +6499,7 @@ function messageGrid(id, list, picked, open) {
       : rowLook(fold && row.answer || row);
   const filtered = FILTERS.some(name => state.route.query[name]);
   return grid(id, {rows, columns: messageColumns(list), tall: true, label: 'Messages',
-    key: row => row.number || row.id, end: () => loadOlder(list),
+    beside: !!picked, key: row => row.number || row.id, end: () => loadOlder(list),
     row: row => row.number ? {...look(row), open: open(row)} : {class: 'lost'},
     blank: list.loading ? empty('Loading …') : filtered
       ? empty('No message matches, of those that are kept.',
@@ -6440,7 +6513,8 @@ function messageDetail(picked) {
   const took = picked.responseTime ?? call?.responseTime;
   return aside(picked.method || KINDS[picked.type], closeMessage,
     facts([['Station', stationLink(picked.identity)], ['Protocol', picked.protocol],
-      ['Record', picked.id], ['Took', took == null && !answer ? 'no answer yet' : millis(took)],
+      ['Record', picked.id], ['Took', took != null || answer ? millis(took)
+        : unanswered(picked) ? h('span.bad', 'never answered') : 'no answer yet'],
       ['Message id', h('code', picked.messageId)]]), [call, answer].filter(Boolean).map(frame));
 }
 
@@ -6475,8 +6549,8 @@ const ESTIMATED = 'Estimated: its start was not seen, or its meter was reset';
 const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
 const TRANSACTION_COLUMNS = [
-  {name: 'Started', width: '9.5rem', leads: true, sort: one => one.startedAt, down: true,
-    cell: one => clock(one.startedAt)},
+  {name: 'Started', width: '9.5rem', short: '6.2rem', leads: true, down: true,
+    sort: one => one.startedAt, cell: one => clock(one.startedAt)},
   {name: 'Station', wide: true, sort: one => one.identity,
     cell: one => [stationLink(one.identity), h('span.dim', ` ${one.evse}`)]},
   {name: 'Station and status', slim: true, cell: one => [
@@ -6484,24 +6558,25 @@ const TRANSACTION_COLUMNS = [
     h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)]},
   {name: 'Status', width: '6.6rem', wide: true, sort: one => one.status,
     cell: one => pill(one.status, STATUS_TONES[one.status])},
-  {name: 'Id token', width: '12%', wide: true, sort: one => one.idToken || '',
+  {name: 'Id token', width: '12%', wide: true, spare: true, sort: one => one.idToken || '',
     cell: one => one.idToken || DASH},
-  {name: 'Energy', width: '7rem', num: true, sort: one => one.energyWh || 0, down: true,
-    cell: one => [estimate(one), energy(one.energyWh)]},
-  {name: 'Power', width: '6.2rem', num: true, wide: true, sort: one => one.powerW || 0, down: true,
-    cell: one => one.status === 'active' ? power(one.powerW) : DASH},
-  {name: 'SoC', width: '4.4rem', num: true, wide: true, sort: one => one.soc || 0, down: true,
-    cell: one => percent(one.soc)},
+  {name: 'Energy', width: '7rem', short: '6rem', num: true, down: true,
+    sort: one => one.energyWh || 0, cell: one => [estimate(one), energy(one.energyWh)]},
+  {name: 'Power', width: '6.2rem', num: true, wide: true, spare: true, down: true,
+    sort: one => one.powerW || 0, cell: one => one.status === 'active' ? power(one.powerW) : DASH},
+  {name: 'SoC', width: '4.4rem', num: true, wide: true, spare: true, down: true,
+    sort: one => one.soc || 0, cell: one => percent(one.soc)},
   {name: 'Duration', width: '6.6rem', num: true, wide: true, sort: lasted, down: true,
     cell: one => duration(lasted(one))},
-  {name: 'Reason', width: '10%', wide: true, sort: one => one.reason || '', cell: one => one.reason
-    || DASH},
+  {name: 'Reason', width: '10%', wide: true, spare: true, sort: one => one.reason || '',
+    cell: one => one.reason || DASH},
 ];
 
 function transactionGrid(id, rows, everywhere) {
   const {id: open, query: wanted} = state.route;
   const columns = TRANSACTION_COLUMNS.filter(one => everywhere || one.name !== 'Station');
   return grid(id, {rows: sorted(id, columns, rows), columns, key: keyOf, tall: everywhere,
+    beside: everywhere && state.transactions.has(open),
     label: 'Transactions', row: one => ({
       open: to('transactions', keyOf(one), everywhere ? wanted : {}),
       class: everywhere && open === keyOf(one) && 'picked'}),
@@ -6553,20 +6628,23 @@ function powerScreen() {
 }
 
 function powerCard() {
-  const from = now() - HOUR, places = new Map(), {limitKw} = state.about?.smartCharging || {};
-  const recent = newestFirst(state.transactions).slice(0, SERIES_SHOWN)
-    .filter(one => one.status === 'active' || ms(one.stoppedAt) > from).reverse();
-  for (const one of recent) {
-    const name = `${one.identity} ${one.evse}`, points = pointsOf(seriesOf(one), point =>
-      point.powerW);
+  const from = now() - HOUR, going = running().sort((a, b) => flow(b) - flow(a));
+  const past = newestFirst(state.transactions).filter(one => ms(one.stoppedAt) > from);
+  const shown = [...going, ...past].slice(0, SERIES_SHOWN), places = new Map();
+  for (const one of shown.reverse()) {             // what ended stands before what goes on
+    const name = `${one.identity} ${one.evse}`;
+    const points = pointsOf(seriesOf(one), point => point.powerW);
     if (points.length && one.stoppedAt) points.push([ms(one.stoppedAt), 0]);
-    places.set(name, [...places.get(name) || [], ...points]);
+    places.set(name, [...places.get(name) || [], ...points].sort(([a], [b]) => a - b));
   }
-  const lines = [...places].map(([name, points]) => ({name, points})).filter(line =>
-    line.points.length);
+  const lines = [...places].map(([name, points]) => ({name, points}))
+    .filter(line => line.points.length).sort((a, b) => a.name < b.name ? -1 : 1);
   const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
+  const {limitKw} = state.about?.smartCharging || {}, left = going.length - SERIES_SHOWN;
   return card([h('h2.grow', 'Charging power by connector, the last hour'),
-    h('b', power(sum(running().map(one => one.powerW))))], {key: 'power'}, lines.length
+    left > 0 && h('span.dim.small', `without the ${left} weakest`),
+    h('b', power(sum(going.map(flow))))],
+  {key: 'power'}, lines.length
     ? h('div.in', chart('site', {label: 'Charging power', areas: true, format: power, least: 1000,
       height: 260, lines, from: first, till: now(), limit: limitKw && limitKw * 1000}))
     : empty('No car has charged in the last hour: what each draws is stacked here.'));
@@ -6711,7 +6789,7 @@ function telemetryCharts(samples) {
 const SEVERITIES = ['low', 'medium', 'high', 'critical'];
 const kindOf = one => one.category || one.type;
 const EVENT_COLUMNS = [
-  {name: 'Time', width: '9rem', leads: true, cell: one => clock(one.timestamp)},
+  {name: 'Time', width: '9rem', short: '6.2rem', leads: true, cell: one => clock(one.timestamp)},
   {name: 'Severity', width: '6rem', wide: true, sort: one => SEVERITIES.indexOf(one.severity),
     down: true,
     cell: one => pill(one.severity, {low: '', medium: 'warn'}[one.severity] ?? 'bad')},
@@ -6719,7 +6797,8 @@ const EVENT_COLUMNS = [
   {name: 'Station', width: '16%', wide: true, sort: one => one.identity, cell: one =>
     one.identity && one.identity !== 'UNKNOWN' ? stationLink(one.identity)
       : h('span.dim', one.details.ip || DASH)},
-  {name: 'What happened', cell: one => h('span', {title: plain(one.message)}, one.message)},
+  {name: 'What happened', cell: one => [h('div.cut', {title: plain(one.message)}, one.message),
+    narrow() && h('div.cut.dim.small', one.identity || kindOf(one))]},
 ];
 
 function eventList(id, all, title, blank) {
@@ -6936,7 +7015,7 @@ async function showMessage(id, before) {
   const {call, answer} = known ? partners(known) : {};
   route.message = known;
   if (call && answer) return;
-  await attempt(async () => {
+  try {
     const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
     const {identity, messageId} = row, both = await ask('GET', '/api/messages?'
       + query({identity, messageId}));
@@ -6944,9 +7023,12 @@ async function showMessage(id, before) {
       && asks(one) !== asks(row));                 // newest first
     if (asks(row)) row.answer = others.findLast(one => one.number > row.number);
     else row.call = others.find(one => one.number < row.number);
-    if (state.route === route) route.message = row;
-    touch('all');
-  });
+    route.message = row;
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    if (!known) route.gone = error.message;
+  }
+  touch('all');
 }
 
 function closeMessage() {
@@ -6975,8 +7057,9 @@ function touch(topic) {
 function draw() {
   frameAsked = 0;
   drawnAt = performance.now();
+  const away = state.live.status === 'off' && 'away';
   const app = () => h('div.app', {key: 'app'}, header(), navigation(),
-    h('main.main', {tabindex: -1}, SCREENS[state.route.screen][1]()));
+    h('main.main', {tabindex: -1, class: away}, SCREENS[state.route.screen][1]()));
   if (state.mode) patch(document.getElementById('board'), [state.session ? app() : login(),
       notices(),
     ...state.confirm ? [question(state.confirm)] : []]);
@@ -6993,7 +7076,7 @@ function header() {
         h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
         h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})), 'ocppboard'),
     h('span', {class: 'live ' + status, role: 'status'}, said
-      || ['reconnecting, no connection since ',
+      || ['reconnecting', h('span.wide', ', no connection'), ' since ',
         clock(new Date(from + state.clockOff).toISOString())]),
     h('span.grow'),
     h('select', {'aria-label': 'Colours', value: theme(),
@@ -7170,9 +7253,10 @@ addEventListener('hashchange', () => {
   else if (state.session) arrive();
 });
 addEventListener('keydown', pressed);
+addEventListener('pointerup', release);
+addEventListener('pointercancel', () => { pressedRow = null; });
 addEventListener('resize', () => touch('ui'));
-document.addEventListener('visibilitychange',
-  () => { if (!document.hidden) { watch(); touch('all'); } });
+document.addEventListener('visibilitychange', look);
 setInterval(watch, 1000);
 setTheme(theme());
 start();
