@@ -4409,7 +4409,8 @@ STYLE = r"""
   --c6: #7c3aed; --c7: #a16207;
   --shadow: 0 1px 2px rgb(20 30 45 / .06); --row: 34px; --gap: 1rem }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark;
-  --paper: #0f141a; --card: #171e26; --ink: #e7ecf2; --dim: #9aa8b8; --line: #2a343f; --well: #1f2831;
+  --paper: #0f141a; --card: #171e26; --ink: #e7ecf2; --dim: #9aa8b8; --line: #2a343f;
+  --well: #1f2831;
   --accent: #3fc1b6; --on-accent: #06231f; --good: #5fd38a; --warn: #f0b354; --bad: #ff8a80;
   --info: #7db7ff; --good-bg: #12301f; --warn-bg: #362810; --bad-bg: #3b1a19; --info-bg: #14283f;
   --c0: #3fc1b6; --c1: #f0a04b; --c2: #9d9dff; --c3: #f472b6; --c4: #a3d65c; --c5: #5cc0f5;
@@ -4427,8 +4428,6 @@ button, input, select, textarea { font: inherit; color: inherit }
 code, pre, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .86em }
 code { overflow-wrap: anywhere }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap }
 .dim { color: var(--dim) } .small { font-size: .85rem } .num { text-align: right }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
 .info { color: var(--info) } .nowrap { white-space: nowrap }
@@ -4486,21 +4485,25 @@ code { overflow-wrap: anywhere }
 .tile dd { font-size: 1.4rem; font-weight: 620; line-height: 1.25; white-space: nowrap }
 .tile dd + dd { font-size: .8rem; font-weight: 400 }
 .tile .spark { position: absolute; left: 0; right: 0; bottom: 0; height: 2rem; width: 100% }
-.cols { display: grid; gap: var(--gap); grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
+.cols { display: grid; gap: var(--gap);
+  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 .cols.wide-left { grid-template-columns: minmax(0, 3fr) minmax(18rem, 2fr) }
 .stack { display: grid; gap: var(--gap); align-content: start; min-width: 0 }
-.pill { display: inline-flex; align-items: center; gap: .35em; padding: .05em .55em; border-radius: 99px;
-  font-size: .8rem; line-height: 1.5; white-space: nowrap; background: var(--well); color: var(--dim) }
+.pill { display: inline-flex; align-items: center; gap: .35em; padding: .05em .55em;
+  border-radius: 99px;
+  font-size: .8rem; line-height: 1.5; white-space: nowrap; background: var(--well);
+  color: var(--dim) }
 .pill.good { background: var(--good-bg); color: var(--good) }
 .pill.warn { background: var(--warn-bg); color: var(--warn) }
 .pill.bad { background: var(--bad-bg); color: var(--bad) }
 .pill.info { background: var(--info-bg); color: var(--info) }
-.pills { display: flex; gap: .3rem; flex-wrap: wrap; min-width: 0 }
 .cut .pill + .pill { margin-left: .3rem }
-.empty { padding: 1.2rem 1rem 1.6rem; color: var(--dim); display: grid; gap: .6rem; justify-items: start }
+.empty { padding: 1.2rem 1rem 1.6rem; color: var(--dim); display: grid; gap: .6rem;
+  justify-items: start }
 .url { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap }
 .url code { background: var(--well); padding: .2rem .5rem; border-radius: 6px; color: var(--ink) }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .7rem 1rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr));
+  gap: .7rem 1rem }
 .facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
@@ -4509,7 +4512,8 @@ code { overflow-wrap: anywhere }
 .why p { overflow-wrap: anywhere }
 
 /* What is clicked and typed in */
-.btn, select, input, textarea { border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+.btn, select, input, textarea { border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card);
   padding: .28rem .65rem; min-height: 2.1rem; max-width: 100% }
 .btn { cursor: pointer; display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap;
   color: var(--ink) }
@@ -4520,11 +4524,13 @@ code { overflow-wrap: anywhere }
 .btn.plain { border-color: transparent; background: none; padding: .28rem .45rem }
 .btn.plain:hover { background: var(--well) }
 .filters { flex: 1 1 36rem }
-.btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info); border-color: var(--info) }
+.btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info);
+  border-color: var(--info) }
 .btn:disabled { opacity: .55; cursor: default }
 input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 textarea { width: 100%; min-height: 6.5rem; padding: .5rem .65rem }
-label { display: grid; grid-template-columns: minmax(0, 1fr); gap: .15rem; font-size: .82rem; color: var(--dim); min-width: 0 }
+label { display: grid; grid-template-columns: minmax(0, 1fr); gap: .15rem; font-size: .82rem;
+  color: var(--dim); min-width: 0 }
 label > * { color: var(--ink); font-size: .95rem }
 label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size: .9rem;
   color: var(--ink) }
@@ -4534,25 +4540,32 @@ label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size:
   align-items: end }
 .form .whole { grid-column: 1 / -1 } .form label > * { width: 100%; min-width: 0 }
 .tabs { display: flex; gap: .35rem; flex-wrap: wrap }
-dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: var(--ink);
-  padding: 1.2rem; max-width: min(30rem, calc(100vw - 2rem)); box-shadow: 0 12px 40px rgb(0 0 0 / .35) }
+dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card);
+  color: var(--ink);
+  padding: 1.2rem; max-width: min(30rem, calc(100vw - 2rem));
+  box-shadow: 0 12px 40px rgb(0 0 0 / .35) }
 dialog::backdrop { background: rgb(0 0 0 / .45) }
 dialog .bar { margin-top: 1rem; justify-content: flex-end }
 kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5px; padding: 0 .4em;
   background: var(--well); font: .85em ui-monospace, monospace }
 
 /* Tables */
-.grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh; border-top: 1px solid var(--line);
+.grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh;
+  border-top: 1px solid var(--line);
   border-radius: 0 0 12px 12px }
 .grid.tall { max-height: none; height: calc(100vh - 16.5rem); min-height: 18rem }
 table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
-th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left; font-weight: 500;
+th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left;
+  font-weight: 500;
   font-size: .8rem; color: var(--dim); height: 2rem; padding: 0 .6rem; white-space: nowrap;
   border-bottom: 1px solid var(--line) }
-th button { border: 0; background: none; padding: 0; font: inherit; color: inherit; cursor: pointer }
-td { height: var(--row); padding: 0 .6rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+th button { border: 0; background: none; padding: 0; font: inherit; color: inherit;
+  cursor: pointer }
+td { height: var(--row); padding: 0 .6rem; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap;
   border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { padding-left: 1rem } th:last-child, td:last-child { padding-right: 1rem }
+th:first-child, td:first-child { padding-left: 1rem }
+th:last-child, td:last-child { padding-right: 1rem }
 td.num, th.num { text-align: right }
 tr.spacer td { padding: 0; border: 0 }
 tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
@@ -4563,7 +4576,8 @@ tr.lost td { background: var(--warn-bg); color: var(--warn); text-align: center 
 table.plain { table-layout: auto } .plain td.nowrap { white-space: nowrap }
 table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   padding: .35rem .6rem; height: auto }
-.meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden; display: flex;
+.meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden;
+  display: flex;
   min-width: 4rem }
 .meter i { display: block; height: 100% } .thick { height: 1.1rem }
 
@@ -4572,25 +4586,30 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
 .split.both { grid-template-columns: minmax(0, 1fr) minmax(20rem, 36%) }
 .aside { align-self: start; position: sticky; top: 4.25rem; max-height: calc(100vh - 5.5rem);
   overflow: auto }
-.json { margin: 0; padding: .7rem .9rem; background: var(--well); border-radius: 8px; overflow: auto;
+.json { margin: 0; padding: .7rem .9rem; background: var(--well); border-radius: 8px;
+  overflow: auto;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 26rem; line-height: 1.45 }
 .json .k { color: var(--info) } .json .s { color: var(--good) } .json .n { color: var(--warn) }
 .pair { display: grid; gap: .7rem }
-.sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
+.sides { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
 
 /* Charts */
 .chart { position: relative } .chart svg { display: block; width: 100%; overflow: visible }
 .chart text { font-size: 11px; fill: var(--dim) }
 .chart .gridline { stroke: var(--line); stroke-width: 1 }
-.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; vector-effect: non-scaling-stroke }
+.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round;
+  vector-effect: non-scaling-stroke }
 .chart .limit { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 5 4 }
 .chart .at { stroke: var(--dim); stroke-width: 1 }
 .legend { display: flex; gap: .2rem .9rem; flex-wrap: wrap; font-size: .82rem; color: var(--dim);
   min-height: 1.35rem }
-.legend i { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px; margin-right: .35rem;
+.legend i { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px;
+  margin-right: .35rem;
   vertical-align: -1px }
 .legend b { font-weight: 600; color: var(--ink) }
-.spark path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.spark path { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke }
 .spark .area { stroke: none; fill: var(--accent); opacity: .1 }
 
 @media (max-width: 80rem) { .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
@@ -4610,10 +4629,12 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   .grid.tall { height: calc(100vh - 12rem) }
   table.plain, .plain tbody, .plain tr, .plain td { display: block } .plain thead { display: none }
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
-  .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) } .plain td:empty { display: none }
+  .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
+  .plain td:empty { display: none }
   .btn, select, input { min-height: 2.5rem } .wide { display: none } }
 @media (min-width: 44.01rem) { .slim { display: none } }
-@media (prefers-reduced-motion: reduce) { * { transition: none; animation: none; scroll-behavior: auto } }
+@media (prefers-reduced-motion: reduce) { * { transition: none; animation: none;
+  scroll-behavior: auto } }
 @media (prefers-contrast: more) { :root { --line: currentColor; --dim: var(--ink) } }
 """
 
@@ -4624,14 +4645,16 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>ocppboard</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%230b7a75'/%3E%3Cpath d='M9 2 4 9h3l-1 5 6-8H8.500z' fill='%23fff'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%230b7a75'/%3E
+ %3Cpath d='M9 2 4 9h3l-1 5 6-8H8.5z' fill='%23fff'/%3E%3C/svg%3E">
 <style></style>
 </head>
 <body>
-<div id="board"><div class="app"><header class="head"><b>ocppboard</b></header><nav class="nav"></nav>
-<main class="main"></main></div></div>
-<noscript><p class="start">This page needs JavaScript. The same is to be had by REST: <code>/api/openapi.json</code>
-describes it.</p></noscript>
+<div id="board"><div class="app"><header class="head"><b>ocppboard</b></header>
+<nav class="nav"></nav><main class="main"></main></div></div>
+<noscript><p class="start">This page needs JavaScript. The same is to be had by REST:
+<code>/api/openapi.json</code> describes it.</p></noscript>
 <script></script>
 </body>
 </html>
@@ -6842,7 +6865,7 @@ function security() {
 
 const KNOCKS_SHOWN = 50;
 function knockingCard() {
-  const line = (one, n) => h('tr', {key: n}, h('td', one.ip), h('td', h('code', one.path)),
+  const line = (one, n) => h('tr', {key: n}, h('td.nowrap', one.ip), h('td', h('code', one.path)),
     h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
     h('td.nowrap', ago(one.lastAt)),
     h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url))));

@@ -2065,11 +2065,11 @@ async def test_every_answer_is_as_openapi_describes_it(site):
         "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
     with pytest.raises(websockets.InvalidStatus):
         await site.station("CP-2", "ocpp1.5")
+    named = {"identity": "CP-1", "number": "msg-1", "transaction": str(started[2]["transactionId"])}
     filled = 0
     for route in ROUTES:
         if route.method != "GET" or "/" in route.answer or route.answer == "OpenAPI":
             continue
-        named = {"identity": "CP-1", "number": "msg-1", "transaction": str(started[2]["transactionId"])}
         body = await site.get(re.sub(r":(\w+)", lambda name: named[name[1]], route.path))
         conforms(body, route.answer)
         filled += bool(body)
