@@ -4682,20 +4682,27 @@ const plain = text => String(text).replace(HIDDEN,
 
 // Make the children of a node those of the list; ones with a `key` keep their node when they move.
 function patch(parent, list) {
-  const keys = new Map();
+  const keys = new Map(), spare = [];
   for (const one of list) if (one.props?.key != null) keys.set(one.props.key, null);
   for (const node of [...parent.childNodes]) {
     const key = node.is?.props?.key;
     if (key == null) continue;
-    if (keys.has(key) && keys.get(key) === null) keys.set(key, node); else node.remove();
+    if (keys.has(key) && keys.get(key) === null) keys.set(key, node);
+    else {
+      node.remove();
+      if (!node.is.props.made) spare.push(node);
+    }
   }
+  // Rows that came take the nodes of those that went: thousands a minute are not made anew.
+  const taken = one => one.props?.key != null && !one.props.made && spare.at(-1)?.is.tag === one.tag
+    ? spare.pop() : make(one, parent);
   let next = parent.firstChild;
   for (const one of list) {
     const key = one.props?.key;
     let node = key != null ? keys.get(key) : next?.is && next.is.props?.key == null ? next : null;
     if (node && (node.is.tag !== one.tag || one.props?.made && !node.is.props.made)) node = null;
     if (node === next && next) next = next.nextSibling;
-    else parent.insertBefore(node ||= make(one, parent), next);
+    else parent.insertBefore(node ||= taken(one), next);
     update(node, one);
   }
   while (next) {
@@ -4745,8 +4752,9 @@ function set(node, name, value) {
 // what is not known.
 
 const DASH = '–';
-const digits = (value, most = 0) => value == null ? DASH
-  : value.toLocaleString(undefined, {maximumFractionDigits: most});
+// A formatter takes its time, and memory, to be made: each is made once.
+const NUMBERS = [0, 1, 2].map(most => new Intl.NumberFormat(undefined, {maximumFractionDigits: most}));
+const digits = (value, most = 0) => value == null ? DASH : NUMBERS[most].format(value);
 const scaled = (value, units) => {
   if (value == null) return DASH;
   let n = 0;
@@ -4776,16 +4784,21 @@ function duration(s) {
 const ms = iso => iso ? Date.parse(iso) : null;
 const since = iso => iso ? (now() - ms(iso)) / 1000 : null;
 
-const HOURS = {hour: '2-digit', minute: '2-digit', hourCycle: 'h23'};
+const timeFormat = more => new Intl.DateTimeFormat(undefined,
+  {hour: '2-digit', minute: '2-digit', hourCycle: 'h23', ...more});
+const dayFormat = more =>
+  new Intl.DateTimeFormat(undefined, {day: '2-digit', month: 'short', ...more});
+const MINUTES = timeFormat(), SECONDS = timeFormat({second: '2-digit'});
+const FINE = timeFormat({second: '2-digit', fractionalSecondDigits: 3});
+const DAY_OF_YEAR = dayFormat(), DAY_OF_ANY = dayFormat({year: 'numeric'});
+
 function clock(iso, fine) {
   if (!iso) return DASH;
-  const at = new Date(iso), today = at.toDateString() === new Date(now()).toDateString();
-  const text = at.toLocaleTimeString(undefined, {...HOURS, second: '2-digit',
-    ...fine && {fractionalSecondDigits: 3}});
-  const day = today ? '' : at.toLocaleDateString(undefined, {day: '2-digit', month: 'short',
-    ...at.getFullYear() !== new Date(now()).getFullYear() && {year: 'numeric'}}) + ', ';
+  const at = new Date(iso), today = new Date(now());
+  const day = at.toDateString() === today.toDateString() ? ''
+    : (at.getFullYear() === today.getFullYear() ? DAY_OF_YEAR : DAY_OF_ANY).format(at) + ', ';
   return h('time', {datetime: iso, title: `${iso.replace('T', ' ').replace('Z', '')} UTC`},
-    day + text);
+    day + (fine ? FINE : SECONDS).format(at));
 }
 const ago = iso => !iso ? DASH
   : h('time', {datetime: iso, title: `${iso} (UTC)`}, `${duration(since(iso))} ago`);
@@ -5167,32 +5180,57 @@ const refreshKnocking = () => attempt(async () => {
   touch('knocking');
 });
 
-// The stream: EventSource comes back by itself after most troubles; after the others we do.
-let source = null, heard = 0, patience = 45000, lastId = '', retry = 0;
-function connect() {
-  source?.close();
-  clearTimeout(retry);
+// The stream of Server-Sent Events, read by fetch: unlike EventSource it comes back after every
+// trouble, and when it wants to.
+let reading = null, heard = 0, patience = 45000, lastId = '', retry = 0;
+async function connect() {
+  disconnect();
+  const mine = reading = new AbortController();
   heard = Date.now();
-  source = new EventSource('/api/stream?' + query({lastEventId: lastId}));
-  source.onerror = lost;
-  for (const name in on) source.addEventListener(name, event => {
+  try {
+    const answer = await fetch('/api/stream?' + query({lastEventId: lastId}), {signal: mine.signal});
+    if (answer.ok) await readEvents(answer.body.getReader());
+  } catch (error) {                                // the network went, or we did
+    if (!(error instanceof TypeError || error instanceof DOMException)) throw error;
+  }
+  if (reading === mine) lost();
+}
+
+function disconnect() {
+  reading?.abort();
+  reading = null;
+  clearTimeout(retry);
+}
+
+async function readEvents(reader) {
+  const decoder = new TextDecoder();
+  let rest = '';
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
     heard = Date.now();
-    lastId = event.lastEventId || lastId;
-    const data = JSON.parse(event.data);
-    const atOnce = ['connected', 'heartbeat', 'gap'].includes(name);
-    if (waiting && !atOnce) waiting.push([name, data, event.data]);
-    else on[name](data, event.data);
-  });
+    const blocks = (rest + decoder.decode(value, {stream: true})).split('\n\n');
+    rest = blocks.pop();
+    blocks.forEach(take);
+  }
+}
+
+// One event: "id: …", "event: …", "data: …", a line each.
+function take(block) {
+  const fields = Object.fromEntries(block.split('\n').map(line => line.split(/: (.*)/, 2)));
+  lastId = fields.id || lastId;
+  const {event: name, data: raw} = fields;
+  if (!Object.hasOwn(on, name)) return;
+  const data = JSON.parse(raw), atOnce = ['connected', 'heartbeat', 'gap'].includes(name);
+  if (waiting && !atOnce) waiting.push([name, data, raw]); else on[name](data, raw);
 }
 
 async function lost() {
-  const news = state.live.status !== 'off', closed = source.readyState === EventSource.CLOSED;
-  if (news) state.live = {status: 'off', since: Date.now()};
+  if (state.live.status !== 'off') state.live = {status: 'off', since: Date.now()};
   touch('live');
-  if (news || closed) await signIn();              // it may be the session that has ended
-  if (!closed || !state.session) return;
   clearTimeout(retry);
   retry = setTimeout(connect, AGAIN_MS);
+  await signIn();                                  // it may be the session that has ended
 }
 
 // A tab that nobody looks at gives its connection back, and goes on from where it was.
@@ -5200,16 +5238,16 @@ const HIDDEN_MS = 60000;
 let hiding = 0;
 function look() {
   clearTimeout(hiding);
-  if (document.hidden) hiding = setTimeout(() => source?.close(), HIDDEN_MS);
+  if (document.hidden) hiding = setTimeout(disconnect, HIDDEN_MS);
   else {
-    if (state.session && source?.readyState === EventSource.CLOSED) connect();
+    if (state.session && !reading) connect();
     touch('all');
   }
 }
 
 function watch() {
   if (!state.session || document.hidden) return;
-  if (Date.now() - heard > patience) { lost(); connect(); }
+  if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
   touch('tick');
 }
 
@@ -5314,7 +5352,10 @@ function headCell(id, column) {
 
 // `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
 // the last one. Rows that came on top since it was drawn do not move what is looked at.
-function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside}) {
+// Where there is a `mark(row)`, a row is drawn again only when its mark is another, or one of the
+// `topics` was touched.
+function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, mark,
+  topics = []}) {
   if (!rows.length) return blank;
   const slim = narrow();
   const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
@@ -5338,22 +5379,29 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
   };
   const spacer = (name, count) => h('tr.spacer', {key: name, 'aria-hidden': 'true'},
     h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
-  const line = (one, n) => {
+  const line = one => {
     const {open, ...props} = row(one), cells = shown.map(column => {
       const content = column.cell(one);
       return h('td', {class: column.num && 'num'},
         column.leads && open ? link(open, content) : content);
     });
-    return h('tr' + (open ? '.open' : ''), {key: key(one), 'aria-rowindex': first + n + 2, ...props,
+    return h('tr' + (open ? '.open' : ''), {key: key(one), ...props,
       onpointerdown: open && (event => press(event, open))}, cells);
   };
+  const stale = !mark || [...EVERYTHING, ...topics].some(topic => dirty.has(topic));
+  const kept = stale ? null : view.lines;
+  const lines = new Map(rows.slice(first, last).map(one => {
+    const before = kept?.get(key(one)), now = mark?.(one);
+    return [key(one), before?.now === now && before || {now, drawn: line(one)}];
+  }));
+  view.lines = lines;
   return h('div.grid' + (tall ? '.tall' : ''),
     {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
       h('colgroup', shown.map(one => h('col',
         {key: one.name, style: {width: slim && one.short || one.width || 'auto'}}))),
       h('thead', h('tr', shown.map(one => headCell(id, one)))),
-      h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
+      h('tbody', first > 0 && spacer('above', first), [...lines.values()].map(one => one.drawn),
         last < rows.length && spacer('below', rows.length - last))));
 }
 
@@ -5483,9 +5531,9 @@ const legend = (lines, said) => [lines.slice(0, LEGEND).map((line, n) => h('span
 lines.length > LEGEND && h('span', {key: ' more'}, `and ${lines.length - LEGEND} more`)];
 
 function timeMarks(from, till, count) {
-  const span = till - from, format = {...HOURS, ...span < 600000 && {second: '2-digit'}};
+  const span = till - from, format = span < 600000 ? SECONDS : MINUTES;
   return Array.from({length: count}, (_, n) => from + span * (n + .5) / count)
-    .map(at => [at, new Date(at).toLocaleTimeString(undefined, format)]);
+    .map(at => [at, format.format(at)]);
 }
 
 function linePath({name, colour, points}, x, y, most, shown) {
@@ -6154,6 +6202,7 @@ function overview() {
     panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
+    mark: row => row.responseTime, topics: ['errors'],
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
     row: row => ({...rowLook(row), open: to('messages', row.id)}),
     blank: empty('No message yet: they stand here as they pass.')})));
@@ -6522,7 +6571,8 @@ function messageGrid(id, list, picked, open) {
       : rowLook(fold && row.answer || row);
   const filtered = FILTERS.some(name => state.route.query[name]);
   return grid(id, {rows, columns: messageColumns(list), tall: true, label: 'Messages',
-    beside: !!picked, key: row => row.number || row.id, end: () => loadOlder(list),
+    beside: !!picked, mark: row => row.responseTime, topics: ['errors'],
+    key: row => row.number || row.id, end: () => loadOlder(list),
     row: row => row.number ? {...look(row), open: open(row)} : {class: 'lost'},
     blank: list.loading ? empty('Loading …') : filtered
       ? empty('No message matches, of those that are kept.',
@@ -7060,11 +7110,11 @@ function closeMessage() {
 }
 
 // --- Drawing --------------------------------------------------------------------------------
-// Once a frame, what data touched some eight times a second at most, and nothing while hidden.
+// Once a frame, what data touched four times a second at most, and nothing while hidden.
 
 const dirty = new Set(), after = [];
 const AT_ONCE = new Set(['ui', 'all', 'hover', 'scroll', 'notice', 'live', 'answers', 'api']);
-const PAUSE_MS = 125;
+const PAUSE_MS = 250;
 let frameAsked = 0, timer = 0, drawnAt = 0;
 function touch(topic) {
   dirty.add(topic);
@@ -7234,8 +7284,7 @@ async function logIn(fields) {
 const ENDED = 'The session has ended: log in again, all is as you left it.';
 function signedOut(text = ENDED) {
   if (!state.session) return;
-  source?.close();
-  clearTimeout(retry);
+  disconnect();
   Object.assign(state, {session: null, problem: text, confirm: null});
   touch('all');
 }
