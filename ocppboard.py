@@ -4753,7 +4753,8 @@ function set(node, name, value) {
 
 const DASH = '–';
 // A formatter takes its time, and memory, to be made: each is made once.
-const NUMBERS = [0, 1, 2].map(most => new Intl.NumberFormat(undefined, {maximumFractionDigits: most}));
+const NUMBERS = [0, 1, 2].map(most =>
+  new Intl.NumberFormat(undefined, {maximumFractionDigits: most}));
 const digits = (value, most = 0) => value == null ? DASH : NUMBERS[most].format(value);
 const scaled = (value, units) => {
   if (value == null) return DASH;
@@ -4965,9 +4966,12 @@ async function load(lists = true) {
 
 const payloadText = raw => raw.slice(raw.indexOf('"payload":') + 10, -1);   // it is the last field
 
+// A part of a text keeps the whole alive; a copy does not.
+const ownText = text => JSON.parse(JSON.stringify(text));
+
 function rowOf(record, raw) {
   delete record.payload;
-  return Object.assign(record, {number: number(record), raw: payloadText(raw)});
+  return Object.assign(record, {number: number(record), raw: ownText(payloadText(raw))});
 }
 
 // The messages of a list that the board answered with, newest first.
@@ -5188,7 +5192,8 @@ async function connect() {
   const mine = reading = new AbortController();
   heard = Date.now();
   try {
-    const answer = await fetch('/api/stream?' + query({lastEventId: lastId}), {signal: mine.signal});
+    const {signal} = mine, at = query({lastEventId: lastId});
+    const answer = await fetch(`/api/stream?${at}`, {signal});
     if (answer.ok) await readEvents(answer.body.getReader());
   } catch (error) {                                // the network went, or we did
     if (!(error instanceof TypeError || error instanceof DOMException)) throw error;
@@ -5352,10 +5357,7 @@ function headCell(id, column) {
 
 // `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
 // the last one. Rows that came on top since it was drawn do not move what is looked at.
-// Where there is a `mark(row)`, a row is drawn again only when its mark is another, or one of the
-// `topics` was touched.
-function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, mark,
-  topics = []}) {
+function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside}) {
   if (!rows.length) return blank;
   const slim = narrow();
   const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
@@ -5388,20 +5390,13 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
     return h('tr' + (open ? '.open' : ''), {key: key(one), ...props,
       onpointerdown: open && (event => press(event, open))}, cells);
   };
-  const stale = !mark || [...EVERYTHING, ...topics].some(topic => dirty.has(topic));
-  const kept = stale ? null : view.lines;
-  const lines = new Map(rows.slice(first, last).map(one => {
-    const before = kept?.get(key(one)), now = mark?.(one);
-    return [key(one), before?.now === now && before || {now, drawn: line(one)}];
-  }));
-  view.lines = lines;
   return h('div.grid' + (tall ? '.tall' : ''),
     {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
       h('colgroup', shown.map(one => h('col',
         {key: one.name, style: {width: slim && one.short || one.width || 'auto'}}))),
       h('thead', h('tr', shown.map(one => headCell(id, one)))),
-      h('tbody', first > 0 && spacer('above', first), [...lines.values()].map(one => one.drawn),
+      h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
         last < rows.length && spacer('below', rows.length - last))));
 }
 
@@ -6202,7 +6197,6 @@ function overview() {
     panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
-    mark: row => row.responseTime, topics: ['errors'],
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
     row: row => ({...rowLook(row), open: to('messages', row.id)}),
     blank: empty('No message yet: they stand here as they pass.')})));
@@ -6571,8 +6565,7 @@ function messageGrid(id, list, picked, open) {
       : rowLook(fold && row.answer || row);
   const filtered = FILTERS.some(name => state.route.query[name]);
   return grid(id, {rows, columns: messageColumns(list), tall: true, label: 'Messages',
-    beside: !!picked, mark: row => row.responseTime, topics: ['errors'],
-    key: row => row.number || row.id, end: () => loadOlder(list),
+    beside: !!picked, key: row => row.number || row.id, end: () => loadOlder(list),
     row: row => row.number ? {...look(row), open: open(row)} : {class: 'lost'},
     blank: list.loading ? empty('Loading …') : filtered
       ? empty('No message matches, of those that are kept.',

@@ -3646,6 +3646,7 @@ async def test_keys_lead_everywhere(site):
         await look.page.keyboard.type("g s")
         assert await look.page.get_by_label("Search in payloads, ids, errors …").input_value() == "g s"
         await press("Escape")
+        await look.sees("No message matches")
         await press("p")
         await look.sees("Resume · 0 new")
         await press("?")
