@@ -6,7 +6,7 @@
 """ocppboard: an OCPP central system and its dashboard in one file.
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
-    station <--Call-- pack <--- Link.call <--- REST
+    station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
 
 Words, those of the standard:
 
@@ -17,6 +17,7 @@ Words, those of the standard:
     Board        ours: the one owner of all state
     Link         ours: one live WebSocket connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
+    Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
 
 Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
 """
@@ -34,6 +35,7 @@ import functools
 import getpass
 import gzip
 import hashlib
+import heapq
 import hmac
 import importlib.util
 import inspect
@@ -63,6 +65,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import psutil
 import tornado
@@ -305,6 +308,11 @@ MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
 VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
 PROTOCOLS = ("ocpp2.1", "ocpp2.0.1", "ocpp1.6")
 PORT, KEPT = (0, 65535), (1, 10_000_000)
+STRATEGIES = ("equal_share", "priority", "time_of_use", "first_come")
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+# Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
+# ConnectorPhaseRotation, whose words these are).
+ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
 
 SETTINGS = (
     Setting("server", "address", ""),
@@ -344,6 +352,21 @@ SETTINGS = (
     Setting("ocpp", "validate", "auto", VALIDATE),
     Setting("ocpp", "authorize", "any", AUTHORIZE),
     Setting("ocpp", "id_tokens", []),
+    Setting("smart_charge", "enabled", False),
+    Setting("smart_charge", "strategy", "equal_share", STRATEGIES),
+    Setting("smart_charge", "site_limit_a", 0.0, (0, 10_000)),
+    Setting("smart_charge", "site_limit_kw", 0.0, (0, 10_000)),
+    Setting("smart_charge", "safety_margin_percent", 5.0, (0, 50)),
+    Setting("smart_charge", "voltage", 230.0, (100, 400)),
+    Setting("smart_charge", "minimum_a", 6, (6, 80)),
+    Setting("smart_charge", "step_a", 1, (1, 16)),
+    Setting("smart_charge", "fallback_a", 0, (0, 80)),
+    Setting("smart_charge", "limit_valid_seconds", 120, (30, 86400)),
+    Setting("smart_charge", "raise_a_per_30s", 3, (1, 1000)),
+    Setting("smart_charge", "rotate_minutes", 15, (1, 1440)),
+    Setting("smart_charge", "timezone", ""),
+    Setting("smart_charge", "meter", False),
+    Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
 )
 STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "password", ""),
@@ -351,9 +374,26 @@ STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "priority", 1, (1, 100)),
     Setting("stations", "max_a", 32, (1, 1000)),
     Setting("stations", "phases", 3, (1, 3)),
+    Setting("stations", "phase_rotation", "", ROTATIONS),
     Setting("stations", "managed", True),
 )
-SECTIONS_TO_COME = ("smart_charge", "proxy")
+CIRCUIT_SETTINGS = (                                   # of one [[smart_charge.circuit]]
+    Setting("smart_charge.circuit", "name", ""),
+    Setting("smart_charge.circuit", "parent", ""),
+    Setting("smart_charge.circuit", "limit_a", 0.0, (1, 10_000)),
+    Setting("smart_charge.circuit", "stations", []),
+)
+WINDOW_SETTINGS = (                                    # of one [[smart_charge.window]]
+    Setting("smart_charge.window", "from", "00:00"),
+    Setting("smart_charge.window", "to", "24:00"),
+    Setting("smart_charge.window", "days", list(DAYS), DAYS),
+    Setting("smart_charge.window", "factor", 1.0, (0, 1)),
+)
+LISTED = {("smart_charge", "circuit"): CIRCUIT_SETTINGS,
+          ("smart_charge", "window"): WINDOW_SETTINGS}
+LISTED_MOST = 500                    # tables in such a list
+SITE = "site"                        # the circuit that all others hang at
+SECTIONS_TO_COME = ("proxy",)
 ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
@@ -371,11 +411,15 @@ class Config(SimpleNamespace):
 
         Its own name fits best, then the pattern with the most letters that are not wildcards.
         """
-        if identity in self.stations:
-            return self.stations[identity]
-        fitting = [p for p in self.stations if fnmatch.fnmatchcase(identity, p)]
-        best = max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
-        return self.stations.get(best)
+        return self.stations.get(best_fit(identity, self.stations))
+
+
+def best_fit(identity: str, patterns: dict) -> str | None:
+    """The pattern that fits an identity best, None where none does."""
+    if identity in patterns:
+        return identity
+    fitting = [p for p in patterns if fnmatch.fnmatchcase(identity, p)]
+    return max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
 
 
 def read_config(path: str | None = None, environ: dict | None = None, **overrides) -> Config:
@@ -392,6 +436,8 @@ def read_config(path: str | None = None, environ: dict | None = None, **override
     for setting in SETTINGS:
         section = config.__dict__.setdefault(setting.section, SimpleNamespace())
         setattr(section, setting.key, setting.default)
+    for section, key in LISTED:
+        setattr(config.__dict__[section], key, [])
     _apply_file(config, data, source)
     _apply_environment(config, environ)
     for key, value in overrides.items():
@@ -437,15 +483,28 @@ def _apply_file(config: Config, data: dict, source: str | None) -> None:
             where = f'stations."{pattern}"'
             if not isinstance(entry, dict):
                 raise ConfigError(f'{source}: {where} must be a section, [stations."{pattern}"]')
-            config.stations[pattern] = SimpleNamespace(
-                **{s.key: s.default for s in STATION_SETTINGS})
-            _apply_table(config.stations[pattern], name, STATION_SETTINGS, entry, source, where)
+            config.stations[pattern] = _entry(STATION_SETTINGS, entry, source, where)
+
+
+def _entry(settings: tuple, table: dict, source: str, where: str) -> SimpleNamespace:
+    """One of many tables of the same keys, its defaults filled in."""
+    entry = SimpleNamespace(**{s.key: s.default for s in settings})
+    _apply_table(entry, settings[0].section, settings, table, source, where)
+    return entry
 
 
 def _apply_table(target: SimpleNamespace, section: str, settings: tuple, table: dict,
                  source: str, where: str) -> None:
     known = {s.key: s for s in settings if s.section == section}
     for key, value in table.items():
+        if entries := LISTED.get((section, key)):
+            if type(value) is not list or not all(type(entry) is dict for entry in value):
+                raise ConfigError(f"{source}: {where}.{key} must be sections, [[{where}.{key}]]")
+            if len(value) > LISTED_MOST:
+                raise ConfigError(f"{source}: more than {LISTED_MOST} [[{where}.{key}]]")
+            target.__dict__[key] = [_entry(entries, entry, source, f"[[{where}.{key}]] {n}")
+                                    for n, entry in enumerate(value, 1)]
+            continue
         if key not in known:
             raise ConfigError(f"{source}: unknown key {where}.{key}{_nearest(key, known)}")
         target.__dict__[key] = _checked(known[key], value, source, f"{where}.{key}")
@@ -517,6 +576,59 @@ def _check_together(config: Config) -> None:
             (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
         if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
             raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
+    _check_smart_charge(config.smart_charge, source)
+    if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
+        raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
+                          "ocpp.call_timeout_seconds, or limits end before they are renewed")
+
+
+def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
+    """What no single key of [smart_charge] can tell."""
+    def wrong(text: str) -> ConfigError:
+        return ConfigError(f"{source}: smart_charge: {text}")
+    parents = {circuit.name: circuit.parent or SITE for circuit in settings.circuit}
+    for circuit in settings.circuit:
+        if circuit.name in ("", SITE) or len(circuit.name) > TEXT_KEPT:
+            raise wrong(f'a circuit needs a name, and not "{SITE}"')
+        if not circuit.limit_a:
+            raise wrong(f'circuit "{circuit.name}" needs a limit_a')
+        if circuit.parent and circuit.parent not in parents:
+            raise wrong(f'circuit "{circuit.name}" hangs at "{circuit.parent}", which is no '
+                        f"circuit{_nearest(circuit.parent, parents)}")
+        if circuit.name in (line := _line_of(circuit.name, parents))[1:]:
+            raise wrong(f"circuits hang at each other: {' - '.join(line)}")
+    if len(parents) < len(settings.circuit):
+        raise wrong("two circuits have the same name")
+    for window in settings.window:
+        for key in ("from", "to"):
+            if not re.fullmatch(r"(?:[01]\d|2[0-3]):[0-5]\d|24:00", window.__dict__[key]):
+                raise wrong(f"a window's {key} must be a time as 18:00, "
+                            f"not {window.__dict__[key]!r}")
+    named = Counter(name for circuit in settings.circuit for name in set(circuit.stations))
+    if twice := [name for name, count in named.items() if count > 1]:
+        raise wrong(f'"{twice[0]}" stands in two circuits')
+    try:
+        _ = settings.timezone and ZoneInfo(settings.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise wrong(f"timezone {settings.timezone!r} is not known here; "
+                    'a name is as "Europe/Berlin"') from None
+    if settings.site_limit_a and settings.site_limit_kw:
+        raise wrong("say either site_limit_a or site_limit_kw, not both")
+    if settings.enabled and not settings.site_limit_a and not settings.site_limit_kw:
+        raise wrong("what the site can must be said, by either site_limit_a or site_limit_kw")
+    if settings.strategy == "time_of_use" and not settings.window:
+        raise wrong('strategy = "time_of_use" needs a [[smart_charge.window]]')
+    if settings.fallback_a and settings.fallback_a < settings.minimum_a:
+        raise wrong(f"fallback_a must be 0 or at least minimum_a ({settings.minimum_a} A), "
+                    "or no car would charge at it")
+
+
+def _line_of(name: str, parents: dict) -> list[str]:
+    """A circuit and all that it hangs at, up to the site; in a ring, up to where it closes."""
+    line = [name]
+    while line[-1] != SITE and line[-1] not in line[:-1]:
+        line.append(parents[line[-1]])
+    return line
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
@@ -668,6 +780,7 @@ class Reading:
     derived: bool = False               # power was worked out, no meter said it
     stale: bool = False                 # the station has gone since
     order: float = 0.0                  # `at` by our clock, as far as the skew is known
+    flow_at: float = 0.0                # the same, of the last current or power
     base: tuple | None = None           # (at, energy_wh) that power is worked out from
 
     def take(self, at: float, values: dict, skew_s: float = 0.0) -> bool:
@@ -686,7 +799,28 @@ class Reading:
         for name, value in values.items():
             setattr(self, name, value)
         self.at, self.order, self.stale = at, at - skew_s, False
+        if "current_a" in values or "power_w" in values:
+            self.flow_at = self.order
         return True
+
+    def flow(self, phases: int, voltage: float) -> tuple[list, list] | None:
+        """What flows in L1, L2 and L3 of a station with so many phases; None if no meter says it.
+
+        Twice: a current of no phase may be that of each or the sum of all, so the first figures
+        are the worst that the meter may mean, the second the best.
+        """
+        told = self.current_a
+        if any(phase in told for phase in PHASES):
+            flow = [max(0.0, told.get(phase, 0.0)) for phase in PHASES]
+            return flow, flow
+        if "" in told:
+            worse, better = max(0.0, told[""]), max(0.0, told[""]) / phases
+        elif self.power_w is not None and not self.derived:
+            worse = better = max(0.0, self.power_w) / (phases * voltage)
+        else:
+            return None
+        none = [0.0] * (3 - phases)
+        return [worse] * phases + none, [better] * phases + none
 
     def stop(self) -> None:
         """Nothing flows any more, whatever the meter said last."""
@@ -837,6 +971,46 @@ class Transaction(Record):
 
 
 @dataclass(slots=True, eq=False)
+class ChargeSession(Record):
+    """What the site's power controller does for one transaction."""
+
+    identity: str
+    transaction_id: int | str
+    evse_id: int
+    connector_id: int
+    circuit: str
+    strategy: str
+    priority: int
+    phases: int                         # that the car uses, as far as it is known
+    started_at: float
+    updated_at: float
+    status: str = "waiting"             # active | waiting | paused | limited-by-station |
+                                        # uncontrollable | offline | ended
+    allocated_a: float = 0.0            # A per phase that the station has accepted
+    allocated_kw: float = 0.0
+    target_a: float = 0.0               # A per phase that it is to get
+    measured_a: float | None = None     # of the strongest phase
+    min_a: int | None = None            # set on the board
+    max_a: int | None = None
+    reason: str = ""                    # one sentence: why this much
+    ended_at: float | None = None
+    number: int = 0
+    changed: int = 0
+
+    def view(self) -> dict:
+        return {
+            "sessionId": f"sc-{self.number}", "identity": self.identity, "strategy": self.strategy,
+            "allocatedKw": self.allocated_kw, "status": self.status,
+            "startedAt": iso(self.started_at), "updatedAt": iso(self.updated_at),
+            "transactionId": self.transaction_id, "evse": self.evse_id,
+            "connector": self.connector_id, "circuit": self.circuit, "phases": self.phases,
+            "allocatedA": self.allocated_a, "targetA": self.target_a,
+            "measuredA": self.measured_a, "priority": self.priority, "minA": self.min_a,
+            "maxA": self.max_a, "reason": self.reason, "endedAt": iso(self.ended_at),
+        }
+
+
+@dataclass(slots=True, eq=False)
 class Connector:
     """What a station says of one connector. (0, 0) is the station itself."""
 
@@ -950,6 +1124,15 @@ class Store:
             while self.bytes > self.max_bytes:
                 gone = records.popleft()
                 self.bytes -= gone.size
+        return gone
+
+    def make_room(self, over: Callable[[Any], bool]) -> Record | None:
+        """When it is full, remove the oldest that is over, else the oldest. Returns that one."""
+        if len(self.records) < self.limit:
+            return None
+        index = next((i for i, record in enumerate(self.records) if over(record)), 0)
+        gone = self.records[index]
+        del self.records[index]
         return gone
 
     def page(self, limit: int, offset: int = 0,
@@ -1538,7 +1721,8 @@ TOPICS = {
     "connections": "connection", "transactions": "transaction",
     "smart-charge": "smart-charge", "proxy": "proxy", "errors": "fault", "system": "system",
 }
-CHANGING = ("connections", "transactions")       # topics whose events repeat a record as it changes
+# Topics whose events repeat a record as it changes.
+CHANGING = ("connections", "transactions", "smart-charge")
 
 
 class Published:
@@ -1721,8 +1905,8 @@ class Board:
     def _since(self, topic: str, number: int) -> tuple[list[Published], int]:
         """The events of a topic after that number. Of a changing record, only as it is now."""
         if topic in CHANGING:
-            records = {"connections": self.stations.values(),
-                       "transactions": self.transactions.records}[topic]
+            records = (self.stations.values() if topic == "connections"
+                       else self.stores[topic].records)
             changed = sorted((r for r in records if r.changed > number), key=lambda r: r.changed)
             return [Published(topic, r.changed, r) for r in changed], 0
         records, lost = self.stores[topic].since(number)
@@ -1993,11 +2177,8 @@ class Board:
         former = self.transaction_of.get((transaction.identity, transaction.id))
         if former is not None and former.status == "active":
             self.transaction_stopped(former, None, None, None, "abandoned")
-        records = self.transactions.records
-        if len(records) >= self.transactions.limit:
-            index = next((i for i, t in enumerate(records) if t.status != "active"), 0)
-            gone = records[index]
-            del records[index]
+        gone = self.transactions.make_room(lambda t: t.status != "active")
+        if gone:
             self._release(gone)
             if self.transaction_of.get((gone.identity, gone.id)) is gone:
                 del self.transaction_of[gone.identity, gone.id]
@@ -2109,6 +2290,35 @@ class Board:
         if connector is not None:
             connector.transaction = connector.reading = None     # what flowed flows no more
             connector.released_at = self.clock()
+
+    # Smart charging
+
+    def charge_started(self, transaction: Transaction, circuit: str, strategy: str, priority: int,
+                       phases: int) -> ChargeSession:
+        """The power controller takes a transaction on."""
+        now = self.clock()
+        session = ChargeSession(transaction.identity, transaction.id, transaction.evse_id,
+                                transaction.connector_id, circuit, strategy, priority, phases,
+                                now, now)
+        self.smart_charge.make_room(lambda record: record.ended_at is not None)
+        self.smart_charge.append(session)
+        self.publish("smart-charge", session)
+        return session
+
+    def charge_updated(self, session: ChargeSession, **facts: Any) -> None:
+        """Set what changed of a session, and tell it if something did."""
+        news = {name: value for name, value in facts.items() if getattr(session, name) != value}
+        for name, value in news.items():
+            setattr(session, name, value)
+        if news:
+            session.updated_at = self.clock()
+            self.publish("smart-charge", session)
+
+    def charge_ended(self, session: ChargeSession) -> None:
+        """The transaction of a session has ended."""
+        self.charge_updated(session, status="ended", allocated_a=0.0, allocated_kw=0.0,
+                            target_a=0.0, measured_a=None, reason="The charging has ended",
+                            ended_at=self.clock())
 
     # Overview
 
@@ -2957,6 +3167,1725 @@ class Budget:
         return news
 
 
+# --- Smart charging -----------------------------------------------------------------------
+# `decide` is pure: circuits, sessions and the time in, amperes out. A Ledger keeps the books of
+# what an EVSE may draw at worst; the Controller lets a limit rise only where the worst of all
+# leaves room for it. Limits are A per phase, intervals seconds of a clock that never jumps.
+
+CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
+PILOT_S = 6.0                           # a car has followed by then
+EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # so much later than we think it may expire
+VERIFY_S = 10.0                         # until we look whether a station has obeyed
+RAISE_EVERY_S = 30.0
+RETRY_S = 600.0                         # until a station that obeyed nothing is tried again
+FLOW_OLD_S = 900.0                      # a reading that says nothing of now
+PHASES_S, SETTLED_S = 30.0, 60.0        # until it is believed which phases, how much, a car uses
+SLACK_A = 3                             # what a car must leave before others get it
+ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing is served last
+METER_WARN_S, METER_LOST_S = 15.0, 60.0
+START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
+HELD_MOST, MODELS_KEPT = 6, 200
+FALLBACK_START = "2020-01-01T00:00:00Z"
+STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
+GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
+GRAIN_A = 1e-6                          # sums of decimal amperes are this exact
+
+
+class Circuit(NamedTuple):
+    """A piece of the site's wiring; the first of a list is the site itself."""
+
+    name: str
+    parent: str                         # "" of the site
+    limit_a: float                      # A per phase that may be used, the margin off
+
+
+class Request(NamedTuple):
+    """A session that may be given power."""
+
+    id: Any
+    circuit: str
+    phases: tuple = (0, 1, 2)           # of the site, that it may load
+    minimum: float = 6                  # A; what it gets is 0 or at least this
+    maximum: float = 32
+    priority: int = 1
+    arrived: float = 0.0
+    waiting_since: float | None = 0.0   # None: it charges
+    turn_at: float = 0.0                # when it was given this turn, while it charges
+    charging_since: float = 0.0         # when it was given its first one in a row
+    need: float | None = None           # A that its car takes, where that is known and less
+    asleep: bool = False                # it had power and took none: it is served last
+    load: float = 1.0                   # A that may flow in each phase for an ampere of its limit
+    kept: float = 0.0                   # A that are kept for it in any case: its fallback
+
+
+class Share(NamedTuple):
+    """What a session gets, and why."""
+
+    amps: int                           # A per phase, whole steps
+    reason: str                         # one sentence without its amperes
+
+
+def decide(circuits: list[Circuit], requests: list[Request], taken: dict, strategy: str,
+           now: float, step: int = 1, rotate_s: float = 900) -> dict[Any, Share]:
+    """Share what the circuits can among the sessions: {id of the request: Share}.
+
+    `taken` is what flows besides, {(circuit, phase): A}, and counts upwards from there. No limit is
+    exceeded, unless by `taken` and what is kept alone; a session gets 0 or from its minimum to its
+    maximum; nothing is left that one could take. First as many as fit get their minimum: when not
+    all do, the turns change every `rotate_s`. Then who has least is raised first: amperes are
+    max-min fair under equal_share and time_of_use, amperes over priority under priority; under
+    first_come, which has no turns either, who came first takes what it can.
+    """
+    wiring = _Wiring(circuits, taken)
+    if strategy == "first_come":
+        order = sorted(requests, key=lambda r: (r.asleep, r.arrived))
+    else:
+        order = sorted(requests, key=lambda r: _place(r, strategy == "priority", now, rotate_s))
+    # 1. who charges
+    granted: dict = {}                  # {id: A}
+    held_by: dict = {}                  # {id: what kept it from more}
+    for request in order:
+        wiring.use(wiring.wire(request), request.kept)
+    empty = list(wiring.left)
+    for request in order:
+        least = math.ceil(request.minimum / step) * step
+        most = math.floor(request.maximum / step) * step
+        # What is kept for it costs nobody anything.
+        least = max(least, min(most, math.floor(request.kept / request.load / step) * step))
+        beyond = max(0.0, least * request.load - request.kept)
+        wire = wiring.wire(request)
+        if not 0 < least <= most:
+            held_by[request.id] = None
+        elif (full := wiring.full(wire, beyond)) is not None and beyond:
+            held_by[request.id] = full
+        else:
+            wiring.use(wire, beyond)
+            granted[request.id] = least
+    # 2. the rest: up to what the cars take, then up to what they might
+    level = {"first_come": lambda amps, request: 0, "priority": lambda amps, request:
+             amps / request.priority}.get(strategy, lambda amps, request: amps)
+    charging = [request for request in order if request.id in granted]
+    for needs in (True, False) if any(r.need is not None for r in charging) else (False,):
+        wiring.fill(charging, granted, held_by, step, level, needs)
+    minutes = math.ceil((rotate_s - now % rotate_s) / 60)
+    return {r.id: Share(granted.get(r.id, 0), _reason(r, granted.get(r.id, 0), held_by.get(r.id),
+                                                     wiring, empty, strategy, step, minutes))
+            for r in requests}
+
+
+def _place(request: Request, weighted: bool, now: float, rotate_s: float) -> tuple:
+    """Where a session stands in the queue for the minimum.
+
+    Who is on turn stays until the turns change, for all at the same time: then all compete for an
+    empty site, so that who waited longest fits, whatever it needs. Waiting counts by priority, if
+    that is the strategy; nobody waits for ever.
+    """
+    charging = request.waiting_since is None
+    on_turn = charging and request.turn_at // rotate_s == now // rotate_s
+    rounds = 0 if charging else max(1, math.ceil((now - request.waiting_since) / rotate_s))
+    claim = (rounds + 1) * (request.priority if weighted else 1)
+    since = -request.charging_since if charging else request.waiting_since
+    return request.asleep, not on_turn, -claim, since, request.arrived
+
+
+class _Wiring:
+    """What is left of each phase of each circuit. A wire is all of them that a session loads."""
+
+    def __init__(self, circuits: list[Circuit], taken: dict):
+        self.names = [circuit.name for circuit in circuits]
+        parents = {circuit.name: circuit.parent for circuit in circuits}
+        index = {name: number for number, name in enumerate(self.names)}
+        self.left = [circuit.limit_a for circuit in circuits for _ in PHASES]
+        self._lines = {}                # {circuit: the places in `left` of its L1 and its parents'}
+        for name in self.names:
+            line, one = [], name
+            while one:
+                line.append(3 * index[one])
+                one = parents[one]
+            self._lines[name] = line
+        for (name, phase), amps in taken.items():
+            for first in self._lines[name]:
+                self.left[first + phase] -= amps
+
+    def wire(self, request: Request) -> list[int]:
+        """The places in `left` that a session loads, its own circuit first."""
+        return [first + phase for first in self._lines[request.circuit] for phase in request.phases]
+
+    def full(self, wire: list[int], amps: float) -> int | None:
+        """The first place that has less than that left; None if all have it."""
+        for place in wire:
+            if self.left[place] < amps - GRAIN_A:
+                return place
+        return None
+
+    def use(self, wire: list[int], amps: float) -> None:
+        """Take it from all places of a wire."""
+        for place in wire:
+            self.left[place] -= amps
+
+    def fill(self, requests: list[Request], granted: dict, held_by: dict, step: int,
+             level: Callable[[float, Request], float], needs: bool) -> None:
+        """Raise whoever has the lowest level by a step, until nobody can take one more."""
+        rises = []                       # (request, its wire, A that it could take more)
+        wanted = [0.0] * len(self.left)
+        for request in requests:
+            most = request.maximum
+            if needs and request.need is not None:
+                most = min(most, max(request.need, request.minimum))
+            rise = math.floor(most / step) * step - granted[request.id]
+            if rise > 0:
+                wire = self.wire(request)
+                rises.append((request, wire, rise))
+                for place in wire:
+                    wanted[place] += rise * request.load
+        # What all together cannot fill holds nobody back, and need not be looked at again.
+        tight = {place for place, amps in enumerate(wanted) if amps > self.left[place] + GRAIN_A}
+        heap = []
+        for number, (request, wire, rise) in enumerate(rises):
+            amps = granted[request.id]
+            bounds = [place for place in wire if place in tight]
+            if bounds:
+                heap.append((level(amps, request), number, request, bounds, amps + rise))
+            else:
+                granted[request.id] += rise
+        before = {request.id: granted[request.id] for _, _, request, _, _ in heap}
+        heapq.heapify(heap)
+        while heap:
+            _, number, request, bounds, most = heap[0]
+            amps = granted[request.id]
+            full = self.full(bounds, step * request.load)
+            if amps + step > most or full is not None:
+                held_by[request.id] = full
+                heapq.heappop(heap)
+                continue
+            self.use(bounds, step * request.load)
+            granted[request.id] = amps = amps + step
+            heapq.heapreplace(heap, (level(amps, request), number, request, bounds, most))
+        for request, wire, rise in rises:
+            gained = granted[request.id] - before[request.id] if request.id in before else rise
+            self.use([place for place in wire if place not in tight], gained * request.load)
+
+    def says(self, place: int) -> str:
+        """A place in words."""
+        return f"{self.names[place // 3]} on {PHASES[place % 3]}"
+
+
+def _reason(request: Request, amps: int, held_by: int | None, wiring: _Wiring, empty: list,
+            strategy: str, step: int, minutes: int) -> str:
+    """Why a session gets so much, in one sentence; `empty` is what was left before all of them."""
+    if not amps and held_by is None:
+        return f"It may have {request.maximum:g} A at most, which is under its minimum"
+    if not amps and empty[held_by] < request.minimum * request.load - GRAIN_A:
+        return (f"Waits: {max(0.0, empty[held_by]):.1f} A of {wiring.says(held_by)} are all that "
+                "can be shared now, beside what is not under control")
+    if not amps:
+        waits = (f"Waits for its turn, the next change is in {minutes} min"
+                 if strategy != "first_come" else "Waits until another one leaves")
+        return f"{waits}: no {request.minimum:g} A are left of {wiring.says(held_by)}"
+    if amps + step > request.maximum:
+        return f"The most that it may have is {request.maximum:g} A"
+    if request.need is not None and amps >= request.need:
+        return "The car takes no more"
+    words = {"priority": f"Its share by priority {request.priority}",
+             "first_come": "What those who came before leave"}
+    share = words.get(strategy, "An equal share")
+    return f"{share} of {wiring.says(held_by)}" if held_by is not None else share
+
+
+# How a limit is told
+
+
+class Dialect(NamedTuple):
+    """One way to tell a station a limit; what one station refuses, another one insists on."""
+
+    purpose: str                        # STATION_MAX: the version's own word
+    unit: str                           # A | W
+    kind: str = "Absolute"              # a Relative one cannot expire: it counts from the plug
+    highest: bool = True                # on the highest stack level that the station knows; else 0
+    whole: bool = False                 # for the whole station instead of one EVSE
+    phases: bool = True                 # a limit in W says of how many phases
+
+    def text(self) -> str:
+        """For the log and the API."""
+        return ", ".join([self.purpose, self.unit, self.kind]
+                         + ["stack level 0"] * (not self.highest)
+                         + ["whole station"] * self.whole
+                         + ["without numberPhases"] * (not self.phases))
+
+
+STATION_MAX = "ChargingStationMaxProfile"
+# From what the standard means to what some chargers want, the next when one is refused.
+LADDER = (
+    Dialect("TxProfile", "A"), Dialect("TxProfile", "W"),
+    Dialect("TxDefaultProfile", "A"), Dialect("TxDefaultProfile", "W"),
+    Dialect("TxProfile", "A", highest=False), Dialect("TxProfile", "W", highest=False),
+    Dialect("TxProfile", "W", phases=False),
+    Dialect(STATION_MAX, "A", whole=True), Dialect(STATION_MAX, "W", whole=True),
+    Dialect("TxProfile", "A", "Relative"), Dialect("TxProfile", "W", "Relative"),
+)
+FALLBACKS = (                           # the same for what holds without us
+    Dialect("TxDefaultProfile", "A"), Dialect("TxDefaultProfile", "A", whole=True),
+    Dialect("TxDefaultProfile", "W"), Dialect("TxDefaultProfile", "W", whole=True),
+    Dialect("TxDefaultProfile", "A", highest=False),
+    Dialect("TxDefaultProfile", "W", highest=False),
+)
+FALLBACK_ID, LIMIT_ID = 77_000_000, 77_100_000       # of our profiles, and the EVSE added
+
+
+class Abilities(NamedTuple):
+    """What a station says of its smart charging; None where it does not."""
+
+    stack_level: int | None = None      # the highest
+    units: tuple = ("A", "W")
+    profiles: int | None = None         # that it can keep
+    evses: int | None = None
+
+
+def _number(text: Any) -> int | None:
+    return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,6}", text.strip()) else None
+
+
+def _units(text: Any) -> tuple:
+    """1.6 says Current and Power, 2.x A and W (9.1; SmartChargingCtrlr.RateUnit)."""
+    words = re.findall("[a-z]+", text.lower()) if isinstance(text, str) else []
+    return tuple(unit for unit, names in (("A", ("a", "current")), ("W", ("w", "power")))
+                 if set(names) & set(words)) or ("A", "W")
+
+
+class Speech16:
+    """Smart charging in the words of 1.6 (3.13, 5.7, 5.16)."""
+
+    KEYS = ("ChargeProfileMaxStackLevel", "ChargingScheduleAllowedChargingRateUnit",
+            "MaxChargingProfilesInstalled", "NumberOfConnectors")
+    WORDS = {STATION_MAX: "ChargePointMaxProfile"}
+
+    @staticmethod
+    def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
+        return "SetChargingProfile", {"connectorId": evse_id, "csChargingProfiles": {
+            "chargingProfileId": id_} | profile | {"chargingSchedule": schedule}}
+
+    @staticmethod
+    def clear_profile(id_: int) -> tuple[str, dict]:
+        return "ClearChargingProfile", {"id": id_}
+
+    @staticmethod
+    def read_back(evse_id: int) -> tuple[str, dict]:
+        return "GetCompositeSchedule", {"connectorId": evse_id, "duration": 60}
+
+    @staticmethod
+    def schedule_in(answer: dict) -> Any:
+        return answer.get("chargingSchedule")
+
+    @staticmethod
+    def trigger(evse_id: int) -> tuple[str, dict]:
+        return "TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": evse_id}
+
+    @classmethod
+    def ask_abilities(cls) -> tuple[str, dict]:
+        return "GetConfiguration", {"key": list(cls.KEYS)}
+
+    @classmethod
+    def abilities(cls, answer: dict) -> Abilities:
+        told = {lenient(one, "key", str): one.get("value") for one in lenient(
+            answer, "configurationKey", list, []) if isinstance(one, dict)}
+        stack, units, profiles, evses = (told.get(key) for key in cls.KEYS)
+        return Abilities(_number(stack), _units(units), _number(profiles), _number(evses))
+
+
+class Speech2x:
+    """Smart charging in the words of 2.0.1 and 2.1 (K01, K08, K10)."""
+
+    COMPONENT, VARIABLES = {"name": "SmartChargingCtrlr"}, ("ProfileStackLevel", "RateUnit")
+    WORDS: dict = {}
+
+    @staticmethod
+    def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
+        return "SetChargingProfile", {"evseId": evse_id, "chargingProfile": {
+            "id": id_} | profile | {"chargingSchedule": [{"id": 1} | schedule]}}
+
+    @staticmethod
+    def clear_profile(id_: int) -> tuple[str, dict]:
+        return "ClearChargingProfile", {"chargingProfileId": id_}
+
+    @staticmethod
+    def read_back(evse_id: int) -> tuple[str, dict]:
+        return "GetCompositeSchedule", {"evseId": evse_id, "duration": 60}
+
+    @staticmethod
+    def schedule_in(answer: dict) -> Any:
+        return answer.get("schedule")
+
+    @staticmethod
+    def trigger(evse_id: int) -> tuple[str, dict]:
+        return "TriggerMessage", {"requestedMessage": "MeterValues", "evse": {"id": evse_id}}
+
+    @classmethod
+    def ask_abilities(cls) -> tuple[str, dict]:
+        return "GetVariables", {"getVariableData": [
+            {"component": cls.COMPONENT, "variable": {"name": name}} for name in cls.VARIABLES]}
+
+    @classmethod
+    def abilities(cls, answer: dict) -> Abilities:
+        told = {lenient(lenient(one, "variable", dict, {}), "name", str): one.get("attributeValue")
+                for one in lenient(answer, "getVariableResult", list, []) if isinstance(one, dict)}
+        stack, units = (told.get(name) for name in cls.VARIABLES)
+        return Abilities(_number(stack), _units(units))
+
+
+SPEECH = {"ocpp1.6": Speech16, "ocpp2.0.1": Speech2x, "ocpp2.1": Speech2x}
+
+
+# The books
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A limit that was sent, and may hold in the station until it expires."""
+
+    amps: float
+    flow: float                         # A that it lets this car draw in one phase
+    widest: float                       # A that it lets any car draw in one phase
+    until: float
+    accepted_at: float | None = None    # when the station said so
+    stays: bool = True                  # when the transaction ends; a TxProfile does not (3.13.1)
+
+
+@dataclass(slots=True, eq=False)
+class Ledger:
+    """What one EVSE may draw at worst: the books that every raise is checked against.
+
+    A limit that was sent counts from then on; one that it replaces counts until the new one is
+    confirmed, or the old one has expired. The fallback counts always: it holds when all else is
+    lost. Where none is known, or the station obeys nothing, what the hardware can counts.
+    """
+
+    evse_id: int
+    maximum: float                      # what the hardware can
+    held: list[Held] = field(default_factory=list)       # the newest last; a few at most
+    confirmed: Held | None = None       # the newest that is known to hold
+    fallback: float | None = None       # that is known to hold without us
+    fallback_sent: float | None = None  # one that may hold as well
+    fallback_wanted: float = 0.0
+    fallback_tried_at: float = -math.inf
+    fallback_due: bool = False          # to be sent again: the station was away
+    fallback_unread: bool = False       # it could not be read back while a car charged
+    fallback_accepted: bool = False     # the one that was sent last
+    transaction: Transaction | None = None
+    session: ChargeSession | None = None
+    state: str | None = None            # what the station says of the charging
+    # The meter
+    measured_a: float | None = None     # the strongest phase
+    measured: tuple = (0.0, 0.0, 0.0)   # of the station's phases
+    least_a: float = 0.0                # if what is ambiguous is read in the car's favour
+    measured_at: float = -math.inf
+    told_flow_at: float | None = None   # the reading's own time, to know a new one
+    phases: tuple | None = None         # of the station's, that the car uses, once that is known
+    phases_since: tuple | None = None   # (phases, since when only these)
+    slack_since: float | None = None
+    need: float | None = None
+    idle_since: float | None = None     # has power and takes none
+    # What was decided and done
+    target: float = 0.0
+    reason: str = ""
+    waiting_since: float | None = None
+    turn_at: float = 0.0
+    charging_since: float = 0.0
+    sent_at: float = -math.inf
+    changed_at: float = -math.inf
+    raised_at: float = -math.inf
+    verified_at: float = -math.inf      # when the newest limit was looked at last, or accepted
+    triggered_at: float = -math.inf
+    strikes: int = 0                    # times that the newest limit was not obeyed
+    resend: bool = False
+    doubted_at: float = -math.inf       # when we began not to know what holds
+    began_at: float = -math.inf         # when the transaction did
+    read_back_due: bool = False
+    clear_due: bool = False
+
+    @property
+    def setpoint(self) -> float:
+        """What the station was told last, else what holds without that."""
+        return self.held[-1].amps if self.held else self.resting
+
+    @property
+    def resting(self) -> float:
+        """What it may draw when no limit of ours is alive."""
+        if self.fallback is None:
+            return self.maximum
+        return max(self.fallback, self.fallback_sent or 0.0)
+
+    def worst(self, reachable: bool) -> float:
+        """What it may draw at worst, A per phase.
+
+        A limit under the fallback frees nothing: it ends with the transaction or a reboot, and
+        the next car is there before the others have made room. So whatever is lost, the sum of
+        all worsts holds.
+        """
+        worst = max([self.resting, *(held.flow for held in self.held)])
+        if reachable and self.measured_at > self.verified_at:
+            worst = max(worst, self.measured_a or 0.0)
+        return min(worst, max(self.maximum, self.measured_a or 0.0))
+
+    def send(self, held: Held, now: float) -> None:
+        """A limit is on its way."""
+        amps = held.amps
+        if amps != self.setpoint or not self.held:
+            self.changed_at = now
+            if amps > self.setpoint:
+                self.raised_at = now
+        self.held = [*self.held, held]
+        if len(self.held) > HELD_MOST:   # answers do not come: one stands for two
+            first, second, *rest = self.held
+            self.held = [Held(max(first.amps, second.amps), max(first.flow, second.flow),
+                              max(first.widest, second.widest),
+                              max(first.until, second.until),
+                              stays=first.stays or second.stays), *rest]
+        self.sent_at, self.resend = now, False
+
+    def accepted(self, held: Held, now: float) -> None:
+        """The station took a limit. One that lowers nothing is confirmed by that."""
+        held.accepted_at = now
+        if held not in self.held:
+            return
+        others = [one for one in self.held if one is not held]
+        lowers = any(one.flow > held.flow for one in others)
+        if not lowers and self.confirmed in others and self.confirmed.flow == held.flow:
+            self.confirm(held)           # a renewal
+        elif not lowers and self.resting <= held.flow:
+            self.confirm(held)
+            self.verified_at = now
+        elif not any(one.flow == held.flow and one.accepted_at for one in others):
+            self.verified_at = now
+
+    def refused(self, held: Held) -> None:
+        """The station did not take a limit: what was before stands."""
+        self.held = [one for one in self.held if one is not held]
+
+    def confirm(self, held: Held) -> None:
+        """A limit holds for sure: all that were sent before it are gone."""
+        self.held = self.held[self.held.index(held):]
+        self.confirmed = held
+
+    def expire(self, now: float) -> None:
+        """Limits whose time is over are gone: what comes after is a raise, not a renewal."""
+        left = [one for one in self.held if one.until > now]
+        if self.held and not left:
+            self.verified_at = now       # from here the fallback has to show
+        self.held = left
+        if self.confirmed not in left:
+            self.confirmed = None
+
+    def begin(self, transaction: Transaction, now: float) -> None:
+        """A transaction begins."""
+        self.transaction, self.waiting_since, self.turn_at = transaction, now, 0.0
+        self.began_at, self.measured_at = now, -math.inf
+        self.phases = self.phases_since = self.need = self.slack_since = self.idle_since = None
+        self.strikes, self.target, self.state = 0, 0.0, None
+        self.changed_at = self.raised_at = -math.inf
+        for held in self.held:
+            if held.accepted_at is None:             # an earlier run's: nobody knows when it ends
+                held.until, self.read_back_due = math.inf, True
+
+    def end(self) -> None:
+        """The transaction has ended."""
+        self.transaction, self.clear_due, self.resend = None, bool(self.held), False
+        self.fallback_due = self.fallback_due or self.fallback_unread
+        self.measured, self.measured_a, self.least_a = (0.0, 0.0, 0.0), None, 0.0
+        self.held, self.confirmed = [held for held in self.held if held.stays], None
+        for held in self.held:           # the next car may use other phases
+            held.flow = held.widest
+
+    def take(self, flow: tuple[list, list], at: float) -> None:
+        """A meter was read: what flows in each phase, read the worse and the better way."""
+        worse, better = flow
+        self.measured, self.measured_a, self.least_a = tuple(worse), max(worse), max(better)
+        self.measured_at = at
+
+
+@dataclass(slots=True, eq=False)
+class Steered:
+    """A station as the controller knows it; also one that is named in a circuit and never came."""
+
+    identity: str
+    circuit: str
+    settings: Any                       # its [stations] entry
+    station: Station | None = None
+    link: Any = None                    # the connection it was last seen on
+    ledgers: dict[int, Ledger] = field(default_factory=dict)         # {evse_id: …}
+    busy: "Command | None" = None       # one at a time is under way to a station
+    abilities: Abilities | None = None  # None: not asked yet
+    model: tuple = ()                   # vendor, model, firmware: what one takes, others do
+    rung: int = 0                       # of LADDER
+    fallback_rung: int = 0              # of FALLBACKS
+    reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
+    triggers: bool = True               # whether it sends its meter values when it is asked to
+    misses: int = 0                     # commands in a row that were not answered
+    refusals: int = 0                   # limits in a row that were refused
+    worked: bool = False                # whether this rung has worked
+    uncontrollable: str = ""            # why, if it is
+    disobeyed: bool = False             # it took limits and did not keep them: its word is no proof
+    retry_at: float = math.inf
+
+    @property
+    def online(self) -> bool:
+        return bool(self.station and self.station.link)
+
+    @property
+    def steerable(self) -> bool:
+        return self.online and self.settings.managed and not self.uncontrollable
+
+    @property
+    def speech(self) -> Any:
+        return SPEECH[self.station.protocol]
+
+    @property
+    def all_phases(self) -> tuple:
+        return tuple(range(self.settings.phases))
+
+    def on_grid(self, phases: tuple) -> tuple:
+        """The site's phases that some of the station's are; all, where nobody knows the wiring."""
+        rotation = self.settings.phase_rotation
+        if not rotation:
+            return (0, 1, 2)
+        return tuple(GRID.index(rotation[phase]) for phase in phases)
+
+    @property
+    def one_slot(self) -> bool:
+        """Whether it keeps one default: then the fallback is the second period of the limit."""
+        return self.abilities.stack_level == 0 or self.abilities.profiles == 1
+
+    def dialect(self) -> Dialect | None:
+        """The next way to tell a limit that suits it; None when it has refused all."""
+        while self.rung < len(LADDER) and not self._suits(LADDER[self.rung]):
+            self.rung += 1
+        return LADDER[self.rung] if self.rung < len(LADDER) else None
+
+    def fallback_dialect(self) -> Dialect | None:
+        """The same for the fallback."""
+        while self.fallback_rung < len(FALLBACKS) and (
+                FALLBACKS[self.fallback_rung].unit not in self.abilities.units):
+            self.fallback_rung += 1
+        return (FALLBACKS[self.fallback_rung] if self.fallback_rung < len(FALLBACKS) else None)
+
+    def _suits(self, dialect: Dialect) -> bool:
+        abilities = self.abilities
+        return (dialect.unit in abilities.units
+                and not (abilities.stack_level == 0 and not dialect.highest)
+                # A maximum of the station does not lift the fallback of a session.
+                and not (dialect.whole and (len(self.ledgers) > 1 or any(
+                    ledger.fallback is not None for ledger in self.ledgers.values()))))
+
+
+@dataclass(slots=True, eq=False)
+class Command:
+    """One command that the controller wants sent, and what it is for."""
+
+    kind: str                           # abilities | fallback | limit | read_back | clear | trigger
+    steered: Steered
+    action: str
+    payload: dict
+    ledger: Ledger | None = None
+    held: Held | None = None
+    amps: float = 0.0
+    rung: int = 0
+    transaction: Transaction | None = None
+
+
+class Window(NamedTuple):
+    """A time of the day in which the site's limit is scaled; over midnight, if `until` is less."""
+
+    since: str                          # 18:00
+    until: str
+    days: tuple                         # on which it begins
+    factor: float
+
+    def holds(self, when: datetime) -> bool:
+        """Whether it is that time."""
+        clock, today = when.strftime("%H:%M"), DAYS[when.weekday()]
+        if self.since < self.until:
+            return today in self.days and self.since <= clock < self.until
+        before = DAYS[when.weekday() - 1]
+        return today in self.days and clock >= self.since or (
+            before in self.days and clock < self.until)
+
+
+class Controller:
+    """The site's power controller: looks at the Board, decides, and says what to send.
+
+    `tick` is to be called each second; each Command that it returns is to be carried out, and its
+    outcome told to `answered`. No I/O; `clock` never jumps, the Board's clock may.
+    """
+
+    def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic):
+        self.board, self.clock = board, clock
+        self.settings = settings = board.config.smart_charge
+        self.started_at = self.ticked_at = clock()
+        self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
+                        for w in settings.window]
+        self.zone = ZoneInfo(settings.timezone) if settings.timezone else None
+        self.patterns = {pattern: circuit.name for circuit in settings.circuit
+                         for pattern in circuit.stations}
+        self.steered: dict[str, Steered] = {}
+        self.models: OrderedDict = OrderedDict()     # {model: (rung, fallback rung, reads back)}
+        self.meter: list[float] | None = None        # of the site, A per phase
+        self.metered_at = self.meter_warned_at = -math.inf
+        self.other_load = [0.0] * 3                  # what the site draws besides, A per phase
+        self.overload_at: dict[str, float] = {}
+        self.quiet_until = -math.inf
+        self.absent_told = False
+        named = (*self.patterns, *board.config.stations)
+        self.named = {name for name in named if not re.search(r"[*?\[]", name)}
+        for name in sorted(self.named):
+            self._meet(name)
+        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
+        strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
+        self.settled_at = self.started_at + (
+            settings.limit_valid_seconds + EXPIRY_SLACK_S if strangers else 0)
+        self._check_fallbacks()
+
+    # What it is told
+
+    @property
+    def limit_a(self) -> float:
+        """The site's limit, A per phase, before margin and windows."""
+        settings = self.settings
+        return settings.site_limit_a or settings.site_limit_kw * 1000 / (3 * settings.voltage)
+
+    def view(self) -> dict:
+        """GET /api/smart-charge/config."""
+        settings, window = self.settings, self._window()
+        return {
+            "enabled": True, "strategy": settings.strategy, "limitA": round(self.limit_a, 3),
+            "limitKw": round(self.limit_a * 3 * settings.voltage / 1000, 3),
+            "marginPercent": settings.safety_margin_percent, "minimumA": settings.minimum_a,
+            "stepA": settings.step_a, "fallbackA": settings.fallback_a,
+            "limitValidSeconds": settings.limit_valid_seconds,
+            "raiseAPer30s": settings.raise_a_per_30s, "rotateMinutes": settings.rotate_minutes,
+            "voltage": settings.voltage,
+            "windowFactor": window.factor if window else 1.0,
+            "meter": self._meter_view() if settings.meter else None,
+            "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
+                          "limit": LADDER[rung].text(), "fallback": FALLBACKS[fallback].text()
+                          if fallback < len(FALLBACKS) else None, "readsBack": reads_back}
+                         for (vendor, model, firmware), (rung, fallback, reads_back)
+                         in self.models.items()],
+        }
+
+    # JSON key of PATCH /api/smart-charge/config: the setting
+    PATCHED = {"strategy": "strategy", "limitA": "site_limit_a", "limitKw": "site_limit_kw",
+               "marginPercent": "safety_margin_percent"}
+
+    def configure(self, body: dict) -> None:
+        """Change limit, strategy or margin until the next start.
+
+        Raises: BadRequest, and nothing is changed.
+        """
+        changes = self._read_changes(body, {key: next(
+            s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
+            for key, name in self.PATCHED.items()})
+        if {"limitA", "limitKw"} <= set(changes):
+            raise BadRequest("limitA and limitKw are two words for one limit: give one")
+        if changes.get("limitA", 1) < 1 or changes.get("limitKw", 1) < 0.1:
+            raise BadRequest("a limit must be at least 1 A, or 0.1 kW")
+        if changes.get("strategy") == "time_of_use" and not self.windows:
+            raise BadRequest("time_of_use needs a [[smart_charge.window]] in the configuration")
+        before = {key: self.view()[key] for key in changes}
+        self.quiet_until = self.clock() + 2 * VERIFY_S           # until the cars have followed
+        if {"limitA", "limitKw"} & set(changes):
+            self.settings.site_limit_a = self.settings.site_limit_kw = 0.0
+        for key, value in changes.items():
+            setattr(self.settings, self.PATCHED[key], value)
+        self._happened("SMART_CHARGE_CONFIG", "", "Changed on the board: " + ", ".join(
+            f"{key} {value}" for key, value in changes.items()),
+            {"before": before, "after": changes})
+
+    SESSION_SETTINGS = {
+        "priority": Setting("session", "priority", 1, (1, 100)),
+        "minA": Setting("session", "minA", 6, (6, 80)),
+        "maxA": Setting("session", "maxA", 32, (0, 1000)),
+    }
+
+    def configure_session(self, session: ChargeSession, body: dict) -> None:
+        """Change priority, minA or maxA of a session; null gives the usual back.
+
+        Raises: BadRequest, Conflict (it has ended).
+        """
+        if session.ended_at is not None:
+            raise Conflict("The session has ended")
+        changes = self._read_changes(body, self.SESSION_SETTINGS)
+        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a"}
+        minimum = changes.get("minA", session.min_a) or self.settings.minimum_a
+        if (changes.get("maxA") or math.inf) < minimum:
+            raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
+        settings = self.board.config.station(session.identity) or STATION_DEFAULTS
+        usual = {"priority": settings.priority}
+        self.board.charge_updated(session, **{
+            fields[key]: usual.get(key) if value is None else value
+            for key, value in changes.items()})
+        self._happened("SMART_CHARGE_SESSION", session.identity,
+                       f"sc-{session.number} changed on the board: " + ", ".join(
+                           f"{key} {value}" for key, value in changes.items()),
+                       {"sessionId": f"sc-{session.number}", "after": changes})
+
+    @staticmethod
+    def _read_changes(body: dict, settings: dict) -> dict:
+        """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
+        if not body:
+            raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
+        for key in body:
+            if key not in settings:
+                raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
+        try:
+            return {key: value if value is None and settings[key].section == "session"
+                    else _checked(settings[key], value, "body", key)
+                    for key, value in body.items()}
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+
+    def take_meter(self, body: dict) -> None:
+        """What the site's own meter says: {"L1": A, "L2": A, "L3": A}, drawn from the grid.
+
+        Raises: BadRequest, Conflict (no meter is configured).
+        """
+        if not self.settings.meter:
+            raise Conflict("smart_charge.meter is false: no meter of the site is configured")
+        amps = [body.get(phase) for phase in PHASES]
+        if set(body) != set(PHASES) or not all(
+                type(a) in (int, float) and abs(a) <= 10 * self.limit_a for a in amps):
+            raise BadRequest('the body must be {"L1": A, "L2": A, "L3": A}, none of them beyond '
+                             "ten times the site's limit")
+        now = self.clock()
+        if now - self.metered_at > METER_LOST_S and self.meter:
+            self._happened("SMART_CHARGE_METER", "", "The site's meter is back", {})
+        self.meter, self.metered_at, self.meter_warned_at = amps, now, -math.inf
+        self._judge_other_load(now)
+
+    def _meter_view(self) -> dict:
+        age = self.clock() - self.metered_at
+        return {"amps": dict(zip(PHASES, self.meter, strict=True)) if self.meter else None,
+                "ageSeconds": round(age, 1) if self.meter else None,
+                "otherLoadA": dict(zip(PHASES, (round(a, 1) for a in self.other_load),
+                                       strict=True)),
+                "status": "ok" if age < METER_WARN_S else "late" if age < METER_LOST_S else "lost"}
+
+    def circuits(self) -> list[dict]:
+        """GET /api/smart-charge/circuits."""
+        usable = self._circuits()
+        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
+        now, sums = self.clock(), {}
+        for kind in ("allocatedA", "worstA", "measuredA"):
+            sums[kind] = {c.name: [0.0] * 3 for c in usable}
+        parents = {c.name: c.parent for c in usable}
+        for steered, ledger in self._each():
+            told = ledger.session.allocated_a if ledger.session else 0.0
+            used = self._wire(steered, ledger).phases
+            figures = {"allocatedA": [told if phase in used else 0.0 for phase in range(3)],
+                       "worstA": self._worst_of_phases(steered, ledger, now),
+                       "measuredA": self._flow(steered, ledger)}
+            name = steered.circuit
+            while name:
+                for kind, amps in figures.items():
+                    sums[kind][name] = [a + b for a, b in zip(sums[kind][name], amps, strict=True)]
+                name = parents[name]
+        return [{"name": c.name, "parent": c.parent or None, "limitA": round(limits[c.name], 3),
+                 "usableA": round(c.limit_a, 3), "stations": sorted(
+                     s.identity for s in self.steered.values() if s.circuit == c.name),
+                 **{kind: dict(zip(PHASES, (round(a, 1) for a in sums[kind][c.name]), strict=True))
+                    for kind in sums}} for c in usable]
+
+    # Each second
+
+    def tick(self) -> list[Command]:
+        """Look, decide, and say what to send now."""
+        now = self.ticked_at = self.clock()
+        self._look(now)
+        self._watch_meter(now)
+        self._verify(now)
+        self._decide(now)
+        self._want_fallbacks(now)
+        commands = self._commands(now)
+        self._tell(now)
+        return commands
+
+    # 1. look
+
+    def _meet(self, identity: str) -> Steered:
+        settings = self.board.config.station(identity) or STATION_DEFAULTS
+        fit = best_fit(identity, self.patterns)
+        steered = Steered(identity, self.patterns[fit] if fit else SITE, settings)
+        self.steered[identity] = steered
+        self._ledger(steered, 1)         # until it says how many it has
+        return steered
+
+    def _ledger(self, steered: Steered, evse_id: int) -> Ledger:
+        ledger = steered.ledgers[evse_id] = Ledger(evse_id, float(steered.settings.max_a))
+        return ledger
+
+    def _look(self, now: float) -> None:
+        """See what the stations told since."""
+        stations = self.board.stations
+        for _, ledger in self._each():
+            ledger.expire(now)
+        for identity in [i for i, s in self.steered.items() if s.station and i not in stations]:
+            self._forget(identity)
+        for identity, station in stations.items():
+            steered = self.steered.get(identity) or self._meet(identity)
+            if steered.link is not station.link:
+                self._reconnected(steered, station, now)
+            model = tuple(station.info.get(key) or "" for key in ("vendor", "model", "firmware"))
+            if model != steered.model and model[0]:
+                if steered.uncontrollable:           # another firmware
+                    self._try_again(steered, now)
+                steered.model, steered.abilities = model, None
+                steered.disobeyed, steered.triggers = False, True
+                steered.rung, steered.fallback_rung, steered.reads_back = self.models.get(
+                    model, (0, 0, None))
+            self._look_at_evses(steered, now)
+
+    def _forget(self, identity: str) -> None:
+        """A station's record was removed: it is gone, but counts until its limits have expired."""
+        steered = self.steered[identity]
+        for ledger in steered.ledgers.values():
+            if ledger.session:
+                self.board.charge_ended(ledger.session)
+                ledger.session = None
+        if not any(ledger.held for ledger in steered.ledgers.values()):
+            del self.steered[identity]
+            if identity in self.named:
+                self._meet(identity)
+
+    def _reconnected(self, steered: Steered, station: Station, now: float) -> None:
+        first = steered.station is None
+        steered.station, steered.link, steered.misses = station, station.link, 0
+        if station.link is None:
+            return
+        if steered.uncontrollable:
+            steered.retry_at = min(steered.retry_at, now + VERIFY_S)
+        for ledger in steered.ledgers.values():
+            ledger.resend, ledger.fallback_due = bool(ledger.held), True
+            if first:
+                self._doubt(ledger, now)
+
+    def _doubt(self, ledger: Ledger, now: float) -> None:
+        """Nobody knows what holds there: an earlier run's limit, until it has expired."""
+        most = ledger.maximum
+        until = now + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
+        ledger.held = [Held(most, most, most, until)]
+        ledger.confirmed, ledger.doubted_at = None, now
+        ledger.read_back_due = True
+
+    def _look_at_evses(self, steered: Steered, now: float) -> None:
+        told: dict[int, list] = {}
+        for (evse_id, _), connector in steered.station.connectors.items():
+            if evse_id:
+                told.setdefault(evse_id, []).append(connector)
+        evses = (steered.abilities and steered.abilities.evses) or 0
+        for evse_id in {*told, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(steered.ledgers):
+            self._doubt(self._ledger(steered, evse_id), now)
+        if told and 1 not in told and evses == 0:
+            steered.ledgers.pop(1, None)             # it was assumed
+        for evse_id, connectors in told.items():
+            ledger = steered.ledgers[evse_id]
+            transaction = max((c.transaction for c in connectors if c.transaction),
+                              key=lambda t: t.number, default=None)
+            if transaction is not ledger.transaction:
+                self._changed_transaction(steered, ledger, transaction, now)
+            state = transaction and transaction.charging_state or next(
+                (c.status for c in connectors if c.status != "Available"), None)
+            if state == "Charging" and ledger.state != "Charging":
+                ledger.resend = bool(ledger.held)    # some forget it while nothing flows
+            ledger.state = state
+            reading = transaction.reading if transaction else max(
+                filter(None, (c.reading for c in connectors)), key=lambda r: r.flow_at,
+                default=None)
+            if reading and reading.flow_at != ledger.told_flow_at:
+                self._read(steered, ledger, reading, now)
+
+    def _changed_transaction(self, steered: Steered, ledger: Ledger,
+                             transaction: Transaction | None, now: float) -> None:
+        if ledger.session:
+            self.board.charge_ended(ledger.session)
+            ledger.session = None
+        if ledger.transaction:
+            ledger.end()
+        if transaction is None:
+            return
+        ledger.begin(transaction, now)
+        if steered.settings.managed:
+            ledger.session = self.board.charge_started(
+                transaction, steered.circuit, self.settings.strategy, steered.settings.priority,
+                steered.settings.phases)
+
+    def _read(self, steered: Steered, ledger: Ledger, reading: Reading, now: float) -> None:
+        """A meter was read. How old that is, is known by the Board's clock."""
+        ledger.told_flow_at = reading.flow_at
+        age = max(0.0, self.board.clock() - reading.flow_at)
+        flow = reading.flow(steered.settings.phases, self.settings.voltage)
+        if flow is None or age > FLOW_OLD_S:
+            return
+        ledger.take(flow, now - age)
+        if not ledger.transaction:
+            return
+        # Which phases the car uses
+        used = tuple(p for p in range(3) if ledger.measured[p] >= 1.0)
+        apart = all(phase in reading.current_a for phase in PHASES[:steered.settings.phases])
+        if used and apart:
+            if ledger.phases is not None and not set(used) <= set(ledger.phases):
+                ledger.phases = None
+            if ledger.phases_since is None or ledger.phases_since[0] != used:
+                ledger.phases_since = used, now
+            elif now - ledger.phases_since[1] >= PHASES_S:
+                ledger.phases = used
+        # What it needs: what it does not take for a while, others may have
+        told = ledger.confirmed.amps if ledger.confirmed else 0.0
+        if not apart and steered.settings.phases > 1:
+            return                       # one phase or all? Its need cannot be told
+        if ledger.need is not None and ledger.measured_a > ledger.need - 1:
+            ledger.need = ledger.slack_since = None
+        elif told - ledger.measured_a > SLACK_A and now - ledger.changed_at > SETTLED_S:
+            ledger.slack_since = ledger.slack_since or now
+            if now - ledger.slack_since >= SETTLED_S:
+                ledger.need = math.ceil(ledger.measured_a) + SLACK_A - 1
+        elif ledger.need is None:
+            ledger.slack_since = None
+        if ledger.measured_a >= 1 or told < self.settings.minimum_a:
+            ledger.idle_since = None
+        else:
+            ledger.idle_since = ledger.idle_since or now
+
+    # The site's own meter
+
+    def _judge_other_load(self, now: float) -> None:
+        """What the site draws besides the cars.
+
+        While limits and meters are on their way it counts at least what is left when all cars draw
+        what they may: then nothing is freed, but a rise is seen at once.
+        """
+        flow, most, known, settled = [0.0] * 3, [0.0] * 3, [0.0] * 3, True
+        for steered, ledger in self._each():
+            worst, measured = (self._worst_of_phases(steered, ledger, now),
+                               self._flow(steered, ledger))
+            fresh = not ledger.transaction or ledger.measured_at > ledger.changed_at + PILOT_S
+            for phase in range(3):
+                flow[phase] += measured[phase]
+                most[phase] += worst[phase]
+                known[phase] += measured[phase] if fresh else 0.0
+            settled &= fresh
+        over = any(a > self.limit_a for a in self.meter)
+        for phase, amps in enumerate(self.meter):
+            if settled:
+                self.other_load[phase] = max(0.0, amps - flow[phase])
+            else:
+                least = amps - (flow[phase] if over else most[phase])
+                self.other_load[phase] = max(0.0, min(max(self.other_load[phase], least),
+                                                      amps - known[phase]))
+
+    def _watch_meter(self, now: float) -> None:
+        if not self.settings.meter:
+            return
+        age = now - max(self.metered_at, self.started_at)
+        for seconds, text in ((METER_WARN_S, "is silent"), (
+                METER_LOST_S, f"is lost: the cars share {self.settings.meter_lost_a:g} A")):
+            if age > seconds and self.meter_warned_at < seconds:
+                self.meter_warned_at = seconds
+                self._happened("SMART_CHARGE_METER", "", f"The site's meter {text}",
+                               {"ageSeconds": round(age)})
+
+    # 2. verify
+
+    def _verify(self, now: float) -> None:
+        """Accepted is not obeyed: the meter, or the station's own schedule, has to show it."""
+        for steered, ledger in self._each():
+            if steered.uncontrollable and steered.online and now >= steered.retry_at and (
+                    ledger.transaction or not steered.disobeyed):
+                self._try_again(steered, now)
+            if not steered.steerable or not ledger.transaction:
+                continue
+            if not ledger.held:
+                self._verify_fallback(steered, ledger, now)
+                continue
+            held = ledger.held[-1]
+            if held.accepted_at is None:
+                continue
+            seen = ledger.measured_at >= ledger.verified_at + PILOT_S
+            if seen and ledger.least_a > held.flow + tolerance(held.flow):
+                if now - ledger.verified_at >= VERIFY_S:
+                    self._disobeyed(steered, ledger, now, f"draws {ledger.least_a:.1f} A")
+            elif ledger.confirmed is not held and (seen or self._trusted(steered, ledger, now)):
+                ledger.confirm(held)
+                ledger.strikes = 0
+                steered.disobeyed = steered.disobeyed and not seen
+
+    def _verify_fallback(self, steered: Steered, ledger: Ledger, now: float) -> None:
+        """A car that has no limit of ours must not draw more than the fallback."""
+        most = ledger.resting + tolerance(ledger.resting)
+        since = max(ledger.began_at, ledger.verified_at)
+        if ledger.least_a > most and ledger.measured_at >= since + VERIFY_S:
+            self.board.error("LIMIT_NOT_OBEYED", steered.station,
+                             f"EVSE {ledger.evse_id} draws {ledger.least_a:.1f} A against a "
+                             f"fallback of {ledger.resting:g} A",
+                             {"evse": ledger.evse_id, "limitA": ledger.resting})
+            ledger.fallback = ledger.fallback_sent = None
+            ledger.fallback_tried_at = now
+
+    def _trusted(self, steered: Steered, ledger: Ledger, now: float) -> bool:
+        """Whether a station without a meter has had its time: its word is all that there is."""
+        return (ledger.measured_a is None and not ledger.read_back_due and steered.busy is None
+                and now - ledger.verified_at >= 2 * VERIFY_S)
+
+    def _disobeyed(self, steered: Steered, ledger: Ledger, now: float, what: str) -> None:
+        """Once more, then another dialect, then none is left."""
+        amps = ledger.held[-1].amps
+        ledger.strikes, ledger.verified_at, ledger.resend = ledger.strikes + 1, now, True
+        self.board.error("LIMIT_NOT_OBEYED", steered.station,
+                         f"EVSE {ledger.evse_id} {what} against a limit of {amps:g} A",
+                         {"evse": ledger.evse_id, "limitA": amps, "strikes": ledger.strikes,
+                          "dialect": LADDER[min(steered.rung, len(LADDER) - 1)].text()})
+        if ledger.strikes > 1:
+            steered.disobeyed = True
+            self._next_rung(steered, steered.rung, "obeys no kind of limit")
+
+    def _next_rung(self, steered: Steered, rung: int, why: str) -> None:
+        if steered.rung == rung:
+            steered.rung, steered.worked, steered.refusals = rung + 1, False, 0
+        if steered.abilities and steered.dialect() is None:
+            steered.uncontrollable, steered.retry_at = why, self.clock() + RETRY_S
+            self._happened("SMART_CHARGE_UNCONTROLLABLE", steered.identity,
+                           f"It {why}: counted at {steered.settings.max_a} A, its hardware's most",
+                           {"maxA": steered.settings.max_a})
+
+    def _try_again(self, steered: Steered, now: float) -> None:
+        """A station that obeyed nothing gets another chance; meanwhile it counts at its maximum."""
+        steered.uncontrollable, steered.retry_at = "", math.inf
+        steered.rung = steered.fallback_rung = steered.misses = 0
+        steered.reads_back, steered.abilities = None, None
+        for ledger in steered.ledgers.values():
+            ledger.fallback, ledger.fallback_sent = None, None
+            ledger.fallback_tried_at = -math.inf
+            self._doubt(ledger, now)
+
+    # 3. decide
+
+    def _window(self) -> Window | None:
+        if self.settings.strategy != "time_of_use":
+            return None
+        when = datetime.fromtimestamp(self.board.clock(), timezone.utc).astimezone(self.zone)
+        return next((window for window in self.windows if window.holds(when)), None)
+
+    def _circuits(self, factor: float | None = None) -> list[Circuit]:
+        """The circuits, with what of them may be used."""
+        if factor is None:
+            window = self._window()
+            factor = window.factor if window else 1.0
+        share = 1 - self.settings.safety_margin_percent / 100
+        return [Circuit(SITE, "", self.limit_a * factor * share)] + [
+            Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.settings.circuit]
+
+    def _each(self) -> Iterable[tuple[Steered, Ledger]]:
+        return [(steered, ledger) for steered in self.steered.values()
+                for ledger in steered.ledgers.values()]
+
+    def _worst(self, steered: Steered, ledger: Ledger, now: float) -> float:
+        """What an EVSE counts for, A per phase: what is not managed, as measured."""
+        if not steered.settings.managed:
+            charges = ledger.transaction or ledger.state == "Charging"
+            known = steered.online and (not charges or ledger.measured_at > now - FLOW_OLD_S)
+            return ledger.measured_a or 0.0 if known else ledger.maximum
+        if steered.uncontrollable or steered.station is None:
+            return max(ledger.maximum, ledger.measured_a or 0.0)
+        return ledger.worst(steered.online)
+
+    def _worst_of_phases(self, steered: Steered, ledger: Ledger, now: float) -> list[float]:
+        """The same for each phase of the site. What its car does not use, the next one may."""
+        worst, used = self._worst(steered, ledger, now), self._wire(steered, ledger).phases
+        may = steered.on_grid(steered.all_phases)
+        rest = min(worst, ledger.resting) if steered.settings.managed else 0.0
+        return [worst if phase in used else max(rest, flow) if phase in may else flow
+                for phase, flow in enumerate(self._flow(steered, ledger))]
+
+    def _load(self, steered: Steered, ledger: Ledger) -> float:
+        """A that may flow in one phase for each ampere that the station is told.
+
+        A limit in watts is for all phases together: who uses one, draws it all there.
+        """
+        dialect = steered.dialect() if steered.abilities else None
+        known = ledger.phases is not None or steered.settings.phases == 1
+        watts = dialect is not None and dialect.unit == "W"
+        return float(steered.settings.phases) if watts and not known else 1.0
+
+    def _flow(self, steered: Steered, ledger: Ledger) -> list[float]:
+        """What is measured in each phase of the site."""
+        rotation, flow = steered.settings.phase_rotation or GRID, [0.0] * 3
+        for phase, amps in enumerate(ledger.measured):
+            flow[GRID.index(rotation[phase])] += amps
+        return flow
+
+    def _wire(self, steered: Steered, ledger: Ledger) -> Request:
+        """Where an EVSE hangs."""
+        phases = ledger.phases if steered.online and ledger.transaction else None
+        return Request((steered.identity, ledger.evse_id), steered.circuit,
+                       steered.on_grid(phases or steered.all_phases))
+
+    def _taken(self, now: float, without: set) -> dict:
+        """What flows at worst besides the sessions that are decided upon: {(circuit, phase): A}.
+
+        A station that is new to us lets nobody rise, but takes nothing away from others before it
+        had the time to tell what holds there: it has drawn that before, too.
+        """
+        taken: dict = {}
+        for steered, ledger in self._each():
+            if without and ledger.doubted_at > now - VERIFY_S:
+                continue
+            request = self._wire(steered, ledger)
+            worst = self._worst_of_phases(steered, ledger, now)
+            for phase, amps in enumerate(worst):
+                if amps and not (request.id in without and phase in request.phases):
+                    key = steered.circuit, phase
+                    taken[key] = taken.get(key, 0.0) + amps
+        if self.settings.meter:
+            lost = now - self.metered_at > METER_LOST_S
+            for phase in range(3):
+                other = (max(0.0, self._circuits()[0].limit_a - self.settings.meter_lost_a)
+                         if lost else self.other_load[phase])
+                taken[SITE, phase] = taken.get((SITE, phase), 0.0) + other
+        return taken
+
+    def _decide(self, now: float) -> None:
+        """Set the target of each session."""
+        requests, ledgers = [], {}
+        for steered, ledger in self._each():
+            if not ledger.session:
+                continue
+            if not steered.steerable:
+                ledger.target = self._worst(steered, ledger, now)
+                ledger.reason = (f"The station {steered.uncontrollable}" if steered.uncontrollable
+                                 else "Offline: counted at what it may draw until it is back")
+                continue
+            request = self._request(steered, ledger, now)
+            if request:
+                requests.append(request)
+                ledgers[request.id] = ledger
+        settings = self.settings
+        rotate_s = settings.rotate_minutes * 60
+        shares = decide(self._circuits(), requests, self._taken(now, set(ledgers)),
+                        settings.strategy, now, settings.step_a, rotate_s)
+        for id_, share in shares.items():
+            ledger = ledgers[id_]
+            ledger.target, ledger.reason = share.amps, share.reason
+            if not share.amps:
+                ledger.waiting_since = now if ledger.waiting_since is None else ledger.waiting_since
+            elif ledger.waiting_since is not None:
+                ledger.waiting_since, ledger.turn_at, ledger.charging_since = None, now, now
+            elif ledger.turn_at // rotate_s != now // rotate_s:
+                ledger.turn_at = now
+
+    def _request(self, steered: Steered, ledger: Ledger, now: float) -> Request | None:
+        session, settings = ledger.session, self.settings
+        maximum = ledger.maximum if session.max_a is None else min(ledger.maximum, session.max_a)
+        minimum = session.min_a or settings.minimum_a
+        if now < self.settled_at:
+            known = ledger.confirmed.amps if ledger.confirmed else 0.0
+            if max(known, ledger.fallback_wanted) < minimum:
+                ledger.target = 0.0
+                ledger.reason = ("Waits until limits that an earlier run may have set have expired,"
+                                 f" {math.ceil((self.settled_at - now) / 10) * 10} s")
+                return None
+            maximum = min(maximum, max(known, ledger.fallback_wanted))
+        idle = ledger.idle_since is not None and now - ledger.idle_since > ASLEEP_S
+        retried = idle and (now - ledger.idle_since) % ASLEEP_RETRY_S < ASLEEP_S
+        wire = self._wire(steered, ledger)
+        return wire._replace(
+            minimum=minimum, maximum=maximum, priority=session.priority,
+            arrived=session.started_at, waiting_since=ledger.waiting_since, turn_at=ledger.turn_at,
+            charging_since=ledger.charging_since, need=ledger.need, asleep=idle and not retried,
+            load=self._load(steered, ledger),
+            kept=max(ledger.fallback or 0.0, ledger.fallback_sent or 0.0))
+
+    # 4. the fallbacks
+
+    def _least_circuits(self) -> list[Circuit]:
+        """The circuits at the smallest that the windows make of them."""
+        windows = self.windows if self.settings.strategy == "time_of_use" else []
+        return self._circuits(min([1.0, *(window.factor for window in windows)]))
+
+    def _check_fallbacks(self) -> None:
+        """Raises: ConfigError when the fallbacks of the stations named exceed a circuit."""
+        circuits, fallback_a = self._least_circuits(), self.settings.fallback_a
+        parents = {c.name: c.parent for c in circuits}
+        counts: Counter = Counter()
+        for steered in self.steered.values():
+            name = steered.circuit if steered.settings.managed else ""
+            while name:
+                counts[name] += 1
+                name = parents[name]
+        for circuit in circuits:
+            total = counts[circuit.name] * fallback_a
+            if total > circuit.limit_a + GRAIN_A:
+                raise ConfigError(
+                    f"{self.board.config.source or 'configuration'}: smart_charge: "
+                    f"{counts[circuit.name]} stations of circuit \"{circuit.name}\" with a "
+                    f"fallback_a of {fallback_a} A make {total} A, and only "
+                    f"{circuit.limit_a:.1f} A of it may be used")
+
+    def _want_fallbacks(self, now: float) -> None:
+        """Who may keep the fallback: all, until a circuit is full; then others pause without us."""
+        fallback_a = self.settings.fallback_a
+        if not fallback_a:
+            return
+        wiring, waiting = _Wiring(self._least_circuits(), {}), []
+        for steered, ledger in self._each():
+            wire = wiring.wire(Request(None, steered.circuit, steered.on_grid(steered.all_phases)))
+            if not steered.settings.managed:
+                continue
+            if steered.uncontrollable or steered.station is None:
+                wiring.use(wire, ledger.maximum if steered.station else fallback_a)
+                continue
+            holding = max(ledger.fallback or 0.0, ledger.fallback_sent or 0.0)
+            if holding:
+                fits = wiring.full(wire, fallback_a) is None
+                wiring.use(wire, max(holding, fallback_a if fits else 0.0))
+                ledger.fallback_wanted = fallback_a if fits else 0.0
+            else:
+                waiting.append((ledger, wire))
+        for ledger, wire in waiting:
+            fits = wiring.full(wire, fallback_a) is None
+            ledger.fallback_wanted = fallback_a if fits else 0.0
+            if fits:
+                wiring.use(wire, fallback_a)
+        for steered in self.steered.values():
+            dialect = steered.fallback_dialect() if steered.abilities else None
+            if dialect and dialect.whole:            # one for all
+                wanted = min(one.fallback_wanted for one in steered.ledgers.values())
+                for one in steered.ledgers.values():
+                    one.fallback_wanted = wanted
+
+    # 5. act
+
+    def _commands(self, now: float) -> list[Command]:
+        """What to send: to each station one command at most, reductions before raises."""
+        wiring = _Wiring(self._circuits(), self._taken(now, set()))
+        commands = []
+        for choose in (self._urgent, self._raise, self._upkeep):
+            for steered, ledger in self._each():
+                if steered.busy or not steered.steerable:
+                    continue
+                command = choose(steered, ledger, now, wiring)
+                if command:
+                    steered.busy = command
+                    commands.append(command)
+        return commands
+
+    def _urgent(self, steered: Steered, ledger: Ledger, now: float,
+                wiring: _Wiring) -> Command | None:
+        """What makes the site safer."""
+        if steered.abilities is None:
+            return Command("abilities", steered, *steered.speech.ask_abilities())
+        read_back = ledger.read_back_due and steered.reads_back is not False
+        if ledger.transaction and read_back:         # before an earlier run's limit is replaced
+            return self._read_back(steered, ledger)
+        if ledger.transaction and now - ledger.changed_at >= CHANGE_S:
+            told = ledger.held[-1] if ledger.held else None
+            amps = min(ledger.target, ledger.setpoint)
+            if amps < ledger.setpoint or told and (
+                    told.flow > amps * self._load(steered, ledger) + GRAIN_A):
+                return self._limit(steered, ledger, amps, now)
+        if (ledger.fallback_due or ledger.fallback != ledger.fallback_wanted) and (
+                now - ledger.fallback_tried_at > RETRY_S / 10):
+            wire = wiring.wire(Request(None, steered.circuit, steered.on_grid(steered.all_phases)))
+            rise = max(0.0, ledger.fallback_wanted - self._worst(steered, ledger, now))
+            if not rise or wiring.full(wire, rise) is None:
+                wiring.use(wire, rise)
+                return self._fallback(steered, ledger, now)
+        return self._read_back(steered, ledger) if read_back else None
+
+    @staticmethod
+    def _read_back(steered: Steered, ledger: Ledger) -> Command:
+        ledger.read_back_due = False
+        return Command("read_back", steered, *steered.speech.read_back(ledger.evse_id), ledger,
+                       ledger.held[-1] if ledger.held else None)
+
+    def _raise(self, steered: Steered, ledger: Ledger, now: float,
+               wiring: _Wiring) -> Command | None:
+        """More, as far as the worst of all together leaves room, and the ramp allows."""
+        before, settings = ledger.setpoint, self.settings
+        if not ledger.transaction or ledger.target <= before or (
+                now - ledger.changed_at < CHANGE_S):
+            return None
+        minimum = ledger.session.min_a or settings.minimum_a
+        if before < minimum:
+            amps = float(min(ledger.target, math.ceil(minimum / settings.step_a) * settings.step_a))
+        elif now - ledger.raised_at >= RAISE_EVERY_S:
+            ramp = max(settings.step_a,
+                       settings.raise_a_per_30s // settings.step_a * settings.step_a)
+            amps = min(ledger.target, before + ramp)
+        else:
+            return None
+        request, load = self._wire(steered, ledger), self._load(steered, ledger)
+        worst, wire = self._worst(steered, ledger, now), wiring.wire(request)
+        least = max(minimum, before + settings.step_a)
+        while amps >= least and wiring.full(wire, max(0.0, amps * load - worst)) is not None:
+            amps -= settings.step_a
+        if amps < least:
+            return None
+        wiring.use(wire, max(0.0, amps * load - worst))
+        return self._limit(steered, ledger, amps, now)
+
+    def _upkeep(self, steered: Steered, ledger: Ledger, now: float,
+                wiring: _Wiring) -> Command | None:
+        """Renewals, and what has time."""
+        settings = self.settings
+        told = ledger.held[-1] if ledger.held else None
+        due_s = CHANGE_S if ledger.resend else settings.limit_valid_seconds / 3
+        if ledger.transaction and told and now - ledger.sent_at >= due_s:
+            return self._limit(steered, ledger, told.amps, now)
+        if not ledger.transaction and ledger.clear_due:
+            ledger.clear_due = False
+            if steered.one_slot:
+                ledger.fallback_due, ledger.fallback_tried_at = True, -math.inf
+                return None              # the fallback takes its place
+            return Command("clear", steered, *steered.speech.clear_profile(
+                LIMIT_ID + ledger.evse_id), ledger)
+        unseen = (steered.triggers and ledger.transaction and told and told.accepted_at is not None
+                  and ledger.measured_at < ledger.verified_at + PILOT_S
+                  and now - ledger.verified_at >= VERIFY_S
+                  and ledger.confirmed is not told)
+        if unseen and now - ledger.triggered_at >= VERIFY_S:
+            ledger.triggered_at = now
+            return Command("trigger", steered, *steered.speech.trigger(ledger.evse_id), ledger)
+        return None
+
+    def _limit(self, steered: Steered, ledger: Ledger, amps: float, now: float) -> Command | None:
+        """SetChargingProfile with the limit of a session."""
+        dialect = steered.dialect()
+        if dialect is None:              # what its model takes does not suit this one
+            self._next_rung(steered, steered.rung, "takes no kind of limit")
+            return None
+        expires = dialect.kind == "Absolute"
+        valid_s = self.settings.limit_valid_seconds
+        profile = {"stackLevel": self._stack(steered, dialect.highest, 1),
+                   "chargingProfilePurpose": dialect.purpose, "chargingProfileKind": dialect.kind}
+        if dialect.purpose == "TxProfile":
+            profile["transactionId"] = ledger.transaction.id
+        schedule = self._schedule(steered, ledger, dialect, amps)
+        if expires:                      # its start lies behind, for clocks that are a little off
+            skew_s = steered.station.clock_skew_s or 0.0
+            ends_s = int(valid_s + START_EARLY_S)
+            start = {"startSchedule": wire_time(self.board.clock() + skew_s - START_EARLY_S)}
+            schedule = start | {"duration": ends_s} | schedule
+        until = now + valid_s + EXPIRY_SLACK_S if expires else math.inf
+        id_ = LIMIT_ID + ledger.evse_id
+        if expires and dialect.purpose == "TxDefaultProfile" and steered.one_slot:
+            id_ = FALLBACK_ID + ledger.evse_id
+            del schedule["duration"]
+            period, = schedule["chargingSchedulePeriod"]
+            factor = self.settings.voltage if dialect.unit == "W" else 1
+            schedule["chargingSchedulePeriod"] = [period, period | {
+                "startPeriod": ends_s, "limit": round(ledger.fallback_wanted * factor, 1)}]
+        widest = amps * (1 if dialect.unit == "A" else steered.settings.phases)
+        held = Held(amps, amps * self._load(steered, ledger), widest, until,
+                    stays=dialect.purpose != "TxProfile")
+        ledger.send(held, now)
+        evse_id = 0 if dialect.whole else ledger.evse_id
+        return Command("limit", steered, *self._profile(steered, evse_id, id_, profile, schedule),
+                       ledger, held, amps, steered.rung, ledger.transaction)
+
+    def _fallback(self, steered: Steered, ledger: Ledger, now: float) -> Command | None:
+        """SetChargingProfile with what holds without us."""
+        dialect, amps = steered.fallback_dialect(), ledger.fallback_wanted
+        if dialect is None:              # it counts at its maximum until it takes one
+            if now - ledger.fallback_tried_at > RETRY_S:
+                steered.fallback_rung = 0
+            return None
+        ledger.fallback_tried_at, ledger.fallback_due = now, False
+        ledger.fallback_accepted = False
+        for one in steered.ledgers.values() if dialect.whole else [ledger]:
+            one.fallback_sent = max(amps, one.fallback_sent or 0.0)
+        profile = {"stackLevel": self._stack(steered, dialect.highest, 0),
+                   "chargingProfilePurpose": dialect.purpose, "chargingProfileKind": "Absolute"}
+        if dialect.unit == "W":          # all of it may flow in one phase
+            schedule = {"chargingRateUnit": "W", "chargingSchedulePeriod": [
+                {"startPeriod": 0, "limit": round(amps * self.settings.voltage, 1)}]}
+        else:
+            schedule = self._schedule(steered, ledger, dialect, amps)
+        schedule = {"startSchedule": FALLBACK_START} | schedule
+        evse_id = 0 if dialect.whole else ledger.evse_id
+        return Command("fallback", steered, *self._profile(
+            steered, evse_id, FALLBACK_ID + evse_id, profile, schedule), ledger, None, amps,
+            steered.fallback_rung)
+
+    @staticmethod
+    def _stack(steered: Steered, highest: bool, least: int) -> int:
+        """The stack level: the highest, so that no leftover of others lies above; the fallback's is
+        one less, where the limit may be of the same purpose."""
+        top = steered.abilities.stack_level
+        if not highest or top == 0:
+            return 0
+        return least if top is None else top - 1 + least
+
+    def _schedule(self, steered: Steered, ledger: Ledger, dialect: Dialect, amps: float) -> dict:
+        period: dict = {"startPeriod": 0, "limit": float(amps)}
+        if dialect.unit == "W":
+            phases = len(ledger.phases) if ledger.phases and ledger.transaction else (
+                steered.settings.phases)
+            period["limit"] = round(amps * self.settings.voltage * phases, 1)
+            if dialect.phases:
+                period["numberPhases"] = phases
+        return {"chargingRateUnit": dialect.unit, "chargingSchedulePeriod": [period]}
+
+    @staticmethod
+    def _profile(steered: Steered, evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple:
+        word = steered.speech.WORDS.get(profile["chargingProfilePurpose"])
+        if word:
+            profile["chargingProfilePurpose"] = word
+        return steered.speech.set_profile(evse_id, id_, profile, schedule)
+
+    async def carry_out(self, command: Command) -> None:
+        """Send a command and take its outcome."""
+        try:
+            payload, _ = await command.steered.link.call(command.action, command.payload)
+        except BoardError as error:
+            self.answered(command, {}, error)
+        else:
+            self.answered(command, payload)
+
+    def answered(self, command: Command, payload: dict, error: BoardError | None = None) -> None:
+        """What became of a command: an answer, or the error that came instead."""
+        now, steered = self.clock(), command.steered
+        if steered.busy is command:
+            steered.busy = None
+        unknown = isinstance(error, (NoAnswer, Conflict, Busy))
+        if isinstance(error, NoAnswer):
+            steered.misses += 1
+        elif error is None:
+            steered.misses = 0
+        accepted = error is None and payload.get("status") == "Accepted"
+        getattr(self, f"_{command.kind}_answered")(command, payload, accepted, unknown, now)
+
+    def _abilities_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                            now: float) -> None:
+        steered = command.steered
+        if not unknown or steered.misses > 1:        # what it does not say, it may have
+            steered.abilities = steered.speech.abilities(payload)
+            if steered.dialect() is None:            # its model's rung is none for it
+                steered.rung = 0
+
+    def _limit_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                        now: float) -> None:
+        steered, ledger = command.steered, command.ledger
+        if accepted:
+            ledger.accepted(command.held, now)
+            steered.worked, steered.refusals = True, 0
+            if ledger.held and ledger.confirmed is not command.held:
+                ledger.read_back_due = steered.reads_back is not False
+            self._remember(steered)
+        elif unknown:
+            ledger.resend = True
+            if steered.misses > 1:
+                steered.misses = 0
+                self._next_rung(steered, command.rung, "does not answer to any kind of limit")
+        else:
+            ledger.refused(command.held)
+            ledger.resend = bool(ledger.held)
+            if ledger.transaction is not command.transaction:
+                return                   # it has ended meanwhile: that may be why
+            self._refused(steered, "limit", LADDER[command.rung], payload)
+            steered.refusals += 1
+            if steered.refusals > steered.worked:    # what has worked gets a second try
+                self._next_rung(steered, command.rung, "refuses every kind of limit")
+
+    def _refused(self, steered: Steered, what: str, dialect: Dialect, payload: dict) -> None:
+        self.board.error("PROFILE_REFUSED", steered.station,
+                         f"It refused a {what} ({dialect.text()})",
+                         {"dialect": dialect.text(),
+                          "status": kept(payload.get("status", "CALLERROR"))})
+
+    def _fallback_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                           now: float) -> None:
+        steered, ledger = command.steered, command.ledger
+        if accepted:
+            ledger.fallback_unread, ledger.fallback_accepted = bool(ledger.transaction), True
+            if steered.reads_back is False or ledger.transaction:
+                self._fallback_holds(steered, ledger, command.amps)
+            else:
+                ledger.read_back_due = True
+        elif unknown:
+            ledger.fallback_due = True
+        else:
+            self._refused(steered, "fallback", FALLBACKS[command.rung], payload)
+            self._next_fallback(steered, ledger, command.rung)
+
+    def _next_fallback(self, steered: Steered, ledger: Ledger, rung: int) -> None:
+        if steered.fallback_rung == rung:
+            steered.fallback_rung += 1
+        ledger.fallback_sent, ledger.fallback_accepted = None, False
+        if steered.reads_back is False:
+            ledger.fallback = None
+        ledger.read_back_due = ledger.fallback is not None       # is the one before still there?
+        if steered.abilities and steered.fallback_dialect():
+            ledger.fallback_tried_at = -math.inf
+        else:
+            ledger.fallback_tried_at = self.clock()
+            self._happened("SMART_CHARGE_NO_FALLBACK", steered.identity,
+                           "It keeps no limit that holds without the board: without a transaction "
+                           f"it counts at {ledger.maximum:g} A", {})
+
+    def _fallback_holds(self, steered: Steered, ledger: Ledger, amps: float) -> None:
+        ledger.fallback, ledger.fallback_sent = amps, None
+        self._remember(steered)
+
+    def _read_back_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                            now: float) -> None:
+        """What the station says that holds now, against what we told it."""
+        steered, ledger = command.steered, command.ledger
+        amps, flow = self._read_schedule(steered, ledger, steered.speech.schedule_in(payload))
+        if unknown:
+            ledger.read_back_due = steered.online and steered.misses < 3
+            ledger.fallback_due = not ledger.read_back_due
+            return
+        if not accepted or amps is None:
+            steered.reads_back = False
+            if ledger.fallback_accepted and ledger.fallback_sent is not None:
+                self._fallback_holds(steered, ledger, ledger.fallback_wanted)
+            return
+        steered.reads_back = True
+        told = ledger.held[-1] if ledger.held else None
+        if told is not None and told is command.held and told.accepted_at is not None:
+            if flow > told.flow + tolerance(told.flow):
+                if ledger.measured_a is None:        # else the meter has the last word
+                    self._disobeyed(steered, ledger, now, f"says that {amps:g} A hold")
+            elif ledger.measured_a is None:
+                ledger.confirm(told)
+        elif told is None or told.accepted_at is None and told is command.held:
+            self._read_first(steered, ledger, amps, flow, now)
+
+    def _read_first(self, steered: Steered, ledger: Ledger, amps: float, flow: float,
+                    now: float) -> None:
+        """What holds in a station that has no limit of ours, as far as we know."""
+        known = [a for a in (ledger.fallback, ledger.fallback_sent) if a is not None]
+        if ledger.transaction:           # one of an earlier run
+            ledger.held = [Held(amps, flow, flow, math.inf, now)]    # nobody knows when it ends
+            ledger.confirmed = ledger.held[0]
+        elif known and flow <= max(known) + tolerance(max(known)):
+            ledger.held = []
+            if ledger.fallback_sent is not None and flow <= ledger.fallback_wanted + tolerance(
+                    ledger.fallback_wanted):
+                self._fallback_holds(steered, ledger, ledger.fallback_wanted)
+        elif ledger.held:
+            ledger.fallback_due = True               # an earlier run's, above it: look again later
+        else:
+            ledger.fallback = None
+            if ledger.fallback_sent is not None:
+                self._next_fallback(steered, ledger, steered.fallback_rung)
+
+    def _read_schedule(self, steered: Steered, ledger: Ledger,
+                       schedule: Any) -> tuple[float | None, float]:
+        """(A that a composite schedule allows now, A that it lets flow in one phase); None, 0 if it
+        does not tell."""
+        periods = schedule.get("chargingSchedulePeriod") if isinstance(schedule, dict) else None
+        period = periods[0] if isinstance(periods, list) and periods else None
+        limit = lenient(period, "limit", float) if isinstance(period, dict) else None
+        if limit is None or limit < 0:
+            return None, 0.0
+        flow = limit
+        if schedule.get("chargingRateUnit") == "W":
+            phases = len(ledger.phases) if ledger.phases else steered.settings.phases
+            limit /= self.settings.voltage * phases
+            flow = limit if ledger.phases else limit * phases
+        return min(limit, ledger.maximum), min(flow, ledger.maximum)     # many tell of 1000 A
+
+    def _clear_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                        now: float) -> None:
+        ledger = command.ledger
+        if unknown:
+            ledger.clear_due = ledger.transaction is None
+        elif ledger.transaction is None and payload.get("status") in ("Accepted", "Unknown"):
+            ledger.held, ledger.confirmed = [], None
+
+    def _trigger_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                          now: float) -> None:
+        """Its meter values are looked at when they come."""
+        command.steered.triggers = accepted or unknown
+
+    def _remember(self, steered: Steered) -> None:
+        """What works with one station of a model is tried first with the others."""
+        if steered.model and steered.rung < len(LADDER):
+            self.models[steered.model] = (steered.rung, steered.fallback_rung, steered.reads_back)
+            self.models.move_to_end(steered.model)
+            if len(self.models) > MODELS_KEPT:
+                self.models.popitem(last=False)
+
+    # 6. tell
+
+    def _happened(self, kind: str, identity: str, text: str, details: dict) -> None:
+        self.board.system_event(kind, identity, text, details)
+        log.info("%s%s", f"{shown(identity)}: " if identity else "", text)
+
+    def _tell(self, now: float) -> None:
+        """Bring the records of the sessions up to date, and warn of circuits that draw too much."""
+        for steered, ledger in self._each():
+            if not ledger.session:
+                continue
+            phases = len(ledger.phases or steered.all_phases)
+            told = next((h.amps for h in reversed(ledger.held) if h.accepted_at), ledger.resting)
+            if steered.uncontrollable:
+                told = ledger.maximum
+            measured = None if ledger.measured_a is None else round(ledger.measured_a, 1)
+            rising = ledger.target > told and steered.steerable and ledger.target >= 1
+            reason = ledger.reason + (f"; on its way to {ledger.target:g} A" if rising else "")
+            self.board.charge_updated(
+                ledger.session, status=self._status(steered, ledger, now), allocated_a=told,
+                target_a=float(ledger.target), measured_a=measured, reason=reason, phases=phases,
+                strategy=self.settings.strategy,
+                allocated_kw=round(told * phases * self.settings.voltage / 1000, 3))
+        self._warn_of_overloads(now)
+        self._warn_of_absent(now)
+
+    def _status(self, steered: Steered, ledger: Ledger, now: float) -> str:
+        if not steered.online:
+            return "offline"
+        if steered.uncontrollable:
+            return "uncontrollable"
+        if not ledger.target:
+            return "waiting"
+        told = ledger.confirmed.amps if ledger.confirmed else 0.0
+        minimum = ledger.session.min_a or self.settings.minimum_a
+        settled = now - ledger.changed_at > SETTLED_S and told >= minimum
+        if settled and ledger.measured_a is not None and ledger.measured_a < 1:
+            return "limited-by-station" if ledger.state == "SuspendedEVSE" else "paused"
+        reading = ledger.transaction.reading
+        if settled and reading and reading.offered_a is not None and reading.offered_a < told - 1:
+            return "limited-by-station"
+        return "active"
+
+    def _warn_of_absent(self, now: float) -> None:
+        """Named stations that have not come take power from the others: that must be known."""
+        if self.absent_told or now < self.started_at + RETRY_S:
+            return
+        self.absent_told = True
+        for steered in self.steered.values():
+            if steered.station is None:
+                self._happened("SMART_CHARGE_ABSENT", steered.identity,
+                               "It is named in the configuration and has not connected: it counts "
+                               f"at {steered.settings.max_a} A", {"maxA": steered.settings.max_a})
+
+    def _warn_of_overloads(self, now: float) -> None:
+        if now < self.quiet_until:
+            return
+        for circuit in self.circuits():
+            worst = max(circuit["measuredA"].values())
+            if worst > circuit["limitA"] + 0.5:
+                name = circuit["name"]
+                if now - self.overload_at.get(name, -math.inf) > COALESCE_S:
+                    self._happened("SMART_CHARGE_OVERLOAD", "", f"The cars draw {worst:g} A on "
+                                   f"circuit {name}, which can {circuit['limitA']:g} A", circuit)
+                    self.overload_at[name] = now
+
+
+def tolerance(amps: float) -> float:
+    """How far a car that obeys, or its meter, may be off a limit."""
+    return max(1.0, amps * 0.06)
+
+
 # --- Access -------------------------------------------------------------------------------
 # Who may see the board, and which station is whom it says it is. Secrets are compared in constant
 # time and never kept; hashes are worked out in one thread of their own, so that guessing cannot
@@ -3524,6 +5453,8 @@ ONLINE = _choice("status", ("online", "offline", "all"), "Of this status only", 
 PROTOCOL = _choice("protocol", PROTOCOLS, "Of this OCPP version only")
 TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandoned"),
                              "Of this status only")
+CHARGE_STATUS = _choice("status", ("active", "waiting", "paused", "limited-by-station",
+                                   "uncontrollable", "offline", "ended"), "Of this status only")
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
@@ -3600,7 +5531,8 @@ def get_about(api: "Api") -> dict:
         "accept": ocpp.accept, "validated": api.daemon.schemas is not None,
         "actions": {protocol: sorted(RECEIVED[protocol]) for protocol in ocpp.protocols},
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
-        "smartCharging": None, "relay": False,
+        "smartCharging": {"limitKw": api.daemon.controller.view()["limitKw"]}
+        if api.daemon.controller else None, "relay": False,
     }
 
 
@@ -3749,6 +5681,50 @@ def get_system_events(api: "Api") -> Page:
 def get_smart_charge(api: "Api") -> Page:
     """Smart charging sessions."""
     return _page(api.board.smart_charge, api)
+
+
+def _controller(api: "Api") -> Controller:
+    if api.daemon.controller is None:
+        raise Conflict("Smart charging is off: set smart_charge.enabled")
+    return api.daemon.controller
+
+
+def get_smart_charge_config(api: "Api") -> dict:
+    """What the power controller goes by."""
+    return api.daemon.controller.view() if api.daemon.controller else {"enabled": False}
+
+
+def patch_smart_charge_config(api: "Api") -> dict:
+    """Change strategy, limit or margin, until the next start."""
+    controller = _controller(api)
+    controller.configure(api.body)
+    api.daemon.steer()
+    return controller.view()
+
+
+def patch_smart_charge_session(api: "Api", session: str) -> dict:
+    """Change priority, minA or maxA of a session."""
+    controller = _controller(api)
+    digits = re.fullmatch(r"sc-([0-9]{1,15})", session)
+    found = digits and api.board.smart_charge.newest(
+        1, lambda record: record.number == int(digits[1]))
+    if not found:
+        raise NotFound("Session not found")
+    controller.configure_session(found[0], api.body)
+    api.daemon.steer()
+    return found[0].view()
+
+
+def get_smart_charge_circuits(api: "Api") -> Page:
+    """The circuits, the site first."""
+    circuits = api.daemon.controller.circuits() if api.daemon.controller else []
+    return Page(circuits, len(circuits))
+
+
+def post_smart_charge_meter(api: "Api") -> dict:
+    """Tell what the site's own meter reads."""
+    _controller(api).take_meter(api.body)
+    return {"success": True}
 
 
 def get_proxy(api: "Api") -> Page:
@@ -4059,7 +6035,16 @@ ROUTES = (
     Route("GET", "/api/security", get_security, "[SecurityEvent]",
           (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
     Route("GET", "/api/security/stream", get_security_stream, SSE, STREAM_FILTERS, errors=(503,)),
-    Route("GET", "/api/smart-charge", get_smart_charge, "[SmartCharge]", (*PAGING, IDENTITY)),
+    Route("GET", "/api/smart-charge", get_smart_charge, "[SmartCharge]",
+          (*PAGING, IDENTITY, CHARGE_STATUS)),
+    Route("GET", "/api/smart-charge/config", get_smart_charge_config, "SmartChargeConfig"),
+    Route("PATCH", "/api/smart-charge/config", patch_smart_charge_config, "SmartChargeConfig",
+          body="SmartChargePatch", errors=(409,)),
+    Route("GET", "/api/smart-charge/circuits", get_smart_charge_circuits, "[Circuit]"),
+    Route("POST", "/api/smart-charge/meter", post_smart_charge_meter, "Success", body="SiteMeter",
+          errors=(409,)),
+    Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, "SmartCharge",
+          body="SmartChargeSessionPatch", errors=(409,)),
     Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
     Route("GET", "/api/transactions", get_transactions, "[Transaction]",
           (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
@@ -4146,9 +6131,21 @@ SHAPES = {
         "path": "string", "ip": "string", "headers": "object", "status": "integer",
         "reason": "string", "url": "string", "count": "integer", "firstAt": "time",
         "lastAt": "time"},
-    "SmartCharge": {"sessionId": "string", "identity": "string", "strategy": "string",
-                    "allocatedKw": "number", "status": "string", "startedAt": "time",
-                    "updatedAt": "time"},
+    "SmartCharge": {
+        "sessionId": "string", "identity": "string", "strategy": "string",
+        "allocatedKw": "number", "status": "string", "startedAt": "time", "updatedAt": "time",
+        "transactionId": "id", "evse": "integer", "connector": "integer", "circuit": "string",
+        "phases": "integer", "allocatedA": "number", "targetA": "number", "measuredA": "number?",
+        "priority": "integer", "minA": "integer?", "maxA": "integer?", "reason": "string",
+        "endedAt": "time?"},
+    "SmartChargeConfig": {"enabled": "boolean"},
+    "SmartChargePatch": {},
+    "SmartChargeSessionPatch": {},
+    "SiteMeter": dict.fromkeys(PHASES, "number"),
+    "Circuit": {
+        "name": "string", "parent": "string?", "limitA": "number", "usableA": "number",
+        "stations": "[string]", "allocatedA": "object", "worstA": "object",
+        "measuredA": "object"},
     "ProxyEvent": {"id": "string", "type": "string", "fromProtocol": "string",
                    "toProtocol": "string", "method": "string", "timestamp": "time"},
 }
@@ -7374,12 +9371,27 @@ PAGE_ROUTE = Route("GET", "/", get_page, "text/html", public=True)
 # Stations for trying out the board, and for the tests: they boot, charge, obey commands. What a
 # station does next stands in its `plan`; it does one thing a time, each is one Call.
 
-VOLTAGE_V, CAR_WH = 230.0, 60_000.0
+VOLTAGE_V = 230.0
+PILOT_DELAY_S = 4.0                  # until a car follows a lower limit
+TAPER_PERCENT = 80                   # of its battery; above it a car takes less and less
 SESSION_READINGS, IDLE_HEARTBEATS = 20, 3        # meter values in a charging, Heartbeats before it
+HIGHEST_STACK_LEVEL, OUTLET_MAX_A = 9, 32.0
 CONFIGURATION_KEYS = {"HeartbeatInterval": "300", "MeterValueSampleInterval": "10",
-                      "NumberOfConnectors": "1", "ChargeProfileMaxStackLevel": "9",
+                      "NumberOfConnectors": "1",
+                      "ChargeProfileMaxStackLevel": str(HIGHEST_STACK_LEVEL),
                       "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
-                      "MaxChargingProfilesInstalled": "20"}
+                      "MaxChargingProfilesInstalled": "20",
+                      "ProfileStackLevel": str(HIGHEST_STACK_LEVEL), "RateUnit": "A,W"}
+# What real stations do wrong with limits and links.
+FAULTS = {
+    "reject": "refuses every charging profile",
+    "ignore": "accepts charging profiles and does not obey",
+    "late": "answers commands after eight seconds",
+    "lose-link": "is without connection for two minutes now and then",
+    "reboot": "starts over now and then, and forgets the limits of its transactions",
+    "watts": "takes limits in W only",
+}
+LATE_S, AWAY_S, FAULT_EVERY_S = 8.0, 120.0, (60.0, 180.0)
 
 
 @dataclass(slots=True)
@@ -7393,11 +9405,17 @@ class Profile:
     start: float
     periods: list                       # [(seconds from start, A)]
     duration: float = math.inf
+    transaction_id: Any = None          # that it is for; None: any
+    valid: tuple = (0.0, math.inf)      # 2.x: from, to
 
-    def limit(self, now: float) -> float | None:
-        """Its limit at a time; None when it says nothing then."""
+    def limit(self, now: float, outlet: "Outlet") -> float | None:
+        """What it says of an outlet at a time; None when it says nothing then (1.6 3.13)."""
         elapsed = now - self.start
-        if not 0 <= elapsed < self.duration:
+        if self.outlet not in (0, outlet.number) or not (
+                0 <= elapsed < self.duration and self.valid[0] <= now < self.valid[1]):
+            return None
+        if self.purpose == "TxProfile" and (outlet.transaction_id is None or (
+                self.transaction_id not in (None, outlet.transaction_id))):
             return None
         return next((a for begins, a in reversed(self.periods) if begins <= elapsed), None)
 
@@ -7415,25 +9433,59 @@ class Outlet:
     soc: float = 40.0
     phases: int = 3
     car_a: float = 16.0
+    battery_wh: float = 60_000.0
     current_a: float = 0.0
     advanced_at: float = 0.0
+    offered_a: float = 0.0              # by the pilot, since `offered_at`
+    offered_at: float = -math.inf
+    followed_a: float = 0.0             # what was offered before
+    started_at: float = 0.0
     readings: int = 0
     sequence: int = 0
     remote_start_id: int | None = None
 
+    def arrive(self, id_token: str) -> None:
+        """A car is plugged in."""
+        self.id_token, self.readings, self.soc = id_token, 0, random.uniform(20, 70)
+        self.phases, self.car_a = random.choice((1, 3, 3)), random.choice((13.0, 16.0, 16.0, 32.0))
+        self.battery_wh = random.uniform(20_000, 90_000)
+
+    def begin(self, now: float, transaction_id: Any) -> None:
+        """Its transaction begins; the car takes what is offered at once."""
+        self.transaction_id, self.started_at, self.sequence = transaction_id, now, 0
+        self.offered_at = -math.inf
+        self.offered_a = -1.0
+
     def advance(self, now: float, limit_a: float) -> None:
-        """Let the car charge until now, at what it and the limit allow."""
+        """Let the car charge until now, at what it and the limit allow.
+
+        It takes more at once, less after a while; under 6 A it pauses (IEC 61851-1).
+        """
         hours = (now - self.advanced_at) / 3600 if self.advanced_at else 0.0
         self.energy_wh += self.power_w * hours
-        self.soc = min(100.0, self.soc + 100 * self.power_w * hours / CAR_WH)
-        taper = max(0.0, min(1.0, (100 - self.soc) / 20))        # a car tapers off from 80 %
-        current = min(self.car_a * taper, limit_a) if self.transaction_id is not None else 0.0
-        self.current_a = current if current >= 6 or current >= self.car_a * taper > 0 else 0.0
+        self.soc = min(100.0, self.soc + 100 * self.power_w * hours / self.battery_wh)
+        if limit_a != self.offered_a:
+            begun = self.offered_a < 0
+            more = begun or limit_a > self.offered_a
+            self.followed_a = limit_a if more else self.allowed_a(now)
+            self.offered_a, self.offered_at = limit_a, now
+        taper = max(0.0, min(1.0, (100 - self.soc) / (100 - TAPER_PERCENT)))
+        allowed_a = self.allowed_a(now) if self.transaction_id is not None else 0.0
+        self.current_a = min(self.car_a * taper, allowed_a) if allowed_a >= 6 else 0.0
         self.advanced_at = now
+
+    def allowed_a(self, now: float) -> float:
+        """The limit that the car follows by now."""
+        return self.offered_a if now - self.offered_at >= PILOT_DELAY_S else self.followed_a
 
     @property
     def power_w(self) -> float:
         return self.current_a * VOLTAGE_V * self.phases
+
+    def currents(self) -> list[tuple[str, float]]:
+        """What its meter tells of each phase."""
+        return [(phase, self.current_a if n < self.phases else 0.0)
+                for n, phase in enumerate(PHASES)]
 
 
 class SimulatedStation:
@@ -7444,13 +9496,15 @@ class SimulatedStation:
     reset_reason = list_version_field = ""
 
     def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
-                 password: str = "", latencies: deque | None = None):
+                 password: str = "", latencies: deque | None = None, stay_s: float = 0.0,
+                 faults: Iterable[str] = (), clock: Callable[[], float] = time.time):
         self.identity, self.url, self.rate, self.password = identity, url, rate, password
-        self.outlets = [Outlet(n + 1, phases=random.choice((1, 3, 3)),
-                               car_a=random.choice((13.0, 16.0, 16.0, 32.0)),
-                               soc=random.uniform(20, 70), energy_wh=random.randrange(10**6))
-                        for n in range(outlets)]
-        self.configuration = dict(CONFIGURATION_KEYS)
+        self.stay_s, self.faults, self.clock = stay_s, set(faults), clock
+        self.outlets = [Outlet(n + 1, energy_wh=random.randrange(10**6)) for n in range(outlets)]
+        self.configuration = CONFIGURATION_KEYS | {"NumberOfConnectors": str(outlets)}
+        if "watts" in self.faults:
+            self.configuration |= {"ChargingScheduleAllowedChargingRateUnit": "Power",
+                                   "RateUnit": "W"}
         self.profiles: list[Profile] = []
         self.latencies = deque(maxlen=1000) if latencies is None else latencies
         self.calls = self.errors = 0
@@ -7460,6 +9514,7 @@ class SimulatedStation:
         self._socket = None
         self._answers: dict[str, asyncio.Future] = {}
         self._restart = False
+        self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
 
     # Life
 
@@ -7471,6 +9526,9 @@ class SimulatedStation:
                 await self.connect()
                 pause = 1.0
                 await self.live()
+                if "lose-link" in self.faults:
+                    self.disconnect()
+                    await asyncio.sleep(AWAY_S)
             except (OSError, WebSocketClosedError, StreamClosedError, TimeoutError) as error:
                 level = logging.WARNING if pause == 1.0 else logging.DEBUG
                 log.log(level, "%s: %s", self.identity, str(error) or type(error).__name__)
@@ -7509,10 +9567,26 @@ class SimulatedStation:
         while self.online and not self._restart:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due = max(due + interval, time.monotonic() - 1)      # does not hurry to catch up
+            self.advance()
+            if self.faults & {"lose-link", "reboot"} and time.monotonic() > self._fault_at:
+                self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
+                if "reboot" in self.faults:
+                    self.forget()
+                return
             if not self.plan:
                 self.plan_more()
             await self.plan.popleft()()
         self._restart = False
+
+    def advance(self) -> None:
+        """Let all cars charge until now."""
+        now = self.clock()
+        for outlet in self.outlets:
+            outlet.advance(now, self.limit_a(outlet))
+
+    def forget(self) -> None:
+        """What a station loses when it starts over."""
+        self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
 
     async def boot(self) -> None:
         """BootNotification, again until the central system accepts."""
@@ -7526,7 +9600,9 @@ class SimulatedStation:
         """What comes next without being told: some idling, then a charging."""
         outlet = random.choice(self.outlets)
         if outlet.transaction_id is not None:
-            full = outlet.readings >= SESSION_READINGS or outlet.soc >= 99.9
+            full = outlet.soc >= 99.9 or (
+                self.clock() - outlet.started_at >= self.stay_s if self.stay_s
+                else outlet.readings >= SESSION_READINGS)
             self.plan.append(functools.partial(self.stop if full else self.meter, outlet))
         elif self.idle < IDLE_HEARTBEATS or not outlet.operative:
             self.idle += 1
@@ -7537,7 +9613,7 @@ class SimulatedStation:
     def plan_start(self, outlet: Outlet, id_token: str) -> None:
         """A car comes and charges."""
         self.idle = 0
-        outlet.id_token, outlet.readings, outlet.soc = id_token, 0, random.uniform(20, 70)
+        outlet.arrive(id_token)
         outlet.status = self.preparing
         self.plan.extend((functools.partial(self.tell_status, outlet),
                           functools.partial(self.authorize, outlet),
@@ -7573,6 +9649,8 @@ class SimulatedStation:
         while (frame := await connection.read_message()) is not None:
             message = unpack(frame)
             if type(message) is Call:
+                if "late" in self.faults:
+                    await asyncio.sleep(LATE_S)
                 await connection.write_message(pack(self.obey(message)))
             elif (future := self._answers.get(message.id_text)) and not future.done():
                 future.set_result(message)
@@ -7593,35 +9671,51 @@ class SimulatedStation:
     # What every version does
 
     def now(self) -> str:
-        return iso(time.time())
+        return iso(self.clock())
 
     def limit_a(self, outlet: Outlet) -> float:
         """The limit that the profiles set: the highest stack of each purpose; TxProfile goes before
         TxDefaultProfile, the station's maximum holds with both (1.6 3.13.4; 2.0.1 K01)."""
-        now, best = time.time(), {}
+        now, best = self.clock(), {}
         for profile in sorted(self.profiles, key=lambda p: p.stack_level):
-            limit = profile.limit(now)
-            if limit is not None and profile.outlet in (0, outlet.number):
+            limit = profile.limit(now, outlet)
+            if limit is not None:
                 best[profile.purpose] = limit
         maxima = [a for purpose, a in best.items() if not purpose.startswith("Tx")]
-        tx = best.get("TxProfile", best.get("TxDefaultProfile", math.inf))
+        tx = best.get("TxProfile", best.get("TxDefaultProfile", OUTLET_MAX_A))
         return min([tx, *maxima])
 
-    def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int) -> None:
-        """Install a charging profile, in place of one with its id or purpose and stack level."""
-        watts = schedule.get("chargingRateUnit") == "W"
-        periods = [(p["startPeriod"], p["limit"] / (
-            VOLTAGE_V * (p.get("numberPhases") or 3) if watts else 1))
-            for p in schedule["chargingSchedulePeriod"]]
+    def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int,
+                     starting: bool = False) -> dict:
+        """Install a charging profile, in place of one with its id or purpose and stack level.
+
+        `starting`: it came with the command that starts its transaction.
+        """
+        watts, purpose = schedule.get("chargingRateUnit") == "W", profile["chargingProfilePurpose"]
+        charging = [o for o in self.outlets if o.number == outlet and o.transaction_id is not None]
+        wrong = (purpose == "TxProfile" and not starting and not charging    # 1.6 5.16; K01.FR.03
+                 or purpose not in ("TxProfile", "TxDefaultProfile") and outlet != 0
+                 or profile["stackLevel"] > HIGHEST_STACK_LEVEL)
+        if "reject" in self.faults or wrong or "watts" in self.faults and not watts:
+            return {"status": "Rejected"}
+        if "ignore" in self.faults:
+            return {"status": "Accepted"}
+        phases = charging[0].phases if charging and watts else 3
+        periods = [(p["startPeriod"], p["limit"] / (VOLTAGE_V * phases if watts else 1))
+                   for p in schedule["chargingSchedulePeriod"]]
         start = schedule.get("startSchedule")
-        new = Profile(profile_id, profile["chargingProfilePurpose"], profile["stackLevel"], outlet,
-                      parse_time(start)[0] if start else time.time(), periods,
-                      schedule.get("duration") or math.inf)
+        valid = [parse_time(profile[key])[0] if key in profile else other
+                 for key, other in (("validFrom", 0.0), ("validTo", math.inf))]
+        new = Profile(profile_id, purpose, profile["stackLevel"], outlet,
+                      parse_time(start)[0] if start else self.clock(), periods,
+                      schedule.get("duration") or math.inf, profile.get("transactionId"),
+                      tuple(valid))
+        self.advance()
         self.profiles = [p for p in self.profiles if p.id != new.id and (
             p.purpose, p.stack_level, p.outlet) != (new.purpose, new.stack_level, new.outlet)]
         self.profiles.append(new)
-        for one in self.outlets:
-            one.advance(time.time(), self.limit_a(one))
+        self.advance()
+        return {"status": "Accepted"}
 
     def clear_profiles(self, wanted: dict) -> dict:
         """Remove the profiles whose attributes are all as wanted."""
@@ -7689,9 +9783,9 @@ class SimulatedStation:
 
     def composite_schedule(self, number: int, duration: int) -> dict:
         outlet = self.outlet(number) or self.outlets[0]
-        limit = min(self.limit_a(outlet), 32.0)
-        return {"duration": duration, "chargingRateUnit": "A",
-                "chargingSchedulePeriod": [{"startPeriod": 0, "limit": round(limit, 1)}]}
+        unit, factor = ("W", 3 * VOLTAGE_V) if "watts" in self.faults else ("A", 1)
+        return {"duration": duration, "chargingRateUnit": unit, "chargingSchedulePeriod": [
+            {"startPeriod": 0, "limit": round(self.limit_a(outlet) * factor, 1)}]}
 
     def on_clear_cache(self, payload: dict) -> dict:
         return {"status": "Accepted"}
@@ -7718,7 +9812,8 @@ class SimulatedStation:
         """The car goes; an availability that was to change by then does."""
         outlet.transaction_id, outlet.current_a, outlet.remote_start_id = None, 0.0, None
         outlet.status = "Available" if outlet.operative else "Unavailable"
-        self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
+        self.profiles = [p for p in self.profiles
+                         if p.purpose != "TxProfile" or p.outlet != outlet.number]
         self.plan.append(functools.partial(self.tell_status, outlet))
 
 
@@ -7747,14 +9842,22 @@ class SimulatedStation16(SimulatedStation):
         answer = await self.call("StartTransaction", {
             "connectorId": outlet.number, "idTag": outlet.id_token[:20],
             "meterStart": int(outlet.energy_wh), "timestamp": self.now()})
-        outlet.transaction_id = answer.get("transactionId")
-        outlet.status = "Charging"
-        outlet.advance(time.time(), self.limit_a(outlet))
+        outlet.begin(self.clock(), answer.get("transactionId"))
+        outlet.advance(self.clock(), self.limit_a(outlet))
+        outlet.status = self.charging_status(outlet)
         self.plan.append(functools.partial(self.tell_status, outlet))
 
+    @staticmethod
+    def charging_status(outlet: Outlet) -> str:
+        return ("Charging" if outlet.current_a else
+                "SuspendedEVSE" if outlet.offered_a < 6 else "SuspendedEV")
+
     async def meter(self, outlet: Outlet) -> None:
-        outlet.advance(time.time(), self.limit_a(outlet))
+        outlet.advance(self.clock(), self.limit_a(outlet))
         outlet.readings += 1
+        if outlet.transaction_id is not None and outlet.status != self.charging_status(outlet):
+            outlet.status = self.charging_status(outlet)
+            self.plan.append(functools.partial(self.tell_status, outlet))
         payload = {"connectorId": outlet.number, "meterValue": [
             {"timestamp": self.now(), "sampledValue": self.sampled(outlet)}]}
         if outlet.transaction_id is not None:
@@ -7765,14 +9868,14 @@ class SimulatedStation16(SimulatedStation):
         values = [(REGISTER, f"{outlet.energy_wh:.0f}", "Wh", None),
                   ("Power.Active.Import", f"{outlet.power_w:.0f}", "W", None),
                   ("SoC", f"{outlet.soc:.0f}", "Percent", None)]
-        values += [("Current.Import", f"{outlet.current_a:.1f}", "A", phase)
-                   for phase in PHASES[:outlet.phases]]
+        values += [("Current.Import", f"{amps:.1f}", "A", phase)
+                   for phase, amps in outlet.currents()]
         return [{"measurand": measurand, "value": value, "unit": unit,
                  "context": "Sample.Periodic"} | ({"phase": phase} if phase else {})
                 for measurand, value, unit, phase in values]
 
     async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
-        outlet.advance(time.time(), self.limit_a(outlet))
+        outlet.advance(self.clock(), self.limit_a(outlet))
         await self.call("StopTransaction", {
             "transactionId": outlet.transaction_id, "meterStop": int(outlet.energy_wh),
             "timestamp": self.now(), "reason": reason})
@@ -7781,7 +9884,7 @@ class SimulatedStation16(SimulatedStation):
     def on_remote_start_transaction(self, payload: dict) -> dict:
         if profile := payload.get("chargingProfile"):
             self.keep_profile(profile, profile["chargingSchedule"], payload.get("connectorId", 0),
-                              profile["chargingProfileId"])
+                              profile["chargingProfileId"], starting=True)
         return self.start_remotely(payload.get("connectorId"), payload["idTag"])
 
     def on_remote_stop_transaction(self, payload: dict) -> dict:
@@ -7792,9 +9895,8 @@ class SimulatedStation16(SimulatedStation):
 
     def on_set_charging_profile(self, payload: dict) -> dict:
         profile = payload["csChargingProfiles"]
-        self.keep_profile(profile, profile["chargingSchedule"], payload["connectorId"],
-                          profile["chargingProfileId"])
-        return {"status": "Accepted"}
+        return self.keep_profile(profile, profile["chargingSchedule"], payload["connectorId"],
+                                 profile["chargingProfileId"])
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
         names = {"id": "id", "connectorId": "outlet", "chargingProfilePurpose": "purpose",
@@ -7851,8 +9953,8 @@ class SimulatedStation201(SimulatedStation):
         return {"idToken": outlet.id_token[:36], "type": "ISO14443"}
 
     async def transaction_event(self, outlet: Outlet, kind: str, trigger: str, **info: Any) -> None:
-        outlet.advance(time.time(), self.limit_a(outlet))
-        state = "Charging" if outlet.current_a else "SuspendedEVSE"
+        outlet.advance(self.clock(), self.limit_a(outlet))
+        state = SimulatedStation16.charging_status(outlet)
         state = "EVConnected" if kind == "Ended" else state
         payload = {
             "eventType": kind, "timestamp": self.now(), "triggerReason": trigger,
@@ -7871,14 +9973,13 @@ class SimulatedStation201(SimulatedStation):
         values = [(REGISTER, outlet.energy_wh, "Wh", None),
                   ("Power.Active.Import", outlet.power_w, "W", None),
                   ("SoC", outlet.soc, "Percent", None)]
-        values += [("Current.Import", outlet.current_a, "A", phase)
-                   for phase in PHASES[:outlet.phases]]
+        values += [("Current.Import", amps, "A", phase) for phase, amps in outlet.currents()]
         return [{"measurand": measurand, "value": round(value, 2), "context": context,
                  "unitOfMeasure": {"unit": unit}} | ({"phase": phase} if phase else {})
                 for measurand, value, unit, phase in values]
 
     async def start(self, outlet: Outlet) -> None:
-        outlet.transaction_id, outlet.sequence = str(uuid.uuid4()), 0
+        outlet.begin(self.clock(), str(uuid.uuid4()))
         remote = {}
         if outlet.remote_start_id is not None:
             remote["remoteStartId"] = outlet.remote_start_id
@@ -7890,7 +9991,7 @@ class SimulatedStation201(SimulatedStation):
         if outlet.transaction_id is not None:
             await self.transaction_event(outlet, "Updated", "MeterValuePeriodic")
             return
-        outlet.advance(time.time(), self.limit_a(outlet))
+        outlet.advance(self.clock(), self.limit_a(outlet))
         await self.call("MeterValues", {"evseId": outlet.number, "meterValue": [
             {"timestamp": self.now(), "sampledValue": self.sampled(outlet)}]})
 
@@ -7903,7 +10004,7 @@ class SimulatedStation201(SimulatedStation):
     def on_request_start_transaction(self, payload: dict) -> dict:
         if profile := payload.get("chargingProfile"):
             self.keep_profile(profile, profile["chargingSchedule"][0], payload.get("evseId", 0),
-                              profile["id"])
+                              profile["id"], starting=True)
         return self.start_remotely(payload.get("evseId"), payload["idToken"]["idToken"],
                                    payload["remoteStartId"])
 
@@ -7916,8 +10017,8 @@ class SimulatedStation201(SimulatedStation):
 
     def on_set_charging_profile(self, payload: dict) -> dict:
         profile = payload["chargingProfile"]
-        self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"], profile["id"])
-        return {"status": "Accepted"}
+        return self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"],
+                                 profile["id"])
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
         criteria = payload.get("chargingProfileCriteria", {})
@@ -7981,17 +10082,20 @@ SIMULATED = {kind.protocol: kind
 
 
 async def simulate(url: str, stations: int, protocol: str, duration: float, rate: float,
-                   password: str = "", prefix: str = "SIM-") -> int:
+                   password: str = "", prefix: str = "SIM-", stay: float = 0.0,
+                   faults: Iterable[str] = ()) -> int:
     """Run stations, tell how they fare, and sum up. Returns the exit status: 1 if none got through.
 
     `rate` is Calls per second of all together, 0: one in two seconds from each; `duration` 0: until
-    interrupted.
+    interrupted; `stay` seconds a car stays, 0: for 20 meter values. The first station has the first
+    of the faults, the second the second.
     """
     latencies: deque = deque(maxlen=100_000)
     kinds = list(SIMULATED.values()) if protocol == "all" else [SIMULATED[protocol]]
     width = max(3, len(str(stations)))
     fleet = [kinds[n % len(kinds)](f"{prefix}{n + 1:0{width}}", url.rstrip("/"),
-                                   (rate or stations / 2) / stations, 1, password, latencies)
+                                   (rate or stations / 2) / stations, 1, password, latencies, stay,
+                                   faults[n:n + 1])
              for n in range(stations)]
     tasks = [asyncio.create_task(station.run()) for station in fleet]
     started = time.monotonic()
@@ -8071,8 +10175,11 @@ class Daemon:
         self._process = psutil.Process()
         self._lag_s, self._last_turn = 0.0, time.monotonic()
         self._machine: dict = {}
+        self.controller = Controller(self.board) if config.smart_charge.enabled else None
         self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
                           PeriodicCallback(self._turn, 1000)]
+        if self.controller:
+            self._periodic.append(PeriodicCallback(self.steer, 1000))
 
     # Start and stop
 
@@ -8197,6 +10304,12 @@ class Daemon:
                 socket_.ping_if_due(now, interval)
 
 
+    def steer(self) -> None:
+        """Let the power controller decide, and send what it wants sent."""
+        for command in self.controller.tick():
+            self.spawn("smart charging", self.controller.carry_out(command))
+
+
 def _log_request(handler: RequestHandler) -> None:
     """Requests are noise but for our own failures; the query may hold a token."""
     status = handler.get_status()
@@ -8228,6 +10341,11 @@ def tell_check(config: Config) -> None:
         if value != setting.default:
             shown_value = HIDDEN if setting.key in ("password", "token") else repr(value)
             print(f"  {setting.section}.{setting.key} = {shown_value}")
+    for circuit in config.smart_charge.circuit:
+        print(f'  circuit "{circuit.name}" at "{circuit.parent or SITE}": {circuit.limit_a:g} A, '
+              f"{len(circuit.stations)} stations or patterns")
+    for window in config.smart_charge.window:
+        print(f"  window {window.__dict__['from']} to {window.to}: {window.factor:g} of the limit")
     for pattern in config.stations:
         print(f'  stations."{pattern}"')
     for name in config.ignored:
@@ -8304,6 +10422,11 @@ def command_line() -> argparse.ArgumentParser:
                            help="calls per second of all together; 0: half the number of stations")
     simulator.add_argument("--password", default="", help="HTTP Basic password of the stations")
     simulator.add_argument("--prefix", default="SIM-", help="of the identities")
+    simulator.add_argument("--stay", type=_at_least(0, float), default=0.0, metavar="S",
+                           help="seconds that a car stays; 0, the default: for 20 meter values")
+    simulator.add_argument("--fault", action="append", default=[], choices=FAULTS,
+                           help="of one more station, the first one first: " + "; ".join(
+                               f"{name}: {text}" for name, text in FAULTS.items()))
     commands.add_parser("hash-password", help="print what stands for a password in the config")
     return parser
 
@@ -8364,7 +10487,7 @@ def main(arguments: list[str] | None = None) -> int:
             configure_log("warning")
             return asyncio.run(simulate(options.url, options.stations, options.protocol,
                                         options.duration, options.rate, options.password,
-                                        options.prefix))
+                                        options.prefix, options.stay, options.fault))
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:
