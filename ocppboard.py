@@ -6577,6 +6577,16 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   display: flex;
   min-width: 4rem }
 .meter i { display: block; height: 100% } .thick { height: 1.1rem }
+.circuit { display: grid; gap: .3rem }
+.phase { display: grid; grid-template-columns: 1.6rem minmax(5rem, 1fr) minmax(9rem, 19rem);
+  gap: .6rem; align-items: center }
+@media (max-width: 44rem) {
+  .phase { grid-template-columns: 1.6rem minmax(0, 1fr) } .phase .small { grid-column: 2 }
+}
+.load { height: .8rem } .load .drawn { background: var(--c0) }
+.load .drawn.warn { background: var(--warn) } .load .drawn.bad { background: var(--bad) }
+.load .told { background: var(--c0); opacity: .4 } .load .held { background: var(--dim);
+  opacity: .35 }
 
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
@@ -6843,6 +6853,7 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
+  power: null, circuits: [],                       // what smart charging goes by, and holds
   findings: new Map(),                             // {identity + message id: [error]}
   list: null,                                      // the messages on screen
   answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
@@ -6928,6 +6939,7 @@ function dismiss(one) {
 const SOURCES = {about: 'about', stations: 'connections', transactions: 'transactions?limit=1000',
   samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
   system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
+  power: 'smart-charge/config', circuits: 'smart-charge/circuits',
   proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
 const AGAIN_MS = 3000;
 let waiting = null, loading = 0;
@@ -7145,7 +7157,10 @@ const on = {
     find(event);
     touch('errors');
   },
-  system(event) { if (onTop(state.system, event)) touch('system'); },
+  system(event) {
+    if (onTop(state.system, event)) touch('system');
+    if (event.type === 'SMART_CHARGE_CONFIG') askPower();
+  },
   connection(station) {
     if (station.status === 'forgotten') state.stations.delete(station.identity);
     else state.stations.set(station.identity, station);
@@ -7250,6 +7265,8 @@ function look() {
 function watch() {
   if (!state.session || document.hidden) return;
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
+  if (state.route.screen === 'power' && state.power?.enabled && Date.now() - powerAsked > POWER_MS)
+    askPower();
   touch('tick');
 }
 
@@ -8686,8 +8703,28 @@ function transactionDetail(one) {
 
 const SERIES_SHOWN = 50;                           // under SERIES_KEPT
 function powerScreen() {
-  return [heading('Power'), panel('power', ['transactions', 'telemetry', 'hover'], powerCard),
-    panel('charges', ['smart-charge', 'tick'], chargesCard)];
+  const picked = state.charges.get(state.route.id);
+  return [heading('Power'), panel('power', ['transactions', 'telemetry', 'hover', 'circuits'],
+    powerCard),
+  panel('circuits', ['circuits', 'ui'], circuitsCard),
+  split(panel('charges', ['smart-charge', 'tick'], chargesCard), picked
+    && panel('charge', ['smart-charge', 'ui', 'tick'], () => chargeDetail(picked)))];
+}
+
+// What circuits carry changes all the time, and goes by no stream.
+const POWER_MS = 4000;
+let powerAsked = 0;
+async function askPower() {
+  powerAsked = Date.now();
+  try {
+    const [power, circuits] = await Promise.all(['config', 'circuits'].map(one =>
+      get('/api/smart-charge/' + one)));
+    Object.assign(state, {power, circuits});
+    if (state.about?.smartCharging) state.about.smartCharging.limitKw = power.limitKw;
+    touch('circuits');
+  } catch (error) {                                // the stream tells that the board is away
+    if (!(error instanceof Failure)) throw error;
+  }
 }
 
 function powerCard() {
@@ -8713,6 +8750,115 @@ function powerCard() {
     : empty('No car has charged in the last hour: what each draws is stacked here.'));
 }
 
+function circuitsCard() {
+  const {power, circuits} = state;
+  if (!power?.enabled) return null;
+  const depth = {}, rows = [], under = parent => circuits.filter(one => one.parent === parent);
+  const place = (one, deep) => {
+    depth[one.name] = deep;
+    rows.push(one);
+    under(one.name).forEach(child => place(child, deep + 1));
+  };
+  under(null).forEach(one => place(one, 0));
+  const {meter, windowFactor} = power;
+  return card([h('h2.grow', 'Circuits'),
+    windowFactor < 1 && pill(`window: ${percent(windowFactor * 100)} of the limit`, 'info'),
+    meter && pill(`site meter ${meter.status}`, meter.status === 'ok' ? 'good' : 'bad'),
+    h('b', power.strategy.replaceAll('_', ' '))], {key: 'circuits'},
+  h('div.in.stack', rows.map(one => circuitView(one, depth[one.name])), limitForm(power)));
+}
+
+const circuitView = (one, deep) => h('div.circuit', {key: one.name,
+    style: {'margin-left': deep * 1.2 + 'rem'}},
+  h('div.bar', h('b.grow.cut', one.name === 'site' ? 'The site' : one.name),
+    h('span.dim.small', `${amperes(one.limitA)} a phase, ${amperes(one.usableA)} to be used`)),
+  Object.keys(one.measuredA).map(phase => phaseView(one, phase)));
+
+function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase) {
+  const [drawn, told, worst] = [measuredA, allocatedA, worstA].map(one => one[phase]);
+  const part = amps => Math.min(100, amps / limitA * 100);
+  const text = `draws ${amperes(drawn)}, told ${amperes(told)}`
+    + (worst > told + 1 ? `, counted ${amperes(worst)}` : '');
+  const over = drawn > limitA ? 'bad' : worst > usableA + 0.1 ? 'warn' : '';
+  return h('div.phase', {key: phase}, h('span.dim', phase),
+    h('div.meter.load', {role: 'img', 'aria-label': `${name} ${phase}: ${text}`},
+      h('i.drawn', {class: over, style: {width: part(drawn) + '%'}}),
+      h('i.told', {style: {width: Math.max(0, part(told) - part(drawn)) + '%'}}),
+      h('i.held', {style: {width: Math.max(0, part(worst) - part(Math.max(told, drawn))) + '%'}})),
+    h('span.small', {class: over || 'dim'}, text));
+}
+
+const LIMITS = {limitA: ['Limit, A a phase', {min: 1, step: 'any'}],
+  marginPercent: ['Margin, %', {min: 0, max: 50, step: 'any'}]};
+const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come'];
+function limitForm(power) {
+  const typed = state.ui.limits ||= {};
+  const value = name => String(typed[name] ?? power[name]);
+  const changes = Object.fromEntries(Object.keys(typed).filter(name => typed[name] !== ''
+    && value(name) !== String(power[name])).map(name =>
+    [name, name === 'strategy' ? typed[name] : Number(typed[name])]));
+  const send = async event => {
+    event.preventDefault();
+    const text = Object.entries(changes).map(([name, to]) => `${name}: ${power[name]} ⇒ ${to}`);
+    if (!await confirmed('Change what the site shares?', text.join(', ')
+      + '. It holds until the board starts anew.', 'Change it')) return;
+    await attempt(async () => {
+      state.power = (await ask('PATCH', '/api/smart-charge/config', changes)).data;
+      state.ui.limits = {};
+      notice('Changed: less is sent at once, more when there is room');
+      askPower();
+    });
+    touch('ui');
+  };
+  return h('form.form', {onsubmit: send},
+    Object.entries(LIMITS).map(([name, [label, props]]) => h('label', {key: name}, label,
+      h('input', {type: 'number', ...props, value: value(name), oninput: typing(typed, name)}))),
+    h('label', {key: 'strategy'}, 'Strategy', h('select', {value: value('strategy'),
+      oninput: typing(typed, 'strategy')}, STRATEGIES.map(one =>
+      h('option', {key: one, value: one}, one.replaceAll('_', ' '))))),
+    h('div.bar', h('button.btn.main-act', {disabled: !Object.keys(changes).length}, 'Change'),
+      Object.keys(typed).length > 0 && button('Leave it', () => {
+        state.ui.limits = {};
+        touch('ui');
+      })));
+}
+
+const SESSION_FIELDS = {priority: 'Priority', minA: 'Least, A', maxA: 'Most, A; 0 pauses'};
+function chargeDetail({sessionId}) {
+  const one = state.charges.get(sessionId), typed = state.ui['charge ' + sessionId] ||= {};
+  const value = name => typed[name] ?? String(one[name] ?? '');
+  const changed = Object.keys(typed).filter(name => typed[name] !== String(one[name] ?? ''));
+  const change = changes => attempt(async () => {
+    const {data} = await ask('PATCH', path('smart-charge', sessionId), changes);
+    state.charges.set(sessionId, data);
+    for (const [name, sent] of Object.entries(changes))      // what was typed since stays
+      if (typed[name] === String(sent ?? '')) delete typed[name];
+    notice('Changed');
+    touch('smart-charge');
+  });
+  const send = event => {
+    event.preventDefault();
+    change(Object.fromEntries(changed.map(name =>
+      [name, typed[name] === '' ? null : Number(typed[name])])));
+  };
+  return aside(`Session ${sessionId}`, () => go('power'),
+    facts([['Station', stationLink(one.identity)], ['EVSE', digits(one.evse)],
+      ['Status', pill(one.status, CHARGE_TONES[one.status] ?? 'bad')],
+      ['Circuit', one.circuit], ['Phases', digits(one.phases)],
+      ['Told', amperes(one.allocatedA)], ['To get', amperes(one.targetA)],
+      ['Draws', amperes(one.measuredA)], ['Since', clock(one.startedAt)]]),
+    h('p', one.reason),
+    one.status !== 'ended' && h('form.form', {onsubmit: send},
+      Object.entries(SESSION_FIELDS).map(([name, label]) => h('label', {key: name}, label,
+        h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual', value: value(name),
+          oninput: typing(typed, name)}))),
+      h('div.bar.whole', h('button.btn.main-act', {disabled: !changed.length}, 'Change'),
+        one.maxA === 0 ? button('Go on', () => change({maxA: null}))
+          : button('Pause', () => change({maxA: 0})))),
+    link(to('transactions', keyOf({identity: one.identity, id: one.transactionId})),
+      'Its transaction'));
+}
+
 const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''};
 function chargesCard() {
   const charges = newestFirst(state.charges), on = state.about?.smartCharging;
@@ -8730,25 +8876,29 @@ function chargesCard() {
       style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
         background: COLOURS[n % 8]}})))),
   grid('charges', {rows: sorted('charges', CHARGE_COLUMNS, charges), columns: CHARGE_COLUMNS,
-    key: one => one.sessionId, label: 'Smart charging sessions'}));
+    key: one => one.sessionId, label: 'Smart charging sessions',
+    beside: state.charges.has(state.route.id),
+    row: one => ({open: to('power', one.sessionId),
+      class: state.route.id === one.sessionId && 'picked'})}));
 }
 
 const CHARGE_COLUMNS = [
-  {name: 'Station', width: '16%', sort: one => one.identity,
+  {name: 'Station', width: '9rem', short: '6.5rem', sort: one => one.identity,
     cell: one => [stationLink(one.identity), one.evse != null && h('span.dim', ` ${one.evse}`)]},
-  {name: 'Status', width: '9rem', sort: one => one.status,
+  {name: 'Status', width: '9.5rem', short: '6.4rem', sort: one => one.status,
     cell: one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad')},
-  {name: 'Allocated', width: '9rem', num: true, sort: one => one.allocatedKw, down: true,
+  {name: 'Allocated', width: '9rem', short: '8rem', num: true, sort: one => one.allocatedKw,
+    down: true,
     cell: one =>
     (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000)},
-  {name: 'Measured', width: '6rem', num: true, wide: true, cell: one => amperes(one.measuredA)},
+  {name: 'Measured', width: '6rem', num: true, wide: true, spare: true,
+    cell: one => amperes(one.measuredA)},
   {name: 'Why', wide: true, cell: one => h('span', {title: plain(one.reason || '')}, one.reason
       || DASH)},
-  {name: 'Strategy', width: '8rem', wide: true, cell: one => one.strategy.replaceAll('_', ' ')},
-  {name: 'Since', width: '8rem', num: true, wide: true, sort: one => one.startedAt, down: true,
-    cell: one => clock(one.startedAt)},
-  {name: 'Changed', width: '7rem', num: true, wide: true, sort: one => one.updatedAt, down: true,
-    cell: one => ago(one.updatedAt)},
+  {name: 'Since', width: '6.5rem', num: true, wide: true, spare: true, down: true,
+    sort: one => one.startedAt, cell: one => clock(one.startedAt)},
+  {name: 'Changed', width: '6.5rem', num: true, wide: true, spare: true, down: true,
+    sort: one => one.updatedAt, cell: one => ago(one.updatedAt)},
 ];
 
 // Relay

@@ -5004,6 +5004,47 @@ async def test_the_colours_can_be_chosen(site):
         assert await look.page.evaluate(paper) == dark
 
 
+@live(smart_charge_enabled=True, smart_charge_site_limit_a=63, server_address="127.0.0.1")
+async def test_the_power_screen_shows_circuits_and_changes_limits(site):
+    station = await site.station()
+    await exchange(station, "BootNotification", BOOT_16)
+    await exchange(station, "StartTransaction", START_16)
+    async with looking(site, expected=["status of 400"]) as look:
+        await look.go("power")
+        card = look.page.locator(".card", has_text="Circuits")
+        await expect(card).to_contain_text("63 A a phase, 59.9 A to be used")
+        await expect(card.get_by_role("img", name="site L1: draws 0 A")).to_be_visible()
+        change = card.get_by_role("button", name="Change")
+        await expect(change).to_be_disabled()
+        await look.page.get_by_label("Limit, A a phase").fill("16")
+        await look.page.get_by_label("Strategy").select_option("first come")
+        await change.click()
+        dialog = look.page.get_by_role("dialog")
+        await expect(dialog).to_contain_text("limitA: 63 ⇒ 16, strategy: equal_share ⇒ first_come")
+        await dialog.get_by_role("button", name="Change it").click()
+        await expect(card).to_contain_text("16 A a phase, 15.2 A to be used")
+        assert site.daemon.controller.limit_a == 16
+        await site.fetch("/api/smart-charge/config", "PATCH", {"limitA": 20})
+        await expect(card).to_contain_text("20 A a phase", timeout=3000)
+        # a session
+        await look.page.get_by_role("row", name="CP-1").click()
+        session = look.page.get_by_role("region", name="Session sc-1")
+        await expect(session).to_contain_text("Waits until limits that an earlier run")
+        await session.get_by_role("button", name="Pause").click()
+        await expect(session.get_by_role("button", name="Go on")).to_be_visible()
+        record = site.board.smart_charge.records[0]
+        assert record.max_a == 0
+        await session.get_by_label("Priority").fill("7")
+        await session.get_by_label("Most, A").fill("12")
+        await session.get_by_role("button", name="Change").click()
+        await expect(look.page.get_by_text("Changed", exact=True).last).to_be_visible()
+        await until(lambda: (record.priority, record.max_a) == (7, 12))
+        await session.get_by_label("Priority").fill("0")
+        await session.get_by_role("button", name="Change").click()
+        await expect(look.page.get_by_text("priority must be from 1 to 100")).to_be_visible()
+        assert not await violations(look)
+
+
 # --- Simulator ----------------------------------------------------------------------------
 
 
