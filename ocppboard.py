@@ -3719,7 +3719,8 @@ class Steered:
     fallback_rung: int = 0              # of FALLBACKS
     reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
     triggers: bool = True               # whether it sends its meter values when it is asked to
-    misses: int = 0                     # commands in a row that were not answered
+    misses: int = 0                     # limits and fallbacks in a row that were not answered
+    silent: int = 0                     # the same of its own schedule
     refusals: int = 0                   # limits in a row that were refused
     worked: bool = False                # whether this rung has worked
     uncontrollable: str = ""            # why, if it is
@@ -3754,11 +3755,15 @@ class Steered:
         """Whether it keeps one default: then the fallback is the second period of the limit."""
         return self.abilities.stack_level == 0 or self.abilities.profiles == 1
 
+    def rung_in_use(self) -> int:
+        """The next rung of LADDER that suits it; past its end when it has refused all."""
+        return next((n for n in range(self.rung, len(LADDER)) if self._suits(LADDER[n])),
+                    len(LADDER))
+
     def dialect(self) -> Dialect | None:
-        """The next way to tell a limit that suits it; None when it has refused all."""
-        while self.rung < len(LADDER) and not self._suits(LADDER[self.rung]):
-            self.rung += 1
-        return LADDER[self.rung] if self.rung < len(LADDER) else None
+        """How it is told a limit; None when it has refused all that suits it."""
+        rung = self.rung_in_use()
+        return LADDER[rung] if rung < len(LADDER) else None
 
     def fallback_dialect(self) -> Dialect | None:
         """The same for the fallback."""
@@ -3970,28 +3975,31 @@ class Controller:
 
     def circuits(self) -> list[dict]:
         """GET /api/smart-charge/circuits."""
-        usable = self._circuits()
-        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
-        now, sums = self.clock(), {}
-        for kind in ("allocatedA", "worstA", "measuredA"):
-            sums[kind] = {c.name: [0.0] * 3 for c in usable}
-        parents = {c.name: c.parent for c in usable}
-        for steered, ledger in self._each():
-            told = ledger.session.allocated_a if ledger.session else 0.0
+        now = self.clock()
+
+        def told(steered: Steered, ledger: Ledger) -> list[float]:
+            amps = ledger.session.allocated_a if ledger.session else 0.0
             used = self._wire(steered, ledger).phases
-            figures = {"allocatedA": [told if phase in used else 0.0 for phase in range(3)],
-                       "worstA": self._worst_of_phases(steered, ledger, now),
-                       "measuredA": self._flow(steered, ledger)}
-            name = steered.circuit
-            while name:
-                for kind, amps in figures.items():
-                    sums[kind][name] = [a + b for a, b in zip(sums[kind][name], amps, strict=True)]
-                name = parents[name]
+            return [amps if phase in used else 0.0 for phase in range(3)]
+        sums = {"allocatedA": self._sums(told), "measuredA": self._sums(self._flow),
+                "worstA": self._sums(lambda *evse: self._worst_of_phases(*evse, now))}
+        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
         return [{"name": c.name, "parent": c.parent or None, "limitA": round(limits[c.name], 3),
                  "usableA": round(c.limit_a, 3), "stations": sorted(
                      s.identity for s in self.steered.values() if s.circuit == c.name),
-                 **{kind: dict(zip(PHASES, (round(a, 1) for a in sums[kind][c.name]), strict=True))
-                    for kind in sums}} for c in usable]
+                 **{kind: dict(zip(PHASES, (round(a, 1) for a in of[c.name]), strict=True))
+                    for kind, of in sums.items()}} for c in self._circuits()]
+
+    def _sums(self, amps_of: Callable[[Steered, Ledger], list[float]]) -> dict:
+        """{circuit: [A in each phase]} of all EVSEs below it."""
+        parents = {c.name: c.parent for c in self._circuits()}
+        sums = {name: [0.0] * 3 for name in parents}
+        for steered, ledger in self._each():
+            amps, name = amps_of(steered, ledger), steered.circuit
+            while name and any(amps):
+                sums[name] = [a + b for a, b in zip(sums[name], amps, strict=True)]
+                name = parents[name]
+        return sums
 
     # Each second
 
@@ -4038,6 +4046,7 @@ class Controller:
                     self._try_again(steered, now)
                 steered.model, steered.abilities = model, None
                 steered.disobeyed, steered.triggers = False, True
+                steered.worked, steered.refusals = False, 0
                 steered.rung, steered.fallback_rung, steered.reads_back = self.models.get(
                     model, (0, 0, None))
             self._look_at_evses(steered, now)
@@ -4045,7 +4054,10 @@ class Controller:
     def _forget(self, identity: str) -> None:
         """A station's record was removed: it is gone, but counts until its limits have expired."""
         steered = self.steered[identity]
+        latest = self.clock() + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
         for ledger in steered.ledgers.values():
+            for held in ledger.held:
+                held.until = min(held.until, latest)
             if ledger.session:
                 self.board.charge_ended(ledger.session)
                 ledger.session = None
@@ -4165,11 +4177,14 @@ class Controller:
         for steered, ledger in self._each():
             worst, measured = (self._worst_of_phases(steered, ledger, now),
                                self._flow(steered, ledger))
-            fresh = not ledger.transaction or ledger.measured_at > ledger.changed_at + PILOT_S
+            # What an unreachable station draws is not known: it is not taken off.
+            fresh = not ledger.transaction or (
+                steered.online and ledger.measured_at > ledger.changed_at + PILOT_S)
             for phase in range(3):
-                flow[phase] += measured[phase]
+                drawn = min(measured[phase], worst[phase]) if steered.online else 0.0
+                flow[phase] += drawn
                 most[phase] += worst[phase]
-                known[phase] += measured[phase] if fresh else 0.0
+                known[phase] += drawn if fresh else 0.0
             settled &= fresh
         over = any(a > self.limit_a for a in self.meter)
         for phase, amps in enumerate(self.meter):
@@ -4219,7 +4234,7 @@ class Controller:
     def _verify_fallback(self, steered: Steered, ledger: Ledger, now: float) -> None:
         """A car that has no limit of ours must not draw more than the fallback."""
         most = ledger.resting + tolerance(ledger.resting)
-        since = max(ledger.began_at, ledger.verified_at)
+        since = max(ledger.began_at, ledger.verified_at, ledger.fallback_tried_at)
         if ledger.least_a > most and ledger.measured_at >= since + VERIFY_S:
             self.board.error("LIMIT_NOT_OBEYED", steered.station,
                              f"EVSE {ledger.evse_id} draws {ledger.least_a:.1f} A against a "
@@ -4240,13 +4255,13 @@ class Controller:
         self.board.error("LIMIT_NOT_OBEYED", steered.station,
                          f"EVSE {ledger.evse_id} {what} against a limit of {amps:g} A",
                          {"evse": ledger.evse_id, "limitA": amps, "strikes": ledger.strikes,
-                          "dialect": LADDER[min(steered.rung, len(LADDER) - 1)].text()})
+                          "dialect": (steered.dialect() or LADDER[-1]).text()})
         if ledger.strikes > 1:
             steered.disobeyed = True
-            self._next_rung(steered, steered.rung, "obeys no kind of limit")
+            self._next_rung(steered, steered.rung_in_use(), "obeys no kind of limit")
 
     def _next_rung(self, steered: Steered, rung: int, why: str) -> None:
-        if steered.rung == rung:
+        if rung >= steered.rung:
             steered.rung, steered.worked, steered.refusals = rung + 1, False, 0
         if steered.abilities and steered.dialect() is None:
             steered.uncontrollable, steered.retry_at = why, self.clock() + RETRY_S
@@ -4297,7 +4312,10 @@ class Controller:
 
     def _worst_of_phases(self, steered: Steered, ledger: Ledger, now: float) -> list[float]:
         """The same for each phase of the site. What its car does not use, the next one may."""
-        worst, used = self._worst(steered, ledger, now), self._wire(steered, ledger).phases
+        worst = self._worst(steered, ledger, now)
+        if not worst and not ledger.measured_a:      # most are so, on a large site
+            return [0.0, 0.0, 0.0]
+        used = self._wire(steered, ledger).phases
         may = steered.on_grid(steered.all_phases)
         rest = min(worst, ledger.resting) if steered.settings.managed else 0.0
         return [worst if phase in used else max(rest, flow) if phase in may else flow
@@ -4316,6 +4334,8 @@ class Controller:
     def _flow(self, steered: Steered, ledger: Ledger) -> list[float]:
         """What is measured in each phase of the site."""
         rotation, flow = steered.settings.phase_rotation or GRID, [0.0] * 3
+        if not ledger.measured_a:
+            return flow
         for phase, amps in enumerate(ledger.measured):
             flow[GRID.index(rotation[phase])] += amps
         return flow
@@ -4480,14 +4500,19 @@ class Controller:
         """What makes the site safer."""
         if steered.abilities is None:
             return Command("abilities", steered, *steered.speech.ask_abilities())
-        read_back = ledger.read_back_due and steered.reads_back is not False
-        if ledger.transaction and read_back:         # before an earlier run's limit is replaced
-            return self._read_back(steered, ledger)
+        told = ledger.held[-1] if ledger.held else None
+        read_back = ledger.read_back_due and steered.reads_back is not False and (
+            now - ledger.verified_at >= PILOT_S)     # not before the car can have followed
+        if ledger.transaction and read_back and told and told.accepted_at is None:
+            return self._read_back(steered, ledger)  # before an earlier run's limit is replaced
         if ledger.transaction and now - ledger.changed_at >= CHANGE_S:
-            told = ledger.held[-1] if ledger.held else None
             amps = min(ledger.target, ledger.setpoint)
-            if amps < ledger.setpoint or told and (
-                    told.flow > amps * self._load(steered, ledger) + GRAIN_A):
+            flow = amps * self._load(steered, ledger)
+            # While it is not known which phases a car uses, watts may let it draw more in one
+            # than it does: then what it has is less.
+            is_less = flow <= amps or not ledger.measured_a or flow <= ledger.measured_a or (
+                now - ledger.began_at > 2 * PHASES_S)
+            if is_less and (amps < ledger.setpoint or told and told.flow > flow + GRAIN_A):
                 return self._limit(steered, ledger, amps, now)
         if (ledger.fallback_due or ledger.fallback != ledger.fallback_wanted) and (
                 now - ledger.fallback_tried_at > RETRY_S / 10):
@@ -4558,7 +4583,7 @@ class Controller:
         """SetChargingProfile with the limit of a session."""
         dialect = steered.dialect()
         if dialect is None:              # what its model takes does not suit this one
-            self._next_rung(steered, steered.rung, "takes no kind of limit")
+            self._next_rung(steered, len(LADDER), "takes no kind of limit")
             return None
         expires = dialect.kind == "Absolute"
         valid_s = self.settings.limit_valid_seconds
@@ -4580,14 +4605,15 @@ class Controller:
             period, = schedule["chargingSchedulePeriod"]
             factor = self.settings.voltage if dialect.unit == "W" else 1
             schedule["chargingSchedulePeriod"] = [period, period | {
-                "startPeriod": ends_s, "limit": round(ledger.fallback_wanted * factor, 1)}]
+                "startPeriod": ends_s, "limit": round(factor * min(
+                    ledger.fallback_wanted, ledger.fallback or 0.0), 1)}]
         widest = amps * (1 if dialect.unit == "A" else steered.settings.phases)
         held = Held(amps, amps * self._load(steered, ledger), widest, until,
                     stays=dialect.purpose != "TxProfile")
         ledger.send(held, now)
         evse_id = 0 if dialect.whole else ledger.evse_id
         return Command("limit", steered, *self._profile(steered, evse_id, id_, profile, schedule),
-                       ledger, held, amps, steered.rung, ledger.transaction)
+                       ledger, held, amps, steered.rung_in_use(), ledger.transaction)
 
     def _fallback(self, steered: Steered, ledger: Ledger, now: float) -> Command | None:
         """SetChargingProfile with what holds without us."""
@@ -4654,10 +4680,8 @@ class Controller:
         if steered.busy is command:
             steered.busy = None
         unknown = isinstance(error, (NoAnswer, Conflict, Busy))
-        if isinstance(error, NoAnswer):
-            steered.misses += 1
-        elif error is None:
-            steered.misses = 0
+        if command.kind != "read_back":
+            steered.misses = steered.misses + 1 if isinstance(error, NoAnswer) else 0
         accepted = error is None and payload.get("status") == "Accepted"
         getattr(self, f"_{command.kind}_answered")(command, payload, accepted, unknown, now)
 
@@ -4704,6 +4728,8 @@ class Controller:
         steered, ledger = command.steered, command.ledger
         if accepted:
             ledger.fallback_unread, ledger.fallback_accepted = bool(ledger.transaction), True
+            if steered.one_slot and not ledger.transaction:          # it took the limit's place
+                ledger.held, ledger.confirmed = [], None
             if steered.reads_back is False or ledger.transaction:
                 self._fallback_holds(steered, ledger, command.amps)
             else:
@@ -4739,9 +4765,13 @@ class Controller:
         steered, ledger = command.steered, command.ledger
         amps, flow = self._read_schedule(steered, ledger, steered.speech.schedule_in(payload))
         if unknown:
-            ledger.read_back_due = steered.online and steered.misses < 3
+            steered.silent += 1
+            ledger.read_back_due = steered.silent < 2
             ledger.fallback_due = not ledger.read_back_due
+            if steered.silent >= 2:
+                steered.reads_back, steered.silent = False, 0
             return
+        steered.silent = 0
         if not accepted or amps is None:
             steered.reads_back = False
             if ledger.fallback_accepted and ledger.fallback_sent is not None:
@@ -4750,10 +4780,12 @@ class Controller:
         steered.reads_back = True
         told = ledger.held[-1] if ledger.held else None
         if told is not None and told is command.held and told.accepted_at is not None:
+            if not ledger.transaction:
+                return                   # it has ended; what is left of it is cleared, or expires
             if flow > told.flow + tolerance(told.flow):
                 if ledger.measured_a is None:        # else the meter has the last word
                     self._disobeyed(steered, ledger, now, f"says that {amps:g} A hold")
-            elif ledger.measured_a is None:
+            elif ledger.measured_a is None and now - told.accepted_at >= PILOT_S:
                 ledger.confirm(told)
         elif told is None or told.accepted_at is None and told is command.held:
             self._read_first(steered, ledger, amps, flow, now)
@@ -4809,7 +4841,10 @@ class Controller:
     def _remember(self, steered: Steered) -> None:
         """What works with one station of a model is tried first with the others."""
         if steered.model and steered.rung < len(LADDER):
-            self.models[steered.model] = (steered.rung, steered.fallback_rung, steered.reads_back)
+            rung, fallback_rung, _ = self.models.get(steered.model, (len(LADDER),) * 3)
+            self.models[steered.model] = (     # what the most willing one of them takes
+                min(rung, steered.rung), min(fallback_rung, steered.fallback_rung),
+                steered.reads_back)
             self.models.move_to_end(steered.model)
             if len(self.models) > MODELS_KEPT:
                 self.models.popitem(last=False)
@@ -4871,14 +4906,14 @@ class Controller:
     def _warn_of_overloads(self, now: float) -> None:
         if now < self.quiet_until:
             return
-        for circuit in self.circuits():
-            worst = max(circuit["measuredA"].values())
-            if worst > circuit["limitA"] + 0.5:
-                name = circuit["name"]
-                if now - self.overload_at.get(name, -math.inf) > COALESCE_S:
-                    self._happened("SMART_CHARGE_OVERLOAD", "", f"The cars draw {worst:g} A on "
-                                   f"circuit {name}, which can {circuit['limitA']:g} A", circuit)
-                    self.overload_at[name] = now
+        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
+        for name, amps in self._sums(self._flow).items():
+            most, told_at = max(amps), self.overload_at.get(name, -math.inf)
+            if most > limits[name] + 0.5 and now - told_at > COALESCE_S:
+                self.overload_at[name] = now
+                self._happened("SMART_CHARGE_OVERLOAD", "", f"The cars draw {most:.1f} A on "
+                               f"circuit {name}, which can {limits[name]:g} A",
+                               {"circuit": name, "measuredA": dict(zip(PHASES, amps, strict=True))})
 
 
 def tolerance(amps: float) -> float:

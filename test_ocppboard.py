@@ -2267,6 +2267,54 @@ def test_a_station_that_says_accepted_and_does_not_obey_is_found_out_by_its_mete
     assert world.currents()["site"][0] == 19.0
 
 
+def test_a_station_that_keeps_no_fallback_is_told_its_limits_all_the_same():
+    world = world_of({}, {}, smart_charge_site_limit_a=40)
+    for station in world.stations.values():
+        def keep(profile, *more, keep=station.keep_profile, **options):
+            if profile["chargingProfilePurpose"] == "TxDefaultProfile":
+                return {"status": "Rejected"}
+            return keep(profile, *more, **options)
+        station.keep_profile, station.profiles = keep, []
+        world.controller._try_again(world.controller.steered[station.identity], world.clock())
+    world.run(120)
+    refusals = len(world.sent)
+    outlets = charging(world)
+    world.run(120)
+    assert [o.current_a for o in outlets] == [19, 19]
+    assert world.controller.circuits()[0]["worstA"]["L1"] == 64, "the next cars may draw all"
+    told = [e for e in world.board.system.records if e.kind == "SMART_CHARGE_NO_FALLBACK"]
+    assert len(told) <= 4 and refusals < 60, "and nobody is asked again and again"
+
+
+def test_a_station_whose_first_evse_is_the_second_is_no_obstacle():
+    world = world_of({})
+    station = world.stations["CP-1"]
+    station.outlets[0].number = 2
+    world.board.stations["CP-1"].connectors.clear()
+    drive(station.tell_status(station.outlets[0]))
+    world.run(60)
+    assert set(world.controller.steered["CP-1"].ledgers) == {2}
+    world.arrive(station, station.outlets[0], **CAR)
+    world.run(60)
+    assert station.outlets[0].current_a >= 6
+
+
+def test_a_station_whose_record_is_removed_counts_until_its_limit_has_expired():
+    world = World({"CP-1": {}, "CP-2": {}}, smart_charge_site_limit_a=40)
+    world.run(12)
+    charging(world)
+    world.run(400)
+    world.disconnect(world.stations["CP-1"], 10_000)
+    world.run(2)
+    world.board.forget("CP-1")
+    world.run(5)
+    assert world.controller.circuits()[0]["worstA"]["L1"] == 38
+    assert [r["status"] for r in records(world)] == ["ended", "active"]
+    world.run(300)
+    assert world.controller.circuits()[0]["stations"] == ["CP-2"]
+    assert world.stations["CP-2"].outlets[0].current_a == 32
+
+
 def test_a_station_whose_own_schedule_shows_another_limit_is_not_believed():
     world = world_of({"faults": ["ignore"], "entry": {"max_a": 16}}, {},
                      smart_charge_site_limit_a=32)
@@ -2440,7 +2488,12 @@ def test_the_sites_meter_leaves_to_the_cars_what_the_house_does_not_draw():
     assert [o.current_a for o in outlets] == [7, 7]
     assert world.board.system.records[-1].message == (
         "The site's meter is lost: the cars share 14 A")
-    house(10.0, 5)
+    # who is away is not taken off what the meter shows: it may draw, or not
+    house(10.0, 400)
+    world.disconnect(world.stations["CP-1"], 10_000)
+    for _ in range(400):
+        house(10.0, 1)
+        assert world.currents()["site"][0] + 10 <= 40
     assert any(e.message == "The site's meter is back" for e in world.board.system.records)
 
 
