@@ -3824,7 +3824,7 @@ class Controller:
     def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic):
         self.board, self.clock = board, clock
         self.settings = settings = board.config.smart_charge
-        self.started_at = self.ticked_at = clock()
+        self.started_at = clock()
         self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
                         for w in settings.window]
         self.zone = ZoneInfo(settings.timezone) if settings.timezone else None
@@ -4005,7 +4005,7 @@ class Controller:
 
     def tick(self) -> list[Command]:
         """Look, decide, and say what to send now."""
-        now = self.ticked_at = self.clock()
+        now = self.clock()
         self._look(now)
         self._watch_meter(now)
         self._verify(now)
@@ -4296,7 +4296,8 @@ class Controller:
         return [Circuit(SITE, "", self.limit_a * factor * share)] + [
             Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.settings.circuit]
 
-    def _each(self) -> Iterable[tuple[Steered, Ledger]]:
+    def _each(self) -> list[tuple[Steered, Ledger]]:
+        """Every EVSE, with its station."""
         return [(steered, ledger) for steered in self.steered.values()
                 for ledger in steered.ledgers.values()]
 
