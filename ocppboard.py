@@ -2698,8 +2698,10 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
     evse = lenient(payload, "evse", dict, {})
     evse_id = lenient(evse, "id", int, 0)
     connector_id = lenient(evse, "connectorId", int)
-    place = evse_id, min(evse_id, 1) if connector_id is None else connector_id
     transaction = board.transaction(station, transaction_id)
+    if not evse_id and event_type == "Updated" and (transaction is None or not transaction.evse_id):
+        evse_id = _likely_evse(station)
+    place = evse_id, min(evse_id, 1) if connector_id is None else connector_id
     started = event_type == "Started" and (
         transaction is None or _is_another(transaction, evse_id, when))
     if started:
@@ -2724,6 +2726,23 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         board.transaction_stopped(transaction, when, registers[-1] if registers else None,
                                   kept(info.get("stoppedReason") or "Local", 64))
     return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
+
+
+def _likely_evse(station: Station) -> int:
+    """Where a transaction is that began before us: only its first event has to tell (2.0.1 E01).
+
+    At the only EVSE, or the only one with a car and no transaction; 0 where that is not clear.
+    """
+    evses: dict[int, list] = {}
+    for (evse_id, _), connector in station.connectors.items():
+        if evse_id:
+            evses.setdefault(evse_id, []).append(connector)
+    free = [evse_id for evse_id, connectors in evses.items()
+            if not any(connector.transaction for connector in connectors)]
+    if len(evses) > 1:
+        free = [evse_id for evse_id in free
+                if any(connector.status == "Occupied" for connector in evses[evse_id])]
+    return free[0] if len(free) == 1 else 0
 
 
 def _is_another(transaction: Transaction, evse_id: int, when: float | None) -> bool:
@@ -3480,6 +3499,10 @@ class Speech16:
     def trigger(evse_id: int) -> tuple[str, dict]:
         return "TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": evse_id}
 
+    @staticmethod
+    def ask_status() -> tuple[str, dict]:
+        return "TriggerMessage", {"requestedMessage": "StatusNotification"}
+
     @classmethod
     def ask_abilities(cls) -> tuple[str, dict]:
         return "GetConfiguration", {"key": list(cls.KEYS)}
@@ -3518,6 +3541,11 @@ class Speech2x:
     @staticmethod
     def trigger(evse_id: int) -> tuple[str, dict]:
         return "TriggerMessage", {"requestedMessage": "MeterValues", "evse": {"id": evse_id}}
+
+    @staticmethod
+    def ask_status() -> tuple[str, dict]:
+        return "TriggerMessage", {"requestedMessage": "StatusNotification",
+                                  "evse": {"id": 1, "connectorId": 1}}       # F06.FR.12
 
     @classmethod
     def ask_abilities(cls) -> tuple[str, dict]:
@@ -3719,6 +3747,7 @@ class Steered:
     fallback_rung: int = 0              # of FALLBACKS
     reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
     triggers: bool = True               # whether it sends its meter values when it is asked to
+    status_asked: bool = False          # it had told of no connector
     misses: int = 0                     # limits and fallbacks in a row that were not answered
     silent: int = 0                     # the same of its own schedule
     refusals: int = 0                   # limits in a row that were refused
@@ -3785,7 +3814,8 @@ class Steered:
 class Command:
     """One command that the controller wants sent, and what it is for."""
 
-    kind: str                           # abilities | fallback | limit | read_back | clear | trigger
+    kind: str                           # abilities | status | fallback | limit | read_back | clear
+                                        # | trigger
     steered: Steered
     action: str
     payload: dict
@@ -4069,6 +4099,7 @@ class Controller:
     def _reconnected(self, steered: Steered, station: Station, now: float) -> None:
         first = steered.station is None
         steered.station, steered.link, steered.misses = station, station.link, 0
+        steered.status_asked = False
         if station.link is None:
             return
         if steered.uncontrollable:
@@ -4501,6 +4532,9 @@ class Controller:
         """What makes the site safer."""
         if steered.abilities is None:
             return Command("abilities", steered, *steered.speech.ask_abilities())
+        if not steered.station.connectors and not steered.status_asked:      # since our start
+            steered.status_asked = True
+            return Command("status", steered, *steered.speech.ask_status())
         told = ledger.held[-1] if ledger.held else None
         read_back = ledger.read_back_due and steered.reads_back is not False and (
             now - ledger.verified_at >= PILOT_S)     # not before the car can have followed
@@ -4833,6 +4867,10 @@ class Controller:
             ledger.clear_due = ledger.transaction is None
         elif ledger.transaction is None and payload.get("status") in ("Accepted", "Unknown"):
             ledger.held, ledger.confirmed = [], None
+
+    def _status_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
+                         now: float) -> None:
+        """Its connectors are looked at when they come."""
 
     def _trigger_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
                           now: float) -> None:

@@ -2417,6 +2417,54 @@ def test_after_a_start_nobody_gets_more_than_before_until_old_limits_have_expire
     assert [o.current_a for o in outlets] == [19, 19]
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_charging_is_steered_on_after_a_restart_though_its_events_do_not_say_where(protocol):
+    world = world_of({"protocol": protocol}, smart_charge_site_limit_a=40)
+    outlet, = charging(world)
+    world.run(300)
+    call = world.stations["CP-1"].call
+
+    async def silent(action, payload):           # neither boots nor tells its status by itself
+        payload.pop("evse", None)
+        asked = world.sent and world.sent[-1][2] == "TriggerMessage"
+        if action != "BootNotification" and (action != "StatusNotification" or asked):
+            return await call(action, payload)
+        return {"status": "Accepted"}
+    world.restart()
+    world.sent.clear()
+    world.stations["CP-1"].call = silent
+    world.run(60)
+    # 1.6 says where in each MeterValues
+    assert bool(sent(world, "TriggerMessage")) == (protocol != "ocpp1.6")
+    record, = records(world)
+    assert (record["evse"], record["allocatedA"], record["status"]) == (1, 32, "active")
+    assert outlet.current_a == 32
+
+
+def test_where_a_transaction_is_that_began_before_us_is_not_guessed():
+    bench = Bench("ocpp2.0.1")
+
+    def update(transaction_id):
+        bench.call("TransactionEvent", {
+            "eventType": "Updated", "timestamp": ocppboard.iso(bench.clock()), "seqNo": 3,
+            "triggerReason": "MeterValuePeriodic",
+            "transactionInfo": {"transactionId": transaction_id}})
+        return bench.transaction()["evse"]
+
+    def status(evse_id, word):
+        bench.call("StatusNotification", {
+            "timestamp": ocppboard.iso(bench.clock()), "connectorStatus": word, "evseId": evse_id,
+            "connectorId": 1})
+    assert update("A") == 0
+    status(1, "Occupied")
+    status(2, "Occupied")
+    assert update("A") == 0, "it may be either"
+    status(2, "Available")
+    assert update("A") == 1
+    status(2, "Occupied")
+    assert update("B") == 2
+
+
 def test_circuits_hold_too_and_are_shown():
     circuits = [{"name": "floor", "parent": "", "limit_a": 25, "stations": ["CP-1", "CP-2"]},
                 {"name": "desk", "parent": "floor", "limit_a": 10, "stations": ["CP-3"]}]
