@@ -3782,7 +3782,8 @@ class Steered:
     @property
     def one_slot(self) -> bool:
         """Whether it keeps one default: then the fallback is the second period of the limit."""
-        return self.abilities.stack_level == 0 or self.abilities.profiles == 1
+        abilities = self.abilities or Abilities()
+        return abilities.stack_level == 0 or abilities.profiles == 1
 
     def rung_in_use(self) -> int:
         """The next rung of LADDER that suits it; past its end when it has refused all."""

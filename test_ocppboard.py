@@ -2299,6 +2299,22 @@ def test_a_station_whose_first_evse_is_the_second_is_no_obstacle():
     assert station.outlets[0].current_a >= 6
 
 
+def test_another_firmware_in_the_midst_of_a_command_is_no_obstacle():
+    world = World({"CP-1": {}})
+    world.step()
+    steered = world.controller.steered["CP-1"]
+    while not (steered.busy and steered.busy.kind == "fallback"):
+        world.step()
+    command = steered.busy
+    world.board.stations["CP-1"].info |= {"firmware": "2.0"}
+    world.controller.tick()
+    assert steered.abilities is None
+    world.controller.answered(command, {"status": "Accepted"})
+    world.due.clear()
+    world.run(70)
+    assert steered.abilities and steered.ledgers[1].fallback == 0
+
+
 def test_a_station_whose_record_is_removed_counts_until_its_limit_has_expired():
     world = World({"CP-1": {}, "CP-2": {}}, smart_charge_site_limit_a=40)
     world.run(12)
@@ -5255,6 +5271,26 @@ async def test_the_simulator_sums_up(site, capsys):
     assert status == 0 and "4 online" in out
     assert re.search(r"[1-9][0-9.]* calls/s, 0 CALLERRORs; latency p50 [0-9.]+ ms, p90", out)
     assert {s.protocol for s in site.board.stations.values()} == set(PROTOCOLS)
+
+
+@live()
+async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_told_to(
+        site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "FAULT_EVERY_S", (0.3, 0.5))
+    monkeypatch.setattr(ocppboard, "AWAY_S", 0.5)
+    stations = [ocppboard.SimulatedStation16(fault, site.url("").rstrip("/"), rate=50, faults=[fault])
+                for fault in ("lose-link", "reboot")]
+    for station in stations:
+        site._open.callback(asyncio.create_task(station.run()).cancel)
+    connects = Counter()
+
+    def seen():
+        connects.clear()
+        connects.update(e.identity for e in site.board.system.records
+                        if e.kind == "STATION_CONNECTED")
+        return connects["lose-link"] > 1 and connects["reboot"] > 1
+    await until(seen, 15)
+    assert not site.board.errors.records
 
 
 # --- Daemon -------------------------------------------------------------------------------
