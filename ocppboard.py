@@ -4100,7 +4100,7 @@ class Controller:
     def _reconnected(self, steered: Steered, station: Station, now: float) -> None:
         first = steered.station is None
         steered.station, steered.link, steered.misses = station, station.link, 0
-        steered.status_asked = False
+        steered.status_asked, steered.busy = False, None
         if station.link is None:
             return
         if steered.uncontrollable:
@@ -4548,7 +4548,8 @@ class Controller:
             # than it does: then what it has is less.
             is_less = flow <= amps or not ledger.measured_a or flow <= ledger.measured_a or (
                 now - ledger.began_at > 2 * PHASES_S)
-            if is_less and (amps < ledger.setpoint or told and told.flow > flow + GRAIN_A):
+            if is_less and (amps < ledger.setpoint or told and told.flow > flow + GRAIN_A) and (
+                    self._fits(steered, ledger, flow, now, wiring)):
                 return self._limit(steered, ledger, amps, now)
         if (ledger.fallback_due or ledger.fallback != ledger.fallback_wanted) and (
                 now - ledger.fallback_tried_at > RETRY_S / 10):
@@ -4581,15 +4582,25 @@ class Controller:
             amps = min(ledger.target, before + ramp)
         else:
             return None
-        request, load = self._wire(steered, ledger), self._load(steered, ledger)
-        worst, wire = self._worst(steered, ledger, now), wiring.wire(request)
-        least = max(minimum, before + settings.step_a)
-        while amps >= least and wiring.full(wire, max(0.0, amps * load - worst)) is not None:
+        load, least = self._load(steered, ledger), max(minimum, before + settings.step_a)
+        while amps >= least:
+            if self._fits(steered, ledger, amps * load, now, wiring):
+                return self._limit(steered, ledger, amps, now)
             amps -= settings.step_a
-        if amps < least:
-            return None
-        wiring.use(wire, max(0.0, amps * load - worst))
-        return self._limit(steered, ledger, amps, now)
+        return None
+
+    def _fits(self, steered: Steered, ledger: Ledger, flow: float, now: float,
+              wiring: _Wiring) -> bool:
+        """Whether the books have room for so much in a phase; if so, it is taken.
+
+        Also less may be more: in watts, when it is not known any more which phases a car uses.
+        """
+        rise = flow - self._worst(steered, ledger, now)
+        wire = wiring.wire(self._wire(steered, ledger))
+        if rise > GRAIN_A and wiring.full(wire, rise) is not None:
+            return False
+        wiring.use(wire, max(0.0, rise))
+        return True
 
     def _upkeep(self, steered: Steered, ledger: Ledger, now: float,
                 wiring: _Wiring) -> Command | None:
@@ -4598,7 +4609,9 @@ class Controller:
         told = ledger.held[-1] if ledger.held else None
         due_s = CHANGE_S if ledger.resend else settings.limit_valid_seconds / 3
         if ledger.transaction and told and now - ledger.sent_at >= due_s:
-            return self._limit(steered, ledger, told.amps, now)
+            flow = told.amps * self._load(steered, ledger)
+            if self._fits(steered, ledger, flow, now, wiring):
+                return self._limit(steered, ledger, told.amps, now)
         if not ledger.transaction and ledger.clear_due:
             ledger.clear_due = False
             if steered.one_slot:

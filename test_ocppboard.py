@@ -2229,6 +2229,21 @@ def test_watts_of_a_car_whose_phases_nobody_knows_count_as_if_all_went_through_o
     assert world.controller.circuits()[0]["worstA"] == {"L1": 18.0, "L2": 18.0, "L3": 18.0}
 
 
+def test_a_limit_in_watts_is_not_renewed_beyond_the_books_when_its_car_uses_other_phases():
+    world = world_of({"protocol": "ocpp1.6", "faults": ["watts"]}, {},
+                     smart_charge_site_limit_a=40, smart_charge_safety_margin_percent=0)
+    outlets = charging(world)
+    outlets[0].phases = 1
+    world.run(500)
+    assert [r["allocatedA"] for r in records(world)] == [20, 20]
+    outlets[0].phases = 3
+    for _ in range(400):
+        world.step()
+        assert max(world.controller.circuits()[0]["worstA"].values()) <= 40
+        assert world.excess() <= 0
+    assert outlets[0].current_a >= 6, "and it goes on"
+
+
 def test_a_station_that_refuses_all_counts_at_what_its_hardware_can():
     world = world_of({"faults": ["reject"], "entry": {"max_a": 20}}, {},
                      smart_charge_site_limit_a=40)
