@@ -49,22 +49,25 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
+import ssl
 import sys
 import time
 import tomllib
 import uuid
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from decimal import Decimal
 from ipaddress import ip_address, ip_network
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import psutil
@@ -249,6 +252,12 @@ class UnknownAction(BoardError):
     http_status, ocpp_code = 400, "NotImplemented"
 
 
+class NotSupported(BoardError):
+    """The other side of the relay has nothing like it (OCPP-J 1.6 4.2.3)."""
+
+    http_status, ocpp_code = 400, "NotSupported"
+
+
 class FormatViolation(BoardError):
     """The payload is not what the Action takes (OCPP-J 1.6 4.2.3)."""
 
@@ -308,6 +317,7 @@ MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
 VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
 PROTOCOLS = ("ocpp2.1", "ocpp2.0.1", "ocpp1.6")
 PORT, KEPT = (0, 65535), (1, 10_000_000)
+WHEN_DOWN = ("answer", "close")
 STRATEGIES = ("equal_share", "priority", "time_of_use", "first_come")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
@@ -367,6 +377,7 @@ SETTINGS = (
     Setting("smart_charge", "timezone", ""),
     Setting("smart_charge", "meter", False),
     Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
+    Setting("proxy", "journal", ""),
 )
 STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "password", ""),
@@ -389,11 +400,20 @@ WINDOW_SETTINGS = (                                    # of one [[smart_charge.w
     Setting("smart_charge.window", "days", list(DAYS), DAYS),
     Setting("smart_charge.window", "factor", 1.0, (0, 1)),
 )
+UPSTREAM_SETTINGS = (                                  # of one [[proxy.upstream]]
+    Setting("proxy.upstream", "url", ""),
+    Setting("proxy.upstream", "protocol", "", ("", *PROTOCOLS)),
+    Setting("proxy.upstream", "stations", ["*"]),
+    Setting("proxy.upstream", "password", ""),
+    Setting("proxy.upstream", "ca", ""),
+    Setting("proxy.upstream", "when_down", "answer", WHEN_DOWN),
+    Setting("proxy.upstream", "queue", 1000, (1, 100_000)),
+)
 LISTED = {("smart_charge", "circuit"): CIRCUIT_SETTINGS,
-          ("smart_charge", "window"): WINDOW_SETTINGS}
+          ("smart_charge", "window"): WINDOW_SETTINGS,
+          ("proxy", "upstream"): UPSTREAM_SETTINGS}
 LISTED_MOST = 500                    # tables in such a list
 SITE = "site"                        # the circuit that all others hang at
-SECTIONS_TO_COME = ("proxy",)
 ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
@@ -412,6 +432,12 @@ class Config(SimpleNamespace):
         Its own name fits best, then the pattern with the most letters that are not wildcards.
         """
         return self.stations.get(best_fit(identity, self.stations))
+
+    def upstream(self, identity: str) -> SimpleNamespace | None:
+        """The [[proxy.upstream]] whose `stations` fit this identity best, None where none does."""
+        patterns = {p: upstream for upstream in reversed(self.proxy.upstream)
+                    for p in upstream.stations}
+        return patterns.get(best_fit(identity, patterns))
 
 
 def best_fit(identity: str, patterns: dict) -> str | None:
@@ -470,8 +496,6 @@ def _load_toml(source: str) -> dict:
 def _apply_file(config: Config, data: dict, source: str | None) -> None:
     sections = sorted({s.section for s in SETTINGS} | {"stations"})
     for name, table in data.items():
-        if name in SECTIONS_TO_COME:
-            raise ConfigError(f"{source}: [{name}] is not available in this version")
         if name not in sections:
             raise ConfigError(f"{source}: unknown section [{name}]{_nearest(name, sections)}")
         if not isinstance(table, dict):
@@ -577,6 +601,8 @@ def _check_together(config: Config) -> None:
         if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
             raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
     _check_smart_charge(config.smart_charge, source)
+    for number, upstream in enumerate(config.proxy.upstream, 1):
+        _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
@@ -621,6 +647,24 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
     if settings.fallback_a and settings.fallback_a < settings.minimum_a:
         raise wrong(f"fallback_a must be 0 or at least minimum_a ({settings.minimum_a} A), "
                     "or no car would charge at it")
+
+
+def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
+    """What no single key of a [[proxy.upstream]] can tell."""
+    try:
+        parts = urlsplit(upstream.url)
+        good = parts.scheme in ("ws", "wss") and parts.hostname and parts.port != 0
+    except ValueError:                   # a port that is no number, half an IPv6 address
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise ConfigError(f'{where}: url must be as "wss://csms.example.com/ocpp"; the identity is '
+                          "appended")
+    if parts.username or parts.password:
+        raise ConfigError(f"{where}: the password stands in `password`, not in the url")
+    if not upstream.stations:
+        raise ConfigError(f'{where}: stations must name some, or be ["*"]')
+    if upstream.ca and not os.path.isfile(upstream.ca):
+        raise ConfigError(f"{where}: ca is no file: {upstream.ca!r}")
 
 
 def _line_of(name: str, parents: dict) -> list[str]:
@@ -746,6 +790,38 @@ class Event(Record):
         return {"id": f"{self.prefix}-{self.number}", self.kind_name: self.kind,
                 "identity": self.identity, "message": self.message, **severity,
                 "details": self.details, "timestamp": iso(self.timestamp)}
+
+
+@dataclass(slots=True)
+class ProxyEvent(Record):
+    """What the relay did with a message, or what became of its connection."""
+
+    kind: str                           # translation | error | refused | connected | disconnected
+    identity: str                       # | buffered | delivered
+    from_protocol: str
+    to_protocol: str
+    direction: str                      # UP, to the upstream system | DOWN, to the station
+    method: str
+    timestamp: float
+    message_id: str = ""
+    to_method: str | None = None
+    payload: str | None = None          # JSON text
+    translated: str | None = None       # JSON text
+    latency_ms: float | None = None
+    error: str | None = None
+    size: int = 0                       # bytes that the payloads take in memory
+    number: int = 0
+
+    def view(self) -> dict:
+        return {
+            "id": f"px-{self.number}", "type": self.kind, "identity": self.identity,
+            "fromProtocol": self.from_protocol, "toProtocol": self.to_protocol,
+            "direction": self.direction, "method": self.method, "toMethod": self.to_method,
+            "messageId": self.message_id,
+            "payload": None if self.payload is None else json.loads(self.payload),
+            "translated": None if self.translated is None else json.loads(self.translated),
+            "latencyMs": None if self.latency_ms is None else round(self.latency_ms, 3),
+            "error": self.error, "timestamp": iso(self.timestamp)}
 
 
 @dataclass(slots=True)
@@ -1415,6 +1491,11 @@ ERROR_CODES = {
     "ocpp2.0.1": {},
     "ocpp2.1": {},
 }
+ERROR_CODES_16 = frozenset("""FormatViolation GenericError InternalError NotImplemented NotSupported
+    OccurrenceConstraintViolation PropertyConstraintViolation ProtocolError SecurityError
+    TypeConstraintViolation""".split())              # in the spelling of 2.x
+ERROR_CODES_2X = ERROR_CODES_16 | {"MessageTypeNotSupported", "RpcFrameworkError"}
+KNOWN_CODES = {"ocpp1.6": ERROR_CODES_16, "ocpp2.0.1": ERROR_CODES_2X, "ocpp2.1": ERROR_CODES_2X}
 UNKNOWN_ID_TOKEN = {"ocpp1.6": "Invalid", "ocpp2.0.1": "Unknown", "ocpp2.1": "Unknown"}
 ASSUMED_PROTOCOL = "ocpp1.6"         # of a station that offers none (field experience: all are 1.6)
 
@@ -1466,6 +1547,12 @@ def error_code(protocol: str, code: str) -> str:
     return ERROR_CODES[protocol].get(code, code)
 
 
+def error_code_across(source: str, target: str, code: str) -> str:
+    """An error code of one version in another; GenericError where that has none like it."""
+    meant = {theirs: ours for ours, theirs in ERROR_CODES[source].items()}.get(code, code)
+    return error_code(target, meant if meant in KNOWN_CODES[target] else "GenericError")
+
+
 def without_secrets(action: str, payload: dict, text: str) -> str:
     """The payload as JSON for the record: `text` itself, or with what is secret in it hidden."""
     if action and action not in SECRET_ACTIONS:
@@ -1515,6 +1602,59 @@ def parse_time(text: Any) -> tuple[float, bool]:
     if not 0 <= seconds < 1 << 33:       # beyond it no calendar of ours can write it again
         raise WrongValue(f"{shown(text)} is not an ISO 8601 time")
     return seconds, zoned
+
+
+def wire_time(when: float) -> str:
+    """A time as we send it: whole seconds and Z, which every charger can read."""
+    return _wire_time(int(when))
+
+
+@functools.lru_cache(2)
+def _wire_time(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+def required(payload: dict, key: str, kind: type) -> Any:
+    """A field that must be there. A number or a text that stands in the other's form is taken.
+
+    Raises: MissingField, WrongType.
+    """
+    if payload.get(key) is None:
+        raise MissingField(f"{key} is required")
+    return _typed(payload[key], key, kind)
+
+
+def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A field that may be missing.
+
+    Raises: WrongType.
+    """
+    value = payload.get(key)
+    return default if value is None else _typed(value, key, kind)
+
+
+def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
+    try:
+        return optional(payload, key, kind, default)
+    except WrongType:
+        return default
+
+
+def _typed(value: Any, key: str, kind: type) -> Any:
+    if type(value) is kind and kind is not int:
+        return value
+    if kind in (int, float) and type(value) in (int, float, str):
+        try:
+            number = kind(value)
+            whole = kind is not int or type(value) is not float or number == value
+            if whole and abs(number) < 1 << 63:      # beyond it arithmetic fails
+                return number
+        except (ValueError, OverflowError):
+            pass
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
 
 
 class Violation(NamedTuple):
@@ -1590,11 +1730,2094 @@ class Schemas:
         self._compiled.update(compiled)
 
 
+# --- Translation --------------------------------------------------------------------------
+# A Call of one version in, what the other side is to be asked in its version out; no I/O. The
+# pivot is 2.0.1: `lift_…` turns 1.6 into it, `lower_…` it into 1.6, `newer` and `older` are the
+# steps to 2.1 and back. A converter is a generator: it yields (Action, payload) for the other
+# side, is sent the answer's payload, and returns the answer in the words of who asked.
+
+Steps = Generator[tuple, dict, dict | None]
+CROSSINGS_KEPT = 200                # transactions of a station whose ids we remember
+TOKENS_KEPT = 1000                  # id tokens of a station whose type, or full text, we remember
+KEYS_AT_ONCE = 20                   # of GetConfiguration and GetVariables; chargers choke on more
+REPORTED_AT_ONCE = 25               # variables in a NotifyReport
+LEGACY = "OCPP16LegacyCtrlr"        # the component of 1.6 keys that 2.x has no variable for
+
+
+@dataclass(slots=True)
+class Crossing:
+    """A transaction under the names that it has on both sides."""
+
+    here: int | str                     # the station's transaction id
+    there: int | str | None             # upstream's; None until a 1.6 one has given it
+    evse_id: int = 0
+    id_token: str | None = None         # as upstream was told it
+    seq_no: int = 0                     # 2.x upstream: of the next event
+    state: str = ""                     # the chargingState told last
+    charged: bool = False               # energy has flowed
+    ended: bool = False
+    left: bool = False                  # and the vehicle has left
+    started: str = ""                   # 2.x station: when it began
+    register: int | None = None         # Wh, as last heard
+    start_key: tuple = ()               # 1.6 station: what makes a repeated start the same one
+    answer: dict = field(default_factory=dict)       # 2.x station: upstream's to the start
+    saved: bool = False                 # it is in the journal
+
+
+class Interpreter:
+    """Stands between a station and an upstream of another version, and knows what is whose id.
+
+    With one version on both sides it only knows transaction ids that the board gave out while
+    upstream was away, and `passes` whatever does not speak of them.
+    """
+
+    def __init__(self, station: str, upstream: str, new_id: Callable[[], int],
+                 clock: Callable[[], float] = time.time):
+        self.station, self.upstream, self.new_id, self.clock = station, upstream, new_id, clock
+        self.crossings: OrderedDict = OrderedDict()      # {the station's id: Crossing}
+        self.given: int | None = None        # the id that the board gave the start to come
+        self.statuses: dict = {}             # {(evse, connector): the station's word}
+        self.faults: dict = {}               # {evse: 1.6's errorCode}
+        self.shown: dict = {}                # {evse: the word that a 1.6 upstream has heard last}
+        self.remote_starts: list = []        # [(evse or 0, id token, remoteStartId)]
+        self.token_types: OrderedDict = OrderedDict()    # {id token: its type, as upstream says}
+        self.long_tokens: OrderedDict = OrderedDict()    # {idTag: the token that it stands for}
+        self.boot_reason = "Unknown"         # of the next BootNotification; 1.6 says none
+        self.firmware_request: int | None = None
+        self.log_request: int | None = None
+        self.signed_firmware = self.diagnostics = False  # which of 1.6's two ways upstream took
+        self._told: list = []
+        self._request_id = int(clock()) & 0x7FFFFFF
+
+    def up(self, action: str, payload: dict) -> Steps:
+        """A Call of the station, for upstream. Raises (as the generator runs): NotSupported."""
+        return _through(self, STAGES[self.station, self.upstream][0], action, payload)
+
+    def down(self, action: str, payload: dict) -> Steps:
+        """A Call of upstream, for the station."""
+        return _through(self, STAGES[self.station, self.upstream][1], action, payload)
+
+    def told(self) -> list[Steps]:
+        """What upstream is to be told beyond the answers, such as reports."""
+        told, self._told = self._told, []
+        return [_through(self, TELLING[self.upstream], *call) for call in told]
+
+    def tell(self, action: str, payload: dict) -> None:
+        """Tell upstream something, in 2.0.1."""
+        self._told.append((action, payload))
+
+    def passes(self, action: str, up: bool) -> bool:
+        """Whether a frame of this Action goes on as it is, byte for byte."""
+        if self.station != self.upstream:
+            return False
+        if not self.crossings and self.given is None:
+            return True
+        return action not in (RENAMED_UP if up else RENAMED_DOWN).get(self.station, ())
+
+    def next_request(self) -> int:
+        """A request id for what 1.6 asks without one."""
+        self._request_id = self._request_id % 0x7FFFFFFF + 1
+        return self._request_id
+
+    def crossing(self, here: int | str, **facts: Any) -> Crossing:
+        """The transaction that the station calls so, made if it is not known."""
+        found = self.crossings.get(here)
+        if found is None:
+            found = self.crossings[here] = Crossing(here, **facts)
+            if len(self.crossings) > CROSSINGS_KEPT:
+                oldest = next((key for key, c in self.crossings.items() if c.ended),
+                              next(iter(self.crossings)))
+                del self.crossings[oldest]
+        return found
+
+    def named_there(self, there: int | str) -> Crossing | None:
+        """The transaction that upstream calls so."""
+        return next((c for c in reversed(self.crossings.values()) if c.there == there), None)
+
+    def open_at(self, evse_id: int) -> Crossing | None:
+        """The transaction that runs at an EVSE."""
+        return next((c for c in reversed(self.crossings.values())
+                     if c.evse_id == evse_id and not c.ended), None)
+
+
+def _through(t: Interpreter, stages: list, action: str, payload: dict) -> Steps:
+    """A Call through converters, one after another, as one."""
+    if not stages:
+        return (yield action, payload)
+    steps = stages[0](t, action, payload)
+    try:
+        asked = next(steps)
+        while True:
+            try:
+                answer = yield from _through(t, stages[1:], *asked)
+            except BoardError as error:
+                asked = steps.throw(error)
+            else:
+                asked = steps.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+# Fields. A row says how one field crosses: its names in 1.6 and in 2.x, and its value both ways.
+
+
+class Row(NamedTuple):
+    """A field that both versions have."""
+
+    old: str                            # 1.6's name
+    new: str                            # 2.x's name
+    lift: Callable[[Interpreter, Any], Any]      # 1.6's value as 2.x's; None: it cannot be said
+    lower: Callable[[Interpreter, Any], Any]
+    old_default: Any = None             # what 1.6 needs where 2.x says nothing
+    new_default: Any = None
+
+
+def lifted(t: Interpreter, payload: dict, rows: Iterable[Row]) -> dict:
+    """What 1.6 says, as 2.0.1 says it. Raises: MissingField."""
+    return _crossed(t, payload, [(r.old, r.new, r.lift, r.new_default) for r in rows])
+
+
+def lowered(t: Interpreter, payload: dict, rows: Iterable[Row]) -> dict:
+    """What 2.0.1 says, as 1.6 says it. Raises: MissingField."""
+    return _crossed(t, payload, [(r.new, r.old, r.lower, r.old_default) for r in rows])
+
+
+NEEDED = object()                       # as a default: without the field there is no message
+
+
+def _crossed(t: Interpreter, payload: dict, ways: list) -> dict:
+    crossed = {}
+    for source, target, convert, default in ways:
+        if not target:                   # it is in one version's words only
+            continue
+        value = payload.get(source)
+        if value is not None:
+            value = convert(t, value)
+        if value is None:
+            if default is NEEDED:
+                raise MissingField(f"{source} is required")
+            value = default
+        if value is not None:
+            crossed[target] = value
+    return crossed
+
+
+def _text(length: int) -> Callable:
+    return lambda t, value: (str(value)[:length] if isinstance(value, (str, int, float)) else None)
+
+
+def _whole(t: Interpreter, value: Any) -> int | None:
+    try:
+        return _typed(value, "", int)
+    except WrongType:
+        return None
+
+
+def _time(t: Interpreter, value: Any) -> str | None:
+    """A time as it was written, unless that was not what the standard wants."""
+    try:
+        when, zoned = parse_time(value)
+    except WrongValue:
+        return None
+    return value if zoned and "T" in value else wire_time(when)
+
+
+def _word(words: dict, other: str | None = None) -> Callable:
+    """An enumeration's value; one that is not among the words is `other`."""
+    return lambda t, value: words.get(value, other) if isinstance(value, str) else other
+
+
+def row(old: str, new: str, lift: Callable, lower: Callable, needed: bool = False,
+        **defaults: Any) -> Row:
+    """A field; one that is `needed` makes a message without it impossible."""
+    if needed:
+        defaults = {"old_default": NEEDED, "new_default": NEEDED}
+    return Row(old, new, lift, lower, **defaults)
+
+
+def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
+    """A text, cut to what the other side takes."""
+    return row(old, new, _text(new_length), _text(old_length), **more)
+
+
+def whole_row(old: str, new: str, **more: Any) -> Row:
+    """A whole number."""
+    return row(old, new, _whole, _whole, **more)
+
+
+def time_row(old: str, new: str, **more: Any) -> Row:
+    """A time, as it was written."""
+    return row(old, new, _time, _time, **more)
+
+
+def word_row(old: str, new: str, pairs: dict, back: dict | None = None, *,
+             old_other: str | None = None, new_other: str | None = None, **more: Any) -> Row:
+    """An enumeration: {1.6's word: 2.x's}, `back` {what else 2.x says: 1.6's word for it}.
+
+    A word that is in neither becomes the other side's `…_other`; without one, it is left out.
+    """
+    lower = {value: key for key, value in reversed(pairs.items())} | (back or {})
+    return row(old, new, _word(pairs, new_other), _word(lower, old_other), **more)
+
+
+def _same(*names: str) -> dict:
+    return {name: name for name in names}
+
+
+def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
+                worst: str) -> tuple:
+    """The `status` of an answer: words of both, of one side only, and what stands for others."""
+    pairs = _same(*both) | (lift or {})
+    return (word_row("status", "status", pairs, lower, old_other=worst, new_other=worst,
+                  old_default=worst, new_default=worst),)
+
+
+# Id tokens
+
+TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress "
+                        "NoAuthorization".split())
+TOKEN_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
+_UID = re.compile(r"(?:[0-9A-Fa-f]{8}|[0-9A-Fa-f]{14}|[0-9A-Fa-f]{20})\Z")
+
+
+def shortened(token: str, length: int) -> str:
+    """A token that fits: itself, or a text that no other token has.
+
+    Just cut, two tokens could be the same one, and the wrong customer would pay.
+    """
+    if len(token) <= length:
+        return token
+    return f"{token[:length - 11]}~{hashlib.sha256(token.encode()).hexdigest()[:10]}"
+
+
+def _lift_token(t: Interpreter, tag: Any) -> dict | None:
+    if not isinstance(tag, (str, int)):
+        return None
+    token = t.long_tokens.get(tag) or str(tag)
+    kind = t.token_types.get(token)
+    if kind is None:
+        kind = ("NoAuthorization" if not token else "ISO14443" if _UID.match(token) else "Central")
+    return {"idToken": shortened(token, 36), "type": kind}
+
+
+def _lower_token(t: Interpreter, token: Any) -> str | None:
+    text = token.get("idToken") if isinstance(token, dict) else None
+    if not isinstance(text, str):
+        return None
+    tag = shortened(text, 20)
+    if tag != text:
+        _remember(t.long_tokens, tag, text)
+    if token.get("type") in TOKEN_TYPES:
+        _remember(t.token_types, text, token["type"])
+    return tag
+
+
+def _remember(memory: OrderedDict, key: Any, value: Any) -> None:
+    memory[key] = value
+    if len(memory) > TOKENS_KEPT:
+        memory.popitem(last=False)
+
+
+def token_row(old: str, new: str, **more: Any) -> Row:
+    """An id token: a text in 1.6, an object with its type in 2.x."""
+    return row(old, new, _lift_token, _lower_token, **more)
+
+
+TOKEN_INFO = (
+    word_row("status", "status", _same("Accepted", "Blocked", "Expired", "Invalid", "ConcurrentTx"),
+          {"Unknown": "Invalid", "NoCredit": "Blocked", "NotAllowedTypeEVSE": "Blocked",
+           "NotAtThisLocation": "Blocked", "NotAtThisTime": "Blocked"},
+          old_other="Invalid", new_other="Invalid", old_default="Invalid", new_default="Invalid"),
+    time_row("expiryDate", "cacheExpiryDateTime"),
+    token_row("parentIdTag", "groupIdToken"),
+)
+
+
+def _nested(rows: tuple) -> tuple[Callable, Callable]:
+    return (lambda t, value: lifted(t, value, rows) if isinstance(value, dict) else None,
+            lambda t, value: lowered(t, value, rows) if isinstance(value, dict) else None)
+
+
+def _list_of(rows: tuple) -> tuple[Callable, Callable]:
+    def each(way: Callable) -> Callable:
+        return lambda t, value: [way(t, item, rows) for item in value
+                                 if isinstance(item, dict)] if isinstance(value, list) else None
+    return each(lifted), each(lowered)
+
+
+ACCEPTED = {"status": "Accepted"}
+ID_TOKEN_INFO = Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO), old_default=ACCEPTED,
+                    new_default=ACCEPTED)
+LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
+              Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO)))
+
+# Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`). An
+# EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
+
+
+def _lift_place(t: Interpreter, connector: Any) -> dict | None:
+    number = _whole(t, connector)
+    return {"id": number} if number else None
+
+
+def _lower_place(t: Interpreter, evse: Any) -> int | None:
+    return _whole(t, evse.get("id")) if isinstance(evse, dict) else None
+
+
+PLACE = Row("connectorId", "evse", _lift_place, _lower_place, old_default=0)
+EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
+SOME_EVSE = Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole)
+
+# Charging profiles
+
+
+def _lower_limit(t: Interpreter, value: Any) -> float | None:
+    """A limit in tenths, as 1.6 has it, and never above what was said."""
+    try:
+        tenths = math.floor(_typed(value, "", float) * 10 + 1e-6)
+    except WrongType:
+        return None
+    return tenths / 10 if tenths % 10 else tenths // 10
+
+
+def _numeric(t: Interpreter, value: Any) -> float | None:
+    return value if type(value) in (int, float) else None
+
+
+def _periods(rows: tuple) -> tuple[Callable, Callable]:
+    lift, lower = _list_of(rows)
+    return (lambda t, value: lift(t, value) or None), (lambda t, value: lower(t, value) or None)
+
+
+UNITS = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"), needed=True)
+PERIOD = (
+    whole_row("startPeriod", "startPeriod", needed=True),
+    Row("limit", "limit", _numeric, _lower_limit, NEEDED, NEEDED),
+    Row("numberPhases", "numberPhases", lambda t, n: n if n in (1, 2, 3) else None, _whole),
+)
+SCHEDULE = (
+    whole_row("duration", "duration"),
+    time_row("startSchedule", "startSchedule"),
+    UNITS,
+    Row("chargingSchedulePeriod", "chargingSchedulePeriod", *_periods(PERIOD), NEEDED, NEEDED),
+    Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
+)
+PURPOSES = {"ChargePointMaxProfile": "ChargingStationMaxProfile",
+            "TxDefaultProfile": "TxDefaultProfile", "TxProfile": "TxProfile"}
+PROFILE = (
+    whole_row("chargingProfileId", "id", needed=True),
+    whole_row("stackLevel", "stackLevel", needed=True),
+    word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES, needed=True),
+    word_row("chargingProfileKind", "chargingProfileKind",
+             _same("Absolute", "Recurring", "Relative"),
+          needed=True),
+    word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
+    time_row("validFrom", "validFrom"),
+    time_row("validTo", "validTo"),
+)
+
+
+def _lift_profile(t: Interpreter, profile: Any) -> dict:
+    """A charging profile for a 2.x station. Raises: MissingField, WrongValue."""
+    if not isinstance(profile, dict):
+        raise MissingField("the charging profile is missing")
+    crossed = lifted(t, profile, PROFILE)
+    schedule = lifted(t, required(profile, "chargingSchedule", dict), SCHEDULE)
+    crossed["chargingSchedule"] = [{"id": crossed["id"]} | schedule]
+    if (number := _whole(t, profile.get("transactionId"))) is not None:
+        known = t.named_there(number)
+        crossed["transactionId"] = known.here if known else str(number)
+    return crossed
+
+
+def _lower_profile(t: Interpreter, profile: Any) -> dict:
+    """A charging profile for a 1.6 station. Raises: NotSupported, MissingField."""
+    if not isinstance(profile, dict):
+        raise MissingField("the charging profile is missing")
+    if profile.get("chargingProfilePurpose") == "ChargingStationExternalConstraints":
+        raise NotSupported("1.6 has no profiles of external constraints")
+    crossed = lowered(t, profile, PROFILE)
+    # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
+    crossed["chargingSchedule"] = lowered(t, _dicts(profile, "chargingSchedule")[0], SCHEDULE)
+    return crossed
+
+
+def _here_16(t: Interpreter, there: Any) -> int:
+    """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
+    known = t.named_there(there)
+    number = known.here if known else _whole(t, there)       # from before a restart: ours it is
+    if type(number) is not int or not -1 << 63 < number < 1 << 63:
+        raise WrongValue("the transaction is not known")
+    return number
+
+
+def lift_composite(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.7 from upstream; 2.0.1 K08."""
+    asked = lifted(t, payload, (EVSE, whole_row("duration", "duration", new_default=NEEDED),
+                                word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    answer = yield "GetCompositeSchedule", asked
+    crossed = lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    schedule = answer.get("schedule")
+    if isinstance(schedule, dict):
+        crossed |= lowered(t, schedule, (EVSE, time_row("scheduleStart", "scheduleStart")))
+        crossed["chargingSchedule"] = lowered(t, schedule, SCHEDULE)
+    return crossed
+
+
+def lower_composite(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 K08 from upstream; 1.6 5.7."""
+    asked = lowered(t, payload, (EVSE, whole_row("duration", "duration", old_default=NEEDED),
+                                 word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    answer = yield "GetCompositeSchedule", asked
+    crossed = lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    schedule = answer.get("chargingSchedule")
+    if isinstance(schedule, dict) and schedule.get("chargingSchedulePeriod"):
+        told = lifted(t, schedule, [row for row in SCHEDULE if row.new not in (
+            "startSchedule", "minChargingRate")])
+        start = answer.get("scheduleStart") or schedule.get("startSchedule")
+        crossed["schedule"] = {"duration": asked["duration"]} | told | {
+            "evseId": asked["connectorId"],
+            "scheduleStart": _time(t, start) or wire_time(t.clock())}
+    return crossed
+
+
+def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.16; 2.0.1 K01."""
+    asked = lifted(t, payload, (EVSE,))
+    if isinstance(payload.get("csChargingProfiles"), dict) and not lenient(
+            lenient(payload["csChargingProfiles"], "chargingSchedule", dict, {}),
+            "chargingSchedulePeriod", list):
+        return {"status": "Rejected"}                    # 2.x has no schedule without a period
+    asked["chargingProfile"] = _lift_profile(t, payload.get("csChargingProfiles"))
+    answer = yield "SetChargingProfile", asked
+    return lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 K01; 1.6 5.16."""
+    asked = lowered(t, payload, (EVSE,))
+    profile = asked["csChargingProfiles"] = _lower_profile(t, payload.get("chargingProfile"))
+    there = payload["chargingProfile"].get("transactionId")
+    if there is not None:
+        try:
+            profile["transactionId"] = _here_16(t, there)
+        except WrongValue:
+            return {"status": "Rejected"}                # of a transaction that is not there
+    answer = yield "SetChargingProfile", asked
+    return lifted(t, answer, status_rows("Accepted", "Rejected", lift={"NotSupported": "Rejected"},
+                                    worst="Rejected"))
+
+
+CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLevel"),
+            word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES))
+CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
+
+
+def lift_clear_profile(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.3; 2.0.1 K10."""
+    asked = lifted(t, payload, (whole_row("id", "chargingProfileId"),))
+    if criteria := lifted(t, payload, CRITERIA):
+        asked["chargingProfileCriteria"] = criteria
+    return lowered(t, (yield "ClearChargingProfile", asked), CLEARED)
+
+
+def lower_clear_profile(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 K10; 1.6 5.3."""
+    criteria = lenient(payload, "chargingProfileCriteria", dict, {})
+    if criteria.get("chargingProfilePurpose") not in (None, *PURPOSES.values()):
+        return {"status": "Unknown"}                     # 1.6 has no such profile to clear
+    asked = lowered(t, payload, (whole_row("id", "chargingProfileId"),))
+    return lifted(t, (yield "ClearChargingProfile", asked | lowered(t, criteria, CRITERIA)),
+                  CLEARED)
+
+
+# What a station tells of itself
+
+STATION_INFO = (
+    text_row("chargePointVendor", "vendorName", 20, 50, old_default="", new_default=""),
+    text_row("chargePointModel", "model", 20, 20, old_default="", new_default=""),
+    text_row("chargePointSerialNumber", "serialNumber", 25, 25),
+    text_row("firmwareVersion", "firmwareVersion", 50, 50),
+)
+MODEM = (text_row("iccid", "iccid", 20, 20), text_row("imsi", "imsi", 20, 20))
+BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
+          whole_row("interval", "interval", old_default=60, new_default=60),
+          time_row("currentTime", "currentTime", needed=True))
+
+
+def lift_boot(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.2; 2.0.1 B01. What it has of meters, 2.x keeps elsewhere."""
+    station = lifted(t, payload, STATION_INFO)
+    if "serialNumber" not in station and "chargeBoxSerialNumber" in payload:
+        station |= lifted(t, payload, (text_row("chargeBoxSerialNumber", "serialNumber", 25, 25),))
+    if modem := lifted(t, payload, MODEM):
+        station["modem"] = modem
+    reason, t.boot_reason = t.boot_reason, "Unknown"
+    answer = yield "BootNotification", {"chargingStation": station, "reason": reason}
+    return lowered(t, _with_time(t, answer), BOOTED)
+
+
+def lower_boot(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B01; 1.6 4.2."""
+    station = lenient(payload, "chargingStation", dict, {})
+    asked = lowered(t, station, STATION_INFO) | lowered(t, lenient(station, "modem", dict, {}),
+                                                        MODEM)
+    return lifted(t, _with_time(t, (yield "BootNotification", asked)), BOOTED)
+
+
+def _with_time(t: Interpreter, answer: dict) -> dict:
+    """A BootNotification's answer, with our time where it has none that can be read."""
+    if _time(t, answer.get("currentTime")) is None:
+        return answer | {"currentTime": wire_time(t.clock())}
+    return answer
+
+
+FIRMWARE_PLAIN = _same("Downloaded", "DownloadFailed", "Downloading", "Idle", "InstallationFailed",
+                       "Installing", "Installed")
+FIRMWARE = FIRMWARE_PLAIN | _same("DownloadScheduled", "DownloadPaused", "InstallRebooting",
+                                  "InstallScheduled", "InstallVerificationFailed",
+                                  "InvalidSignature", "SignatureVerified")
+LOGGED = _same("BadMessage", "Idle", "NotSupportedOperation", "PermissionDenied", "Uploaded",
+               "UploadFailure", "Uploading")
+DIAGNOSTICS = {"Idle": "Idle", "Uploaded": "Uploaded", "UploadFailed": "UploadFailure",
+               "Uploading": "Uploading"}
+
+
+def lift_firmware_status(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.5 and its security extension; 2.0.1 L01. The request's id is the last update's."""
+    asked = lifted(t, payload, (word_row("status", "status", FIRMWARE, new_default="Idle"),
+                                whole_row("requestId", "requestId",
+                                          new_default=t.firmware_request)))
+    yield "FirmwareStatusNotification", asked
+    return {}
+
+
+def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
+    asked = lowered(t, payload, (word_row("status", "status", FIRMWARE, old_default="Idle"),
+                                 whole_row("requestId", "requestId")))
+    if t.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
+        yield "SignedFirmwareStatusNotification", asked
+    else:
+        yield "FirmwareStatusNotification", {"status": asked["status"]}
+    return {}
+
+
+def lift_diagnostics_status(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.4; 2.0.1 N01."""
+    asked = lifted(t, payload, (word_row("status", "status", DIAGNOSTICS, new_default="Idle"),))
+    if t.log_request is not None and asked["status"] != "Idle":
+        asked["requestId"] = t.log_request
+    yield "LogStatusNotification", asked
+    return {}
+
+
+def lift_log_status(t: Interpreter, payload: dict) -> Steps:
+    """1.6 security extension N01; 2.0.1 N01."""
+    yield "LogStatusNotification", lifted(t, payload, (
+        word_row("status", "status", LOGGED, new_default="Idle"),
+        whole_row("requestId", "requestId")))
+    return {}
+
+
+def lower_log_status(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
+    back = {"AcceptedCanceled": "UploadFailure"}
+    if t.diagnostics:
+        failed = dict.fromkeys(("BadMessage", "NotSupportedOperation", "PermissionDenied",
+                                "AcceptedCanceled"), "UploadFailed")
+        yield "DiagnosticsStatusNotification", lowered(t, payload, (
+            word_row("status", "status", DIAGNOSTICS, failed, old_default="Idle"),))
+    else:
+        yield "LogStatusNotification", lowered(t, payload, (
+            word_row("status", "status", LOGGED, back, old_default="Idle"),
+            whole_row("requestId", "requestId")))
+    return {}
+
+
+# Statuses
+
+CONNECTOR_STATUS = {
+    "Available": "Available", "Preparing": "Occupied", "Charging": "Occupied",
+    "SuspendedEV": "Occupied", "SuspendedEVSE": "Occupied", "Finishing": "Occupied",
+    "Reserved": "Reserved", "Unavailable": "Unavailable", "Faulted": "Faulted"}
+CHARGING_STATE = {"Preparing": "EVConnected", "Charging": "Charging", "SuspendedEV": "SuspendedEV",
+                  "SuspendedEVSE": "SuspendedEVSE", "Finishing": "EVConnected"}
+FAULTS_16 = frozenset("""ConnectorLockFailure EVCommunicationError GroundFailure HighTemperature
+    InternalError LocalListConflict NoError OtherError OverCurrentFailure PowerMeterFailure
+    PowerSwitchFailure ReaderFailure ResetFailure UnderVoltage OverVoltage WeakSignal""".split())
+
+
+def lift_status(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
+    number = max(0, required(payload, "connectorId", int))
+    told = lenient(payload, "status", str, "")
+    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    _note(t.statuses, (number, 1), told)
+    status = CONNECTOR_STATUS.get(told, "Unavailable")
+    if number:
+        yield "StatusNotification", {"timestamp": at, "connectorStatus": status, "evseId": number,
+                                     "connectorId": 1}
+    else:
+        yield "NotifyEvent", _event(t, at, {"name": "ChargingStation"}, "AvailabilityState", status)
+    fault = lenient(payload, "errorCode", str, "NoError")
+    if fault != t.faults.get(number, "NoError"):
+        _note(t.faults, number, fault)
+        place = {"evse": {"id": number, "connectorId": 1}} if number else {}
+        component = {"name": "Connector" if number else "ChargingStation"} | place
+        wrong = {} if fault == "NoError" else {
+            "techCode": str(payload.get("vendorErrorCode") or fault)[:50]}
+        info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
+        yield "NotifyEvent", _event(t, at, component, "Problem", "false" if not wrong else "true",
+                                    cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500],
+                                    **wrong)
+    crossing = t.open_at(number) if number else None
+    state = CHARGING_STATE.get(told)
+    if crossing and state and state != crossing.state:
+        crossing.state = state
+        yield "TransactionEvent", _transaction_event(t, crossing, "Updated", at,
+                                                     "ChargingStateChanged")
+    return {}
+
+
+def _note(memory: dict, place: Any, word: str) -> None:
+    """Remember how a place is, of as many as a station may have."""
+    if place in memory or len(memory) < CONNECTORS_KEPT:
+        memory[place] = word
+
+
+def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
+           **more: Any) -> dict:
+    """A NotifyEvent of one event (2.0.1 N07)."""
+    return {"generatedAt": at, "seqNo": 0, "eventData": [{
+        "eventId": t.next_request(), "timestamp": at, "trigger": "Delta", "actualValue": value,
+        "component": component, "variable": {"name": variable},
+        "eventNotificationType": "HardWiredNotification", **more}]}
+
+
+# Of the connectors of one EVSE, the first of these tells how the EVSE is.
+STATUS_ORDER = ("Occupied", "Reserved", "Available", "Faulted", "Unavailable")
+
+
+def lower_status(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 G01; 1.6 4.9."""
+    evse_id = max(0, required(payload, "evseId", int))
+    _note(t.statuses, (evse_id, lenient(payload, "connectorId", int, 1)),
+          lenient(payload, "connectorStatus", str, ""))
+    yield "StatusNotification", _status_16(t, evse_id, _time(t, payload.get("timestamp")))
+    return {}
+
+
+def _status_16(t: Interpreter, evse_id: int, at: str | None) -> dict:
+    """What 1.6 says of an EVSE, from its connectors' statuses and its transaction."""
+    told = [word for (evse, _), word in t.statuses.items() if evse == evse_id]
+    status = next((word for word in STATUS_ORDER if word in told), "Unavailable")
+    crossing = t.open_at(evse_id)
+    if status == "Available":
+        for past in t.crossings.values():
+            past.left = past.left or past.evse_id == evse_id and past.ended
+    if status == "Occupied" or crossing and not told:
+        status = _occupied_16(t, evse_id, crossing)
+    _note(t.shown, evse_id, status)
+    message = {"connectorId": evse_id, "errorCode": t.faults.get(evse_id, "NoError"),
+               "status": status}
+    return message | ({"timestamp": at} if at else {})
+
+
+def _occupied_16(t: Interpreter, evse_id: int, crossing: Crossing | None) -> str:
+    """Which of 1.6's five words for Occupied it is."""
+    if crossing is None:
+        ended = any(c.evse_id == evse_id and c.ended and not c.left
+                    for c in t.crossings.values())
+        return "Finishing" if ended else "Preparing"
+    if crossing.state in ("Charging", "SuspendedEV", "SuspendedEVSE"):
+        return crossing.state
+    if crossing.charged:
+        return "Finishing" if crossing.state == "Idle" else "SuspendedEVSE"
+    return "Preparing"
+
+
+def lower_event(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
+    known = False
+    for event in lenient(payload, "eventData", list, []):
+        component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
+        variable = lenient(event, "variable", dict, {}).get("name") if component else None
+        evse = lenient(component, "evse", dict, {})
+        evse_id = max(0, lenient(evse, "id", int, 0))
+        value = lenient(event, "actualValue", str, "") if component else ""
+        if variable == "AvailabilityState" and component.get("name") in (
+                "ChargingStation", "EVSE", "Connector"):
+            _note(t.statuses, (evse_id, lenient(evse, "connectorId", int, 1)), value)
+        elif variable == "Problem":
+            told = str(event.get("techInfo") or "").partition(" ")[0]
+            broken = value.lower() == "true" and event.get("cleared") is not True
+            _note(t.faults, evse_id, "NoError" if not broken else told if told in FAULTS_16
+                  else "OtherError")
+        else:
+            continue
+        known = True
+        yield "StatusNotification", _status_16(t, evse_id, _time(t, event.get("timestamp")))
+    return {} if known else None
+
+
+# Meter values
+
+MEASURANDS_16 = frozenset("""
+    Energy.Active.Export.Register Energy.Active.Import.Register Energy.Reactive.Export.Register
+    Energy.Reactive.Import.Register Energy.Active.Export.Interval Energy.Active.Import.Interval
+    Energy.Reactive.Export.Interval Energy.Reactive.Import.Interval Power.Active.Export
+    Power.Active.Import Power.Offered Power.Reactive.Export Power.Reactive.Import Power.Factor
+    Current.Import Current.Export Current.Offered Voltage Frequency Temperature SoC RPM""".split())
+MEASURANDS_201 = (MEASURANDS_16 - {"Temperature", "RPM"}) | frozenset("""
+    Energy.Active.Net Energy.Reactive.Net Energy.Apparent.Net Energy.Apparent.Import
+    Energy.Apparent.Export""".split())
+UNITS_16 = frozenset("Wh kWh varh kvarh W kW VA kVA var kvar A V K Celcius Celsius Fahrenheit "
+                     "Percent Hertz".split())
+CONTEXTS = frozenset("""Interruption.Begin Interruption.End Sample.Clock Sample.Periodic
+    Transaction.Begin Transaction.End Trigger Other""".split())
+PHASE_WORDS = frozenset("L1 L2 L3 N L1-N L2-N L3-N L1-L2 L2-L3 L3-L1".split())
+LOCATIONS = frozenset("Cable EV Inlet Outlet Body".split())
+REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
+SAMPLE_WORDS = (("context", CONTEXTS), ("phase", PHASE_WORDS), ("location", LOCATIONS))
+TRIGGER_OF = {"Sample.Clock": "MeterValueClock", "Trigger": "Trigger"}
+
+
+def _decimal(value: Any) -> Decimal | None:
+    """A number of a meter, exactly as it was written."""
+    try:
+        number = Decimal(value.strip() if isinstance(value, str) else repr(value))
+    except (ArithmeticError, ValueError):
+        return None
+    return number if number.is_finite() and abs(number.adjusted()) < 30 else None
+
+
+def _lift_meter_values(t: Interpreter, told: Any, known: dict | None = None) -> list[dict]:
+    """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
+    crossed = []
+    for meter in told if isinstance(told, list) else []:
+        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
+        samples = [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
+        lifted_samples = _lift_samples(samples, known or {})
+        if lifted_samples:
+            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
+                            "sampledValue": lifted_samples})
+    return crossed
+
+
+def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
+    crossed, signed = [], []
+    for sample in samples:
+        measurand = lenient(sample, "measurand", str, REGISTER)
+        if measurand not in MEASURANDS_16:
+            continue
+        words = _sample_words(sample)
+        if "measurand" in sample:
+            words["measurand"] = measurand
+        if isinstance(sample.get("unit"), str):
+            words["unitOfMeasure"] = {"unit": sample["unit"][:20].replace("Celcius", "Celsius")}
+        if sample.get("format") == "SignedData":
+            signed.append((str(sample.get("value", "")), words))
+        elif (number := _decimal(sample.get("value"))) is not None:
+            crossed.append({"value": _plain_number(number)} | words)
+    for value, words in signed:
+        _attach_signed(crossed, value, words, known)
+    return [sample for sample in crossed if sample.get("measurand") not in ("Temperature", "RPM")]
+
+
+def _sample_words(sample: dict) -> dict:
+    """Context, phase and location of a sample, which both versions call the same."""
+    return {key: sample[key] for key, allowed in SAMPLE_WORDS
+            if lenient(sample, key, str) in allowed}
+
+
+def _plain_number(number: Decimal) -> int | float:
+    """The number as JSON writes it, without a point where it needs none."""
+    return int(number) if number == number.to_integral_value() else float(number)
+
+
+def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
+    """Give a signed value to the reading that it signs; 2.x has no signature without a number.
+
+    1.6 writes it as OCMF, or as 2.x's object in JSON (OCA: Signed Meter Values in OCPP 1.6).
+    """
+    try:
+        told = json.loads(value)
+    except ValueError:
+        told = None
+    if isinstance(told, dict) and isinstance(told.get("signedMeterData"), str):
+        data = {key: str(told.get(key, ""))[:length] for key, length in SIGNED_LENGTHS.items()}
+    else:
+        data = {"signedMeterData": value, "signingMethod": "", "publicKey": "",
+                "encodingMethod": "OCMF" if value.startswith("OCMF|") else ""}
+    same = [sample for sample in crossed if "signedMeterValue" not in sample and all(
+        sample.get(key) == words.get(key) for key in ("measurand", "context", "phase", "location"))]
+    if same:
+        same[0]["signedMeterValue"] = data
+    elif (number := _signed_number(value, words, known)) is not None:
+        crossed.append({"value": number, "signedMeterValue": data} | words)
+
+
+SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
+                  "publicKey": 2500}
+_OCMF_READING = re.compile(r'"RV"\s*:\s*(-?[0-9.]+).*?"RU"\s*:\s*"(k?Wh)"', re.S)
+
+
+def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
+    """The number in a signed value, in the sample's unit (Wh where it names none)."""
+    found = _OCMF_READING.findall(value)
+    if found:
+        number = _decimal(found[-1][0])
+        unit = words.get("unitOfMeasure", {}).get("unit", "Wh")
+        if number is not None and {unit, found[-1][1]} <= {"Wh", "kWh"}:
+            return _plain_number(number.scaleb((found[-1][1] == "kWh") * 3 - (unit == "kWh") * 3))
+    if words.get("measurand", REGISTER) == REGISTER and "unitOfMeasure" not in words:
+        return known.get(words.get("context"))
+    return None
+
+
+def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
+    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
+    crossed = []
+    for meter in told if isinstance(told, list) else []:
+        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
+        samples = samples if isinstance(samples, list) else []
+        lowered_samples = [s for sample in samples if isinstance(sample, dict)
+                           for s in _lower_sample(sample)]
+        for sample in lowered_samples:
+            if sample.get("unit") in left_out:
+                del sample["unit"]
+        if lowered_samples:
+            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
+                            "sampledValue": lowered_samples})
+    return crossed
+
+
+def _lower_sample(sample: dict) -> list[dict]:
+    number, unit = _unit_16(sample)
+    measurand = lenient(sample, "measurand", str, REGISTER)
+    if number is None or measurand not in MEASURANDS_16:
+        return []
+    words = _sample_words(sample)
+    if "measurand" in sample:
+        words["measurand"] = measurand
+    if unit:
+        words["unit"] = unit
+    crossed = [{"value": f"{number:f}"} | words]
+    signed = sample.get("signedMeterValue")
+    if isinstance(signed, dict) and isinstance(signed.get("signedMeterData"), str):
+        bare = not signed.get("publicKey") and not signed.get("signingMethod")
+        plain = bare and signed["signedMeterData"].startswith("OCMF|")
+        crossed.append({"value": signed["signedMeterData"] if plain else to_json(
+            {key: value for key, value in signed.items() if key in SIGNED_LENGTHS}),
+            "format": "SignedData"} | words)
+    return crossed
+
+
+def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
+    """(the number, its unit) in a unit that 1.6 has; (None, None) where there is none."""
+    number = _decimal(sample.get("value"))
+    told = sample.get("unitOfMeasure")
+    told = told if isinstance(told, dict) else {}
+    unit, power = lenient(told, "unit", str), told.get("multiplier") or 0
+    if number is None or type(power) is not int or abs(power) > 12:
+        return None, None
+    if power == 3 and (unit or "Wh") in ("Wh", "varh", "W", "VA", "var"):
+        return number, f"k{unit or 'Wh'}"
+    number = number.scaleb(power) if power else number
+    if unit is None or unit in UNITS_16:
+        return number, unit
+    if lenient(sample, "measurand", str, REGISTER).startswith("Energy"):
+        return None, None                # without its unit it would be read as Wh
+    return number, None
+
+
+def _register(meter_values: Any, context: str = "") -> int | None:
+    """The last import register in 2.x meter values, in Wh; of that context, where one is asked."""
+    found = None
+    for meter in meter_values if isinstance(meter_values, list) else []:
+        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
+        for sample in samples if isinstance(samples, list) else []:
+            if not isinstance(sample, dict) or sample.get("phase") or context not in (
+                    "", sample.get("context")) or sample.get("measurand", REGISTER) != REGISTER:
+                continue
+            number, unit = _unit_16(sample)
+            if number is not None and unit in (None, "Wh", "kWh"):
+                found = int((number.scaleb(3) if unit == "kWh" else number).to_integral_value())
+    return found
+
+
+def lift_meter_values(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.7; 2.0.1 J02 (of a transaction, E02 as an event) or J01."""
+    number = max(0, lenient(payload, "connectorId", int, 0))
+    values = _lift_meter_values(t, payload.get("meterValue"))
+    told = lenient(payload, "transactionId", int, 0)
+    crossing = t.crossings.get(told) or (t.open_at(number) if number else None)
+    if crossing is None and told > 0 and number:
+        crossing = _resumed(t, told, number)
+    if not values:
+        return None                      # nothing that 2.x has a word for
+    if crossing is None or crossing.ended:
+        yield "MeterValues", {"evseId": number, "meterValue": values}
+        return {}
+    context = values[-1]["sampledValue"][0].get("context")
+    event = _transaction_event(t, crossing, "Updated", values[-1]["timestamp"],
+                               TRIGGER_OF.get(context, "MeterValuePeriodic"))
+    yield "TransactionEvent", event | {"meterValue": values}
+    return {}
+
+
+def lower_meter_values(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 J01; 1.6 4.7."""
+    values = _lower_meter_values(t, payload.get("meterValue"))
+    if not values:
+        return None
+    asked = {"connectorId": required(payload, "evseId", int), "meterValue": values}
+    if (crossing := t.open_at(asked["connectorId"])) and type(crossing.there) is int:
+        asked["transactionId"] = crossing.there
+    yield "MeterValues", asked
+    return {}
+
+
+# Transactions of a 1.6 station, for a 2.x upstream
+
+STOPPED = {                              # 1.6's reason: (stoppedReason, triggerReason) of 2.x
+    "Local": ("Local", "StopAuthorized"), "Remote": ("Remote", "RemoteStop"),
+    "EVDisconnected": ("EVDisconnected", "EVCommunicationLost"),
+    "DeAuthorized": ("DeAuthorized", "Deauthorized"),
+    "EmergencyStop": ("EmergencyStop", "AbnormalCondition"),
+    "HardReset": ("ImmediateReset", "ResetCommand"), "SoftReset": ("Reboot", "ResetCommand"),
+    "Reboot": ("Reboot", "AbnormalCondition"), "PowerLoss": ("PowerLoss", "AbnormalCondition"),
+    "UnlockCommand": ("Other", "UnlockCommand"), "Other": ("Other", "AbnormalCondition"),
+}
+STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
+    "DeAuthorized": "DeAuthorized", "EmergencyStop": "EmergencyStop",
+    "EVDisconnected": "EVDisconnected", "ImmediateReset": "HardReset", "Local": "Local",
+    "PowerLoss": "PowerLoss", "Reboot": "Reboot", "Remote": "Remote",
+    "StoppedByEV": "EVDisconnected", "MasterPass": "Local"}
+
+
+def _resumed(t: Interpreter, here: int, evse_id: int) -> Crossing:
+    """A transaction that began before we did. Its id is the second it began in, as the board
+    gives ids, so that its events go on counting where no former one can have been."""
+    seconds = int(t.clock()) - here
+    return t.crossing(here, there=str(here), evse_id=evse_id,
+                      seq_no=seconds if 0 < seconds < 1 << 30 else 1)
+
+
+def _transaction_event(t: Interpreter, crossing: Crossing, event: str, at: str, trigger: str,
+                       **info: Any) -> dict:
+    """A TransactionEvent with all that is known anyway (2.0.1 E01 to E07)."""
+    state = {"chargingState": crossing.state} if crossing.state else {}
+    message = {"eventType": event, "timestamp": at, "triggerReason": trigger,
+               "seqNo": crossing.seq_no,
+               "transactionInfo": {"transactionId": crossing.there} | state | info}
+    crossing.seq_no += 1
+    if crossing.evse_id > 0:
+        message["evse"] = {"id": crossing.evse_id, "connectorId": 1}
+    return message
+
+
+def _begin_end(at: str, register: int, context: str) -> dict:
+    return {"timestamp": at, "sampledValue": [{
+        "value": register, "context": context, "measurand": REGISTER,
+        "unitOfMeasure": {"unit": "Wh"}}]}
+
+
+def lift_start(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
+    number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
+    key = (number, tag, payload.get("timestamp"), payload.get("meterStart"))
+    given, t.given = t.given, None
+    again = next((c for c in t.crossings.values() if c.start_key == key and not c.ended), None)
+    here = given if given is not None else again.here if again else t.new_id()
+    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
+    crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
+                          start_key=key)
+    if again:
+        crossing.seq_no = 0              # the same event, told once more
+    remote = _remote_start(t, number, tag)
+    event = _transaction_event(t, crossing, "Started", at,
+                               "Authorized" if remote is None else "RemoteStart",
+                               **({} if remote is None else {"remoteStartId": remote}))
+    id_token = _lift_token(t, tag)
+    reservation = _whole(t, payload.get("reservationId"))
+    crossing.register = _whole(t, payload.get("meterStart"))
+    event |= {"idToken": id_token} | ({} if reservation is None else {"reservationId": reservation})
+    if crossing.register is not None:
+        event["meterValue"] = [_begin_end(at, crossing.register, "Transaction.Begin")]
+    try:
+        answer = yield "TransactionEvent", event
+    except BoardError:
+        crossing.ended = True            # it will be told again, or never was
+        raise
+    return {"transactionId": here} | lowered(t, answer, (ID_TOKEN_INFO,))
+
+
+def _remote_start(t: Interpreter, number: int, tag: Any) -> int | None:
+    """The remoteStartId of the command that this start obeys."""
+    for known in t.remote_starts:
+        if known[0] in (0, number) and known[1] == tag:
+            t.remote_starts.remove(known)
+            return known[2]
+    return None
+
+
+def lift_stop(t: Interpreter, payload: dict) -> Steps:
+    """1.6 4.10; 2.0.1 E06 to E08."""
+    here = required(payload, "transactionId", int)
+    crossing = t.crossings.get(here) or _resumed(t, here, 0)
+    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
+    if crossing.ended:
+        crossing.seq_no -= 1             # the same event, told once more
+    crossing.ended, crossing.state = True, ""
+    event = _transaction_event(t, crossing, "Ended", at, trigger, stoppedReason=stopped)
+    meter_stop = _whole(t, payload.get("meterStop"))
+    known = {"Transaction.Begin": crossing.register, "Transaction.End": meter_stop}
+    values = _lift_meter_values(t, payload.get("transactionData"), known)
+    if meter_stop is not None and _register(values, "Transaction.End") != meter_stop:
+        values.append(_begin_end(at, meter_stop, "Transaction.End"))
+    if values:
+        event["meterValue"] = values
+    if payload.get("idTag") is not None and (id_token := _lift_token(t, payload["idTag"])):
+        event["idToken"] = id_token
+    answer = yield "TransactionEvent", event
+    return lowered(t, answer, (ID_TOKEN_INFO._replace(old_default=None),))
+
+
+def lower_request_start(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 F01, F02; 1.6 5.11."""
+    asked = lowered(t, payload, (token_row("idTag", "idToken", old_default=NEEDED),
+                                 whole_row("connectorId", "evseId")))
+    if payload.get("chargingProfile") is not None:
+        asked["chargingProfile"] = _lower_profile(t, payload["chargingProfile"])
+    remote = _whole(t, payload.get("remoteStartId"))
+    answer = yield "RemoteStartTransaction", asked
+    if remote is not None and answer.get("status") == "Accepted":
+        t.remote_starts = [*t.remote_starts[-19:],
+                           (asked.get("connectorId", 0), asked["idTag"], remote)]
+    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 F03; 1.6 5.12."""
+    try:
+        here = _here_16(t, payload.get("transactionId"))
+    except WrongValue:
+        return {"status": "Rejected"}
+    answer = yield "RemoteStopTransaction", {"transactionId": here}
+    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 E14, answered here. What waits for upstream was delivered before it could ask."""
+    if payload.get("transactionId") is None:
+        return {"messagesInQueue": False}
+    crossing = t.named_there(payload["transactionId"])
+    return {"ongoingIndicator": crossing is not None and not crossing.ended,
+            "messagesInQueue": False}
+    yield
+
+
+# Transactions of a 2.x station, for a 1.6 upstream
+
+
+def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 E01 to E12; 1.6 4.8 to 4.10 and 4.7.
+
+    1.6 knows a transaction from when it is known who charges; before that there is just a car.
+    Raises: NotSupported when it began before we did and nobody knows upstream's id of it.
+    """
+    # 1. which transaction it is, and what the event says of it
+    info = required(payload, "transactionInfo", dict)
+    kind, here = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
+    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    if here not in t.crossings and kind != "Started":
+        raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
+    crossing = t.crossing(here, there=None, started=at)
+    crossing.evse_id = max(0, lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
+                           ) or crossing.evse_id
+    told = payload.get("meterValue")
+    register, first = _register(told), _register(told, "Transaction.Begin")
+    if crossing.register is None:
+        crossing.register = register if first is None else first
+    used = (register or 0) > (crossing.register or 0)
+    crossing.state = lenient(info, "chargingState", str) or crossing.state
+    crossing.charged = crossing.charged or crossing.state == "Charging"
+    tag, answer = _lower_token(t, payload.get("idToken")), {}
+    # 2. begin it upstream, once someone is known to charge
+    ends = kind == "Ended" and not crossing.ended
+    begins = crossing.there is None and not crossing.ended and (
+        tag is not None or ends and (crossing.charged or used))
+    if begins:
+        reservation = _whole(t, payload.get("reservationId"))
+        answer = yield "StartTransaction", {
+            "connectorId": crossing.evse_id, "idTag": tag or "",
+            "meterStart": crossing.register or 0, "timestamp": crossing.started,
+            } | ({} if reservation is None else {"reservationId": reservation})
+        crossing.there, crossing.id_token = required(answer, "transactionId", int), tag
+        crossing.answer = answer
+    elif tag is not None and not ends:
+        answer = crossing.answer
+        if tag != crossing.id_token:
+            answer = yield "Authorize", {"idTag": tag}
+    crossing.register = crossing.register if register is None else register
+    # 3. what was metered, and its end
+    values = _lower_meter_values(t, told, ("Hertz",) if ends else ())    # not in a StopTransaction
+    if ends:
+        crossing.ended = True
+        if crossing.there is not None:
+            stop = {"transactionId": crossing.there, "meterStop": crossing.register or 0,
+                    "timestamp": at, "reason": _reason_16(info, payload)}
+            stop |= {} if tag is None else {"idTag": tag}
+            stop |= {"transactionData": values} if values else {}
+            answer = (yield "StopTransaction", stop) or answer
+    elif values and not (begins and first is not None and len(values) == 1):
+        place = {} if crossing.there is None else {"transactionId": crossing.there}
+        yield "MeterValues", {"connectorId": crossing.evse_id, "meterValue": values} | place
+    # 4. 1.6 shows the charging state in the connector's status
+    shown_before = t.shown.get(crossing.evse_id)
+    now = _status_16(t, crossing.evse_id, at)
+    if crossing.evse_id and now["status"] not in (shown_before, "Unavailable"):
+        yield "StatusNotification", now
+    return {} if tag is None else lifted(t, answer, (ID_TOKEN_INFO,))
+
+
+def _reason_16(info: dict, payload: dict) -> str:
+    stopped, trigger = lenient(info, "stoppedReason", str, "Local"), payload.get("triggerReason")
+    exact = next((reason for reason, pair in STOPPED.items() if pair == (stopped, trigger)), None)
+    return exact or STOPPED_16.get(stopped, "Other")
+
+
+def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.11; 2.0.1 F01, F02."""
+    asked = lifted(t, payload, (token_row("idTag", "idToken", new_default=NEEDED), SOME_EVSE))
+    if asked["idToken"]["idToken"] not in t.token_types and "idTag" in payload:
+        asked["idToken"]["type"] = "Central"             # "issued by the central system"
+    asked["remoteStartId"] = t.next_request()
+    if payload.get("chargingProfile") is not None:
+        profile = _lift_profile(t, payload["chargingProfile"])
+        profile.pop("transactionId", None)               # there is none yet (F01.FR.11)
+        asked["chargingProfile"] = profile
+    return lowered(t, (yield "RequestStartTransaction", asked),
+                   status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.12; 2.0.1 F03."""
+    known = t.named_there(required(payload, "transactionId", int))
+    if known is None:
+        return {"status": "Rejected"}
+    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}),
+                   status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+# Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
+# after a colon, its instance, whether it can only be read). The others go by their own name
+# under LEGACY; a variable without a key is "Component.Variable" to 1.6.
+VARIABLES = tuple(line.split() for line in """
+    AllowOfflineTxForUnknownId AuthCtrlr OfflineTxForUnknownIdEnabled
+    AuthorizationCacheEnabled AuthCacheCtrlr Enabled
+    AuthorizeRemoteTxRequests AuthCtrlr AuthorizeRemoteStart
+    ClockAlignedDataInterval AlignedDataCtrlr Interval
+    ConnectionTimeOut TxCtrlr EVConnectionTimeOut
+    ConnectorPhaseRotation ChargingStation PhaseRotation
+    GetConfigurationMaxKeys DeviceDataCtrlr ItemsPerMessage:GetVariables ReadOnly
+    HeartbeatInterval OCPPCommCtrlr HeartbeatInterval
+    LocalAuthorizeOffline AuthCtrlr LocalAuthorizeOffline
+    LocalPreAuthorize AuthCtrlr LocalPreAuthorize
+    MaxEnergyOnInvalidId TxCtrlr MaxEnergyOnInvalidId
+    MeterValuesAlignedData AlignedDataCtrlr Measurands
+    MeterValuesSampledData SampledDataCtrlr TxUpdatedMeasurands
+    MeterValueSampleInterval SampledDataCtrlr TxUpdatedInterval
+    ResetRetries OCPPCommCtrlr ResetRetries
+    StopTransactionOnEVSideDisconnect TxCtrlr StopTxOnEVSideDisconnect
+    StopTransactionOnInvalidId TxCtrlr StopTxOnInvalidId
+    StopTxnAlignedData AlignedDataCtrlr TxEndedMeasurands
+    StopTxnSampledData SampledDataCtrlr TxEndedMeasurands
+    TransactionMessageAttempts OCPPCommCtrlr MessageAttempts:TransactionEvent
+    TransactionMessageRetryInterval OCPPCommCtrlr MessageAttemptInterval:TransactionEvent
+    UnlockConnectorOnEVSideDisconnect OCPPCommCtrlr UnlockOnEVSideDisconnect
+    WebSocketPingInterval OCPPCommCtrlr WebSocketPingInterval
+    LocalAuthListEnabled LocalAuthListCtrlr Enabled
+    LocalAuthListMaxLength LocalAuthListCtrlr Entries ReadOnly
+    SendLocalListMaxLength LocalAuthListCtrlr ItemsPerMessage ReadOnly
+    ReserveConnectorZeroSupported ReservationCtrlr NonEvseSpecific ReadOnly
+    ChargeProfileMaxStackLevel SmartChargingCtrlr ProfileStackLevel ReadOnly
+    ChargingScheduleAllowedChargingRateUnit SmartChargingCtrlr RateUnit ReadOnly
+    ChargingScheduleMaxPeriods SmartChargingCtrlr PeriodsPerSchedule ReadOnly
+    ConnectorSwitch3to1PhaseSupported SmartChargingCtrlr Phases3to1 ReadOnly
+    MaxChargingProfilesInstalled SmartChargingCtrlr Entries:ChargingProfiles ReadOnly
+    AdditionalRootCertificateCheck SecurityCtrlr AdditionalRootCertificateCheck ReadOnly
+    AuthorizationKey SecurityCtrlr BasicAuthPassword WriteOnly
+    CertificateSignedMaxChainSize SecurityCtrlr MaxCertificateChainSize ReadOnly
+    CertificateStoreMaxLength SecurityCtrlr CertificateEntries ReadOnly
+    CpoName SecurityCtrlr OrganizationName
+    SecurityProfile SecurityCtrlr SecurityProfile""".strip().splitlines())
+VARIABLE_OF = {row[0].lower(): (row[1], *row[2].partition(":")[::2]) for row in VARIABLES}
+KEY_OF = {tuple(part.lower() for part in (row[1], *row[2].partition(":")[::2])): row[0]
+          for row in VARIABLES}
+READ_ONLY = frozenset(row[0].lower() for row in VARIABLES if row[3:] == ["ReadOnly"])
+# The rate units are "Current,Power" in 1.6 and "A,W" in 2.x.
+RATE_UNITS = {"Current": "A", "Power": "W"}
+RATE_UNIT_KEY = "chargingscheduleallowedchargingrateunit"
+FEATURES = ("Core,FirmwareManagement,LocalAuthListManagement,Reservation,SmartCharging,"
+            "RemoteTrigger")
+
+
+def _lift_variable(key: str) -> dict:
+    """The component and variable that a key of 1.6 is."""
+    component, name, instance = VARIABLE_OF.get(key.lower()) or (
+        (*key.split(".", 1), "") if "." in key.strip(".") else (LEGACY, key, ""))
+    return {"component": {"name": component[:50]},
+            "variable": {"name": name[:50]} | ({"instance": instance} if instance else {})}
+
+
+def _lower_variable(told: Any) -> str | None:
+    """The key of 1.6 that a component's variable is; None where 1.6 can have none."""
+    component = lenient(told, "component", dict, {}) if isinstance(told, dict) else {}
+    variable = lenient(told, "variable", dict, {}) if isinstance(told, dict) else {}
+    names = [str(part or "") for part in (component.get("name"), variable.get("name"),
+                                          variable.get("instance"))]
+    if component.get("instance") or component.get("evse") or not all(names[:2]):
+        return None
+    key = KEY_OF.get(tuple(name.lower() for name in names))
+    if key is None and not names[2]:
+        key = names[1] if names[0].lower() == LEGACY.lower() else f"{names[0]}.{names[1]}"
+    return key if key and len(key) <= 50 else None
+
+
+def _value_across(key: str, value: Any, units: dict) -> str:
+    value = value if isinstance(value, str) else ""
+    if key.lower() == RATE_UNIT_KEY:
+        return ",".join(units.get(unit.strip(), unit) for unit in value.split(","))
+    return value
+
+
+def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.2; 2.0.1 B05."""
+    key = required(payload, "key", str)
+    value = _value_across(key, optional(payload, "value", str, ""), RATE_UNITS)[:1000]
+    answer = yield "SetVariables", {"setVariableData": [
+        {"attributeValue": value} | _lift_variable(key)]}
+    results = [r for r in lenient(answer, "setVariableResult", list, []) if isinstance(r, dict)]
+    word = results[0].get("attributeStatus") if results else "Rejected"
+    return {"status": word if word in ("Accepted", "Rejected", "RebootRequired")
+            else "NotSupported"}
+
+
+def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B05; 1.6 5.2, one after another."""
+    results = []
+    for told in _dicts(payload, "setVariableData"):
+        key, word = _lower_variable(told), "UnknownVariable"
+        value = _value_across(key or "", told.get("attributeValue"),
+                              {unit: name for name, unit in RATE_UNITS.items()})
+        if told.get("attributeType", "Actual") != "Actual":
+            word = "NotSupportedAttributeType"
+        elif key and len(value) > 500:
+            word = "Rejected"
+        elif key:
+            answer = yield "ChangeConfiguration", {"key": key, "value": value}
+            word = {"NotSupported": "UnknownVariable"}.get(answer.get("status"),
+                                                           answer.get("status"))
+            word = word if word in SET_STATUSES else "Rejected"
+        results.append(_result(told) | {"attributeStatus": word})
+    return {"setVariableResult": results}
+
+
+SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
+
+
+def _dicts(payload: dict, key: str) -> list[dict]:
+    """A list that must hold objects. Raises: MissingField."""
+    found = [item for item in required(payload, key, list) if isinstance(item, dict)]
+    if not found:
+        raise MissingField(f"{key} is empty")
+    return found
+
+
+def _result(told: dict) -> dict:
+    """What the answer on a variable repeats of the question."""
+    return {key: told[key] for key in ("attributeType", "component", "variable") if key in told}
+
+
+def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B06; 1.6 5.8."""
+    asked = _dicts(payload, "getVariableData")
+    keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
+    values: dict = {}
+    for at in range(0, len(keys), KEYS_AT_ONCE):
+        answer = yield "GetConfiguration", {"key": keys[at:at + KEYS_AT_ONCE]}
+        values |= _configuration(answer)
+    results = []
+    for told in asked:
+        key = _lower_variable(told)
+        if told.get("attributeType", "Actual") != "Actual":
+            results.append(_result(told) | {"attributeStatus": "NotSupportedAttributeType"})
+        elif key and key.lower() in values:
+            results.append(_result(told) | {"attributeStatus": "Accepted", "attributeValue":
+                                            _value_across(key, values[key.lower()][1],
+                                                          RATE_UNITS)[:2500]})
+        else:
+            results.append(_result(told) | {"attributeStatus": "UnknownVariable"})
+    return {"getVariableResult": results}
+
+
+def _configuration(answer: dict) -> dict:
+    """{key in lower case: (key, value, whether it can only be read)} of GetConfiguration."""
+    return {entry["key"].lower(): (entry["key"], str(entry.get("value") or ""),
+                                   entry.get("readonly") is True)
+            for entry in lenient(answer, "configurationKey", list, [])
+            if isinstance(entry, dict) and isinstance(entry.get("key"), str)}
+
+
+def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.8; 2.0.1 B06. Without keys, the standard's are asked for."""
+    keys = [key for key in lenient(payload, "key", list, []) if isinstance(key, str)]
+    asked = keys or [row[0] for row in VARIABLES]
+    here = {"numberofconnectors": str(len({e for e, _ in t.statuses if e > 0})),
+            "supportedfeatureprofiles": FEATURES}        # what 2.x has no variable for
+    found = [{"key": name, "readonly": True, "value": here[name.lower()]} for name in (
+        keys or ("NumberOfConnectors", "SupportedFeatureProfiles")) if name.lower() in here]
+    asked = [key for key in asked if key.lower() not in here]
+    for at in range(0, len(asked), KEYS_AT_ONCE):
+        part = asked[at:at + KEYS_AT_ONCE]
+        answer = yield "GetVariables", {"getVariableData": [_lift_variable(key) for key in part]}
+        results = [r for r in lenient(answer, "getVariableResult", list, [])
+                   if isinstance(r, dict) and r.get("attributeStatus") == "Accepted"]
+        values = {_lower_variable(r): r.get("attributeValue") for r in results}
+        back = {unit: name for name, unit in RATE_UNITS.items()}
+        found += [{"key": key[:50], "readonly": key.lower() in READ_ONLY,
+                   "value": _value_across(key, values[name], back)[:500]}
+                  for key in part if (name := _lower_variable(_lift_variable(key))) in values]
+    names = {entry["key"].lower() for entry in found}
+    unknown = [key[:50] for key in keys if key[:50].lower() not in names]
+    return {"configurationKey": found} | ({"unknownKey": unknown} if unknown else {})
+
+
+def lower_base_report(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B07, answered from GetConfiguration."""
+    if payload.get("reportBase") not in ("ConfigurationInventory", "FullInventory"):
+        return {"status": "NotSupported"}
+    return (yield from _report(t, payload, lambda variable: True))
+
+
+def lower_report(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B08, answered from GetConfiguration."""
+    if payload.get("componentCriteria"):
+        return {"status": "NotSupported"}                # 1.6 does not know its parts' states
+    wanted = [w for w in lenient(payload, "componentVariable", list, []) if isinstance(w, dict)]
+
+    def is_wanted(told: dict) -> bool:
+        return not wanted or any(
+            _name(w, "component") == _name(told, "component")
+            and _name(w, "variable") in ("", _name(told, "variable")) for w in wanted)
+    return (yield from _report(t, payload, is_wanted))
+
+
+def _name(told: dict, part: str) -> str:
+    return str(lenient(told, part, dict, {}).get("name") or "").lower()
+
+
+def _report(t: Interpreter, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
+    request = required(payload, "requestId", int)
+    found = _configuration((yield "GetConfiguration", {}))
+    entries = []
+    for key, value, read_only in found.values():
+        variable = _lift_variable(key)
+        if wanted(variable):
+            access = "ReadOnly" if read_only else "ReadWrite"
+            entries.append(variable | {
+                "variableAttribute": [{"value": _value_across(key, value, RATE_UNITS)[:2500],
+                                       "mutability": access}],
+                "variableCharacteristics": {"dataType": _data_type(value),
+                                            "supportsMonitoring": False}})
+    if not entries:
+        return {"status": "EmptyResultSet"}
+    pages = [entries[at:at + REPORTED_AT_ONCE] for at in range(0, len(entries), REPORTED_AT_ONCE)]
+    for number, page in enumerate(pages):
+        t.tell("NotifyReport", {"requestId": request, "generatedAt": wire_time(t.clock()),
+                                "seqNo": number, "tbc": number < len(pages) - 1,
+                                "reportData": page})
+    return {"status": "Accepted"}
+
+
+def _data_type(value: str) -> str:
+    if value.lower() in ("true", "false"):
+        return "boolean"
+    return "integer" if re.fullmatch(r"-?\d{1,18}", value) else "string"
+
+
+# Commands that differ in more than names
+
+TRIGGERS = {                             # 1.6's requestedMessage: 2.x's
+    "BootNotification": "BootNotification", "FirmwareStatusNotification":
+    "FirmwareStatusNotification", "Heartbeat": "Heartbeat", "MeterValues": "MeterValues",
+    "StatusNotification": "StatusNotification",
+    "DiagnosticsStatusNotification": "LogStatusNotification",
+    "LogStatusNotification": "LogStatusNotification",
+    "SignChargePointCertificate": "SignChargingStationCertificate"}
+TRIGGERED = status_rows("Accepted", "Rejected", "NotImplemented", worst="Rejected")
+
+
+def lift_trigger(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.17 and its security extension; 2.0.1 F06."""
+    message = TRIGGERS.get(lenient(payload, "requestedMessage", str))
+    if message is None:
+        return {"status": "NotImplemented"}
+    number = lenient(payload, "connectorId", int, 0)
+    places = [{"id": number}] if number > 0 else [None]
+    if message == "StatusNotification":                  # wants a connector (F06.FR.12)
+        known = sorted(place for place in t.statuses if place[0] > 0 and number in (0, place[0]))
+        places = [{"id": e, "connectorId": c} for e, c in known] or [
+            {"id": max(number, 1), "connectorId": 1}]
+    answers = []
+    for place in places:
+        asked = {"requestedMessage": message} | ({"evse": place} if place else {})
+        answers.append((yield "TriggerMessage", asked))
+    return lowered(t, answers[0], TRIGGERED)
+
+
+def lower_trigger(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 F06; 1.6 5.17 and its security extension."""
+    message = lenient(payload, "requestedMessage", str)
+    place = _lower_place(t, payload.get("evse"))
+    asked = {"connectorId": place} if place else {}
+    if message == "SignChargingStationCertificate":
+        answer = yield "ExtendedTriggerMessage", asked | {
+            "requestedMessage": "SignChargePointCertificate"}
+        return lifted(t, answer, TRIGGERED)
+    if message == "LogStatusNotification":
+        if t.diagnostics:
+            asked["requestedMessage"] = "DiagnosticsStatusNotification"
+            answer = yield "TriggerMessage", asked
+        else:
+            answer = yield "ExtendedTriggerMessage", asked | {"requestedMessage": message}
+        return lifted(t, answer, TRIGGERED)
+    message = "MeterValues" if message == "TransactionEvent" else message
+    if message not in TRIGGERS:
+        return {"status": "NotImplemented"}
+    if message == "BootNotification":
+        t.boot_reason = "Triggered"
+    answer = yield "TriggerMessage", {"requestedMessage": message} | asked
+    return lifted(t, answer, TRIGGERED)
+
+
+RESET = word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True)
+
+
+def lower_reset(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 B11, B12; 1.6 5.14. A Soft one ends transactions, which OnIdle must not."""
+    if payload.get("evseId") is not None:
+        return {"status": "Rejected", "statusInfo": {"reasonCode": "UnsupportedParam"}}
+    asked = lowered(t, payload, (RESET,))
+    if asked["type"] == "Soft" and any(not c.ended for c in t.crossings.values()):
+        return {"status": "Rejected", "statusInfo": {"reasonCode": "TxInProgress"}}
+    answer = yield "Reset", asked
+    if answer.get("status") == "Accepted":
+        t.boot_reason = "RemoteReset"
+    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lift_reset(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.14; 2.0.1 B11, B12."""
+    answer = yield "Reset", lifted(t, payload, (RESET,))
+    return lowered(t, answer, status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"},
+                                     worst="Rejected"))
+
+
+UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
+                  lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
+UPDATE_16 = (text_row("location", "location", 2000, 512, needed=True),
+             time_row("retrieveDate", "retrieveDateTime", needed=True))
+UPDATE_SIGNED = (
+    text_row("location", "location", 512, 512, needed=True),
+    time_row("retrieveDateTime", "retrieveDateTime", needed=True),
+    time_row("installDateTime", "installDateTime"),
+    text_row("signingCertificate", "signingCertificate", 5500, 5500),
+    text_row("signature", "signature", 800, 800))
+RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
+UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
+                 "RevokedCertificate", worst="Rejected")
+
+
+def lift_update(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.19; 2.0.1 L01, L02. 1.6 hears of a refusal by a status notification."""
+    t.signed_firmware = False
+    answer = yield "UpdateFirmware", lifted(t, payload, RETRIES) | {
+        "requestId": t.next_request(), "firmware": lifted(t, payload, UPDATE_16)}
+    if answer.get("status") not in ("Accepted", "AcceptedCanceled"):
+        t.tell("FirmwareStatusNotification", {"status": "DownloadFailed"})
+    return {}
+
+
+def lift_signed_update(t: Interpreter, payload: dict) -> Steps:
+    """1.6 security extension L01; 2.0.1 L01."""
+    t.signed_firmware = True
+    answer = yield "UpdateFirmware", lifted(t, payload, (
+        *RETRIES, whole_row("requestId", "requestId", new_default=NEEDED))) | {
+        "firmware": lifted(t, required(payload, "firmware", dict), UPDATE_SIGNED)}
+    return lowered(t, answer, UPDATED)
+
+
+def lower_update(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 L01 as 1.6's signed update, L02 as its plain one."""
+    firmware = required(payload, "firmware", dict)
+    t.firmware_request = _whole(t, payload.get("requestId"))
+    asked = lowered(t, payload, RETRIES)
+    if firmware.get("signature") and firmware.get("signingCertificate"):
+        answer = yield "SignedUpdateFirmware", asked | {
+            "requestId": t.firmware_request or 0, "firmware": lowered(t, firmware, UPDATE_SIGNED)}
+        return lifted(t, answer, UPDATED)
+    yield "UpdateFirmware", asked | lowered(t, firmware, UPDATE_16)
+    return {"status": "Accepted"}
+
+
+LOG_TIMES = (time_row("startTime", "oldestTimestamp"), time_row("stopTime", "latestTimestamp"))
+LOG_16 = (text_row("remoteLocation", "remoteLocation", 512, 512, needed=True),
+          time_row("oldestTimestamp", "oldestTimestamp"),
+          time_row("latestTimestamp", "latestTimestamp"))
+LOG_KIND = word_row("logType", "logType", _same("DiagnosticsLog", "SecurityLog"), needed=True)
+LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Rejected"),
+            text_row("filename", "filename", 255, 255))
+
+
+def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
+    """1.6 5.9; 2.0.1 N01."""
+    t.diagnostics = True
+    log_ = lifted(t, payload, (text_row("location", "remoteLocation", 512, 512, new_default=NEEDED),
+                               *LOG_TIMES))
+    answer = yield "GetLog", lifted(t, payload, RETRIES) | {
+        "log": log_, "logType": "DiagnosticsLog", "requestId": t.next_request()}
+    accepted = answer.get("status") in ("Accepted", "AcceptedCanceled")
+    return lowered(t, answer, (text_row("fileName", "filename", 255, 255),)) if accepted else {}
+
+
+def lift_log(t: Interpreter, payload: dict) -> Steps:
+    """1.6 security extension N01; 2.0.1 N01."""
+    t.diagnostics = False
+    asked = lifted(t, payload, (*RETRIES, LOG_KIND,
+                                whole_row("requestId", "requestId", new_default=NEEDED)))
+    asked["log"] = lifted(t, required(payload, "log", dict), LOG_16)
+    return lowered(t, (yield "GetLog", asked), LOG_SENT)
+
+
+def lower_log(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 N01: diagnostics go the way that every 1.6 station knows."""
+    request, log_ = required(payload, "requestId", int), required(payload, "log", dict)
+    asked = lowered(t, payload, RETRIES)
+    if payload.get("logType") == "DiagnosticsLog":
+        t.diagnostics, t.log_request = True, request
+        answer = yield "GetDiagnostics", asked | lowered(t, log_, (
+            text_row("location", "remoteLocation", 512, 512, old_default=NEEDED), *LOG_TIMES))
+        name = _text(255)(t, answer.get("fileName"))
+        return {"status": "Accepted", "filename": name} if name else {"status": "Rejected"}
+    t.diagnostics = False
+    answer = yield "GetLog", asked | {"requestId": request, "log": lowered(t, log_, LOG_16)} | (
+        lowered(t, payload, (LOG_KIND,)))
+    return lifted(t, answer, LOG_SENT)
+
+
+CERTIFICATES = {"CentralSystemRootCertificate": "CSMSRootCertificate",
+                "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
+
+
+def lower_install(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 M05; 1.6 security extension M05."""
+    if payload.get("certificateType") not in CERTIFICATES.values():
+        raise NotSupported("1.6 has no certificates of this type")
+    answer = yield "InstallCertificate", lowered(t, payload, INSTALL)
+    return lifted(t, answer, INSTALLED)
+
+
+INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
+           text_row("certificate", "certificate", 5500, 5500, needed=True))
+INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
+
+
+def lower_certificates(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 M03; 1.6 security extension M03, a type at a time."""
+    asked = lenient(payload, "certificateType", list) or list(CERTIFICATES.values())
+    chain = []
+    for old, new in CERTIFICATES.items():
+        if new in asked:
+            answer = yield "GetInstalledCertificateIds", {"certificateType": old}
+            chain += [{"certificateType": new, "certificateHashData": lifted(t, data, HASH)}
+                      for data in lenient(answer, "certificateHashData", list, [])
+                      if isinstance(data, dict)]
+    return {"status": "Accepted", "certificateHashDataChain": chain} if chain else {
+        "status": "NotFound"}
+
+
+def lift_certificates(t: Interpreter, payload: dict) -> Steps:
+    """1.6 security extension M03; 2.0.1 M03."""
+    kind = CERTIFICATES.get(lenient(payload, "certificateType", str))
+    if kind is None:
+        raise WrongValue("certificateType is not one of 1.6")
+    answer = yield "GetInstalledCertificateIds", {"certificateType": [kind]}
+    found = [lowered(t, one["certificateHashData"], HASH)
+             for one in lenient(answer, "certificateHashDataChain", list, [])
+             if isinstance(one, dict) and isinstance(one.get("certificateHashData"), dict)]
+    return {"status": "Accepted", "certificateHashData": found} if found else {
+        "status": "NotFound"}
+
+
+def lower_sign(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 A02; 1.6 security extension A02."""
+    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
+        raise NotSupported("1.6 signs no certificates of this type")
+    answer = yield "SignCertificate", lowered(t, payload, CSR)
+    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
+    """2.0.1 A02; 1.6 security extension A02."""
+    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
+        raise NotSupported("1.6 has no certificates of this type")
+    answer = yield "CertificateSigned", lowered(t, payload, CHAIN)
+    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+
+
+CSR = (text_row("csr", "csr", 5500, 5500, needed=True),)
+CHAIN = (text_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
+HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
+                 needed=True),
+        text_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
+        text_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
+        text_row("serialNumber", "serialNumber", 40, 40, needed=True))
+HASH_DATA = Row("certificateHashData", "certificateHashData", *_nested(HASH), NEEDED, NEEDED)
+SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
+    "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
+    "CentralSystemFailedToAuthenticate": "CsmsFailedToAuthenticate",
+    "InvalidCentralSystemCertificate": "InvalidCsmsCertificate",
+    "InvalidChargePointCertificate": "InvalidChargingStationCertificate"}
+_SECURITY_EVENTS_16 = {new: old for old, new in SECURITY_EVENTS.items()}
+
+
+def _security_event(names: dict) -> Callable:
+    def convert(t: Interpreter, kind: Any) -> str:
+        return names.get(str(kind), str(kind))[:50]
+    return convert
+
+
+SECURITY_EVENT = (
+    Row("type", "type", _security_event(SECURITY_EVENTS), _security_event(_SECURITY_EVENTS_16),
+        NEEDED, NEEDED),
+    time_row("timestamp", "timestamp", needed=True),
+    text_row("techInfo", "techInfo", 255, 255))
+
+
+def _lower_data(t: Interpreter, data: Any) -> str:
+    """The `data` of a DataTransfer: a text in 1.6, anything in 2.x."""
+    return data if isinstance(data, str) else to_json(data)
+
+
+DATA = Row("data", "data", lambda t, value: value, _lower_data)
+TRANSFER = (text_row("vendorId", "vendorId", 255, 255, needed=True),
+            text_row("messageId", "messageId", 50, 50), DATA)
+TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
+                       worst="Rejected"), DATA)
+
+
+# Actions that differ in names only: (1.6's Action, 2.0.1's, rows of the request, of the answer).
+YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
+RESERVED = status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable",
+                       worst="Rejected")
+PLAIN = (
+    ("Authorize", "Authorize", (token_row("idTag", "idToken", needed=True),), (ID_TOKEN_INFO,)),
+    ("Heartbeat", "Heartbeat", (), (time_row("currentTime", "currentTime", needed=True),)),
+    ("DataTransfer", "DataTransfer", TRANSFER, TRANSFERRED),
+    ("SecurityEventNotification", "SecurityEventNotification", SECURITY_EVENT, ()),
+    ("SignCertificate", "SignCertificate", CSR, YES_NO),
+    ("CertificateSigned", "CertificateSigned", CHAIN, YES_NO),
+    ("CancelReservation", "CancelReservation",
+     (whole_row("reservationId", "reservationId", needed=True),), YES_NO),
+    ("ChangeAvailability", "ChangeAvailability",
+     (PLACE, word_row("type", "operationalStatus", _same("Inoperative", "Operative"),
+                   needed=True)),
+     status_rows("Accepted", "Rejected", "Scheduled", worst="Rejected")),
+    ("ClearCache", "ClearCache", (), YES_NO),
+    ("DeleteCertificate", "DeleteCertificate", (HASH_DATA,),
+     status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
+    ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
+    ("GetLocalListVersion", "GetLocalListVersion", (),
+     (whole_row("listVersion", "versionNumber", old_default=0, new_default=0),)),
+    ("SendLocalList", "SendLocalList",
+     (whole_row("listVersion", "versionNumber", needed=True),
+      Row("localAuthorizationList", "localAuthorizationList", *_periods(LOCAL_LIST)),
+      word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
+     status_rows("Accepted", "Failed", "VersionMismatch", lift={"NotSupported": "Failed"},
+            worst="Failed")),
+    ("ReserveNow", "ReserveNow",
+     (Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole, 0),
+      time_row("expiryDate", "expiryDateTime", needed=True),
+      token_row("idTag", "idToken", needed=True),
+      token_row("parentIdTag", "groupIdToken"),
+      whole_row("reservationId", "id", needed=True)), RESERVED),
+    ("UnlockConnector", "UnlockConnector",
+     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)), UNLOCKED),
+)
+
+
+def _plain(there: str, cross: Callable, back: Callable, asked: tuple, answered: tuple) -> Callable:
+    def convert(t: Interpreter, payload: dict) -> Steps:
+        answer = yield there, cross(t, payload, asked)
+        if "currentTime" in [field_.old for field_ in answered]:
+            answer = _with_time(t, answer)
+        return back(t, answer, answered)
+    return convert
+
+
+_PLAIN_LIFT = {old: _plain(new, lifted, lowered, asked, answered)
+               for old, new, asked, answered in PLAIN}
+_PLAIN_LOWER = {new: _plain(old, lowered, lifted, asked, answered)
+                for old, new, asked, answered in PLAIN}
+
+
+def _picked(table: dict, *names: str, **others: Callable) -> dict:
+    return {name: table[name] for name in names} | others
+
+
+def _answered_here(t: Interpreter, payload: dict) -> Steps:
+    """The other side has nothing like it and need not: the board's own answer is good."""
+    return None
+    yield
+
+
+# What a 2.x station only tells, and of which a 1.6 upstream knows nothing, or not all.
+NEWS = frozenset("""
+    ClearedChargingLimit MeterValues NotifyChargingLimit NotifyCustomerInformation
+    NotifyDisplayMessages NotifyEVChargingSchedule NotifyEvent NotifyMonitoringReport NotifyReport
+    PublishFirmwareStatusNotification ReportChargingProfiles ReservationStatusUpdate""".split())
+LIFT_UP = _picked(                       # a 1.6 station speaks
+    _PLAIN_LIFT, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
+    "SignCertificate", BootNotification=lift_boot, StatusNotification=lift_status,
+    MeterValues=lift_meter_values, StartTransaction=lift_start, StopTransaction=lift_stop,
+    DiagnosticsStatusNotification=lift_diagnostics_status, LogStatusNotification=lift_log_status,
+    FirmwareStatusNotification=lift_firmware_status,
+    SignedFirmwareStatusNotification=lift_firmware_status)
+LOWER_DOWN = _picked(                    # a 2.0.1 upstream commands a 1.6 station
+    _PLAIN_LOWER, "CancelReservation", "ChangeAvailability", "ClearCache", "DataTransfer",
+    "DeleteCertificate", "GetLocalListVersion", "ReserveNow", "SendLocalList", "UnlockConnector",
+    CertificateSigned=lower_certificate_signed, ClearChargingProfile=lower_clear_profile,
+    GetBaseReport=lower_base_report, GetCompositeSchedule=lower_composite,
+    GetInstalledCertificateIds=lower_certificates, GetLog=lower_log, GetReport=lower_report,
+    GetTransactionStatus=lower_transaction_status, GetVariables=lower_get_variables,
+    InstallCertificate=lower_install, RequestStartTransaction=lower_request_start,
+    RequestStopTransaction=lower_request_stop, Reset=lower_reset,
+    SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
+    TriggerMessage=lower_trigger, UpdateFirmware=lower_update)
+LOWER_UP = _picked(                      # a 2.0.1 station speaks
+    _PLAIN_LOWER, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
+    BootNotification=lower_boot, StatusNotification=lower_status, MeterValues=lower_meter_values,
+    TransactionEvent=lower_transaction_event, NotifyEvent=lower_event,
+    LogStatusNotification=lower_log_status, FirmwareStatusNotification=lower_firmware_status,
+    SignCertificate=lower_sign, **dict.fromkeys(NEWS - {"MeterValues", "NotifyEvent"},
+                                                _answered_here))
+LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 station
+    _PLAIN_LIFT, "CancelReservation", "CertificateSigned", "ChangeAvailability", "ClearCache",
+    "DataTransfer", "DeleteCertificate", "GetLocalListVersion", "InstallCertificate", "ReserveNow",
+    "SendLocalList", "UnlockConnector",
+    ChangeConfiguration=lift_change_configuration, ClearChargingProfile=lift_clear_profile,
+    ExtendedTriggerMessage=lift_trigger, GetCompositeSchedule=lift_composite,
+    GetConfiguration=lift_get_configuration, GetDiagnostics=lift_diagnostics,
+    GetInstalledCertificateIds=lift_certificates, GetLog=lift_log,
+    RemoteStartTransaction=lift_remote_start, RemoteStopTransaction=lift_remote_stop,
+    Reset=lift_reset, SetChargingProfile=lift_set_profile,
+    SignedUpdateFirmware=lift_signed_update, TriggerMessage=lift_trigger,
+    UpdateFirmware=lift_update)
+
+
+def _stage(table: dict, version: str) -> Callable:
+    def stage(t: Interpreter, action: str, payload: dict) -> Steps:
+        if action not in table:
+            raise NotSupported(f"{version} has nothing like {shown(action)}")
+        return table[action](t, payload)
+    return stage
+
+
+# 2.0.1 and 2.1. All that 2.0.1 says 2.1 can say, but for numbers below zero; what 2.1 adds is left
+# out, has another word that comes near, or is refused.
+
+NEW_IN_21 = frozenset("""
+    absolutePriceSchedule allowedEnergyTransfer availableEnergyTransfer basicAuthPassword
+    controlMode costDetails customTrigger derChargingParameters digestValue dischargeLimit
+    dischargeLimit_L2 dischargeLimit_L3 dynUpdateInterval dynUpdateTime evEnergyOffer evseSleep
+    hashRootCertificate identity invalidAfterOfflineDuration isLocalGeneration limitAtSoC limit_L2
+    limit_L3 maxElements maxOfflineDuration maximumContractCertificateChains messageExtra
+    mobilityNeedsMode operationMode periodicEventStream powerTolerance powerToleranceAcceptance
+    preconditioningRequest preconditioningStatus priceLevelSchedule priceScheduleSignature
+    prioritizedEMAIDs randomizedDelay remainingContracts selectedChargingScheduleId setpoint
+    setpointReactive setpointReactive_L2 setpointReactive_L3 setpoint_L2 setpoint_L3 signatureId
+    tariff tariffId transactionLimit updatedPersonalMessageExtra useLocalTime v2xBaseline
+    v2xChargingParameters v2xFreqWattCurve v2xSignalWattCurve""".split())
+NEW_OF_21 = {                            # fields that 2.0.1 has elsewhere
+    "CertificateSigned": {"requestId"}, "SignCertificate": {"requestId"},
+    "FirmwareStatusNotification": {"statusInfo"}, "LogStatusNotification": {"statusInfo"},
+    "PublishFirmwareStatusNotification": {"statusInfo"}, "NotifyEvent": {"severity"},
+    "NotifyEVChargingNeeds": {"timestamp"}, "NotifyMonitoringReport": {"eventNotificationType"}}
+WORDS_21 = {                             # field: {2.1's word: 2.0.1's; None: refused}
+    "chargingProfilePurpose": {"LocalGeneration": None, "PriorityCharging": None},
+    "chargingProfileKind": {"Dynamic": None},
+    "logType": {"DataCollectorLog": None},
+    "requestedMessage": {"CustomTrigger": None, "SignV2G20Certificate": "SignV2GCertificate"},
+    "certificateType": {"OEMRootCertificate": None, "V2G20Certificate": "V2GCertificate"},
+    "triggerReason": {"CostLimitReached": "EnergyLimitReached", "LimitSet": "ChargingRateChanged",
+                      "OperationModeChanged": "ChargingStateChanged",
+                      "RunningCost": "MeterValuePeriodic", "SoCLimitReached": "EnergyLimitReached",
+                      "TariffChanged": "Trigger", "TariffNotAccepted": "Deauthorized",
+                      "TxResumed": "ChargingStateChanged"},
+    "stoppedReason": {"ReqEnergyTransferRejected": "Other"},
+    "format": {"QRCODE": "URI"},
+    "state": {"Discharging": "Charging", "Suspended": "Charging"},
+    "reservationUpdateStatus": {"NoTransaction": "Expired"},
+    "type": {"ImmediateAndResume": "Immediate", "TargetDelta": None, "TargetDeltaRelative": None},
+    "ocppVersion": {"OCPP201": "OCPP20", "OCPP21": "OCPP20"},
+    "ocppInterface": {"Any": "Wired0"},
+    "requestedEnergyTransfer": {"AC_BPT": "AC_three_phase", "AC_BPT_DER": "AC_three_phase",
+                                "AC_DER": "AC_three_phase", "DC_ACDP": "DC", "DC_ACDP_BPT": "DC",
+                                "DC_BPT": "DC", "WPT": "AC_single_phase"}}
+ANSWERS_21 = {"ClearDisplayMessage": {"Rejected": "Unknown"},
+              "NotifyEVChargingNeeds": {"NoChargingProfile": "Rejected"},
+              "SetDisplayMessage": {"LanguageNotSupported": "Rejected"}}
+LIMIT_SOURCES = frozenset("EMS Other SO CSO".split())
+CONNECTOR_TYPES = frozenset("""cCCS1 cCCS2 cG105 cTesla cType1 cType2 s309-1P-16A s309-1P-32A
+    s309-3P-16A s309-3P-32A sBS1361 sCEE-7-7 sType2 sType3 Other1PhMax16A Other1PhOver16A Other3Ph
+    Pan wInductive wResonant Undetermined Unknown""".split())
+CUT_201 = {"additionalInfo": 512, "content": 512}        # texts for people; others must not be cut
+LONGEST_201 = {
+    "certificate": 5500, "responderURL": 512, "exiResponse": 7500, "exiRequest": 5600,
+    "ocspResult": 5500, "remoteLocation": 512, "location": 512, "apn": 512, "apnUserName": 20,
+    "apnPassword": 20, "ocppCsmsUrl": 512, "server": 512, "user": 20, "group": 20, "password": 20}
+WHOLE_201 = frozenset("energyAmount evMinCurrent evMaxCurrent evMaxVoltage evMaxPower "
+                      "evEnergyCapacity".split())
+NOT_NEGATIVE = frozenset("""id requestId evseId connectorId reservationId seqNo stackLevel retries
+    retryInterval severity cause eventId variableMonitoringId maxScheduleTuples numEPriceLevels
+    securityProfile numberPhases phaseToUse numberOfPhasesUsed""".split())
+PHASE_COUNTS = frozenset("numberPhases phaseToUse numberOfPhasesUsed".split())
+
+
+def older(t: Interpreter, action: str, payload: dict) -> Steps:
+    """A Call of 2.1 as 2.0.1 has it. Raises: NotSupported."""
+    _check_both(action)
+    try:
+        asked = _to_201(action, payload)
+    except NotSupported:
+        if action in NEWS:               # of things that 2.0.1 does not know
+            return None
+        raise
+    return _to_21(action, (yield action, asked))
+
+
+def newer(t: Interpreter, action: str, payload: dict) -> Steps:
+    """A Call of 2.0.1 as 2.1 has it."""
+    _check_both(action)
+    answer = yield action, _to_21(action, payload)
+    others = ANSWERS_21.get(action, {})
+    if answer.get("status") in others:
+        answer = answer | {"status": others[answer["status"]]}
+    return _to_201(action, answer)
+
+
+def _check_both(action: str) -> None:
+    if action not in BOTH_2X:
+        raise NotSupported(f"ocpp2.0.1 has nothing like {shown(action)}")
+
+
+def _to_201(action: str, payload: dict) -> dict:
+    rules = (NEW_IN_21 | NEW_OF_21.get(action, frozenset()),
+             LONGEST_201 | LONGEST_OF_201.get(action, {}))
+    return _older_object(payload, rules)
+
+
+def _older_object(value: dict, rules: tuple) -> dict:
+    """An object without what 2.0.1 does not have. Raises: NotSupported."""
+    measurand = value.get("measurand", REGISTER)
+    if "value" in value and isinstance(measurand, str) and measurand not in MEASURANDS_201:
+        raise NotSupported(f"ocpp2.0.1 has no {shown(measurand)}")
+    crossed = {}
+    for key, item in value.items():
+        if key in rules[0]:
+            continue
+        try:
+            crossed[key] = item if key in ("customData", "data") else _older(key, item, rules)
+        except NotSupported:
+            if not (key in SPARED or key == "meterValue" and "eventType" in value):
+                raise                    # the rest of the message is worth more
+    return _older_whole(crossed)
+
+
+def _older(key: str, item: Any, rules: tuple) -> Any:
+    if isinstance(item, dict):
+        return _older_object(item, rules)
+    if isinstance(item, list):
+        return _older_list(key, item, rules)
+    if isinstance(item, str):
+        word = WORDS_21.get(key, {}).get(item, item)
+        if word is None:
+            raise NotSupported(f"ocpp2.0.1 has no {key} {shown(item, 40)}")
+        if len(item) > rules[1].get(key, len(item)):
+            raise NotSupported(f"{key} is longer than the {rules[1][key]} of ocpp2.0.1")
+        return word[:CUT_201[key]] if key in CUT_201 else word
+    return math.floor(item) if key in WHOLE_201 and type(item) is float else item
+
+
+def _older_list(key: str, items: list, rules: tuple) -> list:
+    """A list; of some, elements that 2.0.1 has no word for are left out, unless they are all."""
+    crossed = []
+    for number, item in enumerate(items, 1):
+        try:
+            crossed.append(_older(key, item, rules))
+        except NotSupported:
+            if key not in PARTED or number == len(items) and not crossed:
+                raise
+    return crossed
+
+
+PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
+                   "variableMonitoring".split())
+SPARED = frozenset("certificateHashDataChain monitor".split())
+LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
+
+
+def _older_whole(crossed: dict) -> dict:
+    """What 2.0.1 wants of an object beyond its fields."""
+    if isinstance(crossed.get("idToken"), str) and str(crossed.get("type")) not in TOKEN_TYPES:
+        crossed["type"] = "Central"
+    for key in ("idToken", "additionalIdToken"):
+        if isinstance(crossed.get(key), str):
+            crossed[key] = shortened(crossed[key], 36)
+    if str(crossed.get("connectorType", "Unknown")) not in CONNECTOR_TYPES:
+        crossed["connectorType"] = "Unknown"
+    source = crossed.get("chargingLimitSource")
+    if isinstance(source, str) and source not in LIMIT_SOURCES:
+        crossed["chargingLimitSource"] = "Other"
+    if isinstance(source, list):
+        crossed["chargingLimitSource"] = [s if str(s) in LIMIT_SOURCES else "Other"
+                                          for s in source][:4]
+    if crossed.get("location") == "Upstream":
+        del crossed["location"]
+    if "startPeriod" in crossed and "limit" not in crossed:
+        raise NotSupported("a charging period of ocpp2.0.1 has a limit")
+    if "signedMeterData" in crossed:
+        crossed = {"publicKey": "", "signingMethod": ""} | crossed
+    signed = crossed.get("signedMeterValue")
+    if isinstance(signed, dict) and len(str(signed.get("signedMeterData"))) > 2500:
+        del crossed["signedMeterValue"]                  # no part of a signature is one
+    if "ocppCsmsUrl" in crossed:
+        crossed.setdefault("ocppVersion", "OCPP20")
+    return crossed
+
+
+def _to_21(action: str, payload: dict) -> dict:
+    return _newer(action, "", payload)
+
+
+def _newer(action: str, key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        crossed = {name: item if name in ("customData", "data") else _newer(action, name, item)
+                   for name, item in value.items()}
+        if action == "NotifyMonitoringReport" and "severity" in crossed:
+            crossed.setdefault("eventNotificationType", "CustomMonitor")
+        if action in FROM_EVSE_1 and crossed.get("evseId") == 0:
+            crossed["evseId"] = 1
+        return crossed
+    if isinstance(value, list):
+        return [_newer(action, key, item) for item in value]
+    if key in NOT_NEGATIVE and type(value) in (int, float):
+        return min(max(value, 0), 3) if key in PHASE_COUNTS else max(value, 0)
+    return value
+
+
+FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
+BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
+                     "GetCertificateStatus", "NotifyEVChargingNeeds"})
+
+# One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x station
+# makes its own).
+
+
+def _renamed(here: bool, *path: str) -> Callable:
+    def convert(t: Interpreter, action: str, payload: dict) -> Steps:
+        return (yield action, _with_id(t, payload, here, path))
+    return convert
+
+
+def _with_id(t: Interpreter, payload: dict, here: bool, path: tuple) -> dict:
+    """The payload with the transaction's id as the other side knows it."""
+    first, *rest = path
+    value = payload.get(first)
+    if rest:
+        return payload | {first: _with_id(t, value, here, tuple(rest))} if isinstance(
+            value, dict) else payload
+    if here:
+        known = t.crossings.get(value) if type(value) is int else None
+    else:
+        known = t.named_there(value)
+    other = (known.there if here else known.here) if known else None
+    return payload if other is None else payload | {first: other}
+
+
+def _started_16(t: Interpreter, action: str, payload: dict) -> Steps:
+    """A start whose id the board gave already, or an answer whose id the board has given."""
+    given, t.given = t.given, None
+    answer = yield action, payload
+    there = _whole(t, answer.get("transactionId"))
+    if there is None:
+        return answer
+    if given is None and there not in t.crossings:
+        return answer
+    here = t.new_id() if given is None else given
+    t.crossing(here, there=there)
+    return answer | {"transactionId": here}
+
+
+def _stopped_16(t: Interpreter, action: str, payload: dict) -> Steps:
+    crossing = t.crossings.get(lenient(payload, "transactionId", int))
+    answer = yield from _renamed(True, "transactionId")(t, action, payload)
+    if crossing:
+        crossing.ended = True
+    return answer
+
+
+RENAMED_UP = {"ocpp1.6": {"StartTransaction": _started_16, "StopTransaction": _stopped_16,
+                          "MeterValues": _renamed(True, "transactionId")}}
+RENAMED_DOWN = {"ocpp1.6": {
+    "RemoteStopTransaction": _renamed(False, "transactionId"),
+    "SetChargingProfile": _renamed(False, "csChargingProfiles", "transactionId")}}
+
+
+def _same_version(table: dict) -> Callable:
+    def stage(t: Interpreter, action: str, payload: dict) -> Steps:
+        convert = table.get(t.station, {}).get(action)
+        return (yield from convert(t, action, payload)) if convert else (yield action, payload)
+    return stage
+
+
+_LIFT_UP, _LOWER_UP = _stage(LIFT_UP, "2.x"), _stage(LOWER_UP, "ocpp1.6")
+_LIFT_DOWN, _LOWER_DOWN = _stage(LIFT_DOWN, "2.x"), _stage(LOWER_DOWN, "ocpp1.6")
+# What the converters tell upstream of their own is in 2.0.1.
+TELLING = {"ocpp1.6": [_LOWER_UP], "ocpp2.0.1": [], "ocpp2.1": [newer]}
+# (the station's version, upstream's): the converters of its Calls, and of upstream's.
+STAGES = {
+    ("ocpp1.6", "ocpp2.0.1"): ([_LIFT_UP, older], [_LOWER_DOWN]),
+    ("ocpp1.6", "ocpp2.1"): ([_LIFT_UP, newer], [older, _LOWER_DOWN]),
+    ("ocpp2.0.1", "ocpp1.6"): ([_LOWER_UP], [_LIFT_DOWN, older]),
+    ("ocpp2.1", "ocpp1.6"): ([older, _LOWER_UP], [_LIFT_DOWN, newer]),
+    ("ocpp2.0.1", "ocpp2.1"): ([newer], [older]),
+    ("ocpp2.1", "ocpp2.0.1"): ([older], [newer]),
+    **{(version, version): ([_same_version(RENAMED_UP)], [_same_version(RENAMED_DOWN)])
+       for version in PROTOCOLS},
+}
+
+
 # --- Meter values -------------------------------------------------------------------------
 # One normaliser for what meters say: the standard's defaults, one unit for each quantity, phases
 # apart. Pure. It knows both shapes, 1.6's texts with `unit` and 2.x's numbers with `unitOfMeasure`.
 
-REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
 QUANTITIES = {                                   # squashed measurand: (field of Reading, base unit)
     "energyactiveimportregister": ("energy_wh", "Wh"),
     "poweractiveimport": ("power_w", "W"),
@@ -1840,7 +4063,7 @@ class Board:
         self.errors = Store(store.max_errors)
         self.system = Store(store.max_system_events)
         self.smart_charge = Store(store.max_smart_charge_sessions)
-        self.proxy = Store(store.max_proxy_events)
+        self.proxy = Store(store.max_proxy_events, store.max_message_bytes)
         self.telemetry = Store(config.telemetry.history)
         self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
         self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
@@ -2320,6 +4543,20 @@ class Board:
                             target_a=0.0, measured_a=None, reason="The charging has ended",
                             ended_at=self.clock())
 
+    # Relay
+
+    def relayed(self, event: ProxyEvent) -> None:
+        """Keep what the relay did."""
+        event.size = len(event.payload or "") + len(event.translated or "")
+        self.proxy.append(event)
+        self.publish("proxy", event)
+
+    def registered(self, station: Station, status: str) -> None:
+        """Upstream's answer to a BootNotification counts, not ours."""
+        if station.registration != status:
+            station.registration = kept(status, 64)
+            self.publish("connections", station)
+
     # Overview
 
     def sample(self, machine: dict) -> dict:
@@ -2403,59 +4640,6 @@ def _unknown_action(board: Board, station: Station, protocol: str, action: str) 
     if action in COMMANDS[protocol]:
         return UnknownAction(f"{action} goes from the central system to the station")
     return UnknownAction(f"{protocol} has no Action {shown(action)}")
-
-
-def required(payload: dict, key: str, kind: type) -> Any:
-    """A field that must be there. A number or a text that stands in the other's form is taken.
-
-    Raises: MissingField, WrongType.
-    """
-    if payload.get(key) is None:
-        raise MissingField(f"{key} is required")
-    return _typed(payload[key], key, kind)
-
-
-def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
-    """A field that may be missing.
-
-    Raises: WrongType.
-    """
-    value = payload.get(key)
-    return default if value is None else _typed(value, key, kind)
-
-
-def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
-    """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
-    try:
-        return optional(payload, key, kind, default)
-    except WrongType:
-        return default
-
-
-def _typed(value: Any, key: str, kind: type) -> Any:
-    if type(value) is kind and kind is not int:
-        return value
-    if kind in (int, float) and type(value) in (int, float, str):
-        try:
-            number = kind(value)
-            whole = kind is not int or type(value) is not float or number == value
-            if whole and abs(number) < 1 << 63:      # beyond it arithmetic fails
-                return number
-        except (ValueError, OverflowError):
-            pass
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
-
-
-def wire_time(when: float) -> str:
-    """A time as we send it: whole seconds and Z, which every charger can read."""
-    return _wire_time(int(when))
-
-
-@functools.lru_cache(2)
-def _wire_time(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -2639,6 +4823,9 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     return [values["energy_wh"] for _, values in readings if "energy_wh" in values]
 
 
+GIVEN = object()                     # a key for the relay: the id that a transaction has already
+
+
 def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
@@ -2649,8 +4836,8 @@ def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     transaction = board.same_start(station, start_key) if start_key else None
     if transaction is None:
         transaction = board.transaction_started(
-            station, _free_transaction_id(board, station), evse_id, connector_id, id_tag,
-            started_at, meter_start, start_key)
+            station, payload.get(GIVEN) or _free_transaction_id(board, station), evse_id,
+            connector_id, id_tag, started_at, meter_start, start_key)
     board.transaction_alive(station, transaction)
     return {"transactionId": transaction.id,
             "idTagInfo": {"status": _token_status(board, station, id_tag)}}
@@ -2895,6 +5082,7 @@ class Pending:
     sent: float                         # monotonic
     record: LoggedMessage
     answer: asyncio.Future
+    frame: str = ""                     # that the answer came in
 
 
 class Link:
@@ -2905,6 +5093,7 @@ class Link:
         self.board, self.schemas, self.protocol = board, schemas, protocol
         self.write, self.close = write, close
         self.station: Station = None                 # set by `start`
+        self.line: Any = None                        # to the upstream system, where there is one
         self.ended = ""                              # why, once it has
         self.last_sign = self.last_ping = time.monotonic()
         self._strict = board.config.ocpp.validate == "strict"
@@ -2931,6 +5120,8 @@ class Link:
             self.board.disconnected(self.station.identity, self, reason)
             if self._pending and not self._pending.answer.done():
                 self._pending.answer.set_exception(Conflict(f"The connection ended: {reason}"))
+            if self.line:
+                self.line.station_left(self)
         if code is not None:
             self.close(code, reason)
 
@@ -2960,16 +5151,19 @@ class Link:
             return None
         started = time.perf_counter()
         try:
-            message = self._unpack(frame)
+            message, frame = self._unpack(frame)
         except BadFrame as error:
             return self._refuse(frame, error)
         kind = type(message)
         if self.schemas and (kind is Call or kind is Send) and not self.schemas.ready(
                 self.protocol, message.action) and message.action in RECEIVED[self.protocol]:
-            return self._take_when_ready(message, started)
-        return self._answer(message, started) if kind is Call else TAKERS[kind](self, message)
+            return self._take_when_ready(message, frame, started)
+        if kind is Call:
+            return self._answer(message, frame, started)
+        return TAKERS[kind](self, message, frame)
 
-    def _unpack(self, frame: str | bytes) -> NamedTuple:
+    def _unpack(self, frame: str | bytes) -> tuple[NamedTuple, str]:
+        """(the message, its frame as text; "" where that had to be mended)."""
         if type(frame) is bytes:
             self.board.quirk(self.station, "binary_frame")
             frame = frame.decode("utf-8", "replace")
@@ -2984,38 +5178,62 @@ class Link:
                 self.board.quirk(self.station, name)
             self.board.error("BAD_MESSAGE", self.station, f"{error}; mended",
                              {"raw": raw_without_secrets(frame), "faults": faults})
+            frame = ""
         if message.id_text[0] != '"':
             self.board.quirk(self.station, "message_id_not_a_string")
-        return message
+        return message, frame
 
-    async def _take_when_ready(self, message: Call | Send, started: float) -> None:
+    async def _take_when_ready(self, message: Call | Send, frame: str, started: float) -> None:
         await self.schemas.prepare(self.protocol, message.action)
         if self.ended:
             return
         if type(message) is Send:
-            self._sent(message)
-        elif flushed := self._answer(message, started):
+            self._sent(message, frame)
+        elif flushed := self._answer(message, frame, started):
             await flushed
 
-    def _answer(self, call: Call, started: float) -> Awaitable | None:
-        """Answer a Call, keep both frames. Returns what to await if the socket is clogged."""
+    def _answer(self, call: Call, frame: str, started: float) -> Awaitable | None:
+        """Answer a Call, keep both frames. Returns what to await if the socket is clogged.
+
+        Where the station has a line upstream, the answer comes from there, by `pass_answer`.
+        """
         board, station, protocol = self.board, self.station, self.protocol
         violation = self._violation(call, call.action, "Request") if self.schemas else None
+        if self.line is not None:
+            record = board.message(station, "IN", "CALL", call.action, message_id(call.id_text),
+                                   without_secrets(call.action, call.payload, call.text))
+            self.line.station_called(call, frame or pack(call), started, record)
+            return None
         reply = answer(board, station, protocol, call, violation if self._strict else None)
         flushed = self._write(pack(reply))
         response_ms = (time.perf_counter() - started) * 1000
         action, id_ = call.action, message_id(call.id_text)
         board.message(station, "IN", "CALL", action, id_,
                       without_secrets(action, call.payload, call.text), response_ms)
+        self._keep_answer(reply, action, id_, response_ms, "We")
+        return flushed
+
+    def pass_answer(self, record: LoggedMessage, reply: CallResult | CallError, frame: str,
+                    started: float, who: str) -> None:
+        """Give the station the answer to a Call that its line took."""
+        self._write(frame)
+        response_ms = (time.perf_counter() - started) * 1000
+        self.board.answered(record, response_ms)
+        self._keep_answer(reply, record.method, record.message_id, response_ms, who)
+
+    def _keep_answer(self, reply: CallResult | CallError, action: str, id_: str,
+                     response_ms: float, who: str) -> None:
+        """Put an answer to the station on record."""
+        board, station = self.board, self.station
         if type(reply) is CallResult:
-            board.message(station, "OUT", "CALLRESULT", action, id_, reply.text, response_ms)
-            if self.schemas:
-                self._violation(reply, action, "Response", "We answered")
+            board.message(station, "OUT", "CALLRESULT", action, id_,
+                          without_secrets(action, reply.payload, reply.text), response_ms)
+            if self.schemas and self.schemas.ready(self.protocol, action):
+                self._violation(reply, action, "Response", f"{who} answered")
         else:
             board.message(station, "OUT", "CALLERROR", action, id_, reply.text, response_ms,
                           reply.code, reply.description)
-            self._failed(f"We answered {action} with {reply.code}", action, reply)
-        return flushed
+            self._failed(f"{who} answered {action} with {reply.code}", action, reply)
 
     def _violation(self, message: Call | Send | CallResult, action: str, part: str,
                    who: str = "") -> Violation | None:
@@ -3047,18 +5265,22 @@ class Link:
                       None, reply.code, reply.description)
         return self._write(pack(reply))
 
-    def _sent(self, message: Send) -> None:
+    def _sent(self, message: Send, frame: str) -> None:
         if message.action not in SENDS[self.protocol]:
             self.board.quirk(self.station, "unknown_send")
         elif self.schemas:
             self._violation(message, message.action, "Request")
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
+        if self.line is not None:
+            self.line.station_said(message, frame)
 
-    def _result_refused(self, message: CallResultError) -> None:
+    def _result_refused(self, message: CallResultError, frame: str) -> None:
         self.board.message(self.station, "IN", "CALLRESULTERROR", "", message_id(message.id_text),
                            message.text, None, message.code, message.description)
         self._failed(f"The station cannot use our answer: {message.code}", "", message)
+        if self.line is not None:
+            self.line.station_said(message, frame)
 
     def _failed(self, text: str, action: str, message: CallError | CallResultError) -> None:
         """Keep a CALLERROR, theirs or ours, among the errors."""
@@ -3067,7 +5289,7 @@ class Link:
                           "errorDescription": message.description,
                           "messageId": message_id(message.id_text)})
 
-    def _answered(self, message: CallResult | CallError) -> None:
+    def _answered(self, message: CallResult | CallError, frame: str) -> None:
         """An answer to a command: the one under way, one given up, or none of ours."""
         board, station, id_ = self.board, self.station, message_id(message.id_text)
         pending, late = self._pending, False
@@ -3097,6 +5319,7 @@ class Link:
             board.error("LATE_ANSWER", station,
                         f"{action} was answered after {response_ms / 1000:.1f} s", details)
         elif not pending.answer.done():
+            pending.frame = frame or pack(message)
             pending.answer.set_result(message)
 
     # Commands out
@@ -3110,29 +5333,49 @@ class Link:
         if action not in COMMANDS[self.protocol]:
             near = _nearest(action, COMMANDS[self.protocol])
             raise UnknownAction(f"{self.protocol} has no command {shown(action)}{near}")
-        if self._waiting >= CALLS_WAITING:
-            raise Busy("Too many commands wait for this station")
-        self._waiting += 1
-        try:
+        with self._queued():
             if self.schemas:
                 await self.schemas.prepare(self.protocol, action)
                 if violation := self.schemas.check(self.protocol, action, "Request", payload):
                     raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+            call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
             async with self._turn:
-                return await self._exchange(action, payload)
+                message, pending = await self._exchange(call, pack(call))
+        if type(message) is CallError:
+            raise CallFailed(message.code, message.description, message.details)
+        return message.payload, pending.record.response_ms
+
+    async def pass_command(self, call: Call, frame: str) -> tuple[CallResult | CallError, str]:
+        """Send a command of the upstream system as it is: (the answer, the frame it came in).
+
+        Raises: Busy, Conflict (offline), NoAnswer.
+        """
+        with self._queued():
+            async with self._turn:
+                message, pending = await self._exchange(call, frame)
+        return message, pending.frame
+
+    @contextlib.contextmanager
+    def _queued(self) -> Generator:
+        """Count a command among those that wait. Raises: Busy."""
+        if self._waiting >= CALLS_WAITING:
+            raise Busy("Too many commands wait for this station")
+        self._waiting += 1
+        try:
+            yield
         finally:
             self._waiting -= 1
 
-    async def _exchange(self, action: str, payload: dict) -> tuple[dict, float]:
+    async def _exchange(self, call: Call, frame: str) -> tuple[CallResult | CallError, Pending]:
         if self.ended:
             raise Conflict("The station is offline")
-        call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
+        action = call.action
         record = self.board.message(self.station, "OUT", "CALL", action, message_id(call.id_text),
-                                    without_secrets(action, payload, call.text))
+                                    without_secrets(action, call.payload, call.text))
         pending = Pending(call.id_text, action, time.monotonic(), record,
                           asyncio.get_running_loop().create_future())
         self._pending = pending
-        self._write(pack(call))
+        self._write(frame)
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         try:
             async with asyncio.timeout(timeout_s):
@@ -3143,9 +5386,7 @@ class Link:
         finally:
             if self._pending is pending:
                 self._pending = None
-        if type(message) is CallError:
-            raise CallFailed(message.code, message.description, message.details)
-        return message.payload, record.response_ms
+        return message, pending
 
     def _give_up(self, pending: Pending) -> None:
         self._given_up[pending.id_text] = pending
@@ -3578,6 +5819,81 @@ class Held:
     stays: bool = True                  # when the transaction ends; a TxProfile does not (3.13.1)
 
 
+FOREIGN_KEPT = 50                   # profiles of the upstream system, of one station
+RECURS_S = {"Daily": 86400, "Weekly": 7 * 86400}
+
+
+@dataclass(slots=True)
+class Profile:
+    """A charging profile as whoever has to keep it reads it: limits from `start` on."""
+
+    id: int
+    purpose: str
+    stack_level: int
+    evse_id: int                        # 0: all
+    start: float
+    periods: list                       # [(seconds from start, A or W)]
+    watts: bool = False
+    duration: float = math.inf
+    transaction_id: Any = None          # that it is for; None: any
+    valid: tuple = (0.0, math.inf)
+    recurs_s: float = math.inf
+
+    @classmethod
+    def read(cls, id_: int, evse_id: int, profile: dict, schedule: dict, now: float) -> "Profile":
+        """Of the payload of either version. Raises: FormatViolation."""
+        times = {key: parse_time(value)[0] for key, value in (
+            ("validFrom", profile.get("validFrom")), ("validTo", profile.get("validTo")),
+            ("start", schedule.get("startSchedule"))) if value is not None}
+        periods = [(required(p, "startPeriod", float), required(p, "limit", float))
+                   for p in required(schedule, "chargingSchedulePeriod", list)
+                   if isinstance(p, dict)]
+        recurs_s = RECURS_S.get(lenient(profile, "recurrencyKind", str, ""), math.inf)
+        return cls(id_, required(profile, "chargingProfilePurpose", str),
+                   required(profile, "stackLevel", int), evse_id, times.get("start", now), periods,
+                   schedule.get("chargingRateUnit") == "W",
+                   optional(schedule, "duration", float) or math.inf, profile.get("transactionId"),
+                   (times.get("validFrom", 0.0), times.get("validTo", math.inf)),
+                   recurs_s if profile.get("chargingProfileKind") == "Recurring" else math.inf)
+
+    def limit(self, now: float, evse_id: int, transaction_id: Any,
+              watts_per_a: float) -> float | None:
+        """A per phase that it allows at a time; None when it says nothing then (1.6 3.13)."""
+        elapsed = now - self.start
+        if elapsed >= 0 and self.recurs_s < math.inf:
+            elapsed %= self.recurs_s
+        if self.evse_id not in (0, evse_id) or not (
+                0 <= elapsed < self.duration and self.valid[0] <= now < self.valid[1]):
+            return None
+        if self.purpose == "TxProfile" and (transaction_id is None or (
+                self.transaction_id not in (None, transaction_id))):
+            return None
+        limit = next((value for begins, value in reversed(self.periods) if begins <= elapsed), None)
+        return limit / watts_per_a if self.watts and limit is not None else limit
+
+
+def allowed_a(profiles: list[Profile], now: float, evse_id: int, transaction_id: Any,
+              watts_per_a: float = 1.0, sharers: int = 1) -> float:
+    """A per phase that profiles together allow: the highest stack of each purpose; TxProfile goes
+    before TxDefaultProfile, the station's maximum holds with both (1.6 3.13.4; 2.0.1 K01).
+
+    `sharers`: how many EVSEs have the station's maximum together.
+    """
+    best: dict = {}
+    for profile in sorted(profiles, key=attrgetter("stack_level")):
+        limit = profile.limit(now, evse_id, transaction_id, watts_per_a)
+        if limit is not None:
+            best[profile.purpose] = limit
+    maxima = [a / sharers for purpose, a in best.items() if not purpose.startswith("Tx")]
+    return min([best.get("TxProfile", best.get("TxDefaultProfile", math.inf)), *maxima])
+
+
+def with_profile(profiles: list[Profile], new: Profile) -> list[Profile]:
+    """The profiles after one more: it takes the place of one with its id, or purpose and level."""
+    return [p for p in profiles if p.id != new.id and (p.purpose, p.stack_level, p.evse_id) != (
+        new.purpose, new.stack_level, new.evse_id)] + [new]
+
+
 @dataclass(slots=True, eq=False)
 class Ledger:
     """What one EVSE may draw at worst: the books that every raise is checked against.
@@ -3862,6 +6178,7 @@ class Controller:
         self.patterns = {pattern: circuit.name for circuit in settings.circuit
                          for pattern in circuit.stations}
         self.steered: dict[str, Steered] = {}
+        self.foreign: dict[str, list[Profile]] = {}      # upstream's profiles, by station
         self.models: OrderedDict = OrderedDict()     # {model: (rung, fallback rung, reads back)}
         self.meter: list[float] | None = None        # of the site, A per phase
         self.metered_at = self.meter_warned_at = -math.inf
@@ -4447,12 +6764,48 @@ class Controller:
         idle = ledger.idle_since is not None and now - ledger.idle_since > ASLEEP_S
         retried = idle and (now - ledger.idle_since) % ASLEEP_RETRY_S < ASLEEP_S
         wire = self._wire(steered, ledger)
+        maximum = min(maximum, self._foreign_a(steered, ledger, now))
         return wire._replace(
             minimum=minimum, maximum=maximum, priority=session.priority,
             arrived=session.started_at, waiting_since=ledger.waiting_since, turn_at=ledger.turn_at,
             charging_since=ledger.charging_since, need=ledger.need, asleep=idle and not retried,
             load=self._load(steered, ledger),
             kept=max(ledger.fallback or 0.0, ledger.fallback_sent or 0.0))
+
+    def _foreign_a(self, steered: Steered, ledger: Ledger, now: float) -> float:
+        """What the profiles of the upstream system allow: one more limit, below ours."""
+        profiles = self.foreign.get(steered.identity)
+        if not profiles or ledger.transaction is None:
+            return math.inf
+        here = ledger.transaction.id
+        for profile in profiles:         # it came with the command that started a transaction
+            if profile.purpose == "TxProfile" and profile.transaction_id is None:
+                profile.transaction_id = here
+        phases = len(ledger.phases) if ledger.phases else steered.settings.phases
+        sharers = sum(1 for other in steered.ledgers.values() if other.transaction)
+        return allowed_a(profiles, now, ledger.evse_id, here, self.settings.voltage * phases,
+                         sharers)
+
+    def manages(self, identity: str) -> bool:
+        """Whether the limits of this station are ours to set."""
+        steered = self.steered.get(identity)
+        return steered is not None and steered.settings.managed
+
+    def keep_foreign(self, identity: str, profile: Profile) -> None:
+        """Upstream has set a profile: it counts, and is not sent to the station."""
+        kept_ = with_profile(self.foreign.get(identity, []), profile)
+        self.foreign[identity] = kept_[-FOREIGN_KEPT:]
+        if len(self.foreign) > self.board.config.store.max_connections:
+            del self.foreign[next(iter(self.foreign))]
+
+    def clear_foreign(self, identity: str, wanted: dict) -> bool:
+        """Upstream clears the profiles whose attributes are all as wanted; False: there is none."""
+        profiles = self.foreign.get(identity, [])
+        left = [p for p in profiles
+                if any(getattr(p, name) != value for name, value in wanted.items())]
+        if profiles:
+            self.foreign[identity] = left
+        return len(left) < len(profiles)
 
     # 4. the fallbacks
 
@@ -4974,6 +7327,1246 @@ def tolerance(amps: float) -> float:
     return max(1.0, amps * 0.06)
 
 
+# --- Relay --------------------------------------------------------------------------------
+# Which stations go on to an upstream central system, and whose answer counts. A Line is one
+# station's way there: what waits, what is under way, what upstream has not heard yet. It asks for
+# a connection and is told of one; what it says goes out by the `write` of a Wire.
+
+WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotification": 2,
+          "MeterValues": 1}              # what waits for upstream; the least goes first
+EVENT_WORTHS = {"Started": 3, "Ended": 3}
+METERED = ("MeterValuePeriodic", "MeterValueClock")
+LINE_BYTES = 4 << 20                # of frames that wait for an upstream, of one station
+RECONNECT_S = (1, 60)                   # the shortest and longest pause between two attempts
+SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
+ATTEMPTS = 3                        # to deliver what upstream refuses or dies of
+UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
+HOLD_S = 2                          # the longer, the more often upstream could not take a message
+TURN_S = 0.25                       # how often lines look at the clock
+TRANSIENT = ("InternalError", "GenericError")
+
+
+@dataclass(slots=True, eq=False)
+class Errand:
+    """A Call of the station, or one told on its behalf, on its way upstream."""
+
+    call: Call
+    frame: str                          # as the station wrote it
+    protocol: str                       # the station's
+    worth: int                          # 0: not worth to wait for an upstream that is away
+    came_at: float                      # monotonic
+    started: float                      # the same by `perf_counter`
+    record: LoggedMessage | None        # while the station waits for the answer; then None
+    reply: CallResult | CallError | None = None      # ours, where upstream has none
+    given: int | None = None            # the transaction id that the board gave in its place
+    heard: bool = True                  # False: the station left before it had the answer
+    steps: Generator | None = None      # of the translation
+    answered: tuple = (None, "")        # upstream's last answer: its payload, and its frame
+    asked: Call | None = None           # what upstream is asked now
+    request: str = ""                   # the frame of that
+    sent_at: float = 0.0
+    attempts: int = 0
+    boot: bool = False                  # our repetition of the last BootNotification
+    number: int = 0                     # in the journal
+
+
+class Line:
+    """One station's way upstream."""
+
+    def __init__(self, relay: "Relay", identity: str, settings: SimpleNamespace):
+        self.relay, self.board, self.identity = relay, relay.board, identity
+        self.settings = settings
+        self.link: Link | None = None
+        self.wire: Any = None                # the connection upstream: write(text), close()
+        self.connecting = self.refused = False       # refused: upstream did not accept the boot
+        self.fresh = True                    # no attempt has failed since the station came
+        self.authorization = self.protocol = self.station_protocol = ""
+        self.waiting: deque[Errand] = deque()
+        self.bytes = 0
+        self.in_flight: Errand | None = None
+        self.interpreters: dict[str, Interpreter] = {}
+        self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
+        self.statuses: dict = {}             # {place: the same of its last StatusNotification}
+        self.spoken = False                  # this connection of the station has had an answer
+        self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
+        self.failures = self.silent = 0
+        self.retry_at = self.held_until = 0.0
+        self.up_since: float | None = None
+        self.lag_ms: float | None = None
+        self.counts: Counter = Counter()
+        self.last_error = ""
+
+    @property
+    def status(self) -> str:
+        """up, connecting, refused (the station was not accepted), away; idle: not needed."""
+        if self.wire is not None:
+            return "refused" if self.refused else "up"
+        if self.connecting:
+            return "connecting"
+        return "away" if self.link is not None or self.waiting else "idle"
+
+    @property
+    def buffered(self) -> int:
+        """How many messages wait whose station has its answer already."""
+        held = sum(1 for errand in self.waiting if errand.worth and errand.record is None)
+        flying = self.in_flight
+        return held + (flying is not None and flying.worth > 0 and flying.record is None)
+
+    def restored(self, number: int, protocol: str, given: int | None, frame: str) -> None:
+        """What an earlier run had not delivered waits again."""
+        call = unpack(frame)
+        errand = Errand(call, frame, protocol, _worth(call), self.relay.now(), 0.0, None,
+                        given=given, number=number)
+        self.station_protocol = self.station_protocol or protocol
+        self.protocol = self.protocol or self.settings.protocol or protocol
+        self.waiting.append(errand)
+        self.bytes += len(frame)
+
+    # The station's side
+
+    def attach(self, link: Link, authorization: str) -> None:
+        """A connection of the station is open."""
+        self.link, self.authorization = link, authorization
+        link.line = self
+        self.spoken = False
+        protocol = self.settings.protocol or link.protocol
+        if self.wire is not None and protocol != self.protocol:
+            self._hang_up("the station speaks another version")
+            self.retry_at = 0.0
+        self.protocol, self.station_protocol = protocol, link.protocol
+        if self.wire is None and not self.connecting:
+            self.fresh = self.relay.now() >= self.retry_at
+            if self.fresh:
+                self._connect()
+            elif self.settings.when_down == "close":
+                self._send_away()
+
+    def station_left(self, link: Link) -> None:
+        """The station's connection is over. What it has no answer to, it will tell again."""
+        if link is not self.link:
+            return
+        self.link = None
+        for errand in [e for e in self.waiting if e.record is not None]:
+            self._drop(errand)
+        flying = self.in_flight
+        if flying is not None and flying.record is not None:
+            flying.record, flying.heard = None, False
+        self._rest()
+
+    def station_called(self, call: Call, frame: str, started: float,
+                       record: LoggedMessage) -> None:
+        """Take a Call of the station; it has its answer within `call_timeout_seconds`."""
+        link, board = self.link, self.board
+        errand = Errand(call, frame, link.protocol, _worth(call), self.relay.now(), started, record)
+        if call.action != "StartTransaction":            # of that, the answer makes the record
+            errand.reply = answer(board, link.station, link.protocol, call)
+        self._remember(errand)
+        if errand.worth and self._again(errand):
+            return
+        boots = call.action == "BootNotification"
+        away = self.wire is None and not (self.connecting and self.fresh)
+        if away or self.refused and not boots or (
+                len(self.waiting) >= CALLS_WAITING and not errand.worth):
+            self._answer_here(errand)
+            if errand.worth:
+                self._wait(errand)
+        elif boots:                                      # nothing goes before it
+            self.waiting.appendleft(errand)
+            self.bytes += len(frame)
+            self._next()
+        else:
+            self._wait(errand)
+            self._next()
+
+    def _remember(self, errand: Errand) -> None:
+        """Keep what a new connection upstream is to be told: how the station is now."""
+        action, payload = errand.call.action, errand.call.payload
+        kept_ = (errand.call, errand.frame, errand.protocol)
+        if action == "BootNotification":
+            self.boot = kept_
+        elif action == "StatusNotification":
+            place = to_json([payload.get("evseId"), payload.get("connectorId")])
+            if place in self.statuses or len(self.statuses) < CONNECTORS_KEPT:
+                self.statuses[place] = kept_
+
+    def _again(self, errand: Errand) -> bool:
+        """Whether the station says again what it missed the answer to; then it gets that."""
+        key = (errand.call.action, errand.call.text)
+        reply = self.unheard.get(key)
+        flying = [self.in_flight] if self.in_flight else []
+        for other in (*self.waiting, *flying) if reply is None else ():
+            if (other.call.action, other.call.text) != key:
+                continue
+            if other.record is None and other.heard:     # it had ours, or should have
+                errand.reply, errand.given = errand.reply or other.reply, other.given
+                self._answer_here(errand)
+                return True
+            other.call = other.call._replace(id_text=errand.call.id_text)
+            other.record, other.started, other.heard = errand.record, errand.started, True
+            other.came_at = errand.came_at
+            return True
+        if reply is None:
+            return False
+        self._give(errand, reply._replace(id_text=errand.call.id_text))
+        return True
+
+    def station_said(self, message: Send | CallResultError, frame: str) -> None:
+        """What needs no answer goes on at once, if upstream can read it."""
+        if self.wire is not None and self.station_protocol == self.protocol and frame:
+            self.wire.write(frame)
+        elif type(message) is Send:
+            self._refused_up(message.action, message, f"{self.protocol} has nothing like it"
+                             if self.wire else "upstream is away")
+
+    def _answer_here(self, errand: Errand) -> None:
+        """Answer the station ourselves."""
+        if errand.record is None:
+            return
+        if errand.reply is None:
+            errand.reply = self._start_here(errand)
+        self.counts["answeredHere"] += 1
+        self._give(errand, errand.reply)
+
+    def _start_here(self, errand: Errand) -> CallResult | CallError:
+        """Our answer to a StartTransaction, of which upstream hears later."""
+        link, call = self.link, errand.call
+        if errand.given is not None:                     # upstream may have heard of it by that id
+            call = call._replace(payload=call.payload | {GIVEN: errand.given})
+        reply = answer(self.board, link.station, link.protocol, call)
+        if type(reply) is CallResult:
+            errand.given = reply.payload["transactionId"]
+        return reply
+
+    def _give(self, errand: Errand, reply: CallResult | CallError, frame: str = "") -> None:
+        """Give the station its answer; remember it where the station has gone meanwhile."""
+        record, errand.record = errand.record, None
+        if record is None or self.link is None:
+            return
+        self.spoken = True
+        self.link.pass_answer(record, reply, frame or pack(reply), errand.started,
+                              "Upstream" if frame else "We")
+
+    # What waits
+
+    def _wait(self, errand: Errand) -> None:
+        """Put an errand at the end of what waits, and make room for it."""
+        self.waiting.append(errand)
+        self.bytes += len(errand.frame)
+        if errand.worth and errand.record is None:
+            self.counts["buffered"] += 1
+            self.relay.journal.keep(self.identity, errand)
+            self._tell("buffered", "UP", errand.call, translated=None)
+        while len(self.waiting) > self.settings.queue or self.bytes > LINE_BYTES:
+            # The least worth goes, of those the oldest: no start or stop while there is another.
+            least = min(self.waiting, key=lambda e: e.worth)
+            if least.record is not None:
+                self._answer_here(least)
+            self._drop(least)
+            if least.worth:
+                self.counts["lost"] += 1
+                self.relay.journal.drop(least)
+                self._tell("error", "UP", least.call, error="lost: too much waits for upstream "
+                           f"({self.settings.queue} messages, {LINE_BYTES >> 20} MiB)")
+
+    def _drop(self, errand: Errand) -> None:
+        self.waiting.remove(errand)
+        self.bytes -= len(errand.frame)
+
+    def _next(self) -> None:
+        """Send what is first, if upstream is there and nothing else is under way."""
+        while self.in_flight is None and self.waiting and self.wire is not None:
+            if self.refused and self.waiting[0].call.action != "BootNotification":
+                return
+            if self.relay.now() < self.held_until:
+                return
+            errand = self.waiting.popleft()
+            self.bytes -= len(errand.frame)
+            self.in_flight = errand
+            self._begin(errand)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Without the station, the connection is there for what waits, and no longer."""
+        if self.wire is not None and self.link is None and (
+                self.in_flight is None and not self.waiting):
+            self._hang_up("the station has left")
+            self.failures, self.retry_at = 0, 0.0
+
+    # Upstream's answers
+
+    def _begin(self, errand: Errand) -> None:
+        errand.attempts += 1
+        errand.sent_at = self.relay.now()
+        if errand.asked is not None:                     # once more, as it was
+            self.wire.write(errand.request)
+            return
+        interpreter = self._interpreter(errand.protocol)
+        call = errand.call
+        if call.action == "StartTransaction":
+            if errand.given is None and errand.protocol != self.protocol:
+                errand.given = self.board.new_transaction_id()       # upstream hears it from us
+            interpreter.given = errand.given
+        if interpreter.passes(call.action, True):
+            errand.asked, errand.request = call, errand.frame
+            self.wire.write(errand.frame)
+        else:
+            errand.steps = interpreter.up(call.action, call.payload)
+            self._step(errand, None)
+
+    def _interpreter(self, protocol: str) -> Interpreter:
+        found = self.interpreters.get(protocol)
+        if found is None or found.upstream != self.protocol:
+            found = self.interpreters[protocol] = Interpreter(
+                protocol, self.protocol, self.board.new_transaction_id, self.board.clock)
+            self.relay.journal.restore_ids(self.identity, found)
+        return found
+
+    def _step(self, errand: Errand, answered: dict | BoardError | None) -> None:
+        """Go on with a translation: ask upstream the next thing, or give the answer."""
+        try:
+            if isinstance(answered, BoardError):
+                action, payload = errand.steps.throw(answered)
+            else:
+                action, payload = errand.steps.send(answered)
+        except StopIteration as end:
+            self._translated(errand, end.value)
+        except BoardError as error:
+            self._failed(errand, error)
+        except Exception:
+            log.exception("The translation of %s of %s failed", errand.call.action,
+                          shown(self.identity))
+            self._failed(errand, BoardError("Internal error"))
+        else:
+            self._ask(errand, action, payload)
+
+    def _ask(self, errand: Errand, action: str, payload: dict) -> None:
+        """Send a translated Call; first looked at, where the schemas are installed."""
+        call, schemas = errand.call, self.relay.schemas
+        same = payload is call.payload and action == call.action
+        first = errand.asked is None and call.id_text[0] == '"' and len(call.id_text) <= 38
+        asked = call if same else Call(call.id_text if first else f'"{uuid.uuid4()}"', action,
+                                       payload, to_json(payload))
+        errand.asked, errand.request = asked, errand.frame if same else pack(asked)
+        errand.sent_at = self.relay.now()
+        if schemas and not same and not schemas.ready(self.protocol, action):
+            self.relay.spawn("relay", self._ask_later(errand, action))
+        else:
+            self._send(errand, same)
+
+    async def _ask_later(self, errand: Errand, action: str) -> None:
+        await self.relay.schemas.prepare(self.protocol, action)
+        if self.in_flight is errand and self.wire is not None:
+            self._send(errand, False)
+
+    def _send(self, errand: Errand, same: bool) -> None:
+        asked, schemas = errand.asked, self.relay.schemas
+        violation = None
+        if schemas and not same:
+            violation = schemas.check(self.protocol, asked.action, "Request", asked.payload)
+        if violation:
+            errand.asked = None
+            self._failed(errand, violation.error(f"{violation.pointer or '/'}: {violation.text}"))
+        else:
+            self.wire.write(errand.request)
+
+    def upstream_said(self, wire: Any, frame: str | bytes) -> None:
+        """Take a frame of upstream."""
+        if wire is not self.wire:                        # of a connection that is over
+            return
+        try:
+            text = frame if isinstance(frame, str) else frame.decode("utf-8", "replace")
+            message = unpack(text)
+        except BadFrame as error:
+            self._nonsense(text, error)
+            return
+        kind, flying = type(message), self.in_flight
+        if kind is Call:
+            self._commanded(message, text)
+        elif kind is Send or kind is CallResultError:
+            if self.link is not None and self.station_protocol == self.protocol:
+                self.link.write(text)
+            else:
+                self._tell("refused", "DOWN", message, error="the station has nothing like it")
+        elif flying is None or flying.asked is None or message.id_text != flying.asked.id_text:
+            self.counts["errors"] += 1
+            self._tell("error", "DOWN", None, error="an answer to nothing that was asked, or late",
+                       message_id_=message_id(message.id_text))
+        else:
+            self.silent = self.failures = 0
+            self._upstream_answered(flying, message, text)
+
+    def _upstream_answered(self, errand: Errand, message: CallResult | CallError,
+                           text: str) -> None:
+        self.lag_ms = (self.relay.now() - errand.sent_at) * 1000
+        errand.answered = (getattr(message, "payload", None), text)
+        if errand.steps is not None:
+            asked = errand.asked
+            if asked is not errand.call:
+                self.counts["translated"] += 1
+                self._tell("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
+                           error=f"{message.code}: {message.description}"
+                           if type(message) is CallError else None)
+            self._step(errand, message.payload if type(message) is CallResult else CallFailed(
+                message.code, message.description, message.details))
+        elif type(message) is CallResult:
+            self.counts["passed"] += 1
+            if errand.given is not None:                 # we had to answer while it was under way
+                self._interpreter(errand.protocol).crossing(
+                    errand.given, there=lenient(message.payload, "transactionId", int))
+            self._finish(errand, message, text)
+        elif not self._later(errand, message.code):
+            self._finish(errand, message, text)
+
+    def _translated(self, errand: Errand, payload: dict | None) -> None:
+        """A translation is through: None where upstream has nothing to say to it."""
+        if payload is None:
+            self._refused_up(errand.call.action, errand.call,
+                             f"{self.protocol} has nothing like it: answered here")
+            self._answer_here(errand)
+            self._finish(errand, errand.reply, "", told=True)
+            return
+        said, frame = errand.answered
+        reply = CallResult(errand.call.id_text, payload, to_json(payload))
+        same = payload is said and errand.asked is errand.call
+        self._finish(errand, reply, frame if same else pack(reply))
+        self.tell(self._interpreter(errand.protocol).told())
+
+    def _failed(self, errand: Errand, error: BoardError) -> None:
+        """A translation came to nothing: upstream refused it, or there is no translation."""
+        code = error.code if isinstance(error, CallFailed) else error.ocpp_code
+        if isinstance(error, CallFailed) and self._later(errand, code):
+            return
+        if not isinstance(error, CallFailed):
+            self._refused_up(errand.call.action, errand.call, str(error))
+            if errand.worth:             # a fact; that upstream cannot be told is on record
+                self._answer_here(errand)
+                self._finish(errand, errand.reply, "", told=True)
+                return
+        reply = CallError(errand.call.id_text,
+                          error_code_across(self.protocol, errand.protocol, code)
+                          if isinstance(error, CallFailed) else error_code(errand.protocol, code),
+                          kept(error.description if isinstance(error, CallFailed) else error), {},
+                          "{}")
+        self._finish(errand, reply, pack(reply))
+
+    def _later(self, errand: Errand, code: str) -> bool:
+        """Whether what upstream could not take now, and the station counts as told, is kept."""
+        if not errand.worth or errand.record is not None or not errand.heard or (
+                code not in TRANSIENT or errand.attempts >= ATTEMPTS):
+            return False
+        errand.steps = errand.asked = None
+        self.in_flight = None
+        self.waiting.appendleft(errand)
+        self.bytes += len(errand.frame)
+        self.held_until = self.relay.now() + HOLD_S * errand.attempts
+        return True
+
+    def _finish(self, errand: Errand, reply: CallResult | CallError | None, frame: str,
+                told: bool = False) -> None:
+        """An errand is done: `frame` is what the station is to read; "" when it has read it.
+
+        `told`: that upstream could not be told is on record.
+        """
+        self.in_flight = None
+        buffered = errand.record is None and errand.heard and not errand.boot
+        if errand.record is not None:
+            self._make_record(errand, reply)
+            if reply.id_text != errand.call.id_text:     # asked for once more meanwhile
+                reply = reply._replace(id_text=errand.call.id_text)
+                frame = pack(reply)
+            self._give(errand, reply, frame)
+        elif not errand.heard:
+            self._make_record(errand, reply)
+            self._may_miss(errand, reply)
+        elif errand.worth and errand.reply is not None:
+            self._may_miss(errand, errand.reply)
+        if errand.call.action == "BootNotification":
+            self._booted(errand, reply)
+        if told:
+            self.relay.journal.drop(errand)
+        elif buffered and errand.worth:
+            self.relay.journal.drop(errand)
+            good = type(reply) is CallResult and frame
+            self.counts["delivered" if good else "lost"] += 1
+            self._tell("delivered" if good else "error", "UP", errand.call, to=errand.asked,
+                       error=None if good else "not delivered: " + (
+                           f"{reply.code} {reply.description}" if type(reply) is CallError
+                           else "upstream has nothing like it"))
+        if errand.worth == 3 and self.relay.journal:
+            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol))
+        self._next()
+
+    def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
+        """Keep the answer, for the station may not have read it: then it asks again."""
+        if errand.worth:
+            self.unheard[errand.call.action, errand.call.text] = reply
+            if len(self.unheard) > UNHEARD_KEPT:
+                self.unheard.popitem(last=False)
+
+    def _make_record(self, errand: Errand, reply: CallResult | CallError) -> None:
+        """What upstream's answer says of the station counts on the board."""
+        station = self.board.stations.get(self.identity)
+        if type(reply) is not CallResult or station is None:
+            return
+        if errand.call.action == "StartTransaction":
+            given = {GIVEN: lenient(reply.payload, "transactionId", int)}
+            answer(self.board, station, errand.protocol,
+                   errand.call._replace(payload=errand.call.payload | given))
+        elif errand.call.action == "BootNotification":
+            self.board.registered(station, lenient(reply.payload, "status", str, ""))
+
+    def _nonsense(self, text: str, error: BadFrame) -> None:
+        """A frame that is no message; where it is about what is under way, that is over."""
+        self.counts["errors"] += 1
+        self._tell("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
+        if error.id_text:
+            self.wire.write(pack(refusal(self.protocol, error.id_text, error)))
+        flying = self.in_flight
+        if flying is not None and flying.asked and flying.asked.id_text in text[:RAW_KEPT]:
+            self._upstream_answered(flying, CallError(
+                flying.asked.id_text, "InternalError", "upstream's answer cannot be read", {},
+                "{}"), "")
+
+    # Upstream's commands
+
+    def _commanded(self, call: Call, frame: str) -> None:
+        """A Call of upstream, for the station."""
+        self.relay.spawn("relay", self._carry_down(call, frame, self.wire))
+
+    async def _carry_down(self, call: Call, frame: str, wire: Any) -> None:
+        started = self.relay.now()
+        try:
+            if self.link is None:
+                raise Conflict("The station is offline")
+            reply = self.relay.limit(self, call)
+            if reply is None:
+                text = await self._command(call, frame)
+            else:
+                text = pack(reply)
+        except BoardError as error:
+            code, description, details = error.ocpp_code, str(error), {}
+            if isinstance(error, CallFailed):
+                code = error_code_across(self.station_protocol, self.protocol, error.code)
+                description, details = error.description, error.details
+            text = pack(CallError(call.id_text, error_code(self.protocol, code), kept(description),
+                                  details, to_json(details)))
+            kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
+            self.counts["refused" if kind == "refused" else "errors"] += 1
+            self._tell(kind, "DOWN", call, error=kept(f"{code}: {description}"),
+                       latency_ms=(self.relay.now() - started) * 1000)
+        except Exception:
+            log.exception("A command of upstream, %s, failed", shown(call.action))
+            text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
+        if wire is self.wire:
+            wire.write(text)
+            self.tell(self._interpreter(self.station_protocol).told())
+
+    async def _command(self, call: Call, frame: str) -> str:
+        """Have the station do what upstream asks; the frame of the answer."""
+        link, interpreter = self.link, self._interpreter(self.station_protocol)
+        without = self.relay.without_profile(self, call)
+        if without is not call:
+            call, frame = without, pack(without)
+        if call.action not in COMMANDS[self.protocol] and self.protocol != self.station_protocol:
+            raise NotSupported(f"{shown(call.action)} is no command of {self.protocol}")
+        if interpreter.passes(call.action, False):
+            self.counts["passed"] += 1
+            return (await link.pass_command(call, frame))[1]
+        steps = interpreter.down(call.action, call.payload)
+        answered: dict | None = None
+        failed: BoardError | None = None
+        try:
+            while True:
+                action, payload = steps.throw(failed) if failed else steps.send(answered)
+                failed = answered = None
+                asked_at = self.relay.now()
+                try:
+                    answered, _ = await link.call(action, payload)
+                except BoardError as error:
+                    failed = error
+                self.counts["translated"] += 1
+                self._tell("translation", "DOWN", call, error=kept(failed) if failed else None,
+                           to=Call("", action, payload, to_json(payload)),
+                           latency_ms=(self.relay.now() - asked_at) * 1000)
+        except StopIteration as end:
+            self._check_answer(call.action, end.value)
+            return pack(CallResult(call.id_text, end.value, to_json(end.value)))
+
+    def _check_answer(self, action: str, payload: dict) -> None:
+        """A translated answer must fit its schema, where that is at hand."""
+        schemas = self.relay.schemas
+        if schemas and schemas.ready(self.protocol, action) and (
+                violation := schemas.check(self.protocol, action, "Response", payload)):
+            raise FormatViolation(f"{violation.pointer or '/'}: {violation.text}")
+
+    def tell(self, told: list[Steps]) -> None:
+        """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
+        for steps in told:
+            call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
+            errand = Errand(call, "", self.station_protocol, 0, self.relay.now(), 0.0, None)
+            errand.steps = steps
+            self.waiting.append(errand)
+        self._next()
+
+    # The connection
+
+    def _connect(self) -> None:
+        self.connecting = True
+        self.relay.connect(self)
+
+    def opened(self, wire: Any) -> None:
+        """The connection upstream is open: what it has missed goes first."""
+        self.connecting = False
+        if self.link is None and not self.waiting:       # nobody needs it any more
+            wire.close()
+            return
+        self.wire, self.up_since, self.silent, self.refused = wire, self.board.clock(), 0, False
+        self._tell("connected", "UP", None)
+        log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
+                 self.protocol)
+        if self.boot and (self.spoken or self.link is None) and not any(
+                e.call.action == "BootNotification" for e in self.waiting):
+            boot = self._repeated(self.boot)
+            boot.boot = True
+            self.waiting.appendleft(boot)
+        if self.spoken:
+            self.waiting.extend(self._repeated(told) for told in self.statuses.values())
+        self._next()
+
+    def _repeated(self, told: tuple) -> Errand:
+        """A Call of the station told once more, under an id of its own."""
+        call, _, protocol = told
+        call = call._replace(id_text=f'"{uuid.uuid4()}"')
+        return Errand(call, pack(call), protocol, 0, self.relay.now(), 0.0, None)
+
+    def _booted(self, errand: Errand, reply: CallResult | CallError) -> None:
+        """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
+        payload = reply.payload if type(reply) is CallResult else {}
+        status = lenient(payload, "status", str, "")
+        self.refused = status != "Accepted" and (bool(status) or errand.boot)
+        if self.refused:
+            wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
+            self.retry_at = self.relay.now() + wait_s
+            self._note("upstream answered the BootNotification with "
+                       f"{kept(status, 40) or 'an error'}")
+
+    def failed(self, reason: str) -> None:
+        """No connection came about."""
+        self.connecting = False
+        self._pause()
+        self._note(reason)
+        self._away()
+
+    def closed(self, wire: Any, reason: str) -> None:
+        """The connection upstream is over."""
+        if wire is self.wire:
+            self._hang_up(reason)
+
+    def _hang_up(self, reason: str) -> None:
+        """Let go of the connection. What was under way is first, next time, as it was."""
+        wire, self.wire, self.up_since, self.refused = self.wire, None, None, False
+        wire.close()
+        self._tell("disconnected", "UP", None, error=reason)
+        log.info("%s is no longer connected to %s: %s", shown(self.identity), self.settings.url,
+                 shown(reason))
+        self.last_error = kept(reason)
+        self._pause()
+        if self.in_flight is not None:
+            errand = self._forget_flying()
+            if errand.attempts >= ATTEMPTS + 2 and errand.worth and errand.record is None:
+                self.counts["lost"] += 1
+                self.relay.journal.drop(errand)
+                self._tell("error", "UP", errand.call, error="not delivered: upstream went away "
+                           f"over it {errand.attempts} times")
+            elif (errand.worth or errand.record is not None) and not errand.boot:
+                self.waiting.appendleft(errand)
+                self.bytes += len(errand.frame)
+        self._away()
+
+    def _away(self) -> None:
+        """Upstream is not there: the station has its answers from here, or is sent away."""
+        self.fresh = False
+        if self.settings.when_down == "close" and self.link is not None:
+            self._send_away()
+        for errand in list(self.waiting):
+            if errand.record is not None:
+                self._answer_here(errand)
+                if errand.worth:
+                    self.counts["buffered"] += 1
+                    self.relay.journal.keep(self.identity, errand)
+                    self._tell("buffered", "UP", errand.call)
+                else:
+                    self._drop(errand)
+            elif not errand.worth:                       # our own, made anew next time
+                self._drop(errand)
+        self._rest()
+
+    def _send_away(self) -> None:
+        self.link.end("upstream is away", 1013)          # try again later
+
+    def _pause(self) -> None:
+        """When to try again: later each time, and not with all others."""
+        shortest, longest = RECONNECT_S
+        wait_s = min(longest, shortest * 2 ** min(self.failures, 10))
+        self.failures += 1
+        self.retry_at = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
+
+    def _forget_flying(self) -> Errand:
+        errand, self.in_flight = self.in_flight, None
+        return errand
+
+    def turn(self, now: float) -> None:
+        """Look at the clock: answers that are due, silence, another attempt."""
+        timeout_s = self.board.config.ocpp.call_timeout_seconds
+        due = now - max(timeout_s - 2 * TURN_S, timeout_s / 2)
+        for errand in [e for e in self.waiting if e.record is not None and e.came_at < due]:
+            self._answer_here(errand)
+            if errand.worth:
+                self.counts["buffered"] += 1
+                self.relay.journal.keep(self.identity, errand)
+                self._tell("buffered", "UP", errand.call)
+            else:
+                self._drop(errand)
+        if self.in_flight is not None:
+            self._turn_flying(self.in_flight, now, due, timeout_s)
+        if self.wire is None and not self.connecting and now >= self.retry_at and (
+                self.link is not None or self.waiting):
+            self._connect()
+        elif self.refused and now >= self.retry_at and self.in_flight is None and self.boot:
+            boot = self._repeated(self.boot)
+            boot.boot = True
+            self.waiting.appendleft(boot)
+            self.retry_at = now + RECONNECT_S[1]
+            self._next()
+        elif self.held_until and now >= self.held_until:
+            self.held_until = 0.0
+            self._next()
+
+    def _turn_flying(self, errand: Errand, now: float, due: float, timeout_s: float) -> None:
+        if errand.record is not None and errand.came_at < due:
+            self._answer_here(errand)
+            self._tell("error", "UP", errand.call, error="upstream did not answer in time")
+            self.counts["errors"] += 1
+            if errand.worth:
+                self.counts["buffered"] += 1
+                self.relay.journal.keep(self.identity, errand)
+        if now - errand.sent_at < timeout_s:
+            return
+        if errand.worth:                                 # its place is first, so no other may go
+            if now - errand.sent_at >= 2 * timeout_s:
+                self._hang_up(f"upstream does not answer {errand.call.action}")
+            return
+        self.silent += 1
+        self._forget_flying()
+        if self.silent >= SILENT_CALLS or errand.boot:
+            self._hang_up("upstream does not answer")
+        else:
+            self._next()
+
+    def known_there(self, there: Any) -> Crossing | None:
+        """The transaction that upstream calls so, where that is another name than the station's."""
+        return self._interpreter(self.station_protocol).named_there(there)
+
+    # On record
+
+    def tell_limit(self, profile: dict) -> None:
+        """A profile of upstream was taken for our own limits."""
+        self.board.system_event("PROXY_LIMIT", self.identity, "A charging profile of the upstream "
+                                "system counts as one more limit", {"profile": profile})
+
+    def _note(self, error: str) -> None:
+        """What went wrong with upstream; the same again is not told again."""
+        if error != self.last_error:
+            self._tell("error", "UP", None, error=error)
+            log.warning("%s has no way to %s: %s", shown(self.identity), self.settings.url,
+                        shown(error, 200))
+        self.last_error = kept(error)
+
+    def _refused_up(self, action: str, message: Call | Send, error: str) -> None:
+        self.counts["refused"] += 1
+        self._tell("refused", "UP", message, error=error)
+
+    def _tell(self, kind: str, direction: str, message: Call | Send | None,
+              to: Call | None = None, error: str | None = None, message_id_: str = "",
+              latency_ms: float | None = None, translated: None = None) -> None:
+        ends = (self.station_protocol, self.protocol)
+        source, target = ends if direction == "UP" else ends[::-1]
+        action = message.action if message else ""
+        self.board.relayed(ProxyEvent(
+            kind, self.identity, source, target, direction, action, self.board.clock(),
+            message_id(message.id_text) if message and message.id_text else message_id_,
+            to.action if to and to is not message else None,
+            without_secrets(action, message.payload, message.text) if message and action else None,
+            without_secrets(to.action, to.payload, to.text) if to and to is not message else None,
+            latency_ms, None if error is None else kept(error)))
+
+    def view(self) -> dict:
+        """The line as REST shows it."""
+        waits_s = None if self.wire is not None or self.connecting else max(
+            0.0, round(self.retry_at - self.relay.now(), 1))
+        return {
+            "identity": self.identity, "status": self.status,
+            "stationOnline": self.link is not None,
+            "protocol": self.protocol, "stationProtocol": self.station_protocol,
+            "upSince": iso(self.up_since),
+            "lagMs": None if self.lag_ms is None else round(self.lag_ms, 3),
+            "waiting": self.buffered, "nextAttemptSeconds": waits_s,
+            "lastError": self.last_error or None,
+            **{name: self.counts[name] for name in LINE_COUNTS}}
+
+
+LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
+               "answeredHere")
+
+
+def _worth(call: Call) -> int:
+    """How much it is worth to keep a Call for an upstream that is away; 0: nothing."""
+    if call.action == "TransactionEvent":
+        event = lenient(call.payload, "eventType", str, "")
+        plain = call.payload.get("triggerReason") in METERED and "idToken" not in call.payload
+        return EVENT_WORTHS.get(event, 1 if plain else 2)
+    if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
+        return 0                         # of no transaction
+    return WORTHS.get(call.action, 0)
+
+
+CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
+    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
+    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
+STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+
+
+class Journal:
+    """What waits for upstream, and whose transaction id is whose, on disk: a restart loses nothing.
+
+    A thread writes, so that no disk holds up the loop; without a path nothing is kept. It writes
+    while an upstream is away, and at the start and end of a translated transaction.
+
+    Raises: ConfigError when the file cannot be used.
+    """
+
+    TABLES = """
+        PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+        CREATE TABLE IF NOT EXISTS waiting (number INTEGER PRIMARY KEY, identity TEXT NOT NULL,
+            protocol TEXT NOT NULL, given INTEGER, frame TEXT NOT NULL);
+        CREATE TABLE IF NOT EXISTS crossings (identity TEXT NOT NULL, protocol TEXT NOT NULL,
+            here TEXT NOT NULL, at REAL NOT NULL, facts TEXT NOT NULL,
+            PRIMARY KEY (identity, protocol, here));"""
+
+    def __init__(self, path: str):
+        self._db, self._pool, self._failing = None, None, False
+        self._number = 0
+        if not path:
+            return
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))   # id tokens are nobody's
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.executescript(self.TABLES)
+            self._number = self._db.execute("SELECT max(number) FROM waiting").fetchone()[0] or 0
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"proxy.journal: {path} cannot be used: {error}") from None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "journal")
+
+    def __bool__(self) -> bool:
+        return self._db is not None
+
+    def close(self) -> None:
+        """Write what is to be written, and end."""
+        if self._db:
+            self._pool.shutdown()
+            self._db.close()
+            self._db = None
+
+    def waiting(self) -> list[tuple]:
+        """(number, identity, protocol, the id that the board gave, frame), the oldest first."""
+        return self._db.execute("SELECT number, identity, protocol, given, frame FROM waiting "
+                                "ORDER BY number").fetchall() if self._db else []
+
+    def keep(self, identity: str, errand: Errand) -> None:
+        """An errand waits, and its station counts on us."""
+        if self._db and not errand.number:
+            self._number += 1
+            errand.number = self._number
+            self._write("INSERT OR REPLACE INTO waiting VALUES (?, ?, ?, ?, ?)", errand.number,
+                        identity, errand.protocol, errand.given, pack(errand.call))
+
+    def drop(self, errand: Errand) -> None:
+        """An errand is done, or lost."""
+        if self._db and errand.number:
+            self._write("DELETE FROM waiting WHERE number = ?", errand.number)
+            errand.number = 0
+
+    def keep_ids(self, identity: str, interpreter: Interpreter) -> None:
+        """Whose id is whose, of the transactions that run; those that have ended are forgotten."""
+        for crossing in interpreter.crossings.values() if self._db else ():
+            key = (identity, interpreter.station, to_json(crossing.here))
+            if crossing.ended and crossing.saved:
+                self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
+                            "AND here = ?", *key)
+            elif not crossing.ended:
+                facts = [crossing.there, crossing.evse_id, crossing.id_token, crossing.seq_no,
+                         crossing.state, crossing.charged, crossing.started, crossing.register]
+                self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
+                            interpreter.clock(), to_json(facts))
+            crossing.saved = not crossing.ended
+
+    def restore_ids(self, identity: str, interpreter: Interpreter) -> None:
+        """Tell an interpreter what an earlier run knew."""
+        rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
+                                "protocol = ?", (identity, interpreter.station)) if self._db else ()
+        for here, at, facts in rows:
+            there, evse_id, id_token, seq_no, state, charged, started, register = json.loads(facts)
+            # What was told since is not known; there were less events than seconds.
+            since_s = max(0, int(interpreter.clock() - at))
+            interpreter.crossing(json.loads(here), there=there, evse_id=evse_id, id_token=id_token,
+                                 seq_no=seq_no + since_s, state=state, charged=charged,
+                                 started=started, register=register, saved=True)
+
+    def _write(self, statement: str, *values: Any) -> None:
+        self._pool.submit(self._execute, statement, values)
+
+    def _execute(self, statement: str, values: tuple) -> None:
+        try:
+            self._db.execute(statement, values)
+            self._failing = False
+        except sqlite3.Error as error:                   # a full disk: memory still has it
+            if not self._failing:
+                log.error("The journal cannot be written: %s", error)
+            self._failing = True
+
+
+class Relay:
+    """All lines, and what they share: the clock, the journal, the way to a connection."""
+
+    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
+                 controller: "Controller | None" = None, now: Callable[[], float] = time.monotonic):
+        self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
+        self.now = now
+        self.lines: dict[str, Line] = {}
+        self.journal = Journal(board.config.proxy.journal)
+        self.restore()
+
+    def attach(self, link: Link, authorization: str) -> None:
+        """A station has connected: it goes on upstream if an upstream is there for it."""
+        identity = link.station.identity
+        settings = self.board.config.upstream(identity)
+        if settings is None or not self.board.is_approved(identity) or link.ended:
+            return
+        line = self.lines.get(identity)
+        if line is None:
+            line = self.lines[identity] = Line(self, identity, settings)
+        line.attach(link, authorization)
+
+    def turn(self) -> None:
+        """Let each line look at the clock; those of forgotten stations go when they are empty."""
+        now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
+        for identity, line in list(self.lines.items()):
+            line.turn(now)
+            if line.wire is not None:
+                line.wire.ping_if_due(time.monotonic(), ping_s)
+            if identity not in self.board.stations and line.link is None and (
+                    line.wire is None and not line.waiting):
+                del self.lines[identity]
+
+    def connect(self, line: Line) -> None:
+        """Open a connection upstream; the line is told what becomes of it."""
+        self.spawn("relay", open_wire(line))
+
+    def stop(self) -> None:
+        """Let go of everything; what was not delivered is in the log."""
+        for line in self.lines.values():
+            if line.buffered:
+                log.warning("%s: %d messages were not delivered to %s", shown(line.identity),
+                            line.buffered, line.settings.url)
+            if line.wire is not None:
+                line.wire.close()
+        self.journal.close()
+
+    def view(self) -> list[dict]:
+        """Each upstream with its lines, as REST shows them."""
+        views = []
+        for settings in self.board.config.proxy.upstream:
+            lines = [line for line in self.lines.values() if line.settings is settings]
+            up = [line for line in lines if line.status == "up"]
+            lags = [line.lag_ms for line in up if line.lag_ms is not None]
+            views.append({
+                "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
+                "whenDown": settings.when_down, "queue": settings.queue,
+                "stations": len(lines), "up": len(up),
+                "upSince": iso(min((line.up_since for line in up), default=None)),
+                "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
+                "waiting": sum(line.buffered for line in lines),
+                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
+                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
+        return views
+
+    def limit(self, line: Line, call: Call) -> CallResult | None:
+        """Take upstream's charging profiles for the limits of a station that we steer.
+
+        Returns the answer to upstream; None where the Call is for the station.
+        """
+        controller, payload = self.controller, call.payload
+        if controller is None or not controller.manages(line.identity):
+            return None
+        if call.action == "SetChargingProfile":
+            body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
+                           else ("chargingProfile", "evseId"))
+            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
+            return CallResult(call.id_text, ACCEPTED, to_json(ACCEPTED))
+        if call.action == "ClearChargingProfile":
+            wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
+            cleared = controller.clear_foreign(line.identity, {
+                name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
+            answered = {"status": "Accepted" if cleared else "Unknown"}
+            return CallResult(call.id_text, answered, to_json(answered))
+        return None
+
+    def _limit(self, line: Line, profile: dict, evse_id: int) -> None:
+        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
+        schedule = profile.get("chargingSchedule")
+        schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
+        if not isinstance(schedule, dict):
+            raise WrongType("chargingSchedule is no schedule")
+        id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
+        read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
+        known = line.known_there(read.transaction_id)
+        read.transaction_id = read.transaction_id if known is None else known.here
+        self.controller.keep_foreign(line.identity, read)
+        line.tell_limit(profile)
+
+    def without_profile(self, line: Line, call: Call) -> Call:
+        """A command to start a transaction, its profile taken for ours where we steer."""
+        profile = call.payload.get("chargingProfile")
+        if call.action not in STARTING or not isinstance(profile, dict) or (
+                self.controller is None or not self.controller.manages(line.identity)):
+            return call
+        place = call.payload.get(STARTING[call.action])
+        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
+        payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
+        return call._replace(payload=payload, text=to_json(payload))
+
+    def restore(self) -> None:
+        """Take up what an earlier run had to deliver."""
+        for number, identity, protocol, given, frame in self.journal.waiting():
+            settings = self.board.config.upstream(identity)
+            if settings is None:
+                log.warning("What waits for %s stays in the journal: no upstream is there for it",
+                            shown(identity))
+                continue
+            line = self.lines.get(identity)
+            if line is None:
+                line = self.lines[identity] = Line(self, identity, settings)
+            line.restored(number, protocol, given, frame)
+
+
+class Wire(asyncio.Protocol):
+    """A connection upstream: a WebSocket client (RFC 6455) right on the loop.
+
+    Tornado's client reads a frame in three steps, each through its stream: with it, the relay
+    passes a fifth fewer Calls (README, "Relay"). Compression is not offered.
+    """
+
+    def __init__(self, line: Line, protocol: str, path: str, host: str, authorization: str):
+        self.line, self.protocol = line, protocol
+        self.opened = asyncio.get_running_loop().create_future()     # of the handshake
+        self.last_sign = self.last_ping = time.monotonic()
+        self._key = base64.b64encode(os.urandom(16)).decode()
+        headers = {
+            "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": self._key,
+            "Sec-WebSocket-Protocol": protocol, "User-Agent": f"ocppboard/{VERSION}",
+            RELAY_HEADER: line.board.epoch} | (
+            {"Authorization": authorization} if authorization else {})
+        self._request = "".join([f"GET {path} HTTP/1.1\r\n", *(
+            f"{name}: {value}\r\n" for name, value in headers.items()), "\r\n"])
+        self._limit = line.board.config.ocpp.max_frame_bytes
+        self._read: bytes = b""
+        self._parts: list[bytes] = []        # of a message in several frames
+        self._text = True                    # or binary, it is
+        self._over = ""                      # why it ended
+
+    # What the loop tells
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.write(self._request.encode("latin-1", "replace"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._over = self._over or "the connection is lost"
+        if not self.opened.done():
+            self.opened.set_exception(OSError("it closed the connection in the handshake"))
+        elif self.line.wire is self:
+            self.line.closed(self, self._over)
+
+    def data_received(self, data: bytes) -> None:
+        self.last_sign = time.monotonic()
+        self._read = self._read + data if self._read else data
+        if not self.opened.done():
+            self._handshake()
+        elif self.line.wire is self:         # else: until it is told to, it waits
+            self.take()
+
+    # What the line tells
+
+    def write(self, text: str) -> None:
+        """Send a text frame."""
+        self._send(0x1, text.encode())
+        if self._transport.get_write_buffer_size() > QUEUE_BYTES:
+            self._end("upstream does not read", 1008)
+
+    def close(self) -> None:
+        """End it, and do not wait for the other side."""
+        self._end("closed", 1000)
+
+    def abandon(self) -> None:
+        """Let it go at once."""
+        self._over = self._over or "abandoned"
+        self._transport.abort()
+
+    def ping_if_due(self, now: float, interval: float) -> None:
+        """Ping each `interval` seconds; an upstream without any sign for two of them is gone."""
+        if interval and now - self.last_sign > 2 * interval:
+            self._end("upstream does not answer pings", 1001)
+        elif interval and now - self.last_ping >= interval:
+            self.last_ping = now
+            self._send(0x9, b"")
+
+    def take(self) -> None:
+        """Read the frames that are there."""
+        data, at = self._read, 0
+        while len(data) - at >= 2 and not self._over:
+            first, second = data[at], data[at + 1]
+            size, start = second & 0x7F, at + 2
+            if size >= 126:
+                wide = 2 if size == 126 else 8
+                size, start = int.from_bytes(data[start:start + wide], "big"), start + wide
+            if first & 0x70 or second & 0x80:            # extensions, and masks, are not for us
+                self._end("upstream sent a frame that is none", 1002)
+            elif size > self._limit:
+                self._end(f"upstream sent more than {self._limit} bytes", 1009)
+            elif len(data) < start + size:
+                break
+            else:
+                at = start + size
+                self._frame(first >> 7, first & 0xF, data[start:at])
+        self._read = data[at:]
+
+    def _frame(self, last: int, kind: int, payload: bytes) -> None:
+        if kind in (0x0, 0x1, 0x2):
+            self._message(last, kind, payload)
+        elif kind == 0x8:
+            code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
+            self._end(f"upstream closed the connection ({code})", 1000)
+        elif kind == 0x9:
+            self._send(0xA, payload[:125])
+
+    def _message(self, last: int, kind: int, payload: bytes) -> None:
+        if kind:
+            self._text = kind == 0x1
+        if self._parts or not last:
+            self._parts.append(payload)
+            if sum(map(len, self._parts)) > self._limit or len(self._parts) > PARTS:
+                self._end(f"upstream sent more than {self._limit} bytes", 1009)
+            if not last or self._over:
+                return
+            payload, self._parts = b"".join(self._parts), []
+        if self._text:
+            try:
+                self.line.upstream_said(self, payload.decode())
+            except UnicodeDecodeError:
+                self._end("upstream sent a text that is not UTF-8", 1007)
+        else:
+            self.line.upstream_said(self, payload)
+
+    def _send(self, kind: int, data: bytes) -> None:
+        if self._transport.is_closing():
+            return
+        size, mask = len(data), os.urandom(4)
+        if size < 126:
+            head = bytes((0x80 | kind, 0x80 | size))
+        elif size < 65536:
+            head = bytes((0x80 | kind, 0x80 | 126)) + size.to_bytes(2, "big")
+        else:
+            head = bytes((0x80 | kind, 0x80 | 127)) + size.to_bytes(8, "big")
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        masked = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
+        self._transport.write(head + mask + masked)
+
+    def _end(self, reason: str, code: int) -> None:
+        """Say goodbye and hang up; the line is told unless it was the one that asked."""
+        if self._over:
+            return
+        self._over = reason
+        self._send(0x8, code.to_bytes(2, "big"))
+        self._transport.close()
+        # What it does not take in time, it will not have.
+        asyncio.get_running_loop().call_later(GOODBYE_S, self._transport.abort)
+        if self.line.wire is self:
+            self.line.closed(self, reason)
+
+    def _handshake(self) -> None:
+        """Read the answer to our upgrade (RFC 6455 4.1)."""
+        head, end, rest = self._read.partition(b"\r\n\r\n")
+        if not end and len(head) < HEAD_BYTES:
+            return
+        status, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (
+            line.partition(":") for line in lines)}
+        accept = base64.b64encode(hashlib.sha1(
+            (self._key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()).decode()
+        chosen = headers.get("sec-websocket-protocol")
+        if not re.match(r"HTTP/1\.1 101\b", status):
+            wrong = f"it answered {kept(status.partition(' ')[2] or status, 80)}"
+        elif headers.get("sec-websocket-accept") != accept:
+            wrong = "it does not speak WebSocket"
+        elif chosen not in (None, "", self.protocol):
+            wrong = f"it wants to speak {kept(chosen, 40)}, not {self.protocol}"
+        else:
+            self._read = rest
+            self.opened.set_result(None)
+            return
+        self._over = wrong
+        self.opened.set_exception(OSError(wrong))
+        self._transport.abort()
+
+
+RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
+CONNECT_S = 10
+GOODBYE_S = 5
+HEAD_BYTES = 16 * 1024
+PARTS = 10_000                      # frames of one message
+
+
+async def open_wire(line: Line) -> None:
+    """Open a connection upstream as the station would; the line is told what becomes of it."""
+    settings, protocol = line.settings, line.protocol
+    url = urlsplit(settings.url)
+    authorization = line.authorization
+    if settings.password:
+        pair = f"{line.identity}:{settings.password}".encode()
+        authorization = f"Basic {base64.b64encode(pair).decode()}"
+    path = f"{url.path.rstrip('/')}/{quote(line.identity, safe='')}"
+    secure, wire = url.scheme == "wss", None
+    try:
+        context = ssl.create_default_context(cafile=settings.ca or None) if secure else None
+        async with asyncio.timeout(CONNECT_S):
+            _, wire = await asyncio.get_running_loop().create_connection(
+                lambda: Wire(line, protocol, path, url.netloc, authorization), url.hostname,
+                url.port or (443 if secure else 80), ssl=context)
+            await wire.opened
+    except (OSError, ValueError, TimeoutError) as error:             # also of TLS
+        if wire is not None:
+            wire.abandon()
+        line.failed(f"no connection: {error or 'no answer in time'}")
+        return
+    if protocol != line.protocol:        # the station came back in another version meanwhile
+        wire.abandon()
+        line.failed("the station speaks another version now")
+    else:
+        line.opened(wire)
+        wire.take()
+
+
 # --- Access -------------------------------------------------------------------------------
 # Who may see the board, and which station is whom it says it is. Secrets are compared in constant
 # time and never kept; hashes are worked out in one thread of their own, so that guessing cannot
@@ -5334,6 +8927,8 @@ class StationSocket(WebSocketHandler):
         try:
             if not self.here:
                 raise Refused(404, f"stations connect to port {self.daemon.ocpp_port}")
+            if headers.get(RELAY_HEADER) == self.daemon.board.epoch:
+                raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
             self.admission = admit(config, self.request.path, headers)
             self.profile = await self.daemon.access.station_profile(
                 self.admission.identity, headers.get("Authorization", ""), self.request.remote_ip)
@@ -5398,6 +8993,8 @@ class StationSocket(WebSocketHandler):
                          self._write, self._close)
         self.daemon.sockets.add(self)
         self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
+        if self.daemon.relay:
+            self.daemon.relay.attach(self.link, self.request.headers.get("Authorization", ""))
 
     def on_message(self, message: str | bytes) -> Awaitable | None:
         return self.link.receive(message) if self.link else None
@@ -5620,7 +9217,7 @@ def get_about(api: "Api") -> dict:
         "actions": {protocol: sorted(RECEIVED[protocol]) for protocol in ocpp.protocols},
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
         "smartCharging": {"limitKw": api.daemon.controller.view()["limitKw"]}
-        if api.daemon.controller else None, "relay": False,
+        if api.daemon.controller else None, "relay": api.daemon.relay is not None,
     }
 
 
@@ -5820,6 +9417,11 @@ def get_proxy(api: "Api") -> Page:
     return _page(api.board.proxy, api)
 
 
+def get_upstreams(api: "Api") -> list:
+    """The upstream systems of the relay, each with the stations that go on to it."""
+    return api.daemon.relay.view() if api.daemon.relay else []
+
+
 def get_knocking(api: "Api") -> Page:
     """Refused upgrades, newest first."""
     knocks = list(reversed(api.board.knocking.values()))
@@ -5966,6 +9568,11 @@ def get_telemetry_stream(api: "Api") -> Awaitable:
 def get_security_stream(api: "Api") -> Awaitable:
     """Security events, live."""
     return _stream(api, "security", ("security",))
+
+
+def get_proxy_stream(api: "Api") -> Awaitable:
+    """What the relay does, live."""
+    return _stream(api, "proxy", ("proxy",))
 
 
 def get_stream(api: "Api") -> Awaitable:
@@ -6134,6 +9741,8 @@ ROUTES = (
     Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, "SmartCharge",
           body="SmartChargeSessionPatch", errors=(409,)),
     Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
+    Route("GET", "/api/proxy/stream", get_proxy_stream, SSE, STREAM_FILTERS, errors=(503,)),
+    Route("GET", "/api/proxy/upstreams", get_upstreams, "[Upstream]"),
     Route("GET", "/api/transactions", get_transactions, "[Transaction]",
           (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
@@ -6234,8 +9843,21 @@ SHAPES = {
         "name": "string", "parent": "string?", "limitA": "number", "usableA": "number",
         "stations": "[string]", "allocatedA": "object", "worstA": "object",
         "measuredA": "object"},
-    "ProxyEvent": {"id": "string", "type": "string", "fromProtocol": "string",
-                   "toProtocol": "string", "method": "string", "timestamp": "time"},
+    "ProxyEvent": {
+        "id": "string", "type": "string", "identity": "string", "fromProtocol": "string",
+        "toProtocol": "string", "direction": "string", "method": "string", "toMethod": "string?",
+        "messageId": "string", "payload": "object?", "translated": "object?",
+        "latencyMs": "number?", "error": "string?", "timestamp": "time"},
+    "Upstream": {
+        "url": "string", "protocol": "string", "patterns": "[string]", "whenDown": "string",
+        "queue": "integer", "stations": "integer", "up": "integer", "upSince": "time?",
+        "lagMs": "number?", "waiting": "integer",
+        **dict.fromkeys(LINE_COUNTS, "integer"), "lines": "[Line]"},
+    "Line": {
+        "identity": "string", "status": "string", "stationOnline": "boolean",
+        "protocol": "string", "stationProtocol": "string", "upSince": "time?",
+        "lagMs": "number?", "waiting": "integer", "nextAttemptSeconds": "number?",
+        "lastError": "string?", **dict.fromkeys(LINE_COUNTS, "integer")},
 }
 _TYPES = {"time": {"type": "string", "format": "date-time"}, "id": {"type": ["string", "integer"]}}
 
@@ -6941,6 +10563,7 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
+  upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds
   findings: new Map(),                             // {identity + message id: [error]}
   list: null,                                      // the messages on screen
@@ -7028,7 +10651,7 @@ const SOURCES = {about: 'about', stations: 'connections', transactions: 'transac
   samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
   system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
   power: 'smart-charge/config', circuits: 'smart-charge/circuits',
-  proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
+  upstreams: 'proxy/upstreams', proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
 const AGAIN_MS = 3000;
 let waiting = null, loading = 0;
 async function load(lists = true) {
@@ -7355,6 +10978,8 @@ function watch() {
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
   if (state.route.screen === 'power' && state.power?.enabled && Date.now() - powerAsked > POWER_MS)
     askPower();
+  if (state.route.screen === 'relay' && state.about?.relay && Date.now() - relayAsked > RELAY_MS)
+    askRelay();
   touch('tick');
 }
 
@@ -9006,12 +12631,56 @@ const RELAY_COLUMNS = [
   {name: 'Error', width: '20%', wide: true, cell: one => h('span.bad', one.error)},
 ];
 
+// How the lines are goes by no stream, but what happens to them does.
+const RELAY_MS = 2000;
+let relayAsked = 0;
+async function askRelay() {
+  relayAsked = Date.now();
+  try {
+    state.upstreams = await get('/api/proxy/upstreams');
+    touch('upstreams');
+  } catch (error) {                                // the stream tells that the board is away
+    if (!(error instanceof Failure)) throw error;
+  }
+}
+
+const LINE_TONES = {up: 'good', connecting: 'info', idle: '', refused: 'bad', away: 'bad'};
+const LINE_COLUMNS = [
+  {name: 'Station', width: '12rem', short: '7rem', leads: true,
+    cell: one => stationLink(one.identity)},
+  {name: 'Upstream', width: '8rem', short: '6.5rem',
+    cell: one => pill(one.status, LINE_TONES[one.status] ?? 'bad')},
+  {name: 'Versions', width: '12rem', wide: true, cell: one => one.protocol === one.stationProtocol
+    ? one.protocol : `${one.stationProtocol} ⇒ ${one.protocol}`},
+  {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
+  {name: 'Lag', width: '6rem', num: true, wide: true, cell: one => millis(one.lagMs)},
+  {name: 'Waiting', width: '6rem', short: '5rem', num: true,
+    cell: one => h('span', {class: one.waiting ? 'warn' : ''}, digits(one.waiting))},
+  {name: 'Delivered', width: '6.5rem', num: true, wide: true, cell: one => digits(one.delivered)},
+  {name: 'Refused', width: '6rem', num: true, wide: true, cell: one => digits(one.refused)},
+  {name: 'Lost', width: '5rem', num: true, wide: true,
+    cell: one => h('span', {class: one.lost ? 'bad' : ''}, digits(one.lost))},
+  {name: 'Last error', wide: true, cell: one => one.status !== 'up' && one.status !== 'idle'
+    && h('span.bad.cut', one.lastError)},
+];
+
+const upstreamCard = one => card([h('h2.grow.cut', one.url),
+  h('span.dim.small', `${digits(one.up)} of ${plural(one.stations, 'station')} up`),
+  one.waiting > 0 && pill(`${digits(one.waiting)} waiting`, 'warn'),
+  one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: one.url + one.patterns},
+one.lines.length ? grid('lines' + one.url, {rows: one.lines, columns: LINE_COLUMNS,
+  key: line => line.identity, label: `Stations that go on to ${one.url}`,
+  row: line => ({open: to('stations', line.identity)})})
+  : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
+
 function relay() {
   const {id, query: wanted} = state.route, picked = state.proxied.find(one => one.id === id);
-  return [heading('Relay'), split(panel('relay', ['proxy'], () => {
+  return [heading('Relay'), panel('upstreams', ['upstreams', 'tick'], () =>
+    state.upstreams.map(upstreamCard)), split(panel('relay', ['proxy'], () => {
     if (!state.proxied.length) return card('', {key: 'relay'}, empty(state.about?.relay
-      ? 'The relay is on: what it passes to the upstream system, and back, stands here.'
-      : 'The relay is switched off: all stations are served by this board alone.'));
+      ? 'What the relay translates, keeps for an upstream that is away, or refuses stands here.'
+      : 'The relay is switched off: all stations are served by this board alone. '
+        + 'A [[proxy.upstream]] in the configuration passes stations on.'));
     const rows = state.proxied.filter(one => !wanted.type || one.type === wanted.type);
     return card(h('div.bar.grow', choice('type', 'Type', [['', 'every type'],
       ...new Set(state.proxied.map(one => one.type))]), counted(plural(rows.length, 'event'))),
@@ -9633,32 +13302,6 @@ LATE_S, AWAY_S, FAULT_EVERY_S = 8.0, 120.0, (60.0, 180.0)
 
 
 @dataclass(slots=True)
-class Profile:
-    """A charging profile as a simulated station keeps it: limits in A per phase from `start`."""
-
-    id: int
-    purpose: str
-    stack_level: int
-    outlet: int                         # 0: all
-    start: float
-    periods: list                       # [(seconds from start, A)]
-    duration: float = math.inf
-    transaction_id: Any = None          # that it is for; None: any
-    valid: tuple = (0.0, math.inf)      # 2.x: from, to
-
-    def limit(self, now: float, outlet: "Outlet") -> float | None:
-        """What it says of an outlet at a time; None when it says nothing then (1.6 3.13)."""
-        elapsed = now - self.start
-        if self.outlet not in (0, outlet.number) or not (
-                0 <= elapsed < self.duration and self.valid[0] <= now < self.valid[1]):
-            return None
-        if self.purpose == "TxProfile" and (outlet.transaction_id is None or (
-                self.transaction_id not in (None, outlet.transaction_id))):
-            return None
-        return next((a for begins, a in reversed(self.periods) if begins <= elapsed), None)
-
-
-@dataclass(slots=True)
 class Outlet:
     """A connector of a simulated station, and the car at it."""
 
@@ -9912,16 +13555,9 @@ class SimulatedStation:
         return iso(self.clock())
 
     def limit_a(self, outlet: Outlet) -> float:
-        """The limit that the profiles set: the highest stack of each purpose; TxProfile goes before
-        TxDefaultProfile, the station's maximum holds with both (1.6 3.13.4; 2.0.1 K01)."""
-        now, best = self.clock(), {}
-        for profile in sorted(self.profiles, key=lambda p: p.stack_level):
-            limit = profile.limit(now, outlet)
-            if limit is not None:
-                best[profile.purpose] = limit
-        maxima = [a for purpose, a in best.items() if not purpose.startswith("Tx")]
-        tx = best.get("TxProfile", best.get("TxDefaultProfile", OUTLET_MAX_A))
-        return min([tx, *maxima])
+        """The limit that the profiles set."""
+        return min(OUTLET_MAX_A, allowed_a(self.profiles, self.clock(), outlet.number,
+                                           outlet.transaction_id))
 
     def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int,
                      starting: bool = False) -> dict:
@@ -9939,19 +13575,12 @@ class SimulatedStation:
         if "ignore" in self.faults:
             return {"status": "Accepted"}
         phases = charging[0].phases if charging and watts else 3
-        periods = [(p["startPeriod"], p["limit"] / (VOLTAGE_V * phases if watts else 1))
-                   for p in schedule["chargingSchedulePeriod"]]
-        start = schedule.get("startSchedule")
-        valid = [parse_time(profile[key])[0] if key in profile else other
-                 for key, other in (("validFrom", 0.0), ("validTo", math.inf))]
-        new = Profile(profile_id, purpose, profile["stackLevel"], outlet,
-                      parse_time(start)[0] if start else self.clock(), periods,
-                      schedule.get("duration") or math.inf, profile.get("transactionId"),
-                      tuple(valid))
+        new = Profile.read(profile_id, outlet, profile, schedule, self.clock())
+        if watts:                        # the phases are those of now
+            new.watts = False
+            new.periods = [(at, limit / (VOLTAGE_V * phases)) for at, limit in new.periods]
         self.advance()
-        self.profiles = [p for p in self.profiles if p.id != new.id and (
-            p.purpose, p.stack_level, p.outlet) != (new.purpose, new.stack_level, new.outlet)]
-        self.profiles.append(new)
+        self.profiles = with_profile(self.profiles, new)
         self.advance()
         return {"status": "Accepted"}
 
@@ -10051,7 +13680,7 @@ class SimulatedStation:
         outlet.transaction_id, outlet.current_a, outlet.remote_start_id = None, 0.0, None
         outlet.status = "Available" if outlet.operative else "Unavailable"
         self.profiles = [p for p in self.profiles
-                         if p.purpose != "TxProfile" or p.outlet != outlet.number]
+                         if p.purpose != "TxProfile" or p.evse_id != outlet.number]
         self.plan.append(functools.partial(self.tell_status, outlet))
 
 
@@ -10137,7 +13766,7 @@ class SimulatedStation16(SimulatedStation):
                                  profile["chargingProfileId"])
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
-        names = {"id": "id", "connectorId": "outlet", "chargingProfilePurpose": "purpose",
+        names = {"id": "id", "connectorId": "evse_id", "chargingProfilePurpose": "purpose",
                  "stackLevel": "stack_level"}
         return self.clear_profiles({names[k]: v for k, v in payload.items() if k in names})
 
@@ -10260,7 +13889,7 @@ class SimulatedStation201(SimulatedStation):
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
         criteria = payload.get("chargingProfileCriteria", {})
-        names = {"evseId": "outlet", "chargingProfilePurpose": "purpose",
+        names = {"evseId": "evse_id", "chargingProfilePurpose": "purpose",
                  "stackLevel": "stack_level"}
         wanted = {names[k]: v for k, v in criteria.items() if k in names}
         if "chargingProfileId" in payload:
@@ -10418,6 +14047,10 @@ class Daemon:
                           PeriodicCallback(self._turn, 1000)]
         if self.controller:
             self._periodic.append(PeriodicCallback(self.steer, 1000))
+        self.relay = None
+        if config.proxy.upstream:
+            self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
+            self._periodic.append(PeriodicCallback(self.relay.turn, 1000 * TURN_S))
 
     # Start and stop
 
@@ -10480,6 +14113,8 @@ class Daemon:
             periodic.stop()
         for server in self._servers:
             server.stop()
+        if self.relay:
+            self.relay.stop()
         for socket_ in list(self.sockets):
             socket_.link.end("the central system stops", 1001)
         for stream in self.streams:
@@ -10584,6 +14219,8 @@ def tell_check(config: Config) -> None:
               f"{len(circuit.stations)} stations or patterns")
     for window in config.smart_charge.window:
         print(f"  window {window.__dict__['from']} to {window.to}: {window.factor:g} of the limit")
+    for upstream in config.proxy.upstream:
+        print(f"  upstream {upstream.url} for {', '.join(upstream.stations)}")
     for pattern in config.stations:
         print(f'  stations."{pattern}"')
     for name in config.ignored:
@@ -10605,6 +14242,9 @@ def tell_start(daemon: Daemon) -> None:
         log.info("Messages are not checked: install ocpp and fastjsonschema for it")
     for url in daemon.station_urls():
         log.info("Stations connect to %s<identity>", url)
+    for upstream in config.proxy.upstream:
+        log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
+                 upstream.url.rstrip("/"))
     if config.ocpp.accept == "any":
         log.info('Any station may connect (ocpp.accept = "any")')
     if config.auth.mode == "none":

@@ -136,7 +136,8 @@ def test_every_error_knows_its_status_and_its_ocpp_code():
              if inspect.isclass(kind) and issubclass(kind, ocppboard.BoardError)]
     assert len(kinds) > 15
     codes = {"NotImplemented", "InternalError", "FormatViolation", "OccurrenceConstraintViolation",
-             "TypeConstraintViolation", "PropertyConstraintViolation", "SecurityError"}
+             "TypeConstraintViolation", "PropertyConstraintViolation", "SecurityError",
+             "NotSupported"}
     for kind in kinds:
         assert 400 <= kind.http_status < 600 and kind.ocpp_code in codes
         assert kind.http_status in ocppboard.HTTP_WORDS or kind is ocppboard.Refused
@@ -211,7 +212,16 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[[smart_charge.window]]\ndays = ["tues"]', ["did you mean tue?"]),
     ('[smart_charge]\ntimezone = "Mars/Base"', ["timezone 'Mars/Base' is not known"]),
     ("[smart_charge]\nfallback_a = 3", ["fallback_a must be 0 or at least minimum_a"]),
-    ("[proxy]\n", ["[proxy] is not available in this version"]),
+    ("[proxy]\njournal = 3", ["proxy.journal must be a text, not 3"]),
+    ("[proxy]\nupstream = 3", ["must be sections, [[proxy.upstream]]"]),
+    ('[[proxy.upstream]]\nurl = "http://a"', ["[[proxy.upstream]] 1: url must be as"]),
+    ('[[proxy.upstream]]\nurl = "ws://a:0"', ["[[proxy.upstream]] 1: url must be as"]),
+    ('[[proxy.upstream]]\nurl = "ws://a:b"', ["[[proxy.upstream]] 1: url must be as"]),
+    ('[[proxy.upstream]]\nurl = "ws://u:secret@a"', ["the password stands in `password`"]),
+    ('[[proxy.upstream]]\nurl = "ws://a"\nstations = []', ["stations must name some"]),
+    ('[[proxy.upstream]]\nurl = "wss://a"\nca = "/none.pem"', ["ca is no file"]),
+    ('[[proxy.upstream]]\nurl = "ws://a"\nwhen_down = "wait"', ["must be answer | close"]),
+    ('[[proxy.upstream]]\nurl = "ws://a"\nqueue = 0', ["must be from 1 to 100000"]),
     ('[server]\ntls_certificate = "a.pem"', ["server.tls_certificate is not available"]),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
@@ -262,9 +272,8 @@ def test_the_sample_config_shows_every_key_with_its_default():
     text = re.sub(r"^#(?=\[|[a-z_]+ = )", "", text, flags=re.M)
     examples = tomllib.loads(text)
     assert examples["stations"]["CP-001"] == {s.key: s.default for s in STATION_SETTINGS}
-    for key, table in (("circuit", ocppboard.CIRCUIT_SETTINGS),
-                       ("window", ocppboard.WINDOW_SETTINGS)):
-        entry, = examples["smart_charge"][key]
+    for (section, key), table in ocppboard.LISTED.items():
+        entry, = examples[section][key]
         assert set(entry) == {s.key for s in table}
 
 
@@ -5466,6 +5475,7 @@ def test_every_section_knows_only_what_stands_above_it():
     for statement in ast.parse(source).body:
         targets = getattr(statement, "targets", [])
         names = [t.id for t in targets if isinstance(t, ast.Name)] + [getattr(statement, "name", None)]
+        assert not any(name in home for name in filter(None, names)), names      # no name twice
         home |= dict.fromkeys(filter(None, names), section(statement.lineno))
     assert home["Board"] < home["Link"] < home["Daemon"]
 
