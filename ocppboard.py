@@ -5355,6 +5355,13 @@ class Link:
                 message, pending = await self._exchange(call, frame)
         return message, pending.frame
 
+    def pass_on(self, message: Send | CallResultError, frame: str) -> None:
+        """Give the station what upstream says and no answer is wanted to."""
+        kind = "SEND" if type(message) is Send else "CALLRESULTERROR"
+        self.board.message(self.station, "OUT", kind, getattr(message, "action", ""),
+                           message_id(message.id_text), message.text)
+        self._write(frame)
+
     @contextlib.contextmanager
     def _queued(self) -> Generator:
         """Count a command among those that wait. Raises: Busy."""
@@ -7336,10 +7343,11 @@ WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotificatio
           "MeterValues": 1}              # what waits for upstream; the least goes first
 EVENT_WORTHS = {"Started": 3, "Ended": 3}
 METERED = ("MeterValuePeriodic", "MeterValueClock")
-LINE_BYTES = 4 << 20                # of frames that wait for an upstream, of one station
+LINE_BYTES = 2 << 20                # of frames that wait for an upstream, of one station
 RECONNECT_S = (1, 60)                   # the shortest and longest pause between two attempts
 SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
-ATTEMPTS = 3                        # to deliver what upstream refuses or dies of
+ATTEMPTS = 3                        # to deliver what upstream answers with an error of its own
+DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
 HOLD_S = 2                          # the longer, the more often upstream could not take a message
 TURN_S = 0.25                       # how often lines look at the clock
@@ -7366,6 +7374,7 @@ class Errand:
     request: str = ""                   # the frame of that
     sent_at: float = 0.0
     attempts: int = 0
+    deaths: int = 0                     # connections that ended while it was under way
     boot: bool = False                  # our repetition of the last BootNotification
     number: int = 0                     # in the journal
 
@@ -7379,6 +7388,7 @@ class Line:
         self.link: Link | None = None
         self.wire: Any = None                # the connection upstream: write(text), close()
         self.connecting = self.refused = False       # refused: upstream did not accept the boot
+        self.alive = self._turning = False           # alive: upstream has answered on this one
         self.fresh = True                    # no attempt has failed since the station came
         self.authorization = self.protocol = self.station_protocol = ""
         self.waiting: deque[Errand] = deque()
@@ -7389,7 +7399,8 @@ class Line:
         self.statuses: dict = {}             # {place: the same of its last StatusNotification}
         self.spoken = False                  # this connection of the station has had an answer
         self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
-        self.failures = self.silent = 0
+        self.failures = self.silent = self.commands = 0
+        self.opened_at = self.relay.now()
         self.retry_at = self.held_until = 0.0
         self.up_since: float | None = None
         self.lag_ms: float | None = None
@@ -7574,6 +7585,16 @@ class Line:
 
     def _next(self) -> None:
         """Send what is first, if upstream is there and nothing else is under way."""
+        if self._turning:                # what needs no answer is done before the loop goes on
+            return
+        self._turning = True
+        try:
+            self._send_next()
+        finally:
+            self._turning = False
+        self._rest()
+
+    def _send_next(self) -> None:
         while self.in_flight is None and self.waiting and self.wire is not None:
             if self.refused and self.waiting[0].call.action != "BootNotification":
                 return
@@ -7583,7 +7604,6 @@ class Line:
             self.bytes -= len(errand.frame)
             self.in_flight = errand
             self._begin(errand)
-        self._rest()
 
     def _rest(self) -> None:
         """Without the station, the connection is there for what waits, and no longer."""
@@ -7684,15 +7704,16 @@ class Line:
             self._commanded(message, text)
         elif kind is Send or kind is CallResultError:
             if self.link is not None and self.station_protocol == self.protocol:
-                self.link.write(text)
+                self.link.pass_on(message, text)
             else:
                 self._tell("refused", "DOWN", message, error="the station has nothing like it")
-        elif flying is None or flying.asked is None or message.id_text != flying.asked.id_text:
+        elif flying is None or flying.asked is None or (
+                message_id(message.id_text) != message_id(flying.asked.id_text)):
             self.counts["errors"] += 1
             self._tell("error", "DOWN", None, error="an answer to nothing that was asked, or late",
                        message_id_=message_id(message.id_text))
         else:
-            self.silent = self.failures = 0
+            self.silent, self.alive = 0, True
             self._upstream_answered(flying, message, text)
 
     def _upstream_answered(self, errand: Errand, message: CallResult | CallError,
@@ -7716,6 +7737,8 @@ class Line:
             self._finish(errand, message, text)
         elif not self._later(errand, message.code):
             self._finish(errand, message, text)
+        if errand.worth == WORTHS["StartTransaction"] and self.relay.journal:
+            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol))
 
     def _translated(self, errand: Errand, payload: dict | None) -> None:
         """A translation is through: None where upstream has nothing to say to it."""
@@ -7792,8 +7815,6 @@ class Line:
                        error=None if good else "not delivered: " + (
                            f"{reply.code} {reply.description}" if type(reply) is CallError
                            else "upstream has nothing like it"))
-        if errand.worth == 3 and self.relay.journal:
-            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol))
         self._next()
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
@@ -7831,6 +7852,12 @@ class Line:
 
     def _commanded(self, call: Call, frame: str) -> None:
         """A Call of upstream, for the station."""
+        if self.commands >= CALLS_WAITING:
+            self.wire.write(pack(refusal(self.protocol, call.id_text,
+                                         Busy("Too many commands wait for this station"))))
+            self.counts["errors"] += 1
+            return
+        self.commands += 1
         self.relay.spawn("relay", self._carry_down(call, frame, self.wire))
 
     async def _carry_down(self, call: Call, frame: str, wire: Any) -> None:
@@ -7857,6 +7884,8 @@ class Line:
         except Exception:
             log.exception("A command of upstream, %s, failed", shown(call.action))
             text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
+        finally:
+            self.commands -= 1
         if wire is self.wire:
             wire.write(text)
             self.tell(self._interpreter(self.station_protocol).told())
@@ -7920,7 +7949,9 @@ class Line:
         if self.link is None and not self.waiting:       # nobody needs it any more
             wire.close()
             return
-        self.wire, self.up_since, self.silent, self.refused = wire, self.board.clock(), 0, False
+        self.wire, self.up_since, self.silent = wire, self.board.clock(), 0
+        self.refused = self.alive = False
+        self.opened_at = self.relay.now()
         self._tell("connected", "UP", None)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
@@ -7970,14 +8001,18 @@ class Line:
         log.info("%s is no longer connected to %s: %s", shown(self.identity), self.settings.url,
                  shown(reason))
         self.last_error = kept(reason)
+        if self.alive and self.relay.now() - self.opened_at > RECONNECT_S[1]:
+            self.failures = 0
         self._pause()
         if self.in_flight is not None:
             errand = self._forget_flying()
-            if errand.attempts >= ATTEMPTS + 2 and errand.worth and errand.record is None:
+            errand.deaths += self.alive
+            if errand.deaths >= DEATHS.get(errand.worth, 0) and errand.worth and (
+                    errand.record is None):
                 self.counts["lost"] += 1
                 self.relay.journal.drop(errand)
                 self._tell("error", "UP", errand.call, error="not delivered: upstream went away "
-                           f"over it {errand.attempts} times")
+                           f"over it {errand.deaths} times")
             elif (errand.worth or errand.record is not None) and not errand.boot:
                 self.waiting.appendleft(errand)
                 self.bytes += len(errand.frame)
@@ -8243,6 +8278,7 @@ class Relay:
         self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
         self.now = now
         self.lines: dict[str, Line] = {}
+        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
         self.journal = Journal(board.config.proxy.journal)
         self.restore()
 
@@ -8250,7 +8286,10 @@ class Relay:
         """A station has connected: it goes on upstream if an upstream is there for it."""
         identity = link.station.identity
         settings = self.board.config.upstream(identity)
-        if settings is None or not self.board.is_approved(identity) or link.ended:
+        if settings is None or link.ended:
+            return
+        if not self.board.is_approved(identity):
+            self.asking[identity] = (link, authorization)
             return
         line = self.lines.get(identity)
         if line is None:
@@ -8258,14 +8297,18 @@ class Relay:
         line.attach(link, authorization)
 
     def turn(self) -> None:
-        """Let each line look at the clock; those of forgotten stations go when they are empty."""
+        """Let each line look at the clock; beyond `max_connections`, those without use go."""
         now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
+        for identity, (link, authorization) in list(self.asking.items()):
+            if link.ended or self.board.is_approved(identity):
+                del self.asking[identity]
+                self.attach(link, authorization)
         for identity, line in list(self.lines.items()):
             line.turn(now)
             if line.wire is not None:
                 line.wire.ping_if_due(time.monotonic(), ping_s)
-            if identity not in self.board.stations and line.link is None and (
-                    line.wire is None and not line.waiting):
+            if len(self.lines) > self.board.config.store.max_connections and (
+                    line.link is None and line.wire is None and not line.waiting):
                 del self.lines[identity]
 
     def connect(self, line: Line) -> None:
@@ -8383,7 +8426,7 @@ class Wire(asyncio.Protocol):
         self._read: bytes = b""
         self._parts: list[bytes] = []        # of a message in several frames
         self._text = True                    # or binary, it is
-        self._over = ""                      # why it ended
+        self.over = ""                      # why it ended
 
     # What the loop tells
 
@@ -8392,13 +8435,15 @@ class Wire(asyncio.Protocol):
         transport.write(self._request.encode("latin-1", "replace"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._over = self._over or "the connection is lost"
+        self.over = self.over or "the connection is lost"
         if not self.opened.done():
             self.opened.set_exception(OSError("it closed the connection in the handshake"))
         elif self.line.wire is self:
-            self.line.closed(self, self._over)
+            self.line.closed(self, self.over)
 
     def data_received(self, data: bytes) -> None:
+        if self.over:
+            return
         self.last_sign = time.monotonic()
         self._read = self._read + data if self._read else data
         if not self.opened.done():
@@ -8420,7 +8465,7 @@ class Wire(asyncio.Protocol):
 
     def abandon(self) -> None:
         """Let it go at once."""
-        self._over = self._over or "abandoned"
+        self.over = self.over or "abandoned"
         self._transport.abort()
 
     def ping_if_due(self, now: float, interval: float) -> None:
@@ -8434,7 +8479,7 @@ class Wire(asyncio.Protocol):
     def take(self) -> None:
         """Read the frames that are there."""
         data, at = self._read, 0
-        while len(data) - at >= 2 and not self._over:
+        while len(data) - at >= 2 and not self.over:
             first, second = data[at], data[at + 1]
             size, start = second & 0x7F, at + 2
             if size >= 126:
@@ -8467,7 +8512,7 @@ class Wire(asyncio.Protocol):
             self._parts.append(payload)
             if sum(map(len, self._parts)) > self._limit or len(self._parts) > PARTS:
                 self._end(f"upstream sent more than {self._limit} bytes", 1009)
-            if not last or self._over:
+            if not last or self.over:
                 return
             payload, self._parts = b"".join(self._parts), []
         if self._text:
@@ -8494,9 +8539,9 @@ class Wire(asyncio.Protocol):
 
     def _end(self, reason: str, code: int) -> None:
         """Say goodbye and hang up; the line is told unless it was the one that asked."""
-        if self._over:
+        if self.over:
             return
-        self._over = reason
+        self.over = reason
         self._send(0x8, code.to_bytes(2, "big"))
         self._transport.close()
         # What it does not take in time, it will not have.
@@ -8525,7 +8570,7 @@ class Wire(asyncio.Protocol):
             self._read = rest
             self.opened.set_result(None)
             return
-        self._over = wrong
+        self.over = wrong
         self.opened.set_exception(OSError(wrong))
         self._transport.abort()
 
@@ -8535,6 +8580,11 @@ CONNECT_S = 10
 GOODBYE_S = 5
 HEAD_BYTES = 16 * 1024
 PARTS = 10_000                      # frames of one message
+
+
+@functools.lru_cache(8)              # reading the system's authorities takes some 10 ms
+def _tls_context(ca: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca or None)
 
 
 async def open_wire(line: Line) -> None:
@@ -8548,7 +8598,7 @@ async def open_wire(line: Line) -> None:
     path = f"{url.path.rstrip('/')}/{quote(line.identity, safe='')}"
     secure, wire = url.scheme == "wss", None
     try:
-        context = ssl.create_default_context(cafile=settings.ca or None) if secure else None
+        context = _tls_context(settings.ca) if secure else None
         async with asyncio.timeout(CONNECT_S):
             _, wire = await asyncio.get_running_loop().create_connection(
                 lambda: Wire(line, protocol, path, url.netloc, authorization), url.hostname,
@@ -8557,9 +8607,12 @@ async def open_wire(line: Line) -> None:
     except (OSError, ValueError, TimeoutError) as error:             # also of TLS
         if wire is not None:
             wire.abandon()
-        line.failed(f"no connection: {error or 'no answer in time'}")
+        reason = getattr(error, "strerror", "") or str(error) or "no answer in time"
+        line.failed(f"no connection: {reason}")
         return
-    if protocol != line.protocol:        # the station came back in another version meanwhile
+    if wire.over:
+        line.failed(wire.over)
+    elif protocol != line.protocol:      # the station came back in another version meanwhile
         wire.abandon()
         line.failed("the station speaks another version now")
     else:
@@ -12646,19 +12699,19 @@ async function askRelay() {
 
 const LINE_TONES = {up: 'good', connecting: 'info', idle: '', refused: 'bad', away: 'bad'};
 const LINE_COLUMNS = [
-  {name: 'Station', width: '12rem', short: '7rem', leads: true,
+  {name: 'Station', width: '9rem', short: '7rem', leads: true,
     cell: one => stationLink(one.identity)},
-  {name: 'Upstream', width: '8rem', short: '6.5rem',
+  {name: 'Upstream', width: '6.5rem', short: '6.5rem',
     cell: one => pill(one.status, LINE_TONES[one.status] ?? 'bad')},
-  {name: 'Versions', width: '12rem', wide: true, cell: one => one.protocol === one.stationProtocol
+  {name: 'Versions', width: '10.5rem', wide: true, cell: one => one.protocol === one.stationProtocol
     ? one.protocol : `${one.stationProtocol} ⇒ ${one.protocol}`},
   {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
-  {name: 'Lag', width: '6rem', num: true, wide: true, cell: one => millis(one.lagMs)},
-  {name: 'Waiting', width: '6rem', short: '5rem', num: true,
+  {name: 'Lag', width: '5rem', num: true, wide: true, cell: one => millis(one.lagMs)},
+  {name: 'Waiting', width: '4.8rem', short: '5rem', num: true,
     cell: one => h('span', {class: one.waiting ? 'warn' : ''}, digits(one.waiting))},
-  {name: 'Delivered', width: '6.5rem', num: true, wide: true, cell: one => digits(one.delivered)},
-  {name: 'Refused', width: '6rem', num: true, wide: true, cell: one => digits(one.refused)},
-  {name: 'Lost', width: '5rem', num: true, wide: true,
+  {name: 'Delivered', width: '5.6rem', num: true, wide: true, cell: one => digits(one.delivered)},
+  {name: 'Refused', width: '5rem', num: true, wide: true, cell: one => digits(one.refused)},
+  {name: 'Lost', width: '4rem', num: true, wide: true,
     cell: one => h('span', {class: one.lost ? 'bad' : ''}, digits(one.lost))},
   {name: 'Last error', wide: true, cell: one => one.status !== 'up' && one.status !== 'idle'
     && h('span.bad.cut', one.lastError)},
@@ -14245,6 +14298,9 @@ def tell_start(daemon: Daemon) -> None:
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))
+    if config.ocpp.accept == "any" and any(u.password for u in config.proxy.upstream):
+        log.warning("Whoever connects as a station that goes on gets upstream by "
+                    "proxy.upstream.password: list the stations, with passwords of their own")
     if config.ocpp.accept == "any":
         log.info('Any station may connect (ocpp.accept = "any")')
     if config.auth.mode == "none":

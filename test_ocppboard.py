@@ -2757,6 +2757,386 @@ def test_without_any_one_of_its_rules_the_storm_breaks_a_limit(careless):
     assert sum(times for times, _ in found) > 0 and max(most for _, most in found) >= 1, found
 
 
+# --- Relay --------------------------------------------------------------------------------
+
+
+class Far:
+    """A Line of a Bench's station to an upstream that the test plays: no socket, a movable clock."""
+
+    def __init__(self, bench, upstream="", **settings):
+        self.bench, self.frames, self.wires = bench, [], 0
+        values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS}
+        bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(
+            **values | {"url": "ws://csms", "protocol": upstream} | settings)]
+        self.relay = ocppboard.Relay(bench.board, None, lambda name, work: asyncio.ensure_future(work),
+                                     now=lambda: bench.clock.now)
+        self.relay.connect = lambda line: None
+        self.attach(bench.link)
+
+    def attach(self, link):
+        self.link = link
+        self.relay.attach(link, "")
+        self.line = self.relay.lines[link.station.identity]
+
+    def open(self):
+        self.wires += 1
+        self.wire = ocppboard.SimpleNamespace(write=self.frames.append, close=lambda: None, over="",
+                                              ping_if_due=lambda *ignored: None)
+        self.line.opened(self.wire)
+
+    def die(self):
+        self.line.closed(self.wire, "gone")
+
+    def asked(self):
+        """The next Call that upstream was sent."""
+        return unpack(self.frames.pop(0))
+
+    def answer(self, call, payload):
+        self.line.upstream_said(self.wire, f"[3,{call.id_text},{json.dumps(payload)}]")
+
+    def turn(self, seconds=1.0):
+        self.bench.clock.now += seconds
+        self.relay.turn()
+
+    def events(self, kind):
+        return [event.view() for event in self.bench.board.proxy.records if event.kind == kind]
+
+
+STOPPED_BY = {"idTagInfo": {"status": "Accepted"}}
+
+
+def start_16(connector=1, stamp="2026-09-21T13:00:00Z", tag="AA"):
+    return {"connectorId": connector, "idTag": tag, "meterStart": 10, "timestamp": stamp}
+
+
+def metered(value):
+    return {"timestamp": "2026-09-21T13:30:00Z", "sampledValue": [{"value": str(value)}]}
+
+
+def call_of(id_, action, payload):
+    return json.dumps([2, id_, action, payload])
+
+
+def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    frame = ' [2, "a b" ,"StartTransaction", {"idTag":"A\\u0041","connectorId":1, "meterStart":10,' \
+            '"timestamp":"2026-09-21T13:00:00Z"} ] '
+    bench.link.receive(frame)
+    assert far.frames == [frame] and bench.sent == []
+    answer = '[3, "a b", {"transactionId": 77,  "idTagInfo": {"status":"Invalid"}}]'
+    far.line.upstream_said(far.wire, answer)
+    assert bench.sent == [answer]
+    assert [t.id for t in bench.board.transactions.records] == [77]
+    assert [m.type for m in bench.board.messages.records] == ["CALL", "CALLRESULT"]
+    assert far.line.view()["passed"] == 1 and far.events("translation") == []
+
+
+def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    far.answer(far.asked(), {"status": "Pending", "currentTime": iso_now(), "interval": 60})
+    assert bench.board.stations["CP-1"].registration == "Pending"
+    assert far.line.status == "refused"
+    bench.link.receive(call_of("2", "Heartbeat", {}))
+    assert far.frames == [] and '"2"' in bench.sent[-1]      # answered here
+    far.turn(61)
+    again = far.asked()
+    assert again.action == "BootNotification" and again.payload == BOOT_16
+    far.answer(again, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
+    assert far.line.status == "up"
+
+
+def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("refused")
+    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.link.receive(call_of("2", "StatusNotification", {
+        "connectorId": 1, "errorCode": "NoError", "status": "Preparing"}))
+    bench.link.receive(call_of("3", "StartTransaction", start_16()))
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
+    bench.link.receive(call_of("4", "Heartbeat", {}))
+    bench.link.receive(call_of("5", "MeterValues", {
+        "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
+    bench.link.receive(call_of("6", "StopTransaction", {
+        "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+    assert len(bench.sent) == 6 and far.line.buffered == 3
+    far.open()
+    boot = far.asked()
+    assert boot.action == "BootNotification" and far.frames == []    # nothing before it is accepted
+    far.answer(boot, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
+    start = far.asked()
+    assert (start.action, start.payload, start.id_text) == ("StartTransaction", start_16(), '"3"')
+    far.answer(start, {"transactionId": 5, "idTagInfo": {"status": "Accepted"}})
+    meter = far.asked()
+    assert meter.payload["transactionId"] == 5               # upstream's own id
+    far.answer(meter, {})
+    stop = far.asked()
+    assert stop.payload["transactionId"] == 5 and stop.payload["meterStop"] == 30
+    far.answer(stop, STOPPED_BY)
+    last = far.asked()
+    assert last.action == "StatusNotification" and last.payload["status"] == "Preparing"
+    far.answer(last, {})
+    assert len(bench.sent) == 6 and far.frames == [] and far.line.buffered == 0
+    assert [e["method"] for e in far.events("delivered")] == [
+        "StartTransaction", "MeterValues", "StopTransaction"]
+
+
+def test_a_message_whose_answer_was_lost_goes_again_under_its_id():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("s", "StartTransaction", start_16()))
+    first = far.frames.pop()
+    far.die()
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.open()
+    assert far.frames == [first]
+    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    bench.link.receive(call_of("t", "StopTransaction", {
+        "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+    assert far.asked().payload["transactionId"] == 9
+
+
+@with_loop
+async def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("s", "StartTransaction", start_16()))
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.open()
+    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    far.line.upstream_said(far.wire, call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
+    await until(lambda: "RemoteStop" in bench.sent[-1])
+    stop = unpack(bench.sent[-1])
+    assert stop.payload == {"transactionId": ours}
+    bench.link.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
+    await until(lambda: far.frames)
+    assert json.loads(far.frames.pop()) == [3, "r", {"status": "Accepted"}]
+
+
+def test_an_upstream_that_gives_an_id_twice_does_not_mix_two_transactions():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.open()
+    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    bench.link.receive(call_of("2", "StartTransaction", start_16(2)))
+    far.answer(far.asked(), {"transactionId": ours, "idTagInfo": {"status": "Accepted"}})
+    other = json.loads(bench.sent[-1])[2]["transactionId"]
+    assert other != ours
+    for id_, there in ((ours, 9), (other, ours)):
+        bench.link.receive(call_of(f"x{id_}", "StopTransaction", {
+            "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+        stop = far.asked()
+        assert stop.payload["transactionId"] == there
+        far.answer(stop, STOPPED_BY)
+
+
+def test_a_silent_upstream_costs_the_station_no_more_than_the_time_out():
+    bench = Bench(ocpp_call_timeout_seconds=10)
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "Authorize", {"idTag": "AA"}))
+    far.turn(9)
+    assert bench.sent == []
+    far.turn(0.8)
+    assert json.loads(bench.sent[-1]) == [3, "1", {"idTagInfo": {"status": "Accepted"}}]
+    far.turn(1)
+    for id_ in "23":
+        bench.link.receive(call_of(id_, "Authorize", {"idTag": "AA"}))
+        far.turn(9.8)
+        assert f'"{id_}"' in bench.sent[-1]
+        far.turn(1)
+    assert far.line.status == "away"                         # three in a row: it is not there
+    bench.link.receive(call_of("4", "Authorize", {"idTag": "AA"}))
+    assert '"4"' in bench.sent[-1]                           # at once
+
+
+def test_a_late_answer_is_not_given_to_the_station_twice():
+    bench = Bench(ocpp_call_timeout_seconds=10)
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    far.turn(9.9)
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.turn(3)
+    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    assert len(bench.sent) == 1 and far.line.view()["delivered"] == 1
+    bench.link.receive(call_of("2", "MeterValues", {
+        "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
+    assert far.asked().payload["transactionId"] == 9
+
+
+def test_what_a_station_says_again_is_told_upstream_once():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    start = far.asked()
+    bench.link.end("connection lost")
+    far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    assert bench.sent == [] and far.line.status == "idle"    # delivered, and nobody there
+    far.attach(bench.connect())
+    far.open()
+    far.link.receive(call_of("2", "StartTransaction", start_16()))
+    assert json.loads(bench.sent[-1]) == [
+        3, "2", {"transactionId": 9, "idTagInfo": {"status": "Accepted"}}]
+    assert far.frames == [] and [t.id for t in bench.board.transactions.records] == [9]
+
+
+def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
+    bench = Bench()
+    far = Far(bench, queue=4)
+    far.line.failed("away")
+    for number in range(3):
+        bench.link.receive(call_of(f"a{number}", "StartTransaction", start_16(number + 1)))
+        id_ = json.loads(bench.sent[-1])[2]["transactionId"]
+        bench.link.receive(call_of(f"m{number}", "MeterValues", {
+            "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
+    bench.link.receive(call_of("z", "StopTransaction", {
+        "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+    assert [e.call.action for e in far.line.waiting] == ["StartTransaction"] * 3 + ["StopTransaction"]
+    lost = far.events("error")[1:]
+    assert [e["messageId"] for e in lost] == ["m0", "m1", "m2"]
+    assert all("lost" in e["error"] and e["payload"]["meterValue"] for e in lost)
+    assert far.line.view()["lost"] == 3
+
+
+def test_an_upstream_that_cannot_take_a_message_is_asked_three_times():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    far.open()
+    for attempt in range(3):
+        assert far.asked().id_text == '"1"'
+        far.line.upstream_said(far.wire, '[4,"1","InternalError","no disk",{}]')
+        assert far.frames == []
+        far.turn(2 * (attempt + 1))
+    assert far.frames == [] and far.line.view()["lost"] == 1
+    assert far.events("error")[-1]["error"] == "not delivered: InternalError no disk"
+
+
+def test_a_restart_loses_nothing_that_waits(tmp_path):
+    journal = str(tmp_path / "relay.db")
+    bench = Bench(proxy_journal=journal)
+    far = Far(bench, upstream="ocpp2.0.1")
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    far.answer(far.asked(), {"idTokenInfo": {"status": "Accepted"}})
+    running = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.die()
+    bench.link.receive(call_of("2", "StartTransaction", start_16(2)))
+    waiting = json.loads(bench.sent[-1])[2]["transactionId"]
+    far.relay.stop()
+    assert oct(os.stat(journal).st_mode)[-3:] == "600"
+
+    bench = Bench(proxy_journal=journal)
+    bench.clock.now += 100
+    far = Far(bench, upstream="ocpp2.0.1")
+    assert far.line.buffered == 1
+    far.open()
+    start = far.asked()
+    assert start.payload["transactionInfo"]["transactionId"] == str(waiting)
+    assert start.payload["eventType"] == "Started" and start.payload["evse"]["id"] == 2
+    far.answer(start, {})
+    bench.link.receive(call_of("3", "StopTransaction", {
+        "transactionId": running, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+    stop = far.asked()
+    assert stop.payload["transactionInfo"]["transactionId"] == str(running)
+    assert stop.payload["evse"]["id"] == 1 and stop.payload["seqNo"] > 1
+    far.answer(stop, {})
+    far.relay.stop()
+    left = Far(Bench(proxy_journal=journal), upstream="ocpp2.0.1")
+    assert left.line.buffered == 0
+    left.relay.stop()
+
+
+def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
+    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    event = {"eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized", "seqNo": 0,
+             "transactionInfo": {"transactionId": "tx-1"}, "evse": {"id": 1},
+             "idToken": {"idToken": "AA", "type": "Local"}}
+    bench = Bench("ocpp2.0.1", **keys)
+    far = Far(bench, upstream="ocpp1.6")
+    far.open()
+    bench.link.receive(call_of("1", "TransactionEvent", event))
+    far.answer(far.asked(), {"transactionId": 31, "idTagInfo": {"status": "Accepted"}})
+    assert far.asked().payload["status"] == "Preparing"
+    far.relay.stop()
+    bench = Bench("ocpp2.0.1", **keys)
+    far = Far(bench, upstream="ocpp1.6")
+    far.open()
+    bench.link.receive(call_of("2", "TransactionEvent", {
+        "eventType": "Ended", "timestamp": iso_now(), "triggerReason": "EVDeparted", "seqNo": 1,
+        "transactionInfo": {"transactionId": "tx-1", "stoppedReason": "EVDisconnected"}}))
+    stop = far.asked()
+    assert stop.action == "StopTransaction" and stop.payload["transactionId"] == 31
+    assert stop.payload["reason"] == "EVDisconnected"
+    far.relay.stop()
+
+
+def test_a_journal_that_cannot_be_used_ends_the_start(tmp_path):
+    (tmp_path / "no.db").write_text("this is no database, and long enough to be seen as none" * 9)
+    for path in (tmp_path / "none" / "relay.db", tmp_path / "no.db"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            ocppboard.Journal(str(path))
+
+
+def test_a_station_that_waits_for_approval_is_not_told_upstream_before_it():
+    bench = Bench(ocpp_accept="ask")
+    relay = ocppboard.Relay(bench.board, None, None)
+    values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS} | {"url": "ws://csms"}
+    bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(**values)]
+    connected = []
+    relay.connect = connected.append
+    relay.attach(bench.link, "")
+    relay.turn()
+    assert bench.link.line is None and connected == []
+    bench.board.approve(bench.board.stations["CP-1"])
+    relay.turn()
+    assert bench.link.line and connected == [relay.lines["CP-1"]]
+
+
+@pytest.mark.parametrize("protocol, call", [
+    ("ocpp1.6", ("SetChargingProfile", {"connectorId": 0, "csChargingProfiles": {
+        "chargingProfileId": 4, "stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
+        "chargingProfileKind": "Recurring", "recurrencyKind": "Daily", "chargingSchedule": {
+            "startSchedule": "2026-09-20T00:00:00Z", "chargingRateUnit": "A",
+            "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 10}]}}})),
+    ("ocpp2.0.1", ("SetChargingProfile", {"evseId": 1, "chargingProfile": {
+        "id": 4, "stackLevel": 1, "chargingProfilePurpose": "TxProfile",
+        "chargingProfileKind": "Absolute", "chargingSchedule": [{
+            "id": 1, "startSchedule": "2026-09-20T00:00:00Z", "chargingRateUnit": "W",
+            "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6900}]}]}}))])
+def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protocol, call):
+    world = world_of({"protocol": protocol})
+    identity, = world.stations
+    charging(world)
+    world.run(300)
+    assert limits_sent(world)[-1][1] == 32
+    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None,
+                                     tell_limit=lambda profile: None)
+    relay = ocppboard.Relay(world.board, None, None, world.controller)
+    answered = relay.limit(line, Call('"1"', *call, json.dumps(call[1])))
+    assert answered.payload == {"status": "Accepted"}
+    world.run(30)
+    assert limits_sent(world)[-1][1] == 10
+    cleared = relay.limit(line, Call('"2"', "ClearChargingProfile", {
+        "id" if protocol == "ocpp1.6" else "chargingProfileId": 4}, ""))
+    assert cleared.payload == {"status": "Accepted"}
+    world.run(300)
+    assert limits_sent(world)[-1][1] == 32
+
+
 # --- Access -------------------------------------------------------------------------------
 
 
