@@ -7,6 +7,7 @@
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
     station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
+    station --Call--> Line -> Interpreter -> Wire --> upstream, whose answer goes back
 
 Words, those of the standard:
 
@@ -18,6 +19,9 @@ Words, those of the standard:
     Link         ours: one live WebSocket connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
     Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
+    upstream     the central system that the relay passes a station on to
+    Line         ours: one station's way upstream; an Errand is one Call on it
+    Crossing     ours: a transaction under the ids of both sides; the Interpreter translates
 
 Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
 """
@@ -1442,6 +1446,11 @@ def message_id(id_text: str) -> str:
     if id_text[0] != '"':
         return id_text
     return id_text[1:-1] if "\\" not in id_text else _read(id_text)[0]
+
+
+def same_id(one: str, other: str) -> bool:
+    """Whether two ids are one, however they are written: "\\u00e9" is "é"."""
+    return one == other or message_id(one) == message_id(other)
 
 
 def pack(message: Call | CallResult | CallError) -> str:
@@ -5293,7 +5302,7 @@ class Link:
         """An answer to a command: the one under way, one given up, or none of ours."""
         board, station, id_ = self.board, self.station, message_id(message.id_text)
         pending, late = self._pending, False
-        if pending is None or message.id_text != pending.id_text:
+        if pending is None or not same_id(message.id_text, pending.id_text):
             pending, late = self._given_up.pop(message.id_text, None), True
         else:
             self._pending = None
@@ -7630,7 +7639,8 @@ class Line:
             errand.asked, errand.request = call, errand.frame
             self.wire.write(errand.frame)
         else:
-            errand.steps = interpreter.up(call.action, call.payload)
+            if errand.steps is None:                     # else: what is ours to tell
+                errand.steps = interpreter.up(call.action, call.payload)
             self._step(errand, None)
 
     def _interpreter(self, protocol: str) -> Interpreter:
@@ -7708,7 +7718,7 @@ class Line:
             else:
                 self._tell("refused", "DOWN", message, error="the station has nothing like it")
         elif flying is None or flying.asked is None or (
-                message_id(message.id_text) != message_id(flying.asked.id_text)):
+                not same_id(message.id_text, flying.asked.id_text)):
             self.counts["errors"] += 1
             self._tell("error", "DOWN", None, error="an answer to nothing that was asked, or late",
                        message_id_=message_id(message.id_text))
@@ -8406,7 +8416,7 @@ class Wire(asyncio.Protocol):
     """A connection upstream: a WebSocket client (RFC 6455) right on the loop.
 
     Tornado's client reads a frame in three steps, each through its stream: with it, the relay
-    passes a fifth fewer Calls (README, "Relay"). Compression is not offered.
+    passes a fifth fewer Calls a second. Compression is not offered.
     """
 
     def __init__(self, line: Line, protocol: str, path: str, host: str, authorization: str):
