@@ -1765,6 +1765,7 @@ class Crossing:
     state: str = ""                     # the chargingState told last
     charged: bool = False               # energy has flowed
     ended: bool = False
+    told_end: bool = False              # and upstream has heard of it
     left: bool = False                  # and the vehicle has left
     started: str = ""                   # 2.x station: when it began
     register: int | None = None         # Wh, as last heard
@@ -1922,6 +1923,11 @@ def _whole(t: Interpreter, value: Any) -> int | None:
         return None
 
 
+def _count(t: Interpreter, value: Any) -> int:
+    """A number of 1.6 that is -1 where there is nothing to count (5.10), as 2.x has it."""
+    return max(0, _whole(t, value) or 0)
+
+
 def _time(t: Interpreter, value: Any) -> str | None:
     """A time as it was written, unless that was not what the standard wants."""
     try:
@@ -1947,6 +1953,18 @@ def row(old: str, new: str, lift: Callable, lower: Callable, needed: bool = Fals
 def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
     """A text, cut to what the other side takes."""
     return row(old, new, _text(new_length), _text(old_length), **more)
+
+
+def exact_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
+    """A text of which no part is one, such as a URL or a certificate. Raises: NotSupported."""
+    def fitting(key: str, length: int) -> Callable:
+        def convert(t: Interpreter, value: Any) -> str | None:
+            text = _text(1 << 30)(t, value)
+            if text is not None and len(text) > length:
+                raise NotSupported(f"{key} is longer than the {length} of the other version")
+            return text
+        return convert
+    return row(old, new, fitting(old, new_length), fitting(new, old_length), **more)
 
 
 def whole_row(old: str, new: str, **more: Any) -> Row:
@@ -2016,12 +2034,15 @@ def _lower_token(t: Interpreter, token: Any) -> str | None:
     tag = shortened(text, 20)
     if tag != text:
         _remember(t.long_tokens, tag, text)
-    if token.get("type") in TOKEN_TYPES:
-        _remember(t.token_types, text, token["type"])
+    kind = lenient(token, "type", str)
+    if kind in TOKEN_TYPES:
+        _remember(t.token_types, text, kind)
     return tag
 
 
 def _remember(memory: OrderedDict, key: Any, value: Any) -> None:
+    if len(key) + len(value) > 2 * TOKEN_LENGTH["ocpp2.1"]:
+        return                           # no id token is that long
     memory[key] = value
     if len(memory) > TOKENS_KEPT:
         memory.popitem(last=False)
@@ -2102,7 +2123,8 @@ UNITS = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"), needed
 PERIOD = (
     whole_row("startPeriod", "startPeriod", needed=True),
     Row("limit", "limit", _numeric, _lower_limit, NEEDED, NEEDED),
-    Row("numberPhases", "numberPhases", lambda t, n: n if n in (1, 2, 3) else None, _whole),
+    Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
+        _whole),
 )
 SCHEDULE = (
     whole_row("duration", "duration"),
@@ -2190,14 +2212,22 @@ def lower_composite(t: Interpreter, payload: dict) -> Steps:
     return crossed
 
 
+def _is_empty(profile: Any) -> bool:
+    """Whether a profile of 1.6 has no period, without which 2.x has no schedule."""
+    return isinstance(profile, dict) and not lenient(
+        lenient(profile, "chargingSchedule", dict, {}), "chargingSchedulePeriod", list)
+
+
 def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.16; 2.0.1 K01."""
     asked = lifted(t, payload, (EVSE,))
-    if isinstance(payload.get("csChargingProfiles"), dict) and not lenient(
-            lenient(payload["csChargingProfiles"], "chargingSchedule", dict, {}),
-            "chargingSchedulePeriod", list):
-        return {"status": "Rejected"}                    # 2.x has no schedule without a period
-    asked["chargingProfile"] = _lift_profile(t, payload.get("csChargingProfiles"))
+    if _is_empty(payload.get("csChargingProfiles")):
+        return {"status": "Rejected"}
+    profile = asked["chargingProfile"] = _lift_profile(t, payload.get("csChargingProfiles"))
+    # 1.6 may leave the transaction to the connector; 2.x wants it named (K01.FR.03).
+    if profile["chargingProfilePurpose"] == "TxProfile" and "transactionId" not in profile and (
+            crossing := t.open_at(asked["evseId"])):
+        profile["transactionId"] = crossing.here
     answer = yield "SetChargingProfile", asked
     return lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
 
@@ -2377,22 +2407,23 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
         wrong = {} if fault == "NoError" else {
             "techCode": str(payload.get("vendorErrorCode") or fault)[:50]}
         info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
-        yield "NotifyEvent", _event(t, at, component, "Problem", "false" if not wrong else "true",
-                                    cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500],
-                                    **wrong)
+        with contextlib.suppress(CallFailed):            # the status is worth more
+            yield "NotifyEvent", _event(t, at, component, "Problem", "true" if wrong else "false",
+                                        cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500],
+                                        **wrong)
     crossing = t.open_at(number) if number else None
     state = CHARGING_STATE.get(told)
     if crossing and state and state != crossing.state:
         crossing.state = state
-        yield "TransactionEvent", _transaction_event(t, crossing, "Updated", at,
-                                                     "ChargingStateChanged")
+        yield from _told_event(crossing, _transaction_event(t, crossing, "Updated", at,
+                                                            "ChargingStateChanged"))
     return {}
 
 
 def _note(memory: dict, place: Any, word: str) -> None:
     """Remember how a place is, of as many as a station may have."""
     if place in memory or len(memory) < CONNECTORS_KEPT:
-        memory[place] = word
+        memory[place] = kept(word, 50)
 
 
 def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
@@ -2420,7 +2451,8 @@ def lower_status(t: Interpreter, payload: dict) -> Steps:
 def _status_16(t: Interpreter, evse_id: int, at: str | None) -> dict:
     """What 1.6 says of an EVSE, from its connectors' statuses and its transaction."""
     told = [word for (evse, _), word in t.statuses.items() if evse == evse_id]
-    status = next((word for word in STATUS_ORDER if word in told), "Unavailable")
+    status = next((word for word in STATUS_ORDER if word in told),
+                  "Unavailable" if evse_id else "Available")         # until the station says so
     crossing = t.open_at(evse_id)
     if status == "Available":
         for past in t.crossings.values():
@@ -2483,6 +2515,7 @@ MEASURANDS_201 = (MEASURANDS_16 - {"Temperature", "RPM"}) | frozenset("""
     Energy.Apparent.Export""".split())
 UNITS_16 = frozenset("Wh kWh varh kvarh W kW VA kVA var kvar A V K Celcius Celsius Fahrenheit "
                      "Percent Hertz".split())
+UNITS_2X = {"Celcius": "Celsius", "Hertz": "Hz"}         # the first is 1.6's own mistake
 CONTEXTS = frozenset("""Interruption.Begin Interruption.End Sample.Clock Sample.Periodic
     Transaction.Begin Transaction.End Trigger Other""".split())
 PHASE_WORDS = frozenset("L1 L2 L3 N L1-N L2-N L3-N L1-L2 L2-L3 L3-L1".split())
@@ -2524,7 +2557,8 @@ def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
         if "measurand" in sample:
             words["measurand"] = measurand
         if isinstance(sample.get("unit"), str):
-            words["unitOfMeasure"] = {"unit": sample["unit"][:20].replace("Celcius", "Celsius")}
+            unit = sample["unit"][:20]
+            words["unitOfMeasure"] = {"unit": UNITS_2X.get(unit, unit)}
         if sample.get("format") == "SignedData":
             signed.append((str(sample.get("value", "")), words))
         elif (number := _decimal(sample.get("value"))) is not None:
@@ -2569,7 +2603,9 @@ def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
 
 SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
                   "publicKey": 2500}
-_OCMF_READING = re.compile(r'"RV"\s*:\s*(-?[0-9.]+).*?"RU"\s*:\s*"(k?Wh)"', re.S)
+# With bounds, so that a frame full of "RV" costs no seconds.
+_OCMF_READING = re.compile(
+    r'"RV"\s{0,9}:\s{0,9}(-?[0-9.]{1,30}).{0,300}?"RU"\s{0,9}:\s{0,9}"(k?Wh)"', re.S)
 
 
 def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
@@ -2629,6 +2665,7 @@ def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
     told = sample.get("unitOfMeasure")
     told = told if isinstance(told, dict) else {}
     unit, power = lenient(told, "unit", str), told.get("multiplier") or 0
+    unit = "Hertz" if unit == "Hz" else unit
     if number is None or type(power) is not int or abs(power) > 12:
         return None, None
     if power == 3 and (unit or "Wh") in ("Wh", "varh", "W", "VA", "var"):
@@ -2672,7 +2709,7 @@ def lift_meter_values(t: Interpreter, payload: dict) -> Steps:
     context = values[-1]["sampledValue"][0].get("context")
     event = _transaction_event(t, crossing, "Updated", values[-1]["timestamp"],
                                TRIGGER_OF.get(context, "MeterValuePeriodic"))
-    yield "TransactionEvent", event | {"meterValue": values}
+    yield from _told_event(crossing, event | {"meterValue": values})
     return {}
 
 
@@ -2703,7 +2740,7 @@ STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
     "DeAuthorized": "DeAuthorized", "EmergencyStop": "EmergencyStop",
     "EVDisconnected": "EVDisconnected", "ImmediateReset": "HardReset", "Local": "Local",
     "PowerLoss": "PowerLoss", "Reboot": "Reboot", "Remote": "Remote",
-    "StoppedByEV": "EVDisconnected", "MasterPass": "Local"}
+    "MasterPass": "Local"}
 
 
 def _resumed(t: Interpreter, here: int, evse_id: int) -> Crossing:
@@ -2727,6 +2764,15 @@ def _transaction_event(t: Interpreter, crossing: Crossing, event: str, at: str, 
     return message
 
 
+def _told_event(crossing: Crossing, event: dict) -> Steps:
+    """Tell of an event; what upstream could not take comes again, under the same number."""
+    try:
+        return (yield "TransactionEvent", event)
+    except BoardError:
+        crossing.seq_no = event["seqNo"]
+        raise
+
+
 def _begin_end(at: str, register: int, context: str) -> dict:
     return {"timestamp": at, "sampledValue": [{
         "value": register, "context": context, "measurand": REGISTER,
@@ -2736,7 +2782,7 @@ def _begin_end(at: str, register: int, context: str) -> dict:
 def lift_start(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
-    key = (number, tag, payload.get("timestamp"), payload.get("meterStart"))
+    key = (number, *(kept(payload.get(name), 64) for name in ("idTag", "timestamp", "meterStart")))
     given, t.given = t.given, None
     again = next((c for c in t.crossings.values() if c.start_key == key and not c.ended), None)
     here = given if given is not None else again.here if again else t.new_id()
@@ -2744,12 +2790,12 @@ def lift_start(t: Interpreter, payload: dict) -> Steps:
     state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
     crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
                           start_key=key)
-    if again:
-        crossing.seq_no = 0              # the same event, told once more
+    crossing.ended, following, crossing.seq_no = False, crossing.seq_no, 0
     remote = _remote_start(t, number, tag)
     event = _transaction_event(t, crossing, "Started", at,
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
+    crossing.seq_no = max(1, following)                  # if it is told once more
     id_token = _lift_token(t, tag)
     reservation = _whole(t, payload.get("reservationId"))
     crossing.register = _whole(t, payload.get("meterStart"))
@@ -2793,6 +2839,7 @@ def lift_stop(t: Interpreter, payload: dict) -> Steps:
     if payload.get("idTag") is not None and (id_token := _lift_token(t, payload["idTag"])):
         event["idToken"] = id_token
     answer = yield "TransactionEvent", event
+    crossing.told_end = True
     return lowered(t, answer, (ID_TOKEN_INFO._replace(old_default=None),))
 
 
@@ -2853,11 +2900,11 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     if crossing.register is None:
         crossing.register = register if first is None else first
     used = (register or 0) > (crossing.register or 0)
-    crossing.state = lenient(info, "chargingState", str) or crossing.state
+    crossing.state = kept(lenient(info, "chargingState", str, ""), 50) or crossing.state
     crossing.charged = crossing.charged or crossing.state == "Charging"
     tag, answer = _lower_token(t, payload.get("idToken")), {}
     # 2. begin it upstream, once someone is known to charge
-    ends = kind == "Ended" and not crossing.ended
+    ends = kind == "Ended" and not crossing.told_end
     begins = crossing.there is None and not crossing.ended and (
         tag is not None or ends and (crossing.charged or used))
     if begins:
@@ -2867,7 +2914,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
             "meterStart": crossing.register or 0, "timestamp": crossing.started,
             } | ({} if reservation is None else {"reservationId": reservation})
         crossing.there, crossing.id_token = required(answer, "transactionId", int), tag
-        crossing.answer = answer
+        crossing.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
     elif tag is not None and not ends:
         answer = crossing.answer
         if tag != crossing.id_token:
@@ -2883,6 +2930,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
             stop |= {} if tag is None else {"idTag": tag}
             stop |= {"transactionData": values} if values else {}
             answer = (yield "StopTransaction", stop) or answer
+        crossing.told_end = True         # not before: what upstream could not take is told again
     elif values and not (begins and first is not None and len(values) == 1):
         place = {} if crossing.there is None else {"transactionId": crossing.there}
         yield "MeterValues", {"connectorId": crossing.evse_id, "meterValue": values} | place
@@ -2906,6 +2954,8 @@ def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
     if asked["idToken"]["idToken"] not in t.token_types and "idTag" in payload:
         asked["idToken"]["type"] = "Central"             # "issued by the central system"
     asked["remoteStartId"] = t.next_request()
+    if _is_empty(payload.get("chargingProfile")):
+        return {"status": "Rejected"}
     if payload.get("chargingProfile") is not None:
         profile = _lift_profile(t, payload["chargingProfile"])
         profile.pop("transactionId", None)               # there is none yet (F01.FR.11)
@@ -2951,14 +3001,12 @@ VARIABLES = tuple(line.split() for line in """
     UnlockConnectorOnEVSideDisconnect OCPPCommCtrlr UnlockOnEVSideDisconnect
     WebSocketPingInterval OCPPCommCtrlr WebSocketPingInterval
     LocalAuthListEnabled LocalAuthListCtrlr Enabled
-    LocalAuthListMaxLength LocalAuthListCtrlr Entries ReadOnly
     SendLocalListMaxLength LocalAuthListCtrlr ItemsPerMessage ReadOnly
     ReserveConnectorZeroSupported ReservationCtrlr NonEvseSpecific ReadOnly
     ChargeProfileMaxStackLevel SmartChargingCtrlr ProfileStackLevel ReadOnly
     ChargingScheduleAllowedChargingRateUnit SmartChargingCtrlr RateUnit ReadOnly
     ChargingScheduleMaxPeriods SmartChargingCtrlr PeriodsPerSchedule ReadOnly
     ConnectorSwitch3to1PhaseSupported SmartChargingCtrlr Phases3to1 ReadOnly
-    MaxChargingProfilesInstalled SmartChargingCtrlr Entries:ChargingProfiles ReadOnly
     AdditionalRootCertificateCheck SecurityCtrlr AdditionalRootCertificateCheck ReadOnly
     AuthorizationKey SecurityCtrlr BasicAuthPassword WriteOnly
     CertificateSignedMaxChainSize SecurityCtrlr MaxCertificateChainSize ReadOnly
@@ -3209,9 +3257,9 @@ def lower_trigger(t: Interpreter, payload: dict) -> Steps:
     message = "MeterValues" if message == "TransactionEvent" else message
     if message not in TRIGGERS:
         return {"status": "NotImplemented"}
-    if message == "BootNotification":
-        t.boot_reason = "Triggered"
     answer = yield "TriggerMessage", {"requestedMessage": message} | asked
+    if message == "BootNotification" and answer.get("status") == "Accepted":
+        t.boot_reason = "Triggered"
     return lifted(t, answer, TRIGGERED)
 
 
@@ -3240,14 +3288,14 @@ def lift_reset(t: Interpreter, payload: dict) -> Steps:
 
 UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
                   lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
-UPDATE_16 = (text_row("location", "location", 2000, 512, needed=True),
+UPDATE_16 = (exact_row("location", "location", 2000, 512, needed=True),
              time_row("retrieveDate", "retrieveDateTime", needed=True))
 UPDATE_SIGNED = (
-    text_row("location", "location", 512, 512, needed=True),
+    exact_row("location", "location", 512, 512, needed=True),
     time_row("retrieveDateTime", "retrieveDateTime", needed=True),
     time_row("installDateTime", "installDateTime"),
-    text_row("signingCertificate", "signingCertificate", 5500, 5500),
-    text_row("signature", "signature", 800, 800))
+    exact_row("signingCertificate", "signingCertificate", 5500, 5500),
+    exact_row("signature", "signature", 800, 800))
 RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
 UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
                  "RevokedCertificate", worst="Rejected")
@@ -3286,7 +3334,7 @@ def lower_update(t: Interpreter, payload: dict) -> Steps:
 
 
 LOG_TIMES = (time_row("startTime", "oldestTimestamp"), time_row("stopTime", "latestTimestamp"))
-LOG_16 = (text_row("remoteLocation", "remoteLocation", 512, 512, needed=True),
+LOG_16 = (exact_row("remoteLocation", "remoteLocation", 512, 512, needed=True),
           time_row("oldestTimestamp", "oldestTimestamp"),
           time_row("latestTimestamp", "latestTimestamp"))
 LOG_KIND = word_row("logType", "logType", _same("DiagnosticsLog", "SecurityLog"), needed=True)
@@ -3297,8 +3345,8 @@ LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Reje
 def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.9; 2.0.1 N01."""
     t.diagnostics = True
-    log_ = lifted(t, payload, (text_row("location", "remoteLocation", 512, 512, new_default=NEEDED),
-                               *LOG_TIMES))
+    log_ = lifted(t, payload, (*LOG_TIMES, exact_row("location", "remoteLocation", 512, 512,
+                                                     new_default=NEEDED)))
     answer = yield "GetLog", lifted(t, payload, RETRIES) | {
         "log": log_, "logType": "DiagnosticsLog", "requestId": t.next_request()}
     accepted = answer.get("status") in ("Accepted", "AcceptedCanceled")
@@ -3321,7 +3369,7 @@ def lower_log(t: Interpreter, payload: dict) -> Steps:
     if payload.get("logType") == "DiagnosticsLog":
         t.diagnostics, t.log_request = True, request
         answer = yield "GetDiagnostics", asked | lowered(t, log_, (
-            text_row("location", "remoteLocation", 512, 512, old_default=NEEDED), *LOG_TIMES))
+            exact_row("location", "remoteLocation", 512, 512, old_default=NEEDED), *LOG_TIMES))
         name = _text(255)(t, answer.get("fileName"))
         return {"status": "Accepted", "filename": name} if name else {"status": "Rejected"}
     t.diagnostics = False
@@ -3343,7 +3391,7 @@ def lower_install(t: Interpreter, payload: dict) -> Steps:
 
 
 INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
-           text_row("certificate", "certificate", 5500, 5500, needed=True))
+           exact_row("certificate", "certificate", 5500, 5500, needed=True))
 INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
 
 
@@ -3390,13 +3438,13 @@ def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
 
 
-CSR = (text_row("csr", "csr", 5500, 5500, needed=True),)
-CHAIN = (text_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
+CSR = (exact_row("csr", "csr", 5500, 5500, needed=True),)
+CHAIN = (exact_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
 HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
                  needed=True),
-        text_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
-        text_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
-        text_row("serialNumber", "serialNumber", 40, 40, needed=True))
+        exact_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
+        exact_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
+        exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 HASH_DATA = Row("certificateHashData", "certificateHashData", *_nested(HASH), NEEDED, NEEDED)
 SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
     "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
@@ -3425,8 +3473,8 @@ def _lower_data(t: Interpreter, data: Any) -> str:
 
 
 DATA = Row("data", "data", lambda t, value: value, _lower_data)
-TRANSFER = (text_row("vendorId", "vendorId", 255, 255, needed=True),
-            text_row("messageId", "messageId", 50, 50), DATA)
+TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
+            exact_row("messageId", "messageId", 50, 50), DATA)
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
                        worst="Rejected"), DATA)
 
@@ -3453,7 +3501,7 @@ PLAIN = (
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
     ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
     ("GetLocalListVersion", "GetLocalListVersion", (),
-     (whole_row("listVersion", "versionNumber", old_default=0, new_default=0),)),
+     (Row("listVersion", "versionNumber", _count, _whole, 0, 0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
       Row("localAuthorizationList", "localAuthorizationList", *_periods(LOCAL_LIST)),
@@ -3626,9 +3674,8 @@ def newer(t: Interpreter, action: str, payload: dict) -> Steps:
     _check_both(action)
     answer = yield action, _to_21(action, payload)
     others = ANSWERS_21.get(action, {})
-    if answer.get("status") in others:
-        answer = answer | {"status": others[answer["status"]]}
-    return _to_201(action, answer)
+    status = lenient(answer, "status", str)
+    return _to_201(action, answer | {"status": others[status]} if status in others else answer)
 
 
 def _check_both(action: str) -> None:
@@ -3788,7 +3835,7 @@ def _stopped_16(t: Interpreter, action: str, payload: dict) -> Steps:
     crossing = t.crossings.get(lenient(payload, "transactionId", int))
     answer = yield from _renamed(True, "transactionId")(t, action, payload)
     if crossing:
-        crossing.ended = True
+        crossing.ended = crossing.told_end = True
     return answer
 
 
@@ -8245,15 +8292,15 @@ class Journal:
         """Whose id is whose, of the transactions that run; those that have ended are forgotten."""
         for crossing in interpreter.crossings.values() if self._db else ():
             key = (identity, interpreter.station, to_json(crossing.here))
-            if crossing.ended and crossing.saved:
+            if crossing.told_end and crossing.saved:
                 self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
                             "AND here = ?", *key)
-            elif not crossing.ended:
+            elif not crossing.told_end:
                 facts = [crossing.there, crossing.evse_id, crossing.id_token, crossing.seq_no,
                          crossing.state, crossing.charged, crossing.started, crossing.register]
                 self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
                             interpreter.clock(), to_json(facts))
-            crossing.saved = not crossing.ended
+            crossing.saved = not crossing.told_end
 
     def restore_ids(self, identity: str, interpreter: Interpreter) -> None:
         """Tell an interpreter what an earlier run knew."""

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["tornado>=6.2", "psutil>=5.9", "pytest", "hypothesis", "ocpp>=2.0",
-#                 "fastjsonschema", "websockets>=13", "playwright", "axe-playwright-python"]
+#                 "fastjsonschema", "jsonschema", "websockets>=13", "playwright",
+#                 "axe-playwright-python"]
 # ///
 """Tests of ocppboard, in the order of its sections. What has no I/O is tested without a loop;
 the edges run over a loopback socket, against stations and clients that are not ours."""
@@ -33,12 +34,15 @@ import symtable
 import sys
 import time
 import tomllib
+import zlib
 from collections import Counter
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from urllib.parse import quote
 
 import fastjsonschema
+import jsonschema
 import ocpp.exceptions
 import ocpp.v16
 import ocpp.v21
@@ -53,8 +57,8 @@ from tornado.httpclient import AsyncHTTPClient
 
 import ocppboard
 from ocppboard import (CALLS, COMMANDS, PROTOCOLS, ROUTES, SENDS, SETTINGS,
-                       STATION_SETTINGS, TOPICS, Board, Call, CallError, CallResult, ConfigError,
-                       CallResultError, Link, Store, pack, read_config, unpack)
+                       STATION_SETTINGS, TOPICS, Board, BoardError, Call, CallError, CallResult,
+                       ConfigError, CallResultError, Link, Store, pack, read_config, unpack)
 
 HERE = Path(__file__).resolve().parent
 NOW = 1_789_997_600.0                    # 2026-09-21T13:33:20Z
@@ -501,6 +505,880 @@ def test_a_payload_without_secrets_is_kept_as_it_came():
     payload = {"key": "HeartbeatInterval", "value": "300"}
     text = json.dumps(payload)
     assert ocppboard.without_secrets("ChangeConfiguration", payload, text) is text
+
+
+# --- Translation --------------------------------------------------------------------------
+# Every Action of every version, towards every other version: payloads are made from the official
+# schemas, and what becomes of them is checked against the official schemas of the other side.
+
+# Bounds that the standard's text, or a later schema, sets for what a schema leaves open.
+BOUNDS = {"numberPhases": (1, 3), "phaseToUse": (1, 3), "bulkSoC": (0, 100), "fullSoC": (0, 100)}
+PLAUSIBLE = {"connectorId": 1, "evseId": 1, "startPeriod": 0, "seqNo": 0}
+LETTERS = "abcXYZ 0189-_.:;/*#'\"\\{}[]<>&äßÉñЖ中文ع€½😀"
+
+
+@functools.cache
+def official(version, action, part):
+    """The schema of an Action's "Request" or "Response", each $ref replaced by what it means, each
+    part with its property's name as "key"; numbers are Decimal, so that 0.1 is exact. None if
+    there is no such schema."""
+    folder, request = ocppboard.Schemas.FOLDERS[version]
+    name = action + (request if part == "Request" else part)
+    path = Path(ocpp.__file__).parent / folder / "schemas" / f"{name}.json"
+    if not path.exists():
+        return None
+    root = json.loads(path.read_text("utf-8-sig"), parse_float=Decimal)
+
+    def resolved(node, key=""):
+        if "$ref" in node:
+            node = root["definitions"][node["$ref"].rpartition("/")[2]]
+        rest = {word: node[word] for word in node.keys() - {"definitions", "description", "$id"}}
+        if "properties" in node:
+            rest["properties"] = {n: resolved(c, n) for n, c in node["properties"].items()}
+        if "items" in node:
+            rest["items"] = resolved(node["items"], key)
+        return rest | {"key": key}
+
+    return resolved(root)
+
+
+def parts_of(node):
+    return [*node.get("properties", {}).values(), *([node["items"]] if "items" in node else [])]
+
+
+def words_in(node):
+    """How many payloads `full` must make to have had every word of every enumeration."""
+    own = len(node.get("enum", ())) or (2 if node.get("type") == "boolean" else 1)
+    return max([own, *map(words_in, parts_of(node))])
+
+
+def made(node, optional=True, nth=0, long=False, index=0):
+    """A value that fits a schema: the `nth` word of each enumeration, all texts `long` or not.
+    `index` tells apart what stands in one array."""
+    key, kind, salt = node["key"], node.get("type"), zlib.crc32(node["key"].encode())
+    if "enum" in node:
+        return node["enum"][(nth + index) % len(node["enum"])]
+    if kind == "object":
+        wanted = node.get("properties", {}) if optional else node.get("required", ())
+        return numeric({name: made(node["properties"][name], optional, nth, long, index)
+                        for name in wanted})
+    if kind == "array":
+        most = 2 if optional else node.get("minItems", 0)
+        count = min(max(most, node.get("minItems", 0)), node.get("maxItems", most))
+        return [made(node["items"], optional, nth, long, index + i) for i in range(count)]
+    if kind == "boolean":
+        return (nth + index) % 2 == 0
+    if kind in ("integer", "number"):
+        low, high = bounds_of(node)
+        value = min(max(PLAUSIBLE.get(key, 1 + salt % 31) + index, low), high)
+        return value if kind == "integer" or value in (low, high) else value + 0.5
+    if node.get("format") == "date-time":
+        return f"2026-09-21T13:{index:02}:{salt % 60:02}Z"
+    text = f"{key}{index}" if node.get("format") != "uri" else f"https://host.example/{key}"
+    return (text * 2500 if long else text)[:node.get("maxLength", 2500 if long else len(text))]
+
+
+least = functools.partial(made, optional=False)
+
+
+def anything(rng, node):
+    """A random value that fits a schema, with the limits of the schema as edges."""
+    kind = node.get("type")
+    if "enum" in node:
+        return rng.choice(node["enum"])
+    if kind == "object":
+        needed = node.get("required", ())
+        return numeric({name: anything(rng, part) for name, part in node.get(
+            "properties", {}).items() if name in needed or rng.random() < 0.4})
+    if kind == "array":
+        low = node.get("minItems", 0)
+        high = min(node.get("maxItems", low + 2), low + 2)
+        return [anything(rng, node["items"]) for _ in range(rng.randint(low, high))]
+    if kind == "boolean":
+        return rng.random() < 0.5
+    if kind in ("integer", "number"):
+        low, high = bounds_of(node)
+        whole = rng.choice((low, min(low + rng.randrange(9), high), rng.randint(low, high), high))
+        tenth = rng.randrange(10) / 10 if kind == "number" and low < whole < high else 0
+        return whole + tenth if abs(whole) < 1 << 40 else whole
+    if kind is None:
+        return rng.choice(STRANGE_VALUES)
+    if node.get("format") == "date-time":
+        zone = rng.choice(("Z", "+02:00", "-09:30", ".123Z", ".123456+00:00"))
+        return f"20{rng.randint(1, 98):02}-0{rng.randint(1, 9)}-1{rng.randrange(10)}T01:02:03{zone}"
+    if node.get("format") == "uri":
+        return rng.choice(("ftp://user:pass@host.example/a%20b", "https://host.example/"))
+    most = node.get("maxLength", 3000)
+    text = "".join(rng.choices(LETTERS, k=rng.randrange(13)))
+    return (text * most if rng.random() < 0.2 else text)[:most]
+
+
+def bounds_of(node):
+    low, high = (0, 2 ** 31 - 1) if node["type"] == "integer" else (-10 ** 7, 10 ** 7)
+    low, high = BOUNDS.get(node["key"], (low, high))
+    return int(node.get("minimum", low)), int(node.get("maximum", high))
+
+
+def numeric(value):
+    """The value with a number where 1.6 has it as text: a sampled value that is not signed."""
+    for one in value.get("sampledValue", ()):
+        if isinstance(one["value"], str) and one.get("format") != "SignedData":
+            number = zlib.crc32(one["value"].encode()) % 10 ** 7
+            one["value"] = (str(number), f"{number / 100:.2f}", f"-{number / 10}")[number % 3]
+    return value
+
+
+@functools.cache
+def official_validator(version, action, part):
+    node = official(version, action, part)
+    formats = jsonschema.FormatChecker(())
+    formats.checks("date-time", raises=ValueError)(
+        lambda text: not isinstance(text, str) or bool(datetime.fromisoformat(text).tzinfo))
+    return jsonschema.validators.validator_for(node)(node, format_checker=formats)
+
+
+def misfit(version, action, part, payload):
+    """What keeps a payload from fitting its official schema, or None if it fits."""
+    if official(version, action, part) is None:
+        return f"{version} has no {action} {part}"
+    exact = json.loads(json.dumps(payload, allow_nan=False), parse_float=Decimal)
+    error = next(official_validator(version, action, part).iter_errors(exact), None)
+    return error and f"{version} {action} {part} {error.json_path}: {error.message[:300]}"
+
+
+SPEAKS = {"up": CALLS, "down": COMMANDS}
+PAIRS = list(itertools.permutations(PROTOCOLS, 2))
+CASES = [(direction, caller, other, action) for direction, table in SPEAKS.items()
+         for caller, other in PAIRS for action in sorted(table[caller])]
+every_case = pytest.mark.parametrize("direction, caller, other, action", CASES)
+UNABLE = ocppboard.CallFailed("NotImplemented", "", {})
+BROKEN = ocppboard.CallFailed("InternalError", "äöü" * 90, {"a": 1})
+
+
+@pytest.mark.parametrize("version", PROTOCOLS)
+def test_what_is_made_from_a_schema_fits_it(version):
+    rng = random.Random(1)
+    for action in sorted({*CALLS[version], *COMMANDS[version]}):
+        for part in ("Request", "Response"):
+            node = official(version, action, part)
+            for payload in (least(node), made(node, long=True), anything(rng, node),
+                            *(made(node, nth=nth) for nth in range(words_in(node)))):
+                assert misfit(version, action, part, payload) is None
+
+
+@pytest.mark.parametrize("version, action, part, payload, words", [
+    ("ocpp1.6", "Authorize", "Request", {"idTag": "x" * 21}, "$.idTag"),
+    ("ocpp1.6", "Authorize", "Request", {"idTag": "x", "more": 1}, "more"),
+    ("ocpp1.6", "Heartbeat", "Response", {"currentTime": "2026-09-21T13:33:20"}, "date-time"),
+    ("ocpp1.6", "GetCompositeSchedule", "Response", {"status": "Accepted", "chargingSchedule": {
+        "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 21.45}]}},
+     "multiple"),
+    ("ocpp2.1", "Heartbeat", "Response", {}, "currentTime"),
+    ("ocpp2.1", "StartTransaction", "Request", {}, "ocpp2.1 has no StartTransaction"),
+])
+def test_what_does_not_fit_its_schema_is_told(version, action, part, payload, words):
+    assert words in misfit(version, action, part, payload)
+
+
+def interpreter(direction, caller, other):
+    station, upstream = (caller, other) if direction == "up" else (other, caller)
+    return ocppboard.Interpreter(station, upstream, itertools.count(1).__next__, lambda: NOW)
+
+
+def carry(steps, answer, check=lambda action, payload: None):
+    """Run a translation as the relay does: `answer(action, payload)` is what the other side says
+    to each Call, a payload or a CallFailed. Returns the Calls, and what the caller is answered."""
+    calls, step = [], functools.partial(steps.send, None)
+    while len(calls) < 100:
+        try:
+            action, payload = step()
+        except StopIteration as end:
+            return calls, end.value
+        calls.append((action, payload))
+        check(action, payload)
+        said = answer(action, payload)
+        failed = isinstance(said, Exception)
+        step = functools.partial(steps.throw if failed else steps.send, said)
+    raise AssertionError(f"no end of Calls: {calls[-3:]}")
+
+
+def speaking(direction, version):
+    """A check that each Call is one that may be sent in this direction and fits its schema."""
+    def check(action, payload):
+        assert action in SPEAKS[direction][version], f"{action} is not for {version}"
+        assert (error := misfit(version, action, "Request", payload)) is None, (error, payload)
+    return check
+
+
+def answering(version, make=made):
+    """A side that answers each Call with what `make` makes of its schema."""
+    return lambda action, payload: make(official(version, action, "Response"))
+
+
+STARTED = {"eventType": "Started", "timestamp": "2026-09-21T13:00:00Z", "seqNo": 0,
+           "triggerReason": "Authorized", "idToken": {"idToken": "AB", "type": "Central"}}
+
+
+def translate(direction, caller, other, action, payload, answer, mediator=None):
+    """Translate a Call and what is to be told afterwards, and check all of it. Returns the Calls
+    and the answer, or None where it is refused."""
+    mediator, before = mediator or interpreter(direction, caller, other), json.dumps(payload)
+    if action == "TransactionEvent" and other == "ocpp1.6":          # its start must be known
+        info = {"transactionId": payload["transactionInfo"]["transactionId"]}
+        carry(mediator.up(action, STARTED | {"transactionInfo": info}), answering(other))
+    try:
+        calls, answered = carry(getattr(mediator, direction)(action, payload), answer,
+                                speaking(direction, other))
+    except ocppboard.NotSupported as error:
+        always = action in REFUSED.get((direction, caller, other), ())
+        assert always or re.search(PARTLY.get(action, "$^"), str(error)), f"{action}: {error}"
+        return None
+    assert json.dumps(payload) == before, "the caller's payload was changed"
+    if answered is None:
+        assert direction == "up", "only the board answers in another's place"
+    else:
+        error = misfit(caller, action, "Response", answered)
+        assert error is None, (error, answered, calls)
+    upstream = other if direction == "up" else caller
+    for steps in mediator.told():
+        carry(steps, answering(upstream), speaking("up", upstream))
+    assert not mediator.told(), "no end of what is told"
+    return calls, answered
+
+
+# What is refused whatever it says, by (direction, caller, other) ...
+ONLY_IN_21 = """BatterySwap ClosePeriodicEventStream GetCertificateChainStatus NotifyDERAlarm
+    NotifyDERStartStop NotifyPriorityCharging NotifySettlement NotifyWebPaymentStarted
+    OpenPeriodicEventStream PullDynamicScheduleUpdate ReportDERControl VatNumberValidation
+    AFRRSignal AdjustPeriodicEventStream ChangeTransactionTariff ClearDERControl ClearTariffs
+    GetDERControl GetPeriodicEventStream GetTariffs NotifyAllowedEnergyTransfer RequestBatterySwap
+    SetDERControl SetDefaultTariff UpdateDynamicSchedule UsePriorityCharging""".split()
+NOT_IN_16 = """Get15118EVCertificate GetCertificateStatus NotifyEVChargingNeeds ClearDisplayMessage
+    ClearVariableMonitoring CostUpdated CustomerInformation GetChargingProfiles GetDisplayMessages
+    GetMonitoringReport PublishFirmware SetDisplayMessage SetMonitoringBase SetMonitoringLevel
+    SetNetworkProfile SetVariableMonitoring UnpublishFirmware""".split()
+REFUSED = {(direction, caller, other): {
+    action for action in SPEAKS[direction][caller]
+    if action in ONLY_IN_21 or action in NOT_IN_16 and other == "ocpp1.6"}
+    for direction in SPEAKS for caller, other in PAIRS}
+# ... and for what reasons other Actions are, where the other version cannot say all of it.
+PARTLY = {
+    "Authorize": "certificate is longer|responderURL is longer",
+    "CertificateSigned": "certificates of this type", "SignCertificate": "of this type",
+    "ClearChargingProfile": "no chargingProfilePurpose '(LocalGeneration|PriorityCharging)'",
+    "Get15118EVCertificate": "exiRe(quest|sponse) is longer",
+    "GetCertificateStatus": "(responderURL|ocspResult) is longer",
+    "GetChargingProfiles": "no chargingProfilePurpose '(LocalGeneration|PriorityCharging)'",
+    "GetCompositeSchedule": "period of ocpp2.0.1 has a limit",
+    "GetDiagnostics": "location is longer", "GetLog": "DataCollectorLog|remoteLocation is longer",
+    "InstallCertificate": "certificates of this type|OEMRootCertificate|certificate is longer",
+    "PublishFirmware": "location is longer", "UpdateFirmware": "location is longer",
+    "RequestStartTransaction": "external constraints|LocalGeneration|PriorityCharging|Dynamic|"
+                               "period of ocpp2.0.1 has a limit",
+    "SetChargingProfile": "external constraints|LocalGeneration|PriorityCharging|Dynamic|"
+                          "period of ocpp2.0.1 has a limit",
+    "SetNetworkProfile": "(apn|apnPassword|apnUserName|ocppCsmsUrl|server|user|group|password|key) "
+                         "is longer",
+    "SetVariableMonitoring": "no type 'TargetDelta", "TriggerMessage": "CustomTrigger",
+    "SetVariables": "attributeValue is longer than the 1000",
+}
+
+
+def test_the_table_of_what_is_refused_is_true():
+    for direction, caller, other, action in CASES:
+        always, node = action in REFUSED[direction, caller, other], official(
+            caller, action, "Request")
+        done = [translate(direction, caller, other, action, made(node, nth=nth), answering(other))
+                for nth in range(words_in(node))]
+        assert always == (not any(done)), (direction, caller, other, action)
+
+
+@every_case
+def test_all_that_the_schemas_allow_is_translated(direction, caller, other, action):
+    node, rng = official(caller, action, "Request"), random.Random(f"{direction}{caller}{action}")
+    at_random, longest = functools.partial(anything, rng), functools.partial(made, long=True)
+    for ask, answer in ((least, least), (least, made), (made, least), (longest, longest),
+                        *[(at_random, at_random)] * 8):
+        translate(direction, caller, other, action, ask(node), answering(other, answer))
+    nth, most = 0, words_in(node)
+    while nth < most:                    # every word of the Call, and then of the answer
+        word = functools.partial(made, nth=nth)
+        done = translate(direction, caller, other, action, word(node), answering(other, word))
+        most = max([most, *(words_in(official(other, asked, "Response"))
+                            for asked, _ in (done[0] if done else ()))])
+        nth += 1
+
+
+@every_case
+def test_a_call_that_fails_is_told_or_got_over(direction, caller, other, action):
+    for failing, failure in itertools.product((range(1), range(1, 2), range(100)),
+                                              (UNABLE, BROKEN)):
+        numbers = itertools.count()
+        with contextlib.suppress(BoardError):
+            translate(direction, caller, other, action, made(official(caller, action, "Request")),
+                      lambda asked, payload: failure if next(numbers) in failing
+                      else made(official(other, asked, "Response")))
+
+
+def talks(seed, number, station, upstream):
+    """Random Calls of both sides, a few to an interpreter: (rng, interpreter, direction, caller,
+    other, Action, its schema)."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        mediator = interpreter("up", station, upstream)
+        for _ in range(rng.randint(1, 6)):
+            direction = rng.choice(["up", "down"])
+            caller, other = (station, upstream) if direction == "up" else (upstream, station)
+            action = rng.choice(sorted(SPEAKS[direction][caller]))
+            yield (rng, mediator, direction, caller, other, action,
+                   official(caller, action, "Request"))
+
+
+@pytest.mark.parametrize("station, upstream", PAIRS)
+def test_whatever_comes_before_and_after(station, upstream):
+    for rng, mediator, *way, node in talks(f"{station} {upstream}", 80, station, upstream):
+        fails, make = rng.random() < 0.2, functools.partial(anything, rng)
+        with contextlib.suppress(BoardError if fails else ()):
+            translate(*way, make(node), (lambda *_: UNABLE) if fails else answering(way[2], make),
+                      mediator)
+
+
+STRANGE_VALUES = [None, True, False, 0, -1, 7, 1.5, 1e300, 2 ** 70, "", "x", "7", "Accepted", [],
+                  [None], [[]], ["x"], {}, {"a": 1}, [{}], [{"a": []}], "x" * 600, "9" * 5000,
+                  "2026-09-21T13:33:20", "true", "NaN", [{"id": []}]]
+
+
+def spoiled(rng, value):
+    """A payload of which one or two nodes are something else."""
+    for _ in range(rng.choice((1, 1, 2))):
+        if places := list(places_in(value)):
+            holder, key = rng.choice(places)
+            holder[key] = json.loads(json.dumps(rng.choice(STRANGE_VALUES)))
+    return value
+
+
+def places_in(value):
+    for key, item in (value.items() if isinstance(value, dict) else
+                      enumerate(value) if isinstance(value, list) else ()):
+        yield value, key
+        yield from places_in(item)
+
+
+@pytest.mark.parametrize("station, upstream", PAIRS)
+def test_nothing_off_the_schema_raises_what_is_not_ours(station, upstream):
+    for rng, mediator, direction, _, other, action, node in talks(
+            f"{upstream} {station}", 700, station, upstream):
+        def answer(asked, payload, rng=rng, side=other):
+            json.dumps(payload, allow_nan=False)
+            said = made(official(side, asked, "Response"), nth=rng.randrange(6))
+            return UNABLE if rng.random() < 0.1 else spoiled(rng, said)
+        payload = spoiled(rng, made(node, nth=rng.randrange(6)))
+        with contextlib.suppress(BoardError):
+            carry(getattr(mediator, direction)(action, payload), answer)
+            for steps in mediator.told():
+                carry(steps, functools.partial(answer, side=upstream))
+
+
+# What a Call says must be the same after a way through another version and back, as far as both
+# can say it, and so must the answer: "Action: paths of the request -> paths of the answer". Words
+# after "=" are tried one by one; "-" is left out of the Call, "?" marks what one side only says.
+GROUPS = {
+    "PROFILE_16": """chargingProfileId stackLevel chargingProfileKind=Absolute,Recurring,Relative
+        recurrencyKind=Daily,Weekly validFrom validTo chargingSchedule.duration
+        chargingSchedule.startSchedule chargingSchedule.chargingRateUnit=A,W
+        chargingSchedule.minChargingRate chargingSchedule.chargingSchedulePeriod""",
+    "PROFILE_2X": """id stackLevel chargingProfileKind=Absolute,Recurring,Relative
+        recurrencyKind=Daily,Weekly validFrom validTo chargingSchedule.0.duration
+        chargingSchedule.0.startSchedule chargingSchedule.0.chargingRateUnit=A,W
+        chargingSchedule.0.minChargingRate chargingSchedule.0.chargingSchedulePeriod.0.startPeriod
+        chargingSchedule.0.chargingSchedulePeriod.0.limit
+        chargingSchedule.0.chargingSchedulePeriod.0.numberPhases
+        chargingSchedule.0.chargingSchedulePeriod.1.limit -chargingSchedule.1 -transactionId""",
+    "HASH": "hashAlgorithm=SHA256,SHA384,SHA512 issuerNameHash issuerKeyHash serialNumber",
+    "LOG": "remoteLocation oldestTimestamp latestTimestamp",
+    "FIRMWARE": "location retrieveDateTime installDateTime signingCertificate signature",
+    "RETRY": "requestId retries retryInterval"}
+TOKEN = "status=Accepted,Blocked,ConcurrentTx,Expired,Invalid"
+YES_NO = "status=Accepted,Rejected"
+BOOTED = "status=Accepted,Pending,Rejected currentTime interval"
+RESERVED = "status=Accepted,Faulted,Occupied,Rejected,Unavailable"
+TRANSFERRED = "data status=Accepted,Rejected,UnknownMessageId,UnknownVendorId"
+SENT_LIST = "status=Accepted,Failed,VersionMismatch"
+TRIGGERED = "status=Accepted,Rejected,NotImplemented"
+PROGRESS = "Downloaded,DownloadFailed,Downloading,InstallationFailed,Installing,Installed"
+MESSAGES = "StatusNotification,MeterValues,BootNotification,Heartbeat,FirmwareStatusNotification"
+KEPT = {"ocpp1.6": f"""
+Authorize: idTag -> idTagInfo.{TOKEN} idTagInfo.parentIdTag idTagInfo.expiryDate
+BootNotification: chargePointVendor chargePointModel firmwareVersion chargePointSerialNumber iccid
+    imsi -> {BOOTED}
+CancelReservation: reservationId -> {YES_NO}
+CertificateSigned: certificateChain -> {YES_NO}
+ChangeAvailability: connectorId=1,2,0 type=Inoperative,Operative -> {YES_NO},Scheduled
+ChangeConfiguration: value key=HeartbeatInterval,MeterValueSampleInterval,VendorsOwn,Vendors.Own
+    -> {YES_NO},RebootRequired
+ClearCache: -> {YES_NO}
+ClearChargingProfile: id connectorId stackLevel
+    chargingProfilePurpose=TxProfile,TxDefaultProfile,ChargePointMaxProfile
+    -> status=Accepted,Unknown
+DataTransfer: vendorId messageId data -> {TRANSFERRED}
+DeleteCertificate: certificateHashData.HASH -> status=Accepted,Failed,NotFound
+FirmwareStatusNotification: status={PROGRESS}
+GetCompositeSchedule: connectorId duration chargingRateUnit=A,W -> {YES_NO} connectorId
+GetLocalListVersion: -> listVersion
+GetLog: logType=SecurityLog RETRY log.LOG -> {YES_NO} filename
+Heartbeat: -> currentTime
+InstallCertificate: certificate
+    certificateType=CentralSystemRootCertificate,ManufacturerRootCertificate
+    -> status=Accepted,Failed,Rejected
+LogStatusNotification: status=Uploaded,Uploading,UploadFailure requestId
+RemoteStartTransaction: connectorId idTag chargingProfile.chargingProfilePurpose=TxProfile
+    chargingProfile.PROFILE_16 -> {YES_NO}
+ReserveNow: connectorId=1,2,0 expiryDate idTag parentIdTag reservationId -> {RESERVED}
+Reset: type=Hard,Soft -> {YES_NO}
+SecurityEventNotification: type=SettingSystemTime,VendorsOwn,InvalidCentralSystemCertificate
+    timestamp techInfo
+SendLocalList: listVersion updateType=Full,Differential localAuthorizationList.1.idTag
+    localAuthorizationList.0.idTag localAuthorizationList.0.idTagInfo.parentIdTag
+    localAuthorizationList.0.idTagInfo.expiryDate localAuthorizationList.0.idTagInfo.{TOKEN}
+    -> {SENT_LIST}
+SetChargingProfile: connectorId=1,2 csChargingProfiles.chargingProfilePurpose=TxDefaultProfile
+    csChargingProfiles.PROFILE_16 -> {YES_NO}
+SignCertificate: csr -> {YES_NO}
+SignedUpdateFirmware: RETRY firmware -> {YES_NO},AcceptedCanceled,InvalidCertificate
+StatusNotification: connectorId=1,2 timestamp status=Available,Reserved,Unavailable,Faulted
+TriggerMessage: connectorId=1,2 requestedMessage={MESSAGES} -> {TRIGGERED}
+UnlockConnector: connectorId=1,2 -> status=Unlocked,UnlockFailed,NotSupported
+UpdateFirmware: location retrieveDate retries retryInterval
+""", "ocpp2.0.1": f"""
+Authorize: idToken.idToken -> idTokenInfo.{TOKEN} idTokenInfo.groupIdToken.idToken
+    idTokenInfo.cacheExpiryDateTime
+BootNotification: chargingStation.vendorName chargingStation.model chargingStation.serialNumber
+    chargingStation.firmwareVersion chargingStation.modem.iccid chargingStation.modem.imsi
+    -> {BOOTED}
+CancelReservation: reservationId -> {YES_NO}
+CertificateSigned: certificateChain certificateType?=ChargingStationCertificate -> {YES_NO}
+ChangeAvailability: evse.id=1,2 operationalStatus=Inoperative,Operative -> {YES_NO},Scheduled
+ClearCache: -> {YES_NO}
+ClearChargingProfile: chargingProfileId chargingProfileCriteria.evseId
+    chargingProfileCriteria.stackLevel chargingProfileCriteria.chargingProfilePurpose=TxProfile,\
+TxDefaultProfile,ChargingStationMaxProfile -> status=Accepted,Unknown
+DataTransfer: vendorId messageId data -> {TRANSFERRED}
+DeleteCertificate: certificateHashData.HASH -> status=Accepted,Failed,NotFound
+FirmwareStatusNotification: status={PROGRESS}
+GetCompositeSchedule: evseId duration chargingRateUnit=A,W -> {YES_NO} schedule.evseId
+GetLocalListVersion: -> versionNumber
+GetLog: logType=SecurityLog RETRY log.LOG -> {YES_NO} filename
+Heartbeat: -> currentTime
+InstallCertificate: certificate certificateType=CSMSRootCertificate,ManufacturerRootCertificate
+    -> status=Accepted,Failed,Rejected
+LogStatusNotification: status=Uploaded,Uploading,UploadFailure requestId
+RequestStartTransaction: evseId idToken.idToken
+    chargingProfile.chargingProfilePurpose=TxProfile chargingProfile.PROFILE_2X -> {YES_NO}
+ReserveNow: id expiryDateTime evseId idToken.idToken groupIdToken.idToken -> {RESERVED}
+Reset: -evseId type=Immediate,OnIdle -> {YES_NO}
+SecurityEventNotification: type=SettingSystemTime,VendorsOwn,InvalidCsmsCertificate timestamp
+    techInfo
+SendLocalList: versionNumber updateType=Full,Differential
+    localAuthorizationList.1.idToken.idToken localAuthorizationList.0.idToken.idToken
+    localAuthorizationList.0.idTokenInfo.groupIdToken.idToken
+    localAuthorizationList.0.idTokenInfo.cacheExpiryDateTime
+    localAuthorizationList.0.idTokenInfo.{TOKEN} -> {SENT_LIST}
+SetChargingProfile: evseId chargingProfile.chargingProfilePurpose=TxDefaultProfile
+    chargingProfile.PROFILE_2X -> {YES_NO}
+SetVariables: -setVariableData.1 -setVariableData.0.component.evse
+    -setVariableData.0.component.instance -setVariableData.0.variable.instance
+    setVariableData.0.component.name=OCPPCommCtrlr setVariableData.0.attributeValue
+    setVariableData.0.variable.name=HeartbeatInterval,WebSocketPingInterval
+    -> setVariableResult.0.attributeStatus=Accepted,Rejected,RebootRequired
+SignCertificate: csr certificateType?=ChargingStationCertificate -> {YES_NO}
+StatusNotification: evseId timestamp connectorId
+    connectorStatus=Available,Reserved,Unavailable,Faulted,Occupied
+TriggerMessage: evse.id=1,2 requestedMessage={MESSAGES},LogStatusNotification,\
+SignChargingStationCertificate -> {TRIGGERED}
+UnlockConnector: evseId=1,2 connectorId -> status=Unlocked,UnlockFailed,UnknownConnector
+UpdateFirmware: RETRY firmware.FIRMWARE -> {YES_NO},AcceptedCanceled,InvalidCertificate
+"""}
+
+
+def kept_paths(text):
+    """What is kept of each Action: {Action: (paths of the request, of the answer)}."""
+    for entry in re.split(r"\n(?=\w)", text.strip()):
+        action, _, paths = entry.partition(":")
+        yield action, tuple([whole for path in side.split() for whole in grouped(path)]
+                            for side in (paths.split("->") + [""])[:2])
+
+
+def grouped(path):
+    above, dot, name = path.rpartition(".")
+    for one in GROUPS.get(name, name).split():
+        yield "-" * (one[0] == "-" and name in GROUPS) + above + dot + (
+            one.lstrip("-") if name in GROUPS else one)
+
+
+KEPT_PATHS = {version: dict(kept_paths(text)) for version, text in KEPT.items()}
+KEPT_PATHS["ocpp2.1"] = KEPT_PATHS["ocpp2.0.1"]
+KEPT_CASES = [case for case in CASES if case[3] in KEPT_PATHS[case[1]] and (
+    "ocpp1.6" in case[1:3])]
+TWIN_CASES = [case for case in CASES if "ocpp1.6" not in case[1:3]
+              and case[3] in ocppboard.BOTH_2X]
+
+
+def at(payload, path):
+    """What stands at a path, "a.0.b"."""
+    for name in path.split("."):
+        payload = payload[int(name) if isinstance(payload, list) else name]
+    return payload
+
+
+def spoken(node, lines):
+    """Payloads in which each word of `lines` was said once, with the paths to compare."""
+    paths = {path: words.split(",") if words else [] for path, _, words in
+             (line.partition("=") for line in lines if line[0] != "-")}
+    for nth in range(max([1, *map(len, paths.values())])):
+        payload = made(node)
+        absent = ((line[1:], None) for line in lines if line[0] == "-")
+        for path, words in [*paths.items(), *absent]:
+            above, _, name = path.rstrip("?").rpartition(".")
+            holder = at(payload, above) if above else payload
+            if words is None:
+                holder.pop(int(name) if isinstance(holder, list) else name)
+            elif words:
+                word = words[min(nth, len(words) - 1)]
+                holder[name] = int(word) if word.isdecimal() else word
+        yield payload, [path for path in paths if path[-1] != "?"]
+
+
+def there_and_back(direction, caller, other, action, payload, answer):
+    """A Call through another version and back: the Calls that arrive, and the answer to it."""
+    there, back = interpreter(direction, caller, other), interpreter(direction, other, caller)
+    arrived = []
+
+    def pass_on(asked, said):
+        calls, answered = carry(getattr(back, direction)(asked, said),
+                                lambda name, _: answer if name == action
+                                else made(official(caller, name, "Response")),
+                                speaking(direction, caller))
+        arrived.extend(calls)
+        answered = least(official(other, asked, "Response")) if answered is None else answered
+        assert (error := misfit(other, asked, "Response", answered)) is None, (error, answered)
+        return answered
+
+    calls, answered = carry(getattr(there, direction)(action, payload), pass_on,
+                            speaking(direction, other))
+    assert calls, f"{action} was answered without a Call"
+    return arrived, answered
+
+
+@pytest.mark.parametrize("direction, caller, other, action", KEPT_CASES)
+def test_what_both_can_say_comes_back(direction, caller, other, action):
+    asked, answered = KEPT_PATHS[caller][action]
+    basis = "ocpp2.0.1" if caller == "ocpp2.1" else caller           # its requests fit 2.1 too
+    request, response = official(basis, action, "Request"), official(caller, action, "Response")
+    for payload, paths in spoken(request, asked):
+        arrived, _ = there_and_back(direction, caller, other, action, payload, made(response))
+        # 1.6 has an Action twice where the security whitepaper added one.
+        same = next(said for name, said in arrived
+                    if name in (action, f"Signed{action}", f"Extended{action}"))
+        assert {path: at(same, path) for path in paths} == {path: at(payload, path)
+                                                            for path in paths}
+    payload, _ = next(spoken(request, asked))
+    for answer, paths in spoken(response, answered):
+        _, said = there_and_back(direction, caller, other, action, payload, answer)
+        assert {path: at(said, path) for path in paths} == {path: at(answer, path)
+                                                            for path in paths}
+
+
+@pytest.mark.parametrize("direction, caller, other, action", TWIN_CASES)
+def test_what_is_the_same_in_both_comes_back_as_it_was(direction, caller, other, action):
+    request, response = (official("ocpp2.0.1", action, part) for part in ("Request", "Response"))
+    for nth in range(max(words_in(request), words_in(response))):
+        payload, answer = made(request, nth=nth), made(response, nth=nth)
+        if misfit(caller, action, "Request", payload) is None:
+            arrived, answered = there_and_back(direction, caller, other, action, payload, answer)
+            assert arrived == [(action, payload)] and answered == answer
+        else:
+            assert action == "NotifyMonitoringReport"    # 2.1 wants a field more
+
+
+# What a sampled value means that does not say it (1.6 7.43; 2.x SampledValueType).
+UNSAID = {"measurand": "Energy.Active.Import.Register", "location": "Outlet",
+          "context": "Sample.Periodic"}
+
+
+def sampled(version):
+    """The properties of one sampled value."""
+    return official(version, "MeterValues", "Request")["properties"]["meterValue"]["items"][
+        "properties"]["sampledValue"]["items"]["properties"]
+
+
+def value_and_unit(sampled_value):
+    """A sampled value as (number in the base unit, base unit)."""
+    unit = sampled_value.get("unit") or sampled_value.get("unitOfMeasure", {}).get("unit", "Wh")
+    power = sampled_value.get("unitOfMeasure", {}).get("multiplier", 0)
+    number = Decimal(str(sampled_value["value"])).scaleb(power + 3 * unit.startswith("k"))
+    return number.normalize(), unit.removeprefix("k").replace("Celcius", "Celsius")
+
+
+def values_back(caller, other, sampled_value):
+    place = "connectorId" if caller == "ocpp1.6" else "evseId"
+    payload = {place: 2, "meterValue": [{"timestamp": "2026-09-21T13:33:20.5+02:00",
+                                         "sampledValue": [sampled_value]}]}
+    (_, arrived), = there_and_back("up", caller, other, "MeterValues", payload, {})[0]
+    back = arrived["meterValue"][0].pop("sampledValue")[0]
+    assert arrived == {place: 2, "meterValue": [{"timestamp": "2026-09-21T13:33:20.5+02:00"}]}
+    return back
+
+
+@pytest.mark.parametrize("caller, other", PAIRS)
+@pytest.mark.parametrize("word", ["phase", "location", "context", "measurand"])
+def test_meter_values_keep_every_word_that_both_know(caller, other, word):
+    known = set(sampled(caller)[word]["enum"]) & set(sampled(other)[word]["enum"])
+    assert len(known) >= 5
+    for value in known:
+        sent = {"value": "12.5" if caller == "ocpp1.6" else 12.5, word: value}
+        arrived = values_back(caller, other, sent)
+        assert arrived.get(word, UNSAID.get(word)) == value
+        assert value_and_unit(arrived)[0] == value_and_unit(sent)[0]
+
+
+@pytest.mark.parametrize("caller, other", PAIRS)
+def test_meter_values_keep_their_unit(caller, other):
+    units = sampled("ocpp1.6")["unit"]["enum"]
+    sent = [{"value": "12.5", "unit": unit} for unit in units] if caller == "ocpp1.6" else [
+        {"value": 12.5, "unitOfMeasure": {"unit": unit, "multiplier": power}}
+        for unit in {*units, "Hz"} - {"Celcius", "Hertz"} for power in (-1, 0, 3)]
+    for one in sent:
+        assert value_and_unit(values_back(caller, other, one)) == value_and_unit(one)
+
+
+# What a transaction needs to come out right on the other side.
+
+def answers(**said):
+    """A side that answers each Action with what is given for it, or as its schema has it least."""
+    return lambda action, payload: said.get(action, {})
+
+
+def started_16(mediator, answer=None, **more):
+    payload = {"connectorId": 1, "idTag": "AB", "meterStart": 5, "timestamp": STARTED["timestamp"]}
+    return carry(mediator.up("StartTransaction", payload | more), lambda *_: answer or {})
+
+
+def status_16(status, connector=1, **more):
+    return "StatusNotification", {"connectorId": connector, "status": status,
+                                  "errorCode": "NoError"} | more
+
+
+def event_2x(kind, trigger="Authorized", state="Charging", **more):
+    return "TransactionEvent", {
+        "eventType": kind, "timestamp": "2026-09-21T13:33:20Z", "seqNo": 1,
+        "triggerReason": trigger, "evse": {"id": 1, "connectorId": 1},
+        "transactionInfo": {"transactionId": "T", "chargingState": state}} | more
+
+
+@pytest.mark.parametrize("upstream", ["ocpp2.0.1", "ocpp2.1"])
+def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
+    mediator = interpreter("up", "ocpp1.6", upstream)
+    numbers = []
+
+    def upstream_says(action, payload):
+        numbers.append(payload["seqNo"])
+        return BROKEN if len(numbers) % 2 else {}
+    value = [{"timestamp": "2026-09-21T13:33:20Z", "sampledValue": [{"value": "9"}]}]
+    for action, payload in (
+            ("StartTransaction", {"connectorId": 1, "idTag": "AB", "meterStart": 5}),
+            ("MeterValues", {"connectorId": 1, "transactionId": 7, "meterValue": value}),
+            ("StopTransaction", {"transactionId": 7, "meterStop": 9})):
+        for _ in range(2):
+            mediator.given = 7
+            with contextlib.suppress(BoardError):
+                carry(mediator.up(action, payload), upstream_says)
+    assert numbers == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_stop_that_upstream_could_not_take_is_told_again():
+    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
+    carry(mediator.up(*event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
+          answers(StartTransaction={"transactionId": 4}))
+    with pytest.raises(BoardError):
+        carry(mediator.up(*event_2x("Ended")), answers(StopTransaction=BROKEN))
+    for expected in ([4], []):
+        calls, _ = carry(mediator.up(*event_2x("Ended", "RemoteStop")), answers())
+        assert [payload["transactionId"] for action, payload in calls
+                if action == "StopTransaction"] == expected
+
+
+def test_a_fault_that_upstream_cannot_be_told_does_not_keep_the_status_from_it():
+    mediator = interpreter("up", "ocpp1.6", "ocpp2.0.1")
+    started_16(mediator)
+    calls, answered = carry(mediator.up(*status_16("SuspendedEV", errorCode="WeakSignal")),
+                            answers(NotifyEvent=UNABLE))
+    assert [action for action, _ in calls] == [
+        "StatusNotification", "NotifyEvent", "TransactionEvent"] and answered == {}
+
+
+def test_a_profile_of_a_transaction_names_it_to_a_2x_station():
+    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
+    carry(mediator.up(*event_2x("Started")), answers())
+    payload = {"connectorId": 1, "csChargingProfiles": {
+        "chargingProfileId": 1, "stackLevel": 0, "chargingProfilePurpose": "TxProfile",
+        "chargingProfileKind": "Relative", "chargingSchedule": {
+            "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6}]}}}
+    (_, asked), = carry(mediator.down("SetChargingProfile", payload), answers())[0]
+    assert asked["chargingProfile"]["transactionId"] == "T"
+    payload["csChargingProfiles"]["chargingSchedule"]["chargingSchedulePeriod"] = []
+    for action, payload in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
+            "idTag": "AB", "chargingProfile": payload["csChargingProfiles"]})):
+        assert carry(mediator.down(action, payload), answers()) == ([], {"status": "Rejected"})
+
+
+def test_a_problem_of_a_part_does_not_make_the_station_unavailable():
+    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
+    event = {"component": {"name": "Modem"}, "variable": {"name": "Problem"}, "actualValue": "true"}
+    (_, told), = carry(mediator.up("NotifyEvent", {"eventData": [event]}), answers())[0]
+    assert told == {"connectorId": 0, "errorCode": "OtherError", "status": "Available"}
+
+
+@pytest.mark.parametrize("said, reason", [("Accepted", "Triggered"), ("Rejected", "Unknown")])
+def test_only_a_boot_that_was_triggered_says_so(said, reason):
+    mediator = interpreter("up", "ocpp1.6", "ocpp2.0.1")
+    carry(mediator.down("TriggerMessage", {"requestedMessage": "BootNotification"}),
+          answers(TriggerMessage={"status": said}))
+    (_, told), = carry(mediator.up("BootNotification", {}), answers())[0]
+    assert told["reason"] == reason
+
+
+def test_a_station_without_a_local_list_has_version_0():
+    steps = interpreter("down", "ocpp2.1", "ocpp1.6").down("GetLocalListVersion", {})
+    assert carry(steps, answers(GetLocalListVersion={"listVersion": -1}))[1] == {
+        "versionNumber": 0}
+
+
+@pytest.mark.parametrize("action, payload", [
+    ("UpdateFirmware", {"retrieveDate": "2026-09-21T13:33:20Z"}), ("GetDiagnostics", {})])
+def test_an_address_is_not_cut(action, payload):
+    with pytest.raises(ocppboard.NotSupported, match="location is longer"):
+        carry(interpreter("down", "ocpp1.6", "ocpp2.0.1").down(
+            action, payload | {"location": "https://host.example/" + "x" * 600}), answers())
+
+
+def test_a_signed_value_costs_no_time():
+    value = "OCMF|" + '"RV":1,' * 10_000
+    meter = {"timestamp": "2026-09-21T13:33:20Z",
+             "sampledValue": [{"value": value, "format": "SignedData"}]}
+    steps, before = interpreter("up", "ocpp1.6", "ocpp2.1"), time.process_time()
+    carry(steps.up("MeterValues", {"connectorId": 1, "meterValue": [meter]}), answers())
+    assert time.process_time() - before < 0.5
+
+
+def size_of(value):
+    """Characters and entries of all that an object holds."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if hasattr(type(value), "__slots__") and not isinstance(value, (tuple, dict, list)):
+        value = [getattr(value, name) for name in type(value).__slots__]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    return sum(map(size_of, inner)) + 8 if isinstance(inner, (list, tuple)) else 8
+
+
+@pytest.mark.parametrize("station, upstream", PAIRS)
+def test_an_interpreter_stays_small_whatever_it_hears(station, upstream):
+    mediator, most = interpreter("up", station, upstream), "x" * 20_000
+    for n in range(1500):
+        token = {"idToken": f"{n}{most}", "type": "Central"}
+        for action, payload in (
+                ("Authorize", {"idToken": token, "idTag": f"{n}{most}"}),
+                ("StartTransaction", {"connectorId": n, "idTag": f"{n}{most}", "timestamp": most}),
+                status_16(most, n, errorCode=most),
+                ("StatusNotification", {"evseId": n, "connectorId": n, "connectorStatus": most}),
+                ("NotifyEvent", {"eventData": [{
+                    "component": {"name": "EVSE", "evse": {"id": n}}, "actualValue": most,
+                    "variable": {"name": name}} for name in ("AvailabilityState", "Problem")]}),
+                event_2x("Started", state=most, idToken=token,
+                         transactionInfo={"transactionId": f"{n}{most}"})):
+            if action in CALLS[station] and (n % 5 == 0 or "Token" in str(payload)):
+                with contextlib.suppress(BoardError):
+                    carry(mediator.up(action, payload), answers(
+                        StartTransaction={"transactionId": n}))
+        with contextlib.suppress(BoardError):
+            carry(mediator.down("RequestStartTransaction", {
+                "idToken": token, "evseId": n, "remoteStartId": n}),
+                answers(RemoteStartTransaction={"status": "Accepted"}))
+    assert size_of(vars(mediator)) < 1_000_000
+
+
+# The table in README.md: what each Action becomes on the other side.
+
+UNDER_WAY = [
+    ("up", "StartTransaction", {"connectorId": 1, "idTag": "AB", "meterStart": 0}),
+    ("up", *event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
+    ("down", "GetDiagnostics", {"location": "ftp://host.example/"})]
+
+def asked_of(direction, caller, other, action):
+    """Which Actions a translation may ask for, and tell afterwards: of a side that knows nothing
+    yet, and of one with a transaction and a log under way. None if it is refused."""
+    node, asked, refused = official(caller, action, "Request"), set(), True
+    for payload, primed in itertools.product(
+            [least(node), *(made(node, nth=nth) for nth in range(words_in(node)))], (False, True)):
+        mediator, payload = interpreter(direction, caller, other), json.loads(json.dumps(payload))
+        if primed:
+            for way, name, told in UNDER_WAY:
+                with contextlib.suppress(BoardError):
+                    carry(getattr(mediator, way)(name, told), answers(
+                        StartTransaction={"transactionId": 4}))
+            there = list(mediator.crossings.values())[-1].there if mediator.crossings else "T"
+            if action.endswith("StopTransaction"):
+                payload["transactionId"] = there
+            if direction == "down" and "chargingProfile" in payload:
+                payload["chargingProfile"]["transactionId"] = there
+            payload.get("transactionInfo", {})["transactionId"] = "T"
+            for event in payload.get("eventData", ()):
+                event |= {"variable": {"name": "Problem"}}
+        with contextlib.suppress(BoardError):
+            calls, _ = carry(getattr(mediator, direction)(action, payload), answering(other))
+            told = [call for steps in mediator.told() for call in carry(steps, answers())[0]]
+            asked, refused = asked | {name for name, _ in [*calls, *told]}, False
+    return None if refused else asked
+
+
+def cell(direction, caller, other, action):
+    if action not in SPEAKS[direction][caller]:
+        return "–"
+    asked = asked_of(direction, caller, other, action)
+    if asked is None:
+        return "refused"
+    return "same" if asked == {action} else ", ".join(sorted(asked)) or "here"
+
+
+def rows_of_the_table():
+    """{(who speaks, Action): [1.6 to 2.x, 2.x to 1.6, between 2.0.1 and 2.1]}."""
+    for who, direction in (("station", "up"), ("upstream", "down")):
+        for action in sorted({a for version in PROTOCOLS for a in SPEAKS[direction][version]}):
+            two = "ocpp2.0.1" if action in SPEAKS[direction]["ocpp2.0.1"] else "ocpp2.1"
+            yield (who, action), [cell(direction, caller, other, action) for caller, other in (
+                ("ocpp1.6", "ocpp2.0.1"), (two, "ocpp1.6"), ("ocpp2.1", "ocpp2.0.1"))]
+            assert cell(direction, "ocpp2.0.1", "ocpp2.1", action) == (
+                "same" if two == "ocpp2.0.1" and action in ocppboard.BOTH_2X else "–")
+
+
+def test_the_readme_tells_what_each_action_becomes():
+    section = (HERE / "README.md").read_text("utf-8").partition("### What is translated\n")[2]
+    lines = re.findall(r"^\| (station|upstream) \| (.+?) \| (.*) \|$",
+                       section.partition("\n#")[0], re.MULTILINE)
+    told = {(who, action): rest.split(" | ") for who, actions, rest in lines
+            for action in actions.split(", ")}
+    assert told == dict(rows_of_the_table())
+    for table, version, who, column in (
+            (ocppboard.LIFT_UP, "ocpp1.6", "station", 0),
+            (ocppboard.LOWER_UP, "ocpp2.0.1", "station", 1),
+            (ocppboard.LIFT_DOWN, "ocpp1.6", "upstream", 0),
+            (ocppboard.LOWER_DOWN, "ocpp2.0.1", "upstream", 1),
+            (ocppboard.BOTH_2X & set(CALLS["ocpp2.1"]), "ocpp2.0.1", "station", 2),
+            (ocppboard.BOTH_2X & COMMANDS["ocpp2.1"], "ocpp2.0.1", "upstream", 2)):
+        assert set(table) == {
+            action for action in SPEAKS["up" if who == "station" else "down"][version]
+            if told[who, action][column] not in ("refused", "–")}
+    news = {action for (who, action), row in told.items() if row[1] == "here" and who == "station"}
+    assert news == ocppboard.NEWS - {"MeterValues", "NotifyEvent"}
 
 
 # --- Meter values -------------------------------------------------------------------------
@@ -2805,7 +3683,7 @@ class Far:
 STOPPED_BY = {"idTagInfo": {"status": "Accepted"}}
 
 
-def start_16(connector=1, stamp="2026-09-21T13:00:00Z", tag="AA"):
+def begun(connector=1, stamp="2026-09-21T13:00:00Z", tag="AA"):
     return {"connectorId": connector, "idTag": tag, "meterStart": 10, "timestamp": stamp}
 
 
@@ -2857,7 +3735,7 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
     bench.link.receive(call_of("1", "BootNotification", BOOT_16))
     bench.link.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Preparing"}))
-    bench.link.receive(call_of("3", "StartTransaction", start_16()))
+    bench.link.receive(call_of("3", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     bench.link.receive(call_of("4", "Heartbeat", {}))
     bench.link.receive(call_of("5", "MeterValues", {
@@ -2870,7 +3748,7 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
     assert boot.action == "BootNotification" and far.frames == []    # nothing before it is accepted
     far.answer(boot, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
     start = far.asked()
-    assert (start.action, start.payload, start.id_text) == ("StartTransaction", start_16(), '"3"')
+    assert (start.action, start.payload, start.id_text) == ("StartTransaction", begun(), '"3"')
     far.answer(start, {"transactionId": 5, "idTagInfo": {"status": "Accepted"}})
     meter = far.asked()
     assert meter.payload["transactionId"] == 5               # upstream's own id
@@ -2890,7 +3768,7 @@ def test_a_message_whose_answer_was_lost_goes_again_under_its_id():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("s", "StartTransaction", start_16()))
+    bench.link.receive(call_of("s", "StartTransaction", begun()))
     first = far.frames.pop()
     far.die()
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
@@ -2907,7 +3785,7 @@ async def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     bench = Bench()
     far = Far(bench)
     far.line.failed("away")
-    bench.link.receive(call_of("s", "StartTransaction", start_16()))
+    bench.link.receive(call_of("s", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
@@ -2924,11 +3802,11 @@ def test_an_upstream_that_gives_an_id_twice_does_not_mix_two_transactions():
     bench = Bench()
     far = Far(bench)
     far.line.failed("away")
-    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    bench.link.receive(call_of("2", "StartTransaction", start_16(2)))
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
     far.answer(far.asked(), {"transactionId": ours, "idTagInfo": {"status": "Accepted"}})
     other = json.loads(bench.sent[-1])[2]["transactionId"]
     assert other != ours
@@ -2964,7 +3842,7 @@ def test_a_late_answer_is_not_given_to_the_station_twice():
     bench = Bench(ocpp_call_timeout_seconds=10)
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
     far.turn(9.9)
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.turn(3)
@@ -2979,14 +3857,14 @@ def test_what_a_station_says_again_is_told_upstream_once():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
     start = far.asked()
     bench.link.end("connection lost")
     far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     assert bench.sent == [] and far.line.status == "idle"    # delivered, and nobody there
     far.attach(bench.connect())
     far.open()
-    far.link.receive(call_of("2", "StartTransaction", start_16()))
+    far.link.receive(call_of("2", "StartTransaction", begun()))
     assert json.loads(bench.sent[-1]) == [
         3, "2", {"transactionId": 9, "idTagInfo": {"status": "Accepted"}}]
     assert far.frames == [] and [t.id for t in bench.board.transactions.records] == [9]
@@ -2997,7 +3875,7 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
     far = Far(bench, queue=4)
     far.line.failed("away")
     for number in range(3):
-        bench.link.receive(call_of(f"a{number}", "StartTransaction", start_16(number + 1)))
+        bench.link.receive(call_of(f"a{number}", "StartTransaction", begun(number + 1)))
         id_ = json.loads(bench.sent[-1])[2]["transactionId"]
         bench.link.receive(call_of(f"m{number}", "MeterValues", {
             "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
@@ -3014,7 +3892,7 @@ def test_an_upstream_that_cannot_take_a_message_is_asked_three_times():
     bench = Bench()
     far = Far(bench)
     far.line.failed("away")
-    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
     far.open()
     for attempt in range(3):
         assert far.asked().id_text == '"1"'
@@ -3030,11 +3908,11 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
     bench = Bench(proxy_journal=journal)
     far = Far(bench, upstream="ocpp2.0.1")
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", start_16()))
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
     far.answer(far.asked(), {"idTokenInfo": {"status": "Accepted"}})
     running = json.loads(bench.sent[-1])[2]["transactionId"]
     far.die()
-    bench.link.receive(call_of("2", "StartTransaction", start_16(2)))
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
     waiting = json.loads(bench.sent[-1])[2]["transactionId"]
     far.relay.stop()
     assert oct(os.stat(journal).st_mode)[-3:] == "600"
