@@ -7620,9 +7620,7 @@ class Line:
         self.waiting.append(errand)
         self.bytes += len(errand.frame)
         if errand.worth and errand.record is None:
-            self.counts["buffered"] += 1
-            self.relay.journal.keep(self.identity, errand)
-            self._tell("buffered", "UP", errand.call, translated=None)
+            self._hold(errand)
         while len(self.waiting) > self.settings.queue or self.bytes > LINE_BYTES:
             # The least worth goes, of those the oldest: no start or stop while there is another.
             least = min(self.waiting, key=lambda e: e.worth)
@@ -7634,6 +7632,12 @@ class Line:
                 self.relay.journal.drop(least)
                 self._tell("error", "UP", least.call, error="lost: too much waits for upstream "
                            f"({self.settings.queue} messages, {LINE_BYTES >> 20} MiB)")
+
+    def _hold(self, errand: Errand) -> None:
+        """From now on the station counts on us to deliver it."""
+        self.counts["buffered"] += 1
+        self.relay.journal.keep(self.identity, errand)
+        self._tell("buffered", "UP", errand.call)
 
     def _drop(self, errand: Errand) -> None:
         self.waiting.remove(errand)
@@ -7866,12 +7870,11 @@ class Line:
             self.relay.journal.drop(errand)
         elif buffered and errand.worth:
             self.relay.journal.drop(errand)
-            good = type(reply) is CallResult and frame
+            good = type(reply) is CallResult
             self.counts["delivered" if good else "lost"] += 1
             self._tell("delivered" if good else "error", "UP", errand.call, to=errand.asked,
-                       error=None if good else "not delivered: " + (
-                           f"{reply.code} {reply.description}" if type(reply) is CallError
-                           else "upstream has nothing like it"))
+                       error=_disowned(reply.payload) if good else
+                       f"not delivered: {reply.code} {reply.description}")
         self._next()
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
@@ -8084,9 +8087,7 @@ class Line:
             if errand.record is not None:
                 self._answer_here(errand)
                 if errand.worth:
-                    self.counts["buffered"] += 1
-                    self.relay.journal.keep(self.identity, errand)
-                    self._tell("buffered", "UP", errand.call)
+                    self._hold(errand)
                 else:
                     self._drop(errand)
             elif not errand.worth:                       # our own, made anew next time
@@ -8114,9 +8115,7 @@ class Line:
         for errand in [e for e in self.waiting if e.record is not None and e.came_at < due]:
             self._answer_here(errand)
             if errand.worth:
-                self.counts["buffered"] += 1
-                self.relay.journal.keep(self.identity, errand)
-                self._tell("buffered", "UP", errand.call)
+                self._hold(errand)
             else:
                 self._drop(errand)
         if self.in_flight is not None:
@@ -8140,8 +8139,7 @@ class Line:
             self._tell("error", "UP", errand.call, error="upstream did not answer in time")
             self.counts["errors"] += 1
             if errand.worth:
-                self.counts["buffered"] += 1
-                self.relay.journal.keep(self.identity, errand)
+                self._hold(errand)
         if now - errand.sent_at < timeout_s:
             return
         if errand.worth:                                 # its place is first, so no other may go
@@ -8180,7 +8178,7 @@ class Line:
 
     def _tell(self, kind: str, direction: str, message: Call | Send | None,
               to: Call | None = None, error: str | None = None, message_id_: str = "",
-              latency_ms: float | None = None, translated: None = None) -> None:
+              latency_ms: float | None = None) -> None:
         ends = (self.station_protocol, self.protocol)
         source, target = ends if direction == "UP" else ends[::-1]
         action = message.action if message else ""
@@ -8209,6 +8207,14 @@ class Line:
 
 LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
                "answeredHere")
+
+
+def _disowned(payload: dict) -> str | None:
+    """What is to be said of an answer that comes when the station has had ours."""
+    info = payload.get("idTagInfo") or payload.get("idTokenInfo")
+    status = lenient(info, "status", str, "") if isinstance(info, dict) else ""
+    return f"upstream has the id token for {kept(status, 40)}" if status not in (
+        "", "Accepted") else None
 
 
 def _worth(call: Call) -> int:
@@ -8456,7 +8462,10 @@ class Relay:
             line = self.lines.get(identity)
             if line is None:
                 line = self.lines[identity] = Line(self, identity, settings)
-            line.restored(number, protocol, given, frame)
+            try:
+                line.restored(number, protocol, given, frame)
+            except BadFrame as error:
+                log.error("What waits for %s cannot be read: %s", shown(identity), error)
 
 
 class Wire(asyncio.Protocol):
