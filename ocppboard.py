@@ -5150,6 +5150,7 @@ class Link:
         self.write, self.close = write, close
         self.station: Station = None                 # set by `start`
         self.line: Any = None                        # to the upstream system, where there is one
+        self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
         self.last_sign = self.last_ping = time.monotonic()
         self._strict = board.config.ocpp.validate == "strict"
@@ -7400,12 +7401,12 @@ WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotificatio
 EVENT_WORTHS = {"Started": 3, "Ended": 3}
 METERED = ("MeterValuePeriodic", "MeterValueClock")
 LINE_BYTES = 2 << 20                # of frames that wait for an upstream, of one station
-RECONNECT_S = (1, 60)                   # the shortest and longest pause between two attempts
+RECONNECT_S = (1, 60)               # the shortest and longest pause between two attempts
 SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
-ATTEMPTS = 3                        # to deliver what upstream answers with an error of its own
+ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an error of its own
 DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
-HOLD_S = 2                          # the longer, the more often upstream could not take a message
+HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
 TURN_S = 0.25                       # how often lines look at the clock
 TRANSIENT = ("InternalError", "GenericError")
 
@@ -7455,6 +7456,7 @@ class Line:
         self.statuses: dict = {}             # {place: the same of its last StatusNotification}
         self.spoken = False                  # this connection of the station has had an answer
         self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
+        self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
         self.failures = self.silent = self.commands = 0
         self.opened_at = self.relay.now()
         self.retry_at = self.held_until = 0.0
@@ -7628,9 +7630,7 @@ class Line:
                 self._answer_here(least)
             self._drop(least)
             if least.worth:
-                self.counts["lost"] += 1
-                self.relay.journal.drop(least)
-                self._tell("error", "UP", least.call, error="lost: too much waits for upstream "
+                self._lose(least, "lost: too much waits for upstream "
                            f"({self.settings.queue} messages, {LINE_BYTES >> 20} MiB)")
 
     def _hold(self, errand: Errand) -> None:
@@ -7638,6 +7638,16 @@ class Line:
         self.counts["buffered"] += 1
         self.relay.journal.keep(self.identity, errand)
         self._tell("buffered", "UP", errand.call)
+
+    def _lose(self, errand: Errand, error: str) -> None:
+        """Upstream will not hear of it; that is on record."""
+        self.counts["lost"] += 1
+        self.relay.journal.drop(errand)
+        self._tell("error", "UP", errand.call, to=errand.asked, error=error)
+        if errand.given is not None:
+            self.unborn[errand.given] = None
+            if len(self.unborn) > CROSSINGS_KEPT:
+                self.unborn.popitem(last=False)
 
     def _drop(self, errand: Errand) -> None:
         self.waiting.remove(errand)
@@ -7682,6 +7692,10 @@ class Line:
             return
         interpreter = self._interpreter(errand.protocol)
         call = errand.call
+        if self.unborn and errand.protocol == self.protocol and (
+                lenient(call.payload, "transactionId", int) in self.unborn):
+            self._failed(errand, NotSupported("the start of its transaction was not delivered"))
+            return
         if call.action == "StartTransaction":
             if errand.given is None and errand.protocol != self.protocol:
                 errand.given = self.board.new_transaction_id()       # upstream hears it from us
@@ -7836,13 +7850,13 @@ class Line:
     def _later(self, errand: Errand, code: str) -> bool:
         """Whether what upstream could not take now, and the station counts as told, is kept."""
         if not errand.worth or errand.record is not None or not errand.heard or (
-                code not in TRANSIENT or errand.attempts >= ATTEMPTS):
+                code not in TRANSIENT or errand.attempts >= ATTEMPTS[errand.worth]):
             return False
         errand.steps = errand.asked = None
         self.in_flight = None
         self.waiting.appendleft(errand)
         self.bytes += len(errand.frame)
-        self.held_until = self.relay.now() + HOLD_S * errand.attempts
+        self.held_until = self.relay.now() + min(HOLD_S[0] * 2 ** (errand.attempts - 1), HOLD_S[1])
         return True
 
     def _finish(self, errand: Errand, reply: CallResult | CallError | None, frame: str,
@@ -7868,13 +7882,13 @@ class Line:
             self._booted(errand, reply)
         if told:
             self.relay.journal.drop(errand)
+        elif buffered and errand.worth and type(reply) is CallError:
+            self._lose(errand, f"not delivered: {reply.code} {reply.description}")
         elif buffered and errand.worth:
             self.relay.journal.drop(errand)
-            good = type(reply) is CallResult
-            self.counts["delivered" if good else "lost"] += 1
-            self._tell("delivered" if good else "error", "UP", errand.call, to=errand.asked,
-                       error=_disowned(reply.payload) if good else
-                       f"not delivered: {reply.code} {reply.description}")
+            self.counts["delivered"] += 1
+            self._tell("delivered", "UP", errand.call, to=errand.asked,
+                       error=_disowned(reply.payload))
         self._next()
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
@@ -8069,10 +8083,8 @@ class Line:
             errand.deaths += self.alive
             if errand.deaths >= DEATHS.get(errand.worth, 0) and errand.worth and (
                     errand.record is None):
-                self.counts["lost"] += 1
-                self.relay.journal.drop(errand)
-                self._tell("error", "UP", errand.call, error="not delivered: upstream went away "
-                           f"over it {errand.deaths} times")
+                self._lose(errand, "not delivered: upstream went away over it "
+                           f"{errand.deaths} times")
             elif (errand.worth or errand.record is not None) and not errand.boot:
                 self.waiting.appendleft(errand)
                 self.bytes += len(errand.frame)
@@ -8484,8 +8496,8 @@ class Wire(asyncio.Protocol):
             "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": self._key,
             "Sec-WebSocket-Protocol": protocol, "User-Agent": f"ocppboard/{VERSION}",
-            RELAY_HEADER: line.board.epoch} | (
-            {"Authorization": authorization} if authorization else {})
+            RELAY_HEADER: ",".join(filter(None, [line.link and line.link.via, line.board.epoch])),
+            } | ({"Authorization": authorization} if authorization else {})
         self._request = "".join([f"GET {path} HTTP/1.1\r\n", *(
             f"{name}: {value}\r\n" for name, value in headers.items()), "\r\n"])
         self._limit = line.board.config.ocpp.max_frame_bytes
@@ -9046,7 +9058,7 @@ class StationSocket(WebSocketHandler):
         try:
             if not self.here:
                 raise Refused(404, f"stations connect to port {self.daemon.ocpp_port}")
-            if headers.get(RELAY_HEADER) == self.daemon.board.epoch:
+            if self.daemon.board.epoch in headers.get(RELAY_HEADER, "").split(","):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
             self.admission = admit(config, self.request.path, headers)
             self.profile = await self.daemon.access.station_profile(
@@ -9112,6 +9124,7 @@ class StationSocket(WebSocketHandler):
                          self._write, self._close)
         self.daemon.sockets.add(self)
         self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
+        self.link.via = kept(self.request.headers.get(RELAY_HEADER, ""))
         if self.daemon.relay:
             self.daemon.relay.attach(self.link, self.request.headers.get("Authorization", ""))
 

@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import symtable
@@ -38,6 +39,7 @@ import zlib
 from collections import Counter
 from datetime import datetime
 from decimal import Decimal
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import quote
 
@@ -76,12 +78,15 @@ class Clock:
 
 def config_of(**keys):
     """The defaults with some keys changed: `ocpp_accept="ask"`; stations={…} as in the file."""
-    stations = keys.pop("stations", None)
+    stations, upstreams = keys.pop("stations", None), keys.pop("upstreams", ())
     environ = {f"OCPPBOARD_{key.upper()}": str(value) for key, value in keys.items()}
     config = read_config(environ={"OCPPBOARD_CONFIG": os.devnull} | environ)
     for pattern, entry in (stations or {}).items():
         values = {s.key: s.default for s in STATION_SETTINGS} | entry
         config.stations[pattern] = ocppboard.SimpleNamespace(**values)
+    config.proxy.upstream = [
+        ocppboard._entry(ocppboard.UPSTREAM_SETTINGS, entry, "", "[[proxy.upstream]]")
+        for entry in upstreams]
     return config
 
 
@@ -3888,19 +3893,38 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
     assert far.line.view()["lost"] == 3
 
 
-def test_an_upstream_that_cannot_take_a_message_is_asked_three_times():
+@pytest.mark.parametrize("action, attempts", [("StartTransaction", 10), ("MeterValues", 3)])
+def test_an_upstream_that_cannot_take_a_message_is_asked_ever_less_often(action, attempts):
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", action, begun() if action == "StartTransaction" else {
+        "connectorId": 1, "transactionId": 5, "meterValue": [metered(3)]}))
+    far.open()
+    for attempt in range(attempts):
+        assert far.asked().id_text == '"1"'
+        far.line.upstream_said(far.wire, '[4,"1","InternalError","no disk",{}]')
+        far.turn(min(2 * 2 ** attempt, 300) - 0.1)
+        assert far.frames == []
+        far.turn(0.1)
+    assert far.frames == [] and far.line.view()["lost"] == 1
+    assert far.events("error")[-1]["error"] == "not delivered: InternalError no disk"
+
+
+def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
     bench = Bench()
     far = Far(bench)
     far.line.failed("away")
     bench.link.receive(call_of("1", "StartTransaction", begun()))
+    ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
-    for attempt in range(3):
-        assert far.asked().id_text == '"1"'
-        far.line.upstream_said(far.wire, '[4,"1","InternalError","no disk",{}]')
-        assert far.frames == []
-        far.turn(2 * (attempt + 1))
-    assert far.frames == [] and far.line.view()["lost"] == 1
-    assert far.events("error")[-1]["error"] == "not delivered: InternalError no disk"
+    far.line.upstream_said(far.wire, '[4,"1","FormationViolation","",{}]')
+    far.frames.clear()
+    bench.link.receive(call_of("2", "StopTransaction", {
+        "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
+    assert far.frames == [] and json.loads(bench.sent[-1])[:2] == [3, "2"]
+    assert far.events("refused")[-1]["error"] == "the start of its transaction was not delivered"
+    assert [t.status for t in bench.board.transactions.records] == ["stopped"]
 
 
 def test_a_restart_loses_nothing_that_waits(tmp_path):
@@ -4013,6 +4037,1320 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     assert cleared.payload == {"status": "Accepted"}
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
+
+
+# Stations on one side, central systems on the other, the board between; all over real sockets.
+# Those of the `ocpp` package check each frame by its official schema.
+
+SILENCED = logging.getLogger("upstream")         # what a central system that we let die complains
+SILENCED.setLevel(logging.CRITICAL + 1)
+
+
+class Upstream:
+    """A central system on a port of its own, played by `play(socket_)`; it may be down."""
+
+    def __init__(self, play, protocols=PROTOCOLS, **options):
+        self.play, self.options = play, {"subprotocols": protocols, "logger": SILENCED,
+                                         "process_request": self._knocked} | options
+        self.down, self.status, self.slow_s = False, None, 0.0
+        self.knocks, self.sockets = [], []               # headers of each upgrade; who is there
+        self.wrong = []
+
+    async def __aenter__(self):
+        self.server = await websockets.serve(self._taken, "127.0.0.1", 0, ping_interval=None,
+                                             max_size=None, **self.options)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error):
+        self.kill()
+        self.server.close()
+        await self.server.wait_closed()
+        assert not self.wrong, self.wrong
+
+    @property
+    def url(self):
+        return f"{'wss' if self.options.get('ssl') else 'ws'}://127.0.0.1:{self.port}/central/"
+
+    async def _knocked(self, socket_, request):
+        self.knocks.append(request.headers)
+        if self.down:
+            socket_.transport.abort()
+        if self.slow_s:
+            await asyncio.sleep(self.slow_s)
+        return socket_.respond(HTTPStatus(self.status), "no\n") if self.status else None
+
+    async def _taken(self, socket_):
+        self.sockets.append(socket_)
+        try:
+            await self.play(socket_)
+        except websockets.ConnectionClosed:
+            pass
+        except Exception as error:                       # what it asserts of us
+            self.wrong.append(error)
+            raise
+
+    def kill(self):
+        """Drop all connections, as a machine does that loses its power."""
+        for socket_ in self.sockets:
+            socket_.transport.abort()
+        self.sockets.clear()
+
+
+def identity_there(socket_):
+    return socket_.request.path.rpartition("/")[2]
+
+
+@contextlib.asynccontextmanager
+async def relaying(play, *, protocols=PROTOCOLS, options=(), retry_s=(0.05, 0.2), turn_s=0.02,
+                   keys=(), **settings):
+    """A central system, and a board that relays to it: (Upstream, Site); impatient ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocppboard, "RECONNECT_S", retry_s)
+        patch.setattr(ocppboard, "TURN_S", turn_s)
+        patch.setattr(ocppboard, "HOLD_S", (0.05, 0.5))
+        async with Upstream(play, protocols, **dict(options)) as upstream, Site(
+                upstreams=[{"url": upstream.url} | settings], **dict(keys)) as site:
+            yield upstream, site
+
+
+def party(version, answers):
+    """A class of the package's, of either side: it answers a Call with what `answers` has for its
+    Action, a payload or a function of the Call's."""
+    class Party(version.ChargePoint):
+        def __init__(self, identity, socket_):
+            super().__init__(identity, socket_, response_timeout=10)
+            self.heard = []                              # [(Action, payload)] of Calls
+            self.task = asyncio.create_task(self._listen())
+
+        async def _listen(self):
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await self.start()
+
+        async def route_message(self, raw_msg):
+            message = json.loads(raw_msg)
+            if message[0] == 2:
+                self.heard.append((message[2], message[3]))
+            await super().route_message(raw_msg)
+
+        async def ask(self, action, **fields):
+            """The answer to a Call; a CALLERROR is raised."""
+            call = getattr(version.call, action)(**fields)
+            return await self.call(call, suppress=False)
+
+        def of(self, action):
+            return [payload for name, payload in self.heard if name == action]
+
+    def handler(action, made):
+        def handle(self, **_):
+            payload = made(self.of(action)[-1]) if callable(made) else made
+            snake = ocpp.charge_point.camel_to_snake_case(payload)
+            return getattr(version.call_result, action)(**snake)
+        handle.__name__ = f"on_{action}"
+        return ocpp.routing.on(action)(handle)
+
+    for action, made in answers.items():
+        setattr(Party, f"on_{action}", handler(action, made))
+    return Party
+
+
+class Central:
+    """Plays a central system of the package: `at[identity]` is its end of a connection."""
+
+    def __init__(self, version, answers):
+        self.kind, self.at = party(version, answers), {}
+
+    async def __call__(self, socket_):
+        identity = identity_there(socket_)
+        self.at[identity] = self.kind(identity, socket_)
+        await self.at[identity].task
+
+
+def assert_quiet(caplog):
+    """Nothing went wrong that was not foreseen."""
+    wrong = [r for r in caplog.records if (r.exc_info or r.levelno >= logging.ERROR)
+             and r.name != SILENCED.name]
+    assert not wrong, [r.getMessage() for r in wrong] + [str(r.exc_info) for r in wrong]
+
+
+async def told_by(site, *kinds):
+    """What the relay put on record, the oldest first."""
+    records = await site.get("/api/proxy?limit=1000")
+    return [r for r in reversed(records) if not kinds or r["type"] in kinds]
+
+
+async def line_of(site, identity="CP-1"):
+    upstreams = await site.get("/api/proxy/upstreams")
+    return next(line for up in upstreams for line in up["lines"] if line["identity"] == identity)
+
+
+AT = "2026-09-21T13:{:02}:00Z".format            # a minute
+ACCEPTS = {"idTokenInfo": {"status": "Accepted"}}
+CENTRAL_16 = {
+    "BootNotification": {"currentTime": AT(0), "interval": 300, "status": "Accepted"},
+    "StatusNotification": {}, "MeterValues": {}, "Authorize": {"idTagInfo": {"status": "Accepted"}},
+    "Heartbeat": {"currentTime": AT(0)}, "StopTransaction": {"idTagInfo": {"status": "Accepted"}},
+    "StartTransaction": lambda told: {"transactionId": 7000 + told["meterStart"],
+                                      "idTagInfo": {"status": "Accepted"}},
+    "DiagnosticsStatusNotification": {}, "FirmwareStatusNotification": {}}
+CENTRAL_2X = {
+    "BootNotification": {"currentTime": AT(0), "interval": 300, "status": "Accepted"},
+    "StatusNotification": {}, "MeterValues": {}, "Authorize": ACCEPTS, "NotifyEvent": {},
+    "Heartbeat": {"currentTime": AT(0)}, "NotifyReport": {}, "LogStatusNotification": {},
+    "FirmwareStatusNotification": {},
+    "TransactionEvent": lambda told: ACCEPTS if "idToken" in told else {}}
+
+
+def wh(value, minute, **more):
+    """A meter value of 1.6 or 2.x: the type of the value tells which."""
+    return {"timestamp": AT(minute), "sampledValue": [
+        {"value": value, "measurand": "Energy.Active.Import.Register"} | more]}
+
+
+def register_of(event, context=None):
+    """The energy that a 2.x event tells, in Wh."""
+    found = [s["value"] for meter in event.get("meterValue", ()) for s in meter["sampledValue"]
+             if context in (None, s.get("context"))]
+    return found[-1] if found else None
+
+
+@pytest.mark.parametrize("version, protocol", [(ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
+@with_loop
+async def test_a_station_of_16_charges_at_two_connectors_before_a_newer_central_system(
+        version, protocol, caplog):
+    central = Central(version, CENTRAL_2X)
+    async with relaying(central, protocol=protocol) as (upstream, site):
+        station = party(ocpp.v16, {"RemoteStopTransaction": {"status": "Accepted"}})(
+            "CP-1", await site.station("CP-1"))
+        boot = await station.ask("BootNotification", charge_point_model="M",
+                                 charge_point_vendor="V")
+        assert boot.status == "Accepted" and boot.interval == 300
+        for place, status in ((0, "Available"), (1, "Preparing"), (2, "Preparing")):
+            await station.ask("StatusNotification", connector_id=place, error_code="NoError",
+                              status=status, timestamp=AT(0))
+        answer = await station.ask("Authorize", id_tag="ALICE")
+        assert answer.id_tag_info["status"] == "Accepted"
+        first, second = [(await station.ask(
+            "StartTransaction", connector_id=place, id_tag=tag, meter_start=start,
+            timestamp=AT(place))).transaction_id for place, tag, start in (
+                (1, "ALICE", 100), (2, "BOB", 2000))]
+        assert first != second
+        for place in (1, 2):
+            await station.ask("StatusNotification", connector_id=place, error_code="NoError",
+                              status="Charging", timestamp=AT(3))
+        for minute in (4, 5, 6):
+            for place, number in ((2, second), (1, first)):
+                await station.ask("MeterValues", connector_id=place, transaction_id=number,
+                                  meter_value=[wh(f"{2000 * place + minute}", minute)])
+        there = central.at["CP-1"]
+        events = there.of("TransactionEvent")
+        of_second = next(e["transactionInfo"]["transactionId"] for e in events
+                         if e["evse"]["id"] == 2)
+        stop = await there.ask("RequestStopTransaction", transaction_id=of_second)
+        assert stop.status == "Accepted"
+        assert station.heard == [("RemoteStopTransaction", {"transactionId": second})]
+        await station.ask("StopTransaction", transaction_id=second, meter_stop=2500,
+                          reason="Remote", timestamp=AT(7), transaction_data=[
+                              wh("2000", 2, context="Transaction.Begin"), wh("2450", 6),
+                              wh("2500", 7, context="Transaction.End")])
+        await station.ask("StopTransaction", transaction_id=first, meter_stop=900, id_tag="ALICE",
+                          timestamp=AT(8), reason="EVDisconnected",
+                          transaction_data=[wh("900", 8, context="Transaction.End")])
+        events = there.of("TransactionEvent")
+        assert not await told_by(site, "error", "refused")
+        rows = await site.get("/api/transactions")
+        assert [row["status"] for row in rows] == ["stopped", "stopped"]
+    assert len({e["transactionInfo"]["transactionId"] for e in events}) == 2
+    for evse, token, start, end, reason in ((1, "ALICE", 100, 900, "EVDisconnected"),
+                                            (2, "BOB", 2000, 2500, "Remote")):
+        mine = [e for e in events if e["transactionInfo"]["transactionId"] == str(
+            (first, second)[evse - 1])]
+        assert {e["evse"]["id"] for e in mine} == {evse}
+        assert [e["seqNo"] for e in mine] == list(range(len(mine))) and len(mine) == 6
+        assert [e["eventType"] for e in mine] == ["Started"] + ["Updated"] * 4 + ["Ended"]
+        assert mine[0]["idToken"]["idToken"] == token
+        assert register_of(mine[0], "Transaction.Begin") == start
+        assert register_of(mine[-1], "Transaction.End") == end
+        assert mine[-1]["transactionInfo"]["stoppedReason"] == reason
+        assert [register_of(e) for e in mine[2:-1]] == [2000 * evse + m for m in (4, 5, 6)]
+    statuses = there.of("StatusNotification")
+    assert [(s["evseId"], s["connectorStatus"]) for s in statuses] == [
+        (1, "Occupied"), (2, "Occupied")] * 2
+    assert_quiet(caplog)
+
+
+STATION_2X = {
+    "RequestStartTransaction": {"status": "Accepted"},
+    "RequestStopTransaction": {"status": "Accepted"}, "Reset": {"status": "Scheduled"},
+    "TriggerMessage": {"status": "Accepted"}, "SetChargingProfile": {"status": "Accepted"},
+    "ReserveNow": {"status": "Occupied"},
+    "GetLog": {"status": "Accepted", "filename": "log.gz"},
+    "SetVariables": lambda told: {"setVariableResult": [
+        {key: one[key] for key in ("component", "variable")} | {"attributeStatus": "RebootRequired"}
+        for one in told["setVariableData"]]},
+    "GetVariables": lambda told: {"getVariableResult": [
+        {key: one[key] for key in ("component", "variable")} | (
+            {"attributeStatus": "Accepted", "attributeValue": "77"}
+            if one["variable"]["name"] == "HeartbeatInterval"
+            else {"attributeStatus": "UnknownVariable"}) for one in told["getVariableData"]]}}
+
+
+@pytest.mark.parametrize("version, protocol", [(ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
+@with_loop
+async def test_a_newer_station_charges_before_a_central_system_of_16(version, protocol, caplog):
+    central = Central(ocpp.v16, CENTRAL_16)
+    async with relaying(central, protocol="ocpp1.6") as (upstream, site):
+        station = party(version, STATION_2X)("CP-1", await site.station("CP-1", protocol))
+        await station.ask("BootNotification", reason="PowerUp",
+                          charging_station={"model": "M", "vendorName": "V"})
+        token = {"idToken": "ALICE", "type": "ISO14443"}
+
+        async def status(word, minute):
+            await station.ask("StatusNotification", timestamp=AT(minute), connector_status=word,
+                              evse_id=1, connector_id=1)
+
+        async def event(kind, number, trigger, state, more=(), **fields):
+            return await station.ask(
+                "TransactionEvent", event_type=kind, timestamp=AT(number + 1), seq_no=number,
+                trigger_reason=trigger, evse={"id": 1, "connectorId": 1}, **fields,
+                transaction_info={"transactionId": "tx-1", "chargingState": state} | dict(more))
+        await status("Available", 0)
+        await status("Occupied", 1)
+        await event("Started", 0, "CablePluggedIn", "EVConnected",
+                    meter_value=[wh(500, 1, context="Transaction.Begin")])
+        there = central.at["CP-1"]
+        assert not there.of("StartTransaction"), "nobody is known to charge yet"
+        answer = await event("Updated", 1, "Authorized", "EVConnected", id_token=token)
+        assert answer.id_token_info["status"] == "Accepted"
+        await event("Updated", 2, "ChargingStateChanged", "Charging")
+        await event("Updated", 3, "MeterValuePeriodic", "Charging", meter_value=[wh(800, 4)])
+        await event("Updated", 4, "ChargingStateChanged", "SuspendedEV")
+        stop = await there.ask("RemoteStopTransaction", transaction_id=7500)
+        assert stop.status == "Accepted"
+        await event("Ended", 5, "RemoteStop", "EVConnected", [("stoppedReason", "Remote")],
+                    meter_value=[wh(950, 6, context="Transaction.End")])
+        await status("Available", 7)
+        await _obeys_a_central_system_of_16(there, station)
+        assert not await told_by(site, "error", "refused")
+    started, = there.of("StartTransaction")
+    assert started == {"connectorId": 1, "idTag": "ALICE", "meterStart": 500, "timestamp": AT(1)}
+    stopped, = there.of("StopTransaction")
+    assert (stopped["transactionId"], stopped["meterStop"], stopped["reason"]) == (
+        7500, 950, "Remote")
+    assert stopped["transactionData"][0]["sampledValue"][0]["value"] == "950"
+    metered = [told for told in there.of("MeterValues") if told.get("transactionId") == 7500]
+    assert [m["meterValue"][0]["sampledValue"][0]["value"] for m in metered] == ["800"]
+    words = [s["status"] for s in there.of("StatusNotification")]
+    assert [word for word, _ in itertools.groupby(words)] == [
+        "Available", "Preparing", "Charging", "SuspendedEV", "Finishing", "Available"]
+    assert_quiet(caplog)
+
+
+async def _obeys_a_central_system_of_16(there, station):
+    station.heard.clear()
+    answer = await there.ask("RemoteStartTransaction", id_tag="BOB", connector_id=1)
+    assert answer.status == "Accepted"
+    started, = station.of("RequestStartTransaction")
+    assert started["idToken"]["idToken"] == "BOB" and started["evseId"] == 1
+    answer = await there.ask("ChangeConfiguration", key="HeartbeatInterval", value="77")
+    assert answer.status == "RebootRequired"
+    set_, = station.of("SetVariables")
+    assert set_["setVariableData"] == [{
+        "attributeValue": "77", "component": {"name": "OCPPCommCtrlr"},
+        "variable": {"name": "HeartbeatInterval"}}]
+    answer = await there.ask("GetConfiguration", key=["HeartbeatInterval", "Zzz"])
+    assert [(k["key"], k["value"]) for k in answer.configuration_key] == [
+        ("HeartbeatInterval", "77")] and answer.unknown_key == ["Zzz"]
+    assert (await there.ask("Reset", type="Hard")).status == "Accepted"
+    assert station.of("Reset") == [{"type": "Immediate"}]
+    answer = await there.ask("TriggerMessage", requested_message="StatusNotification",
+                             connector_id=1)
+    assert answer.status == "Accepted" and station.of("TriggerMessage") == [
+        {"requestedMessage": "StatusNotification", "evse": {"id": 1, "connectorId": 1}}]
+    answer = await there.ask("SetChargingProfile", connector_id=1, cs_charging_profiles={
+        "chargingProfileId": 5, "stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
+        "chargingProfileKind": "Relative", "chargingSchedule": {
+            "chargingRateUnit": "A",
+            "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 10.5}]}})
+    assert answer.status == "Accepted"
+    profile = station.of("SetChargingProfile")[0]["chargingProfile"]
+    assert profile["chargingSchedule"][0]["chargingSchedulePeriod"] == [
+        {"startPeriod": 0, "limit": 10.5}]
+    answer = await there.ask("ReserveNow", connector_id=1, expiry_date=AT(59), id_tag="BOB",
+                             reservation_id=3)
+    assert answer.status == "Occupied" and station.of("ReserveNow")[0]["id"] == 3
+    answer = await there.ask("GetDiagnostics", location="ftp://host.example/")
+    assert answer.file_name == "log.gz"
+    assert station.of("GetLog")[0]["logType"] == "DiagnosticsLog"
+
+
+STATION_16 = {
+    "GetConfiguration": lambda told: {"configurationKey": [
+        {"key": key, "readonly": False, "value": "300"}
+        for key in told.get("key", ("HeartbeatInterval", "MeterValueSampleInterval"))
+        if key != "ConnectionTimeOut"]},
+    "ChangeConfiguration": {"status": "Accepted"}, "ChangeAvailability": {"status": "Scheduled"},
+    "UnlockConnector": {"status": "NotSupported"}, "SetChargingProfile": {"status": "Accepted"},
+    "SendLocalList": {"status": "VersionMismatch"}, "UpdateFirmware": {},
+    "GetDiagnostics": {"fileName": "diagnostics.zip"}, "InstallCertificate": {"status": "Accepted"}}
+
+
+def variable(component, name, **more):
+    return {"component": {"name": component}, "variable": {"name": name}} | more
+
+
+@with_loop
+async def test_a_station_of_16_obeys_a_central_system_of_201(caplog):
+    central = Central(ocpp.v201, CENTRAL_2X)
+    async with relaying(central, protocol="ocpp2.0.1") as (upstream, site):
+        station = party(ocpp.v16, STATION_16)("CP-1", await site.station("CP-1"))
+        await station.ask("BootNotification", charge_point_model="M", charge_point_vendor="V")
+        there = central.at["CP-1"]
+        answer = await there.ask("GetVariables", get_variable_data=[
+            variable("OCPPCommCtrlr", "HeartbeatInterval"), variable("Toaster", "Browning")])
+        assert [r["attribute_status"] for r in answer.get_variable_result][0] == "Accepted"
+        assert answer.get_variable_result[0]["attribute_value"] == "300"
+        answer = await there.ask("SetVariables", set_variable_data=[
+            variable("OCPPCommCtrlr", "HeartbeatInterval", attributeValue="60")])
+        assert answer.set_variable_result[0]["attribute_status"] == "Accepted"
+        assert station.of("ChangeConfiguration") == [{"key": "HeartbeatInterval", "value": "60"}]
+        answer = await there.ask("GetBaseReport", request_id=9, report_base="FullInventory")
+        assert answer.status == "Accepted"
+        await until(lambda: there.of("NotifyReport"))
+        report, = there.of("NotifyReport")
+        assert (report["requestId"], report["seqNo"], len(report["reportData"])) == (9, 0, 2)
+        answer = await there.ask("ChangeAvailability", operational_status="Inoperative",
+                                 evse={"id": 2})
+        assert answer.status == "Scheduled"
+        assert station.of("ChangeAvailability") == [{"type": "Inoperative", "connectorId": 2}]
+        answer = await there.ask("UnlockConnector", evse_id=1, connector_id=1)
+        assert answer.status == "UnknownConnector"
+        answer = await there.ask("SetChargingProfile", evse_id=1, charging_profile={
+            "id": 5, "stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
+            "chargingProfileKind": "Relative", "chargingSchedule": [{
+                "id": 1, "chargingRateUnit": "W",
+                "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 7400.0}]}]})
+        assert answer.status == "Accepted"
+        profile = station.of("SetChargingProfile")[0]["csChargingProfiles"]
+        assert profile["chargingSchedule"]["chargingSchedulePeriod"][0]["limit"] == 7400
+        answer = await there.ask("SendLocalList", version_number=4, update_type="Differential",
+                                 local_authorization_list=[{
+                                     "idToken": {"idToken": "ALICE", "type": "ISO14443"},
+                                     "idTokenInfo": {"status": "Accepted"}}])
+        assert answer.status == "VersionMismatch"
+        assert station.of("SendLocalList")[0]["localAuthorizationList"][0]["idTag"] == "ALICE"
+        answer = await there.ask("GetLog", log={"remoteLocation": "ftp://host.example/"},
+                                 log_type="DiagnosticsLog", request_id=11)
+        assert (answer.status, answer.filename) == ("Accepted", "diagnostics.zip")
+        await station.ask("DiagnosticsStatusNotification", status="Uploaded")
+        assert there.of("LogStatusNotification")[-1] == {"status": "Uploaded", "requestId": 11}
+        answer = await there.ask("UpdateFirmware", request_id=12, firmware={
+            "location": "https://host.example/f.bin", "retrieveDateTime": AT(30)})
+        assert answer.status == "Accepted" and station.of("UpdateFirmware") == [
+            {"location": "https://host.example/f.bin", "retrieveDate": AT(30)}]
+        answer = await there.ask("InstallCertificate", certificate="-----BEGIN",
+                                 certificate_type="CSMSRootCertificate")
+        assert answer.status == "Accepted"
+        assert station.of("InstallCertificate")[0]["certificateType"] == (
+            "CentralSystemRootCertificate")
+        assert not await told_by(site, "error", "refused")
+        with pytest.raises(ocpp.exceptions.NotSupportedError):
+            await there.ask("SetDisplayMessage", message={
+                "id": 1, "priority": "NormalCycle",
+                "message": {"format": "UTF8", "content": "Hello"}})
+        refused, = await told_by(site, "refused")
+        assert (refused["method"], refused["direction"]) == ("SetDisplayMessage", "DOWN")
+        assert refused["error"].startswith("NotSupported")
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+# Frame by frame, with the same version on both sides
+
+
+class Raw:
+    """Plays a central system by frames: `heard` is what came, `to(frame)` answers a Call."""
+
+    def __init__(self, to=None):
+        self.to, self.heard, self.socket = to or self.accept, [], None
+
+    async def __call__(self, socket_):
+        self.socket = socket_
+        async for frame in socket_:
+            self.heard.append(frame)
+            answer = self.to(frame) if json.loads(frame)[0] == 2 else None
+            if inspect.isawaitable(answer):
+                answer = await answer
+            for one in [answer] if isinstance(answer, (str, bytes)) else answer or ():
+                await socket_.send(one)
+
+    def accept(self, frame):
+        """What a good one says."""
+        _, id_, action, payload = json.loads(frame)
+        made = CENTRAL_16.get(action, {})
+        return json.dumps([3, id_, made(payload) if callable(made) else made])
+
+    def calls(self, *actions):
+        """[(Action, payload)] of the Calls that came, of these Actions."""
+        messages = map(json.loads, self.heard)
+        return [(m[2], m[3]) for m in messages if m[0] == 2 and (not actions or m[2] in actions)]
+
+
+ODD_CALLS = [
+    '[2,"1","Heartbeat",{}]', ' [ 2 , "a b" ,\t"Heartbeat" , { } ] ',
+    '[2,"\\u0061\\/2","DataTransfer",{"data":"\\u00e9é\\ud83d\\ude00😀\\u0000\\/","vendorId":"v"}]',
+    '[2,"3","VendorOwnAction",{"b":[1.50,-0.0,1E+2,123456789012345678901234567890],"a":null}]',
+    '[2,"4","MeterValues",{"meterValue":[{"sampledValue":[{"format":"SignedData","value":"OCMF|{}|'
+    '\\"AA==\\"","context":"Transaction.End"}],"timestamp":"2026-09-21T13:33:20.000+00:00"}],'
+    '"connectorId":1}]',
+    '[2,"5","DataTransfer",{"vendorId":"v","data":"' + "x" * 70_000 + '"}]',
+    '[2,"1","Heartbeat",{  "customData" : {"vendorId":"\\u00df"} }]']
+ODD_ANSWERS = [
+    lambda id_: f'[3,{id_},{{"currentTime":"2026-09-21T13:33:20Z" }}]',
+    lambda id_: f' [3 , {id_},  {{"z":1.50, "a":"\\u00e9é"}} ] ',
+    lambda id_: f'[4,{id_},"GenericError","\\u00fcber\\/",{{"cause": [1e2]}}]',
+    lambda id_: f'[4, {id_}, "VendorCode", "", {{}}]',
+    lambda id_: f'[3,{id_},{{"data":"{"y" * 70_000}"}}]']
+
+
+def id_text_of(frame):
+    return re.match(r'\s*\[\s*\d\s*,\s*("(?:[^"\\]|\\.)*")', frame)[1]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_with_one_version_on_both_sides_frames_pass_byte_for_byte(protocol, caplog):
+    answers = [ODD_ANSWERS[n % len(ODD_ANSWERS)](id_text_of(frame))
+               for n, frame in enumerate(ODD_CALLS)]
+    given = iter(answers)
+    central = Raw(lambda frame: next(given))
+    async with relaying(central) as (upstream, site):
+        station = await site.station("CP-1", protocol, max_size=None)
+        back = []
+        for frame in ODD_CALLS:
+            await station.send(frame)
+            back.append(await station.recv())
+        assert central.heard == ODD_CALLS and back == answers
+        assert upstream.sockets[0].subprotocol == protocol
+        commands = [frame.replace("Heartbeat", "ClearCache") for frame in ODD_CALLS]
+        results = [ODD_ANSWERS[n % len(ODD_ANSWERS)](id_text_of(frame))
+                   for n, frame in enumerate(commands)]
+        central.heard.clear()
+        for command, result in zip(commands, results, strict=True):
+            await central.socket.send(command)
+            assert await station.recv() == command
+            await station.send(result)
+            await until(lambda result=result: central.heard and central.heard[-1] == result)
+        assert central.heard == results
+        assert (await line_of(site))["errors"] == 0
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_a_station_that_no_upstream_is_there_for_is_served_by_the_board():
+    central = Raw()
+    async with relaying(central, stations=["EU-*"]) as (upstream, site):
+        for identity in ("CP-1", "EU-1"):
+            station = await site.station(identity)
+            assert (await exchange(station, "Heartbeat", {}))[0] == 3
+        assert len(central.heard) == len(upstream.knocks) == 1
+        assert list(site.daemon.relay.lines) == ["EU-1"]
+
+
+@with_loop
+async def test_message_ids_are_the_same_however_they_are_written():
+    def answered(frame):                                 # as other JSON libraries write it
+        return json.dumps([3, json.loads(frame)[1], {"currentTime": AT(0)}])
+    central = Raw(answered)
+    async with relaying(central) as (upstream, site):
+        station = await site.station("CP-1")
+        for id_ in ('"\\u0061b"', '"é😀"', '"a\\/b"'):
+            await station.send(f'[2,{id_},"Heartbeat",{{}}]')
+            answer = await asyncio.wait_for(station.recv(), 2)
+            assert json.loads(answer) == [3, json.loads(id_), {"currentTime": AT(0)}]
+        central.heard.clear()
+        for id_ in ('"\\u0061c"', '"é"'):
+            await central.socket.send(f'[2,{id_},"ClearCache",{{}}]')
+            await station.recv()
+            await station.send(json.dumps([3, json.loads(id_), {"status": "Accepted"}]))
+            await until(lambda: central.heard, 2)
+            assert json.loads(central.heard.pop()) == [3, json.loads(id_), {"status": "Accepted"}]
+
+
+@with_loop
+async def test_a_command_of_the_board_goes_between_those_of_upstream():
+    central = Raw()
+    async with relaying(central) as (upstream, site):
+        station = await site.station("CP-1")
+        await exchange(station, "Heartbeat", {}, "h")
+        first = '[2,"same id","ClearCache",{}]'
+        await central.socket.send(first)
+        assert await station.recv() == first
+        ours = asyncio.create_task(site.fetch("/api/connections/CP-1/call", "POST", {
+            "action": "Reset", "payload": {"type": "Soft"}}))
+        await central.socket.send('[2,"third","ClearCache",{ }]')
+        with pytest.raises(TimeoutError):                # one at a time
+            await asyncio.wait_for(station.recv(), 0.1)
+        await exchange(station, "Heartbeat", {}, "meanwhile")
+        await station.send('[3,"same id",{"status":"Accepted"}]')
+        seen = {}
+        for _ in range(2):
+            _, id_, action, _ = json.loads(await station.recv())
+            seen[action] = id_
+            await station.send(f'[3,"{id_}",{{"status":"Rejected"}}]')
+        status, answer, _ = await ours
+        assert status == 200 and answer["result"] == {"status": "Rejected"}
+        await until(lambda: len(central.heard) == 4)
+        await central.socket.send(first)                 # the same message id once more
+        assert await station.recv() == first
+        await station.send('[3,"same id",{"status":"Rejected"}]')
+        await until(lambda: len(central.heard) == 5)
+        assert seen["ClearCache"] == "third" and seen["Reset"] not in str(central.heard)
+        assert central.heard[2:] == [
+            '[3,"same id",{"status":"Accepted"}]', '[3,"third",{"status":"Rejected"}]',
+            '[3,"same id",{"status":"Rejected"}]']
+
+
+@with_loop
+async def test_sends_and_refused_results_of_21_pass_both_ways(caplog):
+    central = Raw(lambda frame: f'[3,"{json.loads(frame)[1]}",{{}}]')
+    up = ['[6,"s-1","NotifyPeriodicEventStream",{"id":1,"pending":0,"basetime":'
+          '"2026-09-21T13:33:20Z","data":[{"t":0,"v":"1.50"}]}]', '[6, "s-2" ,"OwnSend",{ }]',
+          '[5,"c-1","FormatViolation","\\u00fc",{ }]']
+    down = ['[6, "d-1","OwnSend",{"a":1.0}]', '[5, "h","TypeConstraintViolation","",{"x" : 1}]']
+    async with relaying(central) as (upstream, site):
+        station = await site.station("CP-1", "ocpp2.1")
+        await exchange(station, "Heartbeat", {}, "h")
+        central.heard.clear()
+        for frame in up:
+            await station.send(frame)
+        await until(lambda: len(central.heard) == len(up))
+        assert central.heard == up
+        for frame in down:
+            await central.socket.send(frame)
+            assert await station.recv() == frame
+    assert_quiet(caplog)
+
+
+# An upstream that dies and comes back
+
+
+class Mortal(Raw):
+    """A central system that dies of some messages before it answers them, and at some moments.
+
+    It gives transaction ids of its own, the same one where a message comes again.
+    """
+
+    def __init__(self, seed, protocol):
+        super().__init__(self.take)
+        self.chance, self.protocol, self.upstream = random.Random(seed), protocol, None
+        self.told, self.died_of, self.ids, self.deaths = {}, Counter(), itertools.count(50_000), 0
+
+    async def __call__(self, socket_):
+        identity = identity_there(socket_)
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for frame in socket_:
+                answer = self.take(frame, identity)
+                if answer is None:
+                    await self.die()
+                    return
+                await socket_.send(answer)
+
+    def take(self, frame, identity):
+        kind, id_, action, payload = json.loads(frame)
+        again = (identity, id_) in self.told
+        if not again:
+            given = next(self.ids) if action == "StartTransaction" else None
+            self.told[identity, id_] = (action, payload, given)
+        assert self.told[identity, id_][:2] == (action, payload), "the same id, something else"
+        if action in KEPT_CALLS and self.died_of[identity, id_] < 2 and self.chance.random() < 0.04:
+            self.died_of[identity, id_] += 1
+            return None
+        if action == "StartTransaction":
+            return json.dumps([3, id_, {"idTagInfo": {"status": "Accepted"},
+                                        "transactionId": self.told[identity, id_][2]}])
+        made = (CENTRAL_16 if self.protocol == "ocpp1.6" else CENTRAL_2X)[action]
+        return json.dumps([3, id_, made(payload) if callable(made) else made])
+
+    async def die(self):
+        self.deaths += 1
+        self.upstream.down = True
+        self.upstream.kill()
+        asyncio.get_running_loop().call_later(self.chance.uniform(0, 0.06), self.rise)
+
+    def rise(self):
+        self.upstream.down = False
+
+    async def die_now_and_then(self):
+        while True:
+            await asyncio.sleep(self.chance.uniform(0.1, 0.3))
+            await self.die()
+
+
+KEPT_CALLS = ("StartTransaction", "StopTransaction", "MeterValues", "TransactionEvent")
+
+
+async def _charges_16(station, identity, sessions):
+    """{(identity, start): energy} of sessions, one after another, at connectors 1 and 2 in turn."""
+    done, ids = {}, itertools.count(1)
+    for number in range(sessions):
+        start, place = 1000 * number, 1 + number % 2
+        at = ocppboard.iso(NOW + 60 * number)
+
+        async def says(action, **payload):
+            answer = await exchange(station, action, payload, f"{identity}-{next(ids)}")
+            assert answer[0] == 3, answer
+            return answer[2]
+        began = await says("StartTransaction", connectorId=place, idTag=f"T{number}",
+                           meterStart=start, timestamp=at)
+        assert began["idTagInfo"]["status"] == "Accepted"
+        for step in (1, 2):
+            await says("MeterValues", connectorId=place, transactionId=began["transactionId"],
+                       meterValue=[{"timestamp": at, "sampledValue": [
+                           {"value": str(start + step)}]}])
+        await says("StopTransaction", transactionId=began["transactionId"], timestamp=at,
+                   meterStop=start + 10 + number)
+        done[identity, start] = 10 + number
+    return done
+
+
+async def _charges_2x(station, identity, sessions):
+    done, ids = {}, itertools.count(1)
+    for number in range(sessions):
+        start = 1000 * number
+        for seq_no, kind in enumerate(("Started", "Updated", "Updated", "Ended")):
+            value = start + 10 + number if kind == "Ended" else start + seq_no
+            more = {"idToken": {"idToken": "A", "type": "Central"}} if kind == "Started" else {}
+            answer = await exchange(station, "TransactionEvent", {
+                "eventType": kind, "timestamp": AT(1), "triggerReason": "MeterValuePeriodic",
+                "seqNo": seq_no, "transactionInfo": {"transactionId": f"{identity}/{number}"},
+                "evse": {"id": 1, "connectorId": 1}, "meterValue": [
+                    {"timestamp": AT(1), "sampledValue": [{"value": value}]}]} | more,
+                f"{identity}-{next(ids)}")
+            assert answer[0] == 3, answer
+        done[identity, start] = 10 + number
+    return done
+
+
+def _arrived_16(told):
+    """{(identity, start): (energy, meter values)}, of messages in the order they came in."""
+    running, arrived = {}, {}
+    for (identity, _), (action, payload, number) in told.items():
+        if action == "StartTransaction":
+            assert (identity, payload["meterStart"]) not in arrived, "started twice"
+            arrived[identity, payload["meterStart"]] = None
+            running[identity, number] = [payload["meterStart"], []]
+        elif action == "MeterValues":
+            start, values = running[identity, payload["transactionId"]]
+            values.append(int(payload["meterValue"][0]["sampledValue"][0]["value"]) - start)
+        elif action == "StopTransaction":
+            start, values = running.pop((identity, payload["transactionId"]))
+            assert values == [1, 2], values
+            arrived[identity, start] = payload["meterStop"] - start
+    return arrived
+
+
+def _arrived_2x(told):
+    running, arrived = {}, {}
+    for (identity, _), (action, payload, _) in told.items():
+        if action != "TransactionEvent":
+            continue
+        key = identity, payload["transactionInfo"]["transactionId"]
+        events = running.setdefault(key, [])
+        assert payload["seqNo"] == len(events), (key, payload["seqNo"], len(events))
+        events.append(payload)
+        if payload["eventType"] == "Ended":
+            assert [e["eventType"] for e in events] == ["Started", "Updated", "Updated", "Ended"]
+            registers = [register_of(e) for e in events]
+            start = registers[0]
+            assert registers[1:3] == [start + 1, start + 2] and (identity, start) not in arrived
+            arrived[identity, start] = registers[-1] - start
+    return arrived
+
+
+@pytest.mark.parametrize("protocol, upstreams, seed", [
+    ("ocpp1.6", "ocpp1.6", 1), ("ocpp2.0.1", "ocpp2.0.1", 2), ("ocpp1.6", "ocpp2.0.1", 3)])
+@with_loop
+async def test_each_session_arrives_once_and_whole_though_upstream_dies_again_and_again(
+        protocol, upstreams, seed, caplog):
+    central = Mortal(seed, upstreams)
+    async with relaying(central, protocol=upstreams, retry_s=(0.02, 0.08),
+                        keys={"ocpp_max_calls_per_second": 0}) as (upstream, site):
+        central.upstream = upstream
+        killer = asyncio.create_task(central.die_now_and_then())
+        charges = _charges_16 if protocol == "ocpp1.6" else _charges_2x
+        identities = [f"CP-{number}" for number in range(5)]
+        stations = [await site.station(identity, protocol) for identity in identities]
+        done = await asyncio.gather(*(charges(station, identity, 40)
+                                      for station, identity in zip(stations, identities,
+                                                                   strict=True)))
+        killer.cancel()
+        lines = site.daemon.relay.lines.values()
+        await until(lambda: all(not line.waiting and not line.in_flight for line in lines), 10)
+        assert sum(line.counts["lost"] for line in lines) == 0
+    expected = {key: energy for part in done for key, energy in part.items()}
+    arrived = (_arrived_16 if upstreams == "ocpp1.6" else _arrived_2x)(central.told)
+    assert arrived == expected and len(expected) == 200 and central.deaths > 5
+    assert_quiet(caplog)
+
+
+# Bad upstreams
+
+
+class Talker:
+    """A bare 1.6 station that answers each command with `Accepted`, and measures our answers."""
+
+    def __init__(self, socket_):
+        self.socket, self.ids = socket_, itertools.count(1)
+        self.waits, self.commands, self.odd, self.slowest_s = {}, [], [], 0.0
+        self.task = asyncio.create_task(self._listen())
+
+    async def _listen(self):
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for frame in self.socket:
+                message = json.loads(frame)
+                if message[0] == 2:
+                    self.commands.append(message)
+                    await self.socket.send(json.dumps([3, message[1], {"status": "Accepted"}]))
+                elif message[1] in self.waits:
+                    self.waits.pop(message[1]).set_result(message)
+                else:
+                    self.odd.append(message)
+
+    async def say(self, action, payload, seconds=10):
+        """The answer: [3, id, payload] or [4, …]."""
+        id_, began = f"m-{next(self.ids)}", time.monotonic()
+        self.waits[id_] = asyncio.get_running_loop().create_future()
+        await self.socket.send(json.dumps([2, id_, action, payload]))
+        answer = await asyncio.wait_for(self.waits[id_], seconds)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        return answer
+
+    async def session(self, start=100, energy=50):
+        """Charge once; returns the transaction's id."""
+        _, _, began = await self.say("StartTransaction", START_16 | {"meterStart": start})
+        number = began["transactionId"]
+        await self.say("StopTransaction", {"transactionId": number, "meterStop": start + energy,
+                                           "timestamp": AT(40)})
+        return number
+
+
+def told_id(frame):
+    return json.loads(frame)[1]
+
+
+right = Raw().to                                 # what a good upstream answers
+
+
+async def too_late(frame):
+    await asyncio.sleep(1.3)
+    return right(frame)
+
+
+WRONG_ANSWERS = {
+    "nonsense": lambda frame: "what?",
+    "an empty frame": lambda frame: "",
+    "half an answer": lambda frame: right(frame)[:-2],
+    "a number": lambda frame: f"[3,{json.dumps(told_id(frame))},5]",
+    "a list": lambda frame: f"[3,{json.dumps(told_id(frame))},[]]",
+    "nothing in the answer": lambda frame: f"[3,{json.dumps(told_id(frame))},{{}}]",
+    "other types": lambda frame: json.dumps([3, told_id(frame), {
+        "status": 5, "interval": "x", "transactionId": "y", "idTagInfo": []}]),
+    "an id beyond any": lambda frame: json.dumps([3, told_id(frame), {
+        "transactionId": 10 ** 30, "idTagInfo": {"status": "Accepted"}}]),
+    "bytes": lambda frame: b"\xff\xfe\x00",
+    "a message of no type": lambda frame: f'[9,{json.dumps(told_id(frame))},{{}}]',
+    "deep": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":{"[" * 5000}{"]" * 5000}}}]',
+    "a wrong id": lambda frame: '[3,"another",{}]',
+    "the same twice": lambda frame: [right(frame), right(frame)],
+    "late": too_late, "never": lambda frame: None,
+    "an error": lambda frame: f'[4,{json.dumps(told_id(frame))},"InternalError","",{{}}]',
+    "errors of no form": lambda frame: f'[4,{json.dumps(told_id(frame))}]',
+    "a megabyte": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":"{"y" * 1_048_000}"}}]',
+    "two megabytes": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":"{"y" * 2_100_000}"}}]',
+    "commands": lambda frame: [
+        *(f'[2,"c{number}","ClearCache",{{}}]' for number in range(60)), right(frame)],
+    "our own words": lambda frame: frame,
+}
+
+
+async def _hangs_up(socket_):
+    return
+
+
+async def _hangs_up_on_a_message(socket_):
+    await socket_.recv()
+    socket_.transport.abort()
+
+
+BAD_HANDSHAKES = {
+    "401": {"status": 401}, "404": {"status": 404}, "503": {"status": 503}, "no": {"down": True},
+    "200": {"status": 200}, "302": {"status": 302}}
+BAD_BYTES = {
+    "silence": b"", "another protocol": b"SSH-2.0-OpenSSH_9.7\r\n" * 10,
+    "no end": b"HTTP/1.1 101 Switching Protocols\r\n" + b"X: " + b"y" * 100_000,
+    "a wrong key": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
+                   b"\r\nSec-WebSocket-Accept: AAAA\r\n\r\n"}
+
+
+@with_loop
+async def test_whatever_upstream_does_the_station_has_its_answers_in_time(caplog):
+    """Many upstreams of one board, each bad in its own way to a station of its own."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstreams = {}
+
+        async def of(name, play, **options):
+            central = await stack.enter_async_context(Upstream(play, **options))
+            upstreams[name] = central.url
+            return central
+        for name, answer in WRONG_ANSWERS.items():
+            await of(name, Raw(answer))
+        await of("hangs up", _hangs_up)
+        await of("hangs up on a message", _hangs_up_on_a_message)
+        await of("another version", Raw(right), select_subprotocol=lambda *_: "ocpp2.0.1")
+        await of("no version", Raw(right), select_subprotocol=lambda *_: None)
+        for name, how in BAD_HANDSHAKES.items():
+            vars(await of(name, Raw(right))).update(how)
+        for name, text in BAD_BYTES.items():
+            async def says(reader, writer, text=text):
+                writer.write(text)
+                with contextlib.suppress(OSError):
+                    await reader.read()
+                writer.close()
+            server = await asyncio.start_server(says, "127.0.0.1", 0)
+            stack.callback(server.close)
+            upstreams[name] = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(ocppboard, "TURN_S", 0.1)
+        site = await stack.enter_async_context(Site(
+            ocpp_call_timeout_seconds=1, ocpp_max_calls_per_second=0,
+            upstreams=[{"url": url, "stations": [name]} for name, url in upstreams.items()]))
+
+        async def lives(identity):
+            station = Talker(await site.station(identity, max_size=None))
+            answers = [await station.say("BootNotification", BOOT_16),
+                       await station.say("StartTransaction", START_16),
+                       await station.say("Heartbeat", {}),
+                       await station.say("StopTransaction", {"transactionId": 7100, "meterStop": 9,
+                                                             "timestamp": AT(50)})]
+            assert [a[1] for a in answers] == ["m-1", "m-2", "m-3", "m-4"], identity
+            assert station.slowest_s < 1.25, (identity, station.slowest_s)
+            assert not station.odd, (identity, station.odd)
+            return identity
+        assert set(await asyncio.gather(*map(lives, upstreams))) == set(upstreams)
+        stations = await site.get("/api/connections")
+        assert {s["status"] for s in stations} == {"online"} and len(stations) == len(upstreams)
+        assert (await site.get("/api/proxy/upstreams"))[0]["stations"] == 1
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_an_upstream_that_hangs_up_at_once_is_not_tried_without_pause():
+    async with relaying(_hangs_up, retry_s=(0.2, 60)) as (upstream, site):
+        station = Talker(await site.station("CP-1"))
+        for _ in range(30):
+            await station.say("Heartbeat", {})
+            await asyncio.sleep(0.1)
+        # Pauses of 0.1 to 0.2 s, then 0.2 to 0.4, 0.4 to 0.8, 0.8 to 1.6, …
+        assert 3 <= len(upstream.knocks) <= 6
+        assert (await line_of(site))["status"] in ("away", "connecting")
+
+
+@with_loop
+async def test_a_flood_of_commands_is_answered_one_by_one_and_each_once(caplog):
+    central = Raw()
+    async with relaying(central) as (upstream, site):
+        station = Talker(await site.station("CP-1"))
+        await station.say("Heartbeat", {})
+        for number in range(500):
+            await central.socket.send(f'[2,"f{number}","ClearCache",{{}}]')
+        await until(lambda: len(central.heard) == 501)
+        answers = [json.loads(frame) for frame in central.heard[1:]]
+        assert len({id_ for _, id_, *_ in answers}) == 500
+        taken = [id_ for kind, id_, *_ in answers if kind == 3]
+        assert taken == [m[1] for m in station.commands] and len(taken) >= 50
+        assert (await station.say("Heartbeat", {}))[0] == 3
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_a_command_for_a_station_that_has_left_is_refused():
+    central = Raw(lambda frame: None)
+    async with relaying(central) as (upstream, site):
+        station = await site.station("CP-1")
+        await station.send(json.dumps([2, "s", "StartTransaction", START_16]))
+        await until(lambda: central.heard)
+        await station.close()
+        await until(lambda: site.board.stations["CP-1"].link is None)
+        await central.socket.send('[2,"c","ClearCache",{}]')
+        await until(lambda: len(central.heard) == 2)
+        assert json.loads(central.heard[1])[:2] == [4, "c"]
+        await central.socket.send('[3,"s",{"transactionId":77,"idTagInfo":{"status":"Accepted"}}]')
+        await until(lambda: site.board.transactions.records)
+        assert site.board.transactions.records[-1].id == 77
+        again = Talker(await site.station("CP-1"))       # it has not had its answer, and asks again
+        _, _, began = await again.say("StartTransaction", START_16)
+        assert began["transactionId"] == 77 and len(central.calls("StartTransaction")) == 1
+
+
+# Coming, going, and who is who
+
+
+@with_loop
+async def test_what_a_station_says_while_upstream_shakes_hands_is_answered_by_upstream_in_order():
+    central = Raw(lambda frame: json.dumps([3, told_id(frame), {"from": told_id(frame)}]))
+    async with relaying(central) as (upstream, site):
+        upstream.slow_s = 0.3
+        station = await site.station("CP-1")
+        for number in range(20):
+            await station.send(f'[2,"{number}","Heartbeat",{{}}]')
+        answers = [json.loads(await station.recv()) for _ in range(20)]
+        assert answers == [[3, str(n), {"from": str(n)}] for n in range(20)]
+        assert [told_id(frame) for frame in central.heard] == [str(n) for n in range(20)]
+
+
+@with_loop
+async def test_of_two_stations_of_one_identity_upstream_sees_the_newest():
+    central = Raw()
+    async with relaying(central) as (upstream, site):
+        first = await site.station("CP-1")
+        await exchange(first, "Heartbeat", {}, "of the first")
+        second = Talker(await site.station("CP-1"))
+        assert (await second.say("Heartbeat", {}))[0] == 3
+        with pytest.raises(websockets.ConnectionClosed):
+            await first.recv()
+        assert told_id(central.heard[-1]) == "m-1"
+        await central.socket.send('[2,"c","ClearCache",{}]')
+        await until(lambda: json.loads(central.heard[-1])[:2] == [3, "c"])
+        assert len(second.commands) == 1
+        await until(lambda: sum(s.state.name == "OPEN" for s in upstream.sockets) == 1)
+        line = await line_of(site)
+        assert line["status"] == "up" and line["stationOnline"]
+
+
+@with_loop
+async def test_with_when_down_close_the_station_is_sent_away_while_upstream_is():
+    central = Raw()
+    async with relaying(central, when_down="close") as (upstream, site):
+        upstream.down = True
+        station = await site.station("CP-1")
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await asyncio.wait_for(station.recv(), 2)
+        assert closed.value.rcvd.code == 1013
+        upstream.down = False
+        await asyncio.sleep(0.3)                         # beyond the pause between two attempts
+        station = Talker(await site.station("CP-1"))
+        assert (await station.say("Heartbeat", {}))[0] == 3 and central.heard
+        upstream.kill()
+        await asyncio.wait_for(station.task, 2)
+        assert station.socket.close_code == 1013
+
+
+@with_loop
+async def test_what_waits_beyond_the_queue_is_lost_meter_values_first_and_that_is_said():
+    central = Raw()
+    async with relaying(central, queue=6) as (upstream, site):
+        upstream.down = True
+        station, given = Talker(await site.station("CP-1")), []
+        for start in (0, 1000, 2000):
+            _, _, began = await station.say("StartTransaction", START_16 | {"meterStart": start})
+            given.append(began["transactionId"])
+            for value in (1, 2, 3, 4):
+                answer = await station.say("MeterValues", {
+                    "connectorId": 1, "transactionId": given[-1], "meterValue": [
+                        {"timestamp": AT(1), "sampledValue": [{"value": str(start + value)}]}]})
+                assert answer[0] == 3
+            await station.say("StopTransaction", {"transactionId": given[-1], "timestamp": AT(2),
+                                                  "meterStop": start + 10})
+        lost = await told_by(site, "error")
+        lost = [record for record in lost if "lost" in record["error"]]
+        assert len(lost) == 12 and {record["method"] for record in lost} == {"MeterValues"}
+        line = await line_of(site)
+        assert (line["waiting"], line["lost"], line["buffered"]) == (6, 12, 18)
+        upstream.down = False
+        await until(lambda: len(central.calls("StopTransaction")) == 3)
+        there = central.calls("StartTransaction", "StopTransaction")
+        assert [action for action, _ in there] == ["StartTransaction", "StopTransaction"] * 3
+        assert [told["transactionId"] for action, told in there if action == "StopTransaction"] == [
+            7000, 8000, 9000], "the ids that upstream gave"
+        await until(lambda: site.daemon.relay.lines["CP-1"].counts["delivered"] == 6)
+        assert len(await told_by(site, "delivered")) == 6
+
+
+@with_loop
+async def test_upstream_hears_the_boot_and_the_statuses_again_when_it_is_back():
+    central = Raw()
+    async with relaying(central) as (upstream, site):
+        station = Talker(await site.station("CP-1"))
+        await station.say("BootNotification", BOOT_16)
+
+        def status(place, word):
+            return {"connectorId": place, "errorCode": "NoError", "status": word}
+        for place, word in ((0, "Available"), (1, "Available"), (2, "Available"), (2, "Preparing")):
+            await station.say("StatusNotification", status(place, word))
+        before = len(central.heard)
+        upstream.down = True
+        upstream.kill()
+        await until(lambda: site.daemon.relay.lines["CP-1"].status == "away")
+        await station.say("StatusNotification", status(1, "Faulted"))
+        number = await station.session()
+        upstream.down = False
+        await until(lambda: len(central.heard) == before + 6)
+        await asyncio.sleep(0.05)
+        heard = [json.loads(frame) for frame in central.heard[before:]]
+        assert [m[2] for m in heard] == [
+            "BootNotification", "StartTransaction", "StopTransaction", *["StatusNotification"] * 3]
+        assert heard[0][3] == BOOT_16 and [m[3] for m in heard[3:]] == [
+            status(0, "Available"), status(1, "Faulted"), status(2, "Preparing")]
+        assert len({m[1] for m in map(json.loads, central.heard)}) == len(central.heard)
+        assert heard[2][3]["transactionId"] == 7100 != number
+        assert not station.odd, "the station hears nothing of it"
+
+
+@pytest.mark.parametrize("status", ["Pending", "Rejected"])
+@with_loop
+async def test_of_a_station_that_upstream_has_not_accepted_it_hears_boots_only(status):
+    answers = iter([status, "Accepted"])
+
+    def decide(frame):
+        _, id_, action, _ = json.loads(frame)
+        assert action == "BootNotification" or not next(answers, None)
+        return json.dumps([3, id_, {"status": next(answers), "interval": 5, "currentTime": AT(0)}]
+                          ) if action == "BootNotification" else right(frame)
+    central = Raw(decide)
+    async with relaying(central) as (upstream, site):
+        station = Talker(await site.station("CP-1"))
+        _, _, answer = await station.say("BootNotification", BOOT_16)
+        assert answer["status"] == status and answer["interval"] == 5
+        assert (await line_of(site))["status"] == "refused"
+        await station.session()
+        assert len(central.heard) == 1
+        _, _, answer = await station.say("BootNotification", BOOT_16)
+        assert answer["status"] == "Accepted"
+        await until(lambda: len(central.calls("StopTransaction")) == 1)
+        assert [action for action, _ in central.calls()] == [
+            "BootNotification", "BootNotification", "StartTransaction", "StopTransaction"]
+
+
+# What stands at the door
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A folder with a private CA, and certificates of it for 127.0.0.1 and for another host."""
+    folder = tmp_path_factory.mktemp("ca")
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+    new_key = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"
+    for name in ("ca", "stranger"):
+        openssl("req", "-x509", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.pem",
+                "-subj", f"/CN={name}", "-days", "3650")
+    for name, host in (("here", "IP:127.0.0.1"), ("elsewhere", "DNS:elsewhere.example")):
+        (folder / "names").write_text(f"subjectAltName={host}\n")
+        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr",
+                "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+                "-CAcreateserial", "-out", f"{name}.pem", "-days", "3650", "-extfile", "names")
+    return folder
+
+
+@pytest.mark.parametrize("server, ca, trusted", [
+    ("here", "ca.pem", True), ("here", "stranger.pem", False), ("here", "", False),
+    ("elsewhere", "ca.pem", False)])
+@with_loop
+async def test_an_upstream_is_known_by_its_certificate(certificates, server, ca, trusted, caplog):
+    central, context = Raw(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{server}.pem", certificates / f"{server}.key")
+    async with relaying(central, options={"ssl": context},
+                        ca=ca and str(certificates / ca)) as (upstream, site):
+        assert upstream.url.startswith("wss://")
+        station = Talker(await site.station("CP-1"))
+        assert (await station.say("Heartbeat", {}))[0] == 3
+        line = await line_of(site)
+        if trusted:
+            assert line["status"] == "up" and len(central.heard) == 1
+        else:
+            assert line["status"] != "up" and not central.heard and not upstream.knocks
+            assert "certificate" in line["lastError"].lower()
+    assert_quiet(caplog)
+
+
+@pytest.mark.parametrize("password, own, passed", [
+    ("up’s", None, ("CP 1/ä", "up’s")), ("ups", ("x", "own"), ("CP 1/ä", "ups")),
+    ("", ("x", "own"), ("x", "own")), ("", None, None)])
+@with_loop
+async def test_upstream_is_shown_the_configured_password_or_else_the_stations_own(
+        password, own, passed):
+    central = Raw()
+    async with relaying(central, password=password) as (upstream, site):
+        socket_ = await site._open.enter_async_context(websockets.connect(
+            f"ws://127.0.0.1:{site.ocpp_port}/ocpp/CP%201%2F%C3%A4", subprotocols=["ocpp1.6"],
+            additional_headers={"Authorization": basic(*own)} if own else {}))
+        assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
+        assert upstream.knocks[0].get("Authorization") == (passed and basic(*passed))
+        assert upstream.sockets[0].request.path == "/central/CP%201%2F%C3%A4"
+        assert upstream.knocks[0].get_all("Sec-WebSocket-Protocol") == ["ocpp1.6"]
+
+
+@with_loop
+async def test_a_relay_that_leads_back_to_itself_is_refused_and_does_not_loop(caplog):
+    async with relaying(Raw(), retry_s=(0.2, 60)) as (upstream, site):
+        site.daemon.config.proxy.upstream[0].url = site.url("")
+        station = Talker(await site.station("CP-1"))
+        for _ in range(5):
+            await station.say("Heartbeat", {})
+            await asyncio.sleep(0.1)
+        assert "508" in (await line_of(site))["lastError"]
+        view = await site.get("/api/connections/CP-1")
+        assert view["status"] == "online" and view["messageCount"] == 10
+        knocks = [k.count for k in site.board.knocking.values() if k.http_status == 508]
+        assert 1 <= sum(knocks) <= 4
+        await station.session()
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+# An upstream that cannot take a message at first
+
+
+class Flaky(Raw):
+    """Refuses each transaction message the first time it hears it; `taken` is what it then took."""
+
+    def __init__(self, answers):
+        super().__init__(self.decide)
+        self.answers, self.refused, self.taken = answers, set(), []
+
+    def decide(self, frame):
+        _, id_, action, payload = json.loads(frame)
+        key = to_key(action, payload)
+        if action in KEPT_CALLS and key not in self.refused:
+            self.refused.add(key)
+            return f'[4,"{id_}","InternalError","the database is away",{{}}]'
+        self.taken.append((action, payload))
+        made = self.answers[action]
+        return json.dumps([3, id_, made(payload) if callable(made) else made])
+
+
+def to_key(action, payload):
+    """What makes it the same message, though some number in it may differ."""
+    return action, payload.get("eventType"), payload.get("timestamp"), json.dumps(
+        payload.get("meterValue"))
+
+
+SESSION_2X = [
+    ("Started", AT(1), {"idToken": {"idToken": "A", "type": "Central"}}, [wh(500, 1)]),
+    ("Updated", AT(2), {}, [wh(600, 2)]), ("Updated", AT(3), {}, [wh(700, 3)]),
+    ("Ended", AT(4), {}, [wh(800, 4)])]
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+@pytest.mark.parametrize("away", [False, True])
+@with_loop
+async def test_a_central_system_of_16_that_fails_at_first_has_start_values_and_stop_in_the_end(
+        protocol, away, caplog):
+    central = Flaky(CENTRAL_16)
+    async with relaying(central, protocol="ocpp1.6") as (upstream, site):
+        upstream.down = away
+        station = await site.station("CP-1", protocol)
+        ids = itertools.count()
+        for seq_no, (kind, at, more, values) in enumerate(SESSION_2X):
+            for _ in range(8):                           # again, until it is taken
+                answer = await exchange(station, "TransactionEvent", {
+                    "eventType": kind, "timestamp": at, "triggerReason": "MeterValuePeriodic",
+                    "seqNo": seq_no, "transactionInfo": {"transactionId": "t-1",
+                                                         "chargingState": "Charging"},
+                    "evse": {"id": 1, "connectorId": 1}, "meterValue": values} | more,
+                    f"e-{next(ids)}")
+                if answer[0] == 3:
+                    break
+            assert answer[0] == 3, answer
+        upstream.down = False
+        await until(lambda: any(action == "StopTransaction" for action, _ in central.taken), 3)
+        line = site.daemon.relay.lines["CP-1"]
+        await until(lambda: not line.waiting and not line.in_flight)
+        told = [(a, p) for a, p in central.taken if a in KEPT_CALLS]
+        assert [a for a, _ in told if a != "MeterValues"] == ["StartTransaction", "StopTransaction"]
+        assert told[0][1]["meterStart"] == 500 and told[-1][1]["meterStop"] == 800
+        assert told[-1][1]["transactionId"] == 7500
+        registers = [p["meterValue"][0]["sampledValue"][0]["value"] for a, p in told
+                     if a == "MeterValues"]
+        assert [value for value, _ in itertools.groupby(registers)][-2:] == ["600", "700"]
+        assert line.counts["lost"] == 0
+    assert_quiet(caplog)
+
+
+@pytest.mark.parametrize("away", [False, True])
+@with_loop
+async def test_a_central_system_of_201_that_fails_at_first_has_all_events_without_a_gap(
+        away, caplog):
+    central = Flaky(CENTRAL_2X)
+    async with relaying(central, protocol="ocpp2.0.1") as (upstream, site):
+        upstream.down = away
+        station = Talker(await site.station("CP-1"))
+
+        async def says(action, payload):
+            for _ in range(5):
+                answer = await station.say(action, payload)
+                if answer[0] == 3:
+                    return answer[2]
+            raise AssertionError(answer)
+        began = await says("StartTransaction", START_16)
+        for value in (150, 200):
+            await says("MeterValues", {
+                "connectorId": 1, "transactionId": began["transactionId"],
+                "meterValue": [{"timestamp": AT(value // 10), "sampledValue": [
+                    {"value": str(value)}]}]})
+        await says("StopTransaction", {"transactionId": began["transactionId"], "meterStop": 250,
+                                       "timestamp": AT(40)})
+        upstream.down = False
+
+        def events():
+            return [p for a, p in central.taken if a == "TransactionEvent"]
+        await until(lambda: events() and events()[-1]["eventType"] == "Ended", 3)
+        told = events()
+        assert [e["eventType"] for e in told] == ["Started", "Updated", "Updated", "Ended"]
+        assert {e["transactionInfo"]["transactionId"] for e in told} == {
+            told[0]["transactionInfo"]["transactionId"]}
+        assert [register_of(e) for e in told] == [100, 150, 200, 250]
+        assert [e["seqNo"] for e in told] == [0, 1, 2, 3]
+        assert site.daemon.relay.lines["CP-1"].counts["lost"] == 0
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_starts_and_stops_outlive_a_while_in_which_upstream_can_store_nothing():
+    refusals = iter(range(5))
+
+    def decide(frame):
+        _, id_, action, _ = json.loads(frame)
+        if action in KEPT_CALLS and next(refusals, None) is not None:
+            return f'[4,"{id_}","InternalError","the database is away",{{}}]'
+        return right(frame)
+    central = Raw(decide)
+    async with relaying(central) as (upstream, site):
+        upstream.down = True
+        station = Talker(await site.station("CP-1"))
+        await station.session(100, 50)
+        await station.session(1000, 60)
+        upstream.down = False
+        line = site.daemon.relay.lines["CP-1"]
+        await until(lambda: line.counts["delivered"] == 4 or line.counts["lost"], 10)
+        assert line.counts["lost"] == 0
+        stops = [told for action, told in central.calls("StopTransaction")]
+        assert [(s["transactionId"], s["meterStop"]) for s in stops] == [(7100, 150), (8000, 1060)]
+
+
+@with_loop
+async def test_two_boards_that_lead_to_each_other_do_not_go_round():
+    async with relaying(Raw()) as (_, first), relaying(Raw()) as (_, second):
+        first.daemon.config.proxy.upstream[0].url = second.url("")
+        second.daemon.config.proxy.upstream[0].url = first.url("")
+        station = Talker(await first.station("CP-1"))
+        for _ in range(5):
+            assert (await station.say("Heartbeat", {}))[0] == 3
+            await asyncio.sleep(0.05)
+        assert first.board.total_messages == second.board.total_messages == 10
+        assert (await line_of(first))["status"] == "up"
+        assert "508" in (await line_of(second))["lastError"]
 
 
 # --- Access -------------------------------------------------------------------------------
