@@ -8213,9 +8213,15 @@ class Line:
             "protocol": self.protocol, "stationProtocol": self.station_protocol,
             "upSince": iso(self.up_since),
             "lagMs": None if self.lag_ms is None else round(self.lag_ms, 3),
-            "waiting": self.buffered, "nextAttemptSeconds": waits_s,
+            "waiting": self.buffered, "waitingSeconds": self._behind_s(),
+            "nextAttemptSeconds": waits_s,
             "lastError": self.last_error or None,
             **{name: self.counts[name] for name in LINE_COUNTS}}
+
+    def _behind_s(self) -> int | None:
+        """How long ago that came which waits longest."""
+        held = [e for e in (self.in_flight, *islice(self.waiting, 1)) if e and e.worth]
+        return int(self.relay.now() - held[0].came_at) if held else None
 
 
 LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
@@ -8395,8 +8401,8 @@ class Relay:
         """Let go of everything; what was not delivered is in the log."""
         for line in self.lines.values():
             if line.buffered:
-                log.warning("%s: %d messages were not delivered to %s", shown(line.identity),
-                            line.buffered, line.settings.url)
+                log.warning("%s: %d messages %s for %s", shown(line.identity), line.buffered,
+                            "wait in the journal" if self.journal else "are lost", line.settings.url)
             if line.wire is not None:
                 line.wire.close()
         self.journal.close()
@@ -9672,8 +9678,21 @@ def get_metrics(api: "Api") -> None:
            [(label, r.power_w) for label, r in readings if r.power_w is not None])
     metric("ocppboard_connector_energy_watt_hours", "gauge", "Import register as last told.",
            [(label, r.energy_wh) for label, r in readings if r.energy_wh is not None])
+    ways = [(f'{{identity="{_label(line.identity)}"}}', line)
+            for line in (api.daemon.relay.lines.values() if api.daemon.relay else ())]
+    metric("ocppboard_relay_up", "gauge", "1 while the station's way upstream is open.",
+           [(label, int(line.status == "up")) for label, line in ways])
+    metric("ocppboard_relay_waiting", "gauge", "Messages that wait for upstream.",
+           [(label, line.buffered) for label, line in ways])
+    for name in LINE_COUNTS:
+        metric(f"ocppboard_relay_{_snake(name)}_total", "counter", f"Messages {_snake(name)}.",
+               [(label, line.counts[name]) for label, line in ways])
     api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
     api.finish("\n".join(lines) + "\n")
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?=[A-Z])", "_", name).lower()
 
 
 def _label(text: str) -> str:
@@ -9989,7 +10008,8 @@ SHAPES = {
     "Line": {
         "identity": "string", "status": "string", "stationOnline": "boolean",
         "protocol": "string", "stationProtocol": "string", "upSince": "time?",
-        "lagMs": "number?", "waiting": "integer", "nextAttemptSeconds": "number?",
+        "lagMs": "number?", "waiting": "integer", "waitingSeconds": "integer?",
+        "nextAttemptSeconds": "number?",
         "lastError": "string?", **dict.fromkeys(LINE_COUNTS, "integer")},
 }
 _TYPES = {"time": {"type": "string", "format": "date-time"}, "id": {"type": ["string", "integer"]}}
@@ -12788,13 +12808,15 @@ const LINE_COLUMNS = [
   {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
   {name: 'Lag', width: '5rem', num: true, wide: true, cell: one => millis(one.lagMs)},
   {name: 'Waiting', width: '4.8rem', short: '5rem', num: true,
-    cell: one => h('span', {class: one.waiting ? 'warn' : ''}, digits(one.waiting))},
+    cell: one => h('span', {class: one.waiting ? 'warn' : '', title: one.waiting > 0
+      && `the oldest for ${digits(one.waitingSeconds)} s`}, digits(one.waiting))},
   {name: 'Delivered', width: '5.6rem', num: true, wide: true, cell: one => digits(one.delivered)},
   {name: 'Refused', width: '5rem', num: true, wide: true, cell: one => digits(one.refused)},
   {name: 'Lost', width: '4rem', num: true, wide: true,
     cell: one => h('span', {class: one.lost ? 'bad' : ''}, digits(one.lost))},
   {name: 'Last error', wide: true, cell: one => one.status !== 'up' && one.status !== 'idle'
-    && h('span.bad.cut', one.lastError)},
+    && h('span.bad.cut', {title: one.lastError}, one.nextAttemptSeconds > 0
+      && `again in ${digits(one.nextAttemptSeconds)} s: `, one.lastError)},
 ];
 
 const upstreamCard = one => card([h('h2.grow.cut', one.url),

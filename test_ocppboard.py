@@ -7678,6 +7678,32 @@ async def test_power_and_relay_show_what_their_endpoints_give(site):
             {"meterStop": 7}, {"eventType": "Ended"}]
 
 
+@live(upstreams=[{"url": "ws://127.0.0.1:9/ocpp", "protocol": "ocpp2.0.1"}])
+async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
+    async with looking(site) as look:
+        await look.go("relay")
+        await look.sees("ws://127.0.0.1:9/ocpp")
+        await look.sees("No station has come yet that fits *.")
+        station = await site.station()
+        await exchange(station, "StartTransaction", START_16)
+        await look.sees("CP-1", "tbody")
+        await look.sees("away", "tbody .pill")
+        await look.sees("1 waiting", ".pill.warn")
+        await look.sees("ocpp1.6 ⇒ ocpp2.0.1", "tbody")
+        await look.sees("Connect call failed", "tbody")
+        await expect(look.page.locator("tr", has_text="buffered")).to_have_count(1)
+        upstream, = await site.get("/api/proxy/upstreams")
+        line, = upstream["lines"]
+        assert (upstream["waiting"], line["status"], line["waiting"]) == (1, "away", 1)
+        assert line["waitingSeconds"] >= 0 and line["stationOnline"]
+        events = await site.get("/api/proxy?identity=CP-1")
+        assert [e["type"] for e in events if e["method"]] == ["buffered"]
+        _, text, _ = await site.fetch("/metrics")
+        assert 'ocppboard_relay_up{identity="CP-1"} 0\n' in text
+        assert 'ocppboard_relay_waiting{identity="CP-1"} 1\n' in text
+        assert 'ocppboard_relay_answered_here_total{identity="CP-1"} 1\n' in text
+
+
 @live()
 async def test_keys_lead_everywhere(site):
     await exchange(await site.station(), "Heartbeat", {})
