@@ -8401,8 +8401,9 @@ class Relay:
         """Let go of everything; what was not delivered is in the log."""
         for line in self.lines.values():
             if line.buffered:
-                log.warning("%s: %d messages %s for %s", shown(line.identity), line.buffered,
-                            "wait in the journal" if self.journal else "are lost", line.settings.url)
+                log.warning("%s: %d messages for %s %s", shown(line.identity), line.buffered,
+                            line.settings.url,
+                            "wait in the journal" if self.journal else "are lost")
             if line.wire is not None:
                 line.wire.close()
         self.journal.close()
