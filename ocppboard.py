@@ -8361,8 +8361,24 @@ class Relay:
         self.now = now
         self.lines: dict[str, Line] = {}
         self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
-        self.journal = Journal(board.config.proxy.journal)
-        self.restore()
+        self.journal = Journal("")
+
+    def start(self) -> None:
+        """Take up what an earlier run had to deliver. Raises: ConfigError, of the journal."""
+        self.journal = Journal(self.board.config.proxy.journal)
+        for number, identity, protocol, given, frame in self.journal.waiting():
+            settings = self.board.config.upstream(identity)
+            if settings is None:
+                log.warning("What waits for %s stays in the journal: no upstream is there for it",
+                            shown(identity))
+                continue
+            line = self.lines.get(identity)
+            if line is None:
+                line = self.lines[identity] = Line(self, identity, settings)
+            try:
+                line.restored(number, protocol, given, frame)
+            except BadFrame as error:
+                log.error("What waits for %s cannot be read: %s", shown(identity), error)
 
     def attach(self, link: Link, authorization: str) -> None:
         """A station has connected: it goes on upstream if an upstream is there for it."""
@@ -8470,22 +8486,6 @@ class Relay:
         self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
         payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
         return call._replace(payload=payload, text=to_json(payload))
-
-    def restore(self) -> None:
-        """Take up what an earlier run had to deliver."""
-        for number, identity, protocol, given, frame in self.journal.waiting():
-            settings = self.board.config.upstream(identity)
-            if settings is None:
-                log.warning("What waits for %s stays in the journal: no upstream is there for it",
-                            shown(identity))
-                continue
-            line = self.lines.get(identity)
-            if line is None:
-                line = self.lines[identity] = Line(self, identity, settings)
-            try:
-                line.restored(number, protocol, given, frame)
-            except BadFrame as error:
-                log.error("What waits for %s cannot be read: %s", shown(identity), error)
 
 
 class Wire(asyncio.Protocol):
@@ -14226,6 +14226,8 @@ class Daemon:
             self._servers.append(server)
             self.ocpp_port = sockets[0].getsockname()[1]
             self.board_port = self.board_port or self.ocpp_port
+        if self.relay:
+            self.relay.start()
         self._sample()
         for periodic in self._periodic:
             periodic.start()

@@ -3654,6 +3654,7 @@ class Far:
         self.relay = ocppboard.Relay(bench.board, None, lambda name, work: asyncio.ensure_future(work),
                                      now=lambda: bench.clock.now)
         self.relay.connect = lambda line: None
+        self.relay.start()
         self.attach(bench.link)
 
     def attach(self, link):
