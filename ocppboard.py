@@ -1996,7 +1996,7 @@ def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
     """The `status` of an answer: words of both, of one side only, and what stands for others."""
     pairs = _same(*both) | (lift or {})
     return (word_row("status", "status", pairs, lower, old_other=worst, new_other=worst,
-                  old_default=worst, new_default=worst),)
+                     old_default=worst, new_default=worst),)
 
 
 # Id tokens
@@ -2055,9 +2055,10 @@ def token_row(old: str, new: str, **more: Any) -> Row:
 
 TOKEN_INFO = (
     word_row("status", "status", _same("Accepted", "Blocked", "Expired", "Invalid", "ConcurrentTx"),
-          {"Unknown": "Invalid", "NoCredit": "Blocked", "NotAllowedTypeEVSE": "Blocked",
-           "NotAtThisLocation": "Blocked", "NotAtThisTime": "Blocked"},
-          old_other="Invalid", new_other="Invalid", old_default="Invalid", new_default="Invalid"),
+             {"Unknown": "Invalid", "NoCredit": "Blocked", "NotAllowedTypeEVSE": "Blocked",
+              "NotAtThisLocation": "Blocked", "NotAtThisTime": "Blocked"},
+             old_other="Invalid", new_other="Invalid", old_default="Invalid",
+             new_default="Invalid"),
     time_row("expiryDate", "cacheExpiryDateTime"),
     token_row("parentIdTag", "groupIdToken"),
 )
@@ -2140,8 +2141,7 @@ PROFILE = (
     whole_row("stackLevel", "stackLevel", needed=True),
     word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES, needed=True),
     word_row("chargingProfileKind", "chargingProfileKind",
-             _same("Absolute", "Recurring", "Relative"),
-          needed=True),
+             _same("Absolute", "Recurring", "Relative"), needed=True),
     word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
     time_row("validFrom", "validFrom"),
     time_row("validTo", "validTo"),
@@ -2203,7 +2203,7 @@ def lower_composite(t: Interpreter, payload: dict) -> Steps:
     crossed = lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
     schedule = answer.get("chargingSchedule")
     if isinstance(schedule, dict) and schedule.get("chargingSchedulePeriod"):
-        told = lifted(t, schedule, [row for row in SCHEDULE if row.new not in (
+        told = lifted(t, schedule, [field_ for field_ in SCHEDULE if field_.new not in (
             "startSchedule", "minChargingRate")])
         start = answer.get("scheduleStart") or schedule.get("startSchedule")
         crossed["schedule"] = {"duration": asked["duration"]} | told | {
@@ -2244,7 +2244,7 @@ def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
             return {"status": "Rejected"}                # of a transaction that is not there
     answer = yield "SetChargingProfile", asked
     return lifted(t, answer, status_rows("Accepted", "Rejected", lift={"NotSupported": "Rejected"},
-                                    worst="Rejected"))
+                                         worst="Rejected"))
 
 
 CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLevel"),
@@ -2522,7 +2522,12 @@ PHASE_WORDS = frozenset("L1 L2 L3 N L1-N L2-N L3-N L1-L2 L2-L3 L3-L1".split())
 LOCATIONS = frozenset("Cable EV Inlet Outlet Body".split())
 REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
 SAMPLE_WORDS = (("context", CONTEXTS), ("phase", PHASE_WORDS), ("location", LOCATIONS))
+SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
+                  "publicKey": 2500}
 TRIGGER_OF = {"Sample.Clock": "MeterValueClock", "Trigger": "Trigger"}
+# With bounds, so that a frame full of "RV" costs no seconds.
+_OCMF_READING = re.compile(
+    r'"RV"\s{0,9}:\s{0,9}(-?[0-9.]{1,30}).{0,300}?"RU"\s{0,9}:\s{0,9}"(k?Wh)"', re.S)
 
 
 def _decimal(value: Any) -> Decimal | None:
@@ -2599,13 +2604,6 @@ def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
         same[0]["signedMeterValue"] = data
     elif (number := _signed_number(value, words, known)) is not None:
         crossed.append({"value": number, "signedMeterValue": data} | words)
-
-
-SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
-                  "publicKey": 2500}
-# With bounds, so that a frame full of "RV" costs no seconds.
-_OCMF_READING = re.compile(
-    r'"RV"\s{0,9}:\s{0,9}(-?[0-9.]{1,30}).{0,300}?"RU"\s{0,9}:\s{0,9}"(k?Wh)"', re.S)
 
 
 def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
@@ -3019,6 +3017,7 @@ KEY_OF = {tuple(part.lower() for part in (row[1], *row[2].partition(":")[::2])):
 READ_ONLY = frozenset(row[0].lower() for row in VARIABLES if row[3:] == ["ReadOnly"])
 # The rate units are "Current,Power" in 1.6 and "A,W" in 2.x.
 RATE_UNITS = {"Current": "A", "Power": "W"}
+SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
 RATE_UNIT_KEY = "chargingscheduleallowedchargingrateunit"
 FEATURES = ("Core,FirmwareManagement,LocalAuthListManagement,Reservation,SmartCharging,"
             "RemoteTrigger")
@@ -3083,9 +3082,6 @@ def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
             word = word if word in SET_STATUSES else "Rejected"
         results.append(_result(told) | {"attributeStatus": word})
     return {"setVariableResult": results}
-
-
-SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
 
 
 def _dicts(payload: dict, key: str) -> list[dict]:
@@ -3283,11 +3279,11 @@ def lift_reset(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.14; 2.0.1 B11, B12."""
     answer = yield "Reset", lifted(t, payload, (RESET,))
     return lowered(t, answer, status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"},
-                                     worst="Rejected"))
+                                          worst="Rejected"))
 
 
 UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
-                  lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
+                       lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
 UPDATE_16 = (exact_row("location", "location", 2000, 512, needed=True),
              time_row("retrieveDate", "retrieveDateTime", needed=True))
 UPDATE_SIGNED = (
@@ -3298,7 +3294,7 @@ UPDATE_SIGNED = (
     exact_row("signature", "signature", 800, 800))
 RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
 UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
-                 "RevokedCertificate", worst="Rejected")
+                      "RevokedCertificate", worst="Rejected")
 
 
 def lift_update(t: Interpreter, payload: dict) -> Steps:
@@ -3380,6 +3376,16 @@ def lower_log(t: Interpreter, payload: dict) -> Steps:
 
 CERTIFICATES = {"CentralSystemRootCertificate": "CSMSRootCertificate",
                 "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
+INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
+           exact_row("certificate", "certificate", 5500, 5500, needed=True))
+INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
+CSR = (exact_row("csr", "csr", 5500, 5500, needed=True),)
+CHAIN = (exact_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
+HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
+                 needed=True),
+        exact_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
+        exact_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
+        exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 
 
 def lower_install(t: Interpreter, payload: dict) -> Steps:
@@ -3388,11 +3394,6 @@ def lower_install(t: Interpreter, payload: dict) -> Steps:
         raise NotSupported("1.6 has no certificates of this type")
     answer = yield "InstallCertificate", lowered(t, payload, INSTALL)
     return lifted(t, answer, INSTALLED)
-
-
-INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
-           exact_row("certificate", "certificate", 5500, 5500, needed=True))
-INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
 
 
 def lower_certificates(t: Interpreter, payload: dict) -> Steps:
@@ -3438,13 +3439,6 @@ def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
 
 
-CSR = (exact_row("csr", "csr", 5500, 5500, needed=True),)
-CHAIN = (exact_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
-HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
-                 needed=True),
-        exact_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
-        exact_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
-        exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 HASH_DATA = Row("certificateHashData", "certificateHashData", *_nested(HASH), NEEDED, NEEDED)
 SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
     "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
@@ -3476,7 +3470,7 @@ DATA = Row("data", "data", lambda t, value: value, _lower_data)
 TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
             exact_row("messageId", "messageId", 50, 50), DATA)
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
-                       worst="Rejected"), DATA)
+                            worst="Rejected"), DATA)
 
 
 # Actions that differ in names only: (1.6's Action, 2.0.1's, rows of the request, of the answer).
@@ -3494,7 +3488,7 @@ PLAIN = (
      (whole_row("reservationId", "reservationId", needed=True),), YES_NO),
     ("ChangeAvailability", "ChangeAvailability",
      (PLACE, word_row("type", "operationalStatus", _same("Inoperative", "Operative"),
-                   needed=True)),
+                      needed=True)),
      status_rows("Accepted", "Rejected", "Scheduled", worst="Rejected")),
     ("ClearCache", "ClearCache", (), YES_NO),
     ("DeleteCertificate", "DeleteCertificate", (HASH_DATA,),
@@ -3507,7 +3501,7 @@ PLAIN = (
       Row("localAuthorizationList", "localAuthorizationList", *_periods(LOCAL_LIST)),
       word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
      status_rows("Accepted", "Failed", "VersionMismatch", lift={"NotSupported": "Failed"},
-            worst="Failed")),
+                 worst="Failed")),
     ("ReserveNow", "ReserveNow",
      (Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole, 0),
       time_row("expiryDate", "expiryDateTime", needed=True),
@@ -3649,12 +3643,19 @@ LONGEST_201 = {
     "certificate": 5500, "responderURL": 512, "exiResponse": 7500, "exiRequest": 5600,
     "ocspResult": 5500, "remoteLocation": 512, "location": 512, "apn": 512, "apnUserName": 20,
     "apnPassword": 20, "ocppCsmsUrl": 512, "server": 512, "user": 20, "group": 20, "password": 20}
+LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
+PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
+                   "variableMonitoring".split())        # lists of which a part is worth something
+SPARED = frozenset("certificateHashDataChain monitor".split())      # without which a message is
 WHOLE_201 = frozenset("energyAmount evMinCurrent evMaxCurrent evMaxVoltage evMaxPower "
                       "evEnergyCapacity".split())
 NOT_NEGATIVE = frozenset("""id requestId evseId connectorId reservationId seqNo stackLevel retries
     retryInterval severity cause eventId variableMonitoringId maxScheduleTuples numEPriceLevels
     securityProfile numberPhases phaseToUse numberOfPhasesUsed""".split())
 PHASE_COUNTS = frozenset("numberPhases phaseToUse numberOfPhasesUsed".split())
+BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
+                     "GetCertificateStatus", "NotifyEVChargingNeeds"})
+FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
 
 
 def older(t: Interpreter, action: str, payload: dict) -> Steps:
@@ -3733,12 +3734,6 @@ def _older_list(key: str, items: list, rules: tuple) -> list:
     return crossed
 
 
-PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
-                   "variableMonitoring".split())
-SPARED = frozenset("certificateHashDataChain monitor".split())
-LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
-
-
 def _older_whole(crossed: dict) -> dict:
     """What 2.0.1 wants of an object beyond its fields."""
     if isinstance(crossed.get("idToken"), str) and str(crossed.get("type")) not in TOKEN_TYPES:
@@ -3788,9 +3783,6 @@ def _newer(action: str, key: str, value: Any) -> Any:
     return value
 
 
-FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
-BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
-                     "GetCertificateStatus", "NotifyEVChargingNeeds"})
 
 # One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x station
 # makes its own).
@@ -7408,7 +7400,13 @@ DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message,
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
 HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
 TURN_S = 0.25                       # how often lines look at the clock
-TRANSIENT = ("InternalError", "GenericError")
+TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
+LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
+               "answeredHere")
+CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
+    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
+    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
+STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
 
 
 @dataclass(slots=True, eq=False)
@@ -8217,10 +8215,6 @@ class Line:
             **{name: self.counts[name] for name in LINE_COUNTS}}
 
 
-LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
-               "answeredHere")
-
-
 def _disowned(payload: dict) -> str | None:
     """What is to be said of an answer that comes when the station has had ours."""
     info = payload.get("idTagInfo") or payload.get("idTokenInfo")
@@ -8238,12 +8232,6 @@ def _worth(call: Call) -> int:
     if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
         return 0                         # of no transaction
     return WORTHS.get(call.action, 0)
-
-
-CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
-    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
-    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
-STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
 
 
 class Journal:
@@ -8480,6 +8468,13 @@ class Relay:
                 log.error("What waits for %s cannot be read: %s", shown(identity), error)
 
 
+RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
+CONNECT_S = 10                      # until the handshake is through
+GOODBYE_S = 5                       # for what it has not read when we hang up
+HEAD_BYTES = 16 * 1024              # of the answer to our upgrade
+PARTS = 10_000                      # frames of one message
+
+
 class Wire(asyncio.Protocol):
     """A connection upstream: a WebSocket client (RFC 6455) right on the loop.
 
@@ -8651,13 +8646,6 @@ class Wire(asyncio.Protocol):
         self.over = wrong
         self.opened.set_exception(OSError(wrong))
         self._transport.abort()
-
-
-RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
-CONNECT_S = 10
-GOODBYE_S = 5
-HEAD_BYTES = 16 * 1024
-PARTS = 10_000                      # frames of one message
 
 
 @functools.lru_cache(8)              # reading the system's authorities takes some 10 ms
