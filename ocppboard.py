@@ -1991,6 +1991,24 @@ def _same(*names: str) -> dict:
     return {name: name for name in names}
 
 
+def _dicts(items: Any) -> list[dict]:
+    """The objects in a list; what is no list has none."""
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def _some(payload: dict, key: str) -> list[dict]:
+    """The objects in a list without which there is no message. Raises: MissingField, WrongType."""
+    found = _dicts(required(payload, key, list))
+    if not found:
+        raise MissingField(f"{key} is empty")
+    return found
+
+
+def _when(t: Interpreter, message: dict) -> str:
+    """The `timestamp` of a message; our time where it has none that can be read."""
+    return _time(t, message.get("timestamp")) or wire_time(t.clock())
+
+
 def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
                 worst: str) -> tuple:
     """The `status` of an answer: words of both, of one side only, and what stands for others."""
@@ -1998,6 +2016,8 @@ def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
     return (word_row("status", "status", pairs, lower, old_other=worst, new_other=worst,
                      old_default=worst, new_default=worst),)
 
+
+YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
 
 # Id tokens
 
@@ -2070,10 +2090,8 @@ def _nested(rows: tuple) -> tuple[Callable, Callable]:
 
 
 def _list_of(rows: tuple) -> tuple[Callable, Callable]:
-    def each(way: Callable) -> Callable:
-        return lambda t, value: [way(t, item, rows) for item in value
-                                 if isinstance(item, dict)] if isinstance(value, list) else None
-    return each(lifted), each(lowered)
+    return (lambda t, value: [lifted(t, item, rows) for item in _dicts(value)] or None,
+            lambda t, value: [lowered(t, item, rows) for item in _dicts(value)] or None)
 
 
 ACCEPTED = {"status": "Accepted"}
@@ -2115,15 +2133,10 @@ def _numeric(t: Interpreter, value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-def _periods(rows: tuple) -> tuple[Callable, Callable]:
-    lift, lower = _list_of(rows)
-    return (lambda t, value: lift(t, value) or None), (lambda t, value: lower(t, value) or None)
-
-
 UNITS = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"), needed=True)
 PERIOD = (
     whole_row("startPeriod", "startPeriod", needed=True),
-    Row("limit", "limit", _numeric, _lower_limit, NEEDED, NEEDED),
+    row("limit", "limit", _numeric, _lower_limit, needed=True),
     Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
         _whole),
 )
@@ -2131,7 +2144,7 @@ SCHEDULE = (
     whole_row("duration", "duration"),
     time_row("startSchedule", "startSchedule"),
     UNITS,
-    Row("chargingSchedulePeriod", "chargingSchedulePeriod", *_periods(PERIOD), NEEDED, NEEDED),
+    row("chargingSchedulePeriod", "chargingSchedulePeriod", *_list_of(PERIOD), needed=True),
     Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
 )
 PURPOSES = {"ChargePointMaxProfile": "ChargingStationMaxProfile",
@@ -2169,7 +2182,7 @@ def _lower_profile(t: Interpreter, profile: Any) -> dict:
         raise NotSupported("1.6 has no profiles of external constraints")
     crossed = lowered(t, profile, PROFILE)
     # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
-    crossed["chargingSchedule"] = lowered(t, _dicts(profile, "chargingSchedule")[0], SCHEDULE)
+    crossed["chargingSchedule"] = lowered(t, _some(profile, "chargingSchedule")[0], SCHEDULE)
     return crossed
 
 
@@ -2187,7 +2200,7 @@ def lift_composite(t: Interpreter, payload: dict) -> Steps:
     asked = lifted(t, payload, (EVSE, whole_row("duration", "duration", new_default=NEEDED),
                                 word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
     answer = yield "GetCompositeSchedule", asked
-    crossed = lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    crossed = lowered(t, answer, YES_NO)
     schedule = answer.get("schedule")
     if isinstance(schedule, dict):
         crossed |= lowered(t, schedule, (EVSE, time_row("scheduleStart", "scheduleStart")))
@@ -2200,7 +2213,7 @@ def lower_composite(t: Interpreter, payload: dict) -> Steps:
     asked = lowered(t, payload, (EVSE, whole_row("duration", "duration", old_default=NEEDED),
                                  word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
     answer = yield "GetCompositeSchedule", asked
-    crossed = lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    crossed = lifted(t, answer, YES_NO)
     schedule = answer.get("chargingSchedule")
     if isinstance(schedule, dict) and schedule.get("chargingSchedulePeriod"):
         told = lifted(t, schedule, [field_ for field_ in SCHEDULE if field_.new not in (
@@ -2229,7 +2242,7 @@ def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
             crossing := t.open_at(asked["evseId"])):
         profile["transactionId"] = crossing.here
     answer = yield "SetChargingProfile", asked
-    return lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, answer, YES_NO)
 
 
 def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
@@ -2391,7 +2404,7 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
     number = max(0, required(payload, "connectorId", int))
     told = lenient(payload, "status", str, "")
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     _note(t.statuses, (number, 1), told)
     status = CONNECTOR_STATUS.get(told, "Unavailable")
     if number:
@@ -2481,8 +2494,8 @@ def _occupied_16(t: Interpreter, evse_id: int, crossing: Crossing | None) -> str
 def lower_event(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
     known = False
-    for event in lenient(payload, "eventData", list, []):
-        component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
+    for event in _dicts(payload.get("eventData")):
+        component = lenient(event, "component", dict, {})
         variable = lenient(event, "variable", dict, {}).get("name") if component else None
         evse = lenient(component, "evse", dict, {})
         evse_id = max(0, lenient(evse, "id", int, 0))
@@ -2542,13 +2555,9 @@ def _decimal(value: Any) -> Decimal | None:
 def _lift_meter_values(t: Interpreter, told: Any, known: dict | None = None) -> list[dict]:
     """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
     crossed = []
-    for meter in told if isinstance(told, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        samples = [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
-        lifted_samples = _lift_samples(samples, known or {})
-        if lifted_samples:
-            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
-                            "sampledValue": lifted_samples})
+    for meter in _dicts(told):
+        if samples := _lift_samples(_dicts(meter.get("sampledValue")), known or {}):
+            crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
     return crossed
 
 
@@ -2622,17 +2631,13 @@ def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
 def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
     """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
     crossed = []
-    for meter in told if isinstance(told, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        samples = samples if isinstance(samples, list) else []
-        lowered_samples = [s for sample in samples if isinstance(sample, dict)
-                           for s in _lower_sample(sample)]
-        for sample in lowered_samples:
+    for meter in _dicts(told):
+        samples = [s for sample in _dicts(meter.get("sampledValue")) for s in _lower_sample(sample)]
+        for sample in samples:
             if sample.get("unit") in left_out:
                 del sample["unit"]
-        if lowered_samples:
-            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
-                            "sampledValue": lowered_samples})
+        if samples:
+            crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
     return crossed
 
 
@@ -2660,8 +2665,7 @@ def _lower_sample(sample: dict) -> list[dict]:
 def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
     """(the number, its unit) in a unit that 1.6 has; (None, None) where there is none."""
     number = _decimal(sample.get("value"))
-    told = sample.get("unitOfMeasure")
-    told = told if isinstance(told, dict) else {}
+    told = lenient(sample, "unitOfMeasure", dict, {})
     unit, power = lenient(told, "unit", str), told.get("multiplier") or 0
     unit = "Hertz" if unit == "Hz" else unit
     if number is None or type(power) is not int or abs(power) > 12:
@@ -2679,15 +2683,13 @@ def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
 def _register(meter_values: Any, context: str = "") -> int | None:
     """The last import register in 2.x meter values, in Wh; of that context, where one is asked."""
     found = None
-    for meter in meter_values if isinstance(meter_values, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        for sample in samples if isinstance(samples, list) else []:
-            if not isinstance(sample, dict) or sample.get("phase") or context not in (
-                    "", sample.get("context")) or sample.get("measurand", REGISTER) != REGISTER:
-                continue
-            number, unit = _unit_16(sample)
-            if number is not None and unit in (None, "Wh", "kWh"):
-                found = int((number.scaleb(3) if unit == "kWh" else number).to_integral_value())
+    for sample in [s for m in _dicts(meter_values) for s in _dicts(m.get("sampledValue"))]:
+        if sample.get("phase") or context not in ("", sample.get("context")) or (
+                sample.get("measurand", REGISTER) != REGISTER):
+            continue
+        number, unit = _unit_16(sample)
+        if number is not None and unit in (None, "Wh", "kWh"):
+            found = int((number.scaleb(3) if unit == "kWh" else number).to_integral_value())
     return found
 
 
@@ -2784,7 +2786,7 @@ def lift_start(t: Interpreter, payload: dict) -> Steps:
     given, t.given = t.given, None
     again = next((c for c in t.crossings.values() if c.start_key == key and not c.ended), None)
     here = given if given is not None else again.here if again else t.new_id()
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
     crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
                           start_key=key)
@@ -2821,7 +2823,7 @@ def lift_stop(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.10; 2.0.1 E06 to E08."""
     here = required(payload, "transactionId", int)
     crossing = t.crossings.get(here) or _resumed(t, here, 0)
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
     if crossing.ended:
         crossing.seq_no -= 1             # the same event, told once more
@@ -2852,7 +2854,7 @@ def lower_request_start(t: Interpreter, payload: dict) -> Steps:
     if remote is not None and answer.get("status") == "Accepted":
         t.remote_starts = [*t.remote_starts[-19:],
                            (asked.get("connectorId", 0), asked["idTag"], remote)]
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
@@ -2862,7 +2864,7 @@ def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
     except WrongValue:
         return {"status": "Rejected"}
     answer = yield "RemoteStopTransaction", {"transactionId": here}
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
@@ -2887,7 +2889,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     # 1. which transaction it is, and what the event says of it
     info = required(payload, "transactionInfo", dict)
     kind, here = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     if here not in t.crossings and kind != "Started":
         raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
     crossing = t.crossing(here, there=None, started=at)
@@ -2958,8 +2960,7 @@ def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
         profile = _lift_profile(t, payload["chargingProfile"])
         profile.pop("transactionId", None)               # there is none yet (F01.FR.11)
         asked["chargingProfile"] = profile
-    return lowered(t, (yield "RequestStartTransaction", asked),
-                   status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, (yield "RequestStartTransaction", asked), YES_NO)
 
 
 def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
@@ -2967,8 +2968,7 @@ def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
     known = t.named_there(required(payload, "transactionId", int))
     if known is None:
         return {"status": "Rejected"}
-    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}),
-                   status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}), YES_NO)
 
 
 # Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
@@ -3017,6 +3017,7 @@ KEY_OF = {tuple(part.lower() for part in (row[1], *row[2].partition(":")[::2])):
 READ_ONLY = frozenset(row[0].lower() for row in VARIABLES if row[3:] == ["ReadOnly"])
 # The rate units are "Current,Power" in 1.6 and "A,W" in 2.x.
 RATE_UNITS = {"Current": "A", "Power": "W"}
+RATE_UNITS_16 = {new: old for old, new in RATE_UNITS.items()}
 SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
 RATE_UNIT_KEY = "chargingscheduleallowedchargingrateunit"
 FEATURES = ("Core,FirmwareManagement,LocalAuthListManagement,Reservation,SmartCharging,"
@@ -3058,7 +3059,7 @@ def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
     value = _value_across(key, optional(payload, "value", str, ""), RATE_UNITS)[:1000]
     answer = yield "SetVariables", {"setVariableData": [
         {"attributeValue": value} | _lift_variable(key)]}
-    results = [r for r in lenient(answer, "setVariableResult", list, []) if isinstance(r, dict)]
+    results = _dicts(answer.get("setVariableResult"))
     word = results[0].get("attributeStatus") if results else "Rejected"
     return {"status": word if word in ("Accepted", "Rejected", "RebootRequired")
             else "NotSupported"}
@@ -3067,10 +3068,9 @@ def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
 def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B05; 1.6 5.2, one after another."""
     results = []
-    for told in _dicts(payload, "setVariableData"):
+    for told in _some(payload, "setVariableData"):
         key, word = _lower_variable(told), "UnknownVariable"
-        value = _value_across(key or "", told.get("attributeValue"),
-                              {unit: name for name, unit in RATE_UNITS.items()})
+        value = _value_across(key or "", told.get("attributeValue"), RATE_UNITS_16)
         if told.get("attributeType", "Actual") != "Actual":
             word = "NotSupportedAttributeType"
         elif key and len(value) > 500:
@@ -3084,14 +3084,6 @@ def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
     return {"setVariableResult": results}
 
 
-def _dicts(payload: dict, key: str) -> list[dict]:
-    """A list that must hold objects. Raises: MissingField."""
-    found = [item for item in required(payload, key, list) if isinstance(item, dict)]
-    if not found:
-        raise MissingField(f"{key} is empty")
-    return found
-
-
 def _result(told: dict) -> dict:
     """What the answer on a variable repeats of the question."""
     return {key: told[key] for key in ("attributeType", "component", "variable") if key in told}
@@ -3099,7 +3091,7 @@ def _result(told: dict) -> dict:
 
 def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B06; 1.6 5.8."""
-    asked = _dicts(payload, "getVariableData")
+    asked = _some(payload, "getVariableData")
     keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
     values: dict = {}
     for at in range(0, len(keys), KEYS_AT_ONCE):
@@ -3123,8 +3115,8 @@ def _configuration(answer: dict) -> dict:
     """{key in lower case: (key, value, whether it can only be read)} of GetConfiguration."""
     return {entry["key"].lower(): (entry["key"], str(entry.get("value") or ""),
                                    entry.get("readonly") is True)
-            for entry in lenient(answer, "configurationKey", list, [])
-            if isinstance(entry, dict) and isinstance(entry.get("key"), str)}
+            for entry in _dicts(answer.get("configurationKey"))
+            if isinstance(entry.get("key"), str)}
 
 
 def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
@@ -3139,12 +3131,11 @@ def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
     for at in range(0, len(asked), KEYS_AT_ONCE):
         part = asked[at:at + KEYS_AT_ONCE]
         answer = yield "GetVariables", {"getVariableData": [_lift_variable(key) for key in part]}
-        results = [r for r in lenient(answer, "getVariableResult", list, [])
-                   if isinstance(r, dict) and r.get("attributeStatus") == "Accepted"]
-        values = {_lower_variable(r): r.get("attributeValue") for r in results}
-        back = {unit: name for name, unit in RATE_UNITS.items()}
+        values = {_lower_variable(result): result.get("attributeValue")
+                  for result in _dicts(answer.get("getVariableResult"))
+                  if result.get("attributeStatus") == "Accepted"}
         found += [{"key": key[:50], "readonly": key.lower() in READ_ONLY,
-                   "value": _value_across(key, values[name], back)[:500]}
+                   "value": _value_across(key, values[name], RATE_UNITS_16)[:500]}
                   for key in part if (name := _lower_variable(_lift_variable(key))) in values]
     names = {entry["key"].lower() for entry in found}
     unknown = [key[:50] for key in keys if key[:50].lower() not in names]
@@ -3162,7 +3153,7 @@ def lower_report(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B08, answered from GetConfiguration."""
     if payload.get("componentCriteria"):
         return {"status": "NotSupported"}                # 1.6 does not know its parts' states
-    wanted = [w for w in lenient(payload, "componentVariable", list, []) if isinstance(w, dict)]
+    wanted = _dicts(payload.get("componentVariable"))
 
     def is_wanted(told: dict) -> bool:
         return not wanted or any(
@@ -3272,7 +3263,7 @@ def lower_reset(t: Interpreter, payload: dict) -> Steps:
     answer = yield "Reset", asked
     if answer.get("status") == "Accepted":
         t.boot_reason = "RemoteReset"
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lift_reset(t: Interpreter, payload: dict) -> Steps:
@@ -3404,8 +3395,7 @@ def lower_certificates(t: Interpreter, payload: dict) -> Steps:
         if new in asked:
             answer = yield "GetInstalledCertificateIds", {"certificateType": old}
             chain += [{"certificateType": new, "certificateHashData": lifted(t, data, HASH)}
-                      for data in lenient(answer, "certificateHashData", list, [])
-                      if isinstance(data, dict)]
+                      for data in _dicts(answer.get("certificateHashData"))]
     return {"status": "Accepted", "certificateHashDataChain": chain} if chain else {
         "status": "NotFound"}
 
@@ -3417,8 +3407,8 @@ def lift_certificates(t: Interpreter, payload: dict) -> Steps:
         raise WrongValue("certificateType is not one of 1.6")
     answer = yield "GetInstalledCertificateIds", {"certificateType": [kind]}
     found = [lowered(t, one["certificateHashData"], HASH)
-             for one in lenient(answer, "certificateHashDataChain", list, [])
-             if isinstance(one, dict) and isinstance(one.get("certificateHashData"), dict)]
+             for one in _dicts(answer.get("certificateHashDataChain"))
+             if isinstance(one.get("certificateHashData"), dict)]
     return {"status": "Accepted", "certificateHashData": found} if found else {
         "status": "NotFound"}
 
@@ -3428,7 +3418,7 @@ def lower_sign(t: Interpreter, payload: dict) -> Steps:
     if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
         raise NotSupported("1.6 signs no certificates of this type")
     answer = yield "SignCertificate", lowered(t, payload, CSR)
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
@@ -3436,16 +3426,15 @@ def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
     if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
         raise NotSupported("1.6 has no certificates of this type")
     answer = yield "CertificateSigned", lowered(t, payload, CHAIN)
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
-HASH_DATA = Row("certificateHashData", "certificateHashData", *_nested(HASH), NEEDED, NEEDED)
+HASH_DATA = row("certificateHashData", "certificateHashData", *_nested(HASH), needed=True)
 SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
     "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
     "CentralSystemFailedToAuthenticate": "CsmsFailedToAuthenticate",
     "InvalidCentralSystemCertificate": "InvalidCsmsCertificate",
     "InvalidChargePointCertificate": "InvalidChargingStationCertificate"}
-_SECURITY_EVENTS_16 = {new: old for old, new in SECURITY_EVENTS.items()}
 
 
 def _security_event(names: dict) -> Callable:
@@ -3455,8 +3444,8 @@ def _security_event(names: dict) -> Callable:
 
 
 SECURITY_EVENT = (
-    Row("type", "type", _security_event(SECURITY_EVENTS), _security_event(_SECURITY_EVENTS_16),
-        NEEDED, NEEDED),
+    row("type", "type", _security_event(SECURITY_EVENTS),
+        _security_event({new: old for old, new in SECURITY_EVENTS.items()}), needed=True),
     time_row("timestamp", "timestamp", needed=True),
     text_row("techInfo", "techInfo", 255, 255))
 
@@ -3474,7 +3463,6 @@ TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "Unknown
 
 
 # Actions that differ in names only: (1.6's Action, 2.0.1's, rows of the request, of the answer).
-YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
 RESERVED = status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable",
                        worst="Rejected")
 PLAIN = (
@@ -3498,12 +3486,12 @@ PLAIN = (
      (Row("listVersion", "versionNumber", _count, _whole, 0, 0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
-      Row("localAuthorizationList", "localAuthorizationList", *_periods(LOCAL_LIST)),
+      Row("localAuthorizationList", "localAuthorizationList", *_list_of(LOCAL_LIST)),
       word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
      status_rows("Accepted", "Failed", "VersionMismatch", lift={"NotSupported": "Failed"},
                  worst="Failed")),
     ("ReserveNow", "ReserveNow",
-     (Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole, 0),
+     (SOME_EVSE._replace(old_default=0),
       time_row("expiryDate", "expiryDateTime", needed=True),
       token_row("idTag", "idToken", needed=True),
       token_row("parentIdTag", "groupIdToken"),
@@ -3667,13 +3655,13 @@ def older(t: Interpreter, action: str, payload: dict) -> Steps:
         if action in NEWS:               # of things that 2.0.1 does not know
             return None
         raise
-    return _to_21(action, (yield action, asked))
+    return _newer(action, (yield action, asked))
 
 
 def newer(t: Interpreter, action: str, payload: dict) -> Steps:
     """A Call of 2.0.1 as 2.1 has it."""
     _check_both(action)
-    answer = yield action, _to_21(action, payload)
+    answer = yield action, _newer(action, payload)
     others = ANSWERS_21.get(action, {})
     status = lenient(answer, "status", str)
     return _to_201(action, answer | {"status": others[status]} if status in others else answer)
@@ -3763,13 +3751,10 @@ def _older_whole(crossed: dict) -> dict:
     return crossed
 
 
-def _to_21(action: str, payload: dict) -> dict:
-    return _newer(action, "", payload)
-
-
-def _newer(action: str, key: str, value: Any) -> Any:
+def _newer(action: str, value: Any, key: str = "") -> Any:
+    """A payload, or the `key` of one, as 2.1 has it."""
     if isinstance(value, dict):
-        crossed = {name: item if name in ("customData", "data") else _newer(action, name, item)
+        crossed = {name: item if name in ("customData", "data") else _newer(action, item, name)
                    for name, item in value.items()}
         if action == "NotifyMonitoringReport" and "severity" in crossed:
             crossed.setdefault("eventNotificationType", "CustomMonitor")
@@ -3777,7 +3762,7 @@ def _newer(action: str, key: str, value: Any) -> Any:
             crossed["evseId"] = 1
         return crossed
     if isinstance(value, list):
-        return [_newer(action, key, item) for item in value]
+        return [_newer(action, item, key) for item in value]
     if key in NOT_NEGATIVE and type(value) in (int, float):
         return min(max(value, 0), 3) if key in PHASE_COUNTS else max(value, 0)
     return value
