@@ -2333,21 +2333,26 @@ LOGGED = _same("BadMessage", "Idle", "NotSupportedOperation", "PermissionDenied"
                "UploadFailure", "Uploading")
 DIAGNOSTICS = {"Idle": "Idle", "Uploaded": "Uploaded", "UploadFailed": "UploadFailure",
                "Uploading": "Uploading"}
+FIRMWARE_STATUS = word_row("status", "status", FIRMWARE, old_default="Idle", new_default="Idle")
+DIAGNOSTICS_STATUS = word_row(
+    "status", "status", DIAGNOSTICS, dict.fromkeys((
+        "BadMessage", "NotSupportedOperation", "PermissionDenied", "AcceptedCanceled"),
+        "UploadFailed"), old_default="Idle", new_default="Idle")
+LOG_STATUS = (word_row("status", "status", LOGGED, {"AcceptedCanceled": "UploadFailure"},
+                       old_default="Idle", new_default="Idle"),
+              whole_row("requestId", "requestId"))
 
 
 def lift_firmware_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.5 and its security extension; 2.0.1 L01. The request's id is the last update's."""
-    asked = lifted(t, payload, (word_row("status", "status", FIRMWARE, new_default="Idle"),
-                                whole_row("requestId", "requestId",
-                                          new_default=t.firmware_request)))
-    yield "FirmwareStatusNotification", asked
+    yield "FirmwareStatusNotification", lifted(t, payload, (
+        FIRMWARE_STATUS, whole_row("requestId", "requestId", new_default=t.firmware_request)))
     return {}
 
 
 def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
-    asked = lowered(t, payload, (word_row("status", "status", FIRMWARE, old_default="Idle"),
-                                 whole_row("requestId", "requestId")))
+    asked = lowered(t, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
     if t.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
         yield "SignedFirmwareStatusNotification", asked
     else:
@@ -2357,33 +2362,19 @@ def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
 
 def lift_diagnostics_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.4; 2.0.1 N01."""
-    asked = lifted(t, payload, (word_row("status", "status", DIAGNOSTICS, new_default="Idle"),))
+    asked = lifted(t, payload, (DIAGNOSTICS_STATUS,))
     if t.log_request is not None and asked["status"] != "Idle":
         asked["requestId"] = t.log_request
     yield "LogStatusNotification", asked
     return {}
 
 
-def lift_log_status(t: Interpreter, payload: dict) -> Steps:
-    """1.6 security extension N01; 2.0.1 N01."""
-    yield "LogStatusNotification", lifted(t, payload, (
-        word_row("status", "status", LOGGED, new_default="Idle"),
-        whole_row("requestId", "requestId")))
-    return {}
-
-
 def lower_log_status(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
-    back = {"AcceptedCanceled": "UploadFailure"}
     if t.diagnostics:
-        failed = dict.fromkeys(("BadMessage", "NotSupportedOperation", "PermissionDenied",
-                                "AcceptedCanceled"), "UploadFailed")
-        yield "DiagnosticsStatusNotification", lowered(t, payload, (
-            word_row("status", "status", DIAGNOSTICS, failed, old_default="Idle"),))
+        yield "DiagnosticsStatusNotification", lowered(t, payload, (DIAGNOSTICS_STATUS,))
     else:
-        yield "LogStatusNotification", lowered(t, payload, (
-            word_row("status", "status", LOGGED, back, old_default="Idle"),
-            whole_row("requestId", "requestId")))
+        yield "LogStatusNotification", lowered(t, payload, LOG_STATUS)
     return {}
 
 
@@ -3250,27 +3241,21 @@ def lower_trigger(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, TRIGGERED)
 
 
-RESET = word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True)
+RESET = (word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True),)
+RESETTING = status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"}, worst="Rejected")
 
 
 def lower_reset(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B11, B12; 1.6 5.14. A Soft one ends transactions, which OnIdle must not."""
     if payload.get("evseId") is not None:
         return {"status": "Rejected", "statusInfo": {"reasonCode": "UnsupportedParam"}}
-    asked = lowered(t, payload, (RESET,))
+    asked = lowered(t, payload, RESET)
     if asked["type"] == "Soft" and any(not c.ended for c in t.crossings.values()):
         return {"status": "Rejected", "statusInfo": {"reasonCode": "TxInProgress"}}
     answer = yield "Reset", asked
     if answer.get("status") == "Accepted":
         t.boot_reason = "RemoteReset"
-    return lifted(t, answer, YES_NO)
-
-
-def lift_reset(t: Interpreter, payload: dict) -> Steps:
-    """1.6 5.14; 2.0.1 B11, B12."""
-    answer = yield "Reset", lifted(t, payload, (RESET,))
-    return lowered(t, answer, status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"},
-                                          worst="Rejected"))
+    return lifted(t, answer, RESETTING)
 
 
 UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
@@ -3379,14 +3364,6 @@ HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SH
         exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 
 
-def lower_install(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 M05; 1.6 security extension M05."""
-    if payload.get("certificateType") not in CERTIFICATES.values():
-        raise NotSupported("1.6 has no certificates of this type")
-    answer = yield "InstallCertificate", lowered(t, payload, INSTALL)
-    return lifted(t, answer, INSTALLED)
-
-
 def lower_certificates(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 M03; 1.6 security extension M03, a type at a time."""
     asked = lenient(payload, "certificateType", list) or list(CERTIFICATES.values())
@@ -3411,22 +3388,6 @@ def lift_certificates(t: Interpreter, payload: dict) -> Steps:
              if isinstance(one.get("certificateHashData"), dict)]
     return {"status": "Accepted", "certificateHashData": found} if found else {
         "status": "NotFound"}
-
-
-def lower_sign(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 A02; 1.6 security extension A02."""
-    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
-        raise NotSupported("1.6 signs no certificates of this type")
-    answer = yield "SignCertificate", lowered(t, payload, CSR)
-    return lifted(t, answer, YES_NO)
-
-
-def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 A02; 1.6 security extension A02."""
-    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
-        raise NotSupported("1.6 has no certificates of this type")
-    answer = yield "CertificateSigned", lowered(t, payload, CHAIN)
-    return lifted(t, answer, YES_NO)
 
 
 HASH_DATA = row("certificateHashData", "certificateHashData", *_nested(HASH), needed=True)
@@ -3470,6 +3431,7 @@ PLAIN = (
     ("Heartbeat", "Heartbeat", (), (time_row("currentTime", "currentTime", needed=True),)),
     ("DataTransfer", "DataTransfer", TRANSFER, TRANSFERRED),
     ("SecurityEventNotification", "SecurityEventNotification", SECURITY_EVENT, ()),
+    ("LogStatusNotification", "LogStatusNotification", LOG_STATUS, ()),
     ("SignCertificate", "SignCertificate", CSR, YES_NO),
     ("CertificateSigned", "CertificateSigned", CHAIN, YES_NO),
     ("CancelReservation", "CancelReservation",
@@ -3479,6 +3441,7 @@ PLAIN = (
                       needed=True)),
      status_rows("Accepted", "Rejected", "Scheduled", worst="Rejected")),
     ("ClearCache", "ClearCache", (), YES_NO),
+    ("Reset", "Reset", RESET, RESETTING),
     ("DeleteCertificate", "DeleteCertificate", (HASH_DATA,),
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
     ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
@@ -3514,6 +3477,16 @@ _PLAIN_LIFT = {old: _plain(new, lifted, lowered, asked, answered)
                for old, new, asked, answered in PLAIN}
 _PLAIN_LOWER = {new: _plain(old, lowered, lifted, asked, answered)
                 for old, new, asked, answered in PLAIN}
+STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, and 2.x's default
+
+
+def _of_types(action: str, known: Iterable[str], default: str | None = None) -> Callable:
+    """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
+    def convert(t: Interpreter, payload: dict) -> Steps:
+        if payload.get("certificateType", default) not in known:
+            raise NotSupported("1.6 has no certificates of this type")
+        return _PLAIN_LOWER[action](t, payload)
+    return convert
 
 
 def _picked(table: dict, *names: str, **others: Callable) -> dict:
@@ -3532,42 +3505,43 @@ NEWS = frozenset("""
     NotifyDisplayMessages NotifyEVChargingSchedule NotifyEvent NotifyMonitoringReport NotifyReport
     PublishFirmwareStatusNotification ReportChargingProfiles ReservationStatusUpdate""".split())
 LIFT_UP = _picked(                       # a 1.6 station speaks
-    _PLAIN_LIFT, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
-    "SignCertificate", BootNotification=lift_boot, StatusNotification=lift_status,
-    MeterValues=lift_meter_values, StartTransaction=lift_start, StopTransaction=lift_stop,
-    DiagnosticsStatusNotification=lift_diagnostics_status, LogStatusNotification=lift_log_status,
-    FirmwareStatusNotification=lift_firmware_status,
-    SignedFirmwareStatusNotification=lift_firmware_status)
+    _PLAIN_LIFT, "Authorize", "DataTransfer", "Heartbeat", "LogStatusNotification",
+    "SecurityEventNotification", "SignCertificate",
+    BootNotification=lift_boot, DiagnosticsStatusNotification=lift_diagnostics_status,
+    FirmwareStatusNotification=lift_firmware_status, MeterValues=lift_meter_values,
+    SignedFirmwareStatusNotification=lift_firmware_status, StartTransaction=lift_start,
+    StatusNotification=lift_status, StopTransaction=lift_stop)
 LOWER_DOWN = _picked(                    # a 2.0.1 upstream commands a 1.6 station
     _PLAIN_LOWER, "CancelReservation", "ChangeAvailability", "ClearCache", "DataTransfer",
     "DeleteCertificate", "GetLocalListVersion", "ReserveNow", "SendLocalList", "UnlockConnector",
-    CertificateSigned=lower_certificate_signed, ClearChargingProfile=lower_clear_profile,
-    GetBaseReport=lower_base_report, GetCompositeSchedule=lower_composite,
-    GetInstalledCertificateIds=lower_certificates, GetLog=lower_log, GetReport=lower_report,
-    GetTransactionStatus=lower_transaction_status, GetVariables=lower_get_variables,
-    InstallCertificate=lower_install, RequestStartTransaction=lower_request_start,
-    RequestStopTransaction=lower_request_stop, Reset=lower_reset,
-    SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
+    CertificateSigned=_of_types("CertificateSigned", (STATIONS_OWN,), STATIONS_OWN),
+    ClearChargingProfile=lower_clear_profile, GetBaseReport=lower_base_report,
+    GetCompositeSchedule=lower_composite, GetInstalledCertificateIds=lower_certificates,
+    GetLog=lower_log, GetReport=lower_report, GetTransactionStatus=lower_transaction_status,
+    GetVariables=lower_get_variables,
+    InstallCertificate=_of_types("InstallCertificate", CERTIFICATES.values()),
+    RequestStartTransaction=lower_request_start, RequestStopTransaction=lower_request_stop,
+    Reset=lower_reset, SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
     TriggerMessage=lower_trigger, UpdateFirmware=lower_update)
 LOWER_UP = _picked(                      # a 2.0.1 station speaks
     _PLAIN_LOWER, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
-    BootNotification=lower_boot, StatusNotification=lower_status, MeterValues=lower_meter_values,
-    TransactionEvent=lower_transaction_event, NotifyEvent=lower_event,
-    LogStatusNotification=lower_log_status, FirmwareStatusNotification=lower_firmware_status,
-    SignCertificate=lower_sign, **dict.fromkeys(NEWS - {"MeterValues", "NotifyEvent"},
-                                                _answered_here))
+    **dict.fromkeys(NEWS, _answered_here) | {
+        "BootNotification": lower_boot, "FirmwareStatusNotification": lower_firmware_status,
+        "LogStatusNotification": lower_log_status, "MeterValues": lower_meter_values,
+        "NotifyEvent": lower_event, "StatusNotification": lower_status,
+        "SignCertificate": _of_types("SignCertificate", (STATIONS_OWN,), STATIONS_OWN),
+        "TransactionEvent": lower_transaction_event})
 LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 station
     _PLAIN_LIFT, "CancelReservation", "CertificateSigned", "ChangeAvailability", "ClearCache",
     "DataTransfer", "DeleteCertificate", "GetLocalListVersion", "InstallCertificate", "ReserveNow",
-    "SendLocalList", "UnlockConnector",
+    "Reset", "SendLocalList", "UnlockConnector",
     ChangeConfiguration=lift_change_configuration, ClearChargingProfile=lift_clear_profile,
     ExtendedTriggerMessage=lift_trigger, GetCompositeSchedule=lift_composite,
     GetConfiguration=lift_get_configuration, GetDiagnostics=lift_diagnostics,
     GetInstalledCertificateIds=lift_certificates, GetLog=lift_log,
     RemoteStartTransaction=lift_remote_start, RemoteStopTransaction=lift_remote_stop,
-    Reset=lift_reset, SetChargingProfile=lift_set_profile,
-    SignedUpdateFirmware=lift_signed_update, TriggerMessage=lift_trigger,
-    UpdateFirmware=lift_update)
+    SetChargingProfile=lift_set_profile, SignedUpdateFirmware=lift_signed_update,
+    TriggerMessage=lift_trigger, UpdateFirmware=lift_update)
 
 
 def _stage(table: dict, version: str) -> Callable:
