@@ -7365,6 +7365,7 @@ LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost
 CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
     "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
     "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
+FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register")
 STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
 
 
@@ -7377,8 +7378,8 @@ class Errand:
     protocol: str                       # the station's
     worth: int                          # 0: not worth to wait for an upstream that is away
     came_at: float                      # monotonic
-    started: float                      # the same by `perf_counter`
-    record: LoggedMessage | None        # while the station waits for the answer; then None
+    started: float = 0.0                # the same by `perf_counter`
+    record: LoggedMessage | None = None      # while the station waits for the answer
     reply: CallResult | CallError | None = None      # ours, where upstream has none
     given: int | None = None            # the transaction id that the board gave in its place
     heard: bool = True                  # False: the station left before it had the answer
@@ -7441,12 +7442,10 @@ class Line:
     def restored(self, number: int, protocol: str, given: int | None, frame: str) -> None:
         """What an earlier run had not delivered waits again."""
         call = unpack(frame)
-        errand = Errand(call, frame, protocol, _worth(call), self.relay.now(), 0.0, None,
-                        given=given, number=number)
         self.station_protocol = self.station_protocol or protocol
         self.protocol = self.protocol or self.settings.protocol or protocol
-        self.waiting.append(errand)
-        self.bytes += len(frame)
+        self._put(Errand(call, frame, protocol, _worth(call), self.relay.now(), given=given,
+                         number=number))
 
     # The station's side
 
@@ -7497,8 +7496,7 @@ class Line:
             if errand.worth:
                 self._wait(errand)
         elif boots:                                      # nothing goes before it
-            self.waiting.appendleft(errand)
-            self.bytes += len(frame)
+            self._put(errand, first=True)
             self._next()
         else:
             self._wait(errand)
@@ -7541,8 +7539,8 @@ class Line:
         if self.wire is not None and self.station_protocol == self.protocol and frame:
             self.wire.write(frame)
         elif type(message) is Send:
-            self._refused_up(message.action, message, f"{self.protocol} has nothing like it"
-                             if self.wire else "upstream is away")
+            self._refused_up(message, f"{self.protocol} has nothing like it" if self.wire
+                             else "upstream is away")
 
     def _answer_here(self, errand: Errand) -> None:
         """Answer the station ourselves."""
@@ -7552,6 +7550,14 @@ class Line:
             errand.reply = self._start_here(errand)
         self.counts["answeredHere"] += 1
         self._give(errand, errand.reply)
+
+    def _answer_waiting(self, errand: Errand) -> None:
+        """The same for one that waits: it waits on where it is worth it."""
+        self._answer_here(errand)
+        if errand.worth:
+            self._hold(errand)
+        else:
+            self._drop(errand)
 
     def _start_here(self, errand: Errand) -> CallResult | CallError:
         """Our answer to a StartTransaction, of which upstream hears later."""
@@ -7576,8 +7582,7 @@ class Line:
 
     def _wait(self, errand: Errand) -> None:
         """Put an errand at the end of what waits, and make room for it."""
-        self.waiting.append(errand)
-        self.bytes += len(errand.frame)
+        self._put(errand)
         if errand.worth and errand.record is None:
             self._hold(errand)
         while len(self.waiting) > self.settings.queue or self.bytes > LINE_BYTES:
@@ -7605,6 +7610,13 @@ class Line:
             self.unborn[errand.given] = None
             if len(self.unborn) > CROSSINGS_KEPT:
                 self.unborn.popitem(last=False)
+
+    def _put(self, errand: Errand, first: bool = False) -> None:
+        if first:
+            self.waiting.appendleft(errand)
+        else:
+            self.waiting.append(errand)
+        self.bytes += len(errand.frame)
 
     def _drop(self, errand: Errand) -> None:
         self.waiting.remove(errand)
@@ -7775,33 +7787,31 @@ class Line:
     def _translated(self, errand: Errand, payload: dict | None) -> None:
         """A translation is through: None where upstream has nothing to say to it."""
         if payload is None:
-            self._refused_up(errand.call.action, errand.call,
-                             f"{self.protocol} has nothing like it: answered here")
+            self._refused_up(errand.call, f"{self.protocol} has nothing like it: answered here")
             self._answer_here(errand)
             self._finish(errand, errand.reply, "", told=True)
             return
         said, frame = errand.answered
-        reply = CallResult(errand.call.id_text, payload, to_json(payload))
+        reply = _result_of(errand.call, payload)
         same = payload is said and errand.asked is errand.call
         self._finish(errand, reply, frame if same else pack(reply))
         self.tell(self._interpreter(errand.protocol).told())
 
     def _failed(self, errand: Errand, error: BoardError) -> None:
         """A translation came to nothing: upstream refused it, or there is no translation."""
-        code = error.code if isinstance(error, CallFailed) else error.ocpp_code
-        if isinstance(error, CallFailed) and self._later(errand, code):
-            return
-        if not isinstance(error, CallFailed):
-            self._refused_up(errand.call.action, errand.call, str(error))
+        id_text = errand.call.id_text
+        if isinstance(error, CallFailed):
+            if self._later(errand, error.code):
+                return
+            code = error_code_across(self.protocol, errand.protocol, error.code)
+            reply = CallError(id_text, code, kept(error.description), {}, "{}")
+        else:
+            self._refused_up(errand.call, str(error))
             if errand.worth:             # a fact; that upstream cannot be told is on record
                 self._answer_here(errand)
                 self._finish(errand, errand.reply, "", told=True)
                 return
-        reply = CallError(errand.call.id_text,
-                          error_code_across(self.protocol, errand.protocol, code)
-                          if isinstance(error, CallFailed) else error_code(errand.protocol, code),
-                          kept(error.description if isinstance(error, CallFailed) else error), {},
-                          "{}")
+            reply = refusal(errand.protocol, id_text, error)
         self._finish(errand, reply, pack(reply))
 
     def _later(self, errand: Errand, code: str) -> bool:
@@ -7811,8 +7821,7 @@ class Line:
             return False
         errand.steps = errand.asked = None
         self.in_flight = None
-        self.waiting.appendleft(errand)
-        self.bytes += len(errand.frame)
+        self._put(errand, first=True)
         self.held_until = self.relay.now() + min(HOLD_S[0] * 2 ** (errand.attempts - 1), HOLD_S[1])
         return True
 
@@ -7897,10 +7906,7 @@ class Line:
             if self.link is None:
                 raise Conflict("The station is offline")
             reply = self.relay.limit(self, call)
-            if reply is None:
-                text = await self._command(call, frame)
-            else:
-                text = pack(reply)
+            text = pack(reply) if reply else await self._command(call, frame)
         except BoardError as error:
             code, description, details = error.ocpp_code, str(error), {}
             if isinstance(error, CallFailed):
@@ -7950,7 +7956,7 @@ class Line:
                            latency_ms=(self.relay.now() - asked_at) * 1000)
         except StopIteration as end:
             self._check_answer(call.action, end.value)
-            return pack(CallResult(call.id_text, end.value, to_json(end.value)))
+            return pack(_result_of(call, end.value))
 
     def _check_answer(self, action: str, payload: dict) -> None:
         """A translated answer must fit its schema, where that is at hand."""
@@ -7963,9 +7969,7 @@ class Line:
         """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
         for steps in told:
             call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
-            errand = Errand(call, "", self.station_protocol, 0, self.relay.now(), 0.0, None)
-            errand.steps = steps
-            self.waiting.append(errand)
+            self._put(Errand(call, "", self.station_protocol, 0, self.relay.now(), steps=steps))
         self._next()
 
     # The connection
@@ -7988,18 +7992,23 @@ class Line:
                  self.protocol)
         if self.boot and (self.spoken or self.link is None) and not any(
                 e.call.action == "BootNotification" for e in self.waiting):
-            boot = self._repeated(self.boot)
-            boot.boot = True
-            self.waiting.appendleft(boot)
+            self._boot_again()
         if self.spoken:
-            self.waiting.extend(self._repeated(told) for told in self.statuses.values())
+            for told in self.statuses.values():
+                self._put(self._repeated(told))
         self._next()
+
+    def _boot_again(self) -> None:
+        """Tell upstream the last BootNotification once more, before all else."""
+        boot = self._repeated(self.boot)
+        boot.boot = True
+        self._put(boot, first=True)
 
     def _repeated(self, told: tuple) -> Errand:
         """A Call of the station told once more, under an id of its own."""
         call, _, protocol = told
         call = call._replace(id_text=f'"{uuid.uuid4()}"')
-        return Errand(call, pack(call), protocol, 0, self.relay.now(), 0.0, None)
+        return Errand(call, pack(call), protocol, 0, self.relay.now())
 
     def _booted(self, errand: Errand, reply: CallResult | CallError) -> None:
         """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
@@ -8036,15 +8045,14 @@ class Line:
             self.failures = 0
         self._pause()
         if self.in_flight is not None:
-            errand = self._forget_flying()
+            errand, self.in_flight = self.in_flight, None
             errand.deaths += self.alive
             if errand.deaths >= DEATHS.get(errand.worth, 0) and errand.worth and (
                     errand.record is None):
                 self._lose(errand, "not delivered: upstream went away over it "
                            f"{errand.deaths} times")
             elif (errand.worth or errand.record is not None) and not errand.boot:
-                self.waiting.appendleft(errand)
-                self.bytes += len(errand.frame)
+                self._put(errand, first=True)
         self._away()
 
     def _away(self) -> None:
@@ -8054,11 +8062,7 @@ class Line:
             self._send_away()
         for errand in list(self.waiting):
             if errand.record is not None:
-                self._answer_here(errand)
-                if errand.worth:
-                    self._hold(errand)
-                else:
-                    self._drop(errand)
+                self._answer_waiting(errand)
             elif not errand.worth:                       # our own, made anew next time
                 self._drop(errand)
         self._rest()
@@ -8073,29 +8077,19 @@ class Line:
         self.failures += 1
         self.retry_at = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
 
-    def _forget_flying(self) -> Errand:
-        errand, self.in_flight = self.in_flight, None
-        return errand
-
     def turn(self, now: float) -> None:
         """Look at the clock: answers that are due, silence, another attempt."""
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         due = now - max(timeout_s - 2 * TURN_S, timeout_s / 2)
         for errand in [e for e in self.waiting if e.record is not None and e.came_at < due]:
-            self._answer_here(errand)
-            if errand.worth:
-                self._hold(errand)
-            else:
-                self._drop(errand)
+            self._answer_waiting(errand)
         if self.in_flight is not None:
             self._turn_flying(self.in_flight, now, due, timeout_s)
         if self.wire is None and not self.connecting and now >= self.retry_at and (
                 self.link is not None or self.waiting):
             self._connect()
         elif self.refused and now >= self.retry_at and self.in_flight is None and self.boot:
-            boot = self._repeated(self.boot)
-            boot.boot = True
-            self.waiting.appendleft(boot)
+            self._boot_again()
             self.retry_at = now + RECONNECT_S[1]
             self._next()
         elif self.held_until and now >= self.held_until:
@@ -8116,7 +8110,7 @@ class Line:
                 self._hang_up(f"upstream does not answer {errand.call.action}")
             return
         self.silent += 1
-        self._forget_flying()
+        self.in_flight = None
         if self.silent >= SILENT_CALLS or errand.boot:
             self._hang_up("upstream does not answer")
         else:
@@ -8141,7 +8135,7 @@ class Line:
                         shown(error, 200))
         self.last_error = kept(error)
 
-    def _refused_up(self, action: str, message: Call | Send, error: str) -> None:
+    def _refused_up(self, message: Call | Send, error: str) -> None:
         self.counts["refused"] += 1
         self._tell("refused", "UP", message, error=error)
 
@@ -8180,6 +8174,10 @@ def _disowned(payload: dict) -> str | None:
     status = lenient(info, "status", str, "") if isinstance(info, dict) else ""
     return f"upstream has the id token for {kept(status, 40)}" if status not in (
         "", "Accepted") else None
+
+
+def _result_of(call: Call, payload: dict) -> CallResult:
+    return CallResult(call.id_text, payload, to_json(payload))
 
 
 def _worth(call: Call) -> int:
@@ -8261,8 +8259,7 @@ class Journal:
                 self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
                             "AND here = ?", *key)
             elif not crossing.told_end:
-                facts = [crossing.there, crossing.evse_id, crossing.id_token, crossing.seq_no,
-                         crossing.state, crossing.charged, crossing.started, crossing.register]
+                facts = [getattr(crossing, name) for name in FACTS_KEPT]
                 self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
                             interpreter.clock(), to_json(facts))
             crossing.saved = not crossing.told_end
@@ -8272,12 +8269,10 @@ class Journal:
         rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
                                 "protocol = ?", (identity, interpreter.station)) if self._db else ()
         for here, at, facts in rows:
-            there, evse_id, id_token, seq_no, state, charged, started, register = json.loads(facts)
+            known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
             # What was told since is not known; there were less events than seconds.
-            since_s = max(0, int(interpreter.clock() - at))
-            interpreter.crossing(json.loads(here), there=there, evse_id=evse_id, id_token=id_token,
-                                 seq_no=seq_no + since_s, state=state, charged=charged,
-                                 started=started, register=register, saved=True)
+            known["seq_no"] += max(0, int(interpreter.clock() - at))
+            interpreter.crossing(json.loads(here), **known, saved=True)
 
     def _write(self, statement: str, *values: Any) -> None:
         self._pool.submit(self._execute, statement, values)
@@ -8313,10 +8308,12 @@ class Relay:
         if not self.board.is_approved(identity):
             self.asking[identity] = (link, authorization)
             return
-        line = self.lines.get(identity)
-        if line is None:
-            line = self.lines[identity] = Line(self, identity, settings)
-        line.attach(link, authorization)
+        self._line(identity, settings).attach(link, authorization)
+
+    def _line(self, identity: str, settings: SimpleNamespace) -> Line:
+        if identity not in self.lines:
+            self.lines[identity] = Line(self, identity, settings)
+        return self.lines[identity]
 
     def turn(self) -> None:
         """Let each line look at the clock; beyond `max_connections`, those without use go."""
@@ -8370,21 +8367,23 @@ class Relay:
 
         Returns the answer to upstream; None where the Call is for the station.
         """
-        controller, payload = self.controller, call.payload
-        if controller is None or not controller.manages(line.identity):
+        payload = call.payload
+        if not self._steers(line):
             return None
         if call.action == "SetChargingProfile":
             body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
                            else ("chargingProfile", "evseId"))
             self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
-            return CallResult(call.id_text, ACCEPTED, to_json(ACCEPTED))
+            return _result_of(call, ACCEPTED)
         if call.action == "ClearChargingProfile":
             wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
-            cleared = controller.clear_foreign(line.identity, {
+            cleared = self.controller.clear_foreign(line.identity, {
                 name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
-            answered = {"status": "Accepted" if cleared else "Unknown"}
-            return CallResult(call.id_text, answered, to_json(answered))
+            return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
         return None
+
+    def _steers(self, line: Line) -> bool:
+        return self.controller is not None and self.controller.manages(line.identity)
 
     def _limit(self, line: Line, profile: dict, evse_id: int) -> None:
         """Keep a profile of upstream, in either version. Raises: FormatViolation."""
@@ -8402,8 +8401,7 @@ class Relay:
     def without_profile(self, line: Line, call: Call) -> Call:
         """A command to start a transaction, its profile taken for ours where we steer."""
         profile = call.payload.get("chargingProfile")
-        if call.action not in STARTING or not isinstance(profile, dict) or (
-                self.controller is None or not self.controller.manages(line.identity)):
+        if call.action not in STARTING or not isinstance(profile, dict) or not self._steers(line):
             return call
         place = call.payload.get(STARTING[call.action])
         self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
@@ -8418,9 +8416,7 @@ class Relay:
                 log.warning("What waits for %s stays in the journal: no upstream is there for it",
                             shown(identity))
                 continue
-            line = self.lines.get(identity)
-            if line is None:
-                line = self.lines[identity] = Line(self, identity, settings)
+            line = self._line(identity, settings)
             try:
                 line.restored(number, protocol, given, frame)
             except BadFrame as error:
