@@ -2147,8 +2147,8 @@ SCHEDULE = (
     row("chargingSchedulePeriod", "chargingSchedulePeriod", *_list_of(PERIOD), needed=True),
     Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
 )
-PURPOSES = {"ChargePointMaxProfile": "ChargingStationMaxProfile",
-            "TxDefaultProfile": "TxDefaultProfile", "TxProfile": "TxProfile"}
+PURPOSES = _same("TxDefaultProfile", "TxProfile") | {
+    "ChargePointMaxProfile": "ChargingStationMaxProfile"}
 PROFILE = (
     whole_row("chargingProfileId", "id", needed=True),
     whole_row("stackLevel", "stackLevel", needed=True),
@@ -2331,8 +2331,7 @@ FIRMWARE = FIRMWARE_PLAIN | _same("DownloadScheduled", "DownloadPaused", "Instal
                                   "InvalidSignature", "SignatureVerified")
 LOGGED = _same("BadMessage", "Idle", "NotSupportedOperation", "PermissionDenied", "Uploaded",
                "UploadFailure", "Uploading")
-DIAGNOSTICS = {"Idle": "Idle", "Uploaded": "Uploaded", "UploadFailed": "UploadFailure",
-               "Uploading": "Uploading"}
+DIAGNOSTICS = _same("Idle", "Uploaded", "Uploading") | {"UploadFailed": "UploadFailure"}
 FIRMWARE_STATUS = word_row("status", "status", FIRMWARE, old_default="Idle", new_default="Idle")
 DIAGNOSTICS_STATUS = word_row(
     "status", "status", DIAGNOSTICS, dict.fromkeys((
@@ -2406,15 +2405,8 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
     fault = lenient(payload, "errorCode", str, "NoError")
     if fault != t.faults.get(number, "NoError"):
         _note(t.faults, number, fault)
-        place = {"evse": {"id": number, "connectorId": 1}} if number else {}
-        component = {"name": "Connector" if number else "ChargingStation"} | place
-        wrong = {} if fault == "NoError" else {
-            "techCode": str(payload.get("vendorErrorCode") or fault)[:50]}
-        info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
         with contextlib.suppress(CallFailed):            # the status is worth more
-            yield "NotifyEvent", _event(t, at, component, "Problem", "true" if wrong else "false",
-                                        cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500],
-                                        **wrong)
+            yield "NotifyEvent", _problem(t, number, at, fault, payload)
     crossing = t.open_at(number) if number else None
     state = CHARGING_STATE.get(told)
     if crossing and state and state != crossing.state:
@@ -2437,6 +2429,17 @@ def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
         "eventId": t.next_request(), "timestamp": at, "trigger": "Delta", "actualValue": value,
         "component": component, "variable": {"name": variable},
         "eventNotificationType": "HardWiredNotification", **more}]}
+
+
+def _problem(t: Interpreter, number: int, at: str, fault: str, payload: dict) -> dict:
+    """The NotifyEvent of what 1.6 has an errorCode for."""
+    wrong = fault != "NoError"
+    component = {"name": "ChargingStation"} if not number else {
+        "name": "Connector", "evse": {"id": number, "connectorId": 1}}
+    code = {"techCode": str(payload.get("vendorErrorCode") or fault)[:50]} if wrong else {}
+    info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
+    return _event(t, at, component, "Problem", "true" if wrong else "false", cleared=not wrong,
+                  techInfo=f"{fault} {info}".strip()[:500], **code)
 
 
 # Of the connectors of one EVSE, the first of these tells how the EVSE is.
@@ -2728,10 +2731,8 @@ STOPPED = {                              # 1.6's reason: (stoppedReason, trigger
     "UnlockCommand": ("Other", "UnlockCommand"), "Other": ("Other", "AbnormalCondition"),
 }
 STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
-    "DeAuthorized": "DeAuthorized", "EmergencyStop": "EmergencyStop",
-    "EVDisconnected": "EVDisconnected", "ImmediateReset": "HardReset", "Local": "Local",
-    "PowerLoss": "PowerLoss", "Reboot": "Reboot", "Remote": "Remote",
-    "MasterPass": "Local"}
+    **_same("DeAuthorized", "EmergencyStop", "EVDisconnected", "Local", "PowerLoss", "Reboot",
+            "Remote"), "ImmediateReset": "HardReset", "MasterPass": "Local"}
 
 
 def _resumed(t: Interpreter, here: int, evse_id: int) -> Crossing:
@@ -3009,7 +3010,9 @@ READ_ONLY = frozenset(row[0].lower() for row in VARIABLES if row[3:] == ["ReadOn
 # The rate units are "Current,Power" in 1.6 and "A,W" in 2.x.
 RATE_UNITS = {"Current": "A", "Power": "W"}
 RATE_UNITS_16 = {new: old for old, new in RATE_UNITS.items()}
-SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
+SET_STATUSES = {                         # of ChangeConfiguration: of SetVariables
+    **_same("Accepted", "Rejected", "RebootRequired", "UnknownVariable"),
+    "NotSupported": "UnknownVariable"}
 RATE_UNIT_KEY = "chargingscheduleallowedchargingrateunit"
 FEATURES = ("Core,FirmwareManagement,LocalAuthListManagement,Reservation,SmartCharging,"
             "RemoteTrigger")
@@ -3068,9 +3071,7 @@ def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
             word = "Rejected"
         elif key:
             answer = yield "ChangeConfiguration", {"key": key, "value": value}
-            word = {"NotSupported": "UnknownVariable"}.get(answer.get("status"),
-                                                           answer.get("status"))
-            word = word if word in SET_STATUSES else "Rejected"
+            word = SET_STATUSES.get(answer.get("status"), "Rejected")
         results.append(_result(told) | {"attributeStatus": word})
     return {"setVariableResult": results}
 
@@ -3090,15 +3091,13 @@ def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
         values |= _configuration(answer)
     results = []
     for told in asked:
-        key = _lower_variable(told)
+        key, found = _lower_variable(told), {"attributeStatus": "UnknownVariable"}
         if told.get("attributeType", "Actual") != "Actual":
-            results.append(_result(told) | {"attributeStatus": "NotSupportedAttributeType"})
+            found = {"attributeStatus": "NotSupportedAttributeType"}
         elif key and key.lower() in values:
-            results.append(_result(told) | {"attributeStatus": "Accepted", "attributeValue":
-                                            _value_across(key, values[key.lower()][1],
-                                                          RATE_UNITS)[:2500]})
-        else:
-            results.append(_result(told) | {"attributeStatus": "UnknownVariable"})
+            value = _value_across(key, values[key.lower()][1], RATE_UNITS)[:2500]
+            found = {"attributeStatus": "Accepted", "attributeValue": value}
+        results.append(_result(told) | found)
     return {"getVariableResult": results}
 
 
@@ -3189,12 +3188,14 @@ def _data_type(value: str) -> str:
 # Commands that differ in more than names
 
 TRIGGERS = {                             # 1.6's requestedMessage: 2.x's
-    "BootNotification": "BootNotification", "FirmwareStatusNotification":
-    "FirmwareStatusNotification", "Heartbeat": "Heartbeat", "MeterValues": "MeterValues",
-    "StatusNotification": "StatusNotification",
+    **_same("BootNotification", "FirmwareStatusNotification", "Heartbeat", "LogStatusNotification",
+            "MeterValues", "StatusNotification"),
     "DiagnosticsStatusNotification": "LogStatusNotification",
-    "LogStatusNotification": "LogStatusNotification",
     "SignChargePointCertificate": "SignChargingStationCertificate"}
+TRIGGERS_16 = {                          # 2.x's: 1.6's command and requestedMessage
+    "LogStatusNotification": ("ExtendedTriggerMessage", "LogStatusNotification"),
+    "SignChargingStationCertificate": ("ExtendedTriggerMessage", "SignChargePointCertificate"),
+    "TransactionEvent": ("TriggerMessage", "MeterValues")}
 TRIGGERED = status_rows("Accepted", "Rejected", "NotImplemented", worst="Rejected")
 
 
@@ -3221,21 +3222,12 @@ def lower_trigger(t: Interpreter, payload: dict) -> Steps:
     message = lenient(payload, "requestedMessage", str)
     place = _lower_place(t, payload.get("evse"))
     asked = {"connectorId": place} if place else {}
-    if message == "SignChargingStationCertificate":
-        answer = yield "ExtendedTriggerMessage", asked | {
-            "requestedMessage": "SignChargePointCertificate"}
-        return lifted(t, answer, TRIGGERED)
-    if message == "LogStatusNotification":
-        if t.diagnostics:
-            asked["requestedMessage"] = "DiagnosticsStatusNotification"
-            answer = yield "TriggerMessage", asked
-        else:
-            answer = yield "ExtendedTriggerMessage", asked | {"requestedMessage": message}
-        return lifted(t, answer, TRIGGERED)
-    message = "MeterValues" if message == "TransactionEvent" else message
-    if message not in TRIGGERS:
+    action, word = TRIGGERS_16.get(message, ("TriggerMessage", message))
+    if message == "LogStatusNotification" and t.diagnostics:
+        action, word = "TriggerMessage", "DiagnosticsStatusNotification"
+    if word not in TRIGGERS:
         return {"status": "NotImplemented"}
-    answer = yield "TriggerMessage", {"requestedMessage": message} | asked
+    answer = yield action, {"requestedMessage": word} | asked
     if message == "BootNotification" and answer.get("status") == "Accepted":
         t.boot_reason = "Triggered"
     return lifted(t, answer, TRIGGERED)
@@ -3350,8 +3342,9 @@ def lower_log(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, LOG_SENT)
 
 
-CERTIFICATES = {"CentralSystemRootCertificate": "CSMSRootCertificate",
-                "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
+CERTIFICATES = {                         # 1.6's certificateType: 2.x's
+    "CentralSystemRootCertificate": "CSMSRootCertificate",
+    "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
 INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
            exact_row("certificate", "certificate", 5500, 5500, needed=True))
 INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
