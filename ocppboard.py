@@ -1744,13 +1744,19 @@ class Schemas:
 # pivot is 2.0.1: `lift_…` turns 1.6 into it, `lower_…` it into 1.6, `newer` and `older` are the
 # steps to 2.1 and back. A converter is a generator: it yields (Action, payload) for the other
 # side, is sent the answer's payload, and returns the answer in the words of who asked.
+#
+#   1 ids of both sides    5 charging profiles           9 transactions up    13 certificates
+#   2 fields               6 what a station is          10 transactions down  14 who speaks what
+#   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
+#   4 places               8 meter values               12 commands           16 one version
+#
+# `t` is the Interpreter; `here` is the station's name of a thing and `there` upstream's; None as
+# an answer: the other side has nothing to say to it, and the board's own answer is good.
+
+# 1. Ids of both sides
 
 Steps = Generator[tuple, dict, dict | None]
 CROSSINGS_KEPT = 200                # transactions of a station whose ids we remember
-TOKENS_KEPT = 1000                  # id tokens of a station whose type, or full text, we remember
-KEYS_AT_ONCE = 20                   # of GetConfiguration and GetVariables; chargers choke on more
-REPORTED_AT_ONCE = 25               # variables in a NotifyReport
-LEGACY = "OCPP16LegacyCtrlr"        # the component of 1.6 keys that 2.x has no variable for
 
 
 @dataclass(slots=True)
@@ -1800,20 +1806,20 @@ class Interpreter:
         self._request_id = int(clock()) & 0x7FFFFFF
 
     def up(self, action: str, payload: dict) -> Steps:
-        """A Call of the station, for upstream. Raises (as the generator runs): NotSupported."""
+        """A Call of the station, for upstream. Raises (as it runs): NotSupported, MissingField."""
         return _through(self, STAGES[self.station, self.upstream][0], action, payload)
 
     def down(self, action: str, payload: dict) -> Steps:
-        """A Call of upstream, for the station."""
+        """A Call of upstream, for the station. Raises (as it runs): NotSupported, MissingField."""
         return _through(self, STAGES[self.station, self.upstream][1], action, payload)
 
     def told(self) -> list[Steps]:
-        """What upstream is to be told beyond the answers, such as reports."""
+        """What upstream is to be told beyond the answers, such as reports; each but once."""
         told, self._told = self._told, []
         return [_through(self, TELLING[self.upstream], *call) for call in told]
 
     def tell(self, action: str, payload: dict) -> None:
-        """Tell upstream something, in 2.0.1."""
+        """Have upstream told something, in 2.0.1."""
         self._told.append((action, payload))
 
     def passes(self, action: str, up: bool) -> bool:
@@ -1868,7 +1874,7 @@ def _through(t: Interpreter, stages: list, action: str, payload: dict) -> Steps:
         return end.value
 
 
-# Fields. A row says how one field crosses: its names in 1.6 and in 2.x, and its value both ways.
+# 2. Fields. A row says how one field crosses: its names in 1.6 and 2.x, and its value both ways.
 
 
 class Row(NamedTuple):
@@ -2019,8 +2025,9 @@ def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
 
 YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
 
-# Id tokens
+# 3. Id tokens
 
+TOKENS_KEPT = 1000                  # of a station, whose type, or full text, we remember
 TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress "
                         "NoAuthorization".split())
 TOKEN_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
@@ -2100,8 +2107,8 @@ ID_TOKEN_INFO = Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO), old_defaul
 LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
               Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO)))
 
-# Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`). An
-# EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
+# 4. Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`).
+# An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
 def _lift_place(t: Interpreter, connector: Any) -> dict | None:
@@ -2117,7 +2124,7 @@ PLACE = Row("connectorId", "evse", _lift_place, _lower_place, old_default=0)
 EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
 SOME_EVSE = Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole)
 
-# Charging profiles
+# 5. Charging profiles
 
 
 def _lower_limit(t: Interpreter, value: Any) -> float | None:
@@ -2283,7 +2290,7 @@ def lower_clear_profile(t: Interpreter, payload: dict) -> Steps:
                   CLEARED)
 
 
-# What a station tells of itself
+# 6. What a station is: its boot, its firmware, its logs
 
 STATION_INFO = (
     text_row("chargePointVendor", "vendorName", 20, 50, old_default="", new_default=""),
@@ -2377,7 +2384,7 @@ def lower_log_status(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-# Statuses
+# 7. Statuses
 
 CONNECTOR_STATUS = {
     "Available": "Available", "Preparing": "Occupied", "Charging": "Occupied",
@@ -2509,7 +2516,7 @@ def lower_event(t: Interpreter, payload: dict) -> Steps:
     return {} if known else None
 
 
-# Meter values
+# 8. Meter values
 
 MEASURANDS_16 = frozenset("""
     Energy.Active.Export.Register Energy.Active.Import.Register Energy.Reactive.Export.Register
@@ -2719,7 +2726,7 @@ def lower_meter_values(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-# Transactions of a 1.6 station, for a 2.x upstream
+# 9. Transactions of a 1.6 station, for a 2.x upstream
 
 STOPPED = {                              # 1.6's reason: (stoppedReason, triggerReason) of 2.x
     "Local": ("Local", "StopAuthorized"), "Remote": ("Remote", "RemoteStop"),
@@ -2866,10 +2873,10 @@ def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
     crossing = t.named_there(payload["transactionId"])
     return {"ongoingIndicator": crossing is not None and not crossing.ended,
             "messagesInQueue": False}
-    yield
+    yield                                # never: it makes this a generator, as its like are
 
 
-# Transactions of a 2.x station, for a 1.6 upstream
+# 10. Transactions of a 2.x station, for a 1.6 upstream
 
 
 def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
@@ -2963,9 +2970,13 @@ def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}), YES_NO)
 
 
-# Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
+# 11. Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
 # after a colon, its instance, whether it can only be read). The others go by their own name
 # under LEGACY; a variable without a key is "Component.Variable" to 1.6.
+
+KEYS_AT_ONCE = 20                   # of GetConfiguration and GetVariables; chargers choke on more
+REPORTED_AT_ONCE = 25               # variables in a NotifyReport
+LEGACY = "OCPP16LegacyCtrlr"        # the component of 1.6 keys that 2.x has no variable for
 VARIABLES = tuple(line.split() for line in """
     AllowOfflineTxForUnknownId AuthCtrlr OfflineTxForUnknownIdEnabled
     AuthorizationCacheEnabled AuthCacheCtrlr Enabled
@@ -3185,7 +3196,7 @@ def _data_type(value: str) -> str:
     return "integer" if re.fullmatch(r"-?\d{1,18}", value) else "string"
 
 
-# Commands that differ in more than names
+# 12. Commands that differ in more than names
 
 TRIGGERS = {                             # 1.6's requestedMessage: 2.x's
     **_same("BootNotification", "FirmwareStatusNotification", "Heartbeat", "LogStatusNotification",
@@ -3342,6 +3353,8 @@ def lower_log(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, LOG_SENT)
 
 
+# 13. Certificates, security events, DataTransfer
+
 CERTIFICATES = {                         # 1.6's certificateType: 2.x's
     "CentralSystemRootCertificate": "CSMSRootCertificate",
     "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
@@ -3415,8 +3428,9 @@ TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
                             worst="Rejected"), DATA)
 
+# 14. Who speaks what. PLAIN are the Actions that differ in names only: (1.6's Action, 2.0.1's, rows
+# of the request, rows of the answer); the four tables after it say what each side may say.
 
-# Actions that differ in names only: (1.6's Action, 2.0.1's, rows of the request, of the answer).
 RESERVED = status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable",
                        worst="Rejected")
 PLAIN = (
@@ -3489,7 +3503,7 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
 def _answered_here(t: Interpreter, payload: dict) -> Steps:
     """The other side has nothing like it and need not: the board's own answer is good."""
     return None
-    yield
+    yield                                # never, as above
 
 
 # What a 2.x station only tells, and of which a 1.6 upstream knows nothing, or not all.
@@ -3545,8 +3559,8 @@ def _stage(table: dict, version: str) -> Callable:
     return stage
 
 
-# 2.0.1 and 2.1. All that 2.0.1 says 2.1 can say, but for numbers below zero; what 2.1 adds is left
-# out, has another word that comes near, or is refused.
+# 15. 2.0.1 and 2.1. All that 2.0.1 says 2.1 can say, but for numbers below zero; what 2.1 adds is
+# left out, has another word that comes near, or is refused.
 
 NEW_IN_21 = frozenset("""
     absolutePriceSchedule allowedEnergyTransfer availableEnergyTransfer basicAuthPassword
@@ -3736,8 +3750,8 @@ def _newer(action: str, value: Any, key: str = "") -> Any:
 
 
 
-# One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x station
-# makes its own).
+# 16. One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x
+# station makes its own).
 
 
 def _renamed(here: bool, *path: str) -> Callable:
@@ -3796,6 +3810,8 @@ def _same_version(table: dict) -> Callable:
         return (yield from convert(t, action, payload)) if convert else (yield action, payload)
     return stage
 
+
+# Which converters stand between which versions
 
 _LIFT_UP, _LOWER_UP = _stage(LIFT_UP, "2.x"), _stage(LOWER_UP, "ocpp1.6")
 _LIFT_DOWN, _LOWER_DOWN = _stage(LIFT_DOWN, "2.x"), _stage(LOWER_DOWN, "ocpp1.6")
@@ -7592,13 +7608,13 @@ class Line:
         """From now on the station counts on us to deliver it."""
         self.counts["buffered"] += 1
         self.relay.journal.keep(self.identity, errand)
-        self._tell("buffered", "UP", errand.call)
+        self._relayed("buffered", "UP", errand.call)
 
     def _lose(self, errand: Errand, error: str) -> None:
         """Upstream will not hear of it; that is on record."""
         self.counts["lost"] += 1
         self.relay.journal.drop(errand)
-        self._tell("error", "UP", errand.call, to=errand.asked, error=error)
+        self._relayed("error", "UP", errand.call, to=errand.asked, error=error)
         if errand.given is not None:
             self.unborn[errand.given] = None
             if len(self.unborn) > CROSSINGS_KEPT:
@@ -7743,12 +7759,13 @@ class Line:
             if self.link is not None and self.station_protocol == self.protocol:
                 self.link.pass_on(message, text)
             else:
-                self._tell("refused", "DOWN", message, error="the station has nothing like it")
+                self._relayed("refused", "DOWN", message, error="the station has nothing like it")
         elif flying is None or flying.asked is None or (
                 not same_id(message.id_text, flying.asked.id_text)):
             self.counts["errors"] += 1
-            self._tell("error", "DOWN", None, error="an answer to nothing that was asked, or late",
-                       message_id_=message_id(message.id_text))
+            self._relayed("error", "DOWN", None,
+                          error="an answer to nothing that was asked, or late",
+                          message_id_=message_id(message.id_text))
         else:
             self.silent, self.alive = 0, True
             self._upstream_answered(flying, message, text)
@@ -7761,9 +7778,9 @@ class Line:
             asked = errand.asked
             if asked is not errand.call:
                 self.counts["translated"] += 1
-                self._tell("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
-                           error=f"{message.code}: {message.description}"
-                           if type(message) is CallError else None)
+                self._relayed("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
+                              error=f"{message.code}: {message.description}"
+                              if type(message) is CallError else None)
             self._step(errand, message.payload if type(message) is CallResult else CallFailed(
                 message.code, message.description, message.details))
         elif type(message) is CallResult:
@@ -7846,8 +7863,8 @@ class Line:
         elif buffered and errand.worth:
             self.relay.journal.drop(errand)
             self.counts["delivered"] += 1
-            self._tell("delivered", "UP", errand.call, to=errand.asked,
-                       error=_disowned(reply.payload))
+            self._relayed("delivered", "UP", errand.call, to=errand.asked,
+                          error=_disowned(reply.payload))
         self._next()
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
@@ -7872,7 +7889,7 @@ class Line:
     def _nonsense(self, text: str, error: BadFrame) -> None:
         """A frame that is no message; where it is about what is under way, that is over."""
         self.counts["errors"] += 1
-        self._tell("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
+        self._relayed("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
         if error.id_text:
             self.wire.write(pack(refusal(self.protocol, error.id_text, error)))
         flying = self.in_flight
@@ -7909,8 +7926,8 @@ class Line:
                                   details, to_json(details)))
             kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
             self.counts["refused" if kind == "refused" else "errors"] += 1
-            self._tell(kind, "DOWN", call, error=kept(f"{code}: {description}"),
-                       latency_ms=(self.relay.now() - started) * 1000)
+            self._relayed(kind, "DOWN", call, error=kept(f"{code}: {description}"),
+                          latency_ms=(self.relay.now() - started) * 1000)
         except Exception:
             log.exception("A command of upstream, %s, failed", shown(call.action))
             text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
@@ -7944,9 +7961,9 @@ class Line:
                 except BoardError as error:
                     failed = error
                 self.counts["translated"] += 1
-                self._tell("translation", "DOWN", call, error=kept(failed) if failed else None,
-                           to=Call("", action, payload, to_json(payload)),
-                           latency_ms=(self.relay.now() - asked_at) * 1000)
+                self._relayed("translation", "DOWN", call, error=kept(failed) if failed else None,
+                              to=Call("", action, payload, to_json(payload)),
+                              latency_ms=(self.relay.now() - asked_at) * 1000)
         except StopIteration as end:
             self._check_answer(call.action, end.value)
             return pack(_result_of(call, end.value))
@@ -7980,7 +7997,7 @@ class Line:
         self.wire, self.up_since, self.silent = wire, self.board.clock(), 0
         self.refused = self.alive = False
         self.opened_at = self.relay.now()
-        self._tell("connected", "UP", None)
+        self._relayed("connected", "UP", None)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
         if self.boot and (self.spoken or self.link is None) and not any(
@@ -8030,7 +8047,7 @@ class Line:
         """Let go of the connection. What was under way is first, next time, as it was."""
         wire, self.wire, self.up_since, self.refused = self.wire, None, None, False
         wire.close()
-        self._tell("disconnected", "UP", None, error=reason)
+        self._relayed("disconnected", "UP", None, error=reason)
         log.info("%s is no longer connected to %s: %s", shown(self.identity), self.settings.url,
                  shown(reason))
         self.last_error = kept(reason)
@@ -8092,7 +8109,7 @@ class Line:
     def _turn_flying(self, errand: Errand, now: float, due: float, timeout_s: float) -> None:
         if errand.record is not None and errand.came_at < due:
             self._answer_here(errand)
-            self._tell("error", "UP", errand.call, error="upstream did not answer in time")
+            self._relayed("error", "UP", errand.call, error="upstream did not answer in time")
             self.counts["errors"] += 1
             if errand.worth:
                 self._hold(errand)
@@ -8123,18 +8140,19 @@ class Line:
     def _note(self, error: str) -> None:
         """What went wrong with upstream; the same again is not told again."""
         if error != self.last_error:
-            self._tell("error", "UP", None, error=error)
+            self._relayed("error", "UP", None, error=error)
             log.warning("%s has no way to %s: %s", shown(self.identity), self.settings.url,
                         shown(error, 200))
         self.last_error = kept(error)
 
     def _refused_up(self, message: Call | Send, error: str) -> None:
         self.counts["refused"] += 1
-        self._tell("refused", "UP", message, error=error)
+        self._relayed("refused", "UP", message, error=error)
 
-    def _tell(self, kind: str, direction: str, message: Call | Send | None,
-              to: Call | None = None, error: str | None = None, message_id_: str = "",
-              latency_ms: float | None = None) -> None:
+    def _relayed(self, kind: str, direction: str, message: Call | Send | None,
+                 to: Call | None = None, error: str | None = None, message_id_: str = "",
+                 latency_ms: float | None = None) -> None:
+        """Put on record what became of a message, or of the connection: see ProxyEvent.kind."""
         ends = (self.station_protocol, self.protocol)
         source, target = ends if direction == "UP" else ends[::-1]
         action = message.action if message else ""
