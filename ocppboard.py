@@ -7352,9 +7352,157 @@ def tolerance(amps: float) -> float:
 
 
 # --- Relay --------------------------------------------------------------------------------
-# Which stations go on to an upstream central system, and whose answer counts. A Line is one
-# station's way there: what waits, what is under way, what upstream has not heard yet. It asks for
-# a connection and is told of one; what it says goes out by the `write` of a Wire.
+# Which stations go on to an upstream central system, and whose answer counts. The Relay has all
+# Lines. A Line is one station's way there, an Errand one Call on it: waiting, under way, or not
+# heard by upstream yet. A Line asks for a connection and is told of one; what it says goes out by
+# the `write` of a Wire. The Journal keeps on disk what waits.
+
+TURN_S = 0.25                       # how often lines look at the clock
+LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
+               "answeredHere")
+CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
+    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
+    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
+STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+
+
+class Relay:
+    """All lines, and what they share: the clock, the journal, the way to a connection."""
+
+    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
+                 controller: Controller | None = None, now: Callable[[], float] = time.monotonic):
+        self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
+        self.now = now
+        self.lines: dict[str, Line] = {}
+        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
+        self.journal = Journal(board.config.proxy.journal)
+        self.restore()
+
+    def restore(self) -> None:
+        """Take up what an earlier run had to deliver."""
+        for number, identity, protocol, given, frame in self.journal.waiting():
+            settings = self.board.config.upstream(identity)
+            if settings is None:
+                log.warning("What waits for %s stays in the journal: no upstream is there for it",
+                            shown(identity))
+                continue
+            line = self._line(identity, settings)
+            try:
+                line.restored(number, protocol, given, frame)
+            except BadFrame as error:
+                log.error("What waits for %s cannot be read: %s", shown(identity), error)
+
+    def attach(self, link: Link, authorization: str) -> None:
+        """A station has connected: it goes on upstream if an upstream is there for it."""
+        identity = link.station.identity
+        settings = self.board.config.upstream(identity)
+        if settings is None or link.ended:
+            return
+        if not self.board.is_approved(identity):
+            self.asking[identity] = (link, authorization)
+            return
+        self._line(identity, settings).attach(link, authorization)
+
+    def _line(self, identity: str, settings: SimpleNamespace) -> "Line":
+        if identity not in self.lines:
+            self.lines[identity] = Line(self, identity, settings)
+        return self.lines[identity]
+
+    def turn(self) -> None:
+        """Let each line look at the clock; beyond `max_connections`, those without use go."""
+        now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
+        for identity, (link, authorization) in list(self.asking.items()):
+            if link.ended or self.board.is_approved(identity):
+                del self.asking[identity]
+                self.attach(link, authorization)
+        for identity, line in list(self.lines.items()):
+            line.turn(now)
+            if line.wire is not None:
+                line.wire.ping_if_due(time.monotonic(), ping_s)
+            if len(self.lines) > self.board.config.store.max_connections and (
+                    line.link is None and line.wire is None and not line.waiting):
+                del self.lines[identity]
+
+    def connect(self, line: "Line") -> None:
+        """Open a connection upstream; the line is told what becomes of it."""
+        self.spawn("relay", open_wire(line))
+
+    def stop(self) -> None:
+        """Let go of everything; what was not delivered is in the log."""
+        for line in self.lines.values():
+            if line.buffered:
+                log.warning("%s: %d messages were not delivered to %s", shown(line.identity),
+                            line.buffered, line.settings.url)
+            if line.wire is not None:
+                line.wire.close()
+        self.journal.close()
+
+    def view(self) -> list[dict]:
+        """Each upstream with its lines, as REST shows them."""
+        views = []
+        for settings in self.board.config.proxy.upstream:
+            lines = [line for line in self.lines.values() if line.settings is settings]
+            up = [line for line in lines if line.status == "up"]
+            lags = [line.lag_ms for line in up if line.lag_ms is not None]
+            views.append({
+                "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
+                "whenDown": settings.when_down, "queue": settings.queue,
+                "stations": len(lines), "up": len(up),
+                "upSince": iso(min((line.up_since for line in up), default=None)),
+                "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
+                "waiting": sum(line.buffered for line in lines),
+                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
+                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
+        return views
+
+    # Upstream's charging profiles, of stations that we steer
+
+    def limit(self, line: "Line", call: Call) -> CallResult | None:
+        """Take upstream's charging profiles for the limits of a station that we steer.
+
+        Returns the answer to upstream; None where the Call is for the station.
+        """
+        payload = call.payload
+        if not self._steers(line):
+            return None
+        if call.action == "SetChargingProfile":
+            body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
+                           else ("chargingProfile", "evseId"))
+            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
+            return _result_of(call, ACCEPTED)
+        if call.action == "ClearChargingProfile":
+            wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
+            cleared = self.controller.clear_foreign(line.identity, {
+                name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
+            return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
+        return None
+
+    def _steers(self, line: "Line") -> bool:
+        return self.controller is not None and self.controller.manages(line.identity)
+
+    def _limit(self, line: "Line", profile: dict, evse_id: int) -> None:
+        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
+        schedule = profile.get("chargingSchedule")
+        schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
+        if not isinstance(schedule, dict):
+            raise WrongType("chargingSchedule is no schedule")
+        id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
+        read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
+        known = line.known_there(read.transaction_id)
+        read.transaction_id = read.transaction_id if known is None else known.here
+        self.controller.keep_foreign(line.identity, read)
+        line.tell_limit(profile)
+
+    def without_profile(self, line: "Line", call: Call) -> Call:
+        """A command to start a transaction, its profile taken for ours where we steer."""
+        profile = call.payload.get("chargingProfile")
+        if call.action not in STARTING or not isinstance(profile, dict) or not self._steers(line):
+            return call
+        place = call.payload.get(STARTING[call.action])
+        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
+        payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
+        return call._replace(payload=payload, text=to_json(payload))
+
 
 WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotification": 2,
           "MeterValues": 1}              # what waits for upstream; the least goes first
@@ -7367,15 +7515,7 @@ ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an e
 DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
 HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
-TURN_S = 0.25                       # how often lines look at the clock
 TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
-LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
-               "answeredHere")
-CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
-    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
-    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
-FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register")
-STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
 
 
 @dataclass(slots=True, eq=False)
@@ -8202,6 +8342,9 @@ def _worth(call: Call) -> int:
     return WORTHS.get(call.action, 0)
 
 
+FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register")
+
+
 class Journal:
     """What waits for upstream, and whose transaction id is whose, on disk: a restart loses nothing.
 
@@ -8296,142 +8439,6 @@ class Journal:
             if not self._failing:
                 log.error("The journal cannot be written: %s", error)
             self._failing = True
-
-
-class Relay:
-    """All lines, and what they share: the clock, the journal, the way to a connection."""
-
-    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
-                 controller: "Controller | None" = None, now: Callable[[], float] = time.monotonic):
-        self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
-        self.now = now
-        self.lines: dict[str, Line] = {}
-        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
-        self.journal = Journal(board.config.proxy.journal)
-        self.restore()
-
-    def attach(self, link: Link, authorization: str) -> None:
-        """A station has connected: it goes on upstream if an upstream is there for it."""
-        identity = link.station.identity
-        settings = self.board.config.upstream(identity)
-        if settings is None or link.ended:
-            return
-        if not self.board.is_approved(identity):
-            self.asking[identity] = (link, authorization)
-            return
-        self._line(identity, settings).attach(link, authorization)
-
-    def _line(self, identity: str, settings: SimpleNamespace) -> Line:
-        if identity not in self.lines:
-            self.lines[identity] = Line(self, identity, settings)
-        return self.lines[identity]
-
-    def turn(self) -> None:
-        """Let each line look at the clock; beyond `max_connections`, those without use go."""
-        now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
-        for identity, (link, authorization) in list(self.asking.items()):
-            if link.ended or self.board.is_approved(identity):
-                del self.asking[identity]
-                self.attach(link, authorization)
-        for identity, line in list(self.lines.items()):
-            line.turn(now)
-            if line.wire is not None:
-                line.wire.ping_if_due(time.monotonic(), ping_s)
-            if len(self.lines) > self.board.config.store.max_connections and (
-                    line.link is None and line.wire is None and not line.waiting):
-                del self.lines[identity]
-
-    def connect(self, line: Line) -> None:
-        """Open a connection upstream; the line is told what becomes of it."""
-        self.spawn("relay", open_wire(line))
-
-    def stop(self) -> None:
-        """Let go of everything; what was not delivered is in the log."""
-        for line in self.lines.values():
-            if line.buffered:
-                log.warning("%s: %d messages were not delivered to %s", shown(line.identity),
-                            line.buffered, line.settings.url)
-            if line.wire is not None:
-                line.wire.close()
-        self.journal.close()
-
-    def view(self) -> list[dict]:
-        """Each upstream with its lines, as REST shows them."""
-        views = []
-        for settings in self.board.config.proxy.upstream:
-            lines = [line for line in self.lines.values() if line.settings is settings]
-            up = [line for line in lines if line.status == "up"]
-            lags = [line.lag_ms for line in up if line.lag_ms is not None]
-            views.append({
-                "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
-                "whenDown": settings.when_down, "queue": settings.queue,
-                "stations": len(lines), "up": len(up),
-                "upSince": iso(min((line.up_since for line in up), default=None)),
-                "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
-                "waiting": sum(line.buffered for line in lines),
-                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
-                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
-        return views
-
-    def limit(self, line: Line, call: Call) -> CallResult | None:
-        """Take upstream's charging profiles for the limits of a station that we steer.
-
-        Returns the answer to upstream; None where the Call is for the station.
-        """
-        payload = call.payload
-        if not self._steers(line):
-            return None
-        if call.action == "SetChargingProfile":
-            body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
-                           else ("chargingProfile", "evseId"))
-            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
-            return _result_of(call, ACCEPTED)
-        if call.action == "ClearChargingProfile":
-            wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
-            cleared = self.controller.clear_foreign(line.identity, {
-                name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
-            return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
-        return None
-
-    def _steers(self, line: Line) -> bool:
-        return self.controller is not None and self.controller.manages(line.identity)
-
-    def _limit(self, line: Line, profile: dict, evse_id: int) -> None:
-        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
-        schedule = profile.get("chargingSchedule")
-        schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
-        if not isinstance(schedule, dict):
-            raise WrongType("chargingSchedule is no schedule")
-        id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
-        read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
-        known = line.known_there(read.transaction_id)
-        read.transaction_id = read.transaction_id if known is None else known.here
-        self.controller.keep_foreign(line.identity, read)
-        line.tell_limit(profile)
-
-    def without_profile(self, line: Line, call: Call) -> Call:
-        """A command to start a transaction, its profile taken for ours where we steer."""
-        profile = call.payload.get("chargingProfile")
-        if call.action not in STARTING or not isinstance(profile, dict) or not self._steers(line):
-            return call
-        place = call.payload.get(STARTING[call.action])
-        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
-        payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
-        return call._replace(payload=payload, text=to_json(payload))
-
-    def restore(self) -> None:
-        """Take up what an earlier run had to deliver."""
-        for number, identity, protocol, given, frame in self.journal.waiting():
-            settings = self.board.config.upstream(identity)
-            if settings is None:
-                log.warning("What waits for %s stays in the journal: no upstream is there for it",
-                            shown(identity))
-                continue
-            line = self._line(identity, settings)
-            try:
-                line.restored(number, protocol, given, frame)
-            except BadFrame as error:
-                log.error("What waits for %s cannot be read: %s", shown(identity), error)
 
 
 RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
