@@ -7488,10 +7488,11 @@ class Relay:
             raise WrongType("chargingSchedule is no schedule")
         id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
         read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
-        known = line.known_there(read.transaction_id)
-        read.transaction_id = read.transaction_id if known is None else known.here
+        if known := line.known_there(read.transaction_id):
+            read.transaction_id = known.here
         self.controller.keep_foreign(line.identity, read)
-        line.tell_limit(profile)
+        self.board.system_event("PROXY_LIMIT", line.identity, "A charging profile of the upstream "
+                                "system counts as one more limit", {"profile": profile})
 
     def without_profile(self, line: "Line", call: Call) -> Call:
         """A command to start a transaction, its profile taken for ours where we steer."""
@@ -7539,7 +7540,7 @@ class Errand:
     sent_at: float = 0.0
     attempts: int = 0
     deaths: int = 0                     # connections that ended while it was under way
-    boot: bool = False                  # our repetition of the last BootNotification
+    boots_again: bool = False           # our repetition of the last BootNotification
     number: int = 0                     # in the journal
 
 
@@ -7552,11 +7553,11 @@ class Line:
         self.link: Link | None = None
         self.wire: Any = None                # the connection upstream: write(text), close()
         self.connecting = self.refused = False       # refused: upstream did not accept the boot
-        self.alive = self._turning = False           # alive: upstream has answered on this one
+        self.alive = self._sending = False           # alive: upstream has answered on this one
         self.fresh = True                    # no attempt has failed since the station came
         self.authorization = self.protocol = self.station_protocol = ""
-        self.waiting: deque[Errand] = deque()
-        self.bytes = 0
+        self.waiting: deque[Errand] = deque()            # but for the one in flight
+        self.bytes = 0                       # of their frames
         self.in_flight: Errand | None = None
         self.interpreters: dict[str, Interpreter] = {}
         self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
@@ -7564,9 +7565,12 @@ class Line:
         self.spoken = False                  # this connection of the station has had an answer
         self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
         self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
-        self.failures = self.silent = self.commands = 0
+        self.failures = 0                    # attempts to connect in a row
+        self.silent = 0                      # Calls in a row that upstream did not answer
+        self.commands = 0                    # of upstream, under way
         self.opened_at = self.relay.now()
-        self.retry_at = self.held_until = 0.0
+        self.retry_at = 0.0                  # the next attempt to connect, or to boot if refused
+        self.held_until = 0.0                # upstream could not take a message: a pause
         self.up_since: float | None = None
         self.lag_ms: float | None = None
         self.counts: Counter = Counter()
@@ -7625,7 +7629,7 @@ class Line:
         flying = self.in_flight
         if flying is not None and flying.record is not None:
             flying.record, flying.heard = None, False
-        self._rest()
+        self._hang_up_if_done()
 
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
@@ -7773,14 +7777,14 @@ class Line:
 
     def _next(self) -> None:
         """Send what is first, if upstream is there and nothing else is under way."""
-        if self._turning:                # what needs no answer is done before the loop goes on
+        if self._sending:                # what needs no answer is done before the loop goes on
             return
-        self._turning = True
+        self._sending = True
         try:
             self._send_next()
         finally:
-            self._turning = False
-        self._rest()
+            self._sending = False
+        self._hang_up_if_done()
 
     def _send_next(self) -> None:
         while self.in_flight is None and self.waiting and self.wire is not None:
@@ -7793,7 +7797,7 @@ class Line:
             self.in_flight = errand
             self._begin(errand)
 
-    def _rest(self) -> None:
+    def _hang_up_if_done(self) -> None:
         """Without the station, the connection is there for what waits, and no longer."""
         if self.wire is not None and self.link is None and (
                 self.in_flight is None and not self.waiting):
@@ -7873,9 +7877,8 @@ class Line:
 
     def _send(self, errand: Errand, same: bool) -> None:
         asked, schemas = errand.asked, self.relay.schemas
-        violation = None
-        if schemas and not same:
-            violation = schemas.check(self.protocol, asked.action, "Request", asked.payload)
+        violation = schemas and not same and schemas.check(self.protocol, asked.action, "Request",
+                                                           asked.payload)
         if violation:
             errand.asked = None
             self._failed(errand, violation.error(f"{violation.pointer or '/'}: {violation.text}"))
@@ -7982,7 +7985,7 @@ class Line:
         `told`: that upstream could not be told is on record.
         """
         self.in_flight = None
-        buffered = errand.record is None and errand.heard and not errand.boot
+        buffered = errand.record is None and errand.heard and not errand.boots_again
         if errand.record is not None:
             self._make_record(errand, reply)
             if reply.id_text != errand.call.id_text:     # asked for once more meanwhile
@@ -8151,7 +8154,7 @@ class Line:
     def _boot_again(self) -> None:
         """Tell upstream the last BootNotification once more, before all else."""
         boot = self._repeated(self.boot)
-        boot.boot = True
+        boot.boots_again = True
         self._put(boot, first=True)
 
     def _repeated(self, told: tuple) -> Errand:
@@ -8164,7 +8167,7 @@ class Line:
         """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
         payload = reply.payload if type(reply) is CallResult else {}
         status = lenient(payload, "status", str, "")
-        self.refused = status != "Accepted" and (bool(status) or errand.boot)
+        self.refused = status != "Accepted" and (bool(status) or errand.boots_again)
         if self.refused:
             wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
             self.retry_at = self.relay.now() + wait_s
@@ -8195,15 +8198,17 @@ class Line:
             self.failures = 0
         self._pause()
         if self.in_flight is not None:
-            errand, self.in_flight = self.in_flight, None
-            errand.deaths += self.alive
-            if errand.deaths >= DEATHS.get(errand.worth, 0) and errand.worth and (
-                    errand.record is None):
-                self._lose(errand, "not delivered: upstream went away over it "
-                           f"{errand.deaths} times")
-            elif (errand.worth or errand.record is not None) and not errand.boot:
-                self._put(errand, first=True)
+            self._land(self.in_flight)
         self._away()
+
+    def _land(self, errand: Errand) -> None:
+        """What is to become of an errand whose connection ended: it is first again, or lost."""
+        self.in_flight = None
+        errand.deaths += self.alive
+        if errand.worth and errand.record is None and errand.deaths >= DEATHS[errand.worth]:
+            self._lose(errand, f"not delivered: upstream went away over it {errand.deaths} times")
+        elif (errand.worth or errand.record is not None) and not errand.boots_again:
+            self._put(errand, first=True)
 
     def _away(self) -> None:
         """Upstream is not there: the station has its answers from here, or is sent away."""
@@ -8215,7 +8220,7 @@ class Line:
                 self._answer_waiting(errand)
             elif not errand.worth:                       # our own, made anew next time
                 self._drop(errand)
-        self._rest()
+        self._hang_up_if_done()
 
     def _send_away(self) -> None:
         self.link.end("upstream is away", 1013)          # try again later
@@ -8261,7 +8266,7 @@ class Line:
             return
         self.silent += 1
         self.in_flight = None
-        if self.silent >= SILENT_CALLS or errand.boot:
+        if self.silent >= SILENT_CALLS or errand.boots_again:
             self._hang_up("upstream does not answer")
         else:
             self._next()
@@ -8271,11 +8276,6 @@ class Line:
         return self._interpreter(self.station_protocol).named_there(there)
 
     # On record
-
-    def tell_limit(self, profile: dict) -> None:
-        """A profile of upstream was taken for our own limits."""
-        self.board.system_event("PROXY_LIMIT", self.identity, "A charging profile of the upstream "
-                                "system counts as one more limit", {"profile": profile})
 
     def _note(self, error: str) -> None:
         """What went wrong with upstream; the same again is not told again."""
@@ -8472,7 +8472,7 @@ class Wire(asyncio.Protocol):
         self._read: bytes = b""
         self._parts: list[bytes] = []        # of a message in several frames
         self._text = True                    # or binary, it is
-        self.over = ""                      # why it ended
+        self.over = ""                       # why it ended
 
     # What the loop tells
 

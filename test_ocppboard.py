@@ -4025,8 +4025,7 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     charging(world)
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
-    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None,
-                                     tell_limit=lambda profile: None)
+    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None)
     relay = ocppboard.Relay(world.board, None, None, world.controller)
     answered = relay.limit(line, Call('"1"', *call, json.dumps(call[1])))
     assert answered.payload == {"status": "Accepted"}
