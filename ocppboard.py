@@ -2202,10 +2202,13 @@ def _here_16(t: Interpreter, there: Any) -> int:
     return number
 
 
+COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True),
+             word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W")))
+
+
 def lift_composite(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.7 from upstream; 2.0.1 K08."""
-    asked = lifted(t, payload, (EVSE, whole_row("duration", "duration", new_default=NEEDED),
-                                word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    asked = lifted(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
     crossed = lowered(t, answer, YES_NO)
     schedule = answer.get("schedule")
@@ -2217,8 +2220,7 @@ def lift_composite(t: Interpreter, payload: dict) -> Steps:
 
 def lower_composite(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 K08 from upstream; 1.6 5.7."""
-    asked = lowered(t, payload, (EVSE, whole_row("duration", "duration", old_default=NEEDED),
-                                 word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    asked = lowered(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
     crossed = lifted(t, answer, YES_NO)
     schedule = answer.get("chargingSchedule")
@@ -2263,10 +2265,10 @@ def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
         except WrongValue:
             return {"status": "Rejected"}                # of a transaction that is not there
     answer = yield "SetChargingProfile", asked
-    return lifted(t, answer, status_rows("Accepted", "Rejected", lift={"NotSupported": "Rejected"},
-                                         worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
+CLEARED_ID = (whole_row("id", "chargingProfileId"),)
 CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLevel"),
             word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES))
 CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
@@ -2274,7 +2276,7 @@ CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
 
 def lift_clear_profile(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.3; 2.0.1 K10."""
-    asked = lifted(t, payload, (whole_row("id", "chargingProfileId"),))
+    asked = lifted(t, payload, CLEARED_ID)
     if criteria := lifted(t, payload, CRITERIA):
         asked["chargingProfileCriteria"] = criteria
     return lowered(t, (yield "ClearChargingProfile", asked), CLEARED)
@@ -2285,7 +2287,7 @@ def lower_clear_profile(t: Interpreter, payload: dict) -> Steps:
     criteria = lenient(payload, "chargingProfileCriteria", dict, {})
     if criteria.get("chargingProfilePurpose") not in (None, *PURPOSES.values()):
         return {"status": "Unknown"}                     # 1.6 has no such profile to clear
-    asked = lowered(t, payload, (whole_row("id", "chargingProfileId"),))
+    asked = lowered(t, payload, CLEARED_ID)
     return lifted(t, (yield "ClearChargingProfile", asked | lowered(t, criteria, CRITERIA)),
                   CLEARED)
 
@@ -2555,9 +2557,18 @@ def _decimal(value: Any) -> Decimal | None:
 
 def _lift_meter_values(t: Interpreter, told: Any, known: dict | None = None) -> list[dict]:
     """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
+    return _meter_values(t, told, _lift_samples, known or {})
+
+
+def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
+    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
+    return _meter_values(t, told, _lower_samples, left_out)
+
+
+def _meter_values(t: Interpreter, told: Any, cross: Callable, more: Any) -> list[dict]:
     crossed = []
     for meter in _dicts(told):
-        if samples := _lift_samples(_dicts(meter.get("sampledValue")), known or {}):
+        if samples := cross(_dicts(meter.get("sampledValue")), more):
             crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
     return crossed
 
@@ -2629,16 +2640,11 @@ def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
     return None
 
 
-def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
-    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
-    crossed = []
-    for meter in _dicts(told):
-        samples = [s for sample in _dicts(meter.get("sampledValue")) for s in _lower_sample(sample)]
-        for sample in samples:
-            if sample.get("unit") in left_out:
-                del sample["unit"]
-        if samples:
-            crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
+def _lower_samples(samples: list[dict], left_out: tuple) -> list[dict]:
+    crossed = [one for sample in samples for one in _lower_sample(sample)]
+    for sample in crossed:
+        if sample.get("unit") in left_out:
+            del sample["unit"]
     return crossed
 
 
@@ -3261,8 +3267,6 @@ def lower_reset(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, RESETTING)
 
 
-UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
-                       lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
 UPDATE_16 = (exact_row("location", "location", 2000, 512, needed=True),
              time_row("retrieveDate", "retrieveDateTime", needed=True))
 UPDATE_SIGNED = (
@@ -3271,6 +3275,7 @@ UPDATE_SIGNED = (
     time_row("installDateTime", "installDateTime"),
     exact_row("signingCertificate", "signingCertificate", 5500, 5500),
     exact_row("signature", "signature", 800, 800))
+REQUEST = whole_row("requestId", "requestId", needed=True)
 RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
 UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
                       "RevokedCertificate", worst="Rejected")
@@ -3289,8 +3294,7 @@ def lift_update(t: Interpreter, payload: dict) -> Steps:
 def lift_signed_update(t: Interpreter, payload: dict) -> Steps:
     """1.6 security extension L01; 2.0.1 L01."""
     t.signed_firmware = True
-    answer = yield "UpdateFirmware", lifted(t, payload, (
-        *RETRIES, whole_row("requestId", "requestId", new_default=NEEDED))) | {
+    answer = yield "UpdateFirmware", lifted(t, payload, (*RETRIES, REQUEST)) | {
         "firmware": lifted(t, required(payload, "firmware", dict), UPDATE_SIGNED)}
     return lowered(t, answer, UPDATED)
 
@@ -3331,8 +3335,7 @@ def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
 def lift_log(t: Interpreter, payload: dict) -> Steps:
     """1.6 security extension N01; 2.0.1 N01."""
     t.diagnostics = False
-    asked = lifted(t, payload, (*RETRIES, LOG_KIND,
-                                whole_row("requestId", "requestId", new_default=NEEDED)))
+    asked = lifted(t, payload, (*RETRIES, LOG_KIND, REQUEST))
     asked["log"] = lifted(t, required(payload, "log", dict), LOG_16)
     return lowered(t, (yield "GetLog", asked), LOG_SENT)
 
@@ -3431,8 +3434,6 @@ TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "Unknown
 # 14. Who speaks what. PLAIN are the Actions that differ in names only: (1.6's Action, 2.0.1's, rows
 # of the request, rows of the answer); the four tables after it say what each side may say.
 
-RESERVED = status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable",
-                       worst="Rejected")
 PLAIN = (
     ("Authorize", "Authorize", (token_row("idTag", "idToken", needed=True),), (ID_TOKEN_INFO,)),
     ("Heartbeat", "Heartbeat", (), (time_row("currentTime", "currentTime", needed=True),)),
@@ -3458,16 +3459,18 @@ PLAIN = (
      (whole_row("listVersion", "versionNumber", needed=True),
       Row("localAuthorizationList", "localAuthorizationList", *_list_of(LOCAL_LIST)),
       word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
-     status_rows("Accepted", "Failed", "VersionMismatch", lift={"NotSupported": "Failed"},
-                 worst="Failed")),
+     status_rows("Accepted", "Failed", "VersionMismatch", worst="Failed")),
     ("ReserveNow", "ReserveNow",
      (SOME_EVSE._replace(old_default=0),
       time_row("expiryDate", "expiryDateTime", needed=True),
       token_row("idTag", "idToken", needed=True),
       token_row("parentIdTag", "groupIdToken"),
-      whole_row("reservationId", "id", needed=True)), RESERVED),
+      whole_row("reservationId", "id", needed=True)),
+     status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable", worst="Rejected")),
     ("UnlockConnector", "UnlockConnector",
-     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)), UNLOCKED),
+     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)),
+     status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
+                 worst="UnlockFailed")),
 )
 
 
