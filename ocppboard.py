@@ -1745,13 +1745,19 @@ class Schemas:
 # pivot is 2.0.1: `lift_…` turns 1.6 into it, `lower_…` it into 1.6, `newer` and `older` are the
 # steps to 2.1 and back. A converter is a generator: it yields (Action, payload) for the other
 # side, is sent the answer's payload, and returns the answer in the words of who asked.
+#
+#   1 ids of both sides    5 charging profiles           9 transactions up    13 certificates
+#   2 fields               6 what a station is          10 transactions down  14 who speaks what
+#   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
+#   4 places               8 meter values               12 commands           16 one version
+#
+# `t` is the Interpreter; `here` is the station's name of a thing and `there` upstream's; None as
+# an answer: the other side has nothing to say to it, and the board's own answer is good.
+
+# 1. Ids of both sides
 
 Steps = Generator[tuple, dict, dict | None]
 CROSSINGS_KEPT = 200                # transactions of a station whose ids we remember
-TOKENS_KEPT = 1000                  # id tokens of a station whose type, or full text, we remember
-KEYS_AT_ONCE = 20                   # of GetConfiguration and GetVariables; chargers choke on more
-REPORTED_AT_ONCE = 25               # variables in a NotifyReport
-LEGACY = "OCPP16LegacyCtrlr"        # the component of 1.6 keys that 2.x has no variable for
 
 
 @dataclass(slots=True)
@@ -1801,20 +1807,20 @@ class Interpreter:
         self._request_id = int(clock()) & 0x7FFFFFF
 
     def up(self, action: str, payload: dict) -> Steps:
-        """A Call of the station, for upstream. Raises (as the generator runs): NotSupported."""
+        """A Call of the station, for upstream. Raises (as it runs): NotSupported, MissingField."""
         return _through(self, STAGES[self.station, self.upstream][0], action, payload)
 
     def down(self, action: str, payload: dict) -> Steps:
-        """A Call of upstream, for the station."""
+        """A Call of upstream, for the station. Raises (as it runs): NotSupported, MissingField."""
         return _through(self, STAGES[self.station, self.upstream][1], action, payload)
 
     def told(self) -> list[Steps]:
-        """What upstream is to be told beyond the answers, such as reports."""
+        """What upstream is to be told beyond the answers, such as reports; each but once."""
         told, self._told = self._told, []
         return [_through(self, TELLING[self.upstream], *call) for call in told]
 
     def tell(self, action: str, payload: dict) -> None:
-        """Tell upstream something, in 2.0.1."""
+        """Have upstream told something, in 2.0.1."""
         self._told.append((action, payload))
 
     def passes(self, action: str, up: bool) -> bool:
@@ -1869,7 +1875,7 @@ def _through(t: Interpreter, stages: list, action: str, payload: dict) -> Steps:
         return end.value
 
 
-# Fields. A row says how one field crosses: its names in 1.6 and in 2.x, and its value both ways.
+# 2. Fields. A row says how one field crosses: its names in 1.6 and 2.x, and its value both ways.
 
 
 class Row(NamedTuple):
@@ -1992,16 +1998,37 @@ def _same(*names: str) -> dict:
     return {name: name for name in names}
 
 
+def _dicts(items: Any) -> list[dict]:
+    """The objects in a list; what is no list has none."""
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def _some(payload: dict, key: str) -> list[dict]:
+    """The objects in a list without which there is no message. Raises: MissingField, WrongType."""
+    found = _dicts(required(payload, key, list))
+    if not found:
+        raise MissingField(f"{key} is empty")
+    return found
+
+
+def _when(t: Interpreter, message: dict) -> str:
+    """The `timestamp` of a message; our time where it has none that can be read."""
+    return _time(t, message.get("timestamp")) or wire_time(t.clock())
+
+
 def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
                 worst: str) -> tuple:
     """The `status` of an answer: words of both, of one side only, and what stands for others."""
     pairs = _same(*both) | (lift or {})
     return (word_row("status", "status", pairs, lower, old_other=worst, new_other=worst,
-                  old_default=worst, new_default=worst),)
+                     old_default=worst, new_default=worst),)
 
 
-# Id tokens
+YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
 
+# 3. Id tokens
+
+TOKENS_KEPT = 1000                  # of a station, whose type, or full text, we remember
 TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress "
                         "NoAuthorization".split())
 TOKEN_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
@@ -2056,9 +2083,10 @@ def token_row(old: str, new: str, **more: Any) -> Row:
 
 TOKEN_INFO = (
     word_row("status", "status", _same("Accepted", "Blocked", "Expired", "Invalid", "ConcurrentTx"),
-          {"Unknown": "Invalid", "NoCredit": "Blocked", "NotAllowedTypeEVSE": "Blocked",
-           "NotAtThisLocation": "Blocked", "NotAtThisTime": "Blocked"},
-          old_other="Invalid", new_other="Invalid", old_default="Invalid", new_default="Invalid"),
+             {"Unknown": "Invalid", "NoCredit": "Blocked", "NotAllowedTypeEVSE": "Blocked",
+              "NotAtThisLocation": "Blocked", "NotAtThisTime": "Blocked"},
+             old_other="Invalid", new_other="Invalid", old_default="Invalid",
+             new_default="Invalid"),
     time_row("expiryDate", "cacheExpiryDateTime"),
     token_row("parentIdTag", "groupIdToken"),
 )
@@ -2070,10 +2098,8 @@ def _nested(rows: tuple) -> tuple[Callable, Callable]:
 
 
 def _list_of(rows: tuple) -> tuple[Callable, Callable]:
-    def each(way: Callable) -> Callable:
-        return lambda t, value: [way(t, item, rows) for item in value
-                                 if isinstance(item, dict)] if isinstance(value, list) else None
-    return each(lifted), each(lowered)
+    return (lambda t, value: [lifted(t, item, rows) for item in _dicts(value)] or None,
+            lambda t, value: [lowered(t, item, rows) for item in _dicts(value)] or None)
 
 
 ACCEPTED = {"status": "Accepted"}
@@ -2082,8 +2108,8 @@ ID_TOKEN_INFO = Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO), old_defaul
 LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
               Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO)))
 
-# Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`). An
-# EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
+# 4. Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`).
+# An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
 def _lift_place(t: Interpreter, connector: Any) -> dict | None:
@@ -2099,7 +2125,7 @@ PLACE = Row("connectorId", "evse", _lift_place, _lower_place, old_default=0)
 EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
 SOME_EVSE = Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole)
 
-# Charging profiles
+# 5. Charging profiles
 
 
 def _lower_limit(t: Interpreter, value: Any) -> float | None:
@@ -2115,15 +2141,10 @@ def _numeric(t: Interpreter, value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-def _periods(rows: tuple) -> tuple[Callable, Callable]:
-    lift, lower = _list_of(rows)
-    return (lambda t, value: lift(t, value) or None), (lambda t, value: lower(t, value) or None)
-
-
 UNITS = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"), needed=True)
 PERIOD = (
     whole_row("startPeriod", "startPeriod", needed=True),
-    Row("limit", "limit", _numeric, _lower_limit, NEEDED, NEEDED),
+    row("limit", "limit", _numeric, _lower_limit, needed=True),
     Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
         _whole),
 )
@@ -2131,18 +2152,17 @@ SCHEDULE = (
     whole_row("duration", "duration"),
     time_row("startSchedule", "startSchedule"),
     UNITS,
-    Row("chargingSchedulePeriod", "chargingSchedulePeriod", *_periods(PERIOD), NEEDED, NEEDED),
+    row("chargingSchedulePeriod", "chargingSchedulePeriod", *_list_of(PERIOD), needed=True),
     Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
 )
-PURPOSES = {"ChargePointMaxProfile": "ChargingStationMaxProfile",
-            "TxDefaultProfile": "TxDefaultProfile", "TxProfile": "TxProfile"}
+PURPOSES = _same("TxDefaultProfile", "TxProfile") | {
+    "ChargePointMaxProfile": "ChargingStationMaxProfile"}
 PROFILE = (
     whole_row("chargingProfileId", "id", needed=True),
     whole_row("stackLevel", "stackLevel", needed=True),
     word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES, needed=True),
     word_row("chargingProfileKind", "chargingProfileKind",
-             _same("Absolute", "Recurring", "Relative"),
-          needed=True),
+             _same("Absolute", "Recurring", "Relative"), needed=True),
     word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
     time_row("validFrom", "validFrom"),
     time_row("validTo", "validTo"),
@@ -2170,7 +2190,7 @@ def _lower_profile(t: Interpreter, profile: Any) -> dict:
         raise NotSupported("1.6 has no profiles of external constraints")
     crossed = lowered(t, profile, PROFILE)
     # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
-    crossed["chargingSchedule"] = lowered(t, _dicts(profile, "chargingSchedule")[0], SCHEDULE)
+    crossed["chargingSchedule"] = lowered(t, _some(profile, "chargingSchedule")[0], SCHEDULE)
     return crossed
 
 
@@ -2183,12 +2203,15 @@ def _here_16(t: Interpreter, there: Any) -> int:
     return number
 
 
+COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True),
+             word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W")))
+
+
 def lift_composite(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.7 from upstream; 2.0.1 K08."""
-    asked = lifted(t, payload, (EVSE, whole_row("duration", "duration", new_default=NEEDED),
-                                word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    asked = lifted(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
-    crossed = lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    crossed = lowered(t, answer, YES_NO)
     schedule = answer.get("schedule")
     if isinstance(schedule, dict):
         crossed |= lowered(t, schedule, (EVSE, time_row("scheduleStart", "scheduleStart")))
@@ -2198,13 +2221,12 @@ def lift_composite(t: Interpreter, payload: dict) -> Steps:
 
 def lower_composite(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 K08 from upstream; 1.6 5.7."""
-    asked = lowered(t, payload, (EVSE, whole_row("duration", "duration", old_default=NEEDED),
-                                 word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))))
+    asked = lowered(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
-    crossed = lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    crossed = lifted(t, answer, YES_NO)
     schedule = answer.get("chargingSchedule")
     if isinstance(schedule, dict) and schedule.get("chargingSchedulePeriod"):
-        told = lifted(t, schedule, [row for row in SCHEDULE if row.new not in (
+        told = lifted(t, schedule, [field_ for field_ in SCHEDULE if field_.new not in (
             "startSchedule", "minChargingRate")])
         start = answer.get("scheduleStart") or schedule.get("startSchedule")
         crossed["schedule"] = {"duration": asked["duration"]} | told | {
@@ -2230,7 +2252,7 @@ def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
             crossing := t.open_at(asked["evseId"])):
         profile["transactionId"] = crossing.here
     answer = yield "SetChargingProfile", asked
-    return lowered(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, answer, YES_NO)
 
 
 def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
@@ -2244,10 +2266,10 @@ def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
         except WrongValue:
             return {"status": "Rejected"}                # of a transaction that is not there
     answer = yield "SetChargingProfile", asked
-    return lifted(t, answer, status_rows("Accepted", "Rejected", lift={"NotSupported": "Rejected"},
-                                    worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
+CLEARED_ID = (whole_row("id", "chargingProfileId"),)
 CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLevel"),
             word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES))
 CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
@@ -2255,7 +2277,7 @@ CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
 
 def lift_clear_profile(t: Interpreter, payload: dict) -> Steps:
     """1.6 5.3; 2.0.1 K10."""
-    asked = lifted(t, payload, (whole_row("id", "chargingProfileId"),))
+    asked = lifted(t, payload, CLEARED_ID)
     if criteria := lifted(t, payload, CRITERIA):
         asked["chargingProfileCriteria"] = criteria
     return lowered(t, (yield "ClearChargingProfile", asked), CLEARED)
@@ -2266,12 +2288,12 @@ def lower_clear_profile(t: Interpreter, payload: dict) -> Steps:
     criteria = lenient(payload, "chargingProfileCriteria", dict, {})
     if criteria.get("chargingProfilePurpose") not in (None, *PURPOSES.values()):
         return {"status": "Unknown"}                     # 1.6 has no such profile to clear
-    asked = lowered(t, payload, (whole_row("id", "chargingProfileId"),))
+    asked = lowered(t, payload, CLEARED_ID)
     return lifted(t, (yield "ClearChargingProfile", asked | lowered(t, criteria, CRITERIA)),
                   CLEARED)
 
 
-# What a station tells of itself
+# 6. What a station is: its boot, its firmware, its logs
 
 STATION_INFO = (
     text_row("chargePointVendor", "vendorName", 20, 50, old_default="", new_default=""),
@@ -2319,23 +2341,27 @@ FIRMWARE = FIRMWARE_PLAIN | _same("DownloadScheduled", "DownloadPaused", "Instal
                                   "InvalidSignature", "SignatureVerified")
 LOGGED = _same("BadMessage", "Idle", "NotSupportedOperation", "PermissionDenied", "Uploaded",
                "UploadFailure", "Uploading")
-DIAGNOSTICS = {"Idle": "Idle", "Uploaded": "Uploaded", "UploadFailed": "UploadFailure",
-               "Uploading": "Uploading"}
+DIAGNOSTICS = _same("Idle", "Uploaded", "Uploading") | {"UploadFailed": "UploadFailure"}
+FIRMWARE_STATUS = word_row("status", "status", FIRMWARE, old_default="Idle", new_default="Idle")
+DIAGNOSTICS_STATUS = word_row(
+    "status", "status", DIAGNOSTICS, dict.fromkeys((
+        "BadMessage", "NotSupportedOperation", "PermissionDenied", "AcceptedCanceled"),
+        "UploadFailed"), old_default="Idle", new_default="Idle")
+LOG_STATUS = (word_row("status", "status", LOGGED, {"AcceptedCanceled": "UploadFailure"},
+                       old_default="Idle", new_default="Idle"),
+              whole_row("requestId", "requestId"))
 
 
 def lift_firmware_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.5 and its security extension; 2.0.1 L01. The request's id is the last update's."""
-    asked = lifted(t, payload, (word_row("status", "status", FIRMWARE, new_default="Idle"),
-                                whole_row("requestId", "requestId",
-                                          new_default=t.firmware_request)))
-    yield "FirmwareStatusNotification", asked
+    yield "FirmwareStatusNotification", lifted(t, payload, (
+        FIRMWARE_STATUS, whole_row("requestId", "requestId", new_default=t.firmware_request)))
     return {}
 
 
 def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
-    asked = lowered(t, payload, (word_row("status", "status", FIRMWARE, old_default="Idle"),
-                                 whole_row("requestId", "requestId")))
+    asked = lowered(t, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
     if t.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
         yield "SignedFirmwareStatusNotification", asked
     else:
@@ -2345,37 +2371,23 @@ def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
 
 def lift_diagnostics_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.4; 2.0.1 N01."""
-    asked = lifted(t, payload, (word_row("status", "status", DIAGNOSTICS, new_default="Idle"),))
+    asked = lifted(t, payload, (DIAGNOSTICS_STATUS,))
     if t.log_request is not None and asked["status"] != "Idle":
         asked["requestId"] = t.log_request
     yield "LogStatusNotification", asked
     return {}
 
 
-def lift_log_status(t: Interpreter, payload: dict) -> Steps:
-    """1.6 security extension N01; 2.0.1 N01."""
-    yield "LogStatusNotification", lifted(t, payload, (
-        word_row("status", "status", LOGGED, new_default="Idle"),
-        whole_row("requestId", "requestId")))
-    return {}
-
-
 def lower_log_status(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
-    back = {"AcceptedCanceled": "UploadFailure"}
     if t.diagnostics:
-        failed = dict.fromkeys(("BadMessage", "NotSupportedOperation", "PermissionDenied",
-                                "AcceptedCanceled"), "UploadFailed")
-        yield "DiagnosticsStatusNotification", lowered(t, payload, (
-            word_row("status", "status", DIAGNOSTICS, failed, old_default="Idle"),))
+        yield "DiagnosticsStatusNotification", lowered(t, payload, (DIAGNOSTICS_STATUS,))
     else:
-        yield "LogStatusNotification", lowered(t, payload, (
-            word_row("status", "status", LOGGED, back, old_default="Idle"),
-            whole_row("requestId", "requestId")))
+        yield "LogStatusNotification", lowered(t, payload, LOG_STATUS)
     return {}
 
 
-# Statuses
+# 7. Statuses
 
 CONNECTOR_STATUS = {
     "Available": "Available", "Preparing": "Occupied", "Charging": "Occupied",
@@ -2392,7 +2404,7 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
     number = max(0, required(payload, "connectorId", int))
     told = lenient(payload, "status", str, "")
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     _note(t.statuses, (number, 1), told)
     status = CONNECTOR_STATUS.get(told, "Unavailable")
     if number:
@@ -2403,15 +2415,8 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
     fault = lenient(payload, "errorCode", str, "NoError")
     if fault != t.faults.get(number, "NoError"):
         _note(t.faults, number, fault)
-        place = {"evse": {"id": number, "connectorId": 1}} if number else {}
-        component = {"name": "Connector" if number else "ChargingStation"} | place
-        wrong = {} if fault == "NoError" else {
-            "techCode": str(payload.get("vendorErrorCode") or fault)[:50]}
-        info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
         with contextlib.suppress(CallFailed):            # the status is worth more
-            yield "NotifyEvent", _event(t, at, component, "Problem", "true" if wrong else "false",
-                                        cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500],
-                                        **wrong)
+            yield "NotifyEvent", _problem(t, number, at, fault, payload)
     crossing = t.open_at(number) if number else None
     state = CHARGING_STATE.get(told)
     if crossing and state and state != crossing.state:
@@ -2434,6 +2439,17 @@ def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
         "eventId": t.next_request(), "timestamp": at, "trigger": "Delta", "actualValue": value,
         "component": component, "variable": {"name": variable},
         "eventNotificationType": "HardWiredNotification", **more}]}
+
+
+def _problem(t: Interpreter, number: int, at: str, fault: str, payload: dict) -> dict:
+    """The NotifyEvent of what 1.6 has an errorCode for."""
+    wrong = fault != "NoError"
+    component = {"name": "ChargingStation"} if not number else {
+        "name": "Connector", "evse": {"id": number, "connectorId": 1}}
+    code = {"techCode": str(payload.get("vendorErrorCode") or fault)[:50]} if wrong else {}
+    info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
+    return _event(t, at, component, "Problem", "true" if wrong else "false", cleared=not wrong,
+                  techInfo=f"{fault} {info}".strip()[:500], **code)
 
 
 # Of the connectors of one EVSE, the first of these tells how the EVSE is.
@@ -2482,8 +2498,8 @@ def _occupied_16(t: Interpreter, evse_id: int, crossing: Crossing | None) -> str
 def lower_event(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
     known = False
-    for event in lenient(payload, "eventData", list, []):
-        component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
+    for event in _dicts(payload.get("eventData")):
+        component = lenient(event, "component", dict, {})
         variable = lenient(event, "variable", dict, {}).get("name") if component else None
         evse = lenient(component, "evse", dict, {})
         evse_id = max(0, lenient(evse, "id", int, 0))
@@ -2503,7 +2519,7 @@ def lower_event(t: Interpreter, payload: dict) -> Steps:
     return {} if known else None
 
 
-# Meter values
+# 8. Meter values
 
 MEASURANDS_16 = frozenset("""
     Energy.Active.Export.Register Energy.Active.Import.Register Energy.Reactive.Export.Register
@@ -2523,7 +2539,12 @@ PHASE_WORDS = frozenset("L1 L2 L3 N L1-N L2-N L3-N L1-L2 L2-L3 L3-L1".split())
 LOCATIONS = frozenset("Cable EV Inlet Outlet Body".split())
 REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
 SAMPLE_WORDS = (("context", CONTEXTS), ("phase", PHASE_WORDS), ("location", LOCATIONS))
+SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
+                  "publicKey": 2500}
 TRIGGER_OF = {"Sample.Clock": "MeterValueClock", "Trigger": "Trigger"}
+# With bounds, so that a frame full of "RV" costs no seconds.
+_OCMF_READING = re.compile(
+    r'"RV"\s{0,9}:\s{0,9}(-?[0-9.]{1,30}).{0,300}?"RU"\s{0,9}:\s{0,9}"(k?Wh)"', re.S)
 
 
 def _decimal(value: Any) -> Decimal | None:
@@ -2537,14 +2558,19 @@ def _decimal(value: Any) -> Decimal | None:
 
 def _lift_meter_values(t: Interpreter, told: Any, known: dict | None = None) -> list[dict]:
     """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
+    return _meter_values(t, told, _lift_samples, known or {})
+
+
+def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
+    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
+    return _meter_values(t, told, _lower_samples, left_out)
+
+
+def _meter_values(t: Interpreter, told: Any, cross: Callable, more: Any) -> list[dict]:
     crossed = []
-    for meter in told if isinstance(told, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        samples = [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
-        lifted_samples = _lift_samples(samples, known or {})
-        if lifted_samples:
-            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
-                            "sampledValue": lifted_samples})
+    for meter in _dicts(told):
+        if samples := cross(_dicts(meter.get("sampledValue")), more):
+            crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
     return crossed
 
 
@@ -2602,13 +2628,6 @@ def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
         crossed.append({"value": number, "signedMeterValue": data} | words)
 
 
-SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
-                  "publicKey": 2500}
-# With bounds, so that a frame full of "RV" costs no seconds.
-_OCMF_READING = re.compile(
-    r'"RV"\s{0,9}:\s{0,9}(-?[0-9.]{1,30}).{0,300}?"RU"\s{0,9}:\s{0,9}"(k?Wh)"', re.S)
-
-
 def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
     """The number in a signed value, in the sample's unit (Wh where it names none)."""
     found = _OCMF_READING.findall(value)
@@ -2622,20 +2641,11 @@ def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
     return None
 
 
-def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
-    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
-    crossed = []
-    for meter in told if isinstance(told, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        samples = samples if isinstance(samples, list) else []
-        lowered_samples = [s for sample in samples if isinstance(sample, dict)
-                           for s in _lower_sample(sample)]
-        for sample in lowered_samples:
-            if sample.get("unit") in left_out:
-                del sample["unit"]
-        if lowered_samples:
-            crossed.append({"timestamp": _time(t, meter.get("timestamp")) or wire_time(t.clock()),
-                            "sampledValue": lowered_samples})
+def _lower_samples(samples: list[dict], left_out: tuple) -> list[dict]:
+    crossed = [one for sample in samples for one in _lower_sample(sample)]
+    for sample in crossed:
+        if sample.get("unit") in left_out:
+            del sample["unit"]
     return crossed
 
 
@@ -2663,8 +2673,7 @@ def _lower_sample(sample: dict) -> list[dict]:
 def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
     """(the number, its unit) in a unit that 1.6 has; (None, None) where there is none."""
     number = _decimal(sample.get("value"))
-    told = sample.get("unitOfMeasure")
-    told = told if isinstance(told, dict) else {}
+    told = lenient(sample, "unitOfMeasure", dict, {})
     unit, power = lenient(told, "unit", str), told.get("multiplier") or 0
     unit = "Hertz" if unit == "Hz" else unit
     if number is None or type(power) is not int or abs(power) > 12:
@@ -2682,15 +2691,13 @@ def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
 def _register(meter_values: Any, context: str = "") -> int | None:
     """The last import register in 2.x meter values, in Wh; of that context, where one is asked."""
     found = None
-    for meter in meter_values if isinstance(meter_values, list) else []:
-        samples = meter.get("sampledValue") if isinstance(meter, dict) else None
-        for sample in samples if isinstance(samples, list) else []:
-            if not isinstance(sample, dict) or sample.get("phase") or context not in (
-                    "", sample.get("context")) or sample.get("measurand", REGISTER) != REGISTER:
-                continue
-            number, unit = _unit_16(sample)
-            if number is not None and unit in (None, "Wh", "kWh"):
-                found = int((number.scaleb(3) if unit == "kWh" else number).to_integral_value())
+    for sample in [s for m in _dicts(meter_values) for s in _dicts(m.get("sampledValue"))]:
+        if sample.get("phase") or context not in ("", sample.get("context")) or (
+                sample.get("measurand", REGISTER) != REGISTER):
+            continue
+        number, unit = _unit_16(sample)
+        if number is not None and unit in (None, "Wh", "kWh"):
+            found = int((number.scaleb(3) if unit == "kWh" else number).to_integral_value())
     return found
 
 
@@ -2726,7 +2733,7 @@ def lower_meter_values(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-# Transactions of a 1.6 station, for a 2.x upstream
+# 9. Transactions of a 1.6 station, for a 2.x upstream
 
 STOPPED = {                              # 1.6's reason: (stoppedReason, triggerReason) of 2.x
     "Local": ("Local", "StopAuthorized"), "Remote": ("Remote", "RemoteStop"),
@@ -2738,10 +2745,8 @@ STOPPED = {                              # 1.6's reason: (stoppedReason, trigger
     "UnlockCommand": ("Other", "UnlockCommand"), "Other": ("Other", "AbnormalCondition"),
 }
 STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
-    "DeAuthorized": "DeAuthorized", "EmergencyStop": "EmergencyStop",
-    "EVDisconnected": "EVDisconnected", "ImmediateReset": "HardReset", "Local": "Local",
-    "PowerLoss": "PowerLoss", "Reboot": "Reboot", "Remote": "Remote",
-    "MasterPass": "Local"}
+    **_same("DeAuthorized", "EmergencyStop", "EVDisconnected", "Local", "PowerLoss", "Reboot",
+            "Remote"), "ImmediateReset": "HardReset", "MasterPass": "Local"}
 
 
 def _resumed(t: Interpreter, here: int, evse_id: int) -> Crossing:
@@ -2787,7 +2792,7 @@ def lift_start(t: Interpreter, payload: dict) -> Steps:
     given, t.given = t.given, None
     again = next((c for c in t.crossings.values() if c.start_key == key and not c.ended), None)
     here = given if given is not None else again.here if again else t.new_id()
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
     crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
                           start_key=key)
@@ -2824,7 +2829,7 @@ def lift_stop(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.10; 2.0.1 E06 to E08."""
     here = required(payload, "transactionId", int)
     crossing = t.crossings.get(here) or _resumed(t, here, 0)
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
     if crossing.ended:
         crossing.seq_no -= 1             # the same event, told once more
@@ -2855,7 +2860,7 @@ def lower_request_start(t: Interpreter, payload: dict) -> Steps:
     if remote is not None and answer.get("status") == "Accepted":
         t.remote_starts = [*t.remote_starts[-19:],
                            (asked.get("connectorId", 0), asked["idTag"], remote)]
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
@@ -2865,7 +2870,7 @@ def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
     except WrongValue:
         return {"status": "Rejected"}
     answer = yield "RemoteStopTransaction", {"transactionId": here}
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, YES_NO)
 
 
 def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
@@ -2875,10 +2880,10 @@ def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
     crossing = t.named_there(payload["transactionId"])
     return {"ongoingIndicator": crossing is not None and not crossing.ended,
             "messagesInQueue": False}
-    yield
+    yield                                # never: it makes this a generator, as its like are
 
 
-# Transactions of a 2.x station, for a 1.6 upstream
+# 10. Transactions of a 2.x station, for a 1.6 upstream
 
 
 def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
@@ -2890,7 +2895,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     # 1. which transaction it is, and what the event says of it
     info = required(payload, "transactionInfo", dict)
     kind, here = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
-    at = _time(t, payload.get("timestamp")) or wire_time(t.clock())
+    at = _when(t, payload)
     if here not in t.crossings and kind != "Started":
         raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
     crossing = t.crossing(here, there=None, started=at)
@@ -2961,8 +2966,7 @@ def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
         profile = _lift_profile(t, payload["chargingProfile"])
         profile.pop("transactionId", None)               # there is none yet (F01.FR.11)
         asked["chargingProfile"] = profile
-    return lowered(t, (yield "RequestStartTransaction", asked),
-                   status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, (yield "RequestStartTransaction", asked), YES_NO)
 
 
 def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
@@ -2970,13 +2974,16 @@ def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
     known = t.named_there(required(payload, "transactionId", int))
     if known is None:
         return {"status": "Rejected"}
-    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}),
-                   status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}), YES_NO)
 
 
-# Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
+# 11. Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
 # after a colon, its instance, whether it can only be read). The others go by their own name
 # under LEGACY; a variable without a key is "Component.Variable" to 1.6.
+
+KEYS_AT_ONCE = 20                   # of GetConfiguration and GetVariables; chargers choke on more
+REPORTED_AT_ONCE = 25               # variables in a NotifyReport
+LEGACY = "OCPP16LegacyCtrlr"        # the component of 1.6 keys that 2.x has no variable for
 VARIABLES = tuple(line.split() for line in """
     AllowOfflineTxForUnknownId AuthCtrlr OfflineTxForUnknownIdEnabled
     AuthorizationCacheEnabled AuthCacheCtrlr Enabled
@@ -3020,6 +3027,10 @@ KEY_OF = {tuple(part.lower() for part in (row[1], *row[2].partition(":")[::2])):
 READ_ONLY = frozenset(row[0].lower() for row in VARIABLES if row[3:] == ["ReadOnly"])
 # The rate units are "Current,Power" in 1.6 and "A,W" in 2.x.
 RATE_UNITS = {"Current": "A", "Power": "W"}
+RATE_UNITS_16 = {new: old for old, new in RATE_UNITS.items()}
+SET_STATUSES = {                         # of ChangeConfiguration: of SetVariables
+    **_same("Accepted", "Rejected", "RebootRequired", "UnknownVariable"),
+    "NotSupported": "UnknownVariable"}
 RATE_UNIT_KEY = "chargingscheduleallowedchargingrateunit"
 FEATURES = ("Core,FirmwareManagement,LocalAuthListManagement,Reservation,SmartCharging,"
             "RemoteTrigger")
@@ -3060,7 +3071,7 @@ def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
     value = _value_across(key, optional(payload, "value", str, ""), RATE_UNITS)[:1000]
     answer = yield "SetVariables", {"setVariableData": [
         {"attributeValue": value} | _lift_variable(key)]}
-    results = [r for r in lenient(answer, "setVariableResult", list, []) if isinstance(r, dict)]
+    results = _dicts(answer.get("setVariableResult"))
     word = results[0].get("attributeStatus") if results else "Rejected"
     return {"status": word if word in ("Accepted", "Rejected", "RebootRequired")
             else "NotSupported"}
@@ -3069,32 +3080,18 @@ def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
 def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B05; 1.6 5.2, one after another."""
     results = []
-    for told in _dicts(payload, "setVariableData"):
+    for told in _some(payload, "setVariableData"):
         key, word = _lower_variable(told), "UnknownVariable"
-        value = _value_across(key or "", told.get("attributeValue"),
-                              {unit: name for name, unit in RATE_UNITS.items()})
+        value = _value_across(key or "", told.get("attributeValue"), RATE_UNITS_16)
         if told.get("attributeType", "Actual") != "Actual":
             word = "NotSupportedAttributeType"
         elif key and len(value) > 500:
             word = "Rejected"
         elif key:
             answer = yield "ChangeConfiguration", {"key": key, "value": value}
-            word = {"NotSupported": "UnknownVariable"}.get(answer.get("status"),
-                                                           answer.get("status"))
-            word = word if word in SET_STATUSES else "Rejected"
+            word = SET_STATUSES.get(answer.get("status"), "Rejected")
         results.append(_result(told) | {"attributeStatus": word})
     return {"setVariableResult": results}
-
-
-SET_STATUSES = ("Accepted", "Rejected", "UnknownVariable", "RebootRequired")
-
-
-def _dicts(payload: dict, key: str) -> list[dict]:
-    """A list that must hold objects. Raises: MissingField."""
-    found = [item for item in required(payload, key, list) if isinstance(item, dict)]
-    if not found:
-        raise MissingField(f"{key} is empty")
-    return found
 
 
 def _result(told: dict) -> dict:
@@ -3104,7 +3101,7 @@ def _result(told: dict) -> dict:
 
 def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B06; 1.6 5.8."""
-    asked = _dicts(payload, "getVariableData")
+    asked = _some(payload, "getVariableData")
     keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
     values: dict = {}
     for at in range(0, len(keys), KEYS_AT_ONCE):
@@ -3112,15 +3109,13 @@ def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
         values |= _configuration(answer)
     results = []
     for told in asked:
-        key = _lower_variable(told)
+        key, found = _lower_variable(told), {"attributeStatus": "UnknownVariable"}
         if told.get("attributeType", "Actual") != "Actual":
-            results.append(_result(told) | {"attributeStatus": "NotSupportedAttributeType"})
+            found = {"attributeStatus": "NotSupportedAttributeType"}
         elif key and key.lower() in values:
-            results.append(_result(told) | {"attributeStatus": "Accepted", "attributeValue":
-                                            _value_across(key, values[key.lower()][1],
-                                                          RATE_UNITS)[:2500]})
-        else:
-            results.append(_result(told) | {"attributeStatus": "UnknownVariable"})
+            value = _value_across(key, values[key.lower()][1], RATE_UNITS)[:2500]
+            found = {"attributeStatus": "Accepted", "attributeValue": value}
+        results.append(_result(told) | found)
     return {"getVariableResult": results}
 
 
@@ -3128,8 +3123,8 @@ def _configuration(answer: dict) -> dict:
     """{key in lower case: (key, value, whether it can only be read)} of GetConfiguration."""
     return {entry["key"].lower(): (entry["key"], str(entry.get("value") or ""),
                                    entry.get("readonly") is True)
-            for entry in lenient(answer, "configurationKey", list, [])
-            if isinstance(entry, dict) and isinstance(entry.get("key"), str)}
+            for entry in _dicts(answer.get("configurationKey"))
+            if isinstance(entry.get("key"), str)}
 
 
 def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
@@ -3144,12 +3139,11 @@ def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
     for at in range(0, len(asked), KEYS_AT_ONCE):
         part = asked[at:at + KEYS_AT_ONCE]
         answer = yield "GetVariables", {"getVariableData": [_lift_variable(key) for key in part]}
-        results = [r for r in lenient(answer, "getVariableResult", list, [])
-                   if isinstance(r, dict) and r.get("attributeStatus") == "Accepted"]
-        values = {_lower_variable(r): r.get("attributeValue") for r in results}
-        back = {unit: name for name, unit in RATE_UNITS.items()}
+        values = {_lower_variable(result): result.get("attributeValue")
+                  for result in _dicts(answer.get("getVariableResult"))
+                  if result.get("attributeStatus") == "Accepted"}
         found += [{"key": key[:50], "readonly": key.lower() in READ_ONLY,
-                   "value": _value_across(key, values[name], back)[:500]}
+                   "value": _value_across(key, values[name], RATE_UNITS_16)[:500]}
                   for key in part if (name := _lower_variable(_lift_variable(key))) in values]
     names = {entry["key"].lower() for entry in found}
     unknown = [key[:50] for key in keys if key[:50].lower() not in names]
@@ -3167,7 +3161,7 @@ def lower_report(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B08, answered from GetConfiguration."""
     if payload.get("componentCriteria"):
         return {"status": "NotSupported"}                # 1.6 does not know its parts' states
-    wanted = [w for w in lenient(payload, "componentVariable", list, []) if isinstance(w, dict)]
+    wanted = _dicts(payload.get("componentVariable"))
 
     def is_wanted(told: dict) -> bool:
         return not wanted or any(
@@ -3209,15 +3203,17 @@ def _data_type(value: str) -> str:
     return "integer" if re.fullmatch(r"-?\d{1,18}", value) else "string"
 
 
-# Commands that differ in more than names
+# 12. Commands that differ in more than names
 
 TRIGGERS = {                             # 1.6's requestedMessage: 2.x's
-    "BootNotification": "BootNotification", "FirmwareStatusNotification":
-    "FirmwareStatusNotification", "Heartbeat": "Heartbeat", "MeterValues": "MeterValues",
-    "StatusNotification": "StatusNotification",
+    **_same("BootNotification", "FirmwareStatusNotification", "Heartbeat", "LogStatusNotification",
+            "MeterValues", "StatusNotification"),
     "DiagnosticsStatusNotification": "LogStatusNotification",
-    "LogStatusNotification": "LogStatusNotification",
     "SignChargePointCertificate": "SignChargingStationCertificate"}
+TRIGGERS_16 = {                          # 2.x's: 1.6's command and requestedMessage
+    "LogStatusNotification": ("ExtendedTriggerMessage", "LogStatusNotification"),
+    "SignChargingStationCertificate": ("ExtendedTriggerMessage", "SignChargePointCertificate"),
+    "TransactionEvent": ("TriggerMessage", "MeterValues")}
 TRIGGERED = status_rows("Accepted", "Rejected", "NotImplemented", worst="Rejected")
 
 
@@ -3244,51 +3240,34 @@ def lower_trigger(t: Interpreter, payload: dict) -> Steps:
     message = lenient(payload, "requestedMessage", str)
     place = _lower_place(t, payload.get("evse"))
     asked = {"connectorId": place} if place else {}
-    if message == "SignChargingStationCertificate":
-        answer = yield "ExtendedTriggerMessage", asked | {
-            "requestedMessage": "SignChargePointCertificate"}
-        return lifted(t, answer, TRIGGERED)
-    if message == "LogStatusNotification":
-        if t.diagnostics:
-            asked["requestedMessage"] = "DiagnosticsStatusNotification"
-            answer = yield "TriggerMessage", asked
-        else:
-            answer = yield "ExtendedTriggerMessage", asked | {"requestedMessage": message}
-        return lifted(t, answer, TRIGGERED)
-    message = "MeterValues" if message == "TransactionEvent" else message
-    if message not in TRIGGERS:
+    action, word = TRIGGERS_16.get(message, ("TriggerMessage", message))
+    if message == "LogStatusNotification" and t.diagnostics:
+        action, word = "TriggerMessage", "DiagnosticsStatusNotification"
+    if word not in TRIGGERS:
         return {"status": "NotImplemented"}
-    answer = yield "TriggerMessage", {"requestedMessage": message} | asked
+    answer = yield action, {"requestedMessage": word} | asked
     if message == "BootNotification" and answer.get("status") == "Accepted":
         t.boot_reason = "Triggered"
     return lifted(t, answer, TRIGGERED)
 
 
-RESET = word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True)
+RESET = (word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True),)
+RESETTING = status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"}, worst="Rejected")
 
 
 def lower_reset(t: Interpreter, payload: dict) -> Steps:
     """2.0.1 B11, B12; 1.6 5.14. A Soft one ends transactions, which OnIdle must not."""
     if payload.get("evseId") is not None:
         return {"status": "Rejected", "statusInfo": {"reasonCode": "UnsupportedParam"}}
-    asked = lowered(t, payload, (RESET,))
+    asked = lowered(t, payload, RESET)
     if asked["type"] == "Soft" and any(not c.ended for c in t.crossings.values()):
         return {"status": "Rejected", "statusInfo": {"reasonCode": "TxInProgress"}}
     answer = yield "Reset", asked
     if answer.get("status") == "Accepted":
         t.boot_reason = "RemoteReset"
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
+    return lifted(t, answer, RESETTING)
 
 
-def lift_reset(t: Interpreter, payload: dict) -> Steps:
-    """1.6 5.14; 2.0.1 B11, B12."""
-    answer = yield "Reset", lifted(t, payload, (RESET,))
-    return lowered(t, answer, status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"},
-                                     worst="Rejected"))
-
-
-UNLOCKED = status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
-                  lower={"OngoingAuthorizedTransaction": "UnlockFailed"}, worst="UnlockFailed")
 UPDATE_16 = (exact_row("location", "location", 2000, 512, needed=True),
              time_row("retrieveDate", "retrieveDateTime", needed=True))
 UPDATE_SIGNED = (
@@ -3297,9 +3276,10 @@ UPDATE_SIGNED = (
     time_row("installDateTime", "installDateTime"),
     exact_row("signingCertificate", "signingCertificate", 5500, 5500),
     exact_row("signature", "signature", 800, 800))
+REQUEST = whole_row("requestId", "requestId", needed=True)
 RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
 UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
-                 "RevokedCertificate", worst="Rejected")
+                      "RevokedCertificate", worst="Rejected")
 
 
 def lift_update(t: Interpreter, payload: dict) -> Steps:
@@ -3315,8 +3295,7 @@ def lift_update(t: Interpreter, payload: dict) -> Steps:
 def lift_signed_update(t: Interpreter, payload: dict) -> Steps:
     """1.6 security extension L01; 2.0.1 L01."""
     t.signed_firmware = True
-    answer = yield "UpdateFirmware", lifted(t, payload, (
-        *RETRIES, whole_row("requestId", "requestId", new_default=NEEDED))) | {
+    answer = yield "UpdateFirmware", lifted(t, payload, (*RETRIES, REQUEST)) | {
         "firmware": lifted(t, required(payload, "firmware", dict), UPDATE_SIGNED)}
     return lowered(t, answer, UPDATED)
 
@@ -3357,8 +3336,7 @@ def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
 def lift_log(t: Interpreter, payload: dict) -> Steps:
     """1.6 security extension N01; 2.0.1 N01."""
     t.diagnostics = False
-    asked = lifted(t, payload, (*RETRIES, LOG_KIND,
-                                whole_row("requestId", "requestId", new_default=NEEDED)))
+    asked = lifted(t, payload, (*RETRIES, LOG_KIND, REQUEST))
     asked["log"] = lifted(t, required(payload, "log", dict), LOG_16)
     return lowered(t, (yield "GetLog", asked), LOG_SENT)
 
@@ -3379,21 +3357,21 @@ def lower_log(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, LOG_SENT)
 
 
-CERTIFICATES = {"CentralSystemRootCertificate": "CSMSRootCertificate",
-                "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
+# 13. Certificates, security events, DataTransfer
 
-
-def lower_install(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 M05; 1.6 security extension M05."""
-    if payload.get("certificateType") not in CERTIFICATES.values():
-        raise NotSupported("1.6 has no certificates of this type")
-    answer = yield "InstallCertificate", lowered(t, payload, INSTALL)
-    return lifted(t, answer, INSTALLED)
-
-
+CERTIFICATES = {                         # 1.6's certificateType: 2.x's
+    "CentralSystemRootCertificate": "CSMSRootCertificate",
+    "ManufacturerRootCertificate": "ManufacturerRootCertificate"}
 INSTALL = (word_row("certificateType", "certificateType", CERTIFICATES, needed=True),
            exact_row("certificate", "certificate", 5500, 5500, needed=True))
 INSTALLED = status_rows("Accepted", "Failed", "Rejected", worst="Failed")
+CSR = (exact_row("csr", "csr", 5500, 5500, needed=True),)
+CHAIN = (exact_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
+HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
+                 needed=True),
+        exact_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
+        exact_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
+        exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 
 
 def lower_certificates(t: Interpreter, payload: dict) -> Steps:
@@ -3404,8 +3382,7 @@ def lower_certificates(t: Interpreter, payload: dict) -> Steps:
         if new in asked:
             answer = yield "GetInstalledCertificateIds", {"certificateType": old}
             chain += [{"certificateType": new, "certificateHashData": lifted(t, data, HASH)}
-                      for data in lenient(answer, "certificateHashData", list, [])
-                      if isinstance(data, dict)]
+                      for data in _dicts(answer.get("certificateHashData"))]
     return {"status": "Accepted", "certificateHashDataChain": chain} if chain else {
         "status": "NotFound"}
 
@@ -3417,42 +3394,18 @@ def lift_certificates(t: Interpreter, payload: dict) -> Steps:
         raise WrongValue("certificateType is not one of 1.6")
     answer = yield "GetInstalledCertificateIds", {"certificateType": [kind]}
     found = [lowered(t, one["certificateHashData"], HASH)
-             for one in lenient(answer, "certificateHashDataChain", list, [])
-             if isinstance(one, dict) and isinstance(one.get("certificateHashData"), dict)]
+             for one in _dicts(answer.get("certificateHashDataChain"))
+             if isinstance(one.get("certificateHashData"), dict)]
     return {"status": "Accepted", "certificateHashData": found} if found else {
         "status": "NotFound"}
 
 
-def lower_sign(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 A02; 1.6 security extension A02."""
-    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
-        raise NotSupported("1.6 signs no certificates of this type")
-    answer = yield "SignCertificate", lowered(t, payload, CSR)
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
-
-
-def lower_certificate_signed(t: Interpreter, payload: dict) -> Steps:
-    """2.0.1 A02; 1.6 security extension A02."""
-    if payload.get("certificateType", "ChargingStationCertificate") != "ChargingStationCertificate":
-        raise NotSupported("1.6 has no certificates of this type")
-    answer = yield "CertificateSigned", lowered(t, payload, CHAIN)
-    return lifted(t, answer, status_rows("Accepted", "Rejected", worst="Rejected"))
-
-
-CSR = (exact_row("csr", "csr", 5500, 5500, needed=True),)
-CHAIN = (exact_row("certificateChain", "certificateChain", 10000, 10000, needed=True),)
-HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SHA512"),
-                 needed=True),
-        exact_row("issuerNameHash", "issuerNameHash", 128, 128, needed=True),
-        exact_row("issuerKeyHash", "issuerKeyHash", 128, 128, needed=True),
-        exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
-HASH_DATA = Row("certificateHashData", "certificateHashData", *_nested(HASH), NEEDED, NEEDED)
+HASH_DATA = row("certificateHashData", "certificateHashData", *_nested(HASH), needed=True)
 SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
     "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
     "CentralSystemFailedToAuthenticate": "CsmsFailedToAuthenticate",
     "InvalidCentralSystemCertificate": "InvalidCsmsCertificate",
     "InvalidChargePointCertificate": "InvalidChargingStationCertificate"}
-_SECURITY_EVENTS_16 = {new: old for old, new in SECURITY_EVENTS.items()}
 
 
 def _security_event(names: dict) -> Callable:
@@ -3462,8 +3415,8 @@ def _security_event(names: dict) -> Callable:
 
 
 SECURITY_EVENT = (
-    Row("type", "type", _security_event(SECURITY_EVENTS), _security_event(_SECURITY_EVENTS_16),
-        NEEDED, NEEDED),
+    row("type", "type", _security_event(SECURITY_EVENTS),
+        _security_event({new: old for old, new in SECURITY_EVENTS.items()}), needed=True),
     time_row("timestamp", "timestamp", needed=True),
     text_row("techInfo", "techInfo", 255, 255))
 
@@ -3477,27 +3430,27 @@ DATA = Row("data", "data", lambda t, value: value, _lower_data)
 TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
             exact_row("messageId", "messageId", 50, 50), DATA)
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
-                       worst="Rejected"), DATA)
+                            worst="Rejected"), DATA)
 
+# 14. Who speaks what. PLAIN are the Actions that differ in names only: (1.6's Action, 2.0.1's, rows
+# of the request, rows of the answer); the four tables after it say what each side may say.
 
-# Actions that differ in names only: (1.6's Action, 2.0.1's, rows of the request, of the answer).
-YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
-RESERVED = status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable",
-                       worst="Rejected")
 PLAIN = (
     ("Authorize", "Authorize", (token_row("idTag", "idToken", needed=True),), (ID_TOKEN_INFO,)),
     ("Heartbeat", "Heartbeat", (), (time_row("currentTime", "currentTime", needed=True),)),
     ("DataTransfer", "DataTransfer", TRANSFER, TRANSFERRED),
     ("SecurityEventNotification", "SecurityEventNotification", SECURITY_EVENT, ()),
+    ("LogStatusNotification", "LogStatusNotification", LOG_STATUS, ()),
     ("SignCertificate", "SignCertificate", CSR, YES_NO),
     ("CertificateSigned", "CertificateSigned", CHAIN, YES_NO),
     ("CancelReservation", "CancelReservation",
      (whole_row("reservationId", "reservationId", needed=True),), YES_NO),
     ("ChangeAvailability", "ChangeAvailability",
      (PLACE, word_row("type", "operationalStatus", _same("Inoperative", "Operative"),
-                   needed=True)),
+                      needed=True)),
      status_rows("Accepted", "Rejected", "Scheduled", worst="Rejected")),
     ("ClearCache", "ClearCache", (), YES_NO),
+    ("Reset", "Reset", RESET, RESETTING),
     ("DeleteCertificate", "DeleteCertificate", (HASH_DATA,),
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
     ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
@@ -3505,18 +3458,20 @@ PLAIN = (
      (Row("listVersion", "versionNumber", _count, _whole, 0, 0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
-      Row("localAuthorizationList", "localAuthorizationList", *_periods(LOCAL_LIST)),
+      Row("localAuthorizationList", "localAuthorizationList", *_list_of(LOCAL_LIST)),
       word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
-     status_rows("Accepted", "Failed", "VersionMismatch", lift={"NotSupported": "Failed"},
-            worst="Failed")),
+     status_rows("Accepted", "Failed", "VersionMismatch", worst="Failed")),
     ("ReserveNow", "ReserveNow",
-     (Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole, 0),
+     (SOME_EVSE._replace(old_default=0),
       time_row("expiryDate", "expiryDateTime", needed=True),
       token_row("idTag", "idToken", needed=True),
       token_row("parentIdTag", "groupIdToken"),
-      whole_row("reservationId", "id", needed=True)), RESERVED),
+      whole_row("reservationId", "id", needed=True)),
+     status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable", worst="Rejected")),
     ("UnlockConnector", "UnlockConnector",
-     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)), UNLOCKED),
+     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)),
+     status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
+                 worst="UnlockFailed")),
 )
 
 
@@ -3533,6 +3488,16 @@ _PLAIN_LIFT = {old: _plain(new, lifted, lowered, asked, answered)
                for old, new, asked, answered in PLAIN}
 _PLAIN_LOWER = {new: _plain(old, lowered, lifted, asked, answered)
                 for old, new, asked, answered in PLAIN}
+STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, and 2.x's default
+
+
+def _of_types(action: str, known: Iterable[str], default: str | None = None) -> Callable:
+    """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
+    def convert(t: Interpreter, payload: dict) -> Steps:
+        if payload.get("certificateType", default) not in known:
+            raise NotSupported("1.6 has no certificates of this type")
+        return _PLAIN_LOWER[action](t, payload)
+    return convert
 
 
 def _picked(table: dict, *names: str, **others: Callable) -> dict:
@@ -3542,7 +3507,7 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
 def _answered_here(t: Interpreter, payload: dict) -> Steps:
     """The other side has nothing like it and need not: the board's own answer is good."""
     return None
-    yield
+    yield                                # never, as above
 
 
 # What a 2.x station only tells, and of which a 1.6 upstream knows nothing, or not all.
@@ -3551,42 +3516,43 @@ NEWS = frozenset("""
     NotifyDisplayMessages NotifyEVChargingSchedule NotifyEvent NotifyMonitoringReport NotifyReport
     PublishFirmwareStatusNotification ReportChargingProfiles ReservationStatusUpdate""".split())
 LIFT_UP = _picked(                       # a 1.6 station speaks
-    _PLAIN_LIFT, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
-    "SignCertificate", BootNotification=lift_boot, StatusNotification=lift_status,
-    MeterValues=lift_meter_values, StartTransaction=lift_start, StopTransaction=lift_stop,
-    DiagnosticsStatusNotification=lift_diagnostics_status, LogStatusNotification=lift_log_status,
-    FirmwareStatusNotification=lift_firmware_status,
-    SignedFirmwareStatusNotification=lift_firmware_status)
+    _PLAIN_LIFT, "Authorize", "DataTransfer", "Heartbeat", "LogStatusNotification",
+    "SecurityEventNotification", "SignCertificate",
+    BootNotification=lift_boot, DiagnosticsStatusNotification=lift_diagnostics_status,
+    FirmwareStatusNotification=lift_firmware_status, MeterValues=lift_meter_values,
+    SignedFirmwareStatusNotification=lift_firmware_status, StartTransaction=lift_start,
+    StatusNotification=lift_status, StopTransaction=lift_stop)
 LOWER_DOWN = _picked(                    # a 2.0.1 upstream commands a 1.6 station
     _PLAIN_LOWER, "CancelReservation", "ChangeAvailability", "ClearCache", "DataTransfer",
     "DeleteCertificate", "GetLocalListVersion", "ReserveNow", "SendLocalList", "UnlockConnector",
-    CertificateSigned=lower_certificate_signed, ClearChargingProfile=lower_clear_profile,
-    GetBaseReport=lower_base_report, GetCompositeSchedule=lower_composite,
-    GetInstalledCertificateIds=lower_certificates, GetLog=lower_log, GetReport=lower_report,
-    GetTransactionStatus=lower_transaction_status, GetVariables=lower_get_variables,
-    InstallCertificate=lower_install, RequestStartTransaction=lower_request_start,
-    RequestStopTransaction=lower_request_stop, Reset=lower_reset,
-    SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
+    CertificateSigned=_of_types("CertificateSigned", (STATIONS_OWN,), STATIONS_OWN),
+    ClearChargingProfile=lower_clear_profile, GetBaseReport=lower_base_report,
+    GetCompositeSchedule=lower_composite, GetInstalledCertificateIds=lower_certificates,
+    GetLog=lower_log, GetReport=lower_report, GetTransactionStatus=lower_transaction_status,
+    GetVariables=lower_get_variables,
+    InstallCertificate=_of_types("InstallCertificate", CERTIFICATES.values()),
+    RequestStartTransaction=lower_request_start, RequestStopTransaction=lower_request_stop,
+    Reset=lower_reset, SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
     TriggerMessage=lower_trigger, UpdateFirmware=lower_update)
 LOWER_UP = _picked(                      # a 2.0.1 station speaks
     _PLAIN_LOWER, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
-    BootNotification=lower_boot, StatusNotification=lower_status, MeterValues=lower_meter_values,
-    TransactionEvent=lower_transaction_event, NotifyEvent=lower_event,
-    LogStatusNotification=lower_log_status, FirmwareStatusNotification=lower_firmware_status,
-    SignCertificate=lower_sign, **dict.fromkeys(NEWS - {"MeterValues", "NotifyEvent"},
-                                                _answered_here))
+    **dict.fromkeys(NEWS, _answered_here) | {
+        "BootNotification": lower_boot, "FirmwareStatusNotification": lower_firmware_status,
+        "LogStatusNotification": lower_log_status, "MeterValues": lower_meter_values,
+        "NotifyEvent": lower_event, "StatusNotification": lower_status,
+        "SignCertificate": _of_types("SignCertificate", (STATIONS_OWN,), STATIONS_OWN),
+        "TransactionEvent": lower_transaction_event})
 LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 station
     _PLAIN_LIFT, "CancelReservation", "CertificateSigned", "ChangeAvailability", "ClearCache",
     "DataTransfer", "DeleteCertificate", "GetLocalListVersion", "InstallCertificate", "ReserveNow",
-    "SendLocalList", "UnlockConnector",
+    "Reset", "SendLocalList", "UnlockConnector",
     ChangeConfiguration=lift_change_configuration, ClearChargingProfile=lift_clear_profile,
     ExtendedTriggerMessage=lift_trigger, GetCompositeSchedule=lift_composite,
     GetConfiguration=lift_get_configuration, GetDiagnostics=lift_diagnostics,
     GetInstalledCertificateIds=lift_certificates, GetLog=lift_log,
     RemoteStartTransaction=lift_remote_start, RemoteStopTransaction=lift_remote_stop,
-    Reset=lift_reset, SetChargingProfile=lift_set_profile,
-    SignedUpdateFirmware=lift_signed_update, TriggerMessage=lift_trigger,
-    UpdateFirmware=lift_update)
+    SetChargingProfile=lift_set_profile, SignedUpdateFirmware=lift_signed_update,
+    TriggerMessage=lift_trigger, UpdateFirmware=lift_update)
 
 
 def _stage(table: dict, version: str) -> Callable:
@@ -3597,8 +3563,8 @@ def _stage(table: dict, version: str) -> Callable:
     return stage
 
 
-# 2.0.1 and 2.1. All that 2.0.1 says 2.1 can say, but for numbers below zero; what 2.1 adds is left
-# out, has another word that comes near, or is refused.
+# 15. 2.0.1 and 2.1. All that 2.0.1 says 2.1 can say, but for numbers below zero; what 2.1 adds is
+# left out, has another word that comes near, or is refused.
 
 NEW_IN_21 = frozenset("""
     absolutePriceSchedule allowedEnergyTransfer availableEnergyTransfer basicAuthPassword
@@ -3650,12 +3616,19 @@ LONGEST_201 = {
     "certificate": 5500, "responderURL": 512, "exiResponse": 7500, "exiRequest": 5600,
     "ocspResult": 5500, "remoteLocation": 512, "location": 512, "apn": 512, "apnUserName": 20,
     "apnPassword": 20, "ocppCsmsUrl": 512, "server": 512, "user": 20, "group": 20, "password": 20}
+LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
+PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
+                   "variableMonitoring".split())        # lists of which a part is worth something
+SPARED = frozenset("certificateHashDataChain monitor".split())      # without which a message is
 WHOLE_201 = frozenset("energyAmount evMinCurrent evMaxCurrent evMaxVoltage evMaxPower "
                       "evEnergyCapacity".split())
 NOT_NEGATIVE = frozenset("""id requestId evseId connectorId reservationId seqNo stackLevel retries
     retryInterval severity cause eventId variableMonitoringId maxScheduleTuples numEPriceLevels
     securityProfile numberPhases phaseToUse numberOfPhasesUsed""".split())
 PHASE_COUNTS = frozenset("numberPhases phaseToUse numberOfPhasesUsed".split())
+BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
+                     "GetCertificateStatus", "NotifyEVChargingNeeds"})
+FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
 
 
 def older(t: Interpreter, action: str, payload: dict) -> Steps:
@@ -3667,13 +3640,13 @@ def older(t: Interpreter, action: str, payload: dict) -> Steps:
         if action in NEWS:               # of things that 2.0.1 does not know
             return None
         raise
-    return _to_21(action, (yield action, asked))
+    return _newer(action, (yield action, asked))
 
 
 def newer(t: Interpreter, action: str, payload: dict) -> Steps:
     """A Call of 2.0.1 as 2.1 has it."""
     _check_both(action)
-    answer = yield action, _to_21(action, payload)
+    answer = yield action, _newer(action, payload)
     others = ANSWERS_21.get(action, {})
     status = lenient(answer, "status", str)
     return _to_201(action, answer | {"status": others[status]} if status in others else answer)
@@ -3734,12 +3707,6 @@ def _older_list(key: str, items: list, rules: tuple) -> list:
     return crossed
 
 
-PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
-                   "variableMonitoring".split())
-SPARED = frozenset("certificateHashDataChain monitor".split())
-LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
-
-
 def _older_whole(crossed: dict) -> dict:
     """What 2.0.1 wants of an object beyond its fields."""
     if isinstance(crossed.get("idToken"), str) and str(crossed.get("type")) not in TOKEN_TYPES:
@@ -3769,13 +3736,10 @@ def _older_whole(crossed: dict) -> dict:
     return crossed
 
 
-def _to_21(action: str, payload: dict) -> dict:
-    return _newer(action, "", payload)
-
-
-def _newer(action: str, key: str, value: Any) -> Any:
+def _newer(action: str, value: Any, key: str = "") -> Any:
+    """A payload, or the `key` of one, as 2.1 has it."""
     if isinstance(value, dict):
-        crossed = {name: item if name in ("customData", "data") else _newer(action, name, item)
+        crossed = {name: item if name in ("customData", "data") else _newer(action, item, name)
                    for name, item in value.items()}
         if action == "NotifyMonitoringReport" and "severity" in crossed:
             crossed.setdefault("eventNotificationType", "CustomMonitor")
@@ -3783,18 +3747,15 @@ def _newer(action: str, key: str, value: Any) -> Any:
             crossed["evseId"] = 1
         return crossed
     if isinstance(value, list):
-        return [_newer(action, key, item) for item in value]
+        return [_newer(action, item, key) for item in value]
     if key in NOT_NEGATIVE and type(value) in (int, float):
         return min(max(value, 0), 3) if key in PHASE_COUNTS else max(value, 0)
     return value
 
 
-FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
-BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
-                     "GetCertificateStatus", "NotifyEVChargingNeeds"})
 
-# One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x station
-# makes its own).
+# 16. One version on both sides, while the board's transaction ids are in use (1.6 only: a 2.x
+# station makes its own).
 
 
 def _renamed(here: bool, *path: str) -> Callable:
@@ -3853,6 +3814,8 @@ def _same_version(table: dict) -> Callable:
         return (yield from convert(t, action, payload)) if convert else (yield action, payload)
     return stage
 
+
+# Which converters stand between which versions
 
 _LIFT_UP, _LOWER_UP = _stage(LIFT_UP, "2.x"), _stage(LOWER_UP, "ocpp1.6")
 _LIFT_DOWN, _LOWER_DOWN = _stage(LIFT_DOWN, "2.x"), _stage(LOWER_DOWN, "ocpp1.6")
@@ -7393,9 +7356,159 @@ def tolerance(amps: float) -> float:
 
 
 # --- Relay --------------------------------------------------------------------------------
-# Which stations go on to an upstream central system, and whose answer counts. A Line is one
-# station's way there: what waits, what is under way, what upstream has not heard yet. It asks for
-# a connection and is told of one; what it says goes out by the `write` of a Wire.
+# Which stations go on to an upstream central system, and whose answer counts. The Relay has all
+# Lines. A Line is one station's way there, an Errand one Call on it: waiting, under way, or not
+# heard by upstream yet. A Line asks for a connection and is told of one; what it says goes out by
+# the `write` of a Wire. The Journal keeps on disk what waits.
+
+TURN_S = 0.25                       # how often lines look at the clock
+LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
+               "answeredHere")
+CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
+    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
+    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
+STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+
+
+class Relay:
+    """All lines, and what they share: the clock, the journal, the way to a connection."""
+
+    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
+                 controller: Controller | None = None, now: Callable[[], float] = time.monotonic):
+        self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
+        self.now = now
+        self.lines: dict[str, Line] = {}
+        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
+        self.journal = Journal("")
+
+    def start(self) -> None:
+        """Take up what an earlier run had to deliver. Raises: ConfigError, of the journal."""
+        self.journal = Journal(self.board.config.proxy.journal)
+        for number, identity, protocol, given, frame in self.journal.waiting():
+            settings = self.board.config.upstream(identity)
+            if settings is None:
+                log.warning("What waits for %s stays in the journal: no upstream is there for it",
+                            shown(identity))
+                continue
+            line = self._line(identity, settings)
+            try:
+                line.restored(number, protocol, given, frame)
+            except BadFrame as error:
+                log.error("What waits for %s cannot be read: %s", shown(identity), error)
+
+    def attach(self, link: Link, authorization: str) -> None:
+        """A station has connected: it goes on upstream if an upstream is there for it."""
+        identity = link.station.identity
+        settings = self.board.config.upstream(identity)
+        if settings is None or link.ended:
+            return
+        if not self.board.is_approved(identity):
+            self.asking[identity] = (link, authorization)
+            return
+        self._line(identity, settings).attach(link, authorization)
+
+    def _line(self, identity: str, settings: SimpleNamespace) -> "Line":
+        if identity not in self.lines:
+            self.lines[identity] = Line(self, identity, settings)
+        return self.lines[identity]
+
+    def turn(self) -> None:
+        """Let each line look at the clock; beyond `max_connections`, those without use go."""
+        now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
+        for identity, (link, authorization) in list(self.asking.items()):
+            if link.ended or self.board.is_approved(identity):
+                del self.asking[identity]
+                self.attach(link, authorization)
+        for identity, line in list(self.lines.items()):
+            line.turn(now)
+            if line.wire is not None:
+                line.wire.ping_if_due(time.monotonic(), ping_s)
+            if len(self.lines) > self.board.config.store.max_connections and (
+                    line.link is None and line.wire is None and not line.waiting):
+                del self.lines[identity]
+
+    def connect(self, line: "Line") -> None:
+        """Open a connection upstream; the line is told what becomes of it."""
+        self.spawn("relay", open_wire(line))
+
+    def stop(self) -> None:
+        """Let go of everything; what was not delivered is in the log."""
+        for line in self.lines.values():
+            if line.buffered:
+                log.warning("%s: %d messages for %s %s", shown(line.identity), line.buffered,
+                            line.settings.url,
+                            "wait in the journal" if self.journal else "are lost")
+            if line.wire is not None:
+                line.wire.close()
+        self.journal.close()
+
+    def view(self) -> list[dict]:
+        """Each upstream with its lines, as REST shows them."""
+        views = []
+        for settings in self.board.config.proxy.upstream:
+            lines = [line for line in self.lines.values() if line.settings is settings]
+            up = [line for line in lines if line.status == "up"]
+            lags = [line.lag_ms for line in up if line.lag_ms is not None]
+            views.append({
+                "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
+                "whenDown": settings.when_down, "queue": settings.queue,
+                "stations": len(lines), "up": len(up),
+                "upSince": iso(min((line.up_since for line in up), default=None)),
+                "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
+                "waiting": sum(line.buffered for line in lines),
+                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
+                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
+        return views
+
+    # Upstream's charging profiles, of stations that we steer
+
+    def limit(self, line: "Line", call: Call) -> CallResult | None:
+        """Take upstream's charging profiles for the limits of a station that we steer.
+
+        Returns the answer to upstream; None where the Call is for the station.
+        """
+        payload = call.payload
+        if not self._steers(line):
+            return None
+        if call.action == "SetChargingProfile":
+            body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
+                           else ("chargingProfile", "evseId"))
+            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
+            return _result_of(call, ACCEPTED)
+        if call.action == "ClearChargingProfile":
+            wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
+            cleared = self.controller.clear_foreign(line.identity, {
+                name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
+            return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
+        return None
+
+    def _steers(self, line: "Line") -> bool:
+        return self.controller is not None and self.controller.manages(line.identity)
+
+    def _limit(self, line: "Line", profile: dict, evse_id: int) -> None:
+        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
+        schedule = profile.get("chargingSchedule")
+        schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
+        if not isinstance(schedule, dict):
+            raise WrongType("chargingSchedule is no schedule")
+        id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
+        read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
+        if known := line.known_there(read.transaction_id):
+            read.transaction_id = known.here
+        self.controller.keep_foreign(line.identity, read)
+        self.board.system_event("PROXY_LIMIT", line.identity, "A charging profile of the upstream "
+                                "system counts as one more limit", {"profile": profile})
+
+    def without_profile(self, line: "Line", call: Call) -> Call:
+        """A command to start a transaction, its profile taken for ours where we steer."""
+        profile = call.payload.get("chargingProfile")
+        if call.action not in STARTING or not isinstance(profile, dict) or not self._steers(line):
+            return call
+        place = call.payload.get(STARTING[call.action])
+        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
+        payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
+        return call._replace(payload=payload, text=to_json(payload))
+
 
 WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotification": 2,
           "MeterValues": 1}              # what waits for upstream; the least goes first
@@ -7408,8 +7521,7 @@ ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an e
 DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
 HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
-TURN_S = 0.25                       # how often lines look at the clock
-TRANSIENT = ("InternalError", "GenericError")
+TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
 
 
 @dataclass(slots=True, eq=False)
@@ -7421,8 +7533,8 @@ class Errand:
     protocol: str                       # the station's
     worth: int                          # 0: not worth to wait for an upstream that is away
     came_at: float                      # monotonic
-    started: float                      # the same by `perf_counter`
-    record: LoggedMessage | None        # while the station waits for the answer; then None
+    started: float = 0.0                # the same by `perf_counter`
+    record: LoggedMessage | None = None      # while the station waits for the answer
     reply: CallResult | CallError | None = None      # ours, where upstream has none
     given: int | None = None            # the transaction id that the board gave in its place
     heard: bool = True                  # False: the station left before it had the answer
@@ -7433,7 +7545,7 @@ class Errand:
     sent_at: float = 0.0
     attempts: int = 0
     deaths: int = 0                     # connections that ended while it was under way
-    boot: bool = False                  # our repetition of the last BootNotification
+    boots_again: bool = False           # our repetition of the last BootNotification
     number: int = 0                     # in the journal
 
 
@@ -7446,11 +7558,11 @@ class Line:
         self.link: Link | None = None
         self.wire: Any = None                # the connection upstream: write(text), close()
         self.connecting = self.refused = False       # refused: upstream did not accept the boot
-        self.alive = self._turning = False           # alive: upstream has answered on this one
+        self.alive = self._sending = False           # alive: upstream has answered on this one
         self.fresh = True                    # no attempt has failed since the station came
         self.authorization = self.protocol = self.station_protocol = ""
-        self.waiting: deque[Errand] = deque()
-        self.bytes = 0
+        self.waiting: deque[Errand] = deque()            # but for the one in flight
+        self.bytes = 0                       # of their frames
         self.in_flight: Errand | None = None
         self.interpreters: dict[str, Interpreter] = {}
         self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
@@ -7458,9 +7570,12 @@ class Line:
         self.spoken = False                  # this connection of the station has had an answer
         self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
         self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
-        self.failures = self.silent = self.commands = 0
+        self.failures = 0                    # attempts to connect in a row
+        self.silent = 0                      # Calls in a row that upstream did not answer
+        self.commands = 0                    # of upstream, under way
         self.opened_at = self.relay.now()
-        self.retry_at = self.held_until = 0.0
+        self.retry_at = 0.0                  # the next attempt to connect, or to boot if refused
+        self.held_until = 0.0                # upstream could not take a message: a pause
         self.up_since: float | None = None
         self.lag_ms: float | None = None
         self.counts: Counter = Counter()
@@ -7485,12 +7600,10 @@ class Line:
     def restored(self, number: int, protocol: str, given: int | None, frame: str) -> None:
         """What an earlier run had not delivered waits again."""
         call = unpack(frame)
-        errand = Errand(call, frame, protocol, _worth(call), self.relay.now(), 0.0, None,
-                        given=given, number=number)
         self.station_protocol = self.station_protocol or protocol
         self.protocol = self.protocol or self.settings.protocol or protocol
-        self.waiting.append(errand)
-        self.bytes += len(frame)
+        self._put(Errand(call, frame, protocol, _worth(call), self.relay.now(), given=given,
+                         number=number))
 
     # The station's side
 
@@ -7521,7 +7634,7 @@ class Line:
         flying = self.in_flight
         if flying is not None and flying.record is not None:
             flying.record, flying.heard = None, False
-        self._rest()
+        self._hang_up_if_done()
 
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
@@ -7541,8 +7654,7 @@ class Line:
             if errand.worth:
                 self._wait(errand)
         elif boots:                                      # nothing goes before it
-            self.waiting.appendleft(errand)
-            self.bytes += len(frame)
+            self._put(errand, first=True)
             self._next()
         else:
             self._wait(errand)
@@ -7585,8 +7697,8 @@ class Line:
         if self.wire is not None and self.station_protocol == self.protocol and frame:
             self.wire.write(frame)
         elif type(message) is Send:
-            self._refused_up(message.action, message, f"{self.protocol} has nothing like it"
-                             if self.wire else "upstream is away")
+            self._refused_up(message, f"{self.protocol} has nothing like it" if self.wire
+                             else "upstream is away")
 
     def _answer_here(self, errand: Errand) -> None:
         """Answer the station ourselves."""
@@ -7596,6 +7708,14 @@ class Line:
             errand.reply = self._start_here(errand)
         self.counts["answeredHere"] += 1
         self._give(errand, errand.reply)
+
+    def _answer_waiting(self, errand: Errand) -> None:
+        """The same for one that waits: it waits on where it is worth it."""
+        self._answer_here(errand)
+        if errand.worth:
+            self._hold(errand)
+        else:
+            self._drop(errand)
 
     def _start_here(self, errand: Errand) -> CallResult | CallError:
         """Our answer to a StartTransaction, of which upstream hears later."""
@@ -7620,8 +7740,7 @@ class Line:
 
     def _wait(self, errand: Errand) -> None:
         """Put an errand at the end of what waits, and make room for it."""
-        self.waiting.append(errand)
-        self.bytes += len(errand.frame)
+        self._put(errand)
         if errand.worth and errand.record is None:
             self._hold(errand)
         while len(self.waiting) > self.settings.queue or self.bytes > LINE_BYTES:
@@ -7638,17 +7757,24 @@ class Line:
         """From now on the station counts on us to deliver it."""
         self.counts["buffered"] += 1
         self.relay.journal.keep(self.identity, errand)
-        self._tell("buffered", "UP", errand.call)
+        self._relayed("buffered", "UP", errand.call)
 
     def _lose(self, errand: Errand, error: str) -> None:
         """Upstream will not hear of it; that is on record."""
         self.counts["lost"] += 1
         self.relay.journal.drop(errand)
-        self._tell("error", "UP", errand.call, to=errand.asked, error=error)
+        self._relayed("error", "UP", errand.call, to=errand.asked, error=error)
         if errand.given is not None:
             self.unborn[errand.given] = None
             if len(self.unborn) > CROSSINGS_KEPT:
                 self.unborn.popitem(last=False)
+
+    def _put(self, errand: Errand, first: bool = False) -> None:
+        if first:
+            self.waiting.appendleft(errand)
+        else:
+            self.waiting.append(errand)
+        self.bytes += len(errand.frame)
 
     def _drop(self, errand: Errand) -> None:
         self.waiting.remove(errand)
@@ -7656,14 +7782,14 @@ class Line:
 
     def _next(self) -> None:
         """Send what is first, if upstream is there and nothing else is under way."""
-        if self._turning:                # what needs no answer is done before the loop goes on
+        if self._sending:                # what needs no answer is done before the loop goes on
             return
-        self._turning = True
+        self._sending = True
         try:
             self._send_next()
         finally:
-            self._turning = False
-        self._rest()
+            self._sending = False
+        self._hang_up_if_done()
 
     def _send_next(self) -> None:
         while self.in_flight is None and self.waiting and self.wire is not None:
@@ -7676,7 +7802,7 @@ class Line:
             self.in_flight = errand
             self._begin(errand)
 
-    def _rest(self) -> None:
+    def _hang_up_if_done(self) -> None:
         """Without the station, the connection is there for what waits, and no longer."""
         if self.wire is not None and self.link is None and (
                 self.in_flight is None and not self.waiting):
@@ -7756,9 +7882,8 @@ class Line:
 
     def _send(self, errand: Errand, same: bool) -> None:
         asked, schemas = errand.asked, self.relay.schemas
-        violation = None
-        if schemas and not same:
-            violation = schemas.check(self.protocol, asked.action, "Request", asked.payload)
+        violation = schemas and not same and schemas.check(self.protocol, asked.action, "Request",
+                                                           asked.payload)
         if violation:
             errand.asked = None
             self._failed(errand, violation.error(f"{violation.pointer or '/'}: {violation.text}"))
@@ -7782,12 +7907,13 @@ class Line:
             if self.link is not None and self.station_protocol == self.protocol:
                 self.link.pass_on(message, text)
             else:
-                self._tell("refused", "DOWN", message, error="the station has nothing like it")
+                self._relayed("refused", "DOWN", message, error="the station has nothing like it")
         elif flying is None or flying.asked is None or (
                 not same_id(message.id_text, flying.asked.id_text)):
             self.counts["errors"] += 1
-            self._tell("error", "DOWN", None, error="an answer to nothing that was asked, or late",
-                       message_id_=message_id(message.id_text))
+            self._relayed("error", "DOWN", None,
+                          error="an answer to nothing that was asked, or late",
+                          message_id_=message_id(message.id_text))
         else:
             self.silent, self.alive = 0, True
             self._upstream_answered(flying, message, text)
@@ -7800,9 +7926,9 @@ class Line:
             asked = errand.asked
             if asked is not errand.call:
                 self.counts["translated"] += 1
-                self._tell("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
-                           error=f"{message.code}: {message.description}"
-                           if type(message) is CallError else None)
+                self._relayed("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
+                              error=f"{message.code}: {message.description}"
+                              if type(message) is CallError else None)
             self._step(errand, message.payload if type(message) is CallResult else CallFailed(
                 message.code, message.description, message.details))
         elif type(message) is CallResult:
@@ -7819,33 +7945,31 @@ class Line:
     def _translated(self, errand: Errand, payload: dict | None) -> None:
         """A translation is through: None where upstream has nothing to say to it."""
         if payload is None:
-            self._refused_up(errand.call.action, errand.call,
-                             f"{self.protocol} has nothing like it: answered here")
+            self._refused_up(errand.call, f"{self.protocol} has nothing like it: answered here")
             self._answer_here(errand)
             self._finish(errand, errand.reply, "", told=True)
             return
         said, frame = errand.answered
-        reply = CallResult(errand.call.id_text, payload, to_json(payload))
+        reply = _result_of(errand.call, payload)
         same = payload is said and errand.asked is errand.call
         self._finish(errand, reply, frame if same else pack(reply))
         self.tell(self._interpreter(errand.protocol).told())
 
     def _failed(self, errand: Errand, error: BoardError) -> None:
         """A translation came to nothing: upstream refused it, or there is no translation."""
-        code = error.code if isinstance(error, CallFailed) else error.ocpp_code
-        if isinstance(error, CallFailed) and self._later(errand, code):
-            return
-        if not isinstance(error, CallFailed):
-            self._refused_up(errand.call.action, errand.call, str(error))
+        id_text = errand.call.id_text
+        if isinstance(error, CallFailed):
+            if self._later(errand, error.code):
+                return
+            code = error_code_across(self.protocol, errand.protocol, error.code)
+            reply = CallError(id_text, code, kept(error.description), {}, "{}")
+        else:
+            self._refused_up(errand.call, str(error))
             if errand.worth:             # a fact; that upstream cannot be told is on record
                 self._answer_here(errand)
                 self._finish(errand, errand.reply, "", told=True)
                 return
-        reply = CallError(errand.call.id_text,
-                          error_code_across(self.protocol, errand.protocol, code)
-                          if isinstance(error, CallFailed) else error_code(errand.protocol, code),
-                          kept(error.description if isinstance(error, CallFailed) else error), {},
-                          "{}")
+            reply = refusal(errand.protocol, id_text, error)
         self._finish(errand, reply, pack(reply))
 
     def _later(self, errand: Errand, code: str) -> bool:
@@ -7855,8 +7979,7 @@ class Line:
             return False
         errand.steps = errand.asked = None
         self.in_flight = None
-        self.waiting.appendleft(errand)
-        self.bytes += len(errand.frame)
+        self._put(errand, first=True)
         self.held_until = self.relay.now() + min(HOLD_S[0] * 2 ** (errand.attempts - 1), HOLD_S[1])
         return True
 
@@ -7867,7 +7990,7 @@ class Line:
         `told`: that upstream could not be told is on record.
         """
         self.in_flight = None
-        buffered = errand.record is None and errand.heard and not errand.boot
+        buffered = errand.record is None and errand.heard and not errand.boots_again
         if errand.record is not None:
             self._make_record(errand, reply)
             if reply.id_text != errand.call.id_text:     # asked for once more meanwhile
@@ -7888,8 +8011,8 @@ class Line:
         elif buffered and errand.worth:
             self.relay.journal.drop(errand)
             self.counts["delivered"] += 1
-            self._tell("delivered", "UP", errand.call, to=errand.asked,
-                       error=_disowned(reply.payload))
+            self._relayed("delivered", "UP", errand.call, to=errand.asked,
+                          error=_disowned(reply.payload))
         self._next()
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
@@ -7914,7 +8037,7 @@ class Line:
     def _nonsense(self, text: str, error: BadFrame) -> None:
         """A frame that is no message; where it is about what is under way, that is over."""
         self.counts["errors"] += 1
-        self._tell("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
+        self._relayed("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
         if error.id_text:
             self.wire.write(pack(refusal(self.protocol, error.id_text, error)))
         flying = self.in_flight
@@ -7941,10 +8064,7 @@ class Line:
             if self.link is None:
                 raise Conflict("The station is offline")
             reply = self.relay.limit(self, call)
-            if reply is None:
-                text = await self._command(call, frame)
-            else:
-                text = pack(reply)
+            text = pack(reply) if reply else await self._command(call, frame)
         except BoardError as error:
             code, description, details = error.ocpp_code, str(error), {}
             if isinstance(error, CallFailed):
@@ -7954,8 +8074,8 @@ class Line:
                                   details, to_json(details)))
             kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
             self.counts["refused" if kind == "refused" else "errors"] += 1
-            self._tell(kind, "DOWN", call, error=kept(f"{code}: {description}"),
-                       latency_ms=(self.relay.now() - started) * 1000)
+            self._relayed(kind, "DOWN", call, error=kept(f"{code}: {description}"),
+                          latency_ms=(self.relay.now() - started) * 1000)
         except Exception:
             log.exception("A command of upstream, %s, failed", shown(call.action))
             text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
@@ -7989,12 +8109,12 @@ class Line:
                 except BoardError as error:
                     failed = error
                 self.counts["translated"] += 1
-                self._tell("translation", "DOWN", call, error=kept(failed) if failed else None,
-                           to=Call("", action, payload, to_json(payload)),
-                           latency_ms=(self.relay.now() - asked_at) * 1000)
+                self._relayed("translation", "DOWN", call, error=kept(failed) if failed else None,
+                              to=Call("", action, payload, to_json(payload)),
+                              latency_ms=(self.relay.now() - asked_at) * 1000)
         except StopIteration as end:
             self._check_answer(call.action, end.value)
-            return pack(CallResult(call.id_text, end.value, to_json(end.value)))
+            return pack(_result_of(call, end.value))
 
     def _check_answer(self, action: str, payload: dict) -> None:
         """A translated answer must fit its schema, where that is at hand."""
@@ -8007,9 +8127,7 @@ class Line:
         """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
         for steps in told:
             call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
-            errand = Errand(call, "", self.station_protocol, 0, self.relay.now(), 0.0, None)
-            errand.steps = steps
-            self.waiting.append(errand)
+            self._put(Errand(call, "", self.station_protocol, 0, self.relay.now(), steps=steps))
         self._next()
 
     # The connection
@@ -8027,29 +8145,34 @@ class Line:
         self.wire, self.up_since, self.silent = wire, self.board.clock(), 0
         self.refused = self.alive = False
         self.opened_at = self.relay.now()
-        self._tell("connected", "UP", None)
+        self._relayed("connected", "UP", None)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
         if self.boot and (self.spoken or self.link is None) and not any(
                 e.call.action == "BootNotification" for e in self.waiting):
-            boot = self._repeated(self.boot)
-            boot.boot = True
-            self.waiting.appendleft(boot)
+            self._boot_again()
         if self.spoken:
-            self.waiting.extend(self._repeated(told) for told in self.statuses.values())
+            for told in self.statuses.values():
+                self._put(self._repeated(told))
         self._next()
+
+    def _boot_again(self) -> None:
+        """Tell upstream the last BootNotification once more, before all else."""
+        boot = self._repeated(self.boot)
+        boot.boots_again = True
+        self._put(boot, first=True)
 
     def _repeated(self, told: tuple) -> Errand:
         """A Call of the station told once more, under an id of its own."""
         call, _, protocol = told
         call = call._replace(id_text=f'"{uuid.uuid4()}"')
-        return Errand(call, pack(call), protocol, 0, self.relay.now(), 0.0, None)
+        return Errand(call, pack(call), protocol, 0, self.relay.now())
 
     def _booted(self, errand: Errand, reply: CallResult | CallError) -> None:
         """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
         payload = reply.payload if type(reply) is CallResult else {}
         status = lenient(payload, "status", str, "")
-        self.refused = status != "Accepted" and (bool(status) or errand.boot)
+        self.refused = status != "Accepted" and (bool(status) or errand.boots_again)
         if self.refused:
             wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
             self.retry_at = self.relay.now() + wait_s
@@ -8072,7 +8195,7 @@ class Line:
         """Let go of the connection. What was under way is first, next time, as it was."""
         wire, self.wire, self.up_since, self.refused = self.wire, None, None, False
         wire.close()
-        self._tell("disconnected", "UP", None, error=reason)
+        self._relayed("disconnected", "UP", None, error=reason)
         log.info("%s is no longer connected to %s: %s", shown(self.identity), self.settings.url,
                  shown(reason))
         self.last_error = kept(reason)
@@ -8080,16 +8203,17 @@ class Line:
             self.failures = 0
         self._pause()
         if self.in_flight is not None:
-            errand = self._forget_flying()
-            errand.deaths += self.alive
-            if errand.deaths >= DEATHS.get(errand.worth, 0) and errand.worth and (
-                    errand.record is None):
-                self._lose(errand, "not delivered: upstream went away over it "
-                           f"{errand.deaths} times")
-            elif (errand.worth or errand.record is not None) and not errand.boot:
-                self.waiting.appendleft(errand)
-                self.bytes += len(errand.frame)
+            self._land(self.in_flight)
         self._away()
+
+    def _land(self, errand: Errand) -> None:
+        """What is to become of an errand whose connection ended: it is first again, or lost."""
+        self.in_flight = None
+        errand.deaths += self.alive
+        if errand.worth and errand.record is None and errand.deaths >= DEATHS[errand.worth]:
+            self._lose(errand, f"not delivered: upstream went away over it {errand.deaths} times")
+        elif (errand.worth or errand.record is not None) and not errand.boots_again:
+            self._put(errand, first=True)
 
     def _away(self) -> None:
         """Upstream is not there: the station has its answers from here, or is sent away."""
@@ -8098,14 +8222,10 @@ class Line:
             self._send_away()
         for errand in list(self.waiting):
             if errand.record is not None:
-                self._answer_here(errand)
-                if errand.worth:
-                    self._hold(errand)
-                else:
-                    self._drop(errand)
+                self._answer_waiting(errand)
             elif not errand.worth:                       # our own, made anew next time
                 self._drop(errand)
-        self._rest()
+        self._hang_up_if_done()
 
     def _send_away(self) -> None:
         self.link.end("upstream is away", 1013)          # try again later
@@ -8117,29 +8237,19 @@ class Line:
         self.failures += 1
         self.retry_at = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
 
-    def _forget_flying(self) -> Errand:
-        errand, self.in_flight = self.in_flight, None
-        return errand
-
     def turn(self, now: float) -> None:
         """Look at the clock: answers that are due, silence, another attempt."""
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         due = now - max(timeout_s - 2 * TURN_S, timeout_s / 2)
         for errand in [e for e in self.waiting if e.record is not None and e.came_at < due]:
-            self._answer_here(errand)
-            if errand.worth:
-                self._hold(errand)
-            else:
-                self._drop(errand)
+            self._answer_waiting(errand)
         if self.in_flight is not None:
             self._turn_flying(self.in_flight, now, due, timeout_s)
         if self.wire is None and not self.connecting and now >= self.retry_at and (
                 self.link is not None or self.waiting):
             self._connect()
         elif self.refused and now >= self.retry_at and self.in_flight is None and self.boot:
-            boot = self._repeated(self.boot)
-            boot.boot = True
-            self.waiting.appendleft(boot)
+            self._boot_again()
             self.retry_at = now + RECONNECT_S[1]
             self._next()
         elif self.held_until and now >= self.held_until:
@@ -8149,7 +8259,7 @@ class Line:
     def _turn_flying(self, errand: Errand, now: float, due: float, timeout_s: float) -> None:
         if errand.record is not None and errand.came_at < due:
             self._answer_here(errand)
-            self._tell("error", "UP", errand.call, error="upstream did not answer in time")
+            self._relayed("error", "UP", errand.call, error="upstream did not answer in time")
             self.counts["errors"] += 1
             if errand.worth:
                 self._hold(errand)
@@ -8160,8 +8270,8 @@ class Line:
                 self._hang_up(f"upstream does not answer {errand.call.action}")
             return
         self.silent += 1
-        self._forget_flying()
-        if self.silent >= SILENT_CALLS or errand.boot:
+        self.in_flight = None
+        if self.silent >= SILENT_CALLS or errand.boots_again:
             self._hang_up("upstream does not answer")
         else:
             self._next()
@@ -8172,26 +8282,22 @@ class Line:
 
     # On record
 
-    def tell_limit(self, profile: dict) -> None:
-        """A profile of upstream was taken for our own limits."""
-        self.board.system_event("PROXY_LIMIT", self.identity, "A charging profile of the upstream "
-                                "system counts as one more limit", {"profile": profile})
-
     def _note(self, error: str) -> None:
         """What went wrong with upstream; the same again is not told again."""
         if error != self.last_error:
-            self._tell("error", "UP", None, error=error)
+            self._relayed("error", "UP", None, error=error)
             log.warning("%s has no way to %s: %s", shown(self.identity), self.settings.url,
                         shown(error, 200))
         self.last_error = kept(error)
 
-    def _refused_up(self, action: str, message: Call | Send, error: str) -> None:
+    def _refused_up(self, message: Call | Send, error: str) -> None:
         self.counts["refused"] += 1
-        self._tell("refused", "UP", message, error=error)
+        self._relayed("refused", "UP", message, error=error)
 
-    def _tell(self, kind: str, direction: str, message: Call | Send | None,
-              to: Call | None = None, error: str | None = None, message_id_: str = "",
-              latency_ms: float | None = None) -> None:
+    def _relayed(self, kind: str, direction: str, message: Call | Send | None,
+                 to: Call | None = None, error: str | None = None, message_id_: str = "",
+                 latency_ms: float | None = None) -> None:
+        """Put on record what became of a message, or of the connection: see ProxyEvent.kind."""
         ends = (self.station_protocol, self.protocol)
         source, target = ends if direction == "UP" else ends[::-1]
         action = message.action if message else ""
@@ -8224,16 +8330,16 @@ class Line:
         return int(self.relay.now() - held[0].came_at) if held else None
 
 
-LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
-               "answeredHere")
-
-
 def _disowned(payload: dict) -> str | None:
     """What is to be said of an answer that comes when the station has had ours."""
     info = payload.get("idTagInfo") or payload.get("idTokenInfo")
     status = lenient(info, "status", str, "") if isinstance(info, dict) else ""
     return f"upstream has the id token for {kept(status, 40)}" if status not in (
         "", "Accepted") else None
+
+
+def _result_of(call: Call, payload: dict) -> CallResult:
+    return CallResult(call.id_text, payload, to_json(payload))
 
 
 def _worth(call: Call) -> int:
@@ -8247,10 +8353,7 @@ def _worth(call: Call) -> int:
     return WORTHS.get(call.action, 0)
 
 
-CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
-    "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
-    "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
-STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register")
 
 
 class Journal:
@@ -8321,8 +8424,7 @@ class Journal:
                 self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
                             "AND here = ?", *key)
             elif not crossing.told_end:
-                facts = [crossing.there, crossing.evse_id, crossing.id_token, crossing.seq_no,
-                         crossing.state, crossing.charged, crossing.started, crossing.register]
+                facts = [getattr(crossing, name) for name in FACTS_KEPT]
                 self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
                             interpreter.clock(), to_json(facts))
             crossing.saved = not crossing.told_end
@@ -8332,12 +8434,10 @@ class Journal:
         rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
                                 "protocol = ?", (identity, interpreter.station)) if self._db else ()
         for here, at, facts in rows:
-            there, evse_id, id_token, seq_no, state, charged, started, register = json.loads(facts)
+            known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
             # What was told since is not known; there were less events than seconds.
-            since_s = max(0, int(interpreter.clock() - at))
-            interpreter.crossing(json.loads(here), there=there, evse_id=evse_id, id_token=id_token,
-                                 seq_no=seq_no + since_s, state=state, charged=charged,
-                                 started=started, register=register, saved=True)
+            known["seq_no"] += max(0, int(interpreter.clock() - at))
+            interpreter.crossing(json.loads(here), **known, saved=True)
 
     def _write(self, statement: str, *values: Any) -> None:
         self._pool.submit(self._execute, statement, values)
@@ -8352,140 +8452,11 @@ class Journal:
             self._failing = True
 
 
-class Relay:
-    """All lines, and what they share: the clock, the journal, the way to a connection."""
-
-    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
-                 controller: "Controller | None" = None, now: Callable[[], float] = time.monotonic):
-        self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
-        self.now = now
-        self.lines: dict[str, Line] = {}
-        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
-        self.journal = Journal("")
-
-    def start(self) -> None:
-        """Take up what an earlier run had to deliver. Raises: ConfigError, of the journal."""
-        self.journal = Journal(self.board.config.proxy.journal)
-        for number, identity, protocol, given, frame in self.journal.waiting():
-            settings = self.board.config.upstream(identity)
-            if settings is None:
-                log.warning("What waits for %s stays in the journal: no upstream is there for it",
-                            shown(identity))
-                continue
-            line = self.lines.get(identity)
-            if line is None:
-                line = self.lines[identity] = Line(self, identity, settings)
-            try:
-                line.restored(number, protocol, given, frame)
-            except BadFrame as error:
-                log.error("What waits for %s cannot be read: %s", shown(identity), error)
-
-    def attach(self, link: Link, authorization: str) -> None:
-        """A station has connected: it goes on upstream if an upstream is there for it."""
-        identity = link.station.identity
-        settings = self.board.config.upstream(identity)
-        if settings is None or link.ended:
-            return
-        if not self.board.is_approved(identity):
-            self.asking[identity] = (link, authorization)
-            return
-        line = self.lines.get(identity)
-        if line is None:
-            line = self.lines[identity] = Line(self, identity, settings)
-        line.attach(link, authorization)
-
-    def turn(self) -> None:
-        """Let each line look at the clock; beyond `max_connections`, those without use go."""
-        now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
-        for identity, (link, authorization) in list(self.asking.items()):
-            if link.ended or self.board.is_approved(identity):
-                del self.asking[identity]
-                self.attach(link, authorization)
-        for identity, line in list(self.lines.items()):
-            line.turn(now)
-            if line.wire is not None:
-                line.wire.ping_if_due(time.monotonic(), ping_s)
-            if len(self.lines) > self.board.config.store.max_connections and (
-                    line.link is None and line.wire is None and not line.waiting):
-                del self.lines[identity]
-
-    def connect(self, line: Line) -> None:
-        """Open a connection upstream; the line is told what becomes of it."""
-        self.spawn("relay", open_wire(line))
-
-    def stop(self) -> None:
-        """Let go of everything; what was not delivered is in the log."""
-        for line in self.lines.values():
-            if line.buffered:
-                log.warning("%s: %d messages for %s %s", shown(line.identity), line.buffered,
-                            line.settings.url,
-                            "wait in the journal" if self.journal else "are lost")
-            if line.wire is not None:
-                line.wire.close()
-        self.journal.close()
-
-    def view(self) -> list[dict]:
-        """Each upstream with its lines, as REST shows them."""
-        views = []
-        for settings in self.board.config.proxy.upstream:
-            lines = [line for line in self.lines.values() if line.settings is settings]
-            up = [line for line in lines if line.status == "up"]
-            lags = [line.lag_ms for line in up if line.lag_ms is not None]
-            views.append({
-                "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
-                "whenDown": settings.when_down, "queue": settings.queue,
-                "stations": len(lines), "up": len(up),
-                "upSince": iso(min((line.up_since for line in up), default=None)),
-                "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
-                "waiting": sum(line.buffered for line in lines),
-                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
-                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
-        return views
-
-    def limit(self, line: Line, call: Call) -> CallResult | None:
-        """Take upstream's charging profiles for the limits of a station that we steer.
-
-        Returns the answer to upstream; None where the Call is for the station.
-        """
-        controller, payload = self.controller, call.payload
-        if controller is None or not controller.manages(line.identity):
-            return None
-        if call.action == "SetChargingProfile":
-            body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
-                           else ("chargingProfile", "evseId"))
-            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
-            return CallResult(call.id_text, ACCEPTED, to_json(ACCEPTED))
-        if call.action == "ClearChargingProfile":
-            wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
-            cleared = controller.clear_foreign(line.identity, {
-                name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
-            answered = {"status": "Accepted" if cleared else "Unknown"}
-            return CallResult(call.id_text, answered, to_json(answered))
-        return None
-
-    def _limit(self, line: Line, profile: dict, evse_id: int) -> None:
-        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
-        schedule = profile.get("chargingSchedule")
-        schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
-        if not isinstance(schedule, dict):
-            raise WrongType("chargingSchedule is no schedule")
-        id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
-        read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
-        known = line.known_there(read.transaction_id)
-        read.transaction_id = read.transaction_id if known is None else known.here
-        self.controller.keep_foreign(line.identity, read)
-        line.tell_limit(profile)
-
-    def without_profile(self, line: Line, call: Call) -> Call:
-        """A command to start a transaction, its profile taken for ours where we steer."""
-        profile = call.payload.get("chargingProfile")
-        if call.action not in STARTING or not isinstance(profile, dict) or (
-                self.controller is None or not self.controller.manages(line.identity)):
-            return call
-        place = call.payload.get(STARTING[call.action])
-        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
-        payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
-        return call._replace(payload=payload, text=to_json(payload))
+RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
+CONNECT_S = 10                      # until the handshake is through
+GOODBYE_S = 5                       # for what it has not read when we hang up
+HEAD_BYTES = 16 * 1024              # of the answer to our upgrade
+PARTS = 10_000                      # frames of one message
 
 
 class Wire(asyncio.Protocol):
@@ -8512,7 +8483,7 @@ class Wire(asyncio.Protocol):
         self._read: bytes = b""
         self._parts: list[bytes] = []        # of a message in several frames
         self._text = True                    # or binary, it is
-        self.over = ""                      # why it ended
+        self.over = ""                       # why it ended
 
     # What the loop tells
 
@@ -8659,13 +8630,6 @@ class Wire(asyncio.Protocol):
         self.over = wrong
         self.opened.set_exception(OSError(wrong))
         self._transport.abort()
-
-
-RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
-CONNECT_S = 10
-GOODBYE_S = 5
-HEAD_BYTES = 16 * 1024
-PARTS = 10_000                      # frames of one message
 
 
 @functools.lru_cache(8)              # reading the system's authorities takes some 10 ms

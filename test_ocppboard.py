@@ -3717,6 +3717,27 @@ def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     assert far.line.view()["passed"] == 1 and far.events("translation") == []
 
 
+def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    for action, payload, answer in (
+            ("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"},
+             {"status": "Accepted", "interval": 60, "currentTime": "2026-09-21T13:00:00Z"}),
+            ("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                    "status": "Available"}, {})):
+        bench.link.receive(call_of(action, action, payload))
+        far.answer(far.asked(), answer)
+    far.die()
+    far.turn(100)
+    far.open()
+    assert far.line.bytes == sum(len(errand.frame) for errand in far.line.waiting) > 0
+    far.answer(far.asked(), {"status": "Accepted", "interval": 60,
+                             "currentTime": "2026-09-21T13:00:00Z"})
+    far.answer(far.asked(), {})
+    assert far.line.bytes == 0 and not far.line.waiting
+
+
 def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
     bench = Bench()
     far = Far(bench)
@@ -4026,8 +4047,7 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     charging(world)
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
-    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None,
-                                     tell_limit=lambda profile: None)
+    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None)
     relay = ocppboard.Relay(world.board, None, None, world.controller)
     answered = relay.limit(line, Call('"1"', *call, json.dumps(call[1])))
     assert answered.payload == {"status": "Accepted"}
