@@ -608,6 +608,9 @@ def _check_together(config: Config) -> None:
     _check_smart_charge(config.smart_charge, source)
     for number, upstream in enumerate(config.proxy.upstream, 1):
         _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
+    named = Counter(p for upstream in config.proxy.upstream for p in set(upstream.stations))
+    if twice := [pattern for pattern, count in named.items() if count > 1]:
+        raise ConfigError(f'{source}: proxy: "{twice[0]}" stands in two [[proxy.upstream]]')
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
@@ -2937,7 +2940,8 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
             stop |= {"transactionData": values} if values else {}
             answer = (yield "StopTransaction", stop) or answer
         crossing.told_end = True         # not before: what upstream could not take is told again
-    elif values and not (begins and first is not None and len(values) == 1):
+    elif values and not (begins and first is not None and sum(
+            len(value["sampledValue"]) for value in values) == 1):   # meterStart says it
         place = {} if crossing.there is None else {"transactionId": crossing.there}
         yield "MeterValues", {"connectorId": crossing.evse_id, "meterValue": values} | place
     # 4. 1.6 shows the charging state in the connector's status
@@ -7395,6 +7399,11 @@ class Relay:
                 line.restored(number, protocol, given, frame)
             except BadFrame as error:
                 log.error("What waits for %s cannot be read: %s", shown(identity), error)
+        for identity, place, protocol, frame in self.journal.told():
+            settings = self.board.config.upstream(identity)
+            if settings is not None:
+                with contextlib.suppress(BadFrame):
+                    self._line(identity, settings).recalled(place, protocol, frame)
 
     def attach(self, link: Link, authorization: str) -> None:
         """A station has connected: it goes on upstream if an upstream is there for it."""
@@ -7426,6 +7435,13 @@ class Relay:
             if len(self.lines) > self.board.config.store.max_connections and (
                     line.link is None and line.wire is None and not line.waiting):
                 del self.lines[identity]
+
+    def is_there(self, settings: SimpleNamespace) -> None:
+        """One line has got through: the others of this upstream need not wait as long."""
+        now = self.now()
+        for line in self.lines.values():
+            if line.settings is settings and line.status == "away":
+                line.retry_at = min(line.retry_at, now + random.uniform(0, SOON_S))
 
     def connect(self, line: "Line") -> None:
         """Open a connection upstream; the line is told what becomes of it."""
@@ -7512,9 +7528,12 @@ class Relay:
 
 WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotification": 2,
           "MeterValues": 1}              # what waits for upstream; the least goes first
+BILLED = ("transactionId", "connectorId", "idTag", "meterStart", "meterStop", "reason", "timestamp",
+          "eventType", "seqNo", "transactionInfo", "evse", "idToken")      # what an invoice needs
 EVENT_WORTHS = {"Started": 3, "Ended": 3}
 METERED = ("MeterValuePeriodic", "MeterValueClock")
 LINE_BYTES = 2 << 20                # of frames that wait for an upstream, of one station
+SOON_S = 5                          # until the others try, when one station has got through
 RECONNECT_S = (1, 60)               # the shortest and longest pause between two attempts
 SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
 ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an error of its own
@@ -7568,6 +7587,7 @@ class Line:
         self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
         self.statuses: dict = {}             # {place: the same of its last StatusNotification}
         self.spoken = False                  # this connection of the station has had an answer
+        self.recalls = False                 # what it told an earlier run is to be repeated
         self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
         self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
         self.failures = 0                    # attempts to connect in a row
@@ -7588,7 +7608,7 @@ class Line:
             return "refused" if self.refused else "up"
         if self.connecting:
             return "connecting"
-        return "away" if self.link is not None or self.waiting else "idle"
+        return "away" if self.link is not None or self.waiting or self.failures else "idle"
 
     @property
     def buffered(self) -> int:
@@ -7604,6 +7624,15 @@ class Line:
         self.protocol = self.protocol or self.settings.protocol or protocol
         self._put(Errand(call, frame, protocol, _worth(call), self.relay.now(), given=given,
                          number=number))
+
+    def recalled(self, place: str, protocol: str, frame: str) -> None:
+        """What an earlier run was told last; upstream may not have heard it."""
+        told = (unpack(frame), frame, protocol)
+        self.recalls = True
+        if place:
+            self.statuses[place] = told
+        else:
+            self.boot = told
 
     # The station's side
 
@@ -7666,10 +7695,12 @@ class Line:
         kept_ = (errand.call, errand.frame, errand.protocol)
         if action == "BootNotification":
             self.boot = kept_
+            self.relay.journal.remember(self.identity, "", errand)
         elif action == "StatusNotification":
             place = to_json([payload.get("evseId"), payload.get("connectorId")])
             if place in self.statuses or len(self.statuses) < CONNECTORS_KEPT:
                 self.statuses[place] = kept_
+                self.relay.journal.remember(self.identity, place, errand)
 
     def _again(self, errand: Errand) -> bool:
         """Whether the station says again what it missed the answer to; then it gets that."""
@@ -7761,13 +7792,26 @@ class Line:
 
     def _lose(self, errand: Errand, error: str) -> None:
         """Upstream will not hear of it; that is on record."""
-        self.counts["lost"] += 1
         self.relay.journal.drop(errand)
         self._relayed("error", "UP", errand.call, to=errand.asked, error=error)
+        self._miss(errand, error)
         if errand.given is not None:
             self.unborn[errand.given] = None
             if len(self.unborn) > CROSSINGS_KEPT:
                 self.unborn.popitem(last=False)
+
+    def _miss(self, errand: Errand, error: str) -> None:
+        """Put what is not delivered where it stays longer than among all that is relayed."""
+        call, station = errand.call, self.board.stations.get(self.identity)
+        self.counts["lost"] += 1
+        if station is not None:
+            facts = {key: kept(to_json(call.payload[key]))
+                     for key in BILLED if key in call.payload}
+            self.board.error("NOT_DELIVERED", station, f"{call.action} for upstream: {error}",
+                             {"messageId": message_id(call.id_text)} | facts)
+        if errand.worth > WORTHS["MeterValues"]:
+            log.warning("%s: %s did not get to %s: %s", shown(self.identity), call.action,
+                        self.settings.url, shown(error, 200))
 
     def _put(self, errand: Errand, first: bool = False) -> None:
         if first:
@@ -7819,8 +7863,7 @@ class Line:
             return
         interpreter = self._interpreter(errand.protocol)
         call = errand.call
-        if self.unborn and errand.protocol == self.protocol and (
-                lenient(call.payload, "transactionId", int) in self.unborn):
+        if self.unborn and lenient(call.payload, "transactionId", int) in self.unborn:
             self._failed(errand, NotSupported("the start of its transaction was not delivered"))
             return
         if call.action == "StartTransaction":
@@ -7871,13 +7914,13 @@ class Line:
         errand.asked, errand.request = asked, errand.frame if same else pack(asked)
         errand.sent_at = self.relay.now()
         if schemas and not same and not schemas.ready(self.protocol, action):
-            self.relay.spawn("relay", self._ask_later(errand, action))
+            self.relay.spawn("relay", self._ask_later(errand, self.wire))
         else:
             self._send(errand, same)
 
-    async def _ask_later(self, errand: Errand, action: str) -> None:
-        await self.relay.schemas.prepare(self.protocol, action)
-        if self.in_flight is errand and self.wire is not None:
+    async def _ask_later(self, errand: Errand, wire: Any) -> None:
+        await self.relay.schemas.prepare(self.protocol, errand.asked.action)
+        if self.in_flight is errand and self.wire is wire:
             self._send(errand, False)
 
     def _send(self, errand: Errand, same: bool) -> None:
@@ -7915,7 +7958,7 @@ class Line:
                           error="an answer to nothing that was asked, or late",
                           message_id_=message_id(message.id_text))
         else:
-            self.silent, self.alive = 0, True
+            self.silent, self.alive, self.last_error = 0, True, ""
             self._upstream_answered(flying, message, text)
 
     def _upstream_answered(self, errand: Errand, message: CallResult | CallError,
@@ -7966,6 +8009,7 @@ class Line:
         else:
             self._refused_up(errand.call, str(error))
             if errand.worth:             # a fact; that upstream cannot be told is on record
+                self._miss(errand, str(error))
                 self._answer_here(errand)
                 self._finish(errand, errand.reply, "", told=True)
                 return
@@ -8146,12 +8190,14 @@ class Line:
         self.refused = self.alive = False
         self.opened_at = self.relay.now()
         self._relayed("connected", "UP", None)
+        self.relay.is_there(self.settings)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
-        if self.boot and (self.spoken or self.link is None) and not any(
+        repeats, self.recalls = self.spoken or self.recalls, False
+        if self.boot and (repeats or self.link is None) and not any(
                 e.call.action == "BootNotification" for e in self.waiting):
             self._boot_again()
-        if self.spoken:
+        if repeats:
             for told in self.statuses.values():
                 self._put(self._repeated(told))
         self._next()
@@ -8196,8 +8242,9 @@ class Line:
         wire, self.wire, self.up_since, self.refused = self.wire, None, None, False
         wire.close()
         self._relayed("disconnected", "UP", None, error=reason)
-        log.info("%s is no longer connected to %s: %s", shown(self.identity), self.settings.url,
-                 shown(reason))
+        if self.link is not None:
+            log.info("%s is no longer connected to %s: %s", shown(self.identity),
+                     self.settings.url, shown(reason))
         self.last_error = kept(reason)
         if self.alive and self.relay.now() - self.opened_at > RECONNECT_S[1]:
             self.failures = 0
@@ -8311,7 +8358,7 @@ class Line:
 
     def view(self) -> dict:
         """The line as REST shows it."""
-        waits_s = None if self.wire is not None or self.connecting else max(
+        waits_s = None if self.status not in ("away", "refused") else max(
             0.0, round(self.retry_at - self.relay.now(), 1))
         return {
             "identity": self.identity, "status": self.status,
@@ -8371,7 +8418,9 @@ class Journal:
             protocol TEXT NOT NULL, given INTEGER, frame TEXT NOT NULL);
         CREATE TABLE IF NOT EXISTS crossings (identity TEXT NOT NULL, protocol TEXT NOT NULL,
             here TEXT NOT NULL, at REAL NOT NULL, facts TEXT NOT NULL,
-            PRIMARY KEY (identity, protocol, here));"""
+            PRIMARY KEY (identity, protocol, here));
+        CREATE TABLE IF NOT EXISTS told (identity TEXT NOT NULL, place TEXT NOT NULL,
+            protocol TEXT NOT NULL, frame TEXT NOT NULL, PRIMARY KEY (identity, place));"""
 
     def __init__(self, path: str):
         self._db, self._pool, self._failing = None, None, False
@@ -8416,6 +8465,17 @@ class Journal:
             self._write("DELETE FROM waiting WHERE number = ?", errand.number)
             errand.number = 0
 
+    def remember(self, identity: str, place: str, errand: Errand) -> None:
+        """The last BootNotification (place ""), or StatusNotification of a place, of a station."""
+        if self._db:
+            self._write("INSERT OR REPLACE INTO told VALUES (?, ?, ?, ?)", identity, place,
+                        errand.protocol, pack(errand.call))
+
+    def told(self) -> list[tuple]:
+        """(identity, place, protocol, frame) of what stations told last."""
+        return self._db.execute("SELECT identity, place, protocol, frame FROM told"
+                                ).fetchall() if self._db else []
+
     def keep_ids(self, identity: str, interpreter: Interpreter) -> None:
         """Whose id is whose, of the transactions that run; those that have ended are forgotten."""
         for crossing in interpreter.crossings.values() if self._db else ():
@@ -8437,6 +8497,7 @@ class Journal:
             known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
             # What was told since is not known; there were less events than seconds.
             known["seq_no"] += max(0, int(interpreter.clock() - at))
+            known["state"] = ""          # the station's next status tells it
             interpreter.crossing(json.loads(here), **known, saved=True)
 
     def _write(self, statement: str, *values: Any) -> None:
@@ -8482,6 +8543,7 @@ class Wire(asyncio.Protocol):
         self._limit = line.board.config.ocpp.max_frame_bytes
         self._read: bytes = b""
         self._parts: list[bytes] = []        # of a message in several frames
+        self._size = 0                       # of them
         self._text = True                    # or binary, it is
         self.over = ""                       # why it ended
 
@@ -8567,11 +8629,12 @@ class Wire(asyncio.Protocol):
             self._text = kind == 0x1
         if self._parts or not last:
             self._parts.append(payload)
-            if sum(map(len, self._parts)) > self._limit or len(self._parts) > PARTS:
+            self._size += len(payload)
+            if self._size > self._limit or len(self._parts) > PARTS:
                 self._end(f"upstream sent more than {self._limit} bytes", 1009)
             if not last or self.over:
                 return
-            payload, self._parts = b"".join(self._parts), []
+            payload, self._parts, self._size = b"".join(self._parts), [], 0
         if self._text:
             try:
                 self.line.upstream_said(self, payload.decode())
@@ -14367,6 +14430,8 @@ def tell_start(daemon: Daemon) -> None:
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))
+    if config.proxy.upstream and not config.proxy.journal:
+        log.info("What waits for upstream is lost at a restart: proxy.journal would keep it")
     if config.ocpp.accept == "any" and any(u.password for u in config.proxy.upstream):
         log.warning("Whoever connects as a station that goes on gets upstream by "
                     "proxy.upstream.password: list the stations, with passwords of their own")

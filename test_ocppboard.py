@@ -230,6 +230,8 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[[proxy.upstream]]\nurl = "ws://a"\nstations = []', ["stations must name some"]),
     ('[[proxy.upstream]]\nurl = "wss://a"\nca = "/none.pem"', ["ca is no file"]),
     ('[[proxy.upstream]]\nurl = "ws://a"\nwhen_down = "wait"', ["must be answer | close"]),
+    ('[[proxy.upstream]]\nurl = "ws://a"\n[[proxy.upstream]]\nurl = "ws://b"',
+     ['"*" stands in two [[proxy.upstream]]']),
     ('[[proxy.upstream]]\nurl = "ws://a"\nqueue = 0', ["must be from 1 to 100000"]),
     ('[server]\ntls_certificate = "a.pem"', ["server.tls_certificate is not available"]),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
@@ -3982,6 +3984,40 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
     left = Far(Bench(proxy_journal=journal), upstream="ocpp2.0.1")
     assert left.line.buffered == 0
     left.relay.stop()
+
+
+def test_after_a_restart_upstream_hears_who_the_station_is_and_how(tmp_path):
+    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    bench = Bench(**keys)
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.link.receive(call_of("2", "StatusNotification", {
+        "connectorId": 1, "errorCode": "NoError", "status": "Charging"}))
+    far.relay.stop()
+    far = Far(Bench(**keys))                                 # the station does not boot again
+    for connection in range(2):
+        far.open()
+        for action in ("BootNotification", "StatusNotification") if connection == 0 else ():
+            call = far.asked()
+            assert call.action == action and call.id_text not in ('"1"', '"2"')
+            far.answer(call, {"status": "Accepted", "currentTime": iso_now(), "interval": 60}
+                       if action == "BootNotification" else {})
+        assert far.frames == []
+        far.die()
+    far.relay.stop()
+
+
+def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_needs():
+    bench = Bench()
+    far = Far(bench, upstream="ocpp2.0.1", queue=1)
+    far.line.failed("away")
+    for number in "12":
+        bench.link.receive(call_of(number, "StartTransaction", begun(int(number))))
+    error, = [one.view() for one in bench.board.errors.records if one.kind == "NOT_DELIVERED"]
+    assert error["message"].startswith("StartTransaction for upstream: lost: too much waits")
+    assert error["details"]["messageId"] == "1" and error["details"]["meterStart"] == "10"
+    assert error["details"]["timestamp"] == '"2026-09-21T13:00:00Z"'
 
 
 def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
