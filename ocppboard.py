@@ -10323,6 +10323,7 @@ code { overflow-wrap: anywhere }
 .grow { flex: 1 1 auto; min-width: 0 } h1.grow, h2.grow { min-width: min-content }
 .short { width: 10.5rem } .tight { gap: .35rem } .one-line { flex-wrap: nowrap }
 .grow.cut { flex: 1 1 0; min-width: 0 }
+h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .start { max-width: 26rem; margin: 14vh auto 2rem; padding: 0 1.25rem; display: grid; gap: 1rem }
 
 /* Frame */
@@ -11159,8 +11160,8 @@ function watch() {
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
   if (state.route.screen === 'power' && state.power?.enabled && Date.now() - powerAsked > POWER_MS)
     askPower();
-  if (state.route.screen === 'relay' && state.about?.relay && Date.now() - relayAsked > RELAY_MS)
-    askRelay();
+  if (['relay', 'overview'].includes(state.route.screen) && state.about?.relay
+    && Date.now() - relayAsked > RELAY_MS) askRelay();
   touch('tick');
 }
 
@@ -11602,6 +11603,8 @@ const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead
 
 // What needs attention, the worst first: {rank, tone, where it leads, text}.
 const HOUR = 3600e3, DAY = 24 * HOUR;
+const linesAway = upstream => upstream.lines.filter(one => one.lastError && one.status !== 'idle');
+
 function attention() {
   const found = [...state.stations.values()].flatMap(attentionTo), wrong = new Map();
   const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
@@ -11618,6 +11621,12 @@ function attention() {
     if (rank != null && ms(one.timestamp) > now() - DAY) add(rank, 'bad',
       to('security', null, {event: one.id}), `${one.message} (${one.identity}), `,
         ago(one.timestamp));
+  }
+  for (const one of state.upstreams) {
+    const away = linesAway(one);
+    if (away.length) add(1, 'bad', 'relay', `${plural(away.length, 'station')} without a way to `,
+      `${one.url}: ${away[0].lastError}`);
+    if (one.lost) add(1, 'bad', 'relay', `${plural(one.lost, 'message')} did not get to `, one.url);
   }
   const {host = {}, loopLagMs} = sample();
   for (const [name, part] of [['disk', host.diskPercent], ['memory', host.memoryPercent]])
@@ -12100,8 +12109,8 @@ function overview() {
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
   const numbers = panel('tiles', ['telemetry', 'transactions'], tiles);
   const news = h('div.cols', {key: 'news'},
-    panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions', 'tick'],
-      attentionCard),
+    panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
+      'upstreams', 'tick'], attentionCard),
     panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
@@ -12801,15 +12810,18 @@ const RELAY_TONES = {translation: 'info', delivered: 'good', connected: 'good', 
 const relayed = ({method, toMethod}) =>
   toMethod && toMethod !== method ? `${method} ⇒ ${toMethod}` : method;
 
+const versions = (from, to) => [...new Set([from, to])].join(' ⇒ ').replaceAll('ocpp', '');
+
 const RELAY_COLUMNS = [
-  {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
-  {name: 'Station', width: '15%', cell: one => stationLink(one.identity)},
-  {name: 'What', width: '8rem', cell: one => pill(one.type, RELAY_TONES[one.type] ?? 'bad')},
-  {name: 'Action', wide: true, cell: relayed},
-  {name: 'From', width: '7rem', wide: true, cell: one => one.fromProtocol},
-  {name: 'To', width: '7rem', wide: true, cell: one => one.toProtocol},
-  {name: 'Took', width: '6rem', num: true, wide: true, cell: one => millis(one.latencyMs)},
-  {name: 'Error', width: '20%', wide: true, cell: one => h('span.bad', one.error)},
+  {name: 'Time', width: '7.6rem', leads: true, cell: one => clock(one.timestamp, true)},
+  {name: 'Station', width: '8rem', short: '5rem', cell: one => stationLink(one.identity)},
+  {name: 'What', width: '7rem', short: '6.4rem',
+    cell: one => pill(one.type, RELAY_TONES[one.type] ?? 'bad')},
+  {name: 'Action', cell: relayed},
+  {name: 'Versions', width: '7.5rem', wide: true, spare: true,
+    cell: one => versions(one.fromProtocol, one.toProtocol)},
+  {name: 'Took', width: '5rem', num: true, wide: true, cell: one => millis(one.latencyMs)},
+  {name: 'Error', width: '25%', wide: true, spare: true, cell: one => h('span.bad', one.error)},
 ];
 
 // How the lines are goes by no stream, but what happens to them does.
@@ -12831,8 +12843,8 @@ const LINE_COLUMNS = [
     cell: one => stationLink(one.identity)},
   {name: 'Upstream', width: '6.5rem', short: '6.5rem',
     cell: one => pill(one.status, LINE_TONES[one.status] ?? 'bad')},
-  {name: 'Versions', width: '10.5rem', wide: true, cell: one => one.protocol === one.stationProtocol
-    ? one.protocol : `${one.stationProtocol} ⇒ ${one.protocol}`},
+  {name: 'Versions', width: '6.5rem', wide: true,
+    cell: one => versions(one.stationProtocol, one.protocol)},
   {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
   {name: 'Lag', width: '5rem', num: true, wide: true, cell: one => millis(one.lagMs)},
   {name: 'Waiting', width: '4.8rem', short: '5rem', num: true,
@@ -12842,23 +12854,31 @@ const LINE_COLUMNS = [
   {name: 'Refused', width: '5rem', num: true, wide: true, cell: one => digits(one.refused)},
   {name: 'Lost', width: '4rem', num: true, wide: true,
     cell: one => h('span', {class: one.lost ? 'bad' : ''}, digits(one.lost))},
-  {name: 'Last error', wide: true, cell: one => one.status !== 'up' && one.status !== 'idle'
-    && h('span.bad.cut', {title: one.lastError}, one.nextAttemptSeconds > 0
-      && `again in ${digits(one.nextAttemptSeconds)} s: `, one.lastError)},
+  {name: 'Last error', wide: true, cell: one => one.status !== 'idle'
+    && h('span.bad.cut', {title: one.lastError}, one.lastError)},
 ];
 
-const upstreamCard = one => card([h('h2.grow.cut', one.url),
-  h('span.dim.small', `${digits(one.up)} of ${plural(one.stations, 'station')} up`),
-  one.waiting > 0 && pill(`${digits(one.waiting)} waiting`, 'warn'),
-  one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: one.url + one.patterns},
-one.lines.length ? grid('lines' + one.url, {rows: one.lines, columns: LINE_COLUMNS,
-  key: line => line.identity, label: `Stations that go on to ${one.url}`,
-  row: line => ({open: to('stations', line.identity)})})
-  : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
+const ORDER = ['refused', 'away', 'connecting', 'up', 'idle'];
+function upstreamCard(one) {
+  const name = one.url + one.patterns, [away] = linesAway(one), next = away?.nextAttemptSeconds;
+  const rows = [...one.lines].sort((a, b) =>
+    ORDER.indexOf(a.status) - ORDER.indexOf(b.status) || b.waiting - a.waiting);
+  return card([h('h2.grow.whole', one.url),
+    one.stations > 0 && h('span.dim.small',
+      `${digits(one.up)} of ${plural(one.stations, 'station')} up`),
+    one.waiting > 0 && pill(`${digits(one.waiting)} waiting`, 'warn'),
+    one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: name},
+  away && h('p.in.bad', `${away.identity}: ${away.lastError}`,
+    next > 0 && `; the next attempt is in ${digits(next)} s`),
+  rows.length ? grid('lines' + name, {rows, columns: LINE_COLUMNS,
+    key: line => line.identity, label: `Stations that go on to ${one.url}`,
+    row: line => ({open: to('stations', line.identity)})})
+    : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
+}
 
 function relay() {
   const {id, query: wanted} = state.route, picked = state.proxied.find(one => one.id === id);
-  return [heading('Relay'), panel('upstreams', ['upstreams', 'tick'], () =>
+  return [heading('Relay'), !picked && panel('upstreams', ['upstreams', 'tick'], () =>
     state.upstreams.map(upstreamCard)), split(panel('relay', ['proxy'], () => {
     if (!state.proxied.length) return card('', {key: 'relay'}, empty(state.about?.relay
       ? 'What the relay translates, keeps for an upstream that is away, or refuses stands here.'

@@ -7746,8 +7746,9 @@ async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
         await look.sees("CP-1", "tbody")
         await look.sees("away", "tbody .pill")
         await look.sees("1 waiting", ".pill.warn")
-        await look.sees("ocpp1.6 ⇒ ocpp2.0.1", "tbody")
+        await look.sees("1.6 ⇒ 2.0.1", "tbody")
         await look.sees("Connect call failed", "tbody")
+        await look.sees("; the next attempt is in ", "p.bad")
         await expect(look.page.locator("tr", has_text="buffered")).to_have_count(1)
         upstream, = await site.get("/api/proxy/upstreams")
         line, = upstream["lines"]
@@ -7759,6 +7760,8 @@ async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
         assert 'ocppboard_relay_up{identity="CP-1"} 0\n' in text
         assert 'ocppboard_relay_waiting{identity="CP-1"} 1\n' in text
         assert 'ocppboard_relay_answered_here_total{identity="CP-1"} 1\n' in text
+        await look.go("overview")
+        await look.sees("1 station without a way to ws://127.0.0.1:9/ocpp")
 
 
 @live()
