@@ -9307,6 +9307,8 @@ TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandone
                              "Of this status only")
 CHARGE_STATUS = _choice("status", ("active", "waiting", "paused", "limited-by-station",
                                    "uncontrollable", "offline", "ended"), "Of this status only")
+PROXY_TYPE = _choice("type", ("translation", "error", "refused", "connected", "disconnected",
+                              "buffered", "delivered"), "Of this type only")
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
@@ -9581,7 +9583,7 @@ def post_smart_charge_meter(api: "Api") -> dict:
 
 def get_proxy(api: "Api") -> Page:
     """Protocol proxy events."""
-    return _page(api.board.proxy, api)
+    return _page(api.board.proxy, api, FILTERED_BY | {"type": "kind"})
 
 
 def get_upstreams(api: "Api") -> list:
@@ -9920,7 +9922,8 @@ ROUTES = (
           errors=(409,)),
     Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, "SmartCharge",
           body="SmartChargeSessionPatch", errors=(409,)),
-    Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]", (*PAGING, IDENTITY)),
+    Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]",
+          (*PAGING, IDENTITY, PROXY_TYPE, METHOD)),
     Route("GET", "/api/proxy/stream", get_proxy_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/proxy/upstreams", get_upstreams, "[Upstream]"),
     Route("GET", "/api/transactions", get_transactions, "[Transaction]",
