@@ -81,7 +81,7 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import PeriodicCallback
-from tornado.iostream import StreamClosedError
+from tornado.iostream import StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
@@ -1779,6 +1779,7 @@ class Crossing:
     left: bool = False                  # and the vehicle has left
     started: str = ""                   # 2.x station: when it began
     register: int | None = None         # Wh, as last heard
+    base: int = 0                       # what it was where a 1.6 upstream had to be told 0
     start_key: tuple = ()               # 1.6 station: what makes a repeated start the same one
     answer: dict = field(default_factory=dict)       # 2.x station: upstream's to the start
     saved: bool = False                 # it is in the journal
@@ -1853,6 +1854,12 @@ class Interpreter:
     def named_there(self, there: int | str) -> Crossing | None:
         """The transaction that upstream calls so."""
         return next((c for c in reversed(self.crossings.values()) if c.there == there), None)
+
+    def begun(self, payload: dict) -> int | None:
+        """The id of the transaction that runs by just this StartTransaction already."""
+        key = _start_key(payload)
+        return next((c.here for c in reversed(self.crossings.values())
+                     if c.start_key == key and not c.ended), None)
 
     def open_at(self, evse_id: int) -> Crossing | None:
         """The transaction that runs at an EVSE."""
@@ -2788,13 +2795,17 @@ def _begin_end(at: str, register: int, context: str) -> dict:
         "unitOfMeasure": {"unit": "Wh"}}]}
 
 
+def _start_key(payload: dict) -> tuple:
+    return tuple(kept(payload.get(name), 64) for name in (
+        "connectorId", "idTag", "timestamp", "meterStart"))
+
+
 def lift_start(t: Interpreter, payload: dict) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
-    key = (number, *(kept(payload.get(name), 64) for name in ("idTag", "timestamp", "meterStart")))
+    key, again = _start_key(payload), t.begun(payload)
     given, t.given = t.given, None
-    again = next((c for c in t.crossings.values() if c.start_key == key and not c.ended), None)
-    here = given if given is not None else again.here if again else t.new_id()
+    here = given if given is not None else t.new_id() if again is None else again
     at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
     crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
@@ -2908,6 +2919,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     register, first = _register(told), _register(told, "Transaction.Begin")
     if crossing.register is None:
         crossing.register = register if first is None else first
+        crossing.base = 0 if crossing.there is None else crossing.register or 0
     used = (register or 0) > (crossing.register or 0)
     crossing.state = kept(lenient(info, "chargingState", str, ""), 50) or crossing.state
     crossing.charged = crossing.charged or crossing.state == "Charging"
@@ -2934,8 +2946,9 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     if ends:
         crossing.ended = True
         if crossing.there is not None:
-            stop = {"transactionId": crossing.there, "meterStop": crossing.register or 0,
-                    "timestamp": at, "reason": _reason_16(info, payload)}
+            stop = {"transactionId": crossing.there, "timestamp": at,
+                    "meterStop": (crossing.register or 0) - crossing.base,
+                    "reason": _reason_16(info, payload)}
             stop |= {} if tag is None else {"idTag": tag}
             stop |= {"transactionData": values} if values else {}
             answer = (yield "StopTransaction", stop) or answer
@@ -3776,7 +3789,7 @@ def _with_id(t: Interpreter, payload: dict, here: bool, path: tuple) -> dict:
         return payload | {first: _with_id(t, value, here, tuple(rest))} if isinstance(
             value, dict) else payload
     if here:
-        known = t.crossings.get(value) if type(value) is int else None
+        known = t.crossings.get(_whole(t, value))
     else:
         known = t.named_there(value)
     other = (known.there if here else known.here) if known else None
@@ -3785,14 +3798,15 @@ def _with_id(t: Interpreter, payload: dict, here: bool, path: tuple) -> dict:
 
 def _started_16(t: Interpreter, action: str, payload: dict) -> Steps:
     """A start whose id the board gave already, or an answer whose id the board has given."""
-    given, t.given = t.given, None
     answer = yield action, payload
+    given, t.given = t.given, None       # after it: the board may have had to answer meanwhile
     there = _whole(t, answer.get("transactionId"))
     if there is None:
         return answer
     if given is None and there not in t.crossings:
         return answer
     here = t.new_id() if given is None else given
+    t.crossings.pop(here, None)          # of one that ended
     t.crossing(here, there=there)
     return answer | {"transactionId": here}
 
@@ -4368,6 +4382,10 @@ class Board:
         """A transaction id for 1.6: of 31 bits, and none that an earlier run gave out."""
         self._last_transaction_id = max(int(self.clock()), self._last_transaction_id + 1)
         return self._last_transaction_id & 0x7FFFFFFF
+
+    def transaction_id_used(self, number: int) -> None:
+        """An earlier run gave this id out, whatever the clock says now."""
+        self._last_transaction_id = max(self._last_transaction_id, number)
 
     def transaction(self, station: Station, transaction_id: int | str) -> Transaction | None:
         """The transaction that the station calls so, if we know it."""
@@ -5241,7 +5259,7 @@ class Link:
     def pass_answer(self, record: LoggedMessage, reply: CallResult | CallError, frame: str,
                     started: float, who: str) -> None:
         """Give the station the answer to a Call that its line took."""
-        self._write(frame)
+        self._put(frame)
         response_ms = (time.perf_counter() - started) * 1000
         self.board.answered(record, response_ms)
         self._keep_answer(reply, record.method, record.message_id, response_ms, who)
@@ -5385,7 +5403,7 @@ class Link:
         kind = "SEND" if type(message) is Send else "CALLRESULTERROR"
         self.board.message(self.station, "OUT", kind, getattr(message, "action", ""),
                            message_id(message.id_text), message.text)
-        self._write(frame)
+        self._put(frame)
 
     @contextlib.contextmanager
     def _queued(self) -> Generator:
@@ -5407,7 +5425,7 @@ class Link:
         pending = Pending(call.id_text, action, time.monotonic(), record,
                           asyncio.get_running_loop().create_future())
         self._pending = pending
-        self._write(frame)
+        self._put(frame)
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         try:
             async with asyncio.timeout(timeout_s):
@@ -5429,6 +5447,12 @@ class Link:
 
     def _write(self, text: str) -> Awaitable | None:
         return None if self.ended else self.write(text)
+
+    def _put(self, text: str) -> None:
+        """Send what nobody waits with; the socket itself ends where too much is unread."""
+        later = self._write(text)
+        if inspect.iscoroutine(later):
+            later.close()
 
 
 TAKERS = {Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
@@ -5877,9 +5901,9 @@ class Profile:
         times = {key: parse_time(value)[0] for key, value in (
             ("validFrom", profile.get("validFrom")), ("validTo", profile.get("validTo")),
             ("start", schedule.get("startSchedule"))) if value is not None}
-        periods = [(required(p, "startPeriod", float), required(p, "limit", float))
-                   for p in required(schedule, "chargingSchedulePeriod", list)
-                   if isinstance(p, dict)]
+        periods = sorted((required(p, "startPeriod", float), required(p, "limit", float))
+                         for p in required(schedule, "chargingSchedulePeriod", list)
+                         if isinstance(p, dict))
         recurs_s = RECURS_S.get(lenient(profile, "recurrencyKind", str, ""), math.inf)
         return cls(id_, required(profile, "chargingProfilePurpose", str),
                    required(profile, "stackLevel", int), evse_id, times.get("start", now), periods,
@@ -6811,7 +6835,8 @@ class Controller:
             return math.inf
         here = ledger.transaction.id
         for profile in profiles:         # it came with the command that started a transaction
-            if profile.purpose == "TxProfile" and profile.transaction_id is None:
+            if profile.purpose == "TxProfile" and profile.transaction_id is None and (
+                    profile.evse_id in (0, ledger.evse_id)):
                 profile.transaction_id = here
         phases = len(ledger.phases) if ledger.phases else steered.settings.phases
         sharers = sum(1 for other in steered.ledgers.values() if other.transaction)
@@ -7388,6 +7413,7 @@ class Relay:
     def start(self) -> None:
         """Take up what an earlier run had to deliver. Raises: ConfigError, of the journal."""
         self.journal = Journal(self.board.config.proxy.journal)
+        self.board.transaction_id_used(self.journal.last_id)
         for number, identity, protocol, given, frame in self.journal.waiting():
             settings = self.board.config.upstream(identity)
             if settings is None:
@@ -7645,6 +7671,9 @@ class Line:
         if self.wire is not None and protocol != self.protocol:
             self._hang_up("the station speaks another version")
             self.retry_at = 0.0
+        if protocol != self.protocol:
+            for errand in self.waiting:                  # its words are of the version before
+                errand.steps = errand.asked = None
         self.protocol, self.station_protocol = protocol, link.protocol
         if self.wire is None and not self.connecting:
             self.fresh = self.relay.now() >= self.retry_at
@@ -7677,7 +7706,8 @@ class Line:
             return
         boots = call.action == "BootNotification"
         away = self.wire is None and not (self.connecting and self.fresh)
-        if away or self.refused and not boots or (
+        held = self.held_until - self.relay.now() > HOLD_S[0]
+        if away or (self.refused or held) and not boots or (
                 len(self.waiting) >= CALLS_WAITING and not errand.worth):
             self._answer_here(errand)
             if errand.worth:
@@ -7868,7 +7898,8 @@ class Line:
             return
         if call.action == "StartTransaction":
             if errand.given is None and errand.protocol != self.protocol:
-                errand.given = self.board.new_transaction_id()       # upstream hears it from us
+                errand.given = (interpreter.begun(call.payload)      # upstream hears it from us
+                                or self.board.new_transaction_id())
             interpreter.given = errand.given
         if interpreter.passes(call.action, True):
             errand.asked, errand.request = call, errand.frame
@@ -7972,18 +8003,26 @@ class Line:
                 self._relayed("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
                               error=f"{message.code}: {message.description}"
                               if type(message) is CallError else None)
+            if errand.call.action == "StartTransaction" and errand.protocol == self.protocol:
+                self._interpreter(errand.protocol).given = errand.given
             self._step(errand, message.payload if type(message) is CallResult else CallFailed(
                 message.code, message.description, message.details))
         elif type(message) is CallResult:
             self.counts["passed"] += 1
             if errand.given is not None:                 # we had to answer while it was under way
-                self._interpreter(errand.protocol).crossing(
-                    errand.given, there=lenient(message.payload, "transactionId", int))
+                interpreter = self._interpreter(errand.protocol)
+                interpreter.crossings.pop(errand.given, None)        # of one that ended
+                interpreter.crossing(errand.given,
+                                     there=lenient(message.payload, "transactionId", int))
             self._finish(errand, message, text)
         elif not self._later(errand, message.code):
             self._finish(errand, message, text)
+        self._keep_ids(errand, ended=self.in_flight is not errand)
+
+    def _keep_ids(self, errand: Errand, ended: bool = False) -> None:
         if errand.worth == WORTHS["StartTransaction"] and self.relay.journal:
-            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol))
+            self.relay.journal.used(errand.given)
+            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol), ended)
 
     def _translated(self, errand: Errand, payload: dict | None) -> None:
         """A translation is through: None where upstream has nothing to say to it."""
@@ -8034,6 +8073,7 @@ class Line:
         `told`: that upstream could not be told is on record.
         """
         self.in_flight = None
+        self._keep_ids(errand)           # before it is dropped: a stop that waits needs them
         buffered = errand.record is None and errand.heard and not errand.boots_again
         if errand.record is not None:
             self._make_record(errand, reply)
@@ -8061,7 +8101,7 @@ class Line:
 
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
         """Keep the answer, for the station may not have read it: then it asks again."""
-        if errand.worth:
+        if errand.worth and type(reply) is CallResult:   # an error it may try once more
             self.unheard[errand.call.action, errand.call.text] = reply
             if len(self.unheard) > UNHEARD_KEPT:
                 self.unheard.popitem(last=False)
@@ -8218,7 +8258,8 @@ class Line:
         """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
         payload = reply.payload if type(reply) is CallResult else {}
         status = lenient(payload, "status", str, "")
-        self.refused = status != "Accepted" and (bool(status) or errand.boots_again)
+        final = type(reply) is CallError and reply.code not in TRANSIENT     # it says no to more
+        self.refused = status != "Accepted" and (bool(status) or errand.boots_again and not final)
         if self.refused:
             wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
             self.retry_at = self.relay.now() + wait_s
@@ -8393,14 +8434,18 @@ def _worth(call: Call) -> int:
     """How much it is worth to keep a Call for an upstream that is away; 0: nothing."""
     if call.action == "TransactionEvent":
         event = lenient(call.payload, "eventType", str, "")
-        plain = call.payload.get("triggerReason") in METERED and "idToken" not in call.payload
-        return EVENT_WORTHS.get(event, 1 if plain else 2)
+        if "idToken" in call.payload:    # to a 1.6 upstream it is the start
+            return 3
+        return EVENT_WORTHS.get(event, 1 if lenient(call.payload, "triggerReason", str)
+                                in METERED else 2)
     if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
         return 0                         # of no transaction
     return WORTHS.get(call.action, 0)
 
 
-FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register")
+FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register",
+              "base")
+UNWRITTEN = 50_000                  # statements, while the disk takes none; the oldest go
 
 
 class Journal:
@@ -8424,7 +8469,8 @@ class Journal:
 
     def __init__(self, path: str):
         self._db, self._pool, self._failing = None, None, False
-        self._number = 0
+        self._unwritten: deque = deque(maxlen=UNWRITTEN)     # (statement, values)
+        self._number = self.last_id = 0      # last_id: the highest transaction id given out
         if not path:
             return
         try:
@@ -8432,6 +8478,7 @@ class Journal:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.executescript(self.TABLES)
             self._number = self._db.execute("SELECT max(number) FROM waiting").fetchone()[0] or 0
+            self.last_id = self._db.execute("PRAGMA user_version").fetchone()[0]
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"proxy.journal: {path} cannot be used: {error}") from None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "journal")
@@ -8454,10 +8501,17 @@ class Journal:
     def keep(self, identity: str, errand: Errand) -> None:
         """An errand waits, and its station counts on us."""
         if self._db and not errand.number:
+            self.used(errand.given)
             self._number += 1
             errand.number = self._number
             self._write("INSERT OR REPLACE INTO waiting VALUES (?, ?, ?, ?, ?)", errand.number,
                         identity, errand.protocol, errand.given, pack(errand.call))
+
+    def used(self, given: int | None) -> None:
+        """The board gave out this transaction id: never again, not after a restart either."""
+        if self._db and given is not None and given > self.last_id:
+            self.last_id = given
+            self._write(f"PRAGMA user_version = {given:d}")
 
     def drop(self, errand: Errand) -> None:
         """An errand is done, or lost."""
@@ -8476,41 +8530,60 @@ class Journal:
         return self._db.execute("SELECT identity, place, protocol, frame FROM told"
                                 ).fetchall() if self._db else []
 
-    def keep_ids(self, identity: str, interpreter: Interpreter) -> None:
-        """Whose id is whose, of the transactions that run; those that have ended are forgotten."""
+    def keep_ids(self, identity: str, interpreter: Interpreter, ended: bool = False) -> None:
+        """Whose id is whose, of the transactions that run; or forget those that have `ended`."""
         for crossing in interpreter.crossings.values() if self._db else ():
             key = (identity, interpreter.station, to_json(crossing.here))
-            if crossing.told_end and crossing.saved:
+            if ended and crossing.told_end and crossing.saved:
                 self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
                             "AND here = ?", *key)
-            elif not crossing.told_end:
+                crossing.saved = False
+            elif not ended and not crossing.told_end:
                 facts = [getattr(crossing, name) for name in FACTS_KEPT]
                 self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
                             interpreter.clock(), to_json(facts))
-            crossing.saved = not crossing.told_end
+                crossing.saved = True
 
     def restore_ids(self, identity: str, interpreter: Interpreter) -> None:
         """Tell an interpreter what an earlier run knew."""
         rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
                                 "protocol = ?", (identity, interpreter.station)) if self._db else ()
         for here, at, facts in rows:
-            known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
+            try:
+                known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
+            except (ValueError, TypeError):              # cut short, or of another version
+                log.error("The journal's transaction %s of %s cannot be read", shown(here),
+                          shown(identity))
+                continue
             # What was told since is not known; there were less events than seconds.
             known["seq_no"] += max(0, int(interpreter.clock() - at))
             known["state"] = ""          # the station's next status tells it
             interpreter.crossing(json.loads(here), **known, saved=True)
 
     def _write(self, statement: str, *values: Any) -> None:
-        self._pool.submit(self._execute, statement, values)
+        self._unwritten.append((statement, values))
+        self._pool.submit(self._execute)
 
-    def _execute(self, statement: str, values: tuple) -> None:
+    def _execute(self) -> None:
+        """Write what is to be written, in one go: a slow disk has more to do each time."""
+        batch = tuple(self._unwritten)
+        if not batch:
+            return
         try:
-            self._db.execute(statement, values)
-            self._failing = False
-        except sqlite3.Error as error:                   # a full disk: memory still has it
+            self._db.execute("BEGIN")
+            for statement, values in batch:
+                self._db.execute(statement, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:                   # a full disk: later, and in this order
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
             if not self._failing:
                 log.error("The journal cannot be written: %s", error)
             self._failing = True
+            return
+        self._failing = False
+        for _ in batch:
+            self._unwritten.popleft()
 
 
 RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
@@ -8575,8 +8648,6 @@ class Wire(asyncio.Protocol):
     def write(self, text: str) -> None:
         """Send a text frame."""
         self._send(0x1, text.encode())
-        if self._transport.get_write_buffer_size() > QUEUE_BYTES:
-            self._end("upstream does not read", 1008)
 
     def close(self) -> None:
         """End it, and do not wait for the other side."""
@@ -8656,6 +8727,8 @@ class Wire(asyncio.Protocol):
         key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
         masked = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
         self._transport.write(head + mask + masked)
+        if kind != 0x8 and self._transport.get_write_buffer_size() > QUEUE_BYTES:
+            self._end("upstream does not read", 1008)
 
     def _end(self, reason: str, code: int) -> None:
         """Say goodbye and hang up; the line is told unless it was the one that asked."""
@@ -9149,6 +9222,7 @@ class StationSocket(WebSocketHandler):
         # The stream itself: `write_message` starts a task for each message, which costs time and,
         # when the socket dies, ends in a traceback in the log.
         self._stream = self.ws_connection.stream
+        self._stream.max_write_buffer_size = QUEUE_BYTES
         try:
             self._stream.set_nodelay(True)
             self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -9200,7 +9274,7 @@ class StationSocket(WebSocketHandler):
             link.last_ping = now
             try:
                 self.ping()
-            except (WebSocketClosedError, StreamClosedError):
+            except (WebSocketClosedError, StreamClosedError, StreamBufferFullError):
                 link.end("connection lost")
 
     def _write(self, text: str) -> Awaitable | None:
@@ -9226,6 +9300,10 @@ class StationSocket(WebSocketHandler):
             flushed = stream.write(frame[sent:])
         except StreamClosedError:
             return None                                  # `on_close` is on its way
+        except StreamBufferFullError:
+            self.link.end("does not read", 1008)
+            stream.close()
+            return None
         return _until_written(flushed) if stream.writing() else None
 
     def _close(self, code: int, reason: str) -> None:
