@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -4042,6 +4043,253 @@ def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
     assert stop.action == "StopTransaction" and stop.payload["transactionId"] == 31
     assert stop.payload["reason"] == "EVDisconnected"
     far.relay.stop()
+
+
+def stop_of(transaction_id):
+    return {"transactionId": transaction_id, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}
+
+
+def id_given(bench):
+    """The transaction id in the answer that the station had last."""
+    return json.loads(bench.sent[-1])[2]["transactionId"]
+
+
+def taken(there):
+    return {"transactionId": there, "idTagInfo": {"status": "Accepted"}}
+
+
+def reconnected(bench, far, protocol="ocpp1.6"):
+    bench.link.end("connection lost")
+    bench.link = bench.connect(protocol)
+    far.attach(bench.link)
+
+
+def event_of(kind, seq_no, trigger, **more):
+    return {"eventType": kind, "timestamp": f"2026-09-21T13:0{seq_no}:00Z", "seqNo": seq_no,
+            "triggerReason": trigger, "transactionInfo": {"transactionId": "T1"},
+            "evse": {"id": 1, "connectorId": 1}} | more
+
+
+def metered_at(value, context="Sample.Periodic"):
+    return [{"timestamp": "2026-09-21T13:00:00Z", "sampledValue": [
+        {"value": value, "context": context}]}]
+
+
+def told_16(bench, far, event, there=7):
+    """Tell an event of a 2.x station; the Calls that a 1.6 upstream has of it."""
+    bench.link.receive(call_of(f"e{event['seqNo']}", "TransactionEvent", event))
+    calls = []
+    while far.frames:
+        calls.append(far.asked())
+        far.answer(calls[-1], taken(there) if calls[-1].action == "StartTransaction" else {})
+    return {call.action: call.payload for call in calls}
+
+
+DRIVER = {"idToken": {"idToken": "AA", "type": "Central"}}
+
+
+def test_an_id_that_the_board_had_to_give_is_mapped_also_beside_others():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    far.open()
+    far.answer(far.asked(), taken(5))
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    late = far.asked()
+    far.turn(30)                                             # the station has our answer by now
+    ours = id_given(bench)
+    far.answer(late, taken(6))
+    bench.link.receive(call_of("3", "StopTransaction", stop_of(str(ours))))
+    assert far.asked().payload["transactionId"] == 6
+
+
+def test_a_start_that_is_told_again_is_the_same_transaction_in_2x():
+    bench = Bench()
+    far = Far(bench, upstream="ocpp2.0.1")
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    first = far.asked()
+    far.answer(first, {})
+    ours = id_given(bench)
+    reconnected(bench, far)                                  # the answer was lost on the way
+    far.open()
+    bench.link.receive(call_of("2", "StartTransaction", begun()))
+    again = far.asked()
+    assert again.payload == first.payload
+    far.answer(again, {})
+    assert id_given(bench) == ours
+
+
+def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
+    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    bench = Bench(**keys)
+    far = Far(bench)
+    far.line.failed("away")
+    bench.clock.now += 1000
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    ours = id_given(bench)
+    far.relay.stop()
+    bench = Bench(**keys)                                    # a second earlier, by its clock
+    bench.clock.now += 999
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    assert id_given(bench) > ours
+    far.relay.stop()
+
+
+def test_a_start_by_a_later_event_is_kept_like_any_start(tmp_path):
+    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    bench = Bench("ocpp2.0.1", **keys)
+    far = Far(bench, upstream="ocpp1.6")
+    far.open()
+    told_16(bench, far, event_of("Started", 0, "CablePluggedIn",
+                                 meterValue=metered_at(100, "Transaction.Begin")))
+    assert "StartTransaction" in told_16(bench, far, event_of("Updated", 1, "Authorized", **DRIVER))
+    far.relay.stop()
+    bench = Bench("ocpp2.0.1", **keys)
+    far = Far(bench, upstream="ocpp1.6")
+    far.open()
+    while far.frames:                                        # what the earlier run was told
+        far.answer(far.asked(), {})
+    told = told_16(bench, far, event_of("Ended", 2, "EVDeparted", meterValue=metered_at(900)))
+    assert told["StopTransaction"]["transactionId"] == 7 and "StartTransaction" not in told
+    far.relay.stop()
+    assert ocppboard._worth(Call("1", "TransactionEvent", event_of("Updated", 1, "Authorized",
+                                                                   **DRIVER), "")) == 3
+
+
+def test_energy_counts_from_the_first_register_where_the_start_had_none():
+    bench = Bench("ocpp2.0.1")
+    far = Far(bench, upstream="ocpp1.6")
+    far.open()
+    told = told_16(bench, far, event_of("Started", 0, "Authorized", **DRIVER))
+    assert told["StartTransaction"]["meterStart"] == 0
+    told_16(bench, far, event_of("Updated", 1, "MeterValuePeriodic",
+                                 meterValue=metered_at(5_000_000)))
+    told = told_16(bench, far, event_of("Ended", 2, "EVDeparted",
+                                        meterValue=metered_at(5_003_000, "Transaction.End")))
+    assert told["StopTransaction"]["meterStop"] == 3000
+
+
+def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    far.answer(far.asked(), taken(5))
+    bench.link.receive(call_of("2", "StopTransaction", stop_of(5)))
+    stop = far.asked()
+    reconnected(bench, far)
+    far.line.upstream_said(far.wire, f'[4,{stop.id_text},"InternalError","busy",{{}}]')
+    bench.link.receive(call_of("3", "StopTransaction", stop_of(5)))
+    again = far.asked()
+    assert (again.action, again.id_text) == ("StopTransaction", '"3"')
+
+
+def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
+    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    bench = Bench(**keys)
+    far = Far(bench)
+    far.line.failed("away")
+
+    def disk(full):
+        far.relay.journal._pool.submit(
+            lambda: far.relay.journal._db.execute(f"PRAGMA query_only={full}").fetchall()).result()
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    disk(full=1)
+    far.open()
+    far.answer(far.asked(), taken(5))                        # delivered: its row is to go
+    far.die()
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    disk(full=0)
+    bench.link.receive(call_of("3", "StartTransaction", begun(3)))
+    far.relay.stop()
+    left = Far(Bench(**keys))
+    assert [errand.call.payload["connectorId"] for errand in left.line.waiting] == [2, 3]
+    left.relay.stop()
+
+
+def test_what_is_cut_short_in_the_journal_stops_nobody(tmp_path, caplog):
+    path = tmp_path / "relay.db"
+    bench = Bench(proxy_journal=str(path))
+    far = Far(bench, upstream="ocpp2.0.1")
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    far.answer(far.asked(), {})
+    far.relay.stop()
+    with contextlib.closing(sqlite3.connect(path)) as journal:
+        journal.execute("UPDATE crossings SET facts='[1]'")
+        journal.commit()
+    bench = Bench(proxy_journal=str(path))
+    far = Far(bench, upstream="ocpp2.0.1")
+    far.open()
+    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    assert far.asked().payload["eventType"] == "Started" and "cannot be read" in caplog.text
+    far.relay.stop()
+
+
+def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    far.line.upstream_said(far.wire, '[4,"1","FormationViolation","the vendor is too long",{}]')
+    bench.link.receive(call_of("2", "StartTransaction", begun()))
+    far.die()
+    far.frames.clear()
+    far.open()
+    boot = far.asked()
+    assert boot.action == "BootNotification"
+    far.line.upstream_said(far.wire, f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
+    assert far.asked().action == "StartTransaction"
+
+
+def test_while_upstream_is_given_a_rest_the_station_is_answered_here():
+    bench = Bench()
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    far.open()
+    for attempt in range(4):
+        start = far.asked()
+        far.line.upstream_said(far.wire, f'[4,{start.id_text},"InternalError","busy",{{}}]')
+        if attempt < 3:
+            far.turn(2 * 2 ** attempt)
+    bench.link.receive(call_of("h", "Heartbeat", {}))        # within the 16 s of the fourth rest
+    assert '"h"' in bench.sent[-1] and far.frames == []
+
+
+def test_a_station_of_another_version_does_not_have_its_old_frames_passed_on():
+    bench = Bench()
+    far = Far(bench)
+    far.open()
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    far.frames.clear()
+    far.turn(30)
+    reconnected(bench, far, "ocpp2.0.1")
+    far.open()
+    start = far.asked()
+    assert start.action == "TransactionEvent" and start.payload["eventType"] == "Started"
+
+
+def test_a_profile_for_one_evse_does_not_bind_to_another():
+    profile = ocppboard.Profile(1, "TxProfile", 0, 2, 0.0, [(0, 6.0)])
+    world = world_of({"outlets": 2})
+    world.controller.foreign = {"CP-1": [profile]}
+    steered = world.controller.steered["CP-1"]
+    one, two = (ocppboard.SimpleNamespace(transaction=ocppboard.SimpleNamespace(id=n), phases=None,
+                                          evse_id=n) for n in (1, 2))
+    allowed = [world.controller._foreign_a(steered, ledger, 100.0) for ledger in (one, two)]
+    assert allowed == [math.inf, 6.0] and profile.transaction_id == 2
+
+
+def test_periods_of_a_profile_may_come_in_any_order():
+    profile = ocppboard.Profile.read(1, 0, {"chargingProfilePurpose": "TxDefaultProfile",
+                                            "stackLevel": 0}, {"chargingSchedulePeriod": [
+        {"startPeriod": 60, "limit": 6}, {"startPeriod": 0, "limit": 32}]}, NOW)
+    assert [profile.limit(NOW + after, 1, 5, 1.0) for after in (10, 100)] == [32, 6]
 
 
 def test_a_journal_that_cannot_be_used_ends_the_start(tmp_path):
