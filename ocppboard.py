@@ -7455,7 +7455,10 @@ class Relay:
                 del self.asking[identity]
                 self.attach(link, authorization)
         for identity, line in list(self.lines.items()):
-            line.turn(now)
+            try:
+                line.turn(now)
+            except Exception:            # of one station; the others have their turn
+                log.exception("The relay failed on %s", shown(identity))
             if line.wire is not None:
                 line.wire.ping_if_due(time.monotonic(), ping_s)
             if len(self.lines) > self.board.config.store.max_connections and (
@@ -8044,7 +8047,8 @@ class Line:
             if self._later(errand, error.code):
                 return
             code = error_code_across(self.protocol, errand.protocol, error.code)
-            reply = CallError(id_text, code, kept(error.description), {}, "{}")
+            reply = CallError(id_text, code, kept(error.description), error.details,
+                              to_json(error.details))
         else:
             self._refused_up(errand.call, str(error))
             if errand.worth:             # a fact; that upstream cannot be told is on record

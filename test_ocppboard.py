@@ -4292,6 +4292,16 @@ def test_periods_of_a_profile_may_come_in_any_order():
     assert [profile.limit(NOW + after, 1, 5, 1.0) for after in (10, 100)] == [32, 6]
 
 
+def test_one_line_that_fails_does_not_stop_the_others(caplog):
+    bench = Bench()
+    far = Far(bench)
+    relay, turned = far.relay, []
+    relay.lines = {name: ocppboard.SimpleNamespace(turn=act, wire=None, link=None, waiting=[])
+                   for name, act in (("CP-1", lambda now: 1 / 0), ("CP-2", turned.append))}
+    relay.turn()
+    assert len(turned) == 1 and "The relay failed on 'CP-1'" in caplog.text
+
+
 def test_a_journal_that_cannot_be_used_ends_the_start(tmp_path):
     (tmp_path / "no.db").write_text("this is no database, and long enough to be seen as none" * 9)
     for path in (tmp_path / "none" / "relay.db", tmp_path / "no.db"):
