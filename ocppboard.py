@@ -7637,7 +7637,8 @@ class Line:
             return "refused" if self.refused else "up"
         if self.connecting:
             return "connecting"
-        return "away" if self.link is not None or self.waiting or self.failures else "idle"
+        sent_away = self.failures > 0 and self.settings.when_down == "close"
+        return "away" if self.link is not None or self.waiting or sent_away else "idle"
 
     @property
     def buffered(self) -> int:

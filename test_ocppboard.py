@@ -4292,6 +4292,15 @@ def test_periods_of_a_profile_may_come_in_any_order():
     assert [profile.limit(NOW + after, 1, 5, 1.0) for after in (10, 100)] == [32, 6]
 
 
+@pytest.mark.parametrize("when_down, status", [("answer", "idle"), ("close", "away")])
+def test_without_its_station_a_line_is_idle_unless_it_sent_the_station_away(when_down, status):
+    bench = Bench()
+    far = Far(bench, when_down=when_down)
+    far.line.failed("refused")
+    bench.link.end("connection lost")
+    assert far.line.view()["status"] == status and far.line.view()["lastError"] == "refused"
+
+
 def test_one_line_that_fails_does_not_stop_the_others(caplog):
     bench = Bench()
     far = Far(bench)
