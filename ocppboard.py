@@ -7440,7 +7440,21 @@ class Relay:
         if not self.board.is_approved(identity):
             self.asking[identity] = (link, authorization)
             return
+        most = self.board.config.store.max_connections
+        if identity not in self.lines and len(self.lines) >= most and not self._make_room():
+            log.warning("%s does not go on: %d stations do, or have messages that wait",
+                        shown(identity), most)
+            return
         self._line(identity, settings).attach(link, authorization)
+
+    def _make_room(self) -> bool:
+        """Forget a line that nobody uses; False where there is none."""
+        for identity, line in self.lines.items():
+            if line.status == "idle" and line.in_flight is None:
+                del self.lines[identity]
+                self.journal.forget(identity)
+                return True
+        return False
 
     def _line(self, identity: str, settings: SimpleNamespace) -> "Line":
         if identity not in self.lines:
@@ -7448,7 +7462,7 @@ class Relay:
         return self.lines[identity]
 
     def turn(self) -> None:
-        """Let each line look at the clock; beyond `max_connections`, those without use go."""
+        """Let each line look at the clock."""
         now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
         for identity, (link, authorization) in list(self.asking.items()):
             if link.ended or self.board.is_approved(identity):
@@ -7461,9 +7475,6 @@ class Relay:
                 log.exception("The relay failed on %s", shown(identity))
             if line.wire is not None:
                 line.wire.ping_if_due(time.monotonic(), ping_s)
-            if len(self.lines) > self.board.config.store.max_connections and (
-                    line.link is None and line.wire is None and not line.waiting):
-                del self.lines[identity]
 
     def is_there(self, settings: SimpleNamespace) -> None:
         """One line has got through: the others of this upstream need not wait as long."""
@@ -7542,7 +7553,9 @@ class Relay:
             read.transaction_id = known.here
         self.controller.keep_foreign(line.identity, read)
         self.board.system_event("PROXY_LIMIT", line.identity, "A charging profile of the upstream "
-                                "system counts as one more limit", {"profile": profile})
+                                "system counts as one more limit", {
+                                    "id": read.id, "purpose": kept(read.purpose, 64),
+                                    "evse": evse_id})
 
     def without_profile(self, line: "Line", call: Call) -> Call:
         """A command to start a transaction, its profile taken for ours where we steer."""
@@ -7567,6 +7580,7 @@ RECONNECT_S = (1, 60)               # the shortest and longest pause between two
 SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
 ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an error of its own
 DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
+ANYTIME = {"timestamp": None}
 UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
 HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
 TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
@@ -7617,7 +7631,7 @@ class Line:
         self.statuses: dict = {}             # {place: the same of its last StatusNotification}
         self.spoken = False                  # this connection of the station has had an answer
         self.recalls = False                 # what it told an earlier run is to be repeated
-        self.unheard: OrderedDict = OrderedDict()        # {(action, payload): reply}
+        self.unheard: OrderedDict = OrderedDict()        # {(action, hash of the payload): reply}
         self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
         self.failures = 0                    # attempts to connect in a row
         self.silent = 0                      # Calls in a row that upstream did not answer
@@ -7726,20 +7740,25 @@ class Line:
     def _remember(self, errand: Errand) -> None:
         """Keep what a new connection upstream is to be told: how the station is now."""
         action, payload = errand.call.action, errand.call.payload
-        kept_ = (errand.call, errand.frame, errand.protocol)
+        told = (errand.call, errand.frame, errand.protocol)
         if action == "BootNotification":
-            self.boot = kept_
-            self.relay.journal.remember(self.identity, "", errand)
-        elif action == "StatusNotification":
+            place, former, self.boot = "", self.boot, told
+        elif action == "StatusNotification" and len(errand.frame) <= COSTLY_BYTES:
             place = to_json([payload.get("evseId"), payload.get("connectorId")])
-            if place in self.statuses or len(self.statuses) < CONNECTORS_KEPT:
-                self.statuses[place] = kept_
-                self.relay.journal.remember(self.identity, place, errand)
+            former = self.statuses.get(place)
+            if former is None and len(self.statuses) >= CONNECTORS_KEPT:
+                return
+            self.statuses[place] = told
+        else:
+            return
+        # Many repeat what has not changed, each minute: that is no reason to write to a disk.
+        if former is None or former[0].payload | ANYTIME != payload | ANYTIME:
+            self.relay.journal.remember(self.identity, place, errand)
 
     def _again(self, errand: Errand) -> bool:
         """Whether the station says again what it missed the answer to; then it gets that."""
         key = (errand.call.action, errand.call.text)
-        reply = self.unheard.get(key)
+        reply = self.unheard.get((key[0], hash(key[1])))     # the text may be large
         flying = [self.in_flight] if self.in_flight else []
         for other in (*self.waiting, *flying) if reply is None else ():
             if (other.call.action, other.call.text) != key:
@@ -8107,7 +8126,7 @@ class Line:
     def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
         """Keep the answer, for the station may not have read it: then it asks again."""
         if errand.worth and type(reply) is CallResult:   # an error it may try once more
-            self.unheard[errand.call.action, errand.call.text] = reply
+            self.unheard[errand.call.action, hash(errand.call.text)] = reply
             if len(self.unheard) > UNHEARD_KEPT:
                 self.unheard.popitem(last=False)
 
@@ -8529,6 +8548,11 @@ class Journal:
         if self._db:
             self._write("INSERT OR REPLACE INTO told VALUES (?, ?, ?, ?)", identity, place,
                         errand.protocol, pack(errand.call))
+
+    def forget(self, identity: str) -> None:
+        """Of a station that nobody needs to know of any more."""
+        if self._db:
+            self._write("DELETE FROM told WHERE identity = ?", identity)
 
     def told(self) -> list[tuple]:
         """(identity, place, protocol, frame) of what stations told last."""

@@ -4301,6 +4301,36 @@ def test_without_its_station_a_line_is_idle_unless_it_sent_the_station_away(when
     assert far.line.view()["status"] == status and far.line.view()["lastError"] == "refused"
 
 
+def test_there_are_no_more_lines_than_stations_and_those_with_messages_stay():
+    bench = Bench(store_max_connections=2)
+    far = Far(bench)
+    far.line.failed("away")
+    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.link.end("connection lost")
+    for number, goes_on in ((2, True), (3, False)):          # both stay connected
+        link = bench.connect(identity=f"CP-{number}")
+        far.relay.attach(link, "")
+        assert (link.line is not None) == goes_on
+    bench.board.stations["CP-2"].link.end("connection lost")
+    far.relay.lines["CP-2"].failed("away")
+    far.relay.attach(link, "")
+    assert set(far.relay.lines) == {"CP-1", "CP-3"} and far.line.buffered == 1
+
+
+def test_a_status_that_is_repeated_is_not_written_again_nor_kept_when_it_is_huge(tmp_path):
+    bench = Bench(proxy_journal=str(tmp_path / "relay.db"))
+    far = Far(bench)
+    far.line.failed("away")
+    written, status = [], {"connectorId": 1, "errorCode": "NoError", "status": "Available"}
+    far.relay.journal._write = lambda *statement: written.append(statement)
+    for number, more in enumerate(({"timestamp": "2026-09-21T13:00:00Z"},
+                                   {"timestamp": "2026-09-21T13:01:00Z"}, {"status": "Charging"},
+                                   {"info": "x" * 100_000})):
+        bench.link.receive(call_of(f"s{number}", "StatusNotification", status | more))
+    assert [json.loads(values[-1])[1] for values in written] == ["s0", "s2"]
+    far.relay.stop()
+
+
 def test_one_line_that_fails_does_not_stop_the_others(caplog):
     bench = Bench()
     far = Far(bench)
