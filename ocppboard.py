@@ -62,16 +62,16 @@ import tomllib
 import uuid
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -139,7 +139,7 @@ class BoardError(Exception):
     """An error with an answer: `http_status` and `headers` on REST, `ocpp_code` to a station."""
 
     http_status, ocpp_code = 500, "InternalError"
-    headers: dict = {}
+    headers: Mapping[str, str] = {}
 
     def body(self) -> dict:
         """The JSON of the answer to a REST request."""
@@ -201,7 +201,7 @@ class TooLarge(BoardError):
     """A request body over `BODY_BYTES`; what is left of it is not read."""
 
     http_status = 413
-    headers = {"Connection": "close"}
+    headers: Mapping[str, str] = {"Connection": "close"}
 
 
 class TooMany(BoardError):
@@ -620,27 +620,12 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
     """What no single key of [smart_charge] can tell."""
     def wrong(text: str) -> ConfigError:
         return ConfigError(f"{source}: smart_charge: {text}")
-    parents = {circuit.name: circuit.parent or SITE for circuit in settings.circuit}
-    for circuit in settings.circuit:
-        if circuit.name in ("", SITE) or len(circuit.name) > TEXT_KEPT:
-            raise wrong(f'a circuit needs a name, and not "{SITE}"')
-        if not circuit.limit_a:
-            raise wrong(f'circuit "{circuit.name}" needs a limit_a')
-        if circuit.parent and circuit.parent not in parents:
-            raise wrong(f'circuit "{circuit.name}" hangs at "{circuit.parent}", which is no '
-                        f"circuit{_nearest(circuit.parent, parents)}")
-        if circuit.name in (line := _line_of(circuit.name, parents))[1:]:
-            raise wrong(f"circuits hang at each other: {' - '.join(line)}")
-    if len(parents) < len(settings.circuit):
-        raise wrong("two circuits have the same name")
+    _check_circuits(settings.circuit, wrong)
     for window in settings.window:
         for key in ("from", "to"):
             if not re.fullmatch(r"(?:[01]\d|2[0-3]):[0-5]\d|24:00", window.__dict__[key]):
                 raise wrong(f"a window's {key} must be a time as 18:00, "
                             f"not {window.__dict__[key]!r}")
-    named = Counter(name for circuit in settings.circuit for name in set(circuit.stations))
-    if twice := [name for name, count in named.items() if count > 1]:
-        raise wrong(f'"{twice[0]}" stands in two circuits')
     try:
         _ = settings.timezone and ZoneInfo(settings.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -655,6 +640,26 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
     if settings.fallback_a and settings.fallback_a < settings.minimum_a:
         raise wrong(f"fallback_a must be 0 or at least minimum_a ({settings.minimum_a} A), "
                     "or no car would charge at it")
+
+
+def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], ConfigError]) -> None:
+    """The circuits make one tree below the site, and no station hangs in it twice."""
+    parents = {circuit.name: circuit.parent or SITE for circuit in circuits}
+    for circuit in circuits:
+        if circuit.name in ("", SITE) or len(circuit.name) > TEXT_KEPT:
+            raise wrong(f'a circuit needs a name, and not "{SITE}"')
+        if not circuit.limit_a:
+            raise wrong(f'circuit "{circuit.name}" needs a limit_a')
+        if circuit.parent and circuit.parent not in parents:
+            raise wrong(f'circuit "{circuit.name}" hangs at "{circuit.parent}", which is no '
+                        f"circuit{_nearest(circuit.parent, parents)}")
+        if circuit.name in (line := _line_of(circuit.name, parents))[1:]:
+            raise wrong(f"circuits hang at each other: {' - '.join(line)}")
+    if len(parents) < len(circuits):
+        raise wrong("two circuits have the same name")
+    named = Counter(name for circuit in circuits for name in set(circuit.stations))
+    if twice := [name for name, count in named.items() if count > 1]:
+        raise wrong(f'"{twice[0]}" stands in two circuits')
 
 
 def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
@@ -703,7 +708,7 @@ def iso(when: float | None) -> str | None:
     """UTC seconds as ISO 8601 with milliseconds and Z; None stays None."""
     if when is None:
         return None
-    return datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def kept(text: Any, length: int = TEXT_KEPT) -> str:
@@ -1609,7 +1614,7 @@ def parse_time(text: Any) -> tuple[float, bool]:
     try:
         when = datetime.fromisoformat(text.upper())
         zoned = when.tzinfo is not None
-        seconds = (when if zoned else when.replace(tzinfo=timezone.utc)).timestamp()
+        seconds = (when if zoned else when.replace(tzinfo=UTC)).timestamp()
     except (AttributeError, ValueError, OverflowError):
         seconds = -1.0
     if not 0 <= seconds < 1 << 33:       # beyond it no calendar of ours can write it again
@@ -1684,10 +1689,10 @@ class Schemas:
     A schema is compiled when it is first needed, outside the loop's thread: it takes up to 0.1 s.
     """
 
-    RULES = {"required": MissingField, "type": WrongType,
-             "additionalProperties": FormatViolation}       # others: WrongValue
-    FOLDERS = {"ocpp1.6": ("v16", ""), "ocpp2.0.1": ("v201", "Request"),
-               "ocpp2.1": ("v21", "Request")}
+    RULES: ClassVar = {"required": MissingField, "type": WrongType,
+                       "additionalProperties": FormatViolation}         # others: WrongValue
+    FOLDERS: ClassVar = {"ocpp1.6": ("v16", ""), "ocpp2.0.1": ("v201", "Request"),
+                         "ocpp2.1": ("v21", "Request")}
 
     def __init__(self, folder: Path, compiler: Any):
         self._folder, self._compiler = folder, compiler
@@ -2483,8 +2488,8 @@ def _status_16(t: Interpreter, evse_id: int, at: str | None) -> dict:
     crossing = t.open_at(evse_id)
     if status == "Available":
         for past in t.crossings.values():
-            past.left = past.left or past.evse_id == evse_id and past.ended
-    if status == "Occupied" or crossing and not told:
+            past.left = past.left or (past.evse_id == evse_id and past.ended)
+    if status == "Occupied" or (crossing and not told):
         status = _occupied_16(t, evse_id, crossing)
     _note(t.shown, evse_id, status)
     message = {"connectorId": evse_id, "errorCode": t.faults.get(evse_id, "NoError"),
@@ -2577,11 +2582,8 @@ def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list
 
 
 def _meter_values(t: Interpreter, told: Any, cross: Callable, more: Any) -> list[dict]:
-    crossed = []
-    for meter in _dicts(told):
-        if samples := cross(_dicts(meter.get("sampledValue")), more):
-            crossed.append({"timestamp": _when(t, meter), "sampledValue": samples})
-    return crossed
+    return [{"timestamp": _when(t, meter), "sampledValue": samples} for meter in _dicts(told)
+            if (samples := cross(_dicts(meter.get("sampledValue")), more))]
 
 
 def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
@@ -2927,7 +2929,7 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     # 2. begin it upstream, once someone is known to charge
     ends = kind == "Ended" and not crossing.told_end
     begins = crossing.there is None and not crossing.ended and (
-        tag is not None or ends and (crossing.charged or used))
+        tag is not None or (ends and (crossing.charged or used)))
     if begins:
         reservation = _whole(t, payload.get("reservationId"))
         answer = yield "StartTransaction", {
@@ -3692,7 +3694,7 @@ def _older_object(value: dict, rules: tuple) -> dict:
         try:
             crossed[key] = item if key in ("customData", "data") else _older(key, item, rules)
         except NotSupported:
-            if not (key in SPARED or key == "meterValue" and "eventType" in value):
+            if not (key in SPARED or (key == "meterValue" and "eventType" in value)):
                 raise                    # the rest of the message is worth more
     return _older_whole(crossed)
 
@@ -3719,7 +3721,7 @@ def _older_list(key: str, items: list, rules: tuple) -> list:
         try:
             crossed.append(_older(key, item, rules))
         except NotSupported:
-            if key not in PARTED or number == len(items) and not crossed:
+            if key not in PARTED or (number == len(items) and not crossed):
                 raise
     return crossed
 
@@ -3788,10 +3790,7 @@ def _with_id(t: Interpreter, payload: dict, here: bool, path: tuple) -> dict:
     if rest:
         return payload | {first: _with_id(t, value, here, tuple(rest))} if isinstance(
             value, dict) else payload
-    if here:
-        known = t.crossings.get(_whole(t, value))
-    else:
-        known = t.named_there(value)
+    known = t.crossings.get(_whole(t, value)) if here else t.named_there(value)
     other = (known.there if here else known.here) if known else None
     return payload if other is None else payload | {first: other}
 
@@ -5773,7 +5772,7 @@ class Speech16:
 
     KEYS = ("ChargeProfileMaxStackLevel", "ChargingScheduleAllowedChargingRateUnit",
             "MaxChargingProfilesInstalled", "NumberOfConnectors")
-    WORDS = {STATION_MAX: "ChargePointMaxProfile"}
+    WORDS: ClassVar = {STATION_MAX: "ChargePointMaxProfile"}
 
     @staticmethod
     def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
@@ -5815,8 +5814,9 @@ class Speech16:
 class Speech2x:
     """Smart charging in the words of 2.0.1 and 2.1 (K01, K08, K10)."""
 
-    COMPONENT, VARIABLES = {"name": "SmartChargingCtrlr"}, ("ProfileStackLevel", "RateUnit")
-    WORDS: dict = {}
+    COMPONENT: ClassVar = {"name": "SmartChargingCtrlr"}
+    VARIABLES = ("ProfileStackLevel", "RateUnit")
+    WORDS: ClassVar[dict[str, str]] = {}
 
     @staticmethod
     def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
@@ -6213,7 +6213,7 @@ class Window(NamedTuple):
         if self.since < self.until:
             return today in self.days and self.since <= clock < self.until
         before = DAYS[when.weekday() - 1]
-        return today in self.days and clock >= self.since or (
+        return (today in self.days and clock >= self.since) or (
             before in self.days and clock < self.until)
 
 
@@ -6281,8 +6281,8 @@ class Controller:
         }
 
     # JSON key of PATCH /api/smart-charge/config: the setting
-    PATCHED = {"strategy": "strategy", "limitA": "site_limit_a", "limitKw": "site_limit_kw",
-               "marginPercent": "safety_margin_percent"}
+    PATCHED: ClassVar = {"strategy": "strategy", "limitA": "site_limit_a",
+                         "limitKw": "site_limit_kw", "marginPercent": "safety_margin_percent"}
 
     def configure(self, body: dict) -> None:
         """Change limit, strategy or margin until the next start.
@@ -6308,7 +6308,7 @@ class Controller:
             f"{key} {value}" for key, value in changes.items()),
             {"before": before, "after": changes})
 
-    SESSION_SETTINGS = {
+    SESSION_SETTINGS: ClassVar = {
         "priority": Setting("session", "priority", 1, (1, 100)),
         "minA": Setting("session", "minA", 6, (6, 80)),
         "maxA": Setting("session", "maxA", 32, (0, 1000)),
@@ -6507,7 +6507,7 @@ class Controller:
                               key=lambda t: t.number, default=None)
             if transaction is not ledger.transaction:
                 self._changed_transaction(steered, ledger, transaction, now)
-            state = transaction and transaction.charging_state or next(
+            state = (transaction and transaction.charging_state) or next(
                 (c.status for c in connectors if c.status != "Available"), None)
             if state == "Charging" and ledger.state != "Charging":
                 ledger.resend = bool(ledger.held)    # some forget it while nothing flows
@@ -6543,16 +6543,9 @@ class Controller:
         ledger.take(flow, now - age)
         if not ledger.transaction:
             return
-        # Which phases the car uses
-        used = tuple(p for p in range(3) if ledger.measured[p] >= 1.0)
         apart = all(phase in reading.current_a for phase in PHASES[:steered.settings.phases])
-        if used and apart:
-            if ledger.phases is not None and not set(used) <= set(ledger.phases):
-                ledger.phases = None
-            if ledger.phases_since is None or ledger.phases_since[0] != used:
-                ledger.phases_since = used, now
-            elif now - ledger.phases_since[1] >= PHASES_S:
-                ledger.phases = used
+        if apart:
+            self._read_phases(ledger, now)
         # What it needs: what it does not take for a while, others may have
         told = ledger.confirmed.amps if ledger.confirmed else 0.0
         if not apart and steered.settings.phases > 1:
@@ -6569,6 +6562,19 @@ class Controller:
             ledger.idle_since = None
         else:
             ledger.idle_since = ledger.idle_since or now
+
+    @staticmethod
+    def _read_phases(ledger: Ledger, now: float) -> None:
+        """Which phases the car uses, where its meter tells them apart."""
+        used = tuple(p for p in range(3) if ledger.measured[p] >= 1.0)
+        if not used:
+            return
+        if ledger.phases is not None and not set(used) <= set(ledger.phases):
+            ledger.phases = None
+        if ledger.phases_since is None or ledger.phases_since[0] != used:
+            ledger.phases_since = used, now
+        elif now - ledger.phases_since[1] >= PHASES_S:
+            ledger.phases = used
 
     # The site's own meter
 
@@ -6689,7 +6695,7 @@ class Controller:
     def _window(self) -> Window | None:
         if self.settings.strategy != "time_of_use":
             return None
-        when = datetime.fromtimestamp(self.board.clock(), timezone.utc).astimezone(self.zone)
+        when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
         return next((window for window in self.windows if window.holds(when)), None)
 
     def _circuits(self, factor: float | None = None) -> list[Circuit]:
@@ -6958,7 +6964,7 @@ class Controller:
             # than it does: then what it has is less.
             is_less = flow <= amps or not ledger.measured_a or flow <= ledger.measured_a or (
                 now - ledger.began_at > 2 * PHASES_S)
-            if is_less and (amps < ledger.setpoint or told and told.flow > flow + GRAIN_A) and (
+            if is_less and (amps < ledger.setpoint or (told and told.flow > flow + GRAIN_A)) and (
                     self._fits(steered, ledger, flow, now, wiring)):
                 return self._limit(steered, ledger, amps, now)
         if (ledger.fallback_due or ledger.fallback != ledger.fallback_wanted) and (
@@ -7246,7 +7252,7 @@ class Controller:
                     self._disobeyed(steered, ledger, now, f"says that {amps:g} A hold")
             elif ledger.measured_a is None and now - told.accepted_at >= PILOT_S:
                 ledger.confirm(told)
-        elif told is None or told.accepted_at is None and told is command.held:
+        elif told is None or (told.accepted_at is None and told is command.held):
             self._read_first(steered, ledger, amps, flow, now)
 
     def _read_first(self, steered: Steered, ledger: Ledger, amps: float, flow: float,
@@ -7725,7 +7731,7 @@ class Line:
         boots = call.action == "BootNotification"
         away = self.wire is None and not (self.connecting and self.fresh)
         held = self.held_until - self.relay.now() > HOLD_S[0]
-        if away or (self.refused or held) and not boots or (
+        if away or ((self.refused or held) and not boots) or (
                 len(self.waiting) >= CALLS_WAITING and not errand.worth):
             self._answer_here(errand)
             if errand.worth:
@@ -8283,7 +8289,7 @@ class Line:
         payload = reply.payload if type(reply) is CallResult else {}
         status = lenient(payload, "status", str, "")
         final = type(reply) is CallError and reply.code not in TRANSIENT     # it says no to more
-        self.refused = status != "Accepted" and (bool(status) or errand.boots_again and not final)
+        self.refused = status != "Accepted" and (bool(status) or (errand.boots_again and not final))
         if self.refused:
             wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
             self.retry_at = self.relay.now() + wait_s
@@ -8780,7 +8786,8 @@ class Wire(asyncio.Protocol):
         headers = {name.strip().lower(): value.strip() for name, _, value in (
             line.partition(":") for line in lines)}
         accept = base64.b64encode(hashlib.sha1(
-            (self._key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()).decode()
+            (self._key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode(),
+            usedforsecurity=False).digest()).decode()
         chosen = headers.get("sec-websocket-protocol")
         if not re.match(r"HTTP/1\.1 101\b", status):
             wrong = f"it answered {kept(status.partition(' ')[2] or status, 80)}"
@@ -9093,10 +9100,8 @@ def _readings(password: bytes) -> list[bytes]:
     """What a station may mean by a password: AuthorizationKey is set in hexadecimal (1.6 security
     extension 3.3), and some send its digits, some the bytes that they stand for."""
     readings = [password, password.hex().encode(), password.hex().upper().encode()]
-    try:
+    with contextlib.suppress(ValueError):
         readings.append(bytes.fromhex(password.decode("ascii")))
-    except ValueError:
-        pass
     return readings
 
 
@@ -9340,10 +9345,8 @@ class StationSocket(WebSocketHandler):
 
 
 async def _until_written(flushed: Awaitable) -> None:
-    try:
+    with contextlib.suppress(StreamClosedError):
         await flushed
-    except StreamClosedError:
-        pass
 
 
 def log_unexpected(handler: RequestHandler, kind: Any, error: BaseException | None,
@@ -10251,7 +10254,7 @@ class Api(RequestHandler):
             raise NotFound("Not found")
         method = self.request.method
         self.route = self.routes.get("GET" if method == "HEAD" else method)
-        if self.route is None or method == "HEAD" and self.route.answer == SSE:
+        if self.route is None or (method == "HEAD" and self.route.answer == SSE):
             raise MethodNotAllowed(", ".join(self.routes))
         if method not in ("GET", "HEAD") and not self.same_origin():
             self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
@@ -13880,10 +13883,10 @@ class SimulatedStation:
         """
         watts, purpose = schedule.get("chargingRateUnit") == "W", profile["chargingProfilePurpose"]
         charging = [o for o in self.outlets if o.number == outlet and o.transaction_id is not None]
-        wrong = (purpose == "TxProfile" and not starting and not charging    # 1.6 5.16; K01.FR.03
-                 or purpose not in ("TxProfile", "TxDefaultProfile") and outlet != 0
+        wrong = ((purpose == "TxProfile" and not starting and not charging)  # 1.6 5.16; K01.FR.03
+                 or (purpose not in ("TxProfile", "TxDefaultProfile") and outlet != 0)
                  or profile["stackLevel"] > HIGHEST_STACK_LEVEL)
-        if "reject" in self.faults or wrong or "watts" in self.faults and not watts:
+        if "reject" in self.faults or wrong or ("watts" in self.faults and not watts):
             return {"status": "Rejected"}
         if "ignore" in self.faults:
             return {"status": "Accepted"}
@@ -14436,8 +14439,10 @@ class Daemon:
             stream.on_connection_close()
         for task in list(self._tasks):
             task.cancel()
-        deadline = time.monotonic() + 2
-        while (self.sockets or self.streams) and time.monotonic() < deadline:
+        deadline_mono = time.monotonic() + 2
+        while self.sockets or self.streams:
+            if time.monotonic() > deadline_mono:
+                break
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
@@ -14542,9 +14547,6 @@ def tell_check(config: Config) -> None:
         print(f"  {name} is of no section and ignored")
 
 
-EVERY_ADDRESS = ("", "0.0.0.0", "::")
-
-
 def tell_start(daemon: Daemon) -> None:
     """Say what runs and where. The token that was made is printed once, and never logged."""
     config, access = daemon.config, daemon.access
@@ -14570,7 +14572,7 @@ def tell_start(daemon: Daemon) -> None:
     if config.auth.mode == "none":
         log.warning('Anyone who reaches the board may use it (auth.mode = "none")')
     address = config.server.address
-    host = "localhost" if address in EVERY_ADDRESS else _in_url(address)
+    host = "localhost" if _is_every_address(address) else _in_url(address)
     token = f"#token={access.made_token}" if access.made_token else ""
     for name in config.ignored:
         log.warning("%s is of no section and ignored", name)
@@ -14580,11 +14582,19 @@ def tell_start(daemon: Daemon) -> None:
 
 def _addresses(address: str) -> list[str]:
     """What a station may put into its URL to reach us."""
-    if address not in EVERY_ADDRESS:
+    if not _is_every_address(address):
         return [_in_url(address)]
     found = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses
              if a.family == socket.AF_INET and not a.address.startswith("127.")]
     return found[:5] or ["localhost"]
+
+
+def _is_every_address(address: str) -> bool:
+    """Whether a server that listens on it is reached by every address of this machine."""
+    try:
+        return not address or ip_address(address).is_unspecified
+    except ValueError:                   # the name of a host
+        return False
 
 
 def _in_url(host: str) -> str:
