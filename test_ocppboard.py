@@ -59,9 +59,28 @@ from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient
 
 import ocppboard
-from ocppboard import (CALLS, COMMANDS, PROTOCOLS, ROUTES, SENDS, SETTINGS,
-                       STATION_SETTINGS, TOPICS, Board, BoardError, Call, CallError, CallResult,
-                       ConfigError, CallResultError, Link, Store, pack, read_config, unpack)
+from ocppboard import (
+    CALLS,
+    COMMANDS,
+    PROTOCOLS,
+    ROUTES,
+    SENDS,
+    SETTINGS,
+    STATION_SETTINGS,
+    TOPICS,
+    Board,
+    BoardError,
+    Call,
+    CallError,
+    CallResult,
+    CallResultError,
+    ConfigError,
+    Link,
+    Store,
+    pack,
+    read_config,
+    unpack,
+)
 
 HERE = Path(__file__).resolve().parent
 NOW = 1_789_997_600.0                    # 2026-09-21T13:33:20Z
@@ -215,7 +234,8 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ("[smart_charge]\ncircuit = 3", ["must be sections, [[smart_charge.circuit]]"]),
     ('[[smart_charge.circuit]]\nname = "a"', ['circuit "a" needs a limit_a']),
     ("[[smart_charge.circuit]]\nlimit_a = 9", ["a circuit needs a name"]),
-    ('[[smart_charge.circuit]]\nname = "a"\nlimit_a = 9\nparent = "b"', ['"b", which is no circuit']),
+    ('[[smart_charge.circuit]]\nname = "a"\nlimit_a = 9\nparent = "b"',
+     ['"b", which is no circuit']),
     ('[[smart_charge.circuit]]\nname = "a"\nlimit_a = 9\nparent = "a"', ["hang at each other"]),
     ('[[smart_charge.circuit]]\nlimt_a = 9', ["[[smart_charge.circuit]] 1.limt_a", "limit_a?"]),
     ('[[smart_charge.window]]\nfrom = "25:00"', ["a time as 18:00, not '25:00'"]),
@@ -355,7 +375,7 @@ def test_a_series_keeps_the_whole_of_a_long_charging():
     assert points[0] == {"timestamp": "2026-09-21T13:33:20.000Z", "powerW": 0, "energyWh": 0,
                          "soc": None, "currentA": {"L1": 16.1}}
     times = [ocppboard.parse_time(p["timestamp"])[0] - NOW for p in points]
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     assert max(steps) < 2 * min(steps) and times[-1] > 49_000, "evenly, to the end"
     assert all(p["powerW"] == t / 10 for p, t in zip(points, times, strict=True))
     series.take(NOW, reading, 0)
@@ -409,7 +429,8 @@ def test_every_message_type_is_understood(frame, message):
 @pytest.mark.parametrize("frame, id_text", [
     ("", ""), ("hello", ""), ("{}", ""), ("[]", ""), ("[2]", ""), ("null", ""),
     ('[2,"1"]', '"1"'), ('["2","1","A",{}]', ""), ('[7,"1","A",{}]', ""),
-    ('[2,"1","A"]', '"1"'), ('[2,"1",{}]', '"1"'), ('[2,"1","A",{}', '"1"'), ('[2,"1","A",{}]]', '"1"'),
+    ('[2,"1","A"]', '"1"'), ('[2,"1",{}]', '"1"'), ('[2,"1","A",{}', '"1"'),
+    ('[2,"1","A",{}]]', '"1"'),
     ('[2,"1","A",{},1]', '"1"'), ('[2,"1","A",[]]', '"1"'), ('[2,"1","A","x"]', '"1"'),
     ('[2,"1","A",{"a":NaN}]', '"1"'), ('[2,"1","A",{"a":1e999}]', '"1"'),
     ('[2,"1","A",{"a":' + "[" * 100_000, '"1"'), ('[2,"1","A",{"a":' + "9" * 5000 + "}]", '"1"'),
@@ -472,7 +493,8 @@ def schema_names(protocol):
     ("ocpp1.6", 14, 26), ("ocpp2.0.1", 25, 40), ("ocpp2.1", 37, 55)])
 def test_every_action_of_the_standard_is_known(protocol, received, commands):
     assert len(CALLS[protocol]) == received and len(COMMANDS[protocol]) == commands
-    assert set(CALLS[protocol]) | COMMANDS[protocol] | set(SENDS[protocol]) == schema_names(protocol)
+    known = set(CALLS[protocol]) | COMMANDS[protocol] | set(SENDS[protocol])
+    assert known == schema_names(protocol)
 
 
 @pytest.mark.parametrize("text, seconds, zoned", [
@@ -767,7 +789,7 @@ NOT_IN_16 = """Get15118EVCertificate GetCertificateStatus NotifyEVChargingNeeds 
     SetNetworkProfile SetVariableMonitoring UnpublishFirmware""".split()
 REFUSED = {(direction, caller, other): {
     action for action in SPEAKS[direction][caller]
-    if action in ONLY_IN_21 or action in NOT_IN_16 and other == "ocpp1.6"}
+    if action in ONLY_IN_21 or (action in NOT_IN_16 and other == "ocpp1.6")}
     for direction in SPEAKS for caller, other in PAIRS}
 # ... and for what reasons other Actions are, where the other version cannot say all of it.
 PARTLY = {
@@ -821,11 +843,17 @@ def test_all_that_the_schemas_allow_is_translated(direction, caller, other, acti
 def test_a_call_that_fails_is_told_or_got_over(direction, caller, other, action):
     for failing, failure in itertools.product((range(1), range(1, 2), range(100)),
                                               (UNABLE, BROKEN)):
-        numbers = itertools.count()
+        answers = failing_at(failing, failure, other)
         with contextlib.suppress(BoardError):
             translate(direction, caller, other, action, made(official(caller, action, "Request")),
-                      lambda asked, payload: failure if next(numbers) in failing
-                      else made(official(other, asked, "Response")))
+                      answers)
+
+
+def failing_at(numbers, failure, version):
+    """Answers of which some, counted from 0, are a failure."""
+    counted = itertools.count()
+    return lambda action, payload: (failure if next(counted) in numbers
+                                    else made(official(version, action, "Response")))
 
 
 def talks(seed, number, station, upstream):
@@ -1013,7 +1041,7 @@ def kept_paths(text):
     for entry in re.split(r"\n(?=\w)", text.strip()):
         action, _, paths = entry.partition(":")
         yield action, tuple([whole for path in side.split() for whole in grouped(path)]
-                            for side in (paths.split("->") + [""])[:2])
+                            for side in ([*paths.split("->"), ""])[:2])
 
 
 def grouped(path):
@@ -1234,9 +1262,9 @@ def test_a_profile_of_a_transaction_names_it_to_a_2x_station():
     (_, asked), = carry(mediator.down("SetChargingProfile", payload), answers())[0]
     assert asked["chargingProfile"]["transactionId"] == "T"
     payload["csChargingProfiles"]["chargingSchedule"]["chargingSchedulePeriod"] = []
-    for action, payload in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
+    for action, asked in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
             "idTag": "AB", "chargingProfile": payload["csChargingProfiles"]})):
-        assert carry(mediator.down(action, payload), answers()) == ([], {"status": "Rejected"})
+        assert carry(mediator.down(action, asked), answers()) == ([], {"status": "Rejected"})
 
 
 def test_a_problem_of_a_part_does_not_make_the_station_unavailable():
@@ -2605,7 +2633,7 @@ def test_no_limit_is_exceeded_and_nothing_usable_is_left(site):
     lines = lines_of(circuits)
     for request in requests:
         amps, least = shares[request.id].amps, least_of(request, step)
-        assert amps == 0 or request.minimum <= amps <= request.maximum and amps % step == 0
+        assert amps == 0 or (request.minimum <= amps <= request.maximum and amps % step == 0)
         more = amps + step if amps else least
         if not least or more > request.maximum:
             continue
@@ -2642,17 +2670,19 @@ def test_who_has_less_is_held_back_by_a_circuit_in_which_nobody_has_more_than_it
 @given(sites())
 def test_the_same_site_is_decided_the_same_way(site):
     circuits, requests, taken, strategy, step = site
-    decide = functools.partial(ocppboard.decide, circuits, taken=taken, strategy=strategy, now=950.0,
+    decide = functools.partial(ocppboard.decide, circuits, taken=taken, strategy=strategy,
+                               now=950.0,
                                step=step)
     assert decide(requests=requests) == decide(requests=[r._replace() for r in requests])
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(GRID_PHASES, st.integers(6, 16), st.integers(1, 3)), min_size=1, max_size=9),
+@given(st.lists(st.tuples(GRID_PHASES, st.integers(6, 16), st.integers(1, 3)),
+                min_size=1, max_size=9),
        st.sampled_from(["equal_share", "priority", "time_of_use"]))
 def test_turns_serve_everyone(cars, strategy):
     circuits = [ocppboard.Circuit("site", "", 16.0)]
-    waiting, turn, first = ({n: 0.0 for n in range(len(cars))} for _ in range(3))
+    waiting, turn, first = (dict.fromkeys(range(len(cars)), 0.0) for _ in range(3))
     served = set()
     for now in range(0, 900 * 40, 300):
         requests = [ocppboard.Request(n, "site", phases, minimum=least, priority=priority,
@@ -2711,7 +2741,8 @@ def test_what_a_car_does_not_take_goes_to_others_first_and_back_when_nobody_want
 def test_single_phase_cars_do_not_share_what_they_do_not_use():
     site = [ocppboard.Circuit("site", "", 20.0)]
     cars = [ocppboard.Request(n, "site", (n % 3,)) for n in range(3)]
-    shares = ocppboard.decide(site, cars + [ocppboard.Request(3, "site", (0,))], {}, "equal_share", 1.)
+    shares = ocppboard.decide(
+        site, [*cars, ocppboard.Request(3, "site", (0,))], {}, "equal_share", 1.)
     assert [shares[n].amps for n in range(4)] == [10, 20, 20, 10]
 
 
@@ -2772,7 +2803,8 @@ class World:
     def restart(self):
         """The board starts anew and has forgotten everything; stations come back in their time."""
         config = config_of(stations=self.entries, **self.keys)
-        config.smart_charge.circuit = [ocppboard.SimpleNamespace(**circuit) for circuit in self.circuits]
+        config.smart_charge.circuit = [
+            ocppboard.SimpleNamespace(**circuit) for circuit in self.circuits]
         self.board = Board(config, self.clock)
         self.controller = self.factory(self.board, self.clock)
         for station in self.stations.values():
@@ -2852,7 +2884,8 @@ class World:
             self.later(30, self.give_up, command)
 
     def obey(self, command, station, link):
-        reply = station.obey(Call('"1"', command.action, json.loads(json.dumps(command.payload)), ""))
+        payload = json.loads(json.dumps(command.payload))
+        reply = station.obey(Call('"1"', command.action, payload, ""))
         if station.link is not link:     # the answer is lost
             self.controller.answered(command, {}, ocppboard.Conflict("gone"))
         elif command.steered.busy is command:
@@ -3025,7 +3058,7 @@ def test_two_changes_of_a_station_are_five_seconds_apart():
             limits_sent(world, identity)[1:], limits_sent(world, identity), strict=False)
             if amps != before]
         assert len(changes) > 5
-        assert all(b - a >= 5 for a, b in zip(changes, changes[1:], strict=False))
+        assert all(b - a >= 5 for a, b in itertools.pairwise(changes))
 
 
 def test_a_raise_waits_until_the_meter_shows_that_the_others_have_less():
@@ -3087,7 +3120,7 @@ def test_a_station_that_takes_watts_is_found_out_and_remembered_by_its_model():
     outlet = charging(world)[0]
     world.run(400)
     assert outlet.current_a == 30
-    profile, schedule = profile_in(sent(world, identity="CP-1")[-1][1])
+    _profile, schedule = profile_in(sent(world, identity="CP-1")[-1][1])
     assert schedule["chargingRateUnit"] == "W"
     assert schedule["chargingSchedulePeriod"] == [
         {"startPeriod": 0, "limit": 30 * 3 * 230.0, "numberPhases": 3}]
@@ -3107,7 +3140,8 @@ def test_a_station_that_keeps_a_single_default_gets_limit_and_fallback_in_one():
     profile, schedule = profile_in(sent(world)[-1][1])
     assert (profile["chargingProfilePurpose"], profile["stackLevel"]) == ("TxDefaultProfile", 0)
     assert [p["limit"] for p in schedule["chargingSchedulePeriod"]] == [9, 0]
-    assert schedule["chargingSchedulePeriod"][1]["startPeriod"] == 180 and "duration" not in schedule
+    assert schedule["chargingSchedulePeriod"][1]["startPeriod"] == 180
+    assert "duration" not in schedule
     assert outlet.current_a == 9
     world.leave(station, outlet)
     world.run(10)
@@ -3164,7 +3198,7 @@ def test_a_station_that_says_accepted_and_does_not_obey_is_found_out_by_its_mete
     liar = world.stations["CP-1"]
     liar.composite_schedule = lambda number, duration: {
         "duration": duration, "chargingRateUnit": "A",
-        "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6.0}]}      # its word is worth nothing
+        "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6.0}]}    # its word is worth nothing
     liar.faults.add("ignore")
     liar.profiles[-1].duration = math.inf        # nor does it let a limit expire
     world.controller.configure({"limitA": 20})
@@ -3274,7 +3308,7 @@ def test_without_the_wiring_known_a_single_phase_counts_on_all_three():
 
 def test_what_a_car_leaves_goes_to_others_and_comes_back():
     world = world_of({}, {}, smart_charge_site_limit_a=40, smart_charge_safety_margin_percent=0)
-    small, large = charging(world)
+    small, _large = charging(world)
     small.car_a = 8.0
     world.run(600)
     assert [r["allocatedA"] for r in records(world)] == [10, 30], "8 A, and room to show more"
@@ -3477,13 +3511,13 @@ def test_fallbacks_that_exceed_a_circuit_stop_the_start_with_their_sum():
     ocppboard.Controller(Board(config))
     config.smart_charge.circuit = [ocppboard.SimpleNamespace(
         name="floor", parent="", limit_a=20.0, stations=["CP-0", "CP-1", "CP-2", "X", "Y-*"])]
-    with pytest.raises(ConfigError, match='4 stations of circuit "floor" with a fallback_a of 6 A '
-                                          "make 24 A, and only 19.0 A"):
+    with pytest.raises(ConfigError, match=r'4 stations of circuit "floor" with a fallback_a of 6 A '
+                                          r"make 24 A, and only 19\.0 A"):
         ocppboard.Controller(Board(config))
     config.smart_charge.circuit, config.smart_charge.strategy = [], "time_of_use"
     config.smart_charge.window = [ocppboard.SimpleNamespace(
         to="22:00", days=["mon"], factor=0.5, **{"from": "18:00"})]
-    with pytest.raises(ConfigError, match="6 stations of circuit \"site\".* make 36 A.*only 28.5 A"):
+    with pytest.raises(ConfigError, match=r'6 stations of circuit "site".* make 36 A.*only 28\.5'):
         ocppboard.Controller(Board(config))
 
 
@@ -3532,7 +3566,8 @@ class Storm(World):
     def __init__(self, seed, fallback_a=0, factory=None):
         random.seed(seed)
         wired = {f"CP-{n}": ("RST", "STR", "RST", "TRS")[n % 4] for n in range(9)}
-        stations = {f"CP-{n}": {"outlets": 2 if n == 3 else 1, "interval": (10, 5, 30, 60, 10)[n % 5],
+        stations = {f"CP-{n}": {"outlets": 2 if n == 3 else 1,
+                                "interval": (10, 5, 30, 60, 10)[n % 5],
                                 "skew": {2: 400, 4: -300}.get(n, 0), "wired": wired[f"CP-{n}"]}
                     for n in range(8)}
         stations["CP-6"]["faults"] = ["watts"]
@@ -3547,7 +3582,7 @@ class Storm(World):
                          smart_charge_fallback_a=fallback_a,
                          smart_charge_site_limit_a=self.limit_choices[0],
                          smart_charge_safety_margin_percent=0)
-        self.run(30)                     # every station is connected once before the first car comes
+        self.run(30)             # every station is connected once before the first car comes
         self.grace_until = 0.0
 
     def rage(self, seconds):
@@ -3647,14 +3682,15 @@ def test_without_any_one_of_its_rules_the_storm_breaks_a_limit(careless):
 
 
 class Far:
-    """A Line of a Bench's station to an upstream that the test plays: no socket, a movable clock."""
+    """A Line of a Bench's station to an upstream that the test plays, without a socket."""
 
     def __init__(self, bench, upstream="", **settings):
         self.bench, self.frames, self.wires = bench, [], 0
         values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS}
         bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(
             **values | {"url": "ws://csms", "protocol": upstream} | settings)]
-        self.relay = ocppboard.Relay(bench.board, None, lambda name, work: asyncio.ensure_future(work),
+        self.relay = ocppboard.Relay(bench.board, None,
+                                     lambda name, work: asyncio.ensure_future(work),
                                      now=lambda: bench.clock.now)
         self.relay.connect = lambda line: None
         self.relay.start()
@@ -3708,7 +3744,7 @@ def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     bench = Bench()
     far = Far(bench)
     far.open()
-    frame = ' [2, "a b" ,"StartTransaction", {"idTag":"A\\u0041","connectorId":1, "meterStart":10,' \
+    frame = ' [2, "a b" ,"StartTransaction", {"idTag":"A\\u0041","connectorId":1, "meterStart":10,'\
             '"timestamp":"2026-09-21T13:00:00Z"} ] '
     bench.link.receive(frame)
     assert far.frames == [frame] and bench.sent == []
@@ -3911,7 +3947,8 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
             "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
     bench.link.receive(call_of("z", "StopTransaction", {
         "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert [e.call.action for e in far.line.waiting] == ["StartTransaction"] * 3 + ["StopTransaction"]
+    assert [e.call.action for e in far.line.waiting] == [
+        *["StartTransaction"] * 3, "StopTransaction"]
     lost = far.events("error")[1:]
     assert [e["messageId"] for e in lost] == ["m0", "m1", "m2"]
     assert all("lost" in e["error"] and e["payload"]["meterValue"] for e in lost)
@@ -4023,7 +4060,8 @@ def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_need
 
 def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
     keys = {"proxy_journal": str(tmp_path / "relay.db")}
-    event = {"eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized", "seqNo": 0,
+    event = {"eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized",
+             "seqNo": 0,
              "transactionInfo": {"transactionId": "tx-1"}, "evse": {"id": 1},
              "idToken": {"idToken": "AA", "type": "Local"}}
     bench = Bench("ocpp2.0.1", **keys)
@@ -4573,7 +4611,7 @@ def register_of(event, context=None):
 async def test_a_station_of_16_charges_at_two_connectors_before_a_newer_central_system(
         version, protocol, caplog):
     central = Central(version, CENTRAL_2X)
-    async with relaying(central, protocol=protocol) as (upstream, site):
+    async with relaying(central, protocol=protocol) as (_upstream, site):
         station = party(ocpp.v16, {"RemoteStopTransaction": {"status": "Accepted"}})(
             "CP-1", await site.station("CP-1"))
         boot = await station.ask("BootNotification", charge_point_model="M",
@@ -4653,7 +4691,7 @@ STATION_2X = {
 @with_loop
 async def test_a_newer_station_charges_before_a_central_system_of_16(version, protocol, caplog):
     central = Central(ocpp.v16, CENTRAL_16)
-    async with relaying(central, protocol="ocpp1.6") as (upstream, site):
+    async with relaying(central, protocol="ocpp1.6") as (_upstream, site):
         station = party(version, STATION_2X)("CP-1", await site.station("CP-1", protocol))
         await station.ask("BootNotification", reason="PowerUp",
                           charging_station={"model": "M", "vendorName": "V"})
@@ -4756,13 +4794,13 @@ def variable(component, name, **more):
 @with_loop
 async def test_a_station_of_16_obeys_a_central_system_of_201(caplog):
     central = Central(ocpp.v201, CENTRAL_2X)
-    async with relaying(central, protocol="ocpp2.0.1") as (upstream, site):
+    async with relaying(central, protocol="ocpp2.0.1") as (_upstream, site):
         station = party(ocpp.v16, STATION_16)("CP-1", await site.station("CP-1"))
         await station.ask("BootNotification", charge_point_model="M", charge_point_vendor="V")
         there = central.at["CP-1"]
         answer = await there.ask("GetVariables", get_variable_data=[
             variable("OCPPCommCtrlr", "HeartbeatInterval"), variable("Toaster", "Browning")])
-        assert [r["attribute_status"] for r in answer.get_variable_result][0] == "Accepted"
+        assert answer.get_variable_result[0]["attribute_status"] == "Accepted"
         assert answer.get_variable_result[0]["attribute_value"] == "300"
         answer = await there.ask("SetVariables", set_variable_data=[
             variable("OCPPCommCtrlr", "HeartbeatInterval", attributeValue="60")])
@@ -4915,7 +4953,7 @@ async def test_message_ids_are_the_same_however_they_are_written():
     def answered(frame):                                 # as other JSON libraries write it
         return json.dumps([3, json.loads(frame)[1], {"currentTime": AT(0)}])
     central = Raw(answered)
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1")
         for id_ in ('"\\u0061b"', '"é😀"', '"a\\/b"'):
             await station.send(f'[2,{id_},"Heartbeat",{{}}]')
@@ -4933,7 +4971,7 @@ async def test_message_ids_are_the_same_however_they_are_written():
 @with_loop
 async def test_a_command_of_the_board_goes_between_those_of_upstream():
     central = Raw()
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1")
         await exchange(station, "Heartbeat", {}, "h")
         first = '[2,"same id","ClearCache",{}]'
@@ -4971,7 +5009,7 @@ async def test_sends_and_refused_results_of_21_pass_both_ways(caplog):
           '"2026-09-21T13:33:20Z","data":[{"t":0,"v":"1.50"}]}]', '[6, "s-2" ,"OwnSend",{ }]',
           '[5,"c-1","FormatViolation","\\u00fc",{ }]']
     down = ['[6, "d-1","OwnSend",{"a":1.0}]', '[5, "h","TypeConstraintViolation","",{"x" : 1}]']
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1", "ocpp2.1")
         await exchange(station, "Heartbeat", {}, "h")
         central.heard.clear()
@@ -5010,7 +5048,7 @@ class Mortal(Raw):
                 await socket_.send(answer)
 
     def take(self, frame, identity):
-        kind, id_, action, payload = json.loads(frame)
+        _kind, id_, action, payload = json.loads(frame)
         again = (identity, id_) in self.told
         if not again:
             given = next(self.ids) if action == "StartTransaction" else None
@@ -5312,7 +5350,7 @@ async def test_an_upstream_that_hangs_up_at_once_is_not_tried_without_pause():
 @with_loop
 async def test_a_flood_of_commands_is_answered_one_by_one_and_each_once(caplog):
     central = Raw()
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = Talker(await site.station("CP-1"))
         await station.say("Heartbeat", {})
         for number in range(500):
@@ -5329,7 +5367,7 @@ async def test_a_flood_of_commands_is_answered_one_by_one_and_each_once(caplog):
 @with_loop
 async def test_a_command_for_a_station_that_has_left_is_refused():
     central = Raw(lambda frame: None)
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1")
         await station.send(json.dumps([2, "s", "StartTransaction", START_16]))
         await until(lambda: central.heard)
@@ -5471,7 +5509,7 @@ async def test_of_a_station_that_upstream_has_not_accepted_it_hears_boots_only(s
         return json.dumps([3, id_, {"status": next(answers), "interval": 5, "currentTime": AT(0)}]
                           ) if action == "BootNotification" else right(frame)
     central = Raw(decide)
-    async with relaying(central) as (upstream, site):
+    async with relaying(central) as (_upstream, site):
         station = Talker(await site.station("CP-1"))
         _, _, answer = await station.say("BootNotification", BOOT_16)
         assert answer["status"] == status and answer["interval"] == 5
@@ -5548,7 +5586,7 @@ async def test_upstream_is_shown_the_configured_password_or_else_the_stations_ow
 
 @with_loop
 async def test_a_relay_that_leads_back_to_itself_is_refused_and_does_not_loop(caplog):
-    async with relaying(Raw(), retry_s=(0.2, 60)) as (upstream, site):
+    async with relaying(Raw(), retry_s=(0.2, 60)) as (_upstream, site):
         site.daemon.config.proxy.upstream[0].url = site.url("")
         station = Talker(await site.station("CP-1"))
         for _ in range(5):
@@ -5777,8 +5815,8 @@ async def test_wrong_logins_are_slowed_then_refused_for_that_address_alone(monke
 
 @with_loop
 async def test_many_at_once_do_not_get_more_guesses():
-    access, board, _ = access_of(auth_mode="credentials",
-                                 auth_password=ocppboard.hash_password("s3cret"))
+    access, _board, _ = access_of(auth_mode="credentials",
+                                  auth_password=ocppboard.hash_password("s3cret"))
     body = {"username": "admin", "password": "wrong"}
     results = await asyncio.gather(*[access.login(body, "192.0.2.1") for _ in range(30)],
                                    return_exceptions=True)
@@ -5875,7 +5913,8 @@ async def test_a_stations_password_is_read_both_ways_of_hexadecimal(configured, 
         await access.station_profile("CP:1", basic("CP:1", "other"), "192.0.2.1")
 
 
-@pytest.mark.parametrize("header", ["", "Bearer x", "Basic", "Basic !!!", "Basic \udc80", "Basic é"])
+@pytest.mark.parametrize("header", [
+    "", "Bearer x", "Basic", "Basic !!!", "Basic \udc80", "Basic é"])
 @with_loop
 async def test_a_station_without_its_password_is_asked_for_it(header):
     access, board, _ = access_of(stations={"CP-1": {"password": "x"}})
@@ -5907,7 +5946,8 @@ async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
     ("/ws://host:9000/CP_1/SERIAL", "SERIAL"), ("/ws%3A%2F%2Fhost%3A9000%2FCP_1", "CP_1"),
     ("/ocpp/S1%2FCP1", "S1/CP1"), ("/ws://bob:secret@host", ""),
     ("/ocpp/RDAM%7C123", "RDAM|123"), ("/ocpp/a%20b", "a b"), ("/ocpp/%C3%A9", "é"),
-    ("/ocpp/%FF", "\\xff"), ("/ocpp/%2e%2e", ".."), ("/ocpp", ""), ("/ocpp/", ""), ("/", ""), ("", ""),
+    ("/ocpp/%FF", "\\xff"), ("/ocpp/%2e%2e", ".."), ("/ocpp", ""), ("/ocpp/", ""), ("/", ""),
+    ("", ""),
     ("//ocpp//", ""),
 ])
 def test_the_identity_is_found_in_odd_paths(path, identity):
@@ -5935,7 +5975,8 @@ def offer(text):
      ("subprotocol_missing",)),
     ({}, {"ocpp_protocols": "ocpp2.1"}, "ocpp2.1", None, ("subprotocol_missing",)),
     (offer("ocpp1.6, ocpp2.0.1"), {}, "ocpp2.0.1", "ocpp2.0.1", ()),
-    (offer("ocpp1.6,ocpp2.0.1,ocpp2.1"), {"ocpp_protocols": "ocpp1.6,ocpp2.1"}, "ocpp1.6", "ocpp1.6",
+    (offer("ocpp1.6,ocpp2.0.1,ocpp2.1"), {"ocpp_protocols": "ocpp1.6,ocpp2.1"},
+     "ocpp1.6", "ocpp1.6",
      ()),
     (offer("ocpp1.6,ocpp2.0.1"), {"stations": {"CP-*": {"protocol": "ocpp1.6"}}}, "ocpp1.6",
      "ocpp1.6", ()),
@@ -5953,7 +5994,8 @@ def test_a_handshake_is_accepted(headers, keys, protocol, offered, quirks):
 
 
 @pytest.mark.parametrize("headers, path, keys, status, reason", [
-    (offer("ocpp1.5"), "/ocpp/CP-1", {}, 400, "offered ocpp1.5; supported ocpp2.1, ocpp2.0.1, ocpp1.6"),
+    (offer("ocpp1.5"), "/ocpp/CP-1", {}, 400,
+     "offered ocpp1.5; supported ocpp2.1, ocpp2.0.1, ocpp1.6"),
     (offer("ocpp1.6"), "/ocpp/CP-1", {"stations": {"CP-1": {"protocol": "ocpp2.1"}}}, 400,
      "supported ocpp2.1"),
     (offer("ocpp1.6"), "/ocpp/", {}, 404, "must end in the station's identity"),
@@ -5995,9 +6037,8 @@ class Site:
 
     async def station(self, identity="CP-1", protocol="ocpp1.6", **options):
         """A bare WebSocket of a station."""
-        socket_ = await self._open.enter_async_context(websockets.connect(
+        return await self._open.enter_async_context(websockets.connect(
             self.url(identity), subprotocols=protocol and [protocol], **options))
-        return socket_
 
     async def fetch(self, path, method="GET", body=None, token="t0ken", headers=None, **options):
         """(status, JSON or text, headers) of a request."""
@@ -6233,7 +6274,8 @@ async def test_connections_are_listed_filtered_disconnected_and_removed(site):
     assert [c["identity"] for c in await site.get("/api/connections?status=offline")] == ["A"]
     assert [c["identity"] for c in await site.get("/api/connections?status=online")] == ["B"]
     detail = await site.get("/api/connections/A")
-    assert detail["status"] == "offline" and detail["disconnectedAt"] and not detail["recentMessages"]
+    assert detail["status"] == "offline" and detail["disconnectedAt"]
+    assert not detail["recentMessages"]
     status, body, _ = await site.fetch("/api/connections/A/disconnect", "POST")
     assert status == 409
     for identity in "AB":                                # B is online: closed first
@@ -6253,7 +6295,7 @@ async def test_messages_are_paged_and_filtered(site):
         for number in range(5):
             await exchange(socket_, "Heartbeat", {}, str(number))
         await exchange(socket_, "Nonsense", {}, "x")
-    status, body, headers = await site.fetch("/api/messages?limit=2&offset=1")
+    _status, body, headers = await site.fetch("/api/messages?limit=2&offset=1")
     assert [m["id"] for m in body] == ["msg-23", "msg-22"] and headers["X-Total-Count"] == "24"
     newest = (await site.get("/api/messages?limit=1"))[0]
     assert newest["type"] == "CALLERROR" and newest["errorCode"] == "NotImplemented"
@@ -6321,10 +6363,10 @@ async def test_messages_are_exported_as_ndjson_and_csv(site):
     socket_ = await site.station()
     await exchange(socket_, "DataTransfer", {"vendorId": '=cmd|"/C calc"!A0', "data": "a,b\n\"c\""},
                    "=1+1")
-    status, text, headers = await site.fetch("/api/messages/export?identity=CP-1")
+    _status, text, headers = await site.fetch("/api/messages/export?identity=CP-1")
     rows = [json.loads(line) for line in text.splitlines()]
     assert [r["direction"] for r in rows] == ["IN", "OUT"] and headers["X-Total-Count"] == "2"
-    status, text, headers = await site.fetch("/api/messages/export?format=csv&direction=IN")
+    _status, text, headers = await site.fetch("/api/messages/export?format=csv&direction=IN")
     assert headers["Content-Type"].startswith("text/csv")
     (head, row) = csv.reader(io.StringIO(text))
     found = dict(zip(head, row, strict=True))
@@ -6357,7 +6399,8 @@ async def test_a_transaction_shows_its_meter_over_time(site):
     started = await exchange(socket_, "StartTransaction", START_16 | {"timestamp": iso_now(-60)})
     id_ = started[2]["transactionId"]
     for seconds, watts in ((-60, "0"), (-30, "7000"), (0, "6900")):
-        await exchange(socket_, "MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
+        await exchange(socket_, "MeterValues", {
+            "connectorId": 1, "transactionId": id_, "meterValue": [
             {"timestamp": iso_now(seconds), "sampledValue": [
                 sample(watts, POWER, "W"), sample("10.5", "Current.Import", "A", phase="L2"),
                 sample(str(1000 + 10 * seconds), unit="Wh")]}]})
@@ -6410,7 +6453,8 @@ async def test_errors_are_always_json(site):
         ("POST", "/api/auth/login", b"\xff\xfe", 400),
         ("POST", "/api/auth/login", "x" * 1_048_577, 413)]
     for method, path, body, expected in cases:
-        status, answer, headers = await site.fetch(path, method, body, allow_nonstandard_methods=True)
+        status, answer, headers = await site.fetch(path, method, body,
+                                                   allow_nonstandard_methods=True)
         assert status == expected and isinstance(answer["error"], str), (method, path, answer)
         assert expected != 405 or headers["Allow"]
     await site.station()
@@ -6434,7 +6478,7 @@ async def test_head_answers_as_get_without_a_body(site):
     for path, status in (("/healthz", 200), ("/", 200), ("/api/overview", 200), ("/nowhere", 404),
                          ("/api/messages/stream", 405)):
         found, text, _ = await site.fetch(path, "HEAD")
-        assert (found, text) == (status, "") or found == status and not text
+        assert (found, text) == (status, "") or (found == status and not text)
 
 
 @pytest.mark.parametrize("raw", [
@@ -6515,7 +6559,8 @@ async def test_login_session_and_logout_by_cookie_and_by_bearer(site):
         assert session == {"authenticated": True, "user": {"name": "admin"}, "authMode": "token",
                            "expiresAt": body["expiresAt"]}
         assert (await site.fetch("/api/overview", **how))[0] == 200
-    assert (await site.fetch("/api/auth/logout", "POST", **by_cookie))[:2] == (200, {"success": True})
+    status, body, _ = await site.fetch("/api/auth/logout", "POST", **by_cookie)
+    assert (status, body) == (200, {"success": True})
     assert (await site.fetch("/api/overview", **by_cookie))[0] == 401
     status, session, _ = await site.fetch("/api/auth/session", token=None)
     assert session == {"authenticated": False, "user": None, "expiresAt": None, "authMode": "token"}
@@ -6621,13 +6666,15 @@ async def raw_upgrade(site, request):
     ("//CP-1", "Connection: Upgrade\r\n", "CP-1"),
     ("/ocpp/CP-1/?x=1", "Connection: Upgrade\r\n", "CP-1"),
     ("/ws://host:9000/CP_1/SERIAL", "Connection: Upgrade\r\n", "SERIAL"),
-    ("/anywhere/RDAM%7C1", "Connection: keep-alive\r\nOrigin: https://elsewhere.example\r\n", "RDAM|1"),
+    ("/anywhere/RDAM%7C1", "Connection: keep-alive\r\nOrigin: https://elsewhere.example\r\n",
+     "RDAM|1"),
     ("/ocpp/CP-1", "", "CP-1"),
 ])
 @live()
 async def test_odd_upgrades_work_on_the_wire(site, path, more, identity):
     head, _, writer = await raw_upgrade(
-        site, f"GET {path} HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n"
+        site, f"GET {path} HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\n"
+              "Sec-WebSocket-Version: 13\r\n"
               f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n")
     assert " 101 " in head.split("\r\n")[0], head
     assert list(site.board.stations) == [identity]
@@ -6657,7 +6704,7 @@ async def test_a_frame_beyond_the_limit_closes_only_that_connection(site):
 @live()
 async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
     # a client that never answers a ping: nothing reads its socket
-    head, _, writer = await raw_upgrade(
+    _head, _, writer = await raw_upgrade(
         site, "GET /ocpp/CP-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
               "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
     alive = await site.station("CP-2")
@@ -6976,7 +7023,8 @@ async def test_metrics_are_prometheus_text(site):
         "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
     status, text, headers = await site.fetch("/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    line = re.compile(r'(# (HELP|TYPE) \w+ .+|\w+(\{\w+="(\\.|[^"\\])*"(,\w+="[^"]*")*\})? [-0-9.e]+)\Z')
+    line = re.compile(r'(# (HELP|TYPE) \w+ .+'
+                      r'|\w+(\{\w+="(\\.|[^"\\])*"(,\w+="[^"]*")*\})? [-0-9.e]+)\Z')
     assert all(line.match(one) for one in text.splitlines()), text
     assert "ocppboard_stations_online 1\n" in text and "ocppboard_messages_total 2\n" in text
     assert 'ocppboard_connector_power_watts{identity="a\\"b",evse="1",connector="1"} 7000.0' in text
@@ -7142,7 +7190,8 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
         if circuit["worstA"]["L1"] == 47:
             break
         await asyncio.sleep(0.1)
-    assert circuit["usableA"] == 47.5 and circuit["worstA"] == dict.fromkeys(("L1", "L2", "L3"), 47.0)
+    assert circuit["usableA"] == 47.5
+    assert circuit["worstA"] == dict.fromkeys(("L1", "L2", "L3"), 47.0)
     assert {e["category"] for e in await site.get("/api/errors")} == {"LIMIT_NOT_OBEYED"}
 
 
@@ -7188,7 +7237,8 @@ async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version
         meter = [{"timestamp": now, "sampledValue": [
             {"value": "6.0", "measurand": "Current.Import", "unit": "A", "phase": phase}
             for phase in ("L1", "L2", "L3")]}]
-        calls = [call.BootNotification("M", "V"), call.StatusNotification(1, "NoError", "Preparing"),
+        calls = [call.BootNotification("M", "V"),
+                 call.StatusNotification(1, "NoError", "Preparing"),
                  call.StartTransaction(1, "A", 100, now), call.MeterValues(1, meter)]
     else:
         calls = [call.BootNotification({"model": "M", "vendorName": "V"}, "PowerUp"),
@@ -7224,9 +7274,11 @@ async def test_the_power_controller_can_be_told_by_rest(site):
     circuit, = await site.get("/api/smart-charge/circuits")
     assert circuit["name"] == "site" and circuit["usableA"] == 30.29
     for body, words in [
-            ({}, "nothing to change"), ({"limit": 3}, "unknown key 'limit'; known: strategy, limitA"),
+            ({}, "nothing to change"),
+            ({"limit": 3}, "unknown key 'limit'; known: strategy, limitA"),
             ({"limitA": 0}, "at least 1 A"), ({"limitKw": 1e-9}, "0.1 kW"),
-            ({"strategy": "time_of_use"}, "needs a [[smart_charge.window]]"), ({"limitA": -1}, "from 0 to 10000"),
+            ({"strategy": "time_of_use"}, "needs a [[smart_charge.window]]"),
+            ({"limitA": -1}, "from 0 to 10000"),
             ({"limitA": "16"}, "must be a number"), ({"limitA": True}, "must be a number"),
             ({"limitA": 10, "limitKw": 10}, "give one"), ({"limitA": None}, "must be a number"),
             ({"strategy": "equal"}, "did you mean equal_share?"),
@@ -7254,7 +7306,9 @@ async def test_a_session_can_be_given_another_priority_and_bounds(site):
     site.daemon.steer()
     patch = functools.partial(site.fetch, "/api/smart-charge/sc-1", "PATCH")
     for body, words in [({"priority": 0}, "from 1 to 100"), ({"minA": 5}, "from 6 to 80"),
-                        ({"maxA": 1.5}, "whole number"), ({"minA": 9, "maxA": 8}, "at least 9 A"), ({"power": 1}, "known: priority, minA, maxA")]:
+                        ({"maxA": 1.5}, "whole number"),
+                        ({"minA": 9, "maxA": 8}, "at least 9 A"),
+                        ({"power": 1}, "known: priority, minA, maxA")]:
         status, answer, _ = await patch(body)
         assert status == 400 and words in answer["error"], answer
     status, record, _ = await patch({"priority": 5, "minA": 8, "maxA": 16})
@@ -7301,7 +7355,8 @@ async def test_without_smart_charging_its_endpoints_say_so(site):
 @live()
 async def test_the_page_is_safe_small_and_kept_by_browsers(site):
     status, text, headers = await site.fetch("/", token=None)
-    assert status == 200 and text.startswith("<!doctype html>") and "Content-Encoding" not in headers
+    assert status == 200 and text.startswith("<!doctype html>")
+    assert "Content-Encoding" not in headers
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
@@ -7479,7 +7534,8 @@ async def test_a_station_that_charges_is_seen_to(site):
         assert re.fullmatch(r"M[\d. ]+(L[\d. ]+)+", path)
         await look.go("overview")
         await look.sees("11 kW", ".tiles")
-        await look.page.locator("section", has_text="Charging now").get_by_text("11 kW").nth(1).click()
+        charging_now = look.page.locator("section", has_text="Charging now")
+        await charging_now.get_by_text("11 kW").nth(1).click()
         await look.sees("Id token", ".aside")
         await look.sees("REMOTE", ".aside")
         await command("RemoteStopTransaction", {
@@ -7488,7 +7544,7 @@ async def test_a_station_that_charges_is_seen_to(site):
         async with look.page.expect_download() as event:
             await look.page.get_by_role("link", name="CSV").click()
         text = Path(await (await event.value).path()).read_text()
-        assert list(csv.DictReader(io.StringIO(text)))[0]["idToken"] == "REMOTE"
+        assert next(iter(csv.DictReader(io.StringIO(text))))["idToken"] == "REMOTE"
 
 
 WHY = [
@@ -7501,7 +7557,8 @@ WHY = [
     ("SuspendedEVSE", "NoError", {"powerW": 0}, "The charger holds the power back"),
     ("Charging", "NoError", {"powerW": 0}, "no power flows"),
     ("Charging", "NoError", {}, "the meter has not told its power yet"),
-    ("Charging", "NoError", {"powerW": 3450, "offered": 15, "a": 15}, "as much as the charger offers"),
+    ("Charging", "NoError", {"powerW": 3450, "offered": 15, "a": 15},
+     "as much as the charger offers"),
 ]
 
 
@@ -7580,10 +7637,11 @@ async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol
         limit = await send("Set a limit", False, **{target: "1", "Limit": "13.5"})
         assert limit.action == "SetChargingProfile" and '"limit":13.5' in limit.text
         assert station.limit_a(station.outlets[0]) == 13.5, "the station took it"
-        assert "13.5" in json.dumps((await command("GetCompositeSchedule", {
-            "connectorId" if protocol == "ocpp1.6" else "evseId": 1, "duration": 60})))
+        assert "13.5" in json.dumps(await command("GetCompositeSchedule", {
+            "connectorId" if protocol == "ocpp1.6" else "evseId": 1, "duration": 60}))
         obeyed.clear()
-        assert (await send("Limits in force", False, **{target: "1"})).action == "GetCompositeSchedule"
+        limits = await send("Limits in force", False, **{target: "1"})
+        assert limits.action == "GetCompositeSchedule"
         await look.sees("13.5", ".cols .card:last-child li:first-child")
         assert (await send("Clear limits", True)).action == "ClearChargingProfile"
         assert station.limit_a(station.outlets[0]) == 32
@@ -7604,7 +7662,7 @@ async def test_a_command_that_fails_says_how(site):
     async with looking(site, expected=["status of 502", "status of 504", "status of 400"]) as look:
         await look.go("stations/CP-1/commands")
         await look.page.get_by_role("button", name="Send").click()
-        _, id_, action, _ = json.loads(await socket_.recv())
+        _, id_, _action, _ = json.loads(await socket_.recv())
         await socket_.send(json.dumps([4, id_, "GenericError", "<b>no</b>", {"why": 1}]))
         await look.sees("GenericError")
         await look.sees("<b>no</b>")
@@ -7614,7 +7672,8 @@ async def test_a_command_that_fails_says_how(site):
         await look.click("Any command")
         await look.page.get_by_label("Action to send").fill("RemoteStart")
         await look.page.get_by_role("button", name="Send").click()
-        await look.sees("ocpp1.6 has no command 'RemoteStart' (did you mean RemoteStartTransaction?)")
+        await look.sees("ocpp1.6 has no command 'RemoteStart' "
+                        "(did you mean RemoteStartTransaction?)")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -7729,7 +7788,7 @@ async def test_ten_thousand_messages_stay_a_small_table(site):
             await look.page.evaluate("() => { const grid = document.querySelector('.grid.tall');"
                                      "grid.scrollTop = grid.scrollHeight }")
             await asyncio.sleep(0.05)
-        await look.page.evaluate("() => { document.querySelector('.grid.tall').scrollTop = 34 * 5000 }")
+        await look.page.locator(".grid.tall").evaluate("grid => { grid.scrollTop = 34 * 5000 }")
         await expect(look.page.locator("tr", has_text="msg-").or_(look.page.locator(
             "a[href='#/messages/msg-5000']"))).to_have_count(1)
         assert await look.count("tbody tr") < 120
@@ -7848,7 +7907,7 @@ async def test_a_filter_shows_its_rows_also_to_who_has_scrolled_far(site):
     async with looking(site) as look:
         await look.go("messages")
         await look.sees("of 1,600 messages")
-        await look.page.evaluate("() => { document.querySelector('.grid.tall').scrollTop = 34 * 400 }")
+        await look.page.locator(".grid.tall").evaluate("grid => { grid.scrollTop = 34 * 400 }")
         await asyncio.sleep(0.3)
         await look.page.get_by_label("Direction").select_option("IN")
         await look.sees("500 of 800 messages")
@@ -7862,7 +7921,8 @@ async def test_two_gaps_at_once_lose_nothing_that_came_after(site):
         await look.go("messages")
         await exchange(socket_, "Heartbeat", {}, "first")
         await look.sees("Heartbeat", "tbody")
-        await look.page.evaluate("""() => { const gap = {lost: 3, restarted: false, time: new Date().toISOString()};
+        await look.page.evaluate("""() => {
+            const gap = {lost: 3, restarted: false, time: new Date().toISOString()};
                                     on.gap(gap); on.gap(gap) }""")
         for number in range(5):
             await exchange(socket_, "Heartbeat", {}, f"later {number}")
@@ -7877,9 +7937,11 @@ async def test_what_a_station_says_cannot_take_the_page_away(site):
         "eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized", "seqNo": 0,
         "evse": {"id": 1, "connectorId": 1}, "transactionInfo": {"transactionId": "a\ud800"}})
     await exchange(socket_, "DataTransfer", {"vendorId": "V", "data": {
-        "__proto__": 1, "constructor": None, "tag": "script", "props": {"onclick": "x"}, "key": ""}})
+        "__proto__": 1, "constructor": None, "tag": "script", "props": {"onclick": "x"},
+        "key": ""}})
     async with looking(site, expected=["status of 404"]) as look:
-        for screen in ("overview", "transactions", "power", "stations/CP-2", "constructor", "messages",
+        for screen in ("overview", "transactions", "power", "stations/CP-2", "constructor",
+                       "messages",
                        "stations/CP-2/constructor", "stations/%E0%A4%A"):
             await look.go(screen)
             await expect(look.page.locator("h1")).to_have_count(1)
@@ -7896,7 +7958,8 @@ async def test_strangers_words_are_shown_as_text(site):
     await exchange(socket_, "BootNotification", {"chargePointVendor": markup[:50],
                                                  "chargePointModel": "\u202exslx.exe"})
     await exchange(socket_, "StatusNotification", {
-        "connectorId": 1, "status": "Faulted", "errorCode": HOSTILE, "info": markup, "vendorId": markup})
+        "connectorId": 1, "status": "Faulted", "errorCode": HOSTILE, "info": markup,
+        "vendorId": markup})
     await exchange(socket_, "StartTransaction", START_16 | {"idTag": HOSTILE})
     await exchange(socket_, HOSTILE, {HOSTILE: markup})
     await exchange(socket_, "DataTransfer", {"vendorId": markup, "data": "<b>" * 300_000}, HOSTILE)
@@ -7940,21 +8003,25 @@ def fill(site):
     """Something of every kind on the board."""
     board = site.board
     for number in range(3):
-        board.security_event("AUTH_FAILED", "UNKNOWN", "Wrong password", ("low", "medium", "high")[number],
+        board.security_event("AUTH_FAILED", "UNKNOWN", "Wrong password",
+                             ("low", "medium", "high")[number],
                              {"ip": "192.0.2.9"})
         board.smart_charge.append(Told(
-            sessionId=f"sc-{number}", identity="SIM-1", strategy="equal_share", allocatedKw=4.14 * number,
-            status=("active", "waiting", "ended")[number], startedAt=iso_now(-60), updatedAt=iso_now(),
-            evse=1, allocatedA=6 * number, measuredA=5.8, reason="Five of eight cars can have 6 A."))
+            sessionId=f"sc-{number}", identity="SIM-1", strategy="equal_share",
+            allocatedKw=4.14 * number, status=("active", "waiting", "ended")[number],
+            startedAt=iso_now(-60), updatedAt=iso_now(), evse=1, allocatedA=6 * number,
+            measuredA=5.8, reason="Five of eight cars can have 6 A."))
         board.proxy.append(Told(
-            id=f"px-{number + 1}", type=("translation", "refused", "buffered")[number], identity="SIM-1",
+            id=f"px-{number + 1}", type=("translation", "refused", "buffered")[number],
+            identity="SIM-1",
             fromProtocol="ocpp1.6", toProtocol="ocpp2.0.1", method="StopTransaction",
             toMethod="TransactionEvent", timestamp=iso_now(), payload={"meterStop": 7},
             translated={"eventType": "Ended"}, latencyMs=0.7, error=None))
     board.knocked("192.0.2.7", "/ocpp", {}, 404, "the URL must end in the station's identity",
                   "ws://192.0.2.1:9000/ocpp/CP-1")
     station = board.stations["SIM-1"]
-    board.error("CALL_TIMEOUT", station, "No answer to Reset", {"action": "Reset", "messageId": "1"})
+    board.error("CALL_TIMEOUT", station, "No answer to Reset",
+                {"action": "Reset", "messageId": "1"})
     for _ in range(20):
         site.daemon._sample()
 
@@ -7973,7 +8040,7 @@ async def test_every_screen_is_accessible(site, theme):
         for screen in ("overview", "stations", "messages", "transactions", "power"):
             await look.go(screen)
             assert await violations(look) == [], f"{screen}, empty"
-        station, command = await simulated(site, "ocpp1.6")
+        _station, command = await simulated(site, "ocpp1.6")
         await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
         fill(site)
         for screen in SCREENS:
@@ -8015,7 +8082,8 @@ async def test_power_and_relay_show_what_their_endpoints_give(site):
         await look.sees("Five of eight cars can have 6 A.", "tbody")
         await look.sees("6 A, 4.14 kW", "tbody")
         later = Told(sessionId="sc-1", identity="SIM-1", strategy="equal_share", allocatedKw=8.0,
-                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(), reason="More now.")
+                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(),
+                     reason="More now.")
         site.board.smart_charge.append(later)
         site.board.publish("smart-charge", later)
         await look.sees("More now.", "tbody")
@@ -8066,7 +8134,8 @@ async def test_keys_lead_everywhere(site):
     await exchange(await site.station(), "Heartbeat", {})
     async with looking(site) as look:
         press = look.page.keyboard.press
-        for key, title in (("s", "Stations"), ("t", "Transactions"), ("k", "Security"), ("m", "Messages")):
+        for key, title in (("s", "Stations"), ("t", "Transactions"), ("k", "Security"),
+                           ("m", "Messages")):
             await press("g")
             await press(key)
             await look.sees(title, "h1")
@@ -8076,7 +8145,8 @@ async def test_keys_lead_everywhere(site):
         await press("Escape")
         await press("/")
         await look.page.keyboard.type("g s")
-        assert await look.page.get_by_label("Search in payloads, ids, errors …").input_value() == "g s"
+        search = look.page.get_by_label("Search in payloads, ids, errors …")
+        assert await search.input_value() == "g s"
         await press("Escape")
         await look.sees("No message matches")
         await press("p")
@@ -8092,7 +8162,8 @@ async def test_nothing_is_drawn_while_the_tab_is_hidden(site):
     async with looking(site) as look:
         await look.go("messages")
         await look.sees("No message yet")
-        hide = """hidden => { Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+        hide = """hidden => {
+            Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
                   document.dispatchEvent(new Event('visibilitychange')) }"""
         await look.page.evaluate(hide, True)
         await asyncio.sleep(0.3)
@@ -8187,7 +8258,8 @@ async def simulated(site, protocol, rate=100):
     station.plan_more = lambda: station.plan.append(functools.partial(asyncio.sleep, 0.01))
     task = asyncio.create_task(station.run())
     site._open.callback(task.cancel)
-    await until(lambda: site.board.stations.get("SIM-1") and site.board.stations["SIM-1"].connectors)
+    await until(lambda: "SIM-1" in site.board.stations
+                and site.board.stations["SIM-1"].connectors)
 
     async def command(action, payload):
         status, body, _ = await site.fetch("/api/connections/SIM-1/call", "POST",
@@ -8208,7 +8280,8 @@ async def test_a_simulated_16_station_obeys(site):
     accepted = {"status": "Accepted"}
     assert await command("SetChargingProfile", {"connectorId": 1, "csChargingProfiles": PROFILE | {
         "chargingProfileId": 1, "chargingSchedule": SCHEDULE}}) == accepted
-    assert await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1}) == accepted
+    assert accepted == await command("RemoteStartTransaction", {
+        "idTag": "REMOTE", "connectorId": 1})
     await until(lambda: station.outlets[0].transaction_id)
     transaction, = await site.get("/api/transactions")
     assert transaction["idToken"] == "REMOTE" and transaction["status"] == "active"
@@ -8226,7 +8299,8 @@ async def test_a_simulated_16_station_obeys(site):
     await until(lambda: site.board.stations["SIM-1"].connectors[1, 1].status == "Unavailable")
     assert (await site.get("/api/transactions"))[0]["reason"] == "Remote"
     assert await command("RemoteStartTransaction", {"idTag": "X"}) == {"status": "Rejected"}
-    assert await command("ChangeConfiguration", {"key": "HeartbeatInterval", "value": "60"}) == accepted
+    assert accepted == await command("ChangeConfiguration", {
+        "key": "HeartbeatInterval", "value": "60"})
     found = await command("GetConfiguration", {"key": ["HeartbeatInterval", "Nothing"]})
     assert found["configurationKey"][0]["value"] == "60" and found["unknownKey"] == ["Nothing"]
     before = site.board.total_connections
@@ -8238,7 +8312,7 @@ async def test_a_simulated_16_station_obeys(site):
 @pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
 @live()
 async def test_a_simulated_2x_station_obeys(site, protocol):
-    station, command = await simulated(site, protocol)
+    _station, command = await simulated(site, protocol)
     accepted = {"status": "Accepted"}
     token = {"idToken": "REMOTE", "type": "Central"}
     assert await command("SetChargingProfile", {"evseId": 1, "chargingProfile": PROFILE | {
@@ -8256,11 +8330,13 @@ async def test_a_simulated_2x_station_obeys(site, protocol):
     assert await command("ChangeAvailability", {"operationalStatus": "Inoperative"}) == accepted
     await until(lambda: site.board.stations["SIM-1"].connectors[1, 1].status == "Unavailable")
     variable = {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "HeartbeatInterval"}}
-    assert (await command("SetVariables", {"setVariableData": [variable | {"attributeValue": "60"}]}))[
+    assert (await command("SetVariables", {
+        "setVariableData": [variable | {"attributeValue": "60"}]}))[
         "setVariableResult"][0]["attributeStatus"] == "Accepted"
     found = await command("GetVariables", {"getVariableData": [variable]})
     assert found["getVariableResult"][0]["attributeValue"] == "60"
-    assert await command("GetBaseReport", {"requestId": 1, "reportBase": "FullInventory"}) == accepted
+    assert accepted == await command("GetBaseReport", {
+        "requestId": 1, "reportBase": "FullInventory"})
     await until(lambda: any(m.method == "NotifyReport" for m in site.board.messages.records))
     composite = await command("GetCompositeSchedule", {"evseId": 1, "duration": 60})
     assert composite["schedule"]["chargingSchedulePeriod"][0]["limit"] == 10.0
@@ -8281,7 +8357,8 @@ async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_tol
         site, monkeypatch):
     monkeypatch.setattr(ocppboard, "FAULT_EVERY_S", (0.3, 0.5))
     monkeypatch.setattr(ocppboard, "AWAY_S", 0.5)
-    stations = [ocppboard.SimulatedStation16(fault, site.url("").rstrip("/"), rate=50, faults=[fault])
+    stations = [ocppboard.SimulatedStation16(fault, site.url("").rstrip("/"), rate=50,
+                                             faults=[fault])
                 for fault in ("lose-link", "reboot")]
     for station in stations:
         site._open.callback(asyncio.create_task(station.run()).cancel)
@@ -8361,7 +8438,8 @@ def test_a_copy_by_another_name_runs_as_well(tmp_path):
 
 def test_check_says_what_it_found(tmp_path):
     good = write(tmp_path, "[server]\nport = 1\n")
-    assert run_ocppboard("--check", "--config", good, environ={"OCPPBOARD_AUTH_TOKEN": "s3cret"}) == (
+    secret = {"OCPPBOARD_AUTH_TOKEN": "s3cret"}
+    assert run_ocppboard("--check", "--config", good, environ=secret) == (
         0, f"{good}: the configuration is good\n  server.port = 1\n  auth.token = ***\n", "")
     bad = write(tmp_path, "[server]\nprt = 1\n")
     status, out, err = run_ocppboard("run", "--check", "--config", bad)
@@ -8453,7 +8531,8 @@ def test_every_section_knows_only_what_stands_above_it():
     home = {}
     for statement in ast.parse(source).body:
         targets = getattr(statement, "targets", [])
-        names = [t.id for t in targets if isinstance(t, ast.Name)] + [getattr(statement, "name", None)]
+        names = [*(t.id for t in targets if isinstance(t, ast.Name)),
+                 getattr(statement, "name", None)]
         assert not any(name in home for name in filter(None, names)), names      # no name twice
         home |= dict.fromkeys(filter(None, names), section(statement.lineno))
     assert home["Board"] < home["Link"] < home["Daemon"]
