@@ -1856,8 +1856,10 @@ class Interpreter:
                 del self.crossings[oldest]
         return found
 
-    def named_there(self, there: int | str) -> Crossing | None:
+    def named_there(self, there: int | str | None) -> Crossing | None:
         """The transaction that upstream calls so."""
+        if there is None:                # no name, though upstream may not have given one yet
+            return None
         return next((c for c in reversed(self.crossings.values()) if c.there == there), None)
 
     def begun(self, payload: dict) -> int | None:

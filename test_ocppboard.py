@@ -1243,6 +1243,14 @@ def test_a_stop_that_upstream_could_not_take_is_told_again():
                 if action == "StopTransaction"] == expected
 
 
+def test_a_profile_of_no_transaction_gets_none_while_upstream_has_not_named_one():
+    mediator = interpreter("up", "ocpp1.6", "ocpp1.6")
+    mediator.crossing(7, there=None)
+    profile = {"connectorId": 1, "csChargingProfiles": {"chargingProfileId": 1}}
+    assert carry(mediator.down("SetChargingProfile", profile), answers())[0] == [
+        ("SetChargingProfile", profile)]
+
+
 def test_a_fault_that_upstream_cannot_be_told_does_not_keep_the_status_from_it():
     mediator = interpreter("up", "ocpp1.6", "ocpp2.0.1")
     started_16(mediator)
