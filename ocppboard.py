@@ -62,7 +62,15 @@ import tomllib
 import uuid
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -87,10 +95,8 @@ from tornado.routing import Matcher, PathMatches, Rule
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 from tornado.websocket import WebSocketClosedError, WebSocketHandler, websocket_connect
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:                      # on Windows
-    resource = None
 
 VERSION = "0.1.0"
 log = logging.getLogger("ocppboard")
@@ -453,7 +459,8 @@ def best_fit(identity: str, patterns: dict) -> str | None:
     return max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
 
 
-def read_config(path: str | None = None, environ: dict | None = None, **overrides) -> Config:
+def read_config(path: str | None = None, environ: Mapping[str, str] | None = None,
+                **overrides) -> Config:
     """The configuration: defaults, then the file, then the environment, then `server` overrides.
 
     `path` is what --config said; without it the usual places are tried (see `find_config`).
@@ -461,9 +468,9 @@ def read_config(path: str | None = None, environ: dict | None = None, **override
     Raises: ConfigError with one line that names the place, the key and what is wrong.
     """
     environ = os.environ if environ is None else environ
-    source = find_config(path, environ)
+    source = find_config(path, environ) or ""
     data = _load_toml(source) if source else {}
-    config = Config(source=source or "", stations={}, ignored=[])
+    config = Config(source=source, stations={}, ignored=[])
     for setting in SETTINGS:
         section = config.__dict__.setdefault(setting.section, SimpleNamespace())
         setattr(section, setting.key, setting.default)
@@ -479,7 +486,7 @@ def read_config(path: str | None = None, environ: dict | None = None, **override
     return config
 
 
-def find_config(path: str | None, environ: dict) -> str | None:
+def find_config(path: str | None, environ: Mapping[str, str]) -> str | None:
     """The first that is there: --config, $OCPPBOARD_CONFIG, ./ocppboard.toml, /etc/ocppboard.toml.
 
     The first two were asked for, so they are returned even if the file is missing.
@@ -498,7 +505,7 @@ def _load_toml(source: str) -> dict:
         raise ConfigError(f"{source}: not a TOML file: {error}") from None
 
 
-def _apply_file(config: Config, data: dict, source: str | None) -> None:
+def _apply_file(config: Config, data: dict, source: str) -> None:
     sections = sorted({s.section for s in SETTINGS} | {"stations"})
     for name, table in data.items():
         if name not in sections:
@@ -539,7 +546,7 @@ def _apply_table(target: SimpleNamespace, section: str, settings: tuple, table: 
         target.__dict__[key] = _checked(known[key], value, source, f"{where}.{key}")
 
 
-def _apply_environment(config: Config, environ: dict) -> None:
+def _apply_environment(config: Config, environ: Mapping[str, str]) -> None:
     """Override keys by OCPPBOARD_SECTION_KEY; a variable of no section of ours is not for us."""
     known = {f"{ENVIRONMENT}{s.section}_{s.key}".upper(): s for s in SETTINGS}
     ours = tuple({f"{ENVIRONMENT}{s.section}_".upper() for s in SETTINGS})
@@ -582,8 +589,8 @@ def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
     if kind in (int, float) and allowed and not allowed[0] <= value <= allowed[1]:
         raise ConfigError(f"{source}: {where} must be from {allowed[0]} to {allowed[1]}{shown}")
     words = value if kind is list else [value] if kind is str else []
-    for word in words if allowed else ():
-        if word not in allowed:
+    for word in words:
+        if allowed and word not in allowed:
             raise ConfigError(f"{source}: {where} must be {' | '.join(filter(None, allowed))}, "
                               f"not {word!r}{_nearest(word, allowed)}")
     return value
@@ -727,8 +734,9 @@ to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class Record:
     """What every record of a Store has: its number in its store, and JSON."""
 
-    __slots__ = ()
+    __slots__ = ("number", "changed")
     number: int
+    changed: int                        # by which event last, of a record that changes
     size = 0                            # bytes that a stranger's text takes, where it has no bound
 
     def view(self) -> dict:
@@ -1300,6 +1308,9 @@ class CallResultError(NamedTuple):
     text: str
 
 
+Message = Call | Send | CallResult | CallError | CallResultError
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
@@ -1434,7 +1445,7 @@ def deeper(value: Any, limit: int) -> bool:
     return bool(level)
 
 
-def unpack_mended(frame: str) -> tuple[NamedTuple, list[str]]:
+def unpack_mended(frame: str) -> tuple[Message, list[str]]:
     """A frame that `unpack` refuses, put right if we know its faults: (message, their names).
 
     Raises: BadFrame, as `unpack` did.
@@ -1464,10 +1475,9 @@ def same_id(one: str, other: str) -> bool:
 
 def pack(message: Call | CallResult | CallError) -> str:
     """The frame of a message that we send."""
-    kind = type(message)
-    if kind is CallResult:
+    if isinstance(message, CallResult):
         return f"[3,{message.id_text},{message.text}]"
-    if kind is Call:
+    if isinstance(message, Call):
         return f'[2,{message.id_text},"{message.action}",{message.text}]'
     return (f"[4,{message.id_text},{to_json(message.code)},{to_json(message.description)},"
             f"{message.text}]")
@@ -1703,7 +1713,7 @@ class Schemas:
     def installed(cls) -> "Schemas | None":
         """The schemas, or None if the packages are not there."""
         ocpp, compiler = map(importlib.util.find_spec, ("ocpp", "fastjsonschema"))
-        if not ocpp or not compiler:
+        if not ocpp or not ocpp.submodule_search_locations or not compiler:
             return None
         return cls(Path(ocpp.submodule_search_locations[0]),
                    importlib.import_module("fastjsonschema"))
@@ -2811,7 +2821,7 @@ def lift_start(t: Interpreter, payload: dict) -> Steps:
     given, t.given = t.given, None
     here = given if given is not None else t.new_id() if again is None else again
     at = _when(t, payload)
-    state = CHARGING_STATE.get(t.statuses.get((number, 1)), "EVConnected")
+    state = CHARGING_STATE.get(t.statuses.get((number, 1), ""), "EVConnected")
     crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
                           start_key=key)
     crossing.ended, following, crossing.seq_no = False, crossing.seq_no, 0
@@ -2950,11 +2960,11 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     if ends:
         crossing.ended = True
         if crossing.there is not None:
-            stop = {"transactionId": crossing.there, "timestamp": at,
-                    "meterStop": (crossing.register or 0) - crossing.base,
-                    "reason": _reason_16(info, payload)}
-            stop |= {} if tag is None else {"idTag": tag}
-            stop |= {"transactionData": values} if values else {}
+            stop = ({"transactionId": crossing.there, "timestamp": at,
+                     "meterStop": (crossing.register or 0) - crossing.base,
+                     "reason": _reason_16(info, payload)}
+                    | ({} if tag is None else {"idTag": tag})
+                    | ({"transactionData": values} if values else {}))
             answer = (yield "StopTransaction", stop) or answer
         crossing.told_end = True         # not before: what upstream could not take is told again
     elif values and not (begins and first is not None and sum(
@@ -3154,8 +3164,9 @@ def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
     asked = keys or [row[0] for row in VARIABLES]
     here = {"numberofconnectors": str(len({e for e, _ in t.statuses if e > 0})),
             "supportedfeatureprofiles": FEATURES}        # what 2.x has no variable for
-    found = [{"key": name, "readonly": True, "value": here[name.lower()]} for name in (
-        keys or ("NumberOfConnectors", "SupportedFeatureProfiles")) if name.lower() in here]
+    found: list[dict] = [
+        {"key": name, "readonly": True, "value": here[name.lower()]} for name in (
+            keys or ("NumberOfConnectors", "SupportedFeatureProfiles")) if name.lower() in here]
     asked = [key for key in asked if key.lower() not in here]
     for at in range(0, len(asked), KEYS_AT_ONCE):
         part = asked[at:at + KEYS_AT_ONCE]
@@ -3512,7 +3523,7 @@ _PLAIN_LOWER = {new: _plain(old, lowered, lifted, asked, answered)
 STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, and 2.x's default
 
 
-def _of_types(action: str, known: Iterable[str], default: str | None = None) -> Callable:
+def _of_types(action: str, known: Container[str], default: str | None = None) -> Callable:
     """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
     def convert(t: Interpreter, payload: dict) -> Steps:
         if payload.get("certificateType", default) not in known:
@@ -3604,7 +3615,7 @@ NEW_OF_21 = {                            # fields that 2.0.1 has elsewhere
     "FirmwareStatusNotification": {"statusInfo"}, "LogStatusNotification": {"statusInfo"},
     "PublishFirmwareStatusNotification": {"statusInfo"}, "NotifyEvent": {"severity"},
     "NotifyEVChargingNeeds": {"timestamp"}, "NotifyMonitoringReport": {"eventNotificationType"}}
-WORDS_21 = {                             # field: {2.1's word: 2.0.1's; None: refused}
+WORDS_21: dict[str, dict[str, str | None]] = {      # field: {2.1's word: 2.0.1's; None: refused}
     "chargingProfilePurpose": {"LocalGeneration": None, "PriorityCharging": None},
     "chargingProfileKind": {"Dynamic": None},
     "logType": {"DataCollectorLog": None},
@@ -8917,7 +8928,7 @@ class Access:
             return self._bearer_session(bearer.encode("utf-8", "replace"), address)
         if found is None:
             raise Unauthorized()
-        if found.expires_at <= self.clock():
+        if found.expires_at is not None and found.expires_at <= self.clock():
             raise Forbidden("Session expired")
         return found
 
@@ -8946,8 +8957,8 @@ class Access:
         """
         mode = self.config.auth.mode
         names = {"token": ("token",), "credentials": ("username", "password")}.get(mode, ())
-        given = [body.get(name) for name in names]
-        if not all(isinstance(text, str) for text in given):
+        given = [text for name in names if isinstance(text := body.get(name), str)]
+        if len(given) < len(names):
             raise BadRequest(f"{' and '.join(names)} must be given as text")
         self._admit(address)
         self._hashing.admit()
@@ -9186,7 +9197,8 @@ class StationSocket(WebSocketHandler):
 
     def initialize(self, daemon: "Daemon", here: bool = True) -> None:
         self.daemon, self.here = daemon, here            # here: stations connect to this port
-        self.link = self.admission = None
+        self.link: Link | None = None
+        self.admission: Admission | None = None
         self._pongs_unread = 0
 
     def prepare(self) -> None:
@@ -9288,7 +9300,7 @@ class StationSocket(WebSocketHandler):
             self._stream.close()
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        log_unexpected(self, kind, error, trace)
+        log_unexpected(self, error)
 
     def on_close(self) -> None:
         self.daemon.sockets.discard(self)
@@ -9351,12 +9363,10 @@ async def _until_written(flushed: Awaitable) -> None:
         await flushed
 
 
-def log_unexpected(handler: RequestHandler, kind: Any, error: BaseException | None,
-                   trace: Any) -> None:
+def log_unexpected(handler: RequestHandler, error: BaseException | None) -> None:
     """Log what we did not raise on purpose; without the query, which may hold a token."""
     if not isinstance(error, (BoardError, HTTPError)):
-        log.error("A request to %s failed", shown(handler.request.path),
-                  exc_info=(kind, error, trace))
+        log.error("A request to %s failed", shown(handler.request.path), exc_info=error)
 
 
 class IsUpgrade(Matcher):
@@ -9466,7 +9476,7 @@ def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
 
 async def post_login(api: "Api") -> dict:
     """Create a session."""
-    session = await api.daemon.access.login(api.body, api.request.remote_ip)
+    session = await api.daemon.access.login(api.body, api.address)
     api.set_session_cookie(session)
     return {"sessionId": session.id} | session.view()
 
@@ -9483,7 +9493,7 @@ def get_session(api: "Api") -> dict:
 
 def post_logout(api: "Api") -> dict:
     """Destroy the session."""
-    api.daemon.access.logout(api.session)
+    api.daemon.access.logout(api.authenticate())
     api.clear_cookie(COOKIE, path="/")
     return {"success": True}
 
@@ -9792,7 +9802,7 @@ METRICS = (
 def get_metrics(api: "Api") -> None:
     """Prometheus text format."""
     sample, board = api.daemon.sample(), api.board
-    lines = []
+    lines: list[str] = []
 
     def metric(name: str, kind: str, text: str, values: Iterable[tuple[str, Any]]) -> None:
         lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
@@ -10155,7 +10165,8 @@ SHAPES = {
         "nextAttemptSeconds": "number?",
         "lastError": "string?", **dict.fromkeys(LINE_COUNTS, "integer")},
 }
-_TYPES = {"time": {"type": "string", "format": "date-time"}, "id": {"type": ["string", "integer"]}}
+_TYPES: dict[str, dict] = {"time": {"type": "string", "format": "date-time"},
+                           "id": {"type": ["string", "integer"]}}
 
 
 def openapi() -> dict:
@@ -10190,15 +10201,11 @@ def _operation(route: Route) -> dict:
     for code in sorted(codes):
         answers[str(code)] = {"description": HTTP_WORDS[code], "content": {
             "application/json": {"schema": _schema("ErrorAnswer")}}}
-    operation = {"summary": route.text, "operationId": route.act.__name__, "responses": answers}
-    if parameters:
-        operation["parameters"] = parameters
-    if route.body:
-        operation["requestBody"] = {"required": True, "content": {
-            "application/json": {"schema": _schema(route.body)}}}
-    if route.public:
-        operation["security"] = []
-    return operation
+    body = {"required": True, "content": {"application/json": {"schema": _schema(route.body)}}}
+    return ({"summary": route.text, "operationId": route.act.__name__, "responses": answers}
+            | ({"parameters": parameters} if parameters else {})
+            | ({"requestBody": body} if route.body else {})
+            | ({"security": []} if route.public else {}))
 
 
 HTTP_WORDS = {
@@ -10243,7 +10250,14 @@ class Api(RequestHandler):
         self.daemon, self.routes = daemon, routes        # routes: {method: Route}
         self.board, self.config = daemon.board, daemon.config
         self.woken, self.closed = asyncio.Event(), False
-        self.raw_body, self.body, self.query, self.session = bytearray(), {}, {}, None
+        self.raw_body = bytearray()
+        self.body: dict = {}
+        self.query: dict = {}
+
+    @property
+    def address(self) -> str:
+        """The client's address."""
+        return self.request.remote_ip or ""
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -10255,15 +10269,16 @@ class Api(RequestHandler):
         if not self.routes:
             raise NotFound("Not found")
         method = self.request.method
-        self.route = self.routes.get("GET" if method == "HEAD" else method)
-        if self.route is None or (method == "HEAD" and self.route.answer == SSE):
+        route = self.routes.get("GET" if method == "HEAD" else method)
+        if route is None or (method == "HEAD" and route.answer == SSE):
             raise MethodNotAllowed(", ".join(self.routes))
+        self.route = route
         if method not in ("GET", "HEAD") and not self.same_origin():
             self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
-                                      "medium", {"ip": self.request.remote_ip})
+                                      "medium", {"ip": self.address})
             raise Forbidden("Cross-origin request")
-        if not self.route.public:
-            self.session = self.authenticate()
+        if not route.public:
+            self.authenticate()
         length = self.request.headers.get("Content-Length", "0")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY_BYTES:
             raise TooLarge("The body is too large")
@@ -10279,7 +10294,7 @@ class Api(RequestHandler):
         scheme, _, bearer = self.request.headers.get("Authorization", "").partition(" ")
         return self.daemon.access.session(
             self.read_session_cookie(), bearer.strip() if scheme.lower() == "bearer" else None,
-            self.request.remote_ip)
+            self.address)
 
     def read_session_cookie(self) -> str | None:
         """The session id; Tornado 6.2 takes quadratic time to take a hostile header apart."""
@@ -10349,7 +10364,8 @@ class Api(RequestHandler):
 
     async def write_slices(self, records: list, text_of: Callable[[Any], str]) -> None:
         """Write all records; a client that reads slowly is waited for, until it goes."""
-        texts, size = [], 0
+        texts: list[str] = []
+        size = 0
         for record in records:
             if len(texts) >= SLICE or size >= SLICE_BYTES:
                 self.write("".join(texts))
@@ -10396,7 +10412,7 @@ class Api(RequestHandler):
         self.finish(to_json(body))
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        log_unexpected(self, kind, error, trace)
+        log_unexpected(self, error)
 
 
 # --- Dashboard ----------------------------------------------------------------------------
@@ -13715,6 +13731,26 @@ class SimulatedStation:
         self._restart = False
         self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
 
+    # What each version says in its own words
+
+    def boot_payload(self) -> dict:
+        raise NotImplementedError
+
+    async def tell_status(self, outlet: Outlet) -> None:
+        raise NotImplementedError
+
+    async def authorize(self, outlet: Outlet) -> None:
+        raise NotImplementedError
+
+    async def start(self, outlet: Outlet) -> None:
+        raise NotImplementedError
+
+    async def meter(self, outlet: Outlet) -> None:
+        raise NotImplementedError
+
+    async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
+        raise NotImplementedError
+
     # Life
 
     async def run(self) -> None:
@@ -13869,7 +13905,7 @@ class SimulatedStation:
 
     # What every version does
 
-    def now(self) -> str:
+    def now(self) -> str | None:
         return iso(self.clock())
 
     def limit_a(self, outlet: Outlet) -> float:
@@ -14050,9 +14086,10 @@ class SimulatedStation16(SimulatedStation):
         await self.call("MeterValues", payload)
 
     def sampled(self, outlet: Outlet) -> list[dict]:
-        values = [(REGISTER, f"{outlet.energy_wh:.0f}", "Wh", None),
-                  ("Power.Active.Import", f"{outlet.power_w:.0f}", "W", None),
-                  ("SoC", f"{outlet.soc:.0f}", "Percent", None)]
+        values: list[tuple[str, str, str, str | None]] = [
+            (REGISTER, f"{outlet.energy_wh:.0f}", "Wh", None),
+            ("Power.Active.Import", f"{outlet.power_w:.0f}", "W", None),
+            ("SoC", f"{outlet.soc:.0f}", "Percent", None)]
         values += [("Current.Import", f"{amps:.1f}", "A", phase)
                    for phase, amps in outlet.currents()]
         return [{"measurand": measurand, "value": value, "unit": unit,
@@ -14155,9 +14192,10 @@ class SimulatedStation201(SimulatedStation):
     def sampled(self, outlet: Outlet, kind: str = "Updated") -> list[dict]:
         context = {"Started": "Transaction.Begin", "Ended": "Transaction.End"}.get(
             kind, "Sample.Periodic")
-        values = [(REGISTER, outlet.energy_wh, "Wh", None),
-                  ("Power.Active.Import", outlet.power_w, "W", None),
-                  ("SoC", outlet.soc, "Percent", None)]
+        values: list[tuple[str, float, str, str | None]] = [
+            (REGISTER, outlet.energy_wh, "Wh", None),
+            ("Power.Active.Import", outlet.power_w, "W", None),
+            ("SoC", outlet.soc, "Percent", None)]
         values += [("Current.Import", amps, "A", phase) for phase, amps in outlet.currents()]
         return [{"measurand": measurand, "value": round(value, 2), "context": context,
                  "unitOfMeasure": {"unit": unit}} | ({"phase": phase} if phase else {})
@@ -14268,7 +14306,7 @@ SIMULATED = {kind.protocol: kind
 
 async def simulate(url: str, stations: int, protocol: str, duration: float, rate: float,
                    password: str = "", prefix: str = "SIM-", stay: float = 0.0,
-                   faults: Iterable[str] = ()) -> int:
+                   faults: Sequence[str] = ()) -> int:
     """Run stations, tell how they fare, and sum up. Returns the exit status: 1 if none got through.
 
     `rate` is Calls per second of all together, 0: one in two seconds from each; `duration` 0: until
@@ -14278,10 +14316,11 @@ async def simulate(url: str, stations: int, protocol: str, duration: float, rate
     latencies: deque = deque(maxlen=100_000)
     kinds = list(SIMULATED.values()) if protocol == "all" else [SIMULATED[protocol]]
     width = max(3, len(str(stations)))
-    fleet = [kinds[n % len(kinds)](f"{prefix}{n + 1:0{width}}", url.rstrip("/"),
-                                   (rate or stations / 2) / stations, 1, password, latencies, stay,
-                                   faults[n:n + 1])
-             for n in range(stations)]
+    fleet: list[SimulatedStation] = [
+        kinds[n % len(kinds)](f"{prefix}{n + 1:0{width}}", url.rstrip("/"),
+                              (rate or stations / 2) / stations, 1, password, latencies, stay,
+                              faults[n:n + 1])
+        for n in range(stations)]
     tasks = [asyncio.create_task(station.run()) for station in fleet]
     started = time.monotonic()
     try:
@@ -14337,7 +14376,9 @@ class BoundedServer(HTTPServer):
 
 def file_limit() -> int:
     """How many files this process may open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 1 << 30
+    if sys.platform == "win32":
+        return 1 << 30
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class Daemon:
@@ -14436,7 +14477,8 @@ class Daemon:
         if self.relay:
             self.relay.stop()
         for socket_ in list(self.sockets):
-            socket_.link.end("the central system stops", 1001)
+            if socket_.link:
+                socket_.link.end("the central system stops", 1001)
         for stream in self.streams:
             stream.on_connection_close()
         for task in list(self._tasks):
@@ -14501,8 +14543,9 @@ class Daemon:
 
     def steer(self) -> None:
         """Let the power controller decide, and send what it wants sent."""
-        for command in self.controller.tick():
-            self.spawn("smart charging", self.controller.carry_out(command))
+        if controller := self.controller:
+            for command in controller.tick():
+                self.spawn("smart charging", controller.carry_out(command))
 
 
 def _log_request(handler: RequestHandler) -> None:
@@ -14605,7 +14648,7 @@ def _in_url(host: str) -> str:
 
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: each station is one, and 1024 is usual."""
-    if resource:
+    if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
