@@ -42,6 +42,7 @@ from datetime import datetime
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import fastjsonschema
@@ -676,7 +677,7 @@ def misfit(version, action, part, payload):
     return error and f"{version} {action} {part} {error.json_path}: {error.message[:300]}"
 
 
-SPEAKS = {"up": CALLS, "down": COMMANDS}
+SPEAKS: dict[str, dict[str, Any]] = {"up": CALLS, "down": COMMANDS}
 PAIRS = list(itertools.permutations(PROTOCOLS, 2))
 CASES = [(direction, caller, other, action) for direction, table in SPEAKS.items()
          for caller, other in PAIRS for action in sorted(table[caller])]
@@ -718,7 +719,8 @@ def interpreter(direction, caller, other):
 def carry(steps, answer, check=lambda action, payload: None):
     """Run a translation as the relay does: `answer(action, payload)` is what the other side says
     to each Call, a payload or a CallFailed. Returns the Calls, and what the caller is answered."""
-    calls, step = [], functools.partial(steps.send, None)
+    calls: list[tuple] = []
+    step = functools.partial(steps.send, None)
     while len(calls) < 100:
         try:
             action, payload = step()
@@ -736,7 +738,7 @@ def speaking(direction, version):
     """A check that each Call is one that may be sent in this direction and fits its schema."""
     def check(action, payload):
         assert action in SPEAKS[direction][version], f"{action} is not for {version}"
-        assert (error := misfit(version, action, "Request", payload)) is None, (error, payload)
+        assert (found := misfit(version, action, "Request", payload)) is None, (found, payload)
     return check
 
 
@@ -767,8 +769,8 @@ def translate(direction, caller, other, action, payload, answer, mediator=None):
     if answered is None:
         assert direction == "up", "only the board answers in another's place"
     else:
-        error = misfit(caller, action, "Response", answered)
-        assert error is None, (error, answered, calls)
+        found = misfit(caller, action, "Response", answered)
+        assert found is None, (found, answered, calls)
     upstream = other if direction == "up" else caller
     for steps in mediator.told():
         carry(steps, answering(upstream), speaking("up", upstream))
@@ -827,8 +829,8 @@ def test_the_table_of_what_is_refused_is_true():
 def test_all_that_the_schemas_allow_is_translated(direction, caller, other, action):
     node, rng = official(caller, action, "Request"), random.Random(f"{direction}{caller}{action}")
     at_random, longest = functools.partial(anything, rng), functools.partial(made, long=True)
-    for ask, answer in ((least, least), (least, made), (made, least), (longest, longest),
-                        *[(at_random, at_random)] * 8):
+    ways: list[tuple] = [(least, least), (least, made), (made, least), (longest, longest)]
+    for ask, answer in ways + [(at_random, at_random)] * 8:
         translate(direction, caller, other, action, ask(node), answering(other, answer))
     nth, most = 0, words_in(node)
     while nth < most:                    # every word of the Call, and then of the answer
@@ -872,16 +874,18 @@ def talks(seed, number, station, upstream):
 
 @pytest.mark.parametrize("station, upstream", PAIRS)
 def test_whatever_comes_before_and_after(station, upstream):
-    for rng, mediator, *way, node in talks(f"{station} {upstream}", 80, station, upstream):
+    for rng, mediator, direction, caller, other, action, node in talks(
+            f"{station} {upstream}", 80, station, upstream):
         fails, make = rng.random() < 0.2, functools.partial(anything, rng)
-        with contextlib.suppress(BoardError if fails else ()):
-            translate(*way, make(node), (lambda *_: UNABLE) if fails else answering(way[2], make),
-                      mediator)
+        with contextlib.suppress(*[BoardError] * fails):
+            translate(direction, caller, other, action, make(node),
+                      (lambda *_: UNABLE) if fails else answering(other, make), mediator)
 
 
-STRANGE_VALUES = [None, True, False, 0, -1, 7, 1.5, 1e300, 2 ** 70, "", "x", "7", "Accepted", [],
-                  [None], [[]], ["x"], {}, {"a": 1}, [{}], [{"a": []}], "x" * 600, "9" * 5000,
-                  "2026-09-21T13:33:20", "true", "NaN", [{"id": []}]]
+STRANGE_VALUES: list[Any] = [
+    None, True, False, 0, -1, 7, 1.5, 1e300, 2 ** 70, "", "x", "7", "Accepted", [], [None], [[]],
+    ["x"], {}, {"a": 1}, [{}], [{"a": []}], "x" * 600, "9" * 5000, "2026-09-21T13:33:20", "true",
+    "NaN", [{"id": []}]]
 
 
 def spoiled(rng, value):
@@ -1270,9 +1274,9 @@ def test_a_profile_of_a_transaction_names_it_to_a_2x_station():
     (_, asked), = carry(mediator.down("SetChargingProfile", payload), answers())[0]
     assert asked["chargingProfile"]["transactionId"] == "T"
     payload["csChargingProfiles"]["chargingSchedule"]["chargingSchedulePeriod"] = []
-    for action, asked in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
+    for action, empty in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
             "idTag": "AB", "chargingProfile": payload["csChargingProfiles"]})):
-        assert carry(mediator.down(action, asked), answers()) == ([], {"status": "Rejected"})
+        assert carry(mediator.down(action, empty), answers()) == ([], {"status": "Rejected"})
 
 
 def test_a_problem_of_a_part_does_not_make_the_station_unavailable():
@@ -1360,7 +1364,8 @@ UNDER_WAY = [
 def asked_of(direction, caller, other, action):
     """Which Actions a translation may ask for, and tell afterwards: of a side that knows nothing
     yet, and of one with a transaction and a log under way. None if it is refused."""
-    node, asked, refused = official(caller, action, "Request"), set(), True
+    node, refused = official(caller, action, "Request"), True
+    asked: set[str] = set()
     for payload, primed in itertools.product(
             [least(node), *(made(node, nth=nth) for nth in range(words_in(node)))], (False, True)):
         mediator, payload = interpreter(direction, caller, other), json.loads(json.dumps(payload))
@@ -6102,6 +6107,12 @@ class Events:
                 return fields["event"], json.loads(fields["data"]), fields.get("id")
 
 
+def without_site(run, test):
+    """`run` with the parameters of the test but for its first, which is no fixture."""
+    run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
+    return run
+
+
 def live(**keys):
     """A test with a running Site as its first argument."""
     def decorate(test):
@@ -6111,8 +6122,7 @@ def live(**keys):
                 async with Site(**keys) as site:
                     await test(site, *args, **kwargs)
             asyncio.run(asyncio.wait_for(inside(), 60))
-        run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
-        return run
+        return without_site(run, test)
     return decorate
 
 
@@ -6140,7 +6150,9 @@ START_16 = {"connectorId": 1, "idTag": "=A", "meterStart": 100, "timestamp": "20
 
 
 def charge_point(version):
-    class ChargePoint(version.ChargePoint):
+    base: Any = version.ChargePoint
+
+    class ChargePoint(base):
         @ocpp.routing.on("ClearCache")
         def on_clear_cache(self, **_):
             return version.call_result.ClearCache(status="Accepted")
@@ -6428,7 +6440,8 @@ async def test_about_tells_where_stations_connect_and_what_they_can_be_told(site
     assert list(about["commands"]) == about["protocols"] == ["ocpp1.6", "ocpp2.1"]
     assert "RemoteStartTransaction" in about["commands"]["ocpp1.6"] and about["validated"]
     assert about["version"] == ocppboard.VERSION
-    socket_ = await websockets.connect(about["stationUrls"][0] + "CP-1", subprotocols=["ocpp1.6"])
+    socket_ = await websockets.connect(about["stationUrls"][0] + "CP-1",
+                                       subprotocols=[websockets.Subprotocol("ocpp1.6")])
     assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
     await socket_.close()
 
@@ -6466,8 +6479,8 @@ async def test_errors_are_always_json(site):
         assert status == expected and isinstance(answer["error"], str), (method, path, answer)
         assert expected != 405 or headers["Allow"]
     await site.station()
-    for body in ({"action": 5}, {"action": "Reset", "payload": []}, {}):
-        assert (await site.fetch("/api/connections/CP-1/call", "POST", body))[0] == 400
+    for call in ({"action": 5}, {"action": "Reset", "payload": []}, {}):
+        assert (await site.fetch("/api/connections/CP-1/call", "POST", call))[0] == 400
 
 
 @live()
@@ -6544,8 +6557,8 @@ async def test_an_unexpected_failure_is_answered_without_details(site, caplog, m
 async def test_without_a_session_nothing_is_shown(site):
     for route in ROUTES:
         path = route.path.replace(":identity", "CP-1")
-        body = None if route.method in ("GET", "DELETE") else {}
-        status, body, _ = await site.fetch(path, route.method, body, token=None)
+        status, body, _ = await site.fetch(
+            path, route.method, None if route.method in ("GET", "DELETE") else {}, token=None)
         if route.public:
             assert status in (200, 400), route
         else:
@@ -6744,7 +6757,7 @@ async def test_a_station_that_never_reads_stops_being_read(site):
     stream = link.write.__self__._stream
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sender = asyncio.create_task(_flood(socket_, json.dumps([2, "1", "GetNothing", {}])))
-    counts = []
+    counts: list[int] = []
     while len(counts) < 5 or counts[-1] != counts[-5]:
         await asyncio.sleep(0.05)
         counts.append(site.board.total_messages)
@@ -6787,7 +6800,8 @@ async def check_ports(site):
 
 @live(ocpp_path="/")
 async def test_stations_may_connect_without_a_path(site):
-    reader = await websockets.connect(f"ws://127.0.0.1:{site.port}/CP-1", subprotocols=["ocpp1.6"])
+    reader = await websockets.connect(f"ws://127.0.0.1:{site.port}/CP-1",
+                                      subprotocols=[websockets.Subprotocol("ocpp1.6")])
     assert (await exchange(reader, "Heartbeat", {}))[0] == 3
     await reader.close()
     assert len(await site.get("/api/connections")) == 1
@@ -6904,7 +6918,7 @@ async def test_one_stream_serves_several_topics(site):
     await exchange(socket_, "StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
                                                  "timestamp": "2026-09-21T13:33:20Z"})
     await exchange(socket_, "Nonsense", {})
-    seen = {}
+    seen: dict[str, Any] = {}
     while set(seen) != {"system", "connection", "transaction", "message", "fault"}:
         name, data, id_ = await events.next()
         seen[name] = data, id_
@@ -7086,8 +7100,8 @@ class Hurried(Site):
 
     def simulated(self, identity, protocol):
         """A simulated station with a hungry car at its outlet; its link can be cut."""
-        station = ocppboard.SIMULATED[protocol](identity, self.url("").rstrip("/"), rate=SPEED / 5,
-                                                clock=self.clock)
+        station: Any = ocppboard.SIMULATED[protocol](
+            identity, self.url("").rstrip("/"), rate=SPEED / 5, clock=self.clock)
         outlet, = station.outlets
         station.plan_more = lambda: station.plan.append(functools.partial(
             station.meter, outlet) if outlet.transaction_id is not None else station.heartbeat)
@@ -7118,8 +7132,7 @@ def hurried(**keys):
                 async with Hurried(**keys) as site:
                     await test(site, *args, **kwargs)
             asyncio.run(asyncio.wait_for(inside(), 120))
-        run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
-        return run
+        return without_site(run, test)
     return decorate
 
 
@@ -7205,7 +7218,9 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
 
 def charging_point(version):
     """A station of the `ocpp` package that keeps the limits it is sent."""
-    class ChargePoint(version.ChargePoint):
+    base: Any = version.ChargePoint
+
+    class ChargePoint(base):
         limits, answer = [], version.call_result
 
         @ocpp.routing.on("SetChargingProfile")
@@ -7385,8 +7400,9 @@ async def test_the_page_is_safe_small_and_kept_by_browsers(site):
 
 
 def test_the_page_has_a_key_for_every_event():
-    table = re.search(r"^const on = \{\n(.*?)^\};", ocppboard.SCRIPT, re.S | re.M)[1]
-    keys = set(re.findall(r"^  '?([\w-]+)'?\(", table, re.M))
+    table = re.search(r"^const on = \{\n(.*?)^\};", ocppboard.SCRIPT, re.S | re.M)
+    assert table
+    keys = set(re.findall(r"^  '?([\w-]+)'?\(", table[1], re.M))
     assert keys == {*TOPICS.values(), "connected", "heartbeat", "gap"}
 
 
@@ -7397,11 +7413,16 @@ class Look:
              "--disable-background-networking --disable-sync").split()
 
     def __init__(self, page, site):
-        self.page, self.site, self.wrong, self.dialogs = page, site, [], []
-        page.on("console", lambda m: m.type == "error" and self.wrong.append(m.text))
+        self.page, self.site = page, site
+        self.wrong: list[str] = []
+        page.on("console", self._logged)
         page.on("pageerror", lambda error: self.wrong.append(f"uncaught: {error}"))
         page.on("request", self._asked)
         page.on("dialog", lambda dialog: self.wrong.append(f"a dialog: {dialog.message}"))
+
+    def _logged(self, message):
+        if message.type == "error":
+            self.wrong.append(message.text)
 
     def _asked(self, request):
         if not request.url.startswith((f"http://127.0.0.1:{self.site.port}/", "data:")):
@@ -7611,8 +7632,12 @@ async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol
     station, command = await simulated(site, protocol)
     before = station.plan_start
     station.plan_start = lambda *_: None                 # it says Accepted and stays as it is
-    obeyed = []
-    station.obey = lambda call, obey=station.obey: (obeyed.append(call), obey(call))[1]
+    obeyed, obey = [], station.obey
+
+    def watched(call):
+        obeyed.append(call)
+        return obey(call)
+    station.obey = watched
     async with looking(site) as look:
         await look.go("stations/SIM-1/commands")
 
@@ -8262,7 +8287,7 @@ async def test_a_simulated_station_lives_as_the_schemas_say(site, protocol, capl
 
 
 async def simulated(site, protocol, rate=100):
-    station = ocppboard.SIMULATED[protocol]("SIM-1", site.url("").rstrip("/"), rate=rate)
+    station: Any = ocppboard.SIMULATED[protocol]("SIM-1", site.url("").rstrip("/"), rate=rate)
     station.plan_more = lambda: station.plan.append(functools.partial(asyncio.sleep, 0.01))
     task = asyncio.create_task(station.run())
     site._open.callback(task.cancel)
@@ -8370,7 +8395,7 @@ async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_tol
                 for fault in ("lose-link", "reboot")]
     for station in stations:
         site._open.callback(asyncio.create_task(station.run()).cancel)
-    connects = Counter()
+    connects: Counter = Counter()
 
     def seen():
         connects.clear()
@@ -8408,7 +8433,7 @@ def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
         answer = await client.fetch(url + "/api/overview",
                                     headers={"Authorization": f"Bearer {token}"})
         socket_ = await websockets.connect(url.replace("http", "ws") + "/ocpp/CP-1",
-                                           subprotocols=["ocpp1.6"])
+                                           subprotocols=[websockets.Subprotocol("ocpp1.6")])
         await exchange(socket_, "Heartbeat", {})
         process.send_signal(signal.SIGTERM)
         await socket_.wait_closed()
@@ -8428,7 +8453,7 @@ def test_a_full_disk_and_an_isolated_interpreter_do_not_stop_the_start():
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0 and process.stderr.read() == ""
+        assert process.communicate(timeout=10)[1] == "" and process.returncode == 0
 
 
 def run_ocppboard(*arguments, text=None, environ=None):
@@ -8536,7 +8561,7 @@ def test_every_section_knows_only_what_stands_above_it():
     banners = [n for n, line in enumerate(source.split("\n"), 1) if line.startswith("# --- ")]
     assert len(banners) >= 14
     section = functools.partial(bisect.bisect, banners)
-    home = {}
+    home: dict[str, int] = {}
     for statement in ast.parse(source).body:
         targets = getattr(statement, "targets", [])
         names = [*(t.id for t in targets if isinstance(t, ast.Name)),
