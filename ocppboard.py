@@ -10497,6 +10497,9 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .card > header { display: flex; align-items: center; gap: .6rem; flex-wrap: wrap;
   padding: .7rem 1rem .55rem; min-height: 2.9rem }
 .card > .in { padding: 0 1rem 1rem } .card > .in.top { padding-top: 1rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr));
+  gap: .7rem 1rem }
+.facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
 .tiles { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .75rem }
 .tile { padding: .7rem .9rem .5rem; display: grid; gap: .1rem; align-content: start;
   min-height: 7.9rem; position: relative; overflow: hidden }
@@ -10522,9 +10525,6 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
   justify-items: start }
 .url { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap }
 .url code { background: var(--well); padding: .2rem .5rem; border-radius: 6px; color: var(--ink) }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr));
-  gap: .7rem 1rem }
-.facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
 .list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
@@ -10588,11 +10588,11 @@ th:first-child, td:first-child { padding-left: 1rem }
 th:last-child, td:last-child { padding-right: 1rem }
 td.num, th.num { text-align: right }
 tr.spacer td { padding: 0; border: 0 }
-tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
 tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-bg) }
 tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
 tr.picked td { background: var(--info-bg) }
 tr.lost td { background: var(--warn-bg); color: var(--warn); text-align: center }
+tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
 table.plain { table-layout: auto } .plain td.nowrap { white-space: nowrap }
 table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   padding: .35rem .6rem; height: auto }
@@ -10655,7 +10655,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)) }
   .tile dd { font-size: 1.25rem }
   .filters { display: grid; grid-template-columns: 1fr 1fr; flex: 1 1 100% }
-  .filters > * { width: 100% !important } .filters input[type=search] { grid-column: 1 / -1 }
+  .filters > * { width: 100% } .filters input[type=search] { grid-column: 1 / -1 }
   .grid.tall { height: calc(100vh - 12rem) }
   table.plain, .plain tbody, .plain tr, .plain td { display: block } .plain thead { display: none }
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
@@ -10706,7 +10706,7 @@ function h(name, ...children) {
 }
 
 const SVG = 'http://www.w3.org/2000/svg';
-const HIDDEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+const HIDDEN = /[^\P{Cc}\t\n]|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/gu;
 const plain = text => String(text).replace(HIDDEN,
   sign => '\\u' + sign.charCodeAt(0).toString(16).padStart(4, '0'));
 
@@ -10732,7 +10732,10 @@ function patch(parent, list) {
     let node = key != null ? keys.get(key) : next?.is && next.is.props?.key == null ? next : null;
     if (node && (node.is.tag !== one.tag || one.props?.made && !node.is.props.made)) node = null;
     if (node === next && next) next = next.nextSibling;
-    else parent.insertBefore(node ||= taken(one), next);
+    else {
+      node ||= taken(one);
+      parent.insertBefore(node, next);
+    }
     update(node, one);
   }
   while (next) {
@@ -10803,8 +10806,9 @@ const millis = ms => ms == null ? DASH : ms >= 1000 ? digits(ms / 1000, 1) + ' s
 const plural = (n, word) => `${digits(n)} ${word}${n === 1 ? '' : 's'}`;
 
 function duration(s) {
-  if (s == null || !isFinite(s)) return DASH;
+  if (s == null || !Number.isFinite(s)) return DASH;
   s = Math.max(0, Math.round(s));
+  /** @type {[string, number][]} */
   const units = [['d', 86400], ['h', 3600], ['min', 60], ['s', 1]];
   const first = Math.max(0, units.findIndex(([, size]) => s >= size));
   if (s < 60) return `${s} s`;
@@ -10907,7 +10911,11 @@ function onTop(list, record, most = EVENTS_KEPT) {
 // --- The board: what is asked of it ---------------------------------------------------------
 
 class Failure extends Error {
-  constructor(text, status, data) { super(text); Object.assign(this, {status, data}); }
+  constructor(text, status, data) {
+    super(text);
+    this.status = status;
+    this.data = data;
+  }
 }
 
 async function ask(method, path, body) {
@@ -10973,12 +10981,12 @@ async function load(lists = true) {
   try {
     const got = await Promise.all(Object.values(SOURCES).map(one => ask('GET', '/api/' + one)));
     if (turn !== loading) return;
-    Object.keys(SOURCES).forEach((name, n) => { state[name] = got[n].data; });
-    state.recent = rowsIn(got.at(-1).text);
-    state.stations = new Map(state.stations.map(one => [one.identity, one]));
-    state.transactions = new Map(state.transactions.reverse().map(one => [keyOf(one), one]));
-    state.charges = new Map(state.charges.reverse().map(one => [one.sessionId, one]));
-    Object.assign(state, {loaded: true, series: new Map(), findings: new Map()});
+    const all = Object.fromEntries(Object.keys(SOURCES).map((name, n) => [name, got[n].data]));
+    Object.assign(state, all, {loaded: true, series: new Map(), findings: new Map(),
+      recent: rowsIn(got.at(-1).text),
+      stations: new Map(all.stations.map(one => [one.identity, one])),
+      transactions: new Map(all.transactions.reverse().map(one => [keyOf(one), one])),
+      charges: new Map(all.charges.reverse().map(one => [one.sessionId, one]))});
     state.errors.forEach(find);
     tellTime();
     if (lists && state.list) openList(state.list.filter);
@@ -11053,7 +11061,7 @@ async function loadOlder(list) {
     list.rows = [...older, ...list.rows];
     list.size += sum(older.map(row => row.raw.length));
     list.calls.clear();
-    list.rows.forEach(row => pair(list, row));
+    for (const row of list.rows) pair(list, row);
     Object.assign(list, {asked: offset + found.length, total: Math.max(total, list.rows.length),
       newest: Math.max(list.newest, older.at(-1)?.number || 0),
       older: found.length === limit && list.rows.length < ROWS_KEPT && list.size < ROW_BYTES_KEPT});
@@ -11113,7 +11121,7 @@ function pause(list) {
     Object.assign(list, {held: {rows: [], size: 0}, skipped: 0});
     if (skipped) append(list, gapRow(`${plural(skipped, 'message')} went by while this was paused`,
       held.rows[0].timestamp));
-    held.rows.forEach(row => append(list, row));
+    for (const row of held.rows) append(list, row);
   }
   touch('messages');
 }
@@ -11225,7 +11233,8 @@ const refreshKnocking = () => attempt(async () => {
 let reading = null, heard = 0, patience = 45000, lastId = '', retry = 0;
 async function connect() {
   disconnect();
-  const mine = reading = new AbortController();
+  const mine = new AbortController();
+  reading = mine;
   heard = Date.now();
   try {
     const {signal} = mine, at = query({lastEventId: lastId});
@@ -11312,15 +11321,20 @@ const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading â
 const scrolls = (label, ...content) =>
   h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
 const typing = (where, name) => event => { where[name] = event.target.value; touch('ui'); };
+const remembered = (name, initial) => {
+  state.ui[name] ??= initial;
+  return state.ui[name];
+};
 const narrow = () => matchMedia('(max-width: 44rem)').matches;
 const rowHeight = () =>
-  parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'));
+  parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'), 10);
 
 // Tell of an element's size, now and when it changes.
+const resized = new WeakMap();
 const sizes = new ResizeObserver(entries => {
-  for (const {target, contentRect} of entries) target.resized(contentRect);
+  for (const {target, contentRect} of entries) resized.get(target)(contentRect);
 });
-const watchSize = (node, resized) => { node.resized = resized; sizes.observe(node); };
+const watchSize = (node, tell) => { resized.set(node, tell); sizes.observe(node); };
 
 // A list and, when one of it is open, that one beside it.
 const split = (list, detail) => h('div.split' + (detail ? '.both' : ''), list, detail);
@@ -11397,11 +11411,16 @@ function headCell(id, column) {
 
 // `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
 // the last one. Rows that came on top since it was drawn do not move what is looked at.
+/**
+ * @param {string} id
+ * @param {{columns: any[], rows: any[], key: (one: any) => any, row?: (one: any) => any,
+ *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean}} look
+ */
 function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside}) {
   if (!rows.length) return blank;
   const slim = narrow();
   const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
-  const height = rowHeight(), view = state.ui[id + '.view'] ||= {top: 0, height: 900};
+  const height = rowHeight(), view = remembered(id + '.view', {top: 0, height: 900});
   const fresh = view.top > 0 ? rows.findIndex(one => key(one) === view.newest) : 0;
   if (fresh > 0 && !state.ui[id + '.sort']) {
     view.top += fresh * height;
@@ -11465,7 +11484,8 @@ const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
 const COLOURS = [0, 1, 2, 3, 4, 5, 6, 7].map(n => `var(--c${n})`);
 const TICKS = [1, 2, 2.5, 5, 10];
 const LEGEND = 16;
-const highest = values => values.reduce((best, one) => one > best ? one : best, -Infinity);
+const highest = values => values.reduce(
+  (best, value) => Math.max(best, value ?? -Infinity), -Infinity);
 
 function spark(values) {
   if (values.length < 2) return null;
@@ -11930,7 +11950,7 @@ async function turnOf(identity) {
 }
 function turnOver(identity) {
   underWay.delete(identity);
-  queue.splice(0).forEach(wake => wake());
+  for (const wake of queue.splice(0)) wake();
 }
 
 // Send a command; what the station really answered, and when, stands on top of its answers.
@@ -12791,9 +12811,9 @@ function circuitsCard() {
   const place = (one, deep) => {
     depth[one.name] = deep;
     rows.push(one);
-    under(one.name).forEach(child => place(child, deep + 1));
+    for (const child of under(one.name)) place(child, deep + 1);
   };
-  under(null).forEach(one => place(one, 0));
+  for (const one of under(null)) place(one, 0);
   const {meter, windowFactor} = power;
   return card([h('h2.grow', 'Circuits'),
     windowFactor < 1 && pill(`window: ${percent(windowFactor * 100)} of the limit`, 'info'),
@@ -12822,11 +12842,12 @@ function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase
     h('span.small', {class: over || 'dim'}, text));
 }
 
+/** @type {Record<string, [string, object]>} */
 const LIMITS = {limitA: ['Limit, A a phase', {min: 1, step: 'any'}],
   marginPercent: ['Margin, %', {min: 0, max: 50, step: 'any'}]};
 const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come'];
 function limitForm(power) {
-  const typed = state.ui.limits ||= {};
+  const typed = remembered('limits', {});
   const value = name => String(typed[name] ?? power[name]);
   const changes = Object.fromEntries(Object.keys(typed).filter(name => typed[name] !== ''
     && value(name) !== String(power[name])).map(name =>
@@ -12859,7 +12880,7 @@ function limitForm(power) {
 
 const SESSION_FIELDS = {priority: 'Priority', minA: 'Least, A', maxA: 'Most, A; 0 pauses'};
 function chargeDetail({sessionId}) {
-  const one = state.charges.get(sessionId), typed = state.ui['charge ' + sessionId] ||= {};
+  const one = state.charges.get(sessionId), typed = remembered('charge ' + sessionId, {});
   const value = name => typed[name] ?? String(one[name] ?? '');
   const changed = Object.keys(typed).filter(name => typed[name] !== String(one[name] ?? ''));
   const change = changes => attempt(async () => {
@@ -13362,7 +13383,7 @@ function draw() {
   frameAsked = 0;
   drawnAt = performance.now();
   const away = state.live.status === 'off' && 'away';
-  const app = () => h('div.app', {key: 'app'}, header(), navigation(),
+  const app = () => h('div.app', {key: 'app'}, header(), screenList(),
     h('main.main', {tabindex: -1, class: away}, SCREENS[state.route.screen][1]()));
   if (state.mode) patch(document.getElementById('board'), [state.session ? app() : login(),
       notices(),
@@ -13392,7 +13413,7 @@ function header() {
   });
 }
 
-function navigation() {
+function screenList() {
   const stroke = {fill: 'none', stroke: 'currentColor', 'stroke-width': 2,
     'stroke-linejoin': 'round', 'stroke-linecap': 'round'};
   return panel('navigation', ['telemetry', 'transactions'], () => {
@@ -13430,8 +13451,8 @@ function stored(name, value) {
   }
 }
 const theme = () => stored('theme') || 'system';
-const darkRule = [...document.styleSheets[0].cssRules]
-  .find(rule => rule.media?.mediaText.includes('prefers-color-scheme'));
+const darkRule = [...document.styleSheets[0].cssRules].filter(rule => rule instanceof CSSMediaRule)
+  .find(rule => rule.media.mediaText.includes('prefers-color-scheme'));
 function setTheme(name) {
   stored('theme', name);
   darkRule.media.mediaText = {dark: 'all', light: 'not all'}[name]
@@ -13444,7 +13465,7 @@ let prefixAt = 0;
 function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.session || state.confirm) return;
   const {key, target} = event, typing = target.matches?.('input, textarea, select');
-  if (key === 'Escape') return typing ? target.blur() : escape();
+  if (key === 'Escape') return typing ? target.blur() : closeOpen();
   if (typing) return;
   const prefixed = Date.now() - prefixAt < PREFIX_MS;
   const jump = prefixed && Object.keys(SCREENS).find(name => SCREENS[name][2] === key);
@@ -13452,7 +13473,8 @@ function pressed(event) {
   if (jump) go(jump);
   else if (key === '/') {
     event.preventDefault();
-    document.querySelector('[data-search]')?.focus();
+    const search = document.querySelector('[data-search]');
+    if (search instanceof HTMLElement) search.focus();
   } else if (key === '?') go('help');
   else if (!document.querySelector('.filters [data-search]') || !state.list) return;
   else if (key === 'p') pause(state.list);
@@ -13460,7 +13482,7 @@ function pressed(event) {
 }
 
 // Close what is open beside a list.
-function escape() {
+function closeOpen() {
   const {screen, id, query: fields, message} = state.route;
   if (message) closeMessage();
   else if (fields.event) filter({event: ''});
