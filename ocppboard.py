@@ -1223,7 +1223,7 @@ class Store:
                 self.bytes -= gone.size
         return gone
 
-    def make_room(self, over: Callable[[Any], bool]) -> Record | None:
+    def make_room(self, over: Callable[[Any], bool]) -> Any:
         """When it is full, remove the oldest that is over, else the oldest. Returns that one."""
         if len(self.records) < self.limit:
             return None
