@@ -1267,7 +1267,7 @@ def test_a_fault_that_upstream_cannot_be_told_does_not_keep_the_status_from_it()
 def test_a_profile_of_a_transaction_names_it_to_a_2x_station():
     mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
     carry(mediator.up(*event_2x("Started")), answers())
-    payload = {"connectorId": 1, "csChargingProfiles": {
+    payload: dict[str, Any] = {"connectorId": 1, "csChargingProfiles": {
         "chargingProfileId": 1, "stackLevel": 0, "chargingProfilePurpose": "TxProfile",
         "chargingProfileKind": "Relative", "chargingSchedule": {
             "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6}]}}}
