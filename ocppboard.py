@@ -88,7 +88,7 @@ import tornado
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
-from tornado.ioloop import PeriodicCallback
+from tornado.ioloop import IOLoop, PeriodicCallback
 from tornado.iostream import StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
@@ -108,6 +108,10 @@ IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), charg
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
 SERIES_KEPT = 240           # readings of a transaction; beyond it every second one goes
+TRACKS_KEPT = 6             # registers of other bases in a transaction; the one with least in it goes
+INTERVALS_KEPT = 60         # times of a transaction's interval energies, to know a repeated one
+SEQUENCE_GAP = 100          # missing seqNo of a transaction that may still come; more are counted
+PROBLEMS_KEPT = 10          # alerts of one connector; the oldest goes first
 SAMPLES_READ = 2000         # meter values in a message, and sampled values in each, the last ones
 QUIRKS_KEPT = 50            # kinds of quirk of one station
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
@@ -130,6 +134,12 @@ IDLE_HTTP_S = 75            # an HTTP connection without a request is closed
 COALESCE_S = 60             # the same refusal within this time is counted, not recorded again
 RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
 SKEW_TOLERANCE_S = 5        # how far a clock's skew may be misjudged
+CLOCK_SET_S = 10            # a station's clock that is so near ours was set by it
+CLOCK_JUMP_S = 2            # from here on a step of our own wall clock is told
+RESUMED_S = 600             # so long a StartTransaction without a readable time may be repeated
+CONNECTOR_MOST_W = 400_000  # what a connector can give; registers that rise faster are no registers
+BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes with a later one
+REGISTER_SLACK_WH = 10_000  # and this at once: clocks are set, registers are coarse
 POWER_BASE_S = 30           # the least time that power is worked out over
 NESTING = 100               # of a payload's arrays and objects
 BURST_S = 10                # a station may save up this many seconds of its call rate
@@ -859,11 +869,15 @@ class Sample(Record):
 
 NOMINAL_V = 230.0                   # phase to neutral, where no meter says
 PHASES = ("L1", "L2", "L3")
+FLOWS = ("power_w", "current_a")    # what a state can end: nothing flows any more
+PHASED = ("current_a", "voltage_v")  # kept by phase; of other quantities the total counts
+REST_LEAST = 0.15                   # of the power: less in phases not told of is noise
+BALANCED = 0.2                      # how far phases of one car may differ
 
 
 @dataclass(slots=True)
 class Reading:
-    """What a meter said last, in one unit for each quantity. None is unknown, which is not zero."""
+    """The last state of a meter, in one unit for each quantity. None is unknown, which is not zero."""
 
     at: float                           # when the station says it was read
     energy_wh: float | None = None      # the import register
@@ -875,19 +889,31 @@ class Reading:
     temperature_c: float | None = None
     frequency_hz: float | None = None
     derived: bool = False               # power was worked out, no meter said it
+    derived_current: bool = False       # so was the current of one phase or more
     stale: bool = False                 # the station has gone since
-    order: float = 0.0                  # `at` by our clock, as far as the skew is known
-    flow_at: float = 0.0                # the same, of the last current or power
+    at_mono: float = -math.inf          # `at` by our monotonic clock, as far as the skew is known
+    flow_mono: float = -math.inf        # the same, of the last current or power
+    current_mono: float = -math.inf     # and of the last current
+    ended_mono: float = -math.inf       # when a state of the charging ended the flow
+    instant: dict = field(default_factory=dict)      # {field: {phase: value}} of the time `at`
     base: tuple | None = None           # (at, energy_wh) that power is worked out from
 
-    def take(self, at: float, values: dict, skew_s: float = 0.0) -> bool:
-        """Take what a meter says on, {field: value}; what it does not say stands as it was.
+    def update(self, at: float, found: dict, at_mono: float | None = None) -> bool:
+        """Take the samples of one instant, {field: {phase: value}}; other quantities stay.
 
-        A reading from before the last one is history and not taken; `skew_s`, the station's clock
-        less ours, tells it from one of a clock that was set. Returns whether it was taken.
+        Phases of one instant may come in several messages. A reading from before the last one is
+        history, and is not taken; `at_mono` is its time by our clock. Returns whether it was taken.
         """
-        if at - skew_s < self.order - SKEW_TOLERANCE_S:
+        at_mono = at if at_mono is None else at_mono
+        if at_mono < self.at_mono - SKEW_TOLERANCE_S:
             return False
+        if at_mono < self.ended_mono:
+            found = {name: phases for name, phases in found.items() if name not in FLOWS}
+        instant = self.instant if at == self.at else {}
+        self.instant = instant | {name: instant.get(name, {}) | phases
+                                  for name, phases in found.items()}
+        values = {name: self.instant[name] if name in PHASED else _total(name, self.instant[name])
+                  for name in found}
         if "power_w" in values:
             self.derived = False
         elif self.power_w is None or self.derived:
@@ -895,41 +921,66 @@ class Reading:
             self.derived = self.power_w is not None
         for name, value in values.items():
             setattr(self, name, value)
-        self.at, self.order, self.stale = at, at - skew_s, False
+        if "current_a" in values:
+            self.current_mono = at_mono
+        if "current_a" in values or "power_w" in values and (
+                at_mono - self.current_mono > POWER_BASE_S):
+            self._derive_currents()
         if "current_a" in values or "power_w" in values:
-            self.flow_at = self.order
+            self.flow_mono = at_mono
+        self.at, self.at_mono, self.stale = at, at_mono, False
         return True
 
     def flow(self, phases: int, voltage: float) -> tuple[list, list] | None:
-        """What flows in L1, L2 and L3 of a station with so many phases; None if no meter says it.
+        """The current in L1, L2 and L3 of a station with so many phases; None if no meter says it.
 
         Twice: a current of no phase may be that of each or the sum of all, so the first figures
         are the worst that the meter may mean, the second the best.
         """
-        told = self.current_a
-        if any(phase in told for phase in PHASES):
-            flow = [max(0.0, told.get(phase, 0.0)) for phase in PHASES]
-            return flow, flow
-        if "" in told:
-            worse, better = max(0.0, told[""]), max(0.0, told[""]) / phases
+        amps = self.current_a
+        none = [0.0] * (3 - phases)
+        if any(phase in amps for phase in PHASES):
+            worse = [max(0.0, amps.get(phase, 0.0)) for phase in PHASES]
+            missing = [n for n, phase in enumerate(PHASES[:phases]) if phase not in amps]
+            better, rest_a = worse.copy(), self._rest_w() / voltage
+            for n in missing:            # it may be on any of them
+                worse[n], better[n] = rest_a, rest_a / len(missing)
+            return worse, better
+        if "" in amps:
+            worst, best = max(0.0, amps[""]), max(0.0, amps[""]) / phases
+        elif "N" in amps:                # a single-phase car's, on whichever phase it is
+            worst = best = max(0.0, amps["N"])
         elif self.power_w is not None and not self.derived:
-            worse = better = max(0.0, self.power_w) / (phases * voltage)
+            worst = best = max(0.0, self.power_w) / (phases * voltage)
         else:
             return None
-        none = [0.0] * (3 - phases)
-        return [worse] * phases + none, [better] * phases + none
+        return [worst] * phases + none, [best] * phases + none
 
-    def stop(self) -> None:
-        """Nothing flows any more, whatever the meter said last."""
-        self.power_w, self.current_a = 0.0, dict.fromkeys(self.current_a, 0.0)
+    def end_flow(self, at_mono: float) -> None:
+        """Nothing flows from then on, whatever the meter said before."""
+        self.ended_mono = at_mono
+        if self.flow_mono <= at_mono:
+            self._set_flow(0.0, dict.fromkeys(self.current_a, 0.0))
+
+    def forget_flow(self) -> None:
+        """What flows is unknown until the next reading: the station has started anew."""
+        self._set_flow(None, {})
+
+    def _set_flow(self, power_w: float | None, current_a: dict) -> None:
+        self.power_w, self.current_a = power_w, current_a
+        self.derived, self.derived_current = power_w is not None, False
+        self.instant, self.base = {}, None
+
+    def _volts(self, phase: str) -> float:
+        return self.voltage_v.get(phase, self.voltage_v.get("", NOMINAL_V))
 
     def _derived_power(self, at: float, values: dict) -> float | None:
         """Power from current and voltage, else from energy and time."""
         if current := values.get("current_a"):
-            voltage = values.get("voltage_v") or self.voltage_v
-            phases = [p for p in PHASES if p in current] or [p for p in current if not p]
-            return round(sum(current[p] * voltage.get(p, voltage.get("", NOMINAL_V))
-                             for p in phases), 1)
+            self.voltage_v = values.get("voltage_v") or self.voltage_v
+            phases = ([p for p in PHASES if p in current] or [p for p in current if not p]
+                      or list(current))
+            return round(sum(current[p] * self._volts(p) for p in phases), 1)
         if "energy_wh" not in values:
             return self.power_w
         register, (since, base) = values["energy_wh"], self.base or (at, math.inf)
@@ -940,13 +991,209 @@ class Reading:
             return round((register - base) / (at - since) * 3600, 1)
         return self.power_w
 
+    def _derive_currents(self) -> None:
+        """Currents of the phases of which only power tells: by phase, or in the sum of all."""
+        amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
+        if "" in amps or not amps and not any(p in watts for p in PHASES):
+            return
+        derived = {p: watts[p] / self._volts(p) for p in PHASES if p in watts and p not in amps}
+        missing = [p for p in PHASES if p not in amps]
+        of_one_w = max(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
+        if not derived and missing:      # a car that takes the same from each phase
+            each_w = self._rest_w() / len(missing)
+            if 0 < each_w and abs(each_w - of_one_w) < BALANCED * of_one_w:
+                derived = {p: each_w / self._volts(p) for p in missing}
+        self.current_a = amps | {phase: round(a, 2) for phase, a in derived.items()}
+        self.derived_current = bool(derived)
+
+    def _rest_w(self) -> float:
+        """The measured power that flows in phases whose current the same instant does not tell."""
+        amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
+        if not watts or not amps:
+            return 0.0
+        rest_w = self.power_w - sum(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
+        return rest_w if rest_w > REST_LEAST * self.power_w else 0.0
+
     def view(self) -> dict:
-        """`quality`: measured, derived, or stale."""
+        """`quality`: measured, derived, or stale; `derived`: the fields that no meter said."""
         quality = "stale" if self.stale else "derived" if self.derived else "measured"
         return {"timestamp": iso(self.at), "energyWh": self.energy_wh, "powerW": self.power_w,
                 "currentA": self.current_a, "voltageV": self.voltage_v, "offeredA": self.offered_a,
                 "soc": self.soc, "temperatureC": self.temperature_c,
-                "frequencyHz": self.frequency_hz, "quality": quality}
+                "frequencyHz": self.frequency_hz, "quality": quality,
+                "derived": ["powerW"] * self.derived + ["currentA"] * self.derived_current}
+
+
+def _total(name: str, phases: dict) -> float:
+    """One figure of a quantity: the total, where it is given, rather than our sum of phases."""
+    if "" in phases:
+        return phases[""]
+    if name in ("power_w", "energy_wh"):
+        return round(sum(phases.values()), 3)
+    return max(phases.values())
+
+
+class Point(NamedTuple):
+    """A register and its time: by our monotonic clock, and as the station told it."""
+
+    mono: float
+    at: float
+    wh: float
+
+
+def most_wh(earlier: Point, later: Point) -> float:
+    """What a connector can give between two readings, and a margin for clocks that were set."""
+    seconds = max(abs(later.mono - earlier.mono), abs(later.at - earlier.at))
+    return REGISTER_SLACK_WH + CONNECTOR_MOST_W / 3600 * seconds
+
+
+@dataclass(slots=True)
+class Track:
+    """Registers that one meter can have shown: over time they only rise, as fast as power allows."""
+
+    first: Point
+    last: Point
+    before: float                       # the register before the last, by which a spike is known
+
+    def step(self, point: Point) -> float | None:
+        """How far the point goes beyond the track, in Wh; None if it does not continue it."""
+        if point.mono >= self.last.mono and point.wh >= self.last.wh:
+            gap = point.wh - self.last.wh
+            return gap if gap <= most_wh(self.last, point) else None
+        if point.mono <= self.first.mono and point.wh <= self.first.wh:
+            gap = self.first.wh - point.wh
+            return gap if gap <= most_wh(point, self.first) else None
+        if self.first.mono <= point.mono <= self.last.mono and (
+                self.first.wh <= point.wh <= self.last.wh):
+            return 0.0
+        return None
+
+    def is_noise(self, point: Point) -> bool:
+        """Whether the point is this meter's, seen late or with a small step back.
+
+        A fall to under half is a register that was reset, or another one.
+        """
+        return self.last.wh / 2 <= point.wh <= self.last.wh
+
+    def extend(self, point: Point) -> None:
+        """Take a point that continues the track, or is noise of it."""
+        if point.mono >= self.last.mono and point.wh >= self.last.wh:
+            if point.mono > self.last.mono:
+                self.before = self.last.wh
+            self.last = point
+        elif point.mono <= self.first.mono and point.wh <= self.first.wh:
+            self.first = point
+        elif point.mono > self.last.mono and self.is_spike(point):
+            self.last = point
+
+    def is_spike(self, point: Point) -> bool:
+        """Whether this later point, lower than the last, says that the last was none."""
+        return self.before <= point.wh < (self.before + self.last.wh) / 2
+
+
+class Register:
+    """The energy of a transaction, from its meter's registers in whatever order they come.
+
+    Some chargers mix registers of two bases (of the session, of the meter's life), start at a
+    placeholder, reset, or show a spike. So registers are sorted into tracks that one meter can
+    have shown. Tracks that follow each other add up; one beside another is another base.
+    """
+
+    __slots__ = ("start", "stop", "_tracks", "_intervals", "_interval_wh", "pieced")
+
+    def __init__(self) -> None:
+        self.start: Point | None = None
+        self.stop: Point | None = None
+        self.pieced = False              # the energy is the sum of several tracks
+        self._tracks: list[Track] = []
+        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times, to know a repeated one
+        self._interval_wh: float | None = None
+
+    def begin(self, point: Point) -> None:
+        """The register at the start of the transaction; another one later changes nothing."""
+        if self.start is None and point.wh >= 0:
+            self.start = point
+            self.add(point)
+
+    def end(self, point: Point) -> None:
+        """The register at its end."""
+        if point.wh >= 0:
+            self.stop = point
+            self.add(point)
+
+    def add(self, point: Point) -> None:
+        """A register in between."""
+        if point.wh < 0 or self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S:
+            return                       # none of this transaction, whatever it is
+        steps = [(gap, -n, track) for n, track in enumerate(self._tracks)
+                 if (gap := track.step(point)) is not None]
+        if steps:                        # the track that began last, unless another is far nearer
+            nearest, latest = min(steps, key=lambda s: s[:2]), min(steps, key=lambda s: s[1])
+            chosen = latest if latest[0] <= 2 * nearest[0] else nearest
+            chosen[2].extend(point)
+            return
+        for track in reversed(self._tracks):
+            if track.is_noise(point) or point.mono > track.last.mono and track.is_spike(point):
+                track.extend(point)
+                return
+        if len(self._tracks) >= TRACKS_KEPT:
+            self._tracks.remove(min(self._tracks[1:], key=lambda t: t.last.wh - t.first.wh))
+        self._tracks.append(Track(point, point, point.wh))
+
+    def add_interval(self, at: float, wh: float) -> None:
+        """The energy of one interval, where a meter tells no register; each time counts once."""
+        if wh >= 0 and at not in self._intervals and wh <= REGISTER_SLACK_WH * 10 and (
+                len(self._intervals) < INTERVALS_KEPT or at > self._intervals[0]):
+            self._intervals.append(at)
+            self._interval_wh = (self._interval_wh or 0.0) + wh
+
+    @property
+    def first_wh(self) -> float | None:
+        """The first register that was seen."""
+        return min(track.first for track in self._tracks).wh if self._tracks else None
+
+    @property
+    def last_wh(self) -> float | None:
+        """The last register of the meter that showed the first one."""
+        return self._tracks[0].last.wh if self._tracks else None
+
+    def energy_wh(self) -> float | None:
+        """The energy so far, in Wh; None if no meter said anything. Sets `pieced`.
+
+        Where start and stop are both there and plausible, their difference is the energy.
+        """
+        self.pieced = False
+        if self.start and self.stop and 0 <= self.stop.wh - self.start.wh <= most_wh(
+                self.start, self.stop) and not self._rose_between():
+            return round(self.stop.wh - self.start.wh, 3)
+        total = self._sum()
+        if self._interval_wh is not None and not total:
+            self.pieced = True
+            return round(self._interval_wh, 3)
+        return None if total is None else round(total, 3)
+
+    def _rose_between(self) -> bool:
+        """Whether the stop's register is one that began above the start's: of another base."""
+        home = next((t for t in self._tracks if self.stop in (t.first, t.last)), None)
+        return home is not None and home is not self._tracks[0] and (
+            home.first.wh > self._tracks[0].last.wh)
+
+    def _sum(self) -> float | None:
+        """What the tracks that follow each other have gained."""
+        total, former = None, None
+        for track in sorted(self._tracks, key=lambda t: t.first.mono):
+            gained = track.last.wh - track.first.wh
+            if former is not None:
+                beside = track.first.mono < former.last.mono or (
+                    track.first.mono == former.last.mono and former.last != former.first)
+                if beside:
+                    continue
+                if track.first.wh < former.last.wh and track.first.wh <= most_wh(
+                        former.last, track.first):
+                    gained = track.last.wh           # it was reset, and counted from zero
+                self.pieced |= gained > 0
+            total, former = (total or 0.0) + gained, track
+        return total
 
 
 class Series:
@@ -967,18 +1214,24 @@ class Series:
     def __len__(self) -> int:
         return len(self._numbers) // self.WIDTH
 
-    def take(self, at: float, reading: Reading, energy_wh: float | None) -> None:
-        """Keep a reading of that time, unless it is too near the last one or before it."""
+    def add(self, at: float, power_w: float | None, energy_wh: float | None, soc: float | None,
+            current_a: dict) -> None:
+        """Keep a reading in the place of its time, unless it is too near another one."""
         since, numbers, width = at - self.start, self._numbers, self.WIDTH
-        if numbers and since <= numbers[-width] + self._step:
+        place = len(self)
+        while place and since < numbers[(place - 1) * width]:
+            place -= 1
+        near = [numbers[n * width] for n in (place - 1, place) if 0 <= n < len(self)]
+        if any(abs(since - other) <= self._step for other in near):
             return
-        known = (reading.power_w, energy_wh, reading.soc,
-                 *(reading.current_a.get(phase) for phase in (*PHASES, "")))
-        numbers.extend([since, *(math.nan if value is None else value for value in known)])
+        known = (power_w, energy_wh, soc, *(current_a.get(phase) for phase in (*PHASES, "")))
+        numbers[place * width:place * width] = array("f", [
+            since, *(math.nan if value is None else value for value in known)])
         if len(self) > SERIES_KEPT:
             self._numbers = array("f", (value for n in range(0, len(self), 2)
                                         for value in numbers[n * width:(n + 1) * width]))
-            self._step = 1.8 * (since - numbers[0]) / SERIES_KEPT    # readings come a little early
+            span = numbers[-width] - numbers[0]
+            self._step = 1.8 * span / SERIES_KEPT        # readings come a little early
 
     def view(self) -> list[dict]:
         """The readings as REST shows them, oldest first."""
@@ -1010,16 +1263,22 @@ class Transaction(Record):
     stopped_at: float | None = None
     meter_stop: float | None = None
     stop_key: tuple | None = None       # tells a repeated stop of an orphan
-    register: float | None = None       # the last one seen
-    before_reset: tuple | None = None   # (register, energy_wh, estimated) when it fell
+    register: Register = field(default_factory=Register)
     energy_wh: float | None = None
+    started_mono: float = -math.inf     # the times by our monotonic clock
+    stopped_mono: float = math.inf
+    told_start: float | None = None     # as the station's clock had it
+    began_unseen: bool = False          # its start did not come (yet)
+    sequence: "Sequence | None" = None  # of its TransactionEvents
+    interrupted_mono: float | None = None            # the station booted meanwhile
+    assumed_connector: bool = False     # only its EVSE was told
     reading: Reading | None = None
     series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
     soc: float | None = None
     reason: str | None = None
     charging_state: str | None = None
-    estimated: bool = False             # its start was not seen, or its register was reset
+    estimated: bool = False             # its start was not seen, or its register is pieced together
     number: int = 0
     changed: int = 0
 
@@ -1032,6 +1291,7 @@ class Transaction(Record):
             "energyWh": self.energy_wh, "powerW": self.reading and self.reading.power_w,
             "soc": self.soc, "reason": self.reason, "status": self.status,
             "chargingState": self.charging_state, "estimated": self.estimated,
+            "missingEvents": self.sequence.missing if self.sequence else 0,
             "meter": self.reading and self.reading.view(),
         }
 
@@ -1040,31 +1300,68 @@ class Transaction(Record):
         words = (self.identity, str(self.id), self.id_token or "", self.reason or "")
         return text in "\n".join(words).lower()
 
-    def count_energy(self, register: float) -> None:
-        """Take the register on.
+    def latest_mono(self) -> float:
+        """When it was last heard of, by our monotonic clock."""
+        return max(self.started_mono, self.reading.at_mono if self.reading else -math.inf)
 
-        A small step back is an old reading or noise and counts for nothing. A fall to under half
-        is a register that was reset to zero, or one that counts the session, not the meter's
-        life; until a leap back to the former value or more shows that it was neither.
-        """
-        if register < 0:                 # no register, whatever it is
-            return
-        if self.register is None:
-            self.meter_start, self.estimated = register, True
-            self.register, self.energy_wh = register, 0.0
-            return
-        if register < self.register / 2:
-            self.before_reset = self.before_reset or (self.register, self.energy_wh, self.estimated)
-            self.energy_wh, self.estimated = round(self.energy_wh + register, 3), True
-        elif register < self.register:
-            return
-        elif self.before_reset and self.register < self.before_reset[0] / 2 and (
-                register >= self.before_reset[0]):
-            former, energy_wh, self.estimated = self.before_reset
-            self.energy_wh, self.before_reset = round(energy_wh + register - former, 3), None
+    def count_energy(self) -> None:
+        """Work the energy out anew, after something was told to the register."""
+        register = self.register
+        self.energy_wh = register.energy_wh()
+        if register.start is not None:
+            self.meter_start = register.start.wh
+        elif register.first_wh is not None:
+            self.meter_start = register.first_wh
+        self.estimated = self.began_unseen or register.pieced or (
+            self.energy_wh is not None and register.start is None)
+
+
+class Sequence:
+    """The seqNo of a transaction's events: which came last, and how many between are missing.
+
+    They count the events of an EVSE, so the first need not be 0 (2.0.1 E01, "seqNo").
+    """
+
+    __slots__ = ("last", "at_mono", "_first", "_missing", "_beyond")
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+        self.at_mono = -math.inf         # of the newest event
+        self._first = 0
+        self._missing: set[int] = set()
+        self._beyond = 0                 # missing ones that are only counted
+
+    @property
+    def missing(self) -> int:
+        """How many events between the first and the last did not come."""
+        return len(self._missing) + self._beyond
+
+    def add(self, number: int | None, at_mono: float) -> bool:
+        """Take an event. Returns whether it is the newest: by its time, or its number."""
+        newest = at_mono > self.at_mono or (at_mono == self.at_mono and (
+            number is None or self.last is None or number >= self.last)) or (
+            number is not None and self.last is not None and number > self.last)
+        self.at_mono = max(self.at_mono, at_mono)
+        if number is not None:
+            self._count(number)
+        return newest
+
+    def _count(self, number: int) -> None:
+        if self.last is None:
+            self._first = self.last = number
+        elif number > self.last:
+            self._miss(self.last + 1, number)
+            self.last = number
+        elif number < self._first:
+            self._miss(number + 1, self._first)
+            self._first = number
         else:
-            self.energy_wh = round(self.energy_wh + register - self.register, 3)
-        self.register = register
+            self._missing.discard(number)
+
+    def _miss(self, first: int, end: int) -> None:
+        most = max(0, SEQUENCE_GAP - len(self._missing))
+        self._missing.update(range(first, min(end, first + most)))
+        self._beyond += max(0, end - first - most)
 
 
 @dataclass(slots=True, eq=False)
@@ -1115,17 +1412,87 @@ class Connector:
     connector_id: int
     status: str | None = None
     error_code: str | None = None
+    vendor_error_code: str | None = None
     info: str | None = None
+    problems: dict = field(default_factory=dict)     # {component and variable: text} of 2.x alerts
     since: float | None = None
+    status_mono: float = -math.inf      # when the station says that the status began
     reading: Reading | None = None
+    inlet: Reading | None = None        # of the grid's side, where a meter is there
     transaction: Transaction | None = None
-    released_at: float = 0.0            # when its last transaction ended
+    interrupted: Transaction | None = None           # that a reboot ended, unless it is resumed
+    released_mono: float = -math.inf    # when its last transaction ended
+
+    def cause(self) -> tuple[str | None, str | None]:
+        """(error code, text) of what is wrong with it, if anything is."""
+        if not self.problems:
+            return self.error_code, self.info
+        names = ([self.error_code] if self.error_code not in (None, "NoError") else [])
+        return ", ".join([*names, *self.problems]), "; ".join(
+            filter(None, [self.info, *self.problems.values()])) or None
 
     def view(self) -> dict:
+        error_code, info = self.cause()
         return {"evse": self.evse_id, "connector": self.connector_id, "status": self.status,
-                "errorCode": self.error_code, "info": self.info, "since": iso(self.since),
+                "errorCode": error_code, "vendorErrorCode": self.vendor_error_code, "info": info,
+                "since": iso(self.since),
                 "transactionId": self.transaction and self.transaction.id,
-                "meter": self.reading and self.reading.view()}
+                "meter": self.reading and self.reading.view(),
+                "inlet": self.inlet and self.inlet.view()}
+
+
+class StationClock:
+    """How far a station's clock is ahead of ours, from the times that it tells.
+
+    A message may be late, so the foremost of the last times counts. A clock that was set back is
+    told from late messages by this: its times agree with ours, or, without that, for a while with
+    one another.
+    """
+
+    __slots__ = ("shift_s", "_recent", "_other", "_given")
+
+    def __init__(self) -> None:
+        self.shift_s = 0.0               # the skew, but steady: what was told once stays in order
+        self._recent: deque = deque(maxlen=8)
+        self._other: tuple | None = None             # (skew, since when, how many times) behind it
+        self._given = False              # our time was given to it since
+
+    @property
+    def skew_s(self) -> float | None:
+        """Seconds, once it is known."""
+        return max(self._recent) if self._recent else None
+
+    def give(self) -> None:
+        """The station was answered with our time: from here on it should be right."""
+        self._given = True
+
+    def tell(self, skew_s: float, now_mono: float) -> None:
+        """A message told a time that is so far ahead of ours."""
+        skew = self.skew_s
+        if skew is None and skew_s < -SKEW_TOLERANCE_S:
+            skew = 0.0                   # what comes first is often of the past
+            self._recent.append(skew)
+        if skew is not None and skew_s < skew - SKEW_TOLERANCE_S:
+            was_set = abs(skew_s) <= CLOCK_SET_S or self._given and skew_s > 0
+            if not was_set and not self._agrees(skew_s, now_mono):
+                return
+            self._recent.clear()
+            self._other = None
+        elif skew is not None and skew_s > skew + SKEW_TOLERANCE_S:
+            self._recent.clear()         # back at once, if this was an exception
+            self._other = skew, now_mono - SKEW_TOLERANCE_S, 2
+        self._recent.append(skew_s)
+        self._given = False
+        if len(self._recent) == 1 or abs(max(self._recent) - self.shift_s) > SKEW_TOLERANCE_S:
+            self.shift_s = max(self._recent)
+
+    def _agrees(self, skew_s: float, now_mono: float) -> bool:
+        """Whether the clock has been that far behind for three times and some seconds."""
+        skew, since, times = self._other or (skew_s, now_mono, 0)
+        if abs(skew_s - skew) > SKEW_TOLERANCE_S:
+            skew, since, times = skew_s, now_mono, 0
+        self._other = skew, since, times + 1
+        return times >= 2 and now_mono - since >= SKEW_TOLERANCE_S
 
 
 @dataclass(slots=True, eq=False)
@@ -1148,13 +1515,13 @@ class Station(Record):
     info: dict = field(default_factory=dict)         # vendor, model, serial, firmware, …
     connectors: dict = field(default_factory=dict)   # {(evse_id, connector_id): Connector}
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
-    skews: deque = field(default_factory=lambda: deque(maxlen=8))
+    clock: StationClock = field(default_factory=StationClock)
     changed: int = 0
 
     @property
     def clock_skew_s(self) -> float | None:
-        """The station's clock less ours. Old readings look late: the foremost tells the truth."""
-        return round(max(self.skews), 1) if self.skews else None
+        """The station's clock less ours."""
+        return None if self.clock.skew_s is None else round(self.clock.skew_s, 1)
 
     def view(self) -> dict:
         return {
@@ -1327,9 +1694,12 @@ _read = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).raw_d
 _STRING = r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
 _HEAD = re.compile(rf'\s*\[\s*([0-9]+)\s*,\s*({_STRING}|0|-?[1-9][0-9]*)\s*,\s*'
                    rf'(?:({_STRING})\s*,\s*)?')
+_BARE = re.compile(rf'\s*\[\s*([345])\s*,\s*({_STRING}|0|-?[1-9][0-9]*)\s*\]\s*\Z')
 _CALL_ID = re.compile(rf'\s*\[\s*2\s*,\s*("[^"\\\x00-\x1f]{{1,{MESSAGE_ID_LENGTH}}}")')
 _TAIL = re.compile(r"\s*\]\s*\Z")
 _COMMA = re.compile(r"\s*,\s*")
+
+UNKNOWN_ERROR = "UnknownError"       # the code of a CALLERROR that tells none
 
 # Tried on a frame that is not JSON, one after the other until it is. The names become quirks.
 REPAIRS = (
@@ -1348,6 +1718,8 @@ def unpack(frame: str) -> Call | CallResult | CallError | CallResultError | Send
     """
     head = _HEAD.match(frame)
     if not head:
+        if bare := _BARE.match(frame):               # an answer of some clients, or what is left of it
+            return unpack(f"[{bare[1]},{bare[2]},null]")
         call = _CALL_ID.match(frame)
         raise BadFrame("not an OCPP-J message: [type, id, …] expected", call[1] if call else "")
     kind, id_text, second = head.groups()
@@ -1413,7 +1785,7 @@ def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
     if deeper(details, NESTING):
         raise BadFrame("the error's details are nested too deeply")
     return (CallError if kind == "4" else CallResultError)(
-        id_text, kept(code, 64), kept(description), details, to_json(details))
+        id_text, kept(code or UNKNOWN_ERROR, 64), kept(description), details, to_json(details))
 
 
 def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[dict, str]:
@@ -1524,8 +1896,34 @@ ERROR_CODES_16 = frozenset("""FormatViolation GenericError InternalError NotImpl
     TypeConstraintViolation""".split())              # in the spelling of 2.x
 ERROR_CODES_2X = ERROR_CODES_16 | {"MessageTypeNotSupported", "RpcFrameworkError"}
 KNOWN_CODES = {"ocpp1.6": ERROR_CODES_16, "ocpp2.0.1": ERROR_CODES_2X, "ocpp2.1": ERROR_CODES_2X}
+BOOT_ANSWER = {                      # some clients read by place: the order is the schema's
+    "ocpp1.6": ("status", "currentTime", "interval"),
+    "ocpp2.0.1": (_BOOT_2X := ("currentTime", "interval", "status")), "ocpp2.1": _BOOT_2X}
 UNKNOWN_ID_TOKEN = {"ocpp1.6": "Invalid", "ocpp2.0.1": "Unknown", "ocpp2.1": "Unknown"}
 ASSUMED_PROTOCOL = "ocpp1.6"         # of a station that offers none (field experience: all are 1.6)
+
+# Statuses of a connector and charging states of a transaction.
+STATUSES = {"ocpp1.6": frozenset("""Available Preparing Charging SuspendedEVSE SuspendedEV Finishing
+                Reserved Unavailable Faulted""".split()),
+            "ocpp2.0.1": (_STATUSES_2X := frozenset(
+                "Available Occupied Reserved Unavailable Faulted".split())),
+            "ocpp2.1": _STATUSES_2X}
+CHARGING_STATES = frozenset("Charging EVConnected SuspendedEV SuspendedEVSE Idle".split())
+EVENT_TRIGGERS = frozenset("Alerting Delta Periodic".split())
+EVENT_TYPES = frozenset("Started Updated Ended".split())
+CHARGING = frozenset("Charging SuspendedEV SuspendedEVSE".split())       # a transaction runs
+NO_FLOW = frozenset("""Available Preparing SuspendedEV SuspendedEVSE Finishing Reserved Unavailable
+    EVConnected Idle""".split())
+# With these no transaction can be open (1.6 4.9, state A; in 2.x TxStartPoint may be Authorized),
+# and with these what ran before a boot runs no more.
+NO_TRANSACTION = {"ocpp1.6": frozenset({"Available"}), "ocpp2.0.1": frozenset(),
+                  "ocpp2.1": frozenset()}
+ENDED_BY_BOOT = {"ocpp1.6": frozenset({"Preparing", "Finishing"}),
+                 "ocpp2.0.1": frozenset({"Available"}), "ocpp2.1": frozenset({"Available"})}
+EXPORT_IS_ODD = {"ocpp1.6": True, "ocpp2.0.1": True, "ocpp2.1": False}   # 2.1 has V2X
+REPORTING = {                            # where a 2.x station alerts of nothing that is wrong
+    ("Connector", "AvailabilityState"), ("EVSE", "AvailabilityState"),
+    ("ChargingStation", "AvailabilityState")}
 
 # Fields that only one version's body has: a station that sends them elsewhere mixes versions.
 TELLTALES = {
@@ -1544,13 +1942,18 @@ NEEDS_APPROVAL = frozenset("""
     GetCertificateStatus NotifyEVChargingNeeds PullDynamicScheduleUpdate SignCertificate
     VatNumberValidation""".split())
 
-# Actions whose payload may hold a secret, and the fields and variables that do.
+# Actions whose payload may hold a secret, and the fields and variables that do: by their names,
+# of any vendor. A KeyCode is one wherever an IdToken stands (2.0.1 C04.FR.04).
 SECRET_ACTIONS = frozenset("""
     ChangeConfiguration DataTransfer GetConfiguration GetReport GetVariables NotifyReport
     SetNetworkProfile SetVariables GetLog GetDiagnostics UpdateFirmware SignedUpdateFirmware
-    PublishFirmware""".split())
-_SECRET_WORD = re.compile(r"password|authorizationkey|secret|simpin|token|passphrase|"
-                          r"^pin$|privatekey", re.I)
+    NotifyEvent PublishFirmware""".split())
+TOKEN_ACTIONS = frozenset("""
+    Authorize CustomerInformation RequestStartTransaction ReserveNow SendLocalList
+    TransactionEvent""".split())
+_SECRET_WORD = re.compile(r"password|passwd|passphrase|authorizationkey|secret|(?<!id)token|privatekey|"
+                          r"authentication$|pin$|pin.?code|psk$|(?:shared|wifi|wpa|api).?key", re.I)
+_KEY_CODE = re.compile(r"keycode", re.I)
 _SECRET_IN_URL = re.compile(r"//[^/@\s]*@")
 HIDDEN = "***"
 
@@ -1583,7 +1986,8 @@ def error_code_across(source: str, target: str, code: str) -> str:
 
 def without_secrets(action: str, payload: dict, text: str) -> str:
     """The payload as JSON for the record: `text` itself, or with what is secret in it hidden."""
-    if action and action not in SECRET_ACTIONS:
+    if action and action not in SECRET_ACTIONS and (
+            action not in TOKEN_ACTIONS or not _KEY_CODE.search(text)):
         return text
     hidden = _hide(payload)              # also where nobody knows what it answers
     return text if hidden == payload else to_json(hidden)
@@ -1601,17 +2005,24 @@ def _hide(value: Any) -> Any:
     variable = value.get("variable")
     name = value.get("key") or (variable.get("name") if isinstance(variable, dict) else None)
     named = isinstance(name, str) and bool(_SECRET_WORD.search(name))
-    fields = ("value", "attributeValue", "variableAttribute") if named else ()
+    fields = ("value", "attributeValue", "variableAttribute", "actualValue") if named else ()
     fields += ("key",) if "server" in value else ()          # a VPN's shared secret
+    fields += ("idToken",) if is_key_code(value) else ()
     return {key: HIDDEN if (key in fields or _SECRET_WORD.search(key)) and item not in (None, "")
             else _hide(item) for key, item in value.items()}
+
+
+def is_key_code(id_token: dict) -> bool:
+    """Whether an IdToken is a code that was typed in (2.0.1 C04)."""
+    kind = id_token.get("type")
+    return type(kind) is str and kind.lower() == "keycode"
 
 
 def raw_without_secrets(raw: str) -> str:
     """A frame that could not be read, for the record: cut, and where it speaks of a secret, with
     its values hidden."""
     raw = kept(_SECRET_IN_URL.sub(f"//{HIDDEN}@", raw[:2 * RAW_KEPT]), RAW_KEPT)
-    if not _SECRET_WORD.search(raw):
+    if not _SECRET_WORD.search(raw) and not _KEY_CODE.search(raw):
         return raw
     return re.sub(r'(:\s*")[^"]*', rf"\g<1>{HIDDEN}", raw)
 
@@ -1669,10 +2080,15 @@ def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
         return default
 
 
+DECIMAL_COMMA = re.compile(r"\s*[+-]?\d{1,18},\d{0,9}\s*")       # "1234,5", meant as 1234.5
+
+
 def _typed(value: Any, key: str, kind: type) -> Any:
     if type(value) is kind and kind is not int:
         return value
     if kind in (int, float) and type(value) in (int, float, str):
+        if type(value) is str and DECIMAL_COMMA.fullmatch(value):
+            value = value.replace(",", ".")
         try:
             number = kind(value)
             whole = kind is not int or type(value) is not float or number == value
@@ -3868,26 +4284,38 @@ STAGES = {
 # One normaliser for what meters say: the standard's defaults, one unit for each quantity, phases
 # apart. Pure. It knows both shapes, 1.6's texts with `unit` and 2.x's numbers with `unitOfMeasure`.
 
-QUANTITIES = {                                   # squashed measurand: (field of Reading, base unit)
-    "energyactiveimportregister": ("energy_wh", "Wh"),
-    "poweractiveimport": ("power_w", "W"),
-    "currentimport": ("current_a", "A"),
-    "voltage": ("voltage_v", "V"),
-    "currentoffered": ("offered_a", "A"),
-    "soc": ("soc", "Percent"),
-    "temperature": ("temperature_c", "Celsius"),
-    "frequency": ("frequency_hz", "Hz"),
+QUANTITIES = {               # squashed measurand: (field of Reading, base unit, least, most)
+    "energyactiveimportregister": ("energy_wh", "Wh", -1e12, 1e12),
+    "energyactiveimportinterval": ("interval_wh", "Wh", 0, 1e12),
+    "poweractiveimport": ("power_w", "W", -1e7, 1e7),
+    "currentimport": ("current_a", "A", -1e5, 1e5),
+    "voltage": ("voltage_v", "V", -1e4, 1e4),
+    "currentoffered": ("offered_a", "A", 0, 1e5),
+    "soc": ("soc", "Percent", 0, 100),
+    "temperature": ("temperature_c", "Celsius", -100, 1000),
+    "frequency": ("frequency_hz", "Hz", 0, 1000),
 }
-LARGEST_READING = 1e15                           # beyond it a sum may overflow, and means nothing
+EXPORTS = {"currentexport": ("A", 1.0), "poweractiveexport": ("W", 100.0)}   # less is noise
+NEGATIVE_LEAST = {"current_a": 1.0, "power_w": 100.0}
 UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.45 itself
 PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
 PHASE_NAMES = {name: name.removesuffix("-N") for name in (
     "L1", "L2", "L3", "N", "L1-N", "L2-N", "L3-N", "L1-L2", "L2-L3", "L3-L1")}
+PRESENT, ENDING, BEGINNING = 2, 1, 0     # whether a sample is of now, by its context
+RANKS = {"transactionend": ENDING, "transactionbegin": BEGINNING}
+GRID_SIDE = ("inlet", "upstream")        # locations: what flows there is not the connector's alone
 
 
 @functools.lru_cache(512)
-def _quantity(measurand: str) -> tuple[str, str] | None:
-    return QUANTITIES.get(re.sub(r"[^a-z]", "", measurand.lower()))
+def _squashed(word: str) -> str:
+    return re.sub(r"[^a-z]", "", word.lower())
+
+
+@functools.lru_cache(512)
+def _measurand(text: str) -> tuple[str, str]:
+    """A measurand as (squashed, phase): some write Current.Import.L1."""
+    name, _, phase = text.rpartition(".")
+    return (_squashed(name), phase) if phase in PHASES else (_squashed(text), "")
 
 
 @functools.lru_cache(512)
@@ -3907,57 +4335,126 @@ def _unit(unit: str, base: str) -> tuple[float, float, bool]:
     return 1.0, 0.0, False
 
 
-def read_meter_value(meter_value: Any, now: float, quirks: list[str]) -> tuple[float, dict] | None:
-    """One MeterValue as (time, {field of Reading: value}); None if it says nothing of interest.
+@dataclass(slots=True)
+class Instant:
+    """The samples of one time: {field of Reading: {phase: value}}, "" where no phase was told."""
 
-    What is odd in it is appended to `quirks`. Spec: 1.6 7.33, 7.43; 2.0.1 2.33, 2.46.
+    at: float                            # as the station told it
+    found: dict = field(default_factory=dict)
+    inlet: dict = field(default_factory=dict)        # the same, of the grid's side
+    begin_wh: float | None = None        # the register at the transaction's begin
+    end_wh: float | None = None          # and at its end
+    begins: bool = False                 # it tells no other register than that of the begin
+    interval_wh: float | None = None
+    _ranks: dict = field(default_factory=dict)       # {(field, at_inlet): rank of its context}
+
+    def add(self, name: str, phase: str, value: float, rank: int, at_inlet: bool) -> None:
+        """Take a sample. One of the begin or end of a transaction gives way to one of now."""
+        values = self.inlet if at_inlet else self.found
+        if name == "energy_wh" and not at_inlet and phase == "":
+            if rank == BEGINNING:
+                self.begin_wh = value
+            elif rank == ENDING:
+                self.end_wh = value
+        former = self._ranks.get((name, at_inlet), -1)
+        if rank > former:
+            values[name], self._ranks[name, at_inlet] = {}, rank
+        if rank >= former:
+            values[name][phase] = value
+
+    def finish(self) -> None:
+        """Take the interval's energy out: it is no state of a meter."""
+        self.begins = self._ranks.get(("energy_wh", False)) == BEGINNING
+        self.inlet.pop("interval_wh", None)
+        if interval := self.found.pop("interval_wh", None):
+            self.interval_wh = interval.get("", sum(interval.values()))
+
+    def register_wh(self) -> float | None:
+        """The register, if it was told."""
+        return _total("energy_wh", self.found["energy_wh"]) if "energy_wh" in self.found else None
+
+
+def read_meter_values(meter_values: Any, now: float, quirks: list[str]) -> list[Instant]:
+    """The MeterValues of a message, oldest first; elements with one timestamp are one Instant.
+
+    What is odd in them is appended to `quirks`. What says nothing of interest is left out.
+    Spec: 1.6 7.33, 7.43; 2.0.1 2.33, 2.46.
     """
-    if type(meter_value) is not dict or type(meter_value.get("sampledValue")) is not list:
-        quirks.append("meter_value_malformed")
-        return None
-    found: dict = {}                     # {field: {phase: value}}
-    at_inlet: dict = {}                  # the same from the grid's side, where nothing else is
-    for sample in meter_value["sampledValue"][-SAMPLES_READ:]:
-        _read_sample(sample, found, at_inlet, quirks)
-    if at_inlet:
-        found = at_inlet | found
-    if not found:
-        return None
+    instants: dict[float, Instant] = {}
+    if type(meter_values) is not list:
+        meter_values = [meter_values]
+    if len(meter_values) > SAMPLES_READ:
+        meter_values = meter_values[-SAMPLES_READ:]
+        quirks.append("meter_values_too_many")
+    for meter_value in meter_values:
+        if type(meter_value) is not dict or type(meter_value.get("sampledValue")) is not list:
+            quirks.append("meter_value_malformed")
+            continue
+        at = _time_of(meter_value, now, quirks)
+        instant = instants.get(at) or instants.setdefault(at, Instant(at))
+        for sample in meter_value["sampledValue"][-SAMPLES_READ:]:
+            _read_sample(sample, instant, quirks)
+    found = [instants[at] for at in sorted(instants)]
+    for instant in found:
+        instant.finish()
+    return [i for i in found if i.found or i.inlet or i.interval_wh is not None]
+
+
+def _time_of(meter_value: dict, now: float, quirks: list[str]) -> float:
     try:
         at, zoned = parse_time(meter_value.get("timestamp"))
-        if not zoned:
-            quirks.append("time_without_zone")
     except WrongValue:
-        at = now
         quirks.append("time_unreadable")
-    for name, phases in found.items():
-        if name not in ("current_a", "voltage_v"):
-            found[name] = _total(name, phases)
-    return at, found
+        return now
+    if not zoned:
+        quirks.append("time_without_zone")
+    return at
 
 
-def _total(name: str, phases: dict) -> float:
-    """One figure of a quantity: the total, where it is given, rather than our sum of phases."""
-    if "" in phases:
-        return phases[""]
-    if name in ("power_w", "energy_wh"):
-        return round(sum(phases.values()), 3)
-    return max(phases.values())
-
-
-def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) -> None:
+def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
     if type(sample) is not dict:
         quirks.append("meter_value_malformed")
         return
     measurand = sample.get("measurand") or REGISTER
-    quantity = _quantity(measurand) if type(measurand) is str else None
-    if quantity is None:
+    squashed, own_phase = _measurand(measurand) if type(measurand) is str else ("", "")
+    if squashed in EXPORTS:
+        base, least = EXPORTS[squashed]
+        if _value_of(sample, base, []) >= least:
+            quirks.append("export")
         return
-    name, base = quantity
+    quantity = QUANTITIES.get(squashed)
+    if quantity is None or sample.get("format") == "SignedData":
+        return
+    name, base, lowest, highest = quantity
+    value = _value_of(sample, base, quirks)
+    if value != value:                                       # NaN: no number
+        quirks.append("meter_value_not_a_number")
+        return
+    if not lowest <= value <= highest:                       # a counter's -1 or 65535 is no reading
+        quirks.append("meter_value_implausible")
+        return
+    if value < 0 and name in NEGATIVE_LEAST:
+        if value < -NEGATIVE_LEAST[name]:
+            quirks.append("meter_value_negative")
+        value = 0.0
+    phase, context = sample.get("phase"), sample.get("context")
+    phase = PHASE_NAMES.get(phase, "") if type(phase) is str else own_phase
+    rank = RANKS.get(_squashed(context), PRESENT) if type(context) is str else PRESENT
+    location = sample.get("location")
+    instant.add(name, phase, value, rank,
+                type(location) is str and location.lower() in GRID_SIDE)
+
+
+def _value_of(sample: dict, base: str, quirks: list[str]) -> float:
+    """The sample's value in the base unit; NaN if it is no number."""
+    told = sample.get("value")
     try:
-        value = float(sample["value"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        value = math.nan
+        value = float(told)
+    except (TypeError, ValueError, OverflowError):
+        if type(told) is not str or not DECIMAL_COMMA.fullmatch(told):
+            return math.nan
+        value = float(told.replace(",", "."))
+        quirks.append("decimal_comma")
     unit = sample.get("unit")
     if unit is None:
         measure = sample.get("unitOfMeasure")
@@ -3967,20 +4464,10 @@ def _read_sample(sample: Any, found: dict, at_inlet: dict, quirks: list[str]) ->
                 value *= 10.0 ** power
     if unit != base and type(unit) is str:
         factor, offset, usual = _unit(unit, base)
-        value = round(value * factor + offset, 6)
+        value = round(value * factor + offset, 6) if math.isfinite(value) else value
         if not usual:
             quirks.append("meter_unit_mismatch")
-    if not abs(value) < LARGEST_READING:                     # nor is NaN
-        if sample.get("format") != "SignedData":
-            quirks.append("meter_value_not_a_number")
-        return
-    phase = sample.get("phase")
-    phase = PHASE_NAMES.get(phase, "") if type(phase) is str else ""
-    values = at_inlet if sample.get("location") == "Inlet" else found
-    if name in values:
-        values[name][phase] = value
-    else:
-        values[name] = {phase: value}
+    return value if math.isfinite(value) else math.nan
 
 
 # --- Board --------------------------------------------------------------------------------
@@ -4087,8 +4574,7 @@ class Rates:
 
     def _turn(self, now: float) -> None:
         second = int(now)
-        # A clock that was set back starts a new minute; one far ahead needs no more than one.
-        for _ in range(min(abs(second - self._second), LATENCY_WINDOW_S)):
+        for _ in range(min(second - self._second, LATENCY_WINDOW_S)):
             self._messages.append(0)
             self._answers.append(0)
             self._latency_ms.append(0.0)
@@ -4098,10 +4584,13 @@ class Rates:
 class Board:
     """All that is known of the stations, and who follows it."""
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time,
+                 mono: Callable[[], float] | None = None):
+        """`clock` is the wall clock, `mono` the monotonic one; a test's clock serves as both."""
         self.config, self.clock = config, clock
-        self.started_at = clock()
-        self._started = time.monotonic()             # uptime must not jump with the wall clock
+        self.mono = mono or (time.monotonic if clock is time.time else clock)
+        self.started_at, self._started_mono = clock(), self.mono()
+        self._ahead_s = self.started_at - self._started_mono     # of wall time, to see it set
         self.epoch = secrets.token_hex(4)            # of the event ids of this run
         store = config.store
         self.stations: dict[str, Station] = {}
@@ -4124,7 +4613,7 @@ class Board:
                        "transactions": self.transactions}
         self.changes = dict.fromkeys(CHANGING, 0)    # {topic: number of the last event}
         self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
-        self.rates = Rates(clock)
+        self.rates = Rates(self.mono)
         self.total_messages = self.total_call_errors = 0
         self.total_connections = self.total_refused = self.peak_connections = self.online = 0
         self._last_transaction_id = 0
@@ -4253,6 +4742,12 @@ class Board:
         """A BootNotification came, and was answered with this status."""
         station.info = {key: kept(value) for key, value in info.items() if value is not None}
         station.registration = status
+        for connector in station.connectors.values():
+            connector.problems.clear()
+            if connector.reading is not None:
+                connector.reading.forget_flow()
+            if connector.transaction is not None:
+                connector.transaction.interrupted_mono = self.mono()
         self.publish("connections", station)
 
     def is_approved(self, identity: str) -> bool:
@@ -4285,19 +4780,102 @@ class Board:
         self.publish("connections", station)
 
     def connector_status(self, station: Station, evse_id: int, connector_id: int, status: str,
-                         error_code: str | None = None, info: str | None = None) -> None:
-        """A connector's status; `since` is when we heard of it first."""
+                         when: float | None, **cause: str | None) -> None:
+        """A connector's status since `when`; `cause`: error_code, vendor_error_code, info.
+
+        One that is older than what is known is history. `since` is when we heard of it first.
+        """
         connector = self.connector(station, evse_id, connector_id)
-        if connector is None:
+        at_mono = self.mono_of(station, when)
+        if connector is None or at_mono < connector.status_mono - SKEW_TOLERANCE_S:
             return
         if connector.status != status:
             connector.since = self.clock()
-        connector.status, connector.error_code, connector.info = status, error_code, info
+            if status in NO_FLOW and connector.reading is not None:
+                connector.reading.end_flow(at_mono)
+        if _fault(cause) and _fault(cause) != _fault(connector):
+            self.error("STATION_FAULT", station, f"{_place_name(connector)} reports "
+                       f"{_fault(cause)}", {"evse": evse_id, "connector": connector_id,
+                                            "status": status, **_shown_cause(cause)})
+        connector.status, connector.status_mono = status, at_mono
+        for name, text in cause.items():
+            setattr(connector, name, text)
+        if status in NO_TRANSACTION[station.protocol]:
+            self.connector_free(station, evse_id, connector_id, at_mono)
+            connector.interrupted = None
+        elif status in ENDED_BY_BOOT[station.protocol]:
+            self._end_interrupted(connector, at_mono)
+        elif status in CHARGING and connector.transaction is None and connector.interrupted:
+            self.transaction_alive(station, connector.interrupted, at_mono)
+        elif status == "Occupied":
+            self._follow_car(station, connector)
         self.publish("connections", station)
+
+    def connector_alert(self, station: Station, evse_id: int, connector_id: int, name: str,
+                        text: str, over: bool) -> None:
+        """A 2.x station alerts of something, or says that it is over (2.0.1 N07)."""
+        connector = self.connector(station, evse_id, connector_id)
+        if connector is None:
+            return
+        known = connector.problems.pop(name, None)
+        if not over:
+            connector.problems[name] = text
+            if len(connector.problems) > PROBLEMS_KEPT:
+                del connector.problems[next(iter(connector.problems))]
+            if known != text:
+                self.error("STATION_FAULT", station, f"{_place_name(connector)} reports {name}: "
+                           f"{text}", {"evse": evse_id, "connector": connector_id, "name": name,
+                                       "text": text})
+        self.publish("connections", station)
+
+    # Clocks
 
     def clock_told(self, station: Station, when: float) -> None:
         """The station's clock just said `when`."""
-        station.skews.append(when - self.clock())
+        self.watch_clock()
+        station.clock.tell(when - self.clock(), self.mono())
+
+    def mono_of(self, station: Station | None, when: float | None) -> float:
+        """A time that a station told, by our monotonic clock; now, where it told none.
+
+        It is never after now, but for what a skew may be misjudged.
+        """
+        now = self.mono()
+        if when is None:
+            return now
+        at_mono = when - (station.clock.shift_s if station else 0.0) - self._ahead_s
+        return at_mono if at_mono <= now + SKEW_TOLERANCE_S else now
+
+    def wall_of(self, station: Station | None, when: float | None) -> float:
+        """A time that a station told, as it is shown: by our clock where the station's is ahead,
+        never after now, and now where it cannot be true."""
+        now = self.clock()
+        if when is None or not now - 365 * 86400 < when:
+            return now
+        ahead_s = station.clock.shift_s if station else 0.0
+        return min(now, when - ahead_s if ahead_s > SKEW_TOLERANCE_S else when)
+
+    def watch_clock(self) -> None:
+        """See whether our own wall clock was set: then those of the stations are judged anew."""
+        ahead_s = self.clock() - self.mono()
+        jump_s = ahead_s - self._ahead_s
+        if abs(jump_s) < CLOCK_JUMP_S:
+            return
+        self._ahead_s = ahead_s
+        text = f"The board's clock was set {'on' if jump_s > 0 else 'back'} by {abs(jump_s):.1f} s"
+        self.system_event("CLOCK_SET", "", text, {"seconds": round(jump_s, 3)})
+        log.warning("%s", text)
+        now = self.clock()
+        for station in self.stations.values():
+            station.clock = StationClock()
+            station.connected_at = min(station.connected_at, now)
+            for connector in station.connectors.values():
+                connector.since = connector.since and min(connector.since, now)
+        for transaction in self.transactions.records:
+            if transaction.status == "active":       # as its station had it, else by our clock
+                told = transaction.told_start or math.inf
+                transaction.started_at = min(
+                    now, told if told <= now else transaction.started_at + jump_s)
 
     def quirk(self, station: Station, name: str, times: int = 1, in_message: bool = True) -> int:
         """Count a thing that the station does against the standard. Returns how often it did."""
@@ -4318,11 +4896,11 @@ class Board:
         It is not within `COALESCE_S` of another one from that address with that status: nobody
         must be able to wash the log, or the security events, away.
         """
-        now = self.clock()
+        now, now_mono = self.clock(), self.mono()
         self.total_refused += 1
-        told_at = self._knocks_told.pop((address, status), 0.0)
-        news = now - told_at > COALESCE_S
-        self._knocks_told[address, status] = now if news else told_at
+        told_mono = self._knocks_told.pop((address, status), -math.inf)
+        news = now_mono - told_mono > COALESCE_S
+        self._knocks_told[address, status] = now_mono if news else told_mono
         if len(self._knocks_told) > ADDRESSES_KEPT:
             self._knocks_told.popitem(last=False)
         key = (address, path, reason)
@@ -4354,7 +4932,7 @@ class Board:
         return record
 
     def _count(self, station: Station, now: float) -> None:
-        self.rates.count(now)
+        self.rates.count(self.mono())
         self.total_messages += 1
         station.message_count += 1
         station.last_message_at = now
@@ -4403,35 +4981,55 @@ class Board:
         """The transaction that the station calls so, if we know it."""
         return self.transaction_of.get((station.identity, transaction_id))
 
-    def same_start(self, station: Station, start_key: tuple) -> Transaction | None:
+    def same_start(self, station: Station, start_key: tuple,
+                   within_s: float = math.inf) -> Transaction | None:
         """The transaction that this very StartTransaction began before: a repeated one.
 
         A stop shows that the station had its answer, and that this start is another one.
         """
+        since_mono = self.mono() - within_s
         found = self.transactions.newest(1, lambda t: t.identity == station.identity
-                                         and t.start_key == start_key and t.status != "stopped")
+                                         and t.start_key == start_key and t.status != "stopped"
+                                         and t.started_mono >= since_mono)
         return found[0] if found else None
+
+    def running(self, station: Station) -> list[Transaction]:
+        """The transactions of a station that are active."""
+        return [t for t in self.transactions.records
+                if t.identity == station.identity and t.status == "active"]
 
     def transaction_started(self, station: Station, transaction_id: int | str, evse_id: int,
                             connector_id: int, id_token: str | None, started_at: float | None,
                             meter_start: float | None = None,
                             start_key: tuple | None = None) -> Transaction:
-        """A transaction begins; another one still open on its connector is abandoned."""
+        """A transaction begins; another one still open on its connector is abandoned.
+
+        Unless that began later: then this one is told of afterwards, and is over already.
+        """
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
-                                  id_token, self._plausible(started_at), meter_start, start_key)
+                                  id_token, self.wall_of(station, started_at), None, start_key,
+                                  told_start=started_at,
+                                  started_mono=self.mono_of(station, started_at))
         if meter_start is not None:
-            transaction.register, transaction.energy_wh = meter_start, 0.0
+            self.started_at_register(transaction, started_at, meter_start)
         self._keep_transaction(transaction)
         self._occupy(station, transaction)
         self.publish("transactions", transaction)
         return transaction
 
+    def started_at_register(self, transaction: Transaction, at: float | None,
+                            register_wh: float) -> None:
+        """The register at a transaction's start."""
+        transaction.register.begin(Point(transaction.started_mono, at or self.clock(), register_wh))
+        transaction.count_energy()
+
     def transaction_adopted(self, station: Station, transaction_id: int | str, evse_id: int,
-                            connector_id: int, seen_at: float | None) -> Transaction:
-        """A transaction that runs since before our time."""
+                            connector_id: int, id_token: str | None,
+                            seen_at: float | None) -> Transaction:
+        """A transaction whose start did not come: from before our time, or it comes yet."""
         transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
-                                               None, seen_at)
-        transaction.estimated = True
+                                               id_token, seen_at)
+        transaction.began_unseen = transaction.estimated = True
         return transaction
 
     def transaction_orphaned(self, station: Station, transaction_id: int | str, evse_id: int,
@@ -4439,15 +5037,26 @@ class Board:
                              stopped_at: float | None) -> Transaction:
         """A transaction of which only the stop came; what runs on its connector is not touched."""
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
-                                  id_token, self._plausible(stopped_at), status="orphan",
-                                  estimated=True)
+                                  id_token, self.wall_of(station, stopped_at), status="orphan",
+                                  started_mono=self.mono_of(station, stopped_at),
+                                  began_unseen=True, estimated=True)
         self._keep_transaction(transaction)
         return transaction
 
-    def _plausible(self, when: float | None) -> float:
-        """A time that a station told, or now where its clock cannot have been set."""
-        now = self.clock()
-        return when if when is not None and now - 365 * 86400 < when < now + 86400 else now
+    def start_seen(self, station: Station, transaction: Transaction, id_token: str | None,
+                   started_at: float | None) -> None:
+        """The start of a transaction comes after other messages of it."""
+        if not transaction.began_unseen:
+            return
+        transaction.began_unseen = False
+        transaction.id_token = id_token or transaction.id_token
+        transaction.told_start = started_at
+        transaction.started_at = min(self.wall_of(station, started_at),
+                                     transaction.stopped_at or math.inf)
+        transaction.started_mono = min(self.mono_of(station, started_at), transaction.stopped_mono)
+        if transaction.status == "orphan":
+            transaction.status = "stopped"
+        transaction.count_energy()
 
     def _keep_transaction(self, transaction: Transaction) -> None:
         """Keep it; for it goes the oldest that is not active, if there is one."""
@@ -4462,14 +5071,25 @@ class Board:
         self.transactions.append(transaction)
         self.transaction_of[transaction.identity, transaction.id] = transaction
 
-    def transaction_alive(self, station: Station, transaction: Transaction) -> None:
-        """A sign of an abandoned transaction: it goes on, unless its connector tells otherwise."""
+    def transaction_alive(self, station: Station, transaction: Transaction, at_mono: float,
+                          certain: bool = True) -> None:
+        """A sign of that time that an abandoned transaction goes on, or one after a reboot.
+
+        A sign from before it was given up is none, nor is one while another runs there; one that
+        is not `certain`, an id with a reading, is none either while its connector is free.
+        """
+        if transaction.status == "active":
+            if transaction.interrupted_mono is not None and at_mono > transaction.interrupted_mono:
+                transaction.interrupted_mono = None
+            return
         connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
-        if transaction.status != "abandoned" or connector and (
-                connector.transaction or connector.status == "Available"):
+        if transaction.status != "abandoned" or at_mono < transaction.stopped_mono or connector and (
+                connector.transaction or connector.status == "Available" and not certain):
             return
         transaction.status, transaction.stopped_at = "active", None
+        transaction.stopped_mono, transaction.interrupted_mono = math.inf, None
         self._occupy(station, transaction)
+        self.publish("transactions", transaction)
 
     def transaction_located(self, station: Station, transaction: Transaction, evse_id: int,
                             connector_id: int | None) -> None:
@@ -4479,12 +5099,35 @@ class Board:
         """
         same = evse_id in (0, transaction.evse_id) and connector_id in (
             None, transaction.connector_id)
-        if same or not evse_id or transaction.status != "active":
+        if same or not evse_id or transaction.status != "active" and transaction.evse_id:
             return
+        self._move(station, transaction, evse_id,
+                   min(evse_id, 1) if connector_id is None else connector_id)
+        transaction.assumed_connector = connector_id is None
+
+    def _move(self, station: Station, transaction: Transaction, evse_id: int,
+              connector_id: int) -> None:
         self._release(transaction)
-        transaction.evse_id = evse_id
-        transaction.connector_id = min(evse_id, 1) if connector_id is None else connector_id
-        self._occupy(station, transaction)
+        transaction.evse_id, transaction.connector_id = evse_id, connector_id
+        if transaction.status == "active":
+            self._occupy(station, transaction)
+
+    def _follow_car(self, station: Station, connector: Connector) -> None:
+        """A car is at this connector: a transaction of which only the EVSE was told is here."""
+        for other in list(station.connectors.values()):
+            transaction = other.transaction
+            if (transaction and transaction.assumed_connector and other is not connector
+                    and other.evse_id == connector.evse_id and other.status != "Occupied"
+                    and connector.transaction is None):
+                self._move(station, transaction, connector.evse_id, connector.connector_id)
+
+    def _end_interrupted(self, connector: Connector, at_mono: float) -> None:
+        """The station has booted in mid-transaction, and its connector does not charge."""
+        transaction = connector.transaction
+        if transaction and transaction.interrupted_mono is not None and (
+                at_mono >= transaction.interrupted_mono - SKEW_TOLERANCE_S):
+            self.transaction_stopped(transaction, None, None, None, "abandoned")
+            connector.interrupted = transaction
 
     def transaction_updated(self, transaction: Transaction, **told: Any) -> None:
         """Set what the station told of a transaction; None tells nothing."""
@@ -4497,76 +5140,131 @@ class Board:
                             meter_stop: float | None, reason: str | None,
                             status: str = "stopped") -> None:
         """A transaction ends; an orphan stays one. Late readings may come; no power from here."""
-        now = self.clock()
-        status = "orphan" if transaction.status == "orphan" else status
-        if stopped_at is None or not transaction.started_at <= stopped_at < now + 86400:
-            stopped_at = now
+        station = self.stations.get(transaction.identity)
+        transaction.status = "orphan" if transaction.status == "orphan" else status
+        told_mono = self.mono_of(station, stopped_at)
+        shown_at = self.wall_of(station, stopped_at)
+        if shown_at < transaction.started_at or told_mono < transaction.started_mono:
+            shown_at, told_mono = max(self.clock(), transaction.started_at), self.mono()
+        transaction.stopped_at, transaction.stopped_mono = shown_at, told_mono
         if meter_stop is not None:
-            transaction.count_energy(meter_stop)
-        transaction.status, transaction.stopped_at = status, stopped_at
+            transaction.register.end(Point(told_mono, stopped_at or shown_at, meter_stop))
+            transaction.count_energy()
         transaction.meter_stop, transaction.reason = meter_stop, reason
         if transaction.reading is not None:
-            transaction.reading.stop()
+            transaction.reading.end_flow(max(told_mono, transaction.reading.flow_mono))
         self._release(transaction)
         self.publish("transactions", transaction)
 
-    def connector_free(self, station: Station, evse_id: int, connector_id: int) -> None:
-        """The connector can have no transaction now; one that is open was never stopped."""
+    def connector_free(self, station: Station, evse_id: int, connector_id: int,
+                       at_mono: float = math.inf) -> None:
+        """The connector can have no transaction then; one that is open was never stopped."""
         connector = station.connectors.get((evse_id, connector_id))
-        if connector and connector.transaction:
-            transaction = connector.transaction
-            self.transaction_stopped(transaction, None, None, None, "abandoned")
+        if connector and connector.transaction and (
+                at_mono >= connector.transaction.started_mono - SKEW_TOLERANCE_S):
+            self.transaction_stopped(connector.transaction, None, None, None, "abandoned")
 
-    def metered(self, station: Station, evse_id: int, connector_id: int, at: float, values: dict,
+    def metered(self, station: Station, evse_id: int, connector_id: int, instant: Instant,
                 transaction: Transaction | None) -> None:
         """A meter was read: of a transaction, where it belongs to one, or of a connector."""
-        # No reading is from after now, whatever its stamp; it would keep all others out.
-        skew_s = max(max(station.skews, default=0.0), at - self.clock())
-        if transaction is None:
+        at_mono = self.mono_of(station, instant.at)
+        if transaction is not None:
+            self.transaction_alive(station, transaction, at_mono, certain=False)
+            if at_mono > transaction.stopped_mono:       # some go on with the id of one that ended
+                connector = station.connectors.get((evse_id, connector_id))
+                transaction = connector.transaction if connector else None
+        if transaction is not None:
+            self._transaction_metered(station, transaction, instant, at_mono)
+        if transaction is None or instant.inlet:
             connector = self.connector(station, evse_id, connector_id)
-            if connector is None or at - skew_s < connector.released_at - SKEW_TOLERANCE_S:
-                return                   # a late one, of a transaction that has ended
-            if connector.reading is None:
-                connector.reading = Reading(at)
-            connector.reading.take(at, values, skew_s)
-            self.publish("connections", station)
-            return
-        active = transaction.status == "active"
-        if transaction.reading is None:
-            transaction.reading = Reading(at)
-        if transaction.reading.take(at, values, skew_s):
-            if "energy_wh" in values and transaction.meter_stop is None:
-                transaction.count_energy(values["energy_wh"])
-            transaction.soc = values.get("soc", transaction.soc)
-            if not active:               # a late one
-                transaction.reading.stop()
-            else:
-                self._chart(transaction)
+            if connector is not None:
+                self._connector_metered(connector, instant, at_mono, transaction is None)
+                self.publish("connections", station)
+
+    def _connector_metered(self, connector: Connector, instant: Instant, at_mono: float,
+                           idle: bool) -> None:
+        if instant.inlet:
+            connector.inlet = connector.inlet or Reading(instant.at)
+            connector.inlet.update(instant.at, instant.inlet, at_mono)
+        # A late one, of a transaction that has ended, is not the connector's
+        if idle and instant.found and at_mono >= connector.released_mono - SKEW_TOLERANCE_S:
+            connector.reading = connector.reading or Reading(instant.at)
+            connector.reading.update(instant.at, instant.found, at_mono)
+
+    def _transaction_metered(self, station: Station, transaction: Transaction, instant: Instant,
+                             at_mono: float) -> None:
+        self._count_energy(transaction, instant, at_mono)
+        if instant.found:
+            transaction.reading = transaction.reading or Reading(instant.at)
+        reading, found = transaction.reading, instant.found
+        if instant.begins and reading.energy_wh is not None:
+            found = {name: phases for name, phases in found.items() if name != "energy_wh"}
+        if found and reading.update(instant.at, found, at_mono):
+            if "soc" in found:
+                transaction.soc = reading.soc
+            if transaction.status == "active":
+                self._chart(transaction, at_mono, reading, transaction.energy_wh)
+            else:                        # a late one
+                reading.end_flow(max(at_mono, reading.flow_mono))
+        elif found and transaction.status == "active":   # of the past: in its place in the chart
+            past = Reading(instant.at)
+            past.update(instant.at, found)
+            self._chart(transaction, at_mono, past, None)
         self.publish("transactions", transaction)
         if transaction.connector is not None:
             transaction.connector.reading = transaction.reading
             self.publish("connections", station)
 
-    def _chart(self, transaction: Transaction) -> None:
-        """Keep what the meter says now in the series of the transaction."""
-        at = transaction.reading.order   # by our clock
+    def _count_energy(self, transaction: Transaction, instant: Instant, at_mono: float) -> None:
+        """Take what an instant tells of the energy of a transaction."""
+        register = transaction.register
+        at_mono = min(at_mono, transaction.stopped_mono)
+        if instant.interval_wh is not None:
+            register.add_interval(instant.at, instant.interval_wh)
+        register_wh = instant.register_wh()
+        if register_wh is not None and not instant.begins:
+            register.add(Point(at_mono, instant.at, register_wh))
+        if instant.begin_wh is not None:                 # told later on: it was some time before
+            before_s = 0.0 if instant.begins and register.first_wh is None else BEGUN_BEFORE_S
+            register.begin(Point(at_mono - before_s, instant.at - before_s, instant.begin_wh))
+        transaction.count_energy()
+
+    def _chart(self, transaction: Transaction, at_mono: float, reading: Reading,
+               energy_wh: float | None) -> None:
+        """Keep a reading in the series of the transaction, by our wall clock."""
+        at = at_mono + self._ahead_s
         if transaction.series is None:
             transaction.series = Series(at)
-        transaction.series.take(at, transaction.reading, transaction.energy_wh)
+        transaction.series.add(at, reading.power_w, energy_wh, reading.soc, reading.current_a)
+
+    def charging_state(self, transaction: Transaction, state: str, at_mono: float) -> None:
+        """A transaction's state changes; from the times of some on, nothing flows."""
+        if state != transaction.charging_state and state in NO_FLOW and transaction.reading:
+            transaction.reading.end_flow(at_mono)
+        transaction.charging_state = state
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
+        """Put a transaction at its connector; one that began before the one there is over."""
         if transaction.evse_id == 0:                     # nobody told where it is
             return
         connector = self.connector(station, transaction.evse_id, transaction.connector_id)
-        if connector is not None:
-            self.connector_free(station, transaction.evse_id, transaction.connector_id)
-            connector.transaction, transaction.connector = transaction, connector
+        if connector is None:
+            return
+        there = connector.transaction
+        if there and not there.began_unseen and (
+                transaction.started_mono < there.started_mono - SKEW_TOLERANCE_S):
+            transaction.status, transaction.stopped_at = "abandoned", there.started_at
+            transaction.stopped_mono = there.started_mono
+            return
+        self.connector_free(station, transaction.evse_id, transaction.connector_id)
+        connector.transaction, transaction.connector = transaction, connector
+        connector.interrupted = None
 
     def _release(self, transaction: Transaction) -> None:
         connector, transaction.connector = transaction.connector, None
         if connector is not None:
             connector.transaction = connector.reading = None     # what flowed flows no more
-            connector.released_at = self.clock()
+            connector.released_mono = self.mono()
 
     # Smart charging
 
@@ -4621,7 +5319,7 @@ class Board:
             "avgLatencyMs": self.rates.latency_ms(),
             "errorRate": round(self.total_call_errors / total, 6) if total else 0.0,
             "connectionCount": self.online, "peakConnections": self.peak_connections,
-            "uptimeSeconds": int(time.monotonic() - self._started), "totalMessages": total,
+            "uptimeSeconds": int(self.mono() - self._started_mono), "totalMessages": total,
             "totalConnections": self.total_connections, "errorCount": self.errors.total,
             "securityEventCount": self.security.total, "systemEventCount": self.system.total,
             "refusedConnections": self.total_refused, **self._charging(), **machine,
@@ -4647,6 +5345,29 @@ class Board:
             "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
+NO_ERROR = re.compile(r"(0x)?0*|no.?error|none|ok", re.I)    # what vendors write, too
+
+
+def _place_name(connector: Connector) -> str:
+    if connector.evse_id == 0:
+        return "The station"
+    return f"Connector {connector.evse_id}" if connector.connector_id <= 1 else (
+        f"EVSE {connector.evse_id}, connector {connector.connector_id}")
+
+
+def _fault(told: dict | Connector) -> str:
+    """What is wrong, in one text: error code, the vendor's code and its words; "" if nothing is."""
+    get = told.get if isinstance(told, dict) else functools.partial(getattr, told)
+    codes = [c for c in (get("error_code"), get("vendor_error_code"))
+             if c and not NO_ERROR.fullmatch(c)]
+    return ", ".join(codes + [get("info")] * bool(codes and get("info")))
+
+
+def _shown_cause(cause: dict) -> dict:
+    return {"errorCode": cause.get("error_code"), "vendorErrorCode": cause.get("vendor_error_code"),
+            "info": cause.get("info")}
+
+
 # --- Incoming calls -----------------------------------------------------------------------
 # What a station may send: one function per Action, and CALLS, the table of them by version.
 # Each reads its payload, tells the Board and returns the answer's payload. No I/O.
@@ -4661,9 +5382,12 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
     Spec: OCPP-J 1.6 4.2; 2.0.1 part 4, 4.2.
     """
     try:
-        if violation:
-            raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
         handler = CALLS[protocol].get(call.action)
+        if violation:
+            if call.action in END_OF_TRANSACTION:        # refused or not, it has ended
+                with contextlib.suppress(BoardError):
+                    handler(board, station, call.payload)
+            raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
         if handler is None:
             raise _unknown_action(board, station, protocol, call.action)
         if call.action in NEEDS_APPROVAL and not board.is_approved(station.identity):
@@ -4701,8 +5425,9 @@ def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
     board.booted(station, _station_info(payload),
                  status := "Accepted" if board.is_approved(station.identity) else "Pending")
     interval = board.config.ocpp.heartbeat_interval_seconds
-    return {"currentTime": wire_time(board.clock()), "status": status,
+    told = {"status": status, "currentTime": _time_for(board, station),
             "interval": interval if status == "Accepted" else min(interval, PENDING_RETRY_S)}
+    return {name: told[name] for name in BOOT_ANSWER[station.protocol]}
 
 
 PENDING_RETRY_S = 60                 # how soon a station that waits for approval asks again
@@ -4726,7 +5451,24 @@ def _station_info(payload: dict) -> dict:
 
 def on_heartbeat(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.6; 2.0.1 G02."""
-    return {"currentTime": wire_time(board.clock())}
+    return {"currentTime": _time_for(board, station)}
+
+
+def _time_for(board: Board, station: Station) -> str:
+    """Our time, by which the station is to set its clock (1.6 4.6; 2.0.1 G02.FR.04)."""
+    station.clock.give()
+    return wire_time(board.clock())
+
+
+def _meant(board: Board, station: Station, word: str, words: frozenset) -> str:
+    """A word of the standard that was written in another case, as the standard writes it."""
+    if word in words:
+        return word
+    meant = next((w for w in words if w.lower() == word.strip().lower()), None)
+    if meant is None:
+        return kept(word, 64)
+    board.quirk(station, "word_in_other_case")
+    return meant
 
 
 def _told_time(board: Board, station: Station, payload: dict) -> float | None:
@@ -4758,7 +5500,16 @@ def _token_status(board: Board, station: Station, id_token: str) -> str:
 
 def on_authorize_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.1."""
-    return {"idTagInfo": {"status": _token_status(board, station, required(payload, "idTag", str))}}
+    return {"idTagInfo": {"status": _token_status(board, station,
+                                                  _id_tag(board, station, payload))}}
+
+
+def _id_tag(board: Board, station: Station, payload: dict) -> str:
+    """The idTag; some chargers send null where nobody showed a card."""
+    if "idTag" in payload and payload["idTag"] is None:
+        board.quirk(station, "id_tag_null")
+        return ""
+    return kept(required(payload, "idTag", str))
 
 
 def on_authorize(board: Board, station: Station, payload: dict) -> dict:
@@ -4767,11 +5518,14 @@ def on_authorize(board: Board, station: Station, payload: dict) -> dict:
 
 
 def _id_token_info(board: Board, station: Station, id_token: dict) -> dict:
-    """What an IdToken is worth. Type NoAuthorization, a start button, has none (2.0.1 C02)."""
+    """Whether an IdToken may charge. Type NoAuthorization, a start button, has none (2.0.1 C02)."""
     text = id_token.get("idToken")
     if id_token.get("type") == "NoAuthorization" and board.is_approved(station.identity):
         return {"status": "Accepted"}
-    return {"status": _token_status(board, station, text if isinstance(text, str) else "")}
+    status = _token_status(board, station, text if isinstance(text, str) else "")
+    if status != "Accepted" and is_key_code(id_token):
+        status = "Invalid"               # C04.FR.01
+    return {"status": status}
 
 
 def evse_of_16(connector_id: int) -> tuple[int, int]:
@@ -4782,26 +5536,31 @@ def evse_of_16(connector_id: int) -> tuple[int, int]:
 def on_status_notification_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.9."""
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
-    status = kept(payload.get("status") or payload.get("connectorStatus") or "Unknown", 64)
-    if status == "Available":            # no transaction can be open (1.6 4.9, state A)
-        board.connector_free(station, evse_id, connector_id)
-    _told_time(board, station, payload)
-    board.connector_status(station, evse_id, connector_id, status,
-                           kept(payload.get("errorCode") or "NoError", 64),
-                           _text_or_none(payload.get("info")))
+    board.connector_status(
+        station, evse_id, connector_id, _status(board, station, payload),
+        _told_time(board, station, payload),
+        error_code=kept(payload.get("errorCode") or "NoError", 64),
+        vendor_error_code=_text_or_none(payload.get("vendorErrorCode")),
+        info=_text_or_none(payload.get("info")))
     return {}
 
 
+def _status(board: Board, station: Station, payload: dict) -> str:
+    """The status of a connector, in either version's field."""
+    status = payload.get("status") or payload.get("connectorStatus") or "Unknown"
+    return _meant(board, station, kept(status, 64), STATUSES[station.protocol])
+
+
 def _text_or_none(value: Any) -> str | None:
-    return None if value is None else kept(value)
+    """A text of the station; the texts for nothing are none."""
+    return None if value in (None, "", "null", "NULL", "None") else kept(value)
 
 
 def on_status_notification(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 G01."""
     evse_id, connector_id = required(payload, "evseId", int), required(payload, "connectorId", int)
-    status = payload.get("connectorStatus") or payload.get("status") or "Unknown"
-    _told_time(board, station, payload)
-    board.connector_status(station, evse_id, connector_id, kept(status, 64))
+    board.connector_status(station, evse_id, connector_id, _status(board, station, payload),
+                           _told_time(board, station, payload))
     return {}
 
 
@@ -4819,62 +5578,64 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
                          transaction_id: int) -> Transaction | None:
     """The transaction that a meter value belongs to.
 
-    One that runs since before our time is adopted by its id, but not where we know which one runs:
-    some chargers send a constant. 0 and -1 are what idle ones send.
+    One that runs since before our time is adopted by its id, where its connector may be charging
+    and we know of none: some chargers send a constant, or the id of one that has ended.
     """
     known = board.transaction(station, transaction_id)
     if known is not None and known.status != "orphan":
-        if known.status != "active":
-            board.transaction_alive(station, known)
         return known
-    running = _open_transaction(station, evse_id, connector_id)
+    connector = station.connectors.get((evse_id, connector_id))
+    running = connector.transaction if connector else None
     if transaction_id <= 0 or evse_id <= 0 or known is not None:
         return running
-    if running is not None and not running.estimated:
+    status = connector.status if connector else None
+    if running and not running.began_unseen or transaction_id in CONSTANT_IDS or (
+            status and status not in CHARGING):
         board.quirk(station, "other_transaction_id")
         return running
-    return board.transaction_adopted(station, transaction_id, evse_id, connector_id, None)
+    return board.transaction_adopted(station, transaction_id, evse_id, connector_id, None, None)
+
+
+CONSTANT_IDS = frozenset((2**31 - 1, 2**32 - 1, 2**63 - 1))     # what nothing was ever called
 
 
 def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 J01. EVSE 0 is the station's own meter."""
     evse_id = required(payload, "evseId", int)
-    connector_id = next((c for (e, c), record in station.connectors.items()
-                         if e == evse_id and record.transaction), min(evse_id, 1))
+    connector_id = _likely_connector(station, evse_id)
+    connector = station.connectors.get((evse_id, connector_id))
     _read_meter(board, station, evse_id, connector_id, payload, "meterValue",
-                _open_transaction(station, evse_id, connector_id))
+                connector.transaction if connector else None)
     return {}
 
 
-def _open_transaction(station: Station, evse_id: int, connector_id: int) -> Transaction | None:
-    connector = station.connectors.get((evse_id, connector_id))
-    return connector.transaction if connector else None
+def _likely_connector(station: Station, evse_id: int) -> int:
+    """The connector that is meant where only an EVSE is told: one in use, else the only one, or 1."""
+    connectors = [c for (e, _), c in sorted(station.connectors.items()) if e == evse_id]
+    for in_use in (lambda c: c.transaction, lambda c: c.status == "Occupied",
+                   lambda c: len(connectors) == 1):
+        if found := next(filter(in_use, connectors), None):
+            return found.connector_id
+    return min(evse_id, 1)
 
 
 def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int, payload: dict,
-                key: str, transaction: Transaction | None) -> list[float]:
-    """Read the MeterValues in `key` into the Board. Returns the registers in them, oldest first."""
-    meter_values = payload.get(key)
-    if meter_values is None:
+                key: str, transaction: Transaction | None) -> list[Instant]:
+    """Read the MeterValues in `key` into the Board. Returns what is in them, oldest first."""
+    if payload.get(key) is None:
         return []
     quirks: list[str] = []
-    now = board.clock()
-    if type(meter_values) is not list:
-        meter_values = [meter_values]
-    if len(meter_values) > SAMPLES_READ:
-        meter_values = meter_values[-SAMPLES_READ:]
-        board.quirk(station, "meter_values_too_many")
-    readings = [r for m in meter_values if (r := read_meter_value(m, now, quirks))]
-    if len(readings) > 1:
-        readings.sort(key=lambda reading: reading[0])
-    if readings and payload.get("offline") is not True:
-        board.clock_told(station, readings[-1][0])
-    for at, values in readings:
-        board.metered(station, evse_id, connector_id, at, values, transaction)
+    instants = read_meter_values(payload[key], board.clock(), quirks)
+    if instants and payload.get("offline") is not True:
+        board.clock_told(station, instants[-1].at)
+    for instant in instants:
+        board.metered(station, evse_id, connector_id, instant, transaction)
     if quirks:
+        if transaction is None or not EXPORT_IS_ODD[station.protocol]:
+            quirks = [name for name in quirks if name != "export"]
         for name, count in Counter(quirks).items():
             board.quirk(station, name, count)
-    return [values["energy_wh"] for _, values in readings if "energy_wh" in values]
+    return instants
 
 
 GIVEN = object()                     # a key for the relay: the id that a transaction has already
@@ -4883,18 +5644,29 @@ GIVEN = object()                     # a key for the relay: the id that a transa
 def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
-    id_tag = kept(required(payload, "idTag", str))
-    meter_start = optional(payload, "meterStart", float)
+    id_tag = _id_tag(board, station, payload)
+    meter_start = _told_register(board, station, payload, "meterStart")
     started_at = _told_time(board, station, payload)
-    start_key = started_at and (evse_id, id_tag, started_at, meter_start)
-    transaction = board.same_start(station, start_key) if start_key else None
+    readable = started_at is not None
+    start_key = (evse_id, id_tag, started_at if readable else kept(payload.get("timestamp")),
+                 meter_start)
+    transaction = board.same_start(station, start_key, math.inf if readable else RESUMED_S)
     if transaction is None:
         transaction = board.transaction_started(
             station, payload.get(GIVEN) or _free_transaction_id(board, station), evse_id,
             connector_id, id_tag, started_at, meter_start, start_key)
-    board.transaction_alive(station, transaction)
-    return {"transactionId": transaction.id,
-            "idTagInfo": {"status": _token_status(board, station, id_tag)}}
+    else:
+        board.transaction_alive(station, transaction, board.mono())
+    # Some clients take the second value for the id: the order is the schema's.
+    return {"idTagInfo": {"status": _token_status(board, station, id_tag)},
+            "transactionId": transaction.id}
+
+
+def _told_register(board: Board, station: Station, payload: dict, key: str) -> float | None:
+    """meterStart or meterStop."""
+    if type(payload.get(key)) is str:
+        board.quirk(station, "number_as_text")
+    return lenient(payload, key, float)
 
 
 def _free_transaction_id(board: Board, station: Station) -> int:
@@ -4905,9 +5677,13 @@ def _free_transaction_id(board: Board, station: Station) -> int:
 
 
 def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
-    """1.6 4.10. A stop of an unknown transaction is kept as an orphan, never guessed."""
-    transaction_id = required(payload, "transactionId", int)
-    meter_stop = optional(payload, "meterStop", float)
+    """1.6 4.10. A stop of an unknown transaction is kept as an orphan, unless it is clear which
+    one is meant.
+
+    Raises: MissingField, WrongType (no transactionId that can be read, and it is not clear).
+    """
+    transaction_id = lenient(payload, "transactionId", int)
+    meter_stop = _told_register(board, station, payload, "meterStop")
     id_tag = lenient(payload, "idTag", str)
     # "MAY only be omitted when the Reason is Local" (1.6 6.49)
     reason = kept(payload.get("reason") or "Local", 64)
@@ -4915,58 +5691,101 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
     stop_key = (stopped_at, meter_stop)
     transaction = board.transaction(station, transaction_id)
     if transaction is None or transaction.status == "orphan" and transaction.stop_key != stop_key:
-        transaction = board.transaction_orphaned(station, transaction_id, 0, 0,
-                                                 id_tag and kept(id_tag), stopped_at)
-        transaction.stop_key = stop_key
+        transaction = _stopped_by_unknown_id(board, station, id_tag, stopped_at, meter_stop)
+        if transaction is None:
+            transaction = board.transaction_orphaned(
+                station, required(payload, "transactionId", int), 0, 0, id_tag and kept(id_tag),
+                stopped_at)
+            transaction.stop_key = stop_key
     if transaction.stopped_at is None or transaction.status == "abandoned":
         _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
                     "transactionData", transaction)
         board.transaction_stopped(transaction, stopped_at, meter_stop, reason)
-    if id_tag is None:
-        return {}
-    return {"idTagInfo": {"status": _token_status(board, station, id_tag)}}
+    return {"idTagInfo": {"status": "Accepted" if id_tag is None
+                          else _token_status(board, station, id_tag)}}
+
+
+def _stopped_by_unknown_id(board: Board, station: Station, id_tag: str | None,
+                           stopped_at: float | None, meter_stop: float | None
+                           ) -> Transaction | None:
+    """The running transaction that a stop under an unknown id ends, if that is beyond doubt.
+
+    Only one runs, the idTag is its own or none, and time and register are not before its last
+    reading. The same stop again finds the one that it ended before.
+    """
+    stop_key = (stopped_at, meter_stop)
+    if again := board.transactions.newest(1, lambda t: t.identity == station.identity
+                                          and t.stop_key == stop_key and t.status == "stopped"):
+        return again[0]
+    running = board.running(station)
+    if len(running) != 1:
+        return None
+    transaction, at_mono = running[0], board.mono_of(station, stopped_at)
+    own_tag = id_tag is None or transaction.id_token is None or (
+        id_tag.lower() == transaction.id_token.lower())
+    if not own_tag or at_mono < transaction.latest_mono() - SKEW_TOLERANCE_S or (
+            meter_stop or 0) < (transaction.register.last_wh or 0):
+        return None
+    board.quirk(station, "stop_of_unknown_id")
+    transaction.stop_key = stop_key
+    return transaction
 
 
 def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
-    """2.0.1 E01 to E12. Events may come late, twice, or from a transaction that began before us."""
+    """2.0.1 E01 to E12. Events may come late, twice, out of order, or of a transaction that began
+    before us."""
     info = required(payload, "transactionInfo", dict)
     transaction_id = kept(required(info, "transactionId", str), 64)
-    event_type = required(payload, "eventType", str)
+    event_type = _meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
     # 1. which transaction it is, where
     when = _told_time(board, station, payload)
+    at_mono = board.mono_of(station, when)
     id_token = lenient(payload, "idToken", dict)
-    token = id_token and _text_or_none(id_token.get("idToken"))
+    token = id_token and _shown_token(id_token)
     evse = lenient(payload, "evse", dict, {})
-    evse_id = lenient(evse, "id", int, 0)
-    connector_id = lenient(evse, "connectorId", int)
+    evse_id, connector_id = lenient(evse, "id", int, 0), lenient(evse, "connectorId", int)
     transaction = board.transaction(station, transaction_id)
     if not evse_id and event_type == "Updated" and (transaction is None or not transaction.evse_id):
         evse_id = _likely_evse(station)
-    place = evse_id, min(evse_id, 1) if connector_id is None else connector_id
-    started = event_type == "Started" and (
-        transaction is None or _is_another(transaction, evse_id, when))
-    if started:
-        transaction = board.transaction_started(station, transaction_id, *place, token, when)
-    elif transaction is None and event_type == "Ended":
-        transaction = board.transaction_orphaned(station, transaction_id, *place, token, when)
-    elif transaction is None:
-        transaction = board.transaction_adopted(station, transaction_id, *place, when)
-    board.transaction_alive(station, transaction)
+    if event_type == "Started" and transaction and _is_another(transaction, evse_id, at_mono):
+        transaction = None
+    if transaction is None:
+        place = evse_id, (_likely_connector(station, evse_id) if connector_id is None
+                          else connector_id)
+        begin = TRANSACTION_BEGINS.get(event_type, Board.transaction_adopted)
+        transaction = begin(board, station, transaction_id, *place, token, when)
+        transaction.assumed_connector = connector_id is None
+        transaction.sequence = Sequence()
+    elif event_type == "Started":
+        board.start_seen(station, transaction, token, when)
+    newest = transaction.sequence is None or transaction.sequence.add(
+        lenient(payload, "seqNo", int), at_mono)
+    if newest:
+        board.transaction_alive(station, transaction, at_mono)
     board.transaction_located(station, transaction, evse_id, connector_id)
     # 2. what the meter says; the first register is the start's, the last one the stop's
-    registers = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
-                            payload, "meterValue", transaction)
+    instants = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
+                           payload, "meterValue", transaction)
+    registers = [wh for i in instants if (wh := i.register_wh()) is not None]
+    if event_type == "Started" and registers:
+        board.started_at_register(transaction, when, registers[0])
     # 3. what became of it; a stop's id token, often another one, is not who charged
-    state = _text_or_none(info.get("chargingState"))
-    board.transaction_updated(
-        transaction, id_token=token if transaction.id_token is None else None,
-        charging_state=state if transaction.status == "active" else None,
-        estimated=False if started and registers else None)
+    state = lenient(info, "chargingState", str)
+    if state and newest and transaction.status == "active":
+        board.charging_state(transaction, _meant(board, station, state, CHARGING_STATES), at_mono)
+    board.transaction_updated(transaction,
+                              id_token=token if transaction.id_token is None else None)
     if event_type == "Ended" and (transaction.stopped_at is None
                                   or transaction.status == "abandoned"):
-        board.transaction_stopped(transaction, when, registers[-1] if registers else None,
+        ends = [i.end_wh for i in instants if i.end_wh is not None] or registers
+        board.transaction_stopped(transaction, when, ends[-1] if ends else None,
                                   kept(info.get("stoppedReason") or "Local", 64))
     return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
+
+
+def _shown_token(id_token: dict) -> str | None:
+    """An IdToken as records show it: "key codes should never appear in logs" (C04.FR.04)."""
+    return HIDDEN if is_key_code(id_token) else _text_or_none(id_token.get("idToken"))
 
 
 def _likely_evse(station: Station) -> int:
@@ -4986,24 +5805,38 @@ def _likely_evse(station: Station) -> int:
     return free[0] if len(free) == 1 else 0
 
 
-def _is_another(transaction: Transaction, evse_id: int, when: float | None) -> bool:
+def _is_another(transaction: Transaction, evse_id: int, at_mono: float) -> bool:
     """Whether a Started of a known id begins another transaction: some stations use ids again."""
     if evse_id and transaction.evse_id and evse_id != transaction.evse_id:
         return True
-    return transaction.stopped_at is not None and when is not None and when > transaction.stopped_at
+    return transaction.stopped_at is not None and at_mono > transaction.stopped_mono
 
 
 def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 N07, of which G01 is a case: a connector's status may come as AvailabilityState."""
     for event in lenient(payload, "eventData", list, []):
         component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
-        evse = lenient(component, "evse", dict, {})
-        status = lenient(event, "actualValue", str) if component else None
         variable = lenient(event, "variable", dict, {}) if component else {}
-        if status and (component.get("name"), variable.get("name")) == (
-                "Connector", "AvailabilityState"):
-            board.connector_status(station, lenient(evse, "id", int, 0),
-                                   lenient(evse, "connectorId", int, 1), kept(status, 64))
+        name = (lenient(component, "name", str, ""), lenient(variable, "name", str, ""))
+        evse = lenient(component, "evse", dict, {})
+        evse_id = lenient(evse, "id", int, 0)
+        connector_id = lenient(evse, "connectorId", int)
+        place = evse_id, (_likely_connector(station, evse_id) if connector_id is None
+                          else connector_id)
+        told = lenient(event, "actualValue", str, "") if component else ""
+        if name == ("Connector", "AvailabilityState") and told:
+            board.connector_status(station, *place,
+                                   _meant(board, station, told, STATUSES[station.protocol]),
+                                   _told_time(board, station, event))
+        elif component and name not in REPORTING and _meant(
+                board, station, lenient(event, "trigger", str, ""),
+                EVENT_TRIGGERS) == "Alerting":
+            over = event.get("cleared") is True or told.lower() == "false"
+            words = [w for w in (told if told.lower() != "true" else "",
+                                 lenient(event, "techCode", str), lenient(event, "techInfo", str))
+                     if w]
+            board.connector_alert(station, *place, kept(" ".join(filter(None, name)), 100),
+                                  kept(", ".join(words) or "reported"), over)
     return {}
 
 
@@ -5058,6 +5891,8 @@ def _constant(**answer: str) -> Callable:
     return lambda board, station, payload: dict(answer)
 
 
+TRANSACTION_BEGINS = {"Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
+END_OF_TRANSACTION = frozenset(("StopTransaction", "TransactionEvent"))
 CALLS_16 = {
     "Authorize": on_authorize_16,
     "BootNotification": on_boot_notification,
@@ -5354,6 +6189,8 @@ class Link:
             self._pending = None
         if pending is None:
             board.quirk(station, "unexpected_answer")
+        if type(message) is CallError and message.code == UNKNOWN_ERROR:
+            board.quirk(station, "error_without_code")
         action = pending.action if pending else ""
         response_ms = (time.monotonic() - pending.sent) * 1000 if pending else None
         if type(message) is CallResult:
@@ -6526,9 +7363,9 @@ class Controller:
                 ledger.resend = bool(ledger.held)    # some forget it while nothing flows
             ledger.state = state
             reading = transaction.reading if transaction else max(
-                filter(None, (c.reading for c in connectors)), key=lambda r: r.flow_at,
+                filter(None, (c.reading for c in connectors)), key=lambda r: r.flow_mono,
                 default=None)
-            if reading and reading.flow_at != ledger.told_flow_at:
+            if reading and reading.flow_mono != ledger.told_flow_at:
                 self._read(steered, ledger, reading, now)
 
     def _changed_transaction(self, steered: Steered, ledger: Ledger,
@@ -6547,9 +7384,9 @@ class Controller:
                 steered.settings.phases)
 
     def _read(self, steered: Steered, ledger: Ledger, reading: Reading, now: float) -> None:
-        """A meter was read. How old that is, is known by the Board's clock."""
-        ledger.told_flow_at = reading.flow_at
-        age = max(0.0, self.board.clock() - reading.flow_at)
+        """A meter was read. How old that is, is known by the Board's monotonic clock."""
+        ledger.told_flow_at = reading.flow_mono
+        age = max(0.0, self.board.mono() - reading.flow_mono)
         flow = reading.flow(steered.settings.phases, self.settings.voltage)
         if flow is None or age > FLOW_OLD_S:
             return
@@ -10093,12 +10930,13 @@ SHAPES = {
     "ConnectionDetail": {"Connection+": "", "recentMessages": "[Message]"},
     "Connector": {
         "evse": "integer", "connector": "integer", "status": "string?", "errorCode": "string?",
-        "info": "string?", "since": "time?", "transactionId": "id?", "meter": "Meter?"},
+        "vendorErrorCode": "string?", "info": "string?", "since": "time?", "transactionId": "id?",
+        "meter": "Meter?", "inlet": "Meter?"},
     "Quirk": {"name": "string", "count": "integer", "lastMessageId": "string?"},
     "Meter": {
         "timestamp": "time", "energyWh": "number?", "powerW": "number?", "currentA": "object",
         "voltageV": "object", "offeredA": "number?", "soc": "number?", "temperatureC": "number?",
-        "frequencyHz": "number?", "quality": "string"},
+        "frequencyHz": "number?", "quality": "string", "derived": "[string]"},
     "Message": {
         "id": "string", "identity": "string", "method": "string", "direction": "string",
         "type": "string", "timestamp": "time", "payload": "object", "responseTime": "number?",
@@ -10108,7 +10946,7 @@ SHAPES = {
         "idToken": "string?", "startedAt": "time", "stoppedAt": "time?", "meterStart": "number?",
         "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
         "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
-        "meter": "Meter?"},
+        "missingEvents": "integer", "meter": "Meter?"},
     "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
     "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
                     "soc": "number?", "currentA": "object"},

@@ -116,9 +116,12 @@ class Bench:
 
     def __init__(self, protocol="ocpp1.6", schemas=None, identity="CP-1", **keys):
         self.clock = Clock()
-        self.board = Board(config_of(**keys), self.clock)
+        self.board = self.make_board(config_of(**keys))
         self.sent, self.closed = [], []
         self.link = self.connect(protocol, schemas, identity)
+
+    def make_board(self, config):
+        return Board(config, self.clock)
 
     def connect(self, protocol="ocpp1.6", schemas=None, identity="CP-1", quirks=()):
         link = Link(self.board, schemas, protocol, lambda text: self.sent.append(text),
@@ -357,20 +360,14 @@ def test_since_gives_what_came_after_and_counts_what_is_lost():
 
 
 def test_energy_counts_on_through_a_reset_of_the_register():
-    transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW, 1000.0)
-    transaction.register, transaction.energy_wh = 1000.0, 0.0
-    for register, energy in ((1500, 500), (1499, 500), (1600, 600), (50, 650), (150, 750)):
-        transaction.count_energy(register)
-        assert transaction.energy_wh == energy
-    assert transaction.estimated
+    found = [energy_of(*[1000, 1500, 1499, 1600, 50, 150][:count + 1]) for count in range(1, 6)]
+    assert found == [(500, False), (500, False), (600, False), (650, True), (750, True)]
 
 
 def test_a_series_keeps_the_whole_of_a_long_charging():
     series = ocppboard.Series(NOW)
-    reading = ocppboard.Reading(NOW)
     for number in range(5000):
-        reading.power_w, reading.current_a = float(number), {"L1": 16.1}
-        series.take(NOW + 10 * number, reading, number / 10)
+        series.add(NOW + 10 * number, float(number), number / 10, None, {"L1": 16.1})
     points = series.view()
     assert ocppboard.SERIES_KEPT / 2 < len(points) <= ocppboard.SERIES_KEPT
     assert points[0] == {"timestamp": "2026-09-21T13:33:20.000Z", "powerW": 0, "energyWh": 0,
@@ -379,15 +376,27 @@ def test_a_series_keeps_the_whole_of_a_long_charging():
     steps = [b - a for a, b in itertools.pairwise(times)]
     assert max(steps) < 2 * min(steps) and times[-1] > 49_000, "evenly, to the end"
     assert all(p["powerW"] == t / 10 for p, t in zip(points, times, strict=True))
-    series.take(NOW, reading, 0)
-    assert len(series) == len(points), "what is out of order is not taken"
+    series.add(NOW, 1.0, 0, None, {})
+    assert len(series) == len(points), "nor one that is too near another"
 
 
-def energy_of(start, *registers):
-    transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW, start)
-    transaction.register, transaction.energy_wh = start, 0.0
-    for register in registers:
-        transaction.count_energy(register)
+def test_a_late_reading_comes_to_its_place_in_a_series():
+    series = ocppboard.Series(NOW)
+    for second in (0, 60, 30, 90, 30):
+        series.add(NOW + second, float(second), None, None, {})
+    assert [point["powerW"] for point in series.view()] == [0, 30, 60, 90]
+
+
+def energy_of(start, *registers, stop=None, step_s=60):
+    """(energy, whether it is estimated) of registers that come `step_s` apart, in their order."""
+    transaction = ocppboard.Transaction(1, "CP", 1, 1, None, NOW)
+    points = [ocppboard.Point(NOW + step_s * n, NOW + step_s * n, float(wh))
+              for n, wh in enumerate((start, *registers, *([] if stop is None else [stop])))]
+    transaction.register.begin(points[0])
+    for point in points[1:]:
+        (transaction.register.end if stop is not None and point is points[-1]
+         else transaction.register.add)(point)
+    transaction.count_energy()
     return transaction.energy_wh, transaction.estimated
 
 
@@ -414,6 +423,10 @@ def test_a_call_is_taken_apart():
     ('[3,"1",null]', CallResult('"1"', {}, "{}")),
     ('[4,"1","NotSupported","no",{"a":1}]', CallError('"1"', "NotSupported", "no", {"a": 1},
                                                       '{"a":1}')),
+    ('[4,"1"]', CallError('"1"', "UnknownError", "", {}, "{}")),
+    ('[4,"1",null]', CallError('"1"', "UnknownError", "", {}, "{}")),
+    ('[4, "1", "", null, null]', CallError('"1"', "UnknownError", "", {}, "{}")),
+    ('[3,"1"]', CallResult('"1"', {}, "{}")), (' [ 3 , 7 ] ', CallResult("7", {}, "{}")),
     ('[4,"1","NotSupported"]', CallError('"1"', "NotSupported", "", {}, "{}")),
     ('[4,"1","NotSupported","no"]', CallError('"1"', "NotSupported", "no", {}, "{}")),
     ('[5,"1","FormatViolation","",{}]', CallResultError('"1"', "FormatViolation", "", {}, "{}")),
@@ -439,7 +452,7 @@ def test_every_message_type_is_understood(frame, message):
     ('[4,"1","A","",{"a":' + "[" * 150 + "]" * 150 + "}]", ""),
     ('[2,"' + "1" * 300 + '","A",{}]', ""), ('[2,"1","' + "A" * 100 + '",{}]', '"1"'),
     ('[2,"\\x","A",{}]', ""), ('[2,"1","\\x",{}]', '"1"'), ('[3,"1",[]]', ""), ('[3,"1","x"]', ""),
-    ('[4,"1"]', ""), ('[4,"1","A",', ""), ('[2,null,"A",{}]', ""), ("[" * 100_000, ""),
+    ('[2,"1"]', '"1"'), ('[4,"1","A",', ""), ('[2,null,"A",{}]', ""), ("[" * 100_000, ""),
     (" " * 500_000, ""), ('[2,"' + "\\\\" * 100_000, ""), ('[٢,"1","A",{}]', ""),
 ])
 def test_what_is_no_message_is_refused_with_the_id_of_a_call(frame, id_text):
@@ -1441,12 +1454,12 @@ def sample(value, measurand=None, unit=None, phase=None, **more):
 def read_meter(*samples, timestamp="2026-09-21T13:33:20Z"):
     """(values, quirks) of one MeterValue, as a Reading shows them that took nothing before."""
     quirks = []
-    found = ocppboard.read_meter_value({"timestamp": timestamp, "sampledValue": list(samples)}, NOW,
-                                       quirks)
-    if found is None:
+    found = ocppboard.read_meter_values([{"timestamp": timestamp, "sampledValue": list(samples)}],
+                                        NOW, quirks)
+    if not found:
         return None, quirks
-    reading = ocppboard.Reading(found[0])
-    reading.take(*found)
+    reading = ocppboard.Reading(found[0].at)
+    reading.update(found[0].at, found[0].found)
     return reading, quirks
 
 
@@ -1472,7 +1485,6 @@ POWER, CURRENT = "Power.Active.Import", "Current.Import"
     ([sample("16", "Current.Offered", "A")], "offered_a", 16),
     ([sample(1.5, unitOfMeasure={"unit": "Wh", "multiplier": 3})], "energy_wh", 1500),    # 2.x
     ([sample(11.5, POWER, unitOfMeasure={"unit": "kW"})], "power_w", 11500),
-    ([sample("5", POWER, "W", location="Inlet")], "power_w", 5),
     ([sample("9", POWER, "W", location="Inlet"), sample("7", POWER, "W")], "power_w", 7),
     ([sample("1", "power_active_import", "W")], "power_w", 1),                # a vendor's notation
 ])
@@ -1496,9 +1508,17 @@ def test_the_normaliser_reads_what_is_wrong_and_says_so(samples, field, value, q
 
 @pytest.mark.parametrize("one", [
     sample("1e308", POWER, "kW"), sample(1e300, unitOfMeasure={"unit": "Wh", "multiplier": 29}),
-    sample("-inf"), sample("1e400"), sample("1e15")])
-def test_a_value_beyond_all_reason_is_no_reading(one):
+    sample("-inf"), sample("1e400"), sample(""), sample(None), sample("null"), sample("1.2.3")])
+def test_a_value_that_is_no_number_is_no_reading(one):
     assert read_meter(one) == (None, ["meter_value_not_a_number"])
+
+
+@pytest.mark.parametrize("one", [
+    sample("1e15"), sample("65535", "SoC"), sample("-1", "SoC"), sample("255", "SoC", "Percent"),
+    sample("65535", "Temperature", "Celsius"), sample("65535", "Frequency"),
+    sample("4294967295", CURRENT), sample("-1", "Current.Offered")])
+def test_a_value_beyond_all_reason_is_no_reading(one):
+    assert read_meter(one) == (None, ["meter_value_implausible"])
 
 
 def test_signed_data_and_unknown_measurands_are_passed_over():
@@ -1510,9 +1530,9 @@ def test_power_is_worked_out_from_current_and_voltage():
     reading, _ = read_meter(sample("10", CURRENT, "A", "L1"), sample("10", CURRENT, "A", "L2"),
                             sample("240", "Voltage", "V", "L1-N"))
     assert reading.power_w == 10 * 240 + 10 * 230 and reading.view()["quality"] == "derived"
-    reading.take(NOW + 1, {"power_w": 5000.0})
+    reading.update(NOW + 1, {"power_w": {"": 5000.0}})
     assert reading.view()["quality"] == "measured"
-    reading.take(NOW + 2, {"current_a": {"L1": 1.0}})
+    reading.update(NOW + 2, {"current_a": {"L1": 1.0}})
     assert reading.power_w == 5000, "a measured power goes before a derived one"
 
 
@@ -1520,7 +1540,7 @@ def test_power_is_worked_out_from_energy_and_time():
     reading = ocppboard.Reading(NOW)
     powers = []
     for seconds in range(0, 61, 10):                         # more often than it is worked out
-        reading.take(NOW + seconds, {"energy_wh": 1000.0 + seconds * 3})
+        reading.update(NOW + seconds, {"energy_wh": {"": 1000.0 + seconds * 3}})
         powers.append(reading.power_w)
     assert powers == [None, None, None, 10_800, 10_800, 10_800, 10_800] and reading.derived
 
@@ -1572,6 +1592,61 @@ def test_a_reading_is_stale_once_its_station_has_gone_and_until_the_next_one():
     bench.link = bench.connect()
     bench.call("MeterValues", values)
     assert quality() == "measured"
+
+
+GOLDEN = json.loads((HERE / ".testdata" / "meter_messages.json").read_text("utf-8"))
+
+
+def golden_bench(entry):
+    """A station that has sent the messages of an entry, each when its newest stamp says."""
+    bench = Bench(entry["protocol"])
+    given = 1001                         # stands for the id that the board gives
+    for action, payload in entry["messages"]:
+        stamps = re.findall(r'"timestamp": "([^"]+)"', json.dumps(payload))
+        with contextlib.suppress(BoardError):
+            bench.clock.now = max(ocppboard.parse_time(stamp)[0] for stamp in stamps)
+        if payload.get("transactionId") == 1001:
+            payload = payload | {"transactionId": given}
+        given = bench.call(action, payload).get("transactionId", given)
+    return bench
+
+
+def within(found, expected):
+    """Whether a meter's view says what is expected, and nothing else of what was told."""
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert set(found[name]) == set(value), (name, found[name], value)
+        assert found[name] == pytest.approx(value, rel=1e-3), (name, found[name], value)
+    for name in {"energyWh", "soc"} - set(expected):
+        assert found[name] is None, (name, found[name])
+
+
+@pytest.mark.parametrize("entry", GOLDEN, ids=[entry["source"] for entry in GOLDEN])
+def test_messages_of_real_meters_give_the_right_reading(entry):
+    bench = golden_bench(entry)
+    expected = dict(entry["reading"])
+    if "transactionEnergyWh" in expected:
+        assert bench.transaction()["energyWh"] == pytest.approx(
+            expected.pop("transactionEnergyWh"), abs=0.01)
+    inlet = expected.pop("inlet", None)
+    views = [c for c in bench.station.view()["connectors"] if c["evse"]]
+    meter = next((c["meter"] for c in views if c["meter"]), None) or (
+        bench.transaction()["meter"] if bench.board.transactions.records else None)
+    if meter:
+        within(meter, expected)
+    else:
+        assert not expected
+    if inlet is not None:
+        found = next(c["inlet"] for c in views if c["inlet"])
+        within(found, inlet)
+    else:
+        assert not any(c["inlet"] for c in views)
+
+
+def test_the_golden_messages_are_many_and_of_many_makes():
+    assert len(GOLDEN) >= 60 and len({e["source"] for e in GOLDEN}) == len(GOLDEN)
+    real = [e for e in GOLDEN if not e["source"].startswith("constructed")]
+    assert len(real) >= 60 and {e["protocol"] for e in GOLDEN} == set(PROTOCOLS)
 
 
 # --- Board --------------------------------------------------------------------------------
@@ -1886,16 +1961,47 @@ def test_a_16_charging_is_kept_from_start_to_stop():
     assert bench.station.view()["connectors"][0]["transactionId"] is None
 
 
-@pytest.mark.parametrize("transaction_id", [7, 0, -1, -16, 2 ** 63 - 1])
-def test_the_stop_of_an_unknown_transaction_is_an_orphan(transaction_id):
+@pytest.mark.parametrize("transaction_id", [7, 0, -1, -16, 2 ** 63 - 1, None, "x"])
+@pytest.mark.parametrize("tag", [{}, {"idTag": "a"}, {"idTag": None}])
+def test_a_stop_of_an_unknown_id_ends_the_only_transaction(transaction_id, tag):
     bench = Bench()
-    bench.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
-                                    "timestamp": "2026-09-21T13:33:20Z"})
-    stop = {"transactionId": transaction_id, "meterStop": 5, "timestamp": "2026-09-21T13:33:20Z"}
+    start_16(bench, meterStart=1000)
+    bench.call("MeterValues", meter_16(1, energy=1500))
+    bench.clock.now += 60
+    stop = {"transactionId": transaction_id, "meterStop": 2000,
+            "timestamp": ocppboard.iso(bench.clock.now)} | tag
+    for _ in range(2):
+        answer = bench.call("StopTransaction", stop)
+        assert answer == {"idTagInfo": {"status": "Accepted"}}
+    found = [(t.id, t.status, t.energy_wh) for t in bench.board.transactions.records]
+    assert found == [(int(NOW), "stopped", 1000)]
+    assert bench.station.quirks["stop_of_unknown_id"][0] == 1
+
+
+@pytest.mark.parametrize("why, changed", [
+    ("another card", {"idTag": "B"}), ("before the last reading", {"timestamp": NOW - 600}),
+    ("a register before the last one", {"meterStop": 1400}), ("a second one runs", {"second": 1})])
+@pytest.mark.parametrize("transaction_id", [7, 0, -1, 2 ** 63 - 1])
+def test_a_stop_of_an_unknown_id_is_an_orphan_where_it_is_not_clear(transaction_id, why, changed):
+    bench = Bench()
+    start_16(bench, meterStart=1000)
+    bench.call("MeterValues", meter_16(1, energy=1500))
+    if "second" in changed:
+        start_16(bench, 2)
+    stop = {"transactionId": transaction_id, "meterStop": 2000, "timestamp": NOW} | changed
+    stop |= {"timestamp": ocppboard.iso(stop["timestamp"])}
     bench.call("StopTransaction", stop)
     bench.call("StopTransaction", stop)
-    statuses = [(t.id, t.status) for t in bench.board.transactions.records]
-    assert statuses == [(int(NOW), "active"), (transaction_id, "orphan")], "never guessed"
+    assert statuses(bench)[int(NOW)] == "active", why
+    assert Counter(statuses(bench).values())["orphan"] == 1
+
+
+def test_a_stop_that_names_nothing_is_refused_where_nothing_is_meant():
+    bench = Bench()
+    refused = bench.receive([2, "1", "StopTransaction", {
+        "transactionId": None, "meterStop": 5, "timestamp": ocppboard.iso(NOW)}])
+    assertCallError(refused, "OccurenceConstraintViolation")
+    assert not bench.board.transactions.records
 
 
 def test_a_transaction_from_before_our_time_is_adopted_by_its_id():
@@ -1989,6 +2095,893 @@ def start_16(bench, connector=1, **more):
 
 def statuses(bench):
     return {t.id: t.status for t in bench.board.transactions.records}
+
+
+def says_16(bench, status, connector=1, at=None, **more):
+    stamp = {} if at is None else {"timestamp": ocppboard.iso(at)}
+    bench.call("StatusNotification", {"connectorId": connector, "errorCode": "NoError",
+                                      "status": status} | stamp | more)
+
+
+def says_2x(bench, status, evse=1, connector=1, at=None):
+    bench.call("StatusNotification", {
+        "timestamp": ocppboard.iso(bench.clock.now if at is None else at), "evseId": evse,
+        "connectorId": connector, "connectorStatus": status})
+
+
+def stop_16(bench, transaction_id, energy, at=None, **more):
+    return bench.call("StopTransaction", {
+        "transactionId": transaction_id, "meterStop": energy,
+        "timestamp": ocppboard.iso(bench.clock.now if at is None else at)} | more)
+
+
+def tell_event(bench, kind, number, at, energy=None, power=None, state=None, id_="T-1", **more):
+    """Send a TransactionEvent that happened at that time."""
+    info = {"transactionId": id_} | ({"chargingState": state} if state else {})
+    samples = [{"value": energy, "unitOfMeasure": {"unit": "Wh"}}] * (energy is not None)
+    samples += [{"value": power, "measurand": POWER}] * (power is not None)
+    payload = {"eventType": kind, "timestamp": ocppboard.iso(at), "seqNo": number,
+               "triggerReason": "Trigger", "transactionInfo": info} | more
+    if samples:
+        payload["meterValue"] = [{"timestamp": ocppboard.iso(at), "sampledValue": samples}]
+    return bench.call("TransactionEvent", payload)
+
+
+def found(bench):
+    return {t.id: (t.status, t.energy_wh) for t in bench.board.transactions.records}
+
+
+def connector_view(bench, number=0):
+    return bench.station.view()["connectors"][number]
+
+
+# What comes late
+
+
+@pytest.mark.parametrize("stop_first", [True, False])
+def test_a_charging_told_of_afterwards_does_not_end_the_one_that_runs(stop_first):
+    bench = Bench()
+    running = start_16(bench, meterStart=5000)
+    bench.call("MeterValues", meter_16(1, running, energy=5600, power=7000))
+    bench.clock.now += 60
+    old = start_16(bench, meterStart=1000, timestamp=ocppboard.iso(NOW - 3600), idTag="B")
+    assert bench.station.connectors[1, 1].transaction.id == running
+    stop_16(bench, old, 3000, at=NOW - 1800, idTag="B")
+    assert found(bench) == {running: ("active", 600), old: ("stopped", 2000)}
+    view = bench.transaction()
+    assert view["startedAt"] == ocppboard.iso(NOW - 3600)
+    assert view["stoppedAt"] == ocppboard.iso(NOW - 1800)
+    assert connector_view(bench)["meter"]["powerW"] == 7000
+    bench.call("MeterValues", meter_16(1, running, energy=5900, at=bench.clock.now))
+    assert found(bench)[running] == ("active", 900)
+
+
+def test_a_2x_charging_told_of_afterwards_does_not_end_the_one_that_runs():
+    bench = Bench("ocpp2.0.1")
+    place = {"evse": {"id": 1, "connectorId": 1}}
+    tell_event(bench, "Started", 5, NOW - 60, 9000, power=7000, state="Charging", id_="NOW", **place)
+    tell_event(bench, "Updated", 6, NOW, 9100, power=7000, id_="NOW")
+    for kind, number, at, energy in (("Started", 0, NOW - 7200, 1000),
+                                     ("Updated", 1, NOW - 7000, 2000),
+                                     ("Ended", 2, NOW - 6000, 4000)):
+        tell_event(bench, kind, number, at, energy, id_="OLD", offline=True, **place)
+    assert found(bench) == {"NOW": ("active", 100), "OLD": ("stopped", 3000)}
+    assert connector_view(bench)["transactionId"] == "NOW"
+    assert connector_view(bench)["meter"]["powerW"] == 7000
+
+
+def test_a_start_that_comes_late_for_an_adopted_charging_takes_its_place():
+    bench = Bench()
+    bench.call("MeterValues", meter_16(1, 77, energy=5000))
+    own = start_16(bench, meterStart=4000, timestamp=ocppboard.iso(NOW - 600))
+    assert bench.station.connectors[1, 1].transaction.id == own
+
+
+def test_an_event_of_the_past_does_not_change_the_state_but_its_reading_counts():
+    bench = Bench("ocpp2.0.1")
+    place = {"evse": {"id": 1, "connectorId": 1}}
+    tell_event(bench, "Started", 0, NOW - 300, 1000, **place)
+    tell_event(bench, "Updated", 3, NOW - 10, 3000, power=7000, state="Charging")
+    tell_event(bench, "Updated", 2, NOW - 120, 2000, power=11000, state="SuspendedEV", offline=True)
+    view = bench.transaction()
+    assert (view["chargingState"], view["energyWh"], view["powerW"]) == ("Charging", 2000, 7000)
+    series = bench.board.transactions.records[-1].series.view()
+    assert [p["powerW"] for p in series] == [None, 11000, 7000], "each at its time"
+
+
+@pytest.mark.parametrize("number, at, fresh", [
+    (5, 10, True), (2, 10, True), (2, -10, False), (3, 0, True), (2, 0, False), (9, -10, True)])
+def test_of_two_events_the_newer_one_tells_the_state(number, at, fresh):
+    bench = Bench("ocpp2.0.1")
+    bench.clock.now += 60
+    tell_event(bench, "Started", 3, NOW, state="Charging", evse={"id": 1})
+    tell_event(bench, "Updated", number, NOW + at, state="SuspendedEV")
+    assert bench.transaction()["chargingState"] == ("SuspendedEV" if fresh else "Charging")
+
+
+EVENTS = [("Started", 0, -300, 1000), ("Updated", 1, -200, 3000), ("Ended", 2, -100, 6000)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_the_events_of_a_charging_may_come_in_any_order(protocol, order):
+    bench = Bench(protocol)
+    for n in order:
+        kind, number, at, energy = EVENTS[n]
+        tell_event(bench, kind, number, NOW + at, energy, **(
+            {"evse": {"id": 1, "connectorId": 1}, "idToken": {"idToken": "A", "type": "Central"}}
+            if kind == "Started" else {}))
+    view = bench.transaction()
+    assert len(bench.board.transactions) == 1
+    assert (view["status"], view["energyWh"], view["missingEvents"]) == ("stopped", 5000, 0)
+    assert (view["meterStart"], view["meterStop"], view["estimated"]) == (1000, 6000, False)
+    assert view["startedAt"] == ocppboard.iso(NOW - 300) and view["evse"] == 1
+    assert view["idToken"] == "A" and view["stoppedAt"] == ocppboard.iso(NOW - 100)
+
+
+def test_a_gap_of_the_sequence_is_marked_until_it_is_filled():
+    bench = Bench("ocpp2.0.1")
+    missing = []
+    for number in (10, 13, 12, 12, 9, 5, 11, 2000):
+        tell_event(bench, "Updated", number, NOW, evse={"id": 1})
+        missing.append(bench.transaction()["missingEvents"])
+    assert missing == [0, 2, 1, 1, 1, 4, 3, 3 + 1986]
+    assert len(bench.board.transactions.records[-1].sequence._missing) <= ocppboard.SEQUENCE_GAP
+
+
+def test_a_status_of_the_past_does_not_free_a_connector():
+    bench = Bench()
+    start = start_16(bench)
+    says_16(bench, "Charging", at=NOW)
+    says_16(bench, "Available", at=NOW - 3600)
+    assert statuses(bench) == {start: "active"} and connector_view(bench)["status"] == "Charging"
+    bench.clock.now += 60
+    says_16(bench, "Available", at=NOW + 60)
+    assert statuses(bench) == {start: "abandoned"}
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("time_given", ["boot", "heartbeat", "none"])
+@pytest.mark.parametrize("ahead", [7200, 2 * 86400, 400 * 86400])
+def test_a_clock_that_was_set_is_seen_at_the_first_message_that_shows_it(time_given, ahead):
+    bench = Bench()
+    if time_given == "boot":
+        bench.call("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"})
+    says_16(bench, "Available", at=NOW + ahead)
+    assert bench.station.view()["clockSkewSeconds"] == ahead
+    if time_given == "heartbeat":
+        bench.call("Heartbeat", {})
+    bench.clock.now += 2
+    says_16(bench, "Preparing", at=NOW + 1)
+    assert bench.station.view()["clockSkewSeconds"] == -1
+    assert connector_view(bench)["status"] == "Preparing"
+
+
+def test_a_message_of_the_past_is_no_clock_that_was_set():
+    bench = Bench()
+    bench.call("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"})
+    for late in (-3600, 0, -1800, -7200):
+        says_16(bench, "Available", at=NOW + late)
+    assert abs(bench.station.view()["clockSkewSeconds"]) < 1
+    bench = Bench()
+    for at in (7200, 7200 - 3600, 7200 - 1000):
+        says_16(bench, "Available", at=NOW + at)
+    assert bench.station.view()["clockSkewSeconds"] == 7200
+
+
+def test_one_stamp_of_the_future_is_an_exception():
+    bench = Bench()
+    for at in (30, 86400, 30):
+        bench.clock.now += 10
+        says_16(bench, "Available", at=bench.clock.now + at)
+    assert bench.station.view()["clockSkewSeconds"] == 30
+
+
+def test_the_first_message_after_a_boot_may_be_of_the_past():
+    bench = Bench()
+    bench.call("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"})
+    bench.call("MeterValues", meter_16(1, energy=5, at=NOW - 3600))
+    assert bench.station.view()["clockSkewSeconds"] == 0
+
+
+def test_a_clock_set_in_mid_charge_loses_no_reading_and_keeps_times_in_order():
+    bench = Bench()
+    ahead = 7200
+    started = start_16(bench, meterStart=1000, timestamp=ocppboard.iso(NOW + ahead))
+    assert bench.transaction()["startedAt"] == ocppboard.iso(NOW)
+    shown = []
+    for minute in range(1, 11):
+        bench.clock.now += 60
+        if minute == 5:
+            ahead = 0
+        bench.call("MeterValues", meter_16(1, started, energy=1000 + 100 * minute, power=minute,
+                                           at=bench.clock.now + ahead))
+        shown.append((bench.transaction()["energyWh"], bench.transaction()["powerW"]))
+    assert shown == [(100 * minute, minute) for minute in range(1, 11)]
+    bench.clock.now += 60
+    stop_16(bench, started, 2100)
+    view = bench.transaction()
+    assert view["startedAt"] == ocppboard.iso(NOW) and view["stoppedAt"] == ocppboard.iso(NOW + 660)
+    assert view["energyWh"] == 1100 and not view["estimated"]
+
+
+@pytest.mark.parametrize("behind", [-7200, -86400])
+def test_a_clock_behind_that_is_set_on_in_mid_charge_keeps_times_in_order(behind):
+    bench = Bench()
+    started = start_16(bench, meterStart=0, timestamp=ocppboard.iso(NOW + behind))
+    bench.clock.now += 600
+    bench.call("MeterValues", meter_16(1, started, energy=1000, power=6000, at=bench.clock.now))
+    bench.clock.now += 600
+    stop_16(bench, started, 2000)
+    view = bench.transaction()
+    assert view["startedAt"] < view["stoppedAt"] == ocppboard.iso(NOW + 1200)
+    assert view["energyWh"] == 2000
+
+
+class TwoClocks(Bench):
+    """A bench whose wall clock can be set while time goes on."""
+
+    def __init__(self, **keys):
+        self.mono = Clock(1000.0)
+        super().__init__(**keys)
+
+    def make_board(self, config):
+        return Board(config, self.clock, self.mono)
+
+    def run(self, seconds):
+        self.clock.now += seconds
+        self.mono.now += seconds
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600, -2 * 86400, 2 * 86400, -3])
+def test_a_jump_of_the_boards_clock_is_told_and_disturbs_nothing(jump):
+    bench = TwoClocks()
+    started = start_16(bench, meterStart=1000)
+    bench.run(60)
+    bench.call("MeterValues", meter_16(1, started, energy=1100, power=6000, at=bench.clock.now))
+    bench.clock.now += jump
+    bench.board.watch_clock()
+    event, = (e for e in bench.board.system.records if e.kind == "CLOCK_SET")
+    assert event.details == {"seconds": jump}
+    assert bench.station.view()["clockSkewSeconds"] is None, "judged anew"
+    for minute in (1, 2):
+        bench.run(60)
+        bench.call("MeterValues", meter_16(1, started, energy=1100 + 100 * minute,
+                                           power=6000 + minute, at=bench.clock.now))
+        view = bench.transaction()
+        assert (view["energyWh"], view["powerW"]) == (100 + 100 * minute, 6000 + minute)
+        assert view["startedAt"] <= ocppboard.iso(bench.clock.now)
+    stop_16(bench, started, 1400)
+    view = bench.transaction()
+    assert view["startedAt"] <= view["stoppedAt"] == ocppboard.iso(bench.clock.now)
+    assert len([e for e in bench.board.system.records if e.kind == "CLOCK_SET"]) == 1
+
+
+def test_a_small_step_of_the_boards_clock_is_nothing_to_tell():
+    bench = TwoClocks()
+    for _ in range(5):
+        bench.run(60)
+        bench.clock.now += 0.3
+        bench.board.watch_clock()
+    assert not any(e.kind == "CLOCK_SET" for e in bench.board.system.records)
+
+
+def test_a_station_that_was_right_while_the_board_was_wrong_has_its_own_times_back():
+    bench = TwoClocks()
+    bench.clock.now -= 2 * 86400                     # a computer without a clock has just started
+    bench.board.watch_clock()
+    started = start_16(bench, timestamp=ocppboard.iso(NOW))
+    bench.run(600)
+    bench.clock.now += 2 * 86400
+    bench.board.watch_clock()
+    assert bench.board.transaction(bench.station, started).view()["startedAt"] == ocppboard.iso(NOW)
+
+
+# Which transaction
+
+
+def test_a_constant_id_makes_no_transaction_and_its_readings_are_the_connectors():
+    bench = Bench()
+    constant = 2 ** 63 - 1
+
+    def read(energy, power):
+        bench.clock.now += 60
+        bench.call("MeterValues", meter_16(1, constant, energy, power, at=bench.clock.now))
+        return connector_view(bench)["meter"]["powerW"]
+    says_16(bench, "Available")
+    assert read(1000, 0) == 0 and not bench.board.transactions.records
+    says_16(bench, "Preparing")
+    assert read(1000, 0) == 0 and not bench.board.transactions.records
+    started = start_16(bench, meterStart=1000)
+    says_16(bench, "Charging")
+    assert read(1100, 6000) == 6000 and found(bench) == {started: ("active", 100)}
+    bench.clock.now += 1
+    stop_16(bench, started, 1200)
+    says_16(bench, "Finishing")
+    assert read(1200, 0) == 0 and len(bench.board.transactions) == 1
+    says_16(bench, "Available")
+    again = start_16(bench, meterStart=1200)
+    assert read(1300, 6000) == 6000 and found(bench)[again] == ("active", 100)
+
+
+@pytest.mark.parametrize("id_", [1, 12345])
+@pytest.mark.parametrize("status", ["Available", "Preparing", "Finishing", "Reserved", "Faulted"])
+def test_an_id_that_nobody_gave_is_adopted_only_where_a_charging_may_be(id_, status):
+    bench = Bench()
+    says_16(bench, status)
+    bench.call("MeterValues", meter_16(1, id_, energy=5))
+    assert not bench.board.transactions.records and connector_view(bench)["meter"]["energyWh"] == 5
+    says_16(bench, "Charging")
+    bench.call("MeterValues", meter_16(1, id_, energy=6))
+    assert statuses(bench) == {id_: "active"}
+
+
+@pytest.mark.parametrize("in_between", [False, True])
+def test_readings_under_the_id_of_an_ended_transaction_are_the_connectors(in_between):
+    bench = Bench()
+    first = start_16(bench, meterStart=1000)
+    bench.clock.now += 60
+    stop_16(bench, first, 1500)
+    if in_between:
+        second = start_16(bench, meterStart=1500, idTag="B")
+    bench.clock.now += 60
+    bench.call("MeterValues", {"connectorId": 1, "transactionId": first, "meterValue": [{
+        "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": [
+            sample("1600"), sample("0", POWER, "W"), sample("230", "Voltage", "V", "L1")]}]})
+    assert found(bench)[first] == ("stopped", 500)
+    meter = connector_view(bench)["meter"]
+    assert (meter["powerW"], meter["voltageV"], meter["energyWh"]) == (0, {"L1": 230}, 1600)
+    if in_between:
+        assert found(bench)[second] == ("active", 100)
+
+
+@pytest.mark.parametrize("protocol, after", [
+    ("ocpp1.6", "Available"), ("ocpp1.6", "Preparing"), ("ocpp1.6", "Finishing"),
+    ("ocpp2.0.1", "Available"), ("ocpp2.1", "Available")])
+@pytest.mark.parametrize("then", ["nothing", "stop", "late reading", "resumption"])
+def test_a_reboot_ends_what_ran_unless_it_is_resumed_or_stopped(protocol, after, then):
+    bench, v16 = Bench(protocol), protocol == "ocpp1.6"
+    status = says_16 if v16 else says_2x
+    if v16:
+        id_ = start_16(bench, meterStart=1000)
+        bench.call("MeterValues", meter_16(1, id_, energy=1500, power=7000))
+    else:
+        id_ = "T-1"
+        tell_event(bench, "Started", 0, NOW - 60, 1000, evse={"id": 1, "connectorId": 1})
+        tell_event(bench, "Updated", 1, NOW, 1500, power=7000, state="Charging")
+    status(bench, "Charging" if v16 else "Occupied")
+    bench.clock.now += 60
+    boot = {"chargePointVendor": "V", "chargePointModel": "M"} if v16 else {
+        "reason": "PowerUp", "chargingStation": {"model": "M", "vendorName": "V"}}
+    bench.call("BootNotification", boot)
+    assert bench.transaction()["powerW"] is None, "nobody knows"
+    status(bench, after)
+    view = bench.transaction()
+    assert (view["status"], view["energyWh"], view["powerW"]) == ("abandoned", 500, 0)
+    assert connector_view(bench)["transactionId"] is None
+    if then == "stop":
+        if v16:
+            stop_16(bench, id_, 1600, at=NOW + 10, reason="PowerLoss")
+        else:
+            tell_event(bench, "Ended", 2, NOW + 10, 1600, offline=True)
+        assert found(bench) == {id_: ("stopped", 600)}
+        assert bench.transaction()["stoppedAt"] == ocppboard.iso(NOW + 10)
+    elif then != "nothing":
+        at = NOW + 20 if then == "late reading" else bench.clock.now + 30
+        bench.clock.now += 60
+        resumed = then == "resumption"
+        if v16:
+            if resumed:
+                status(bench, "Charging")
+            bench.call("MeterValues", meter_16(1, id_, energy=1600, power=6000, at=at))
+        else:
+            tell_event(bench, "Updated", 2, at, 1600, power=6000, state="Charging",
+                     offline=not resumed)
+        assert found(bench) == {id_: ("active" if resumed else "abandoned", 600)}
+        assert bench.transaction()["powerW"] == (6000 if resumed else 0)
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_available_alone_ends_no_2x_transaction(protocol):
+    bench = Bench(protocol)
+    tell_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
+    says_2x(bench, "Available")
+    assert statuses(bench) == {"T-1": "active"}, "TxStartPoint may be Authorized"
+
+
+@pytest.mark.parametrize("status_first", [True, False])
+def test_where_only_the_evse_is_told_the_connector_in_use_is_meant(status_first):
+    bench = Bench("ocpp2.0.1")
+    told = [lambda: (says_2x(bench, "Available", 1, 1), says_2x(bench, "Occupied", 1, 2)),
+            lambda: tell_event(bench, "Started", 0, NOW, 1000, evse={"id": 1})]
+    for tell in told if status_first else reversed(told):
+        tell()
+    assert (bench.transaction()["evse"], bench.transaction()["connector"]) == (1, 2)
+    assert bench.station.connectors[1, 1].transaction is None
+    bench.call("MeterValues", {"evseId": 1, "meterValue": [{
+        "timestamp": ocppboard.iso(NOW), "sampledValue": [{"value": 1200.0}]}]})
+    assert bench.transaction()["energyWh"] == 200
+    tell_event(bench, "Updated", 1, NOW, evse={"id": 1})
+    assert bench.transaction()["connector"] == 2
+
+
+def test_the_only_connector_of_an_evse_is_meant_whatever_its_number():
+    bench = Bench("ocpp2.0.1")
+    says_2x(bench, "Available", 2, 3)
+    tell_event(bench, "Started", 0, NOW, evse={"id": 2})
+    assert bench.transaction()["connector"] == 3
+
+
+@pytest.mark.parametrize("stamp", ["soon", "", None, 5, {"x": 1}])
+def test_a_repeated_start_with_an_unreadable_time_is_one(stamp):
+    bench = Bench()
+    first = start_16(bench, meterStart=1000, timestamp=stamp)
+    bench.clock.now += 90
+    assert start_16(bench, meterStart=1000, timestamp=stamp) == first
+    assert start_16(bench, meterStart=1200, timestamp=stamp) != first, "it is another one"
+    bench = Bench()
+    first = start_16(bench, meterStart=1000, timestamp=stamp)
+    bench.clock.now += 3600
+    assert start_16(bench, meterStart=1000, timestamp=stamp) != first, "nor so long after"
+
+
+# Energy
+
+
+def charge(bench, readings, start=1000, stop=None, step_s=60, end_s=None):
+    """A charging: each reading is a register, or the samples of one MeterValue."""
+    id_ = start_16(bench, meterStart=start)
+    for reading in readings:
+        bench.clock.now += step_s
+        samples = reading if isinstance(reading, list) else [sample(str(reading))]
+        bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
+            {"timestamp": ocppboard.iso(bench.clock.now), "sampledValue": samples}]})
+    if stop is not None:
+        bench.clock.now += end_s or step_s
+        stop_16(bench, id_, stop)
+    view = bench.transaction()
+    return view["energyWh"], view["estimated"]
+
+
+INTERVAL = "Energy.Active.Import.Interval"
+
+
+@pytest.mark.parametrize("readings, start, stop, energy, estimated", [
+    ([1200, 2 ** 32, 1300, 1400], 1000, None, 400, False),                  # one spike
+    ([1200, 2 ** 32, 1300, 1400], 1000, 1500, 500, False),
+    ([2 ** 32, 1300], 1000, None, 300, False),
+    ([1200, 1300, 2 ** 32], 1000, None, 300, False),
+    ([1200, 8000, 1400, 1500], 1000, None, 500, False),                     # a small one
+    ([909_948, 909_960, 910_000], 0, None, 52, True),                       # a placeholder
+    ([909_948, 909_960, 910_000], 0, 910_010, 62, True),
+    ([0, 909_948, 909_960], 0, None, 12, True),
+    ([50, 0, 150], 1_230_000, 1_230_300, 300, False),                       # a session's register
+    ([2600], 1000, 2000, 1000, False),                                      # the stop decides
+    ([2600, 2700], 1000, 2000, 1000, False),
+    ([26_000], 1000, 2000, 1000, False),
+    ([1500], 1000, 0, 500, False),                                          # no stop register
+    ([4500, 100, 400], 4000, 600, 1100, True),                              # reset in between
+    ([], 1000, 3000, 2000, False),
+    ([[sample("50", INTERVAL)], [sample("60", INTERVAL)]], 0, None, 110, True),
+    ([[sample("0.05", INTERVAL, "kWh")], [sample("60", INTERVAL)]], 1000, 1120, 120, False),
+    ([[sample("50", INTERVAL), sample("1070")]], 1000, None, 70, False),
+])
+def test_the_energy_is_right_whatever_the_registers_do(readings, start, stop, energy, estimated):
+    assert charge(Bench(), readings, start, stop) == (energy, estimated)
+
+
+@pytest.mark.parametrize("begin_first", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_begin_and_end_registers_do_not_override_the_present_one(begin_first, apart):
+    bench = Bench()
+    samples = [sample("163630", context="Sample.Periodic"),
+               sample("157440", context="Transaction.Begin"),
+               sample("0", context="Transaction.End")]
+    if begin_first:
+        samples.reverse()
+    stamp = {"timestamp": ocppboard.iso(NOW)}
+    values = [stamp | {"sampledValue": [s]} for s in samples] if apart else [
+        stamp | {"sampledValue": samples}]
+    bench.call("MeterValues", {"connectorId": 1, "transactionId": 5, "meterValue": values})
+    view = bench.transaction()
+    assert (view["energyWh"], view["meterStart"]) == (6190, 157440)
+    assert connector_view(bench)["meter"]["energyWh"] == 163630
+    bench.call("MeterValues", {"connectorId": 1, "transactionId": 5, "meterValue": [
+        stamp | {"sampledValue": [samples[0] if begin_first else samples[-1]]}]})
+    assert bench.transaction()["energyWh"] == 6190
+
+
+@pytest.mark.parametrize("session_first", [True, False])
+@pytest.mark.parametrize("start", [0, 1_230_000])
+def test_registers_of_two_bases_are_not_one_register(session_first, start):
+    bench = Bench()
+    id_ = start_16(bench, meterStart=start)
+    for minute in range(1, 4):
+        bench.clock.now += 60
+        told = [meter_16(1, id_, 100 * minute, at=bench.clock.now),
+                meter_16(1, None, 1_230_000 + 100 * minute, at=bench.clock.now)]
+        for payload in told if session_first else reversed(told):
+            bench.call("MeterValues", payload)
+        assert bench.transaction()["energyWh"] <= 100 * minute
+    assert bench.transaction()["energyWh"] == 300
+
+
+def test_what_the_inlet_tells_is_shown_apart():
+    bench = Bench()
+    id_ = start_16(bench, meterStart=1000)
+    inlet = [sample("67230012", context="Sample.Clock", location="Inlet"),
+             sample("40", CURRENT, "A", "L1", location="Inlet"),
+             sample("27000", POWER, "W", location="Inlet")]
+    for reading in ([sample("1500"), sample("6900", POWER), sample("30", CURRENT, "A", "L1")],
+                    inlet, [sample("2000")]):
+        bench.clock.now += 60
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [{
+            "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": reading}]})
+    assert bench.transaction()["energyWh"] == 1000
+    view = connector_view(bench)
+    assert (view["meter"]["powerW"], view["meter"]["currentA"]) == (6900, {"L1": 30})
+    assert (view["inlet"]["energyWh"], view["inlet"]["powerW"]) == (67230012, 27000)
+    bench.clock.now += 60
+    stop_16(bench, id_, 2000)
+    assert bench.transaction()["energyWh"] == 1000
+    bench.call("MeterValues", {"connectorId": 1, "meterValue": [{
+        "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": inlet}]})
+    assert connector_view(bench)["meter"] is None and connector_view(bench)["inlet"]
+
+
+def test_an_interval_that_is_told_again_counts_once():
+    bench = Bench()
+    id_ = start_16(bench, meterStart=0)
+    for at in (60, 120, 120, 60, 180):
+        bench.clock.now = max(bench.clock.now, NOW + at)
+        bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
+            {"timestamp": ocppboard.iso(NOW + at), "sampledValue": [sample("50", INTERVAL)]}]})
+    assert bench.transaction()["energyWh"] == 150
+
+
+@st.composite
+def told_charging(draw):
+    """(registers by minute, in what order the messages come, some of them not or twice)."""
+    steps = draw(st.lists(st.integers(0, 700), min_size=1, max_size=8))
+    registers = list(itertools.accumulate(steps, initial=draw(st.integers(0, 2_000_000))))
+    order = draw(st.lists(st.integers(0, len(registers)), max_size=20))
+    return registers, order
+
+
+@settings(max_examples=300, deadline=None)
+@given(told=told_charging())
+def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow(told):
+    """16: the StartTransaction comes first, for its answer is needed; all else as it likes."""
+    registers, order = told
+    for v16 in (True, False):
+        bench = Bench("ocpp1.6" if v16 else "ocpp2.0.1")
+        bench.clock.now = end = NOW + 60 * len(registers)
+        id_ = start_16(bench, meterStart=registers[0], timestamp=ocppboard.iso(NOW)) if v16 else ""
+        for n in order:
+            at = NOW + 60 * n
+            register = registers[min(n, len(registers) - 1)]
+            if not v16:
+                kind = "Started" if n == 0 else "Ended" if n == len(registers) else "Updated"
+                tell_event(bench, kind, n, at, float(register), power=700.0, state="Charging",
+                         evse={"id": 1, "connectorId": 1})
+            elif n == len(registers):
+                stop_16(bench, id_, register, at=at, idTag="A")
+            elif n == 0:
+                assert start_16(bench, meterStart=registers[0], timestamp=ocppboard.iso(NOW)) == id_ \
+                    or len(registers) in order
+            else:
+                bench.call("MeterValues", meter_16(1, id_, register, 700, at=at))
+            check_sound(bench, end, registers[-1] - registers[0])
+
+
+def check_sound(bench, now, most_wh):
+    """At any time: no more energy than there was, one transaction a connector, no future."""
+    records = bench.board.transactions.records
+    running = [(t.evse_id, t.connector_id) for t in records if t.status == "active"]
+    assert len(running) == len(set(running))
+    for transaction in records:
+        view = transaction.view()
+        assert 0 <= (view["energyWh"] or 0) <= most_wh + 0.01
+        times = [ocppboard.parse_time(view[key])[0] for key in ("startedAt", "stoppedAt")
+                 if view[key]]
+        assert times == sorted(times) and times[-1] <= now
+
+
+# State against reading
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("state", ["SuspendedEV", "SuspendedEVSE"])
+def test_a_state_that_ends_the_flow_ends_it_until_a_later_reading(protocol, state):
+    bench, v16 = Bench(protocol), protocol == "ocpp1.6"
+
+    def read(power, at):
+        if v16:
+            bench.call("MeterValues", meter_16(1, id_, power=power, at=at))
+        else:
+            tell_event(bench, "Updated", 9, at, power=power)
+        return bench.transaction()["powerW"]
+    if v16:
+        id_ = start_16(bench)
+        says_16(bench, "Charging", at=NOW)
+    else:
+        tell_event(bench, "Started", 0, NOW - 10, state="Charging", evse={"id": 1, "connectorId": 1})
+    assert read(6440, NOW) == 6440
+    bench.clock.now += 60
+    if v16:
+        says_16(bench, state, at=NOW + 60)
+    else:
+        tell_event(bench, "Updated", 1, NOW + 60, state=state)
+    assert bench.transaction()["powerW"] == 0 and connector_view(bench)["meter"]["powerW"] == 0
+    assert read(6440, NOW + 58) == 0, "it was read before"
+    bench.clock.now += 60
+    assert read(7000, NOW + 120) == 7000
+    if v16:
+        says_16(bench, state, at=NOW + 120)
+    assert bench.transaction()["powerW"] == 7000, "told again, it is no change"
+
+
+def test_the_state_of_a_fault_hides_no_power():
+    bench = Bench()
+    id_ = start_16(bench)
+    bench.call("MeterValues", meter_16(1, id_, power=7000))
+    says_16(bench, "Faulted", errorCode="GroundFailure")
+    assert bench.transaction()["powerW"] == 7000
+    assert connector_view(bench)["errorCode"] == "GroundFailure"
+
+
+def test_a_power_that_was_worked_out_does_not_reach_over_a_pause():
+    bench = Bench()
+    id_ = start_16(bench)
+    for second in (0, 30, 60):
+        bench.clock.now = NOW + second
+        bench.call("MeterValues", meter_16(1, id_, energy=second * 2, at=bench.clock.now))
+    assert bench.transaction()["powerW"] == 7200
+    says_16(bench, "SuspendedEV", at=NOW + 61)
+    for second in (70, 100, 130):
+        bench.clock.now = NOW + second
+        bench.call("MeterValues", meter_16(1, id_, energy=120, at=bench.clock.now))
+        assert bench.transaction()["powerW"] == 0
+
+
+@pytest.mark.parametrize("watts, shown, quirk", [("-5", 0, False), ("-4000", 0, True), ("5", 5, False)])
+def test_power_below_nothing_is_nothing(watts, shown, quirk):
+    bench = Bench()
+    id_ = start_16(bench)
+    bench.call("MeterValues", meter_16(1, id_, power=watts))
+    assert bench.transaction()["powerW"] == shown
+    assert ("meter_value_negative" in bench.station.quirks) == quirk
+
+
+# Phases
+
+
+def currents(*messages, protocol="ocpp1.6", phases=3):
+    """(current by phase as shown, as a controller reads it, what is marked as derived)."""
+    bench = Bench(protocol)
+    for meter_values in messages:
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [
+            {"timestamp": ocppboard.iso(NOW), "sampledValue": samples} for samples in meter_values]})
+    reading = bench.station.connectors[1, 1].reading
+    return reading.current_a, reading.flow(phases, 230.0)[0], reading.view()["derived"]
+
+
+def by_phase(measurand, *values):
+    return [sample(str(v), measurand, phase=f"L{n}") for n, v in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("samples, shown, flow, derived", [
+    (by_phase(POWER, 6900, 0, 0), {"L1": 30, "L2": 0, "L3": 0}, [30, 0, 0], ["currentA"]),
+    (by_phase(POWER, 0, 2300), {"L1": 0, "L2": 10}, [0, 10, 0], ["currentA"]),
+    (by_phase(POWER, 2400) + [sample("240", "Voltage", "V", "L1-N")], {"L1": 10}, [10, 0, 0],
+     ["currentA"]),
+    ([sample("30", CURRENT, "A", "N")], {"N": 30}, [30, 30, 30], ["powerW"]),
+    ([sample("11000", POWER), *by_phase(CURRENT, 16)], {"L1": 16, "L2": 15.91, "L3": 15.91},
+     [16, 15.91, 15.91], ["currentA"]),
+    ([sample("3680", POWER), *by_phase(CURRENT, 16)], {"L1": 16}, [16, 0, 0], []),
+    ([sample("7360", POWER), *by_phase(CURRENT, 16)], {"L1": 16}, [16, 16, 16], []),  # L2 or L3
+    ([sample("11000", POWER), *by_phase(CURRENT, 16, 0, 0)], {"L1": 16, "L2": 0, "L3": 0},
+     [16, 0, 0], []),
+])
+def test_currents_of_phases_that_only_power_tells_are_worked_out(samples, shown, flow, derived):
+    assert currents([samples]) == (shown, pytest.approx(flow), derived)
+
+
+@pytest.mark.parametrize("measurand", [CURRENT, POWER])
+@pytest.mark.parametrize("apart", ["elements", "messages"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_phases_of_one_instant_are_merged(measurand, apart, order):
+    samples = by_phase(measurand, *((10, 11, 12) if measurand == CURRENT else (2300, 2530, 2760)))
+    told = [[samples[n]] for n in order]
+    shown, flow, _ = currents(*([told] if apart == "elements" else [[one] for one in told]))
+    assert shown == {"L1": 10, "L2": 11, "L3": 12} and flow == [10, 11, 12]
+
+
+def test_power_by_phase_is_summed_over_messages_of_one_instant():
+    bench = Bench()
+    for one in by_phase(POWER, 1000, 2000, 3000):
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [
+            {"timestamp": ocppboard.iso(NOW), "sampledValue": [one]}]})
+    assert connector_view(bench)["meter"]["powerW"] == 6000
+
+
+def test_a_measured_current_goes_before_one_from_power_a_moment_later():
+    bench = Bench()
+    for second, samples in ((0, by_phase(CURRENT, 16.8)), (7, by_phase(POWER, 3627))):
+        bench.clock.now = NOW + second
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [
+            {"timestamp": ocppboard.iso(bench.clock.now), "sampledValue": samples}]})
+    assert connector_view(bench)["meter"]["currentA"] == {"L1": 16.8}
+
+
+@pytest.mark.parametrize("protocol, odd", [("ocpp1.6", True), ("ocpp2.0.1", True),
+                                           ("ocpp2.1", False)])
+@pytest.mark.parametrize("amps, enough", [("10", True), ("0.2", False), ("0", False)])
+def test_export_while_charging_is_a_quirk(protocol, odd, amps, enough):
+    bench = Bench(protocol)
+    export = [{"timestamp": ocppboard.iso(NOW), "sampledValue": [
+        sample(amps if protocol == "ocpp1.6" else float(amps), "Current.Export")]}]
+    if protocol == "ocpp1.6":
+        id_ = start_16(bench)
+        bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": export})
+    else:
+        tell_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
+        bench.call("MeterValues", {"evseId": 1, "meterValue": export})
+    assert ("export" in bench.station.quirks) == (odd and enough)
+
+
+# Causes
+
+
+@pytest.mark.parametrize("info, shown", [("null", None), (None, None), ("", None), ("hot", "hot")])
+@pytest.mark.parametrize("status", ["Faulted", "Charging", "Available", "Unavailable"])
+def test_the_cause_is_told_with_every_status(status, info, shown):
+    bench = Bench()
+    says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
+    view = connector_view(bench)
+    assert (view["errorCode"], view["vendorErrorCode"], view["info"]) == (
+        "OtherError", "E 42", shown)
+    fault, = bench.board.errors.records
+    assert fault.kind == "STATION_FAULT" and "E 42" in fault.message
+    says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
+    assert len(bench.board.errors) == 1, "the same is told once"
+    says_16(bench, "Available", vendorErrorCode="0x0000", info="OK")
+    assert len(bench.board.errors) == 1
+
+
+def alert(bench, name="ConnectorPlugRetentionLock", variable="Problem", value="true", **more):
+    bench.call("NotifyEvent", {"generatedAt": "2026-09-21T13:33:20Z", "seqNo": 0, "eventData": [{
+        "eventId": 1, "timestamp": "2026-09-21T13:33:20Z", "trigger": "Alerting",
+        "actualValue": value, "eventNotificationType": "HardWiredNotification",
+        "component": {"name": name, "evse": {"id": 1, "connectorId": 1}},
+        "variable": {"name": variable}} | more]})
+
+
+@pytest.mark.parametrize("over", [{"cleared": True}, {"value": "false"}])
+def test_an_alert_stands_at_its_connector_and_among_the_errors_until_it_is_over(over):
+    bench = Bench("ocpp2.0.1")
+    says_2x(bench, "Occupied")
+    for _ in range(2):
+        alert(bench, techInfo="lock stuck")
+    view = connector_view(bench)
+    assert (view["errorCode"], view["info"]) == ("ConnectorPlugRetentionLock Problem", "lock stuck")
+    assert view["status"] == "Occupied"
+    fault, = bench.board.errors.records
+    assert fault.kind == "STATION_FAULT" and "lock stuck" in fault.message
+    alert(bench, **over)
+    assert connector_view(bench)["errorCode"] is None and len(bench.board.errors) == 1
+
+
+def test_alerts_of_one_connector_are_bounded_and_reports_are_none():
+    bench = Bench("ocpp2.0.1")
+    for number in range(50):
+        alert(bench, variable=f"V{number}")
+    assert len(bench.station.connectors[1, 1].problems) == ocppboard.PROBLEMS_KEPT
+    bench = Bench("ocpp2.0.1")
+    alert(bench, trigger="Periodic")
+    alert(bench, trigger="Delta")
+    assert not bench.board.errors.records and not bench.station.connectors
+
+
+# Types and shapes
+
+
+@pytest.mark.parametrize("protocol, action", EVERY_CALL)
+def test_answers_have_their_keys_in_the_order_of_the_schema(protocol, action):
+    payload = instance(schema_of(protocol, action, "Request"), True)
+    answered = Bench(protocol).call(action, payload)
+    order = list(schema_of(protocol, action, "Response").get("properties", {}))
+    assert list(answered) == [name for name in order if name in answered]
+
+
+@pytest.mark.parametrize("tag", [{}, {"idTag": "A"}, {"idTag": None}])
+def test_every_stop_is_answered_with_an_id_tag_info(tag):
+    bench = Bench()
+    assert stop_16(bench, start_16(bench), 5, **tag) == {"idTagInfo": {"status": "Accepted"}}
+
+
+def test_a_stop_that_is_refused_for_its_form_ends_the_transaction_all_the_same():
+    bench = Bench(schemas=ocppboard.Schemas.installed(), ocpp_validate="strict")
+    start_16(bench, meterStart=100)
+    refused = bench.receive([2, "1", "StopTransaction", {
+        "transactionId": None, "meterStop": 900, "timestamp": ocppboard.iso(NOW)}])
+    assertCallError(refused, "TypeConstraintViolation")
+    assert found(bench) == {int(NOW): ("stopped", 800)}
+
+
+@pytest.mark.parametrize("word", ["charging", "CHARGING", "Charging"])
+def test_a_status_in_another_case_is_taken_as_meant(word):
+    bench = Bench()
+    says_16(bench, word)
+    assert connector_view(bench)["status"] == "Charging"
+    assert ("word_in_other_case" in bench.station.quirks) == (word != "Charging")
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "STARTED", 0, NOW, state=word.lower(),
+             evse={"id": 1})
+    assert bench.transaction()["chargingState"] == "Charging"
+    assert "word_in_other_case" in bench.station.quirks
+
+
+def test_a_start_without_a_card_is_taken_with_a_quirk():
+    bench = Bench()
+    started = start_16(bench, idTag=None)
+    assert statuses(bench) == {started: "active"} and "id_tag_null" in bench.station.quirks
+    assert bench.call("Authorize", {"idTag": None}) == {"idTagInfo": {"status": "Accepted"}}
+    listed = Bench(ocpp_authorize="listed")
+    assert listed.call("Authorize", {"idTag": None}) == {"idTagInfo": {"status": "Invalid"}}
+
+
+def test_a_decimal_comma_is_read():
+    bench = Bench()
+    start_16(bench, meterStart="1234,5")
+    bench.call("MeterValues", meter_16(1, energy="1334,75"))
+    assert bench.transaction()["energyWh"] == 100.25
+    assert {"number_as_text", "decimal_comma"} <= set(bench.station.quirks)
+
+
+KEY_CODE = {"idToken": "4711", "type": "KeyCode"}
+
+
+@pytest.mark.parametrize("type_", ["KeyCode", "keycode"])
+def test_a_key_code_stands_in_no_record(type_):
+    bench = Bench("ocpp2.0.1", ocpp_authorize="listed", ocpp_id_tokens="1234")
+    token = KEY_CODE | {"type": type_}
+    followed = bench.board.subscribe(list(TOPICS), None, lambda: None)[0]
+    assert bench.call("Authorize", {"idToken": token}) == {"idTokenInfo": {"status": "Invalid"}}
+    assert bench.call("Authorize", {"idToken": token | {"idToken": "1234"}}) == {
+        "idTokenInfo": {"status": "Accepted"}}
+    tell_event(bench, "Started", 0, NOW, idToken=token, evse={"id": 1})
+    texts = [r.json() for store in bench.board.stores.values() for r in store.records]
+    texts += [event.text for event in followed.take()[0]]
+    assert texts and not any("4711" in text or '"1234"' in text for text in texts)
+    assert bench.transaction()["idToken"] == ocppboard.HIDDEN
+
+
+@pytest.mark.parametrize("name", [
+    "WifiPin", "WIFIPSK", "wifi_psk", "ModemPassword", "adminpassword", "MqttAuthentication",
+    "ClientSecret", "BackendToken", "AuthorizationKey", "SIMPIN", "PreSharedKey", "ApiKey"])
+@pytest.mark.parametrize("action, payload", [
+    ("ChangeConfiguration", lambda name: {"key": name, "value": "s3cr3t"}),
+    ("GetConfiguration", lambda name: {"configurationKey": [
+        {"key": name, "readonly": False, "value": "s3cr3t"}]}),
+    ("SetVariables", lambda name: {"setVariableData": [
+        {"component": {"name": "X"}, "variable": {"name": name}, "attributeValue": "s3cr3t"}]}),
+    ("NotifyEvent", lambda name: {"eventData": [
+        {"component": {"name": "X"}, "variable": {"name": name}, "actualValue": "s3cr3t"}]}),
+    ("DataTransfer", lambda name: {"vendorId": "v", "data": {name: "s3cr3t"}})])
+def test_a_key_whose_name_says_secret_is_masked(name, action, payload):
+    body = payload(name)
+    shown = ocppboard.without_secrets(action, body, json.dumps(body))
+    assert "s3cr3t" not in shown and name in shown
+
+
+@pytest.mark.parametrize("name", ["LocalAuthListMaxLength", "SupportedFeatureProfiles", "Spinner",
+                                  "MaxIdTokenLength", "AuthorizeRemoteTxRequests", "groupIdToken"])
+def test_a_key_whose_name_says_nothing_secret_is_shown(name):
+    body = {"configurationKey": [{"key": name, "readonly": False, "value": "shown"}]}
+    assert "shown" in ocppboard.without_secrets("GetConfiguration", body, json.dumps(body))
 
 
 def test_a_late_reading_does_not_bring_a_lost_transaction_back_over_the_next_one():
@@ -2117,6 +3110,7 @@ def test_a_2x_id_that_is_used_again_is_another_transaction():
     bench.call("TransactionEvent", event("Started", 0, 500.0, evse={"id": 2, "connectorId": 1}))
     bench.call("TransactionEvent", event("Ended", 1, 600.0))
     later = {"timestamp": "2026-09-21T14:33:20Z"}
+    bench.clock.now += 3600
     bench.call("TransactionEvent", event("Started", 0, 600.0, **later))
     found = [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records]
     assert found == [(1, "abandoned", 0), (2, "stopped", 100), (0, "active", 0)]
