@@ -9705,6 +9705,7 @@ class Session:
     user: str
     expires_at: float | None            # None: a token or no authentication, which do not expire
     id: str = ""
+    ends_mono: float = math.inf         # the same by the monotonic clock, which counts
 
     def view(self) -> dict:
         return {"user": {"name": self.user}, "expiresAt": iso(self.expires_at)}
@@ -9740,8 +9741,8 @@ class Failures:
 class Access:
     """Sessions, tokens and passwords."""
 
-    def __init__(self, board: Board, clock: Callable[[], float] = time.time):
-        self.board, self.config, self.clock = board, board.config, clock
+    def __init__(self, board: Board):
+        self.board, self.config = board, board.config
         auth = self.config.auth
         self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
         self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
@@ -9765,7 +9766,7 @@ class Access:
             return self._bearer_session(bearer.encode("utf-8", "replace"), address)
         if found is None:
             raise Unauthorized()
-        if found.expires_at is not None and found.expires_at <= self.clock():
+        if found.ends_mono <= self.board.mono():
             raise Forbidden("Session expired")
         return found
 
@@ -9823,9 +9824,9 @@ class Access:
                                    auth.username.encode()) and right
 
     def _new_session(self, address: str) -> Session:
-        session = Session(self.config.auth.username,
-                          self.clock() + self.config.auth.session_ttl_seconds,
-                          secrets.token_urlsafe(32))
+        lasts_s = self.config.auth.session_ttl_seconds
+        session = Session(self.config.auth.username, self.board.clock() + lasts_s,
+                          secrets.token_urlsafe(32), self.board.mono() + lasts_s)
         self._sessions[session.id] = session
         if len(self._sessions) > SESSIONS_KEPT:
             self._sessions.popitem(last=False)
@@ -15301,6 +15302,8 @@ class Daemon:
         """(port, application) of each listener: the board's first, the stations' last."""
         ocpp, board = self._ocpp_rules(), self._board_rules()
         if not self.config.ocpp.port:
+        # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
+        IOLoop.current().time = time.monotonic
             return [(self.config.server.port, self._application(ocpp + board))]
         strayed = Rule(IsUpgrade(), StationSocket, {"daemon": self, "here": False})
         return [(self.config.server.port, self._application([strayed, *board])),
@@ -15392,7 +15395,8 @@ class Daemon:
         self.board.sampled(self.sample())
 
     def _turn(self) -> None:
-        """Each second: how late the loop is, and who is to be pinged."""
+        """Each second: how late the loop is, whether the clock was set, and who is to be pinged."""
+        self.board.watch_clock()
         now = time.monotonic()
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
         self._last_turn = now

@@ -6758,7 +6758,7 @@ async def test_two_boards_that_lead_to_each_other_do_not_go_round():
 def access_of(**keys):
     clock = Clock()
     board = Board(config_of(**keys), clock)
-    return ocppboard.Access(board, clock), board, clock
+    return ocppboard.Access(board), board, clock
 
 
 @with_loop
@@ -7412,16 +7412,15 @@ async def test_a_transaction_shows_its_meter_over_time(site):
     socket_ = await site.station("CP 1")
     started = await exchange(socket_, "StartTransaction", START_16 | {"timestamp": iso_now(-60)})
     id_ = started[2]["transactionId"]
-    for seconds, watts in ((-60, "0"), (-30, "7000"), (0, "6900")):
-        await exchange(socket_, "MeterValues", {
-            "connectorId": 1, "transactionId": id_, "meterValue": [
+    for seconds, watts in ((-60, "0"), (-30, "2400"), (0, "2300")):
+        await exchange(socket_, "MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
             {"timestamp": iso_now(seconds), "sampledValue": [
                 sample(watts, POWER, "W"), sample("10.5", "Current.Import", "A", phase="L2"),
                 sample(str(1000 + 10 * seconds), unit="Wh")]}]})
     found = await site.get(f"/api/connections/CP%201/transactions/{id_}")
-    assert found["id"] == id_ and found["powerW"] == 6900
+    assert found["id"] == id_ and found["powerW"] == 2300
     assert [(p["powerW"], p["currentA"], p["soc"]) for p in found["series"]] == [
-        (watts, {"L2": 10.5}, None) for watts in (0, 7000, 6900)]
+        (watts, {"L2": 10.5}, None) for watts in (0, 2400, 2300)]
     assert [p["energyWh"] for p in found["series"]] == [300, 600, 900]
     for path in (f"CP%2F2/transactions/{id_}", "CP%201/transactions/1", "CP%201/transactions/x"):
         assert (await site.fetch(f"/api/connections/{path}"))[0] == 404
@@ -9448,6 +9447,47 @@ def test_a_full_disk_and_an_isolated_interpreter_do_not_stop_the_start():
             process.wait(2)
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=10)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600, -3 * 86400])
+def test_the_boards_periodic_work_goes_on_whatever_the_wall_clock_does(jump, monkeypatch):
+    real, offset, turns = time.time, [0.0], Counter()
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    monkeypatch.setattr(ocppboard.Relay, "turn", lambda relay: turns.update(relay=1))
+    monkeypatch.setattr(ocppboard.Controller, "tick", lambda _: turns.update(controller=1) or [])
+    monkeypatch.setattr(ocppboard.Board, "sampled", lambda *_: turns.update(telemetry=1))
+
+    async def run():
+        async with Site(telemetry_interval_ms=250, ocpp_ping_interval_seconds=1,
+                        smart_charge_enabled="true", smart_charge_site_limit_a=32,
+                        upstreams=[{"url": "ws://127.0.0.1:9/", "stations": ["X"]}]) as site:
+            site.board.clock = lambda: time.time()
+            socket_ = await site.station()
+            await exchange(socket_, "Heartbeat", {})
+            link = site.board.stations["CP-1"].link
+            await asyncio.sleep(1.2)
+            turns.clear()
+            offset[0] = jump
+            pinged = link.last_ping
+            await until(lambda: link.last_ping > pinged and turns["controller"] >= 2
+                        and turns["relay"] >= 4 and turns["telemetry"] >= 4, 4)
+            event, = (e for e in site.board.system.records if e.kind == "CLOCK_SET")
+            assert event.details["seconds"] == pytest.approx(jump, abs=1)
+            assert (await site.fetch("/healthz"))[0] == 200
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_login_lasts_as_long_as_it_says_whatever_the_wall_clock_does():
+    clock, mono = Clock(), Clock(0.0)
+    board = Board(config_of(auth_token="t0ken", auth_session_ttl_seconds=600), clock, mono)
+    access = ocppboard.Access(board)
+    session = access._new_session("192.0.2.1")
+    clock.now += 5 * 86400
+    assert access.session(session.id, None, "192.0.2.1") is session
+    clock.now -= 9 * 86400
+    mono.now += 601
+    with pytest.raises(ocppboard.Forbidden):
+        access.session(session.id, None, "192.0.2.1")
 
 
 def run_ocppboard(*arguments, text=None, environ=None):
