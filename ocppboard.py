@@ -12512,8 +12512,11 @@ function statusOf(station, connector) {
 }
 
 // What a charger adds to its status: an error code, a text.
-const toldWith = ({errorCode, info}) =>
-  [errorCode !== 'NoError' && errorCode, info].filter(Boolean).join(': ');
+function toldWith({errorCode, vendorErrorCode, info}) {
+  const codes = [errorCode, vendorErrorCode].filter(code => code
+    && !/^((0x)?0*|no.?error|none|ok)$/i.test(code));
+  return [codes.join(', '), info].filter(Boolean).join(': ');
+}
 
 // Why it is, or is not, charging: a sentence for the one who stands before it.
 function why(station, connector) {
@@ -12523,14 +12526,17 @@ function why(station, connector) {
     + `${duration(since(station.disconnectedAt))}${transaction ? ', and a car was charging' : ''}.`;
   if (station.registration === 'Pending' || station.registration === 'Rejected')
     return 'May not charge yet: the station waits to be approved on this board.';
-  if (status === 'Faulted')
-    return `Cannot charge, the charger reports a fault${added || ' and no code'}.`;
+  const drawn = transaction?.powerW ?? connector.meter?.powerW;
+  if (status === 'Faulted') return (drawn > 0
+    ? `Its meter says ${power(drawn)}, but` : 'Cannot charge,')
+    + ` the charger reports a fault${added || ' and no code'}.`;
   if (status === 'Unavailable')
     return `Out of service: set to inoperative, or taken out by the charger itself${added}.`;
-  if (transaction) return whyInTransaction(station, connector, transaction);
-  if (connector.evse === 0 && status === 'Available') return 'The station is in service.';
+  const adds = told ? ` The charger reports ${told}.` : '';
+  if (transaction) return whyInTransaction(station, connector, transaction) + adds;
+  if (connector.evse === 0 && status === 'Available') return 'The station is in service.' + adds;
   const refused = refusedToken(station.identity, connector.since);
-  return {
+  return ({
     Available: 'Free: no car is plugged in.',
     Reserved: 'Reserved for one id token; others are refused.',
     Finishing: 'The charging has ended: the car is to be unplugged before the next one.',
@@ -12540,18 +12546,20 @@ function why(station, connector) {
   }[status] || (['Preparing', 'Occupied', 'EVConnected'].includes(status)
     ? refused ? `A car is plugged in, but its id token was refused: ${refused}.`
       : 'A car is plugged in and waits for a card or a remote start.'
-    : status ? `The charger says ${status}${added}.`
-      : 'The charger has not told its status yet: trigger a StatusNotification.');
+    : status ? `The charger says ${status}.`
+      : 'The charger has not told its status yet: trigger a StatusNotification.')) + adds;
 }
 
 function whyInTransaction(station, connector, {powerW, soc}) {
   const status = statusOf(station, connector), {meter} = connector;
   const limited = chargeAt(station, connector)?.reason;
-  if (powerW > 0 && !status?.startsWith('Suspended')) {
+  if (powerW > 0) {
     const held = meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93;
     return `Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
-      + (held ? `, as much as the charger offers (${amperes(meter.offeredA)})`
-        : soc >= 80 ? ', and cars take less from 80 % on' : '')
+      + (status === 'SuspendedEV' ? ', says the meter; the charger says that the car takes none'
+        : status === 'SuspendedEVSE' ? ', says the meter; the charger says that it holds it back'
+          : held ? `, as much as the charger offers (${amperes(meter.offeredA)})`
+            : soc >= 80 ? ', and cars take less from 80 % on' : '')
       + `.${limited ? ' ' + limited : ''}`;
   }
   if (status === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
@@ -12943,7 +12951,8 @@ function answerPill({failed, code, result, queued}) {
 // {id, place, name, value, locked, secret, payload(value), status(answer)}; `before` is its first
 // value, where that is known.
 
-const SECRET = /password|authorizationkey|secret|passphrase|privatekey/i;
+const SECRET = new RegExp('password|passwd|passphrase|authorizationkey|secret|(?<!id)token|'
+  + 'privatekey|authentication$|pin$|pin.?code|psk$|(shared|wifi|wpa|api).?key', 'i');
 const CUTS_OFF = /security|network|csms|centralsystem|url|apn|vpn/i;
 
 async function readConfiguration(station) {
@@ -12966,7 +12975,7 @@ const listOf = value =>
 
 const configurationRow = one => ({
   id: String(one.key), name: String(one.key), value: String(one.value ?? ''),
-  locked: !!one.readonly, secret: SECRET.test(one.key),
+  locked: `${one.readonly}`.toLowerCase() === 'true', secret: SECRET.test(one.key),
   payload: value => ['ChangeConfiguration', {key: one.key, value}],
   status: answer => answer.status,
 });
@@ -13289,7 +13298,8 @@ function stationNow(one) {
         h('div.in', facts(stationFacts(one))))),
       panel('quirks', ['connections'], () => card('Quirks', {key: 'quirks'}, one.quirks.length
         ? h('ul.list', one.quirks.map(quirkLine))
-          : empty('None: all it does is as the standard says.')))))];
+          : empty(one.errorCount ? 'None against the standard; but see its errors under Events.'
+            : 'None: all it does is as the standard says.')))))];
 }
 
 function connectorLine(one, connector) {
@@ -15292,6 +15302,8 @@ class Daemon:
             self.board_port = self.board_port or self.ocpp_port
         if self.relay:
             self.relay.start()
+        # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
+        IOLoop.current().time = time.monotonic
         self._sample()
         for periodic in self._periodic:
             periodic.start()
@@ -15302,8 +15314,6 @@ class Daemon:
         """(port, application) of each listener: the board's first, the stations' last."""
         ocpp, board = self._ocpp_rules(), self._board_rules()
         if not self.config.ocpp.port:
-        # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
-        IOLoop.current().time = time.monotonic
             return [(self.config.server.port, self._application(ocpp + board))]
         strayed = Rule(IsUpgrade(), StationSocket, {"daemon": self, "here": False})
         return [(self.config.server.port, self._application([strayed, *board])),
