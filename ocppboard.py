@@ -108,7 +108,7 @@ IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), charg
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
 SERIES_KEPT = 240           # readings of a transaction; beyond it every second one goes
-TRACKS_KEPT = 6             # registers of other bases in a transaction; the one with least in it goes
+TRACKS_KEPT = 6             # registers of other bases in a transaction; the least one goes
 INTERVALS_KEPT = 60         # times of a transaction's interval energies, to know a repeated one
 SEQUENCE_GAP = 100          # missing seqNo of a transaction that may still come; more are counted
 PROBLEMS_KEPT = 10          # alerts of one connector; the oldest goes first
@@ -877,7 +877,7 @@ BALANCED = 0.2                      # how far phases of one car may differ
 
 @dataclass(slots=True)
 class Reading:
-    """The last state of a meter, in one unit for each quantity. None is unknown, which is not zero."""
+    """The last state of a meter, in one unit for each quantity. None is unknown, not zero."""
 
     at: float                           # when the station says it was read
     energy_wh: float | None = None      # the import register
@@ -923,8 +923,8 @@ class Reading:
             setattr(self, name, value)
         if "current_a" in values:
             self.current_mono = at_mono
-        if "current_a" in values or "power_w" in values and (
-                at_mono - self.current_mono > POWER_BASE_S):
+        if "current_a" in values or ("power_w" in values and (
+                at_mono - self.current_mono > POWER_BASE_S)):
             self._derive_currents()
         if "current_a" in values or "power_w" in values:
             self.flow_mono = at_mono
@@ -994,14 +994,14 @@ class Reading:
     def _derive_currents(self) -> None:
         """Currents of the phases of which only power tells: by phase, or in the sum of all."""
         amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
-        if "" in amps or not amps and not any(p in watts for p in PHASES):
+        if "" in amps or (not amps and not any(p in watts for p in PHASES)):
             return
         derived = {p: watts[p] / self._volts(p) for p in PHASES if p in watts and p not in amps}
         missing = [p for p in PHASES if p not in amps]
         of_one_w = max(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
         if not derived and missing:      # a car that takes the same from each phase
             each_w = self._rest_w() / len(missing)
-            if 0 < each_w and abs(each_w - of_one_w) < BALANCED * of_one_w:
+            if each_w > 0 and abs(each_w - of_one_w) < BALANCED * of_one_w:
                 derived = {p: each_w / self._volts(p) for p in missing}
         self.current_a = amps | {phase: round(a, 2) for phase, a in derived.items()}
         self.derived_current = bool(derived)
@@ -1011,8 +1011,9 @@ class Reading:
         amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
         if not watts or not amps:
             return 0.0
-        rest_w = self.power_w - sum(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
-        return rest_w if rest_w > REST_LEAST * self.power_w else 0.0
+        power_w = self.power_w or 0.0
+        rest_w = power_w - sum(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
+        return rest_w if rest_w > REST_LEAST * power_w else 0.0
 
     def view(self) -> dict:
         """`quality`: measured, derived, or stale; `derived`: the fields that no meter said."""
@@ -1049,7 +1050,7 @@ def most_wh(earlier: Point, later: Point) -> float:
 
 @dataclass(slots=True)
 class Track:
-    """Registers that one meter can have shown: over time they only rise, as fast as power allows."""
+    """Registers that one meter can have shown: they only rise, and as fast as power allows."""
 
     first: Point
     last: Point
@@ -1106,7 +1107,7 @@ class Register:
         self.stop: Point | None = None
         self.pieced = False              # the energy is the sum of several tracks
         self._tracks: list[Track] = []
-        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times, to know a repeated one
+        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times: one is told once
         self._interval_wh: float | None = None
 
     def begin(self, point: Point) -> None:
@@ -1123,7 +1124,7 @@ class Register:
 
     def add(self, point: Point) -> None:
         """A register in between."""
-        if point.wh < 0 or self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S:
+        if point.wh < 0 or (self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S):
             return                       # none of this transaction, whatever it is
         steps = [(gap, -n, track) for n, track in enumerate(self._tracks)
                  if (gap := track.step(point)) is not None]
@@ -1133,7 +1134,7 @@ class Register:
             chosen[2].extend(point)
             return
         for track in reversed(self._tracks):
-            if track.is_noise(point) or point.mono > track.last.mono and track.is_spike(point):
+            if track.is_noise(point) or (point.mono > track.last.mono and track.is_spike(point)):
                 track.extend(point)
                 return
         if len(self._tracks) >= TRACKS_KEPT:
@@ -1239,12 +1240,12 @@ class Series:
                 for n in range(0, len(self._numbers), self.WIDTH)]
 
     def _point(self, numbers: array) -> dict:
-        since, power_w, energy_wh, soc, *currents = [
-            None if math.isnan(n) else round(n, 3) for n in numbers]
-        return {"timestamp": iso(self.start + since), "powerW": power_w, "energyWh": energy_wh,
-                "soc": soc, "currentA": {phase: a for phase, a in zip((*PHASES, ""), currents,
-                                                                       strict=True)
-                                         if a is not None}}
+        power_w, energy_wh, soc, *currents = [
+            None if math.isnan(n) else round(n, 3) for n in numbers[1:]]
+        return {"timestamp": iso(self.start + round(numbers[0], 3)), "powerW": power_w,
+                "energyWh": energy_wh, "soc": soc,
+                "currentA": {phase: a for phase, a in zip((*PHASES, ""), currents, strict=True)
+                             if a is not None}}
 
 
 @dataclass(slots=True, eq=False)
@@ -1269,7 +1270,7 @@ class Transaction(Record):
     stopped_mono: float = math.inf
     told_start: float | None = None     # as the station's clock had it
     began_unseen: bool = False          # its start did not come (yet)
-    sequence: "Sequence | None" = None  # of its TransactionEvents
+    sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
     assumed_connector: bool = False     # only its EVSE was told
     reading: Reading | None = None
@@ -1316,7 +1317,7 @@ class Transaction(Record):
             self.energy_wh is not None and register.start is None)
 
 
-class Sequence:
+class EventSequence:
     """The seqNo of a transaction's events: which came last, and how many between are missing.
 
     They count the events of an EVSE, so the first need not be 0 (2.0.1 E01, "seqNo").
@@ -1473,7 +1474,7 @@ class StationClock:
             skew = 0.0                   # what comes first is often of the past
             self._recent.append(skew)
         if skew is not None and skew_s < skew - SKEW_TOLERANCE_S:
-            was_set = abs(skew_s) <= CLOCK_SET_S or self._given and skew_s > 0
+            was_set = abs(skew_s) <= CLOCK_SET_S or (self._given and skew_s > 0)
             if not was_set and not self._agrees(skew_s, now_mono):
                 return
             self._recent.clear()
@@ -1718,7 +1719,7 @@ def unpack(frame: str) -> Call | CallResult | CallError | CallResultError | Send
     """
     head = _HEAD.match(frame)
     if not head:
-        if bare := _BARE.match(frame):               # an answer of some clients, or what is left of it
+        if bare := _BARE.match(frame):               # some clients answer so
             return unpack(f"[{bare[1]},{bare[2]},null]")
         call = _CALL_ID.match(frame)
         raise BadFrame("not an OCPP-J message: [type, id, …] expected", call[1] if call else "")
@@ -1765,7 +1766,7 @@ def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
 def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
                   at: int) -> CallError | CallResultError:
     # Chargers leave out the description or the details; what is there is taken.
-    rest = []
+    rest: list[Any] = []
     try:
         if code is None:
             code, at = _read(frame, at)
@@ -1951,8 +1952,9 @@ SECRET_ACTIONS = frozenset("""
 TOKEN_ACTIONS = frozenset("""
     Authorize CustomerInformation RequestStartTransaction ReserveNow SendLocalList
     TransactionEvent""".split())
-_SECRET_WORD = re.compile(r"password|passwd|passphrase|authorizationkey|secret|(?<!id)token|privatekey|"
-                          r"authentication$|pin$|pin.?code|psk$|(?:shared|wifi|wpa|api).?key", re.I)
+_SECRET_WORD = re.compile(r"password|passwd|passphrase|authorizationkey|secret|(?<!id)token|"
+                          r"privatekey|authentication$|pin$|pin.?code|psk$|(?:shared|wifi|wpa|api).?key",
+                          re.I)
 _KEY_CODE = re.compile(r"keycode", re.I)
 _SECRET_IN_URL = re.compile(r"//[^/@\s]*@")
 HIDDEN = "***"
@@ -2005,7 +2007,8 @@ def _hide(value: Any) -> Any:
     variable = value.get("variable")
     name = value.get("key") or (variable.get("name") if isinstance(variable, dict) else None)
     named = isinstance(name, str) and bool(_SECRET_WORD.search(name))
-    fields = ("value", "attributeValue", "variableAttribute", "actualValue") if named else ()
+    fields: tuple[str, ...] = (
+        "value", "attributeValue", "variableAttribute", "actualValue") if named else ()
     fields += ("key",) if "server" in value else ()          # a VPN's shared secret
     fields += ("idToken",) if is_key_code(value) else ()
     return {key: HIDDEN if (key in fields or _SECRET_WORD.search(key)) and item not in (None, "")
@@ -4447,7 +4450,7 @@ def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
 
 def _value_of(sample: dict, base: str, quirks: list[str]) -> float:
     """The sample's value in the base unit; NaN if it is no number."""
-    told = sample.get("value")
+    told: Any = sample.get("value")
     try:
         value = float(told)
     except (TypeError, ValueError, OverflowError):
@@ -4631,10 +4634,11 @@ class Board:
         cursor = {topic: self._last_number(topic) for topic in topics} | (after or {})
         subscription = Subscription(topics, match, self.config.sse.queue, wake, cursor)
         missed, lost = [], 0
-        for topic in topics if after is not None else ():
-            events, gone = self._since(topic, after.get(topic, 0))
-            missed += [e for e in events if match is None or match(topic, e.record)]
-            lost += gone
+        if after is not None:
+            for topic in topics:
+                events, gone = self._since(topic, after.get(topic, 0))
+                missed += [e for e in events if match is None or match(topic, e.record)]
+                lost += gone
         for topic in topics:
             self.listeners[topic].append(subscription)
         return subscription, missed, lost
@@ -4667,9 +4671,9 @@ class Board:
     def _since(self, topic: str, number: int) -> tuple[list[Published], int]:
         """The events of a topic after that number. Of a changing record, only as it is now."""
         if topic in CHANGING:
-            records = (self.stations.values() if topic == "connections"
-                       else self.stores[topic].records)
-            changed = sorted((r for r in records if r.changed > number), key=lambda r: r.changed)
+            kept = (self.stations.values() if topic == "connections"
+                    else self.stores[topic].records)
+            changed = sorted((r for r in kept if r.changed > number), key=lambda r: r.changed)
             return [Published(topic, r.changed, r) for r in changed], 0
         records, lost = self.stores[topic].since(number)
         return [Published(topic, r.number, r) for r in records], lost
@@ -5066,8 +5070,9 @@ class Board:
         gone = self.transactions.make_room(lambda t: t.status != "active")
         if gone:
             self._release(gone)
-            if self.transaction_of.get((gone.identity, gone.id)) is gone:
-                del self.transaction_of[gone.identity, gone.id]
+            key = gone.identity, gone.id
+            if self.transaction_of.get(key) is gone:
+                del self.transaction_of[key]
         self.transactions.append(transaction)
         self.transaction_of[transaction.identity, transaction.id] = transaction
 
@@ -5083,8 +5088,9 @@ class Board:
                 transaction.interrupted_mono = None
             return
         connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
-        if transaction.status != "abandoned" or at_mono < transaction.stopped_mono or connector and (
-                connector.transaction or connector.status == "Available" and not certain):
+        taken = connector is not None and (connector.transaction is not None or (
+            connector.status == "Available" and not certain))
+        if transaction.status != "abandoned" or at_mono < transaction.stopped_mono or taken:
             return
         transaction.status, transaction.stopped_at = "active", None
         transaction.stopped_mono, transaction.interrupted_mono = math.inf, None
@@ -5099,7 +5105,7 @@ class Board:
         """
         same = evse_id in (0, transaction.evse_id) and connector_id in (
             None, transaction.connector_id)
-        if same or not evse_id or transaction.status != "active" and transaction.evse_id:
+        if same or not evse_id or (transaction.status != "active" and transaction.evse_id):
             return
         self._move(station, transaction, evse_id,
                    min(evse_id, 1) if connector_id is None else connector_id)
@@ -5194,22 +5200,23 @@ class Board:
     def _transaction_metered(self, station: Station, transaction: Transaction, instant: Instant,
                              at_mono: float) -> None:
         self._count_energy(transaction, instant, at_mono)
-        if instant.found:
-            transaction.reading = transaction.reading or Reading(instant.at)
-        reading, found = transaction.reading, instant.found
+        reading = transaction.reading or Reading(instant.at)
+        found = instant.found
         if instant.begins and reading.energy_wh is not None:
             found = {name: phases for name, phases in found.items() if name != "energy_wh"}
-        if found and reading.update(instant.at, found, at_mono):
-            if "soc" in found:
+        if found:
+            transaction.reading = reading
+            newest = reading.update(instant.at, found, at_mono)
+            if newest and "soc" in found:
                 transaction.soc = reading.soc
-            if transaction.status == "active":
-                self._chart(transaction, at_mono, reading, transaction.energy_wh)
-            else:                        # a late one
+            if transaction.status != "active":           # a late one
                 reading.end_flow(max(at_mono, reading.flow_mono))
-        elif found and transaction.status == "active":   # of the past: in its place in the chart
-            past = Reading(instant.at)
-            past.update(instant.at, found)
-            self._chart(transaction, at_mono, past, None)
+            elif newest:
+                self._chart(transaction, at_mono, reading, transaction.energy_wh)
+            else:                        # of the past: in its place in the chart
+                past = Reading(instant.at)
+                past.update(instant.at, found)
+                self._chart(transaction, at_mono, past, None)
         self.publish("transactions", transaction)
         if transaction.connector is not None:
             transaction.connector.reading = transaction.reading
@@ -5384,7 +5391,7 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
     try:
         handler = CALLS[protocol].get(call.action)
         if violation:
-            if call.action in END_OF_TRANSACTION:        # refused or not, it has ended
+            if handler and call.action in END_OF_TRANSACTION:        # refused or not, it has ended
                 with contextlib.suppress(BoardError):
                     handler(board, station, call.payload)
             raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
@@ -5589,7 +5596,7 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
     if transaction_id <= 0 or evse_id <= 0 or known is not None:
         return running
     status = connector.status if connector else None
-    if running and not running.began_unseen or transaction_id in CONSTANT_IDS or (
+    if (running and not running.began_unseen) or transaction_id in CONSTANT_IDS or (
             status and status not in CHARGING):
         board.quirk(station, "other_transaction_id")
         return running
@@ -5610,7 +5617,7 @@ def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
 
 
 def _likely_connector(station: Station, evse_id: int) -> int:
-    """The connector that is meant where only an EVSE is told: one in use, else the only one, or 1."""
+    """The connector meant where only an EVSE is told: one in use, else the only one, or 1."""
     connectors = [c for (e, _), c in sorted(station.connectors.items()) if e == evse_id]
     for in_use in (lambda c: c.transaction, lambda c: c.status == "Occupied",
                    lambda c: len(connectors) == 1):
@@ -5690,7 +5697,7 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
     stopped_at = _told_time(board, station, payload)
     stop_key = (stopped_at, meter_stop)
     transaction = board.transaction(station, transaction_id)
-    if transaction is None or transaction.status == "orphan" and transaction.stop_key != stop_key:
+    if transaction is None or (transaction.status == "orphan" and transaction.stop_key != stop_key):
         transaction = _stopped_by_unknown_id(board, station, id_tag, stopped_at, meter_stop)
         if transaction is None:
             transaction = board.transaction_orphaned(
@@ -5755,7 +5762,7 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         begin = TRANSACTION_BEGINS.get(event_type, Board.transaction_adopted)
         transaction = begin(board, station, transaction_id, *place, token, when)
         transaction.assumed_connector = connector_id is None
-        transaction.sequence = Sequence()
+        transaction.sequence = EventSequence()
     elif event_type == "Started":
         board.start_seen(station, transaction, token, when)
     newest = transaction.sequence is None or transaction.sequence.add(
@@ -5891,7 +5898,8 @@ def _constant(**answer: str) -> Callable:
     return lambda board, station, payload: dict(answer)
 
 
-TRANSACTION_BEGINS = {"Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
+TRANSACTION_BEGINS: dict[str, Callable] = {
+    "Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
 END_OF_TRANSACTION = frozenset(("StopTransaction", "TransactionEvent"))
 CALLS_16 = {
     "Authorize": on_authorize_16,
@@ -15303,7 +15311,7 @@ class Daemon:
         if self.relay:
             self.relay.start()
         # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
-        IOLoop.current().time = time.monotonic
+        vars(IOLoop.current())["time"] = time.monotonic
         self._sample()
         for periodic in self._periodic:
             periodic.start()
