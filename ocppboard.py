@@ -60,6 +60,7 @@ import sys
 import time
 import tomllib
 import uuid
+import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -68,10 +69,11 @@ from collections.abc import (
     Container,
     Generator,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
@@ -80,20 +82,20 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import psutil
 import tornado
-from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado import gen
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop, PeriodicCallback
-from tornado.iostream import StreamBufferFullError, StreamClosedError
+from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
+from tornado.tcpclient import TCPClient
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
-from tornado.websocket import WebSocketClosedError, WebSocketHandler, websocket_connect
 
 if sys.platform != "win32":
     import resource
@@ -103,6 +105,7 @@ log = logging.getLogger("ocppboard")
 
 # What a stranger makes us keep is cut to these sizes; what grows is dropped beyond these numbers.
 TEXT_KEPT = 255             # characters of any text a station puts into a record's field
+RAW_SEARCHED = 16_384       # of such a frame, for what is secret in it; the rest is not kept
 RAW_KEPT = 2048             # characters of a frame that could not be read
 IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), chargers take more
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
@@ -110,10 +113,12 @@ CONNECTORS_KEPT = 100       # of one station
 SERIES_KEPT = 240           # readings of a transaction; beyond it every second one goes
 TRACKS_KEPT = 6             # registers of other bases in a transaction; the least one goes
 INTERVALS_KEPT = 60         # times of a transaction's interval energies, to know a repeated one
+SEQUENCE_JUMP = 10_000      # no gap is so large: a station counts anew
 SEQUENCE_GAP = 100          # missing seqNo of a transaction that may still come; more are counted
 PROBLEMS_KEPT = 10          # alerts of one connector; the oldest goes first
 SAMPLES_READ = 2000         # meter values in a message, and sampled values in each, the last ones
 QUIRKS_KEPT = 50            # kinds of quirk of one station
+LINKS_LOGGED = 200          # lines a minute of the log about stations that come and go
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
 SESSIONS_KEPT = 1000        # logins to the board; the oldest goes first
 ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
@@ -135,11 +140,14 @@ COALESCE_S = 60             # the same refusal within this time is counted, not 
 RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
 SKEW_TOLERANCE_S = 5        # how far a clock's skew may be misjudged
 CLOCK_SET_S = 10            # a station's clock that is so near ours was set by it
+CLOCK_LOST_S = 365 * 86400  # who tells an older time has lost it
 CLOCK_JUMP_S = 2            # from here on a step of our own wall clock is told
 RESUMED_S = 600             # so long a StartTransaction without a readable time may be repeated
 CONNECTOR_MOST_W = 400_000  # what a connector can give; registers that rise faster are no registers
 BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes with a later one
 REGISTER_SLACK_WH = 10_000  # and this at once: clocks are set, registers are coarse
+JUMP_WH, DOUBTED = 1000, 5  # a step of more, beyond what power allows, has to hold so many readings
+SERIES_STEP_S = 0.05        # readings of a transaction that come faster are no use to a chart
 POWER_BASE_S = 30           # the least time that power is worked out over
 NESTING = 100               # of a payload's arrays and objects
 BURST_S = 10                # a station may save up this many seconds of its call rate
@@ -893,43 +901,60 @@ class Reading:
     stale: bool = False                 # the station has gone since
     at_mono: float = -math.inf          # `at` by our monotonic clock, as far as the skew is known
     flow_mono: float = -math.inf        # the same, of the last current or power
-    current_mono: float = -math.inf     # and of the last current
+    current_mono: float = -math.inf     # and of the last current that a meter said
+    power_mono: float = -math.inf       # and of the last such power
     ended_mono: float = -math.inf       # when a state of the charging ended the flow
     instant: dict = field(default_factory=dict)      # {field: {phase: value}} of the time `at`
-    base: tuple | None = None           # (at, energy_wh) that power is worked out from
+    base: tuple | None = None           # (at_mono, energy_wh) that power is worked out from
+    shown_at: float | None = None       # `at` by our wall clock
 
-    def update(self, at: float, found: dict, at_mono: float | None = None) -> bool:
+    def update(self, at: float, found: dict, at_mono: float | None = None,
+               shown_at: float | None = None) -> bool:
         """Take the samples of one instant, {field: {phase: value}}; other quantities stay.
 
         Phases of one instant may come in several messages. A reading from before the last one is
-        history, and is not taken; `at_mono` is its time by our clock. Returns whether it was taken.
+        history, and is not taken; `at_mono` and `shown_at` are its time by our clocks. Returns
+        whether it was taken.
         """
         at_mono = at if at_mono is None else at_mono
         if at_mono < self.at_mono - SKEW_TOLERANCE_S:
             return False
         if at_mono < self.ended_mono:
             found = {name: phases for name, phases in found.items() if name not in FLOWS}
-        instant = self.instant if at == self.at else {}
-        self.instant = instant | {name: instant.get(name, {}) | phases
-                                  for name, phases in found.items()}
-        values = {name: self.instant[name] if name in PHASED else _total(name, self.instant[name])
-                  for name in found}
-        if "power_w" in values:
-            self.derived = False
-        elif self.power_w is None or self.derived:
-            self.power_w = self._derived_power(at, values)
+        if abs(at - self.at) < 1 and self._adds_to_instant(found):
+            found = {name: self.instant.get(name, {}) | phases for name, phases in found.items()}
+            self.instant = self.instant | found
+        else:
+            self.instant = found
+        measured, flows = "power_w" in found, "current_a" in found
+        if measured:
+            self.derived, self.power_mono = False, at_mono
+        elif self.derived or self.power_w is None or (
+                flows and at_mono - self.power_mono > POWER_BASE_S):
+            self.power_w = self._derived_power(at_mono, found)
             self.derived = self.power_w is not None
-        for name, value in values.items():
-            setattr(self, name, value)
-        if "current_a" in values:
-            self.current_mono = at_mono
-        if "current_a" in values or ("power_w" in values and (
-                at_mono - self.current_mono > POWER_BASE_S)):
+        for name, phases in found.items():
+            if name in PHASED:
+                setattr(self, name, phases)
+            elif "" in phases:
+                setattr(self, name, phases[""])
+            else:
+                setattr(self, name, _total(name, phases))
+        if flows or (measured and at_mono - self.current_mono > POWER_BASE_S):
             self._derive_currents()
-        if "current_a" in values or "power_w" in values:
+        if flows:
+            self.current_mono = at_mono
+        if flows or measured:
             self.flow_mono = at_mono
         self.at, self.at_mono, self.stale = at, at_mono, False
+        self.shown_at = at if shown_at is None else shown_at
         return True
+
+    def _adds_to_instant(self, found: dict) -> bool:
+        """Whether the samples tell more of the last instant, and no phase of it otherwise."""
+        return bool(self.instant) and all(
+            self.instant.get(name, phases).get(phase, value) == value
+            for name, phases in found.items() for phase, value in phases.items())
 
     def flow(self, phases: int, voltage: float) -> tuple[list, list] | None:
         """The current in L1, L2 and L3 of a station with so many phases; None if no meter says it.
@@ -974,26 +999,31 @@ class Reading:
     def _volts(self, phase: str) -> float:
         return self.voltage_v.get(phase, self.voltage_v.get("", NOMINAL_V))
 
-    def _derived_power(self, at: float, values: dict) -> float | None:
+    def _derived_power(self, at_mono: float, found: dict) -> float | None:
         """Power from current and voltage, else from energy and time."""
-        if current := values.get("current_a"):
-            self.voltage_v = values.get("voltage_v") or self.voltage_v
+        if current := found.get("current_a"):
+            self.voltage_v = found.get("voltage_v") or self.voltage_v
             phases = ([p for p in PHASES if p in current] or [p for p in current if not p]
                       or list(current))
             return round(sum(current[p] * self._volts(p) for p in phases), 1)
-        if "energy_wh" not in values:
+        if "energy_wh" not in found:
             return self.power_w
-        register, (since, base) = values["energy_wh"], self.base or (at, math.inf)
+        register = _total("energy_wh", found["energy_wh"])
+        since, base = self.base or (at_mono, math.inf)
         if register < base:
-            self.base = at, register
-        elif at - since >= POWER_BASE_S:                 # shorter, and the register's grain shows
-            self.base = at, register
-            return round((register - base) / (at - since) * 3600, 1)
+            self.base = at_mono, register
+        elif at_mono - since >= POWER_BASE_S:            # shorter, and the register's grain shows
+            self.base = at_mono, register
+            power_w = (register - base) / (at_mono - since) * 3600
+            return round(power_w, 1) if power_w <= CONNECTOR_MOST_W else None
         return self.power_w
 
     def _derive_currents(self) -> None:
         """Currents of the phases of which only power tells: by phase, or in the sum of all."""
         amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
+        if "L1" in amps and "L2" in amps and "L3" in amps:
+            self.derived_current = False
+            return
         if "" in amps or (not amps and not any(p in watts for p in PHASES)):
             return
         derived = {p: watts[p] / self._volts(p) for p in PHASES if p in watts and p not in amps}
@@ -1018,7 +1048,8 @@ class Reading:
     def view(self) -> dict:
         """`quality`: measured, derived, or stale; `derived`: the fields that no meter said."""
         quality = "stale" if self.stale else "derived" if self.derived else "measured"
-        return {"timestamp": iso(self.at), "energyWh": self.energy_wh, "powerW": self.power_w,
+        return {"timestamp": iso(self.at if self.shown_at is None else self.shown_at),
+                "energyWh": self.energy_wh, "powerW": self.power_w,
                 "currentA": self.current_a, "voltageV": self.voltage_v, "offeredA": self.offered_a,
                 "soc": self.soc, "temperatureC": self.temperature_c,
                 "frequencyHz": self.frequency_hz, "quality": quality,
@@ -1042,10 +1073,10 @@ class Point(NamedTuple):
     wh: float
 
 
-def most_wh(earlier: Point, later: Point) -> float:
+def most_wh(earlier: Point, later: Point, slack_wh: float = REGISTER_SLACK_WH) -> float:
     """What a connector can give between two readings, and a margin for clocks that were set."""
     seconds = max(abs(later.mono - earlier.mono), abs(later.at - earlier.at))
-    return REGISTER_SLACK_WH + CONNECTOR_MOST_W / 3600 * seconds
+    return slack_wh + CONNECTOR_MOST_W / 3600 * seconds
 
 
 @dataclass(slots=True)
@@ -1055,6 +1086,7 @@ class Track:
     first: Point
     last: Point
     before: float                       # the register before the last, by which a spike is known
+    doubted: int = 0                    # how many more points a jump has to hold
 
     def step(self, point: Point) -> float | None:
         """How far the point goes beyond the track, in Wh; None if it does not continue it."""
@@ -1080,12 +1112,21 @@ class Track:
         """Take a point that continues the track, or is noise of it."""
         if point.mono >= self.last.mono and point.wh >= self.last.wh:
             if point.mono > self.last.mono:
-                self.before = self.last.wh
+                self._watch_jump(point)
             self.last = point
         elif point.mono <= self.first.mono and point.wh <= self.first.wh:
             self.first = point
         elif point.mono > self.last.mono and self.is_spike(point):
-            self.last = point
+            self.last, self.doubted = point, 0
+
+    def _watch_jump(self, point: Point) -> None:
+        """Keep the register before a step that power hardly allows, until that has held."""
+        if point.wh - self.last.wh > most_wh(self.last, point, JUMP_WH):
+            self.before, self.doubted = (self.before if self.doubted else self.last.wh), DOUBTED
+        elif self.doubted:
+            self.doubted -= 1
+        else:
+            self.before = self.last.wh
 
     def is_spike(self, point: Point) -> bool:
         """Whether this later point, lower than the last, says that the last was none."""
@@ -1100,7 +1141,7 @@ class Register:
     have shown. Tracks that follow each other add up; one beside another is another base.
     """
 
-    __slots__ = ("start", "stop", "_tracks", "_intervals", "_interval_wh", "pieced")
+    __slots__ = ("start", "stop", "pieced", "_tracks", "_intervals", "_interval_wh", "_partial")
 
     def __init__(self) -> None:
         self.start: Point | None = None
@@ -1109,6 +1150,7 @@ class Register:
         self._tracks: list[Track] = []
         self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times: one is told once
         self._interval_wh: float | None = None
+        self._partial: tuple | None = None               # (time, tracks before) of some phases
 
     def begin(self, point: Point) -> None:
         """The register at the start of the transaction; another one later changes nothing."""
@@ -1117,20 +1159,28 @@ class Register:
             self.add(point)
 
     def end(self, point: Point) -> None:
-        """The register at its end."""
+        """The register at its end; one that repeats the start's says nothing of those between."""
         if point.wh >= 0:
             self.stop = point
-            self.add(point)
+            if self.start is None or point.wh != self.start.wh:
+                self.add(point)
 
     def add(self, point: Point) -> None:
         """A register in between."""
         if point.wh < 0 or (self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S):
             return                       # none of this transaction, whatever it is
+        if len(self._tracks) == 1:       # as it mostly is
+            track = self._tracks[0]
+            if point.mono > track.last.mono and not track.doubted and (
+                    0 <= point.wh - track.last.wh <= JUMP_WH):
+                track.before, track.last = track.last.wh, point
+                return
         steps = [(gap, -n, track) for n, track in enumerate(self._tracks)
                  if (gap := track.step(point)) is not None]
-        if steps:                        # the track that began last, unless another is far nearer
+        if steps:                        # the nearest, or one that began later and has grown, too
             nearest, latest = min(steps, key=lambda s: s[:2]), min(steps, key=lambda s: s[1])
-            chosen = latest if latest[0] <= 2 * nearest[0] else nearest
+            grown = latest[2].first != latest[2].last
+            chosen = latest if grown and latest[0] <= 2 * nearest[0] else nearest
             chosen[2].extend(point)
             return
         for track in reversed(self._tracks):
@@ -1141,11 +1191,18 @@ class Register:
             self._tracks.remove(min(self._tracks[1:], key=lambda t: t.last.wh - t.first.wh))
         self._tracks.append(Track(point, point, point.wh))
 
-    def add_interval(self, at: float, wh: float) -> None:
+    def add_some_phases(self, point: Point) -> None:
+        """A register of which more phases may come under the same time: each replaces the last."""
+        if self._partial and self._partial[0] == point.at:
+            self._tracks = self._partial[1]
+        self._partial = point.at, [replace(track) for track in self._tracks]
+        self.add(point)
+
+    def add_interval(self, at_mono: float, wh: float) -> None:
         """The energy of one interval, where a meter tells no register; each time counts once."""
-        if wh >= 0 and at not in self._intervals and wh <= REGISTER_SLACK_WH * 10 and (
-                len(self._intervals) < INTERVALS_KEPT or at > self._intervals[0]):
-            self._intervals.append(at)
+        if at_mono not in self._intervals and 0 <= wh <= 10 * REGISTER_SLACK_WH and (
+                len(self._intervals) < INTERVALS_KEPT or at_mono > self._intervals[0]):
+            self._intervals.append(at_mono)
             self._interval_wh = (self._interval_wh or 0.0) + wh
 
     @property
@@ -1164,13 +1221,16 @@ class Register:
         Where start and stop are both there and plausible, their difference is the energy.
         """
         self.pieced = False
-        if self.start and self.stop and 0 <= self.stop.wh - self.start.wh <= most_wh(
-                self.start, self.stop) and not self._rose_between():
-            return round(self.stop.wh - self.start.wh, 3)
         total = self._sum()
         if self._interval_wh is not None and not total:
+            total, self.pieced = self._interval_wh, True
+        if self.start and self.stop:
+            energy_wh = self.stop.wh - self.start.wh
+            if 0 <= energy_wh <= most_wh(self.start, self.stop) and (
+                    energy_wh or not total) and not self._rose_between():
+                self.pieced = False
+                return round(energy_wh, 3)
             self.pieced = True
-            return round(self._interval_wh, 3)
         return None if total is None else round(total, 3)
 
     def _rose_between(self) -> bool:
@@ -1181,6 +1241,8 @@ class Register:
 
     def _sum(self) -> float | None:
         """What the tracks that follow each other have gained."""
+        if len(self._tracks) == 1:
+            return self._tracks[0].last.wh - self._tracks[0].first.wh
         total, former = None, None
         for track in sorted(self._tracks, key=lambda t: t.first.mono):
             gained = track.last.wh - track.first.wh
@@ -1189,9 +1251,11 @@ class Register:
                     track.first.mono == former.last.mono and former.last != former.first)
                 if beside:
                     continue
-                if track.first.wh < former.last.wh and track.first.wh <= most_wh(
-                        former.last, track.first):
-                    gained = track.last.wh           # it was reset, and counted from zero
+                # It was reset and counts from zero, if a second register says so.
+                if track.first.wh < former.last.wh and (
+                        track.first != track.last or track.last == self.stop) and (
+                        track.first.wh <= most_wh(former.last, track.first, JUMP_WH)):
+                    gained = track.last.wh
                 self.pieced |= gained > 0
             total, former = (total or 0.0) + gained, track
         return total
@@ -1210,7 +1274,7 @@ class Series:
     def __init__(self, start: float):
         self.start = start
         self._numbers = array("f")                       # WIDTH for each reading; unknown is NaN
-        self._step = 0.0                                 # seconds between two of them, at least
+        self._step = SERIES_STEP_S                       # seconds between two of them, at least
 
     def __len__(self) -> int:
         return len(self._numbers) // self.WIDTH
@@ -1219,6 +1283,8 @@ class Series:
             current_a: dict) -> None:
         """Keep a reading in the place of its time, unless it is too near another one."""
         since, numbers, width = at - self.start, self._numbers, self.WIDTH
+        if numbers and 0 <= since - numbers[-width] <= self._step:
+            return
         place = len(self)
         while place and since < numbers[(place - 1) * width]:
             place -= 1
@@ -1232,7 +1298,7 @@ class Series:
             self._numbers = array("f", (value for n in range(0, len(self), 2)
                                         for value in numbers[n * width:(n + 1) * width]))
             span = numbers[-width] - numbers[0]
-            self._step = 1.8 * span / SERIES_KEPT        # readings come a little early
+            self._step = max(SERIES_STEP_S, 1.8 * span / SERIES_KEPT)    # they come a little early
 
     def view(self) -> list[dict]:
         """The readings as REST shows them, oldest first."""
@@ -1279,6 +1345,7 @@ class Transaction(Record):
     soc: float | None = None
     reason: str | None = None
     charging_state: str | None = None
+    state_mono: float = -math.inf       # since when, by our monotonic clock
     estimated: bool = False             # its start was not seen, or its register is pieced together
     number: int = 0
     changed: int = 0
@@ -1313,7 +1380,7 @@ class Transaction(Record):
             self.meter_start = register.start.wh
         elif register.first_wh is not None:
             self.meter_start = register.first_wh
-        self.estimated = self.began_unseen or register.pieced or (
+        self.estimated = self.began_unseen or register.pieced or self.status == "abandoned" or (
             self.energy_wh is not None and register.start is None)
 
 
@@ -1342,13 +1409,15 @@ class EventSequence:
         newest = at_mono > self.at_mono or (at_mono == self.at_mono and (
             number is None or self.last is None or number >= self.last)) or (
             number is not None and self.last is not None and number > self.last)
+        later = at_mono > self.at_mono
         self.at_mono = max(self.at_mono, at_mono)
         if number is not None:
-            self._count(number)
+            self._count(number, later)
         return newest
 
-    def _count(self, number: int) -> None:
-        if self.last is None:
+    def _count(self, number: int, later: bool) -> None:
+        if self.last is None or (later and number < self._first) or (
+                abs(number - self.last) > SEQUENCE_JUMP):    # it counts anew, after a reboot
             self._first = self.last = number
         elif number > self.last:
             self._miss(self.last + 1, number)
@@ -1415,7 +1484,7 @@ class Connector:
     error_code: str | None = None
     vendor_error_code: str | None = None
     info: str | None = None
-    problems: dict = field(default_factory=dict)     # {component and variable: text} of 2.x alerts
+    problems: dict = field(default_factory=dict)     # {name: (text, monotonic)} of 2.x alerts
     since: float | None = None
     status_mono: float = -math.inf      # when the station says that the status began
     reading: Reading | None = None
@@ -1430,7 +1499,7 @@ class Connector:
             return self.error_code, self.info
         names = ([self.error_code] if self.error_code not in (None, "NoError") else [])
         return ", ".join([*names, *self.problems]), "; ".join(
-            filter(None, [self.info, *self.problems.values()])) or None
+            filter(None, [self.info, *(text for text, _ in self.problems.values())])) or None
 
     def view(self) -> dict:
         error_code, info = self.cause()
@@ -1463,6 +1532,12 @@ class StationClock:
         """Seconds, once it is known."""
         return max(self._recent) if self._recent else None
 
+    def moved(self, ours_s: float) -> None:
+        """Our own clock was set on by so much."""
+        self.shift_s -= ours_s if self._recent else 0.0
+        self._recent = deque((skew - ours_s for skew in self._recent), maxlen=8)
+        self._other = None
+
     def give(self) -> None:
         """The station was answered with our time: from here on it should be right."""
         self._given = True
@@ -1474,7 +1549,7 @@ class StationClock:
             skew = 0.0                   # what comes first is often of the past
             self._recent.append(skew)
         if skew is not None and skew_s < skew - SKEW_TOLERANCE_S:
-            was_set = abs(skew_s) <= CLOCK_SET_S or (self._given and skew_s > 0)
+            was_set = (abs(skew_s) <= CLOCK_SET_S < skew) or (self._given and skew_s > 0)
             if not was_set and not self._agrees(skew_s, now_mono):
                 return
             self._recent.clear()
@@ -1484,7 +1559,7 @@ class StationClock:
             self._other = skew, now_mono - SKEW_TOLERANCE_S, 2
         self._recent.append(skew_s)
         self._given = False
-        if len(self._recent) == 1 or abs(max(self._recent) - self.shift_s) > SKEW_TOLERANCE_S:
+        if len(self._recent) == 1 or abs(skew_s - self.shift_s) > SKEW_TOLERANCE_S:
             self.shift_s = max(self._recent)
 
     def _agrees(self, skew_s: float, now_mono: float) -> bool:
@@ -1517,6 +1592,9 @@ class Station(Record):
     connectors: dict = field(default_factory=dict)   # {(evse_id, connector_id): Connector}
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
     clock: StationClock = field(default_factory=StationClock)
+    budget: Any = None                  # of its calls, over all of its connections
+    heartbeat_s: float | None = None    # what it was told with its boot
+    pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     changed: int = 0
 
     @property
@@ -1910,9 +1988,13 @@ STATUSES = {"ocpp1.6": frozenset("""Available Preparing Charging SuspendedEVSE S
                 "Available Occupied Reserved Unavailable Faulted".split())),
             "ocpp2.1": _STATUSES_2X}
 CHARGING_STATES = frozenset("Charging EVConnected SuspendedEV SuspendedEVSE Idle".split())
+ANSWER_STATUSES = frozenset("""Accepted Rejected Failed NotSupported NotImplemented Scheduled
+    RebootRequired Unknown Unlocked UnlockFailed Occupied Faulted Unavailable VersionMismatch
+    UnknownMessageId UnknownVendorId NoTransaction NotFound Pending""".split())
 EVENT_TRIGGERS = frozenset("Alerting Delta Periodic".split())
 EVENT_TYPES = frozenset("Started Updated Ended".split())
 CHARGING = frozenset("Charging SuspendedEV SuspendedEVSE".split())       # a transaction runs
+SUSPENDED = frozenset(("SuspendedEV", "SuspendedEVSE"))
 NO_FLOW = frozenset("""Available Preparing SuspendedEV SuspendedEVSE Finishing Reserved Unavailable
     EVConnected Idle""".split())
 # With these no transaction can be open (1.6 4.9, state A; in 2.x TxStartPoint may be Authorized),
@@ -1948,15 +2030,19 @@ NEEDS_APPROVAL = frozenset("""
 SECRET_ACTIONS = frozenset("""
     ChangeConfiguration DataTransfer GetConfiguration GetReport GetVariables NotifyReport
     SetNetworkProfile SetVariables GetLog GetDiagnostics UpdateFirmware SignedUpdateFirmware
-    NotifyEvent PublishFirmware""".split())
+    NotifyCustomerInformation NotifyEvent PublishFirmware""".split())
 TOKEN_ACTIONS = frozenset("""
-    Authorize CustomerInformation RequestStartTransaction ReserveNow SendLocalList
-    TransactionEvent""".split())
-_SECRET_WORD = re.compile(r"password|passwd|passphrase|authorizationkey|secret|(?<!id)token|"
-                          r"privatekey|authentication$|pin$|pin.?code|psk$|(?:shared|wifi|wpa|api).?key",
-                          re.I)
-_KEY_CODE = re.compile(r"keycode", re.I)
-_SECRET_IN_URL = re.compile(r"//[^/@\s]*@")
+    Authorize BatterySwap CustomerInformation RequestBatterySwap RequestStartTransaction ReserveNow
+    SendLocalList TransactionEvent""".split())
+# As in "SIMPIN", "WifiPin", "admin_pin2"; but "Spin" is none.
+_PIN = r"(?-i:(?<![A-Za-z])[Pp]in|(?<=[a-z0-9])Pin|PIN)|(?:sim|wifi|user|admin|access|service)pin"
+_SECRET_NAME = (r"password|passwd|passphrase|pwd|authorizationkey|auth.?key|secret|(?<!id)token|"
+                r"privatekey|authentication\b|credential|psk\b|(?-i:[a-z]P|\bp)ass\b|"
+                rf"(?:shared|wifi|wpa|api|encryption).?key|(?:{_PIN})(?:.?code)?\d*\b")
+_SECRET_WORD = re.compile(_SECRET_NAME, re.I)
+_PAIR = re.compile(r"""\b([\w.-]{3,64})(["']?\s*[=:]\s*["']?)[^\s"',;&{}]+""")    # name=value
+_KEY_CODE = re.compile(r"keycode|\\u00", re.I)         # or letters that are written as numbers
+_SECRET_IN_URL = re.compile(r"//[^/\s]*@")
 HIDDEN = "***"
 
 # Security events of a station, by how much they should worry who reads them, which is our
@@ -1999,35 +2085,55 @@ def _hide(value: Any) -> Any:
     if isinstance(value, list):
         return [_hide(item) for item in value]
     if isinstance(value, str):
-        return _SECRET_IN_URL.sub(f"//{HIDDEN}@", value)
+        return _hide_in_text(value)
     if not isinstance(value, dict):
         return value
     # {"key": "AuthorizationKey", "value": …} and {"variable": {"name": "BasicAuthPassword"},
     # "attributeValue": …}: one field names what another holds.
-    variable = value.get("variable")
-    name = value.get("key") or (variable.get("name") if isinstance(variable, dict) else None)
-    named = isinstance(name, str) and bool(_SECRET_WORD.search(name))
+    named = any(isinstance(name, str) and _SECRET_WORD.search(name) for name in _names_of(value))
     fields: tuple[str, ...] = (
-        "value", "attributeValue", "variableAttribute", "actualValue") if named else ()
+        "value", "attributeValue", "variableAttribute", "actualValue", "data") if named else ()
     fields += ("key",) if "server" in value else ()          # a VPN's shared secret
-    fields += ("idToken",) if is_key_code(value) else ()
+    fields += ("idToken", "additionalIdToken") if is_key_code(value) else ()
     return {key: HIDDEN if (key in fields or _SECRET_WORD.search(key)) and item not in (None, "")
             else _hide(item) for key, item in value.items()}
+
+
+def _names_of(value: dict) -> list:
+    """What says what a field of the object is of."""
+    named = [inner for field_ in ("variable", "component")
+             if isinstance(inner := value.get(field_), dict)]
+    return [value.get("key"), value.get("messageId"),
+            *(inner.get(word) for inner in named for word in ("name", "instance"))]
+
+
+def _hide_in_text(text: str) -> str:
+    """A text without what is secret in it: vendors write objects into it, or URLs."""
+    if text[:1] in "{[" and len(text) > 1:
+        with contextlib.suppress(ValueError, RecursionError):
+            inner = _read(text)[0]
+            if not deeper(inner, NESTING):
+                hidden = _hide(inner)
+                return text if hidden == inner else to_json(hidden)
+    text = _SECRET_IN_URL.sub(f"//{HIDDEN}@", text)
+    return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}{HIDDEN}" if _SECRET_WORD.search(pair[1])
+                     else pair[0], text)
 
 
 def is_key_code(id_token: dict) -> bool:
     """Whether an IdToken is a code that was typed in (2.0.1 C04)."""
     kind = id_token.get("type")
-    return type(kind) is str and kind.lower() == "keycode"
+    return type(kind) is str and kind.strip().lower() == "keycode"
 
 
 def raw_without_secrets(raw: str) -> str:
     """A frame that could not be read, for the record: cut, and where it speaks of a secret, with
     its values hidden."""
-    raw = kept(_SECRET_IN_URL.sub(f"//{HIDDEN}@", raw[:2 * RAW_KEPT]), RAW_KEPT)
-    if not _SECRET_WORD.search(raw) and not _KEY_CODE.search(raw):
-        return raw
-    return re.sub(r'(:\s*")[^"]*', rf"\g<1>{HIDDEN}", raw)
+    raw = _SECRET_IN_URL.sub(f"//{HIDDEN}@", raw[:RAW_SEARCHED])
+    if _SECRET_WORD.search(raw) or _KEY_CODE.search(raw):
+        raw = re.sub(r"""([:=]\s*)("(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s,"'{}\[\]]+)""",
+                     rf'\g<1>"{HIDDEN}"', raw)
+    return kept(raw, RAW_KEPT)
 
 
 def parse_time(text: Any) -> tuple[float, bool]:
@@ -4298,14 +4404,17 @@ QUANTITIES = {               # squashed measurand: (field of Reading, base unit,
     "temperature": ("temperature_c", "Celsius", -100, 1000),
     "frequency": ("frequency_hz", "Hz", 0, 1000),
 }
-EXPORTS = {"currentexport": ("A", 1.0), "poweractiveexport": ("W", 100.0)}   # less is noise
+EXPORTS = {"currentexport": ("A", 1.0), "poweractiveexport": ("W", 100.0)}   # (unit, noise)
 NEGATIVE_LEAST = {"current_a": 1.0, "power_w": 100.0}
 UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celcius: 1.6 7.45 itself
 PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
 PHASE_NAMES = {name: name.removesuffix("-N") for name in (
     "L1", "L2", "L3", "N", "L1-N", "L2-N", "L3-N", "L1-L2", "L2-L3", "L3-L1")}
-PRESENT, ENDING, BEGINNING = 2, 1, 0     # whether a sample is of now, by its context
+# What counts of an instant: a sample of now at the outlet, else of now elsewhere, else of the end.
+PRESENT, ELSEWHERE, ENDING, BEGINNING = 3, 2, 1, 0
 RANKS = {"transactionend": ENDING, "transactionbegin": BEGINNING}
+ASIDE = ("ev", "body", "cable")          # where flow and energy are not the outlet's
+OF_OUTLET = ("energy_wh", "interval_wh", "power_w", "current_a", "voltage_v", "offered_a")
 GRID_SIDE = ("inlet", "upstream")        # locations: what flows there is not the connector's alone
 
 
@@ -4349,28 +4458,47 @@ class Instant:
     end_wh: float | None = None          # and at its end
     begins: bool = False                 # it tells no other register than that of the begin
     interval_wh: float | None = None
-    _ranks: dict = field(default_factory=dict)       # {(field, at_inlet): rank of its context}
+    _ranks: dict | None = None           # {(field, at_inlet): rank}, where they differ
 
     def add(self, name: str, phase: str, value: float, rank: int, at_inlet: bool) -> None:
         """Take a sample. One of the begin or end of a transaction gives way to one of now."""
         values = self.inlet if at_inlet else self.found
-        if name == "energy_wh" and not at_inlet and phase == "":
+        if rank is not PRESENT or self._ranks is not None:
+            if self._ranks is None:
+                self._ranks = {(n, inlet): PRESENT for inlet, told in (
+                    (False, self.found), (True, self.inlet)) for n in told}
+            if not self._outranks(self._ranks, name, phase, value, rank, at_inlet):
+                return
+        if name in values:
+            values[name][phase] = value
+        else:
+            values[name] = {phase: value}
+
+    def _outranks(self, ranks: dict, name: str, phase: str, value: float, rank: int,
+                  at_inlet: bool) -> bool:
+        """Whether a sample of this rank counts beside those that came before."""
+        if name == "energy_wh" and phase == "" and not at_inlet:
             if rank == BEGINNING:
                 self.begin_wh = value
             elif rank == ENDING:
                 self.end_wh = value
-        former = self._ranks.get((name, at_inlet), -1)
+        former = ranks.get((name, at_inlet), -1)
         if rank > former:
-            values[name], self._ranks[name, at_inlet] = {}, rank
-        if rank >= former:
-            values[name][phase] = value
+            ranks[name, at_inlet] = rank
+            (self.inlet if at_inlet else self.found).pop(name, None)
+        return rank >= former
 
-    def finish(self) -> None:
-        """Take the interval's energy out: it is no state of a meter."""
-        self.begins = self._ranks.get(("energy_wh", False)) == BEGINNING
-        self.inlet.pop("interval_wh", None)
-        if interval := self.found.pop("interval_wh", None):
+    def finish(self) -> bool:
+        """Take the interval's energy out: it is no state of a meter. Whether anything is told."""
+        if self._ranks:
+            self.begins = self._ranks.get(("energy_wh", False)) == BEGINNING
+        if "interval_wh" in self.inlet:
+            del self.inlet["interval_wh"]
+        if "interval_wh" in self.found:
+            interval = self.found.pop("interval_wh")
             self.interval_wh = interval.get("", sum(interval.values()))
+            return True
+        return bool(self.found or self.inlet)
 
     def register_wh(self) -> float | None:
         """The register, if it was told."""
@@ -4394,13 +4522,12 @@ def read_meter_values(meter_values: Any, now: float, quirks: list[str]) -> list[
             quirks.append("meter_value_malformed")
             continue
         at = _time_of(meter_value, now, quirks)
-        instant = instants.get(at) or instants.setdefault(at, Instant(at))
+        instant = instants.get(at)
+        if instant is None:
+            instant = instants[at] = Instant(at)
         for sample in meter_value["sampledValue"][-SAMPLES_READ:]:
             _read_sample(sample, instant, quirks)
-    found = [instants[at] for at in sorted(instants)]
-    for instant in found:
-        instant.finish()
-    return [i for i in found if i.found or i.inlet or i.interval_wh is not None]
+    return [instant for _, instant in sorted(instants.items()) if instant.finish()]
 
 
 def _time_of(meter_value: dict, now: float, quirks: list[str]) -> float:
@@ -4414,63 +4541,101 @@ def _time_of(meter_value: dict, now: float, quirks: list[str]) -> float:
     return at
 
 
+class Kind(NamedTuple):
+    """What the words of a sample say of its value."""
+
+    name: str                            # field of Reading; "export" for what flows out
+    phase: str
+    rank: int
+    at_inlet: bool
+    factor: float
+    offset: float
+    least: float
+    most: float
+    usual: bool                          # the unit is one of the quantity
+
+
+@functools.lru_cache(1024)
+def _kind(measurand: Any, unit: Any, multiplier: Any, phase: Any, context: Any,
+          location: Any) -> Kind | None:
+    """The kind of samples with these words; None if they say nothing of interest.
+
+    A charger sends the same few again and again.
+    """
+    squashed, own_phase = _measurand(measurand if type(measurand) is str else REGISTER if (
+        measurand is None) else "")
+    if squashed in EXPORTS:
+        (base, most), name, least = EXPORTS[squashed], "export", -math.inf
+    elif squashed in QUANTITIES:
+        name, base, least, most = QUANTITIES[squashed]
+    else:
+        return None
+    factor, offset, usual = _unit(unit, base) if type(unit) is str else (1.0, 0.0, True)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if -30 < (power := int(multiplier or 0)) < 30:
+            factor *= 10.0 ** power
+    location = location.lower() if type(location) is str else ""
+    rank = RANKS.get(_squashed(context), PRESENT) if type(context) is str else PRESENT
+    if rank is PRESENT and location in ASIDE and name in OF_OUTLET:
+        rank = ELSEWHERE
+    return Kind(name, PHASE_NAMES.get(phase.upper(), "") if type(phase) is str else own_phase,
+                rank, location in GRID_SIDE, factor, offset, least, most, usual)
+
+
+def _kind_of(sample: dict) -> Kind | None:
+    unit, multiplier, get = sample.get("unit"), None, sample.get
+    if unit is None and type(measure := get("unitOfMeasure")) is dict:
+        unit, multiplier = measure.get("unit"), measure.get("multiplier")
+    try:
+        return _kind(get("measurand"), unit, multiplier, get("phase"), get("context"),
+                     get("location"))
+    except TypeError:                    # a list or an object, where a word belongs
+        return None
+
+
 def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
     if type(sample) is not dict:
         quirks.append("meter_value_malformed")
         return
-    measurand = sample.get("measurand") or REGISTER
-    squashed, own_phase = _measurand(measurand) if type(measurand) is str else ("", "")
-    if squashed in EXPORTS:
-        base, least = EXPORTS[squashed]
-        if _value_of(sample, base, []) >= least:
-            quirks.append("export")
+    kind = _kind_of(sample)
+    if kind is None or sample.get("format") == "SignedData":
         return
-    quantity = QUANTITIES.get(squashed)
-    if quantity is None or sample.get("format") == "SignedData":
-        return
-    name, base, lowest, highest = quantity
-    value = _value_of(sample, base, quirks)
-    if value != value:                                       # NaN: no number
-        quirks.append("meter_value_not_a_number")
-        return
-    if not lowest <= value <= highest:                       # a counter's -1 or 65535 is no reading
-        quirks.append("meter_value_implausible")
+    name, phase, rank, at_inlet, factor, offset, least, most, usual = kind
+    try:
+        value = float(sample["value"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        value = _with_comma(sample.get("value"), quirks)
+    if factor != 1.0 or offset:
+        value = value * factor + offset
+        if math.isfinite(value):
+            value = round(value, 6)
+    if not usual:
+        quirks.append("meter_unit_mismatch")
+    if not least <= value <= most or name == "export":
+        quirks += _odd_value(name, value, most)
         return
     if value < 0 and name in NEGATIVE_LEAST:
         if value < -NEGATIVE_LEAST[name]:
             quirks.append("meter_value_negative")
         value = 0.0
-    phase, context = sample.get("phase"), sample.get("context")
-    phase = PHASE_NAMES.get(phase, "") if type(phase) is str else own_phase
-    rank = RANKS.get(_squashed(context), PRESENT) if type(context) is str else PRESENT
-    location = sample.get("location")
-    instant.add(name, phase, value, rank,
-                type(location) is str and location.lower() in GRID_SIDE)
+    instant.add(name, phase, value, rank, at_inlet)
 
 
-def _value_of(sample: dict, base: str, quirks: list[str]) -> float:
-    """The sample's value in the base unit; NaN if it is no number."""
-    told: Any = sample.get("value")
-    try:
-        value = float(told)
-    except (TypeError, ValueError, OverflowError):
-        if type(told) is not str or not DECIMAL_COMMA.fullmatch(told):
-            return math.nan
-        value = float(told.replace(",", "."))
-        quirks.append("decimal_comma")
-    unit = sample.get("unit")
-    if unit is None:
-        measure = sample.get("unitOfMeasure")
-        if type(measure) is dict:
-            unit, power = measure.get("unit"), measure.get("multiplier")
-            if power and type(power) is int and -30 < power < 30:
-                value *= 10.0 ** power
-    if unit != base and type(unit) is str:
-        factor, offset, usual = _unit(unit, base)
-        value = round(value * factor + offset, 6) if math.isfinite(value) else value
-        if not usual:
-            quirks.append("meter_unit_mismatch")
-    return value if math.isfinite(value) else math.nan
+def _odd_value(name: str, value: float, most: float) -> list[str]:
+    """The quirk of a value that is none, or flows out."""
+    if name == "export":
+        return ["export"] if value >= most else []
+    if not math.isfinite(value):
+        return ["meter_value_not_a_number"]
+    return ["meter_value_implausible"]   # a counter's -1 or 65535, mostly
+
+
+def _with_comma(told: Any, quirks: list[str]) -> float:
+    """A number with a decimal comma; NaN if it is none."""
+    if type(told) is not str or not DECIMAL_COMMA.fullmatch(told):
+        return math.nan
+    quirks.append("decimal_comma")
+    return float(told.replace(",", "."))
 
 
 # --- Board --------------------------------------------------------------------------------
@@ -4620,6 +4785,7 @@ class Board:
         self.total_messages = self.total_call_errors = 0
         self.total_connections = self.total_refused = self.peak_connections = self.online = 0
         self._last_transaction_id = 0
+        self._links_since, self._links_logged = self._started_mono, 0
 
     # Following
 
@@ -4691,6 +4857,7 @@ class Board:
         station.protocol, station.remote_address = protocol, address
         station.connected_at, station.disconnected_at = now, None
         station.security_profile = security_profile
+        station.pongs = False, station.pongs[0]
         self._gone.pop(identity, None)
         self.total_connections += 1
         if replaced:
@@ -4706,7 +4873,7 @@ class Board:
             self.peak_connections = max(self.peak_connections, self.online)
         self.system_event("STATION_CONNECTED", identity, f"Connected over {protocol}",
                           {"ip": address, "securityProfile": security_profile})
-        log.info("%s connected from %s over %s", shown(identity), address, protocol)
+        self._log_link("%s connected from %s over %s", shown(identity), address, protocol)
         self._forget_beyond_limit()
         self.publish("connections", station)
         return replaced
@@ -4723,9 +4890,20 @@ class Board:
         self.online -= 1
         self._gone[identity] = None
         self.system_event("STATION_DISCONNECTED", identity, reason, {"ip": station.remote_address})
-        log.info("%s disconnected: %s", shown(identity), shown(reason))
+        self._log_link("%s disconnected: %s", shown(identity), shown(reason))
         self._forget_beyond_limit()
         self.publish("connections", station)
+
+    def _log_link(self, text: str, *words: Any) -> None:
+        """Log that a station came or went, LINKS_LOGGED a minute; then it is an event alone."""
+        now = self.mono()
+        if now - self._links_since > COALESCE_S:
+            self._links_since, self._links_logged = now, 0
+        self._links_logged += 1
+        if self._links_logged < LINKS_LOGGED:
+            log.info(text, *words)
+        elif self._links_logged == LINKS_LOGGED:
+            log.info("Stations come and go by dozens: for this minute they are events alone")
 
     def forget(self, identity: str) -> None:
         """Remove the record of an offline station; who follows it is told once more."""
@@ -4752,6 +4930,7 @@ class Board:
                 connector.reading.forget_flow()
             if connector.transaction is not None:
                 connector.transaction.interrupted_mono = self.mono()
+                self.publish("transactions", connector.transaction)
         self.publish("connections", station)
 
     def is_approved(self, identity: str) -> bool:
@@ -4797,6 +4976,8 @@ class Board:
             connector.since = self.clock()
             if status in NO_FLOW and connector.reading is not None:
                 connector.reading.end_flow(at_mono)
+                if connector.transaction is not None:
+                    self.publish("transactions", connector.transaction)
         if _fault(cause) and _fault(cause) != _fault(connector):
             self.error("STATION_FAULT", station, f"{_place_name(connector)} reports "
                        f"{_fault(cause)}", {"evse": evse_id, "connector": connector_id,
@@ -4816,21 +4997,31 @@ class Board:
         self.publish("connections", station)
 
     def connector_alert(self, station: Station, evse_id: int, connector_id: int, name: str,
-                        text: str, over: bool) -> None:
-        """A 2.x station alerts of something, or says that it is over (2.0.1 N07)."""
+                        text: str, when: float | None) -> None:
+        """A 2.x station alerts of something (2.0.1 N07)."""
         connector = self.connector(station, evse_id, connector_id)
-        if connector is None:
+        at_mono = self.mono_of(station, when)
+        known, known_mono = connector.problems.get(name, (None, -math.inf)) if connector else (
+            None, math.inf)
+        if connector is None or at_mono < known_mono:
             return
-        known = connector.problems.pop(name, None)
-        if not over:
-            connector.problems[name] = text
-            if len(connector.problems) > PROBLEMS_KEPT:
-                del connector.problems[next(iter(connector.problems))]
-            if known != text:
-                self.error("STATION_FAULT", station, f"{_place_name(connector)} reports {name}: "
-                           f"{text}", {"evse": evse_id, "connector": connector_id, "name": name,
-                                       "text": text})
+        connector.problems[name] = text, at_mono
+        if len(connector.problems) > PROBLEMS_KEPT:
+            del connector.problems[next(iter(connector.problems))]
+        if known != text:
+            self.error("STATION_FAULT", station, f"{_place_name(connector)} reports {name}: "
+                       f"{text}", {"evse": evse_id, "connector": connector_id, "name": name,
+                                   "text": text})
         self.publish("connections", station)
+
+    def alert_over(self, station: Station, evse_id: int, name: str, when: float | None) -> None:
+        """What a 2.x station alerted of, somewhere at an EVSE, is over."""
+        at_mono = self.mono_of(station, when)
+        for connector in station.connectors.values():
+            if connector.evse_id == evse_id and name in connector.problems and (
+                    connector.problems[name][1] <= at_mono):
+                del connector.problems[name]
+                self.publish("connections", station)
 
     # Clocks
 
@@ -4842,22 +5033,22 @@ class Board:
     def mono_of(self, station: Station | None, when: float | None) -> float:
         """A time that a station told, by our monotonic clock; now, where it told none.
 
-        It is never after now, but for what a skew may be misjudged.
+        It is never after now, nor from before any clock of a station can be right.
         """
         now = self.mono()
         if when is None:
             return now
         at_mono = when - (station.clock.shift_s if station else 0.0) - self._ahead_s
-        return at_mono if at_mono <= now + SKEW_TOLERANCE_S else now
+        return at_mono if now - CLOCK_LOST_S < at_mono < now else now
 
     def wall_of(self, station: Station | None, when: float | None) -> float:
-        """A time that a station told, as it is shown: by our clock where the station's is ahead,
+        """A time that a station told, as it is shown: by our clock where the station's is off,
         never after now, and now where it cannot be true."""
         now = self.clock()
-        if when is None or not now - 365 * 86400 < when:
+        if when is None or not now - CLOCK_LOST_S < when:
             return now
         ahead_s = station.clock.shift_s if station else 0.0
-        return min(now, when - ahead_s if ahead_s > SKEW_TOLERANCE_S else when)
+        return min(now, when - ahead_s if abs(ahead_s) > SKEW_TOLERANCE_S else when)
 
     def watch_clock(self) -> None:
         """See whether our own wall clock was set: then those of the stations are judged anew."""
@@ -4870,16 +5061,29 @@ class Board:
         self.system_event("CLOCK_SET", "", text, {"seconds": round(jump_s, 3)})
         log.warning("%s", text)
         now = self.clock()
+
+        def past(when: float | None) -> float | None:
+            return when and min(when, now)
         for station in self.stations.values():
-            station.clock = StationClock()
+            station.clock.moved(jump_s)
             station.connected_at = min(station.connected_at, now)
+            station.disconnected_at = past(station.disconnected_at)
+            station.last_message_at = past(station.last_message_at)
             for connector in station.connectors.values():
-                connector.since = connector.since and min(connector.since, now)
+                connector.since = past(connector.since)
         for transaction in self.transactions.records:
+            if transaction.series is not None:
+                transaction.series.start += jump_s
             if transaction.status == "active":       # as its station had it, else by our clock
                 told = transaction.told_start or math.inf
-                transaction.started_at = min(
-                    now, told if told <= now else transaction.started_at + jump_s)
+                transaction.started_at = told if told <= now else transaction.started_at + jump_s
+            transaction.started_at = min(transaction.started_at, now)
+            transaction.stopped_at = past(transaction.stopped_at)
+            if transaction.reading is not None:
+                transaction.reading.shown_at = past(transaction.reading.shown_at)
+        for session in self.smart_charge.records:
+            session.started_at, session.updated_at = min(session.started_at, now), min(
+                session.updated_at, now)
 
     def quirk(self, station: Station, name: str, times: int = 1, in_message: bool = True) -> int:
         """Count a thing that the station does against the standard. Returns how often it did."""
@@ -5065,7 +5269,8 @@ class Board:
     def _keep_transaction(self, transaction: Transaction) -> None:
         """Keep it; for it goes the oldest that is not active, if there is one."""
         former = self.transaction_of.get((transaction.identity, transaction.id))
-        if former is not None and former.status == "active":
+        if former is not None and former.status == "active" and (
+                former.evse_id in (0, transaction.evse_id) or not transaction.evse_id):
             self.transaction_stopped(former, None, None, None, "abandoned")
         gone = self.transactions.make_room(lambda t: t.status != "active")
         if gone:
@@ -5088,14 +5293,32 @@ class Board:
                 transaction.interrupted_mono = None
             return
         connector = station.connectors.get((transaction.evse_id, transaction.connector_id))
-        taken = connector is not None and (connector.transaction is not None or (
-            connector.status == "Available" and not certain))
-        if transaction.status != "abandoned" or at_mono < transaction.stopped_mono or taken:
+        if transaction.status != "abandoned" or at_mono < transaction.stopped_mono or (
+                connector is not None and not self._may_go_on(connector, transaction, at_mono,
+                                                              certain)):
             return
+        if connector is not None and connector.transaction is not None:
+            self.transaction_stopped(connector.transaction, None, None, None, "abandoned")
         transaction.status, transaction.stopped_at = "active", None
         transaction.stopped_mono, transaction.interrupted_mono = math.inf, None
         self._occupy(station, transaction)
         self.publish("transactions", transaction)
+
+    def _may_go_on(self, connector: Connector, transaction: Transaction, at_mono: float,
+                   certain: bool) -> bool:
+        """Whether an abandoned transaction can be the one that runs at its connector."""
+        there = connector.transaction
+        if there is not None:            # one of an unknown start gives way to one of a known start
+            return there.began_unseen and not transaction.began_unseen and (
+                at_mono > there.latest_mono())
+        return certain or connector.status in (None, *CHARGING)
+
+    def transaction_at(self, station: Station, transaction_id: int | str,
+                       evse_id: int) -> Transaction | None:
+        """The newest transaction of that id and EVSE: some stations count for each EVSE."""
+        found = self.transactions.newest(1, lambda t: t.identity == station.identity and (
+            t.id == transaction_id) and t.evse_id == evse_id)
+        return found[0] if found else None
 
     def transaction_located(self, station: Station, transaction: Transaction, evse_id: int,
                             connector_id: int | None) -> None:
@@ -5155,7 +5378,7 @@ class Board:
         transaction.stopped_at, transaction.stopped_mono = shown_at, told_mono
         if meter_stop is not None:
             transaction.register.end(Point(told_mono, stopped_at or shown_at, meter_stop))
-            transaction.count_energy()
+        transaction.count_energy()
         transaction.meter_stop, transaction.reason = meter_stop, reason
         if transaction.reading is not None:
             transaction.reading.end_flow(max(told_mono, transaction.reading.flow_mono))
@@ -5171,12 +5394,16 @@ class Board:
             self.transaction_stopped(connector.transaction, None, None, None, "abandoned")
 
     def metered(self, station: Station, evse_id: int, connector_id: int, instant: Instant,
-                transaction: Transaction | None) -> None:
-        """A meter was read: of a transaction, where it belongs to one, or of a connector."""
-        at_mono = self.mono_of(station, instant.at)
-        if transaction is not None:
+                transaction: Transaction | None, own: bool, not_before: float) -> None:
+        """A meter was read: of a transaction, where it belongs to one, or of a connector.
+
+        `own`: the message is the transaction's own; else it may go on under the id of one that
+        ended. `not_before`: a time that the message is known not to be before.
+        """
+        at_mono = max(self.mono_of(station, instant.at), not_before)
+        if transaction is not None and not own:
             self.transaction_alive(station, transaction, at_mono, certain=False)
-            if at_mono > transaction.stopped_mono:       # some go on with the id of one that ended
+            if at_mono > transaction.stopped_mono:
                 connector = station.connectors.get((evse_id, connector_id))
                 transaction = connector.transaction if connector else None
         if transaction is not None:
@@ -5184,53 +5411,74 @@ class Board:
         if transaction is None or instant.inlet:
             connector = self.connector(station, evse_id, connector_id)
             if connector is not None:
-                self._connector_metered(connector, instant, at_mono, transaction is None)
+                self._connector_metered(station, connector, instant, at_mono, transaction is None)
                 self.publish("connections", station)
 
-    def _connector_metered(self, connector: Connector, instant: Instant, at_mono: float,
-                           idle: bool) -> None:
+    def _connector_metered(self, station: Station, connector: Connector, instant: Instant,
+                           at_mono: float, idle: bool) -> None:
+        shown_at = self.wall_of(station, instant.at)
         if instant.inlet:
             connector.inlet = connector.inlet or Reading(instant.at)
-            connector.inlet.update(instant.at, instant.inlet, at_mono)
+            connector.inlet.update(instant.at, instant.inlet, at_mono, shown_at)
         # A late one, of a transaction that has ended, is not the connector's
         if idle and instant.found and at_mono >= connector.released_mono - SKEW_TOLERANCE_S:
-            connector.reading = connector.reading or Reading(instant.at)
-            connector.reading.update(instant.at, instant.found, at_mono)
+            if connector.reading is None:
+                connector.reading = Reading(instant.at)
+                if connector.status in NO_FLOW:
+                    connector.reading.end_flow(connector.status_mono)
+            connector.reading.update(instant.at, instant.found, at_mono, shown_at)
 
     def _transaction_metered(self, station: Station, transaction: Transaction, instant: Instant,
                              at_mono: float) -> None:
-        self._count_energy(transaction, instant, at_mono)
-        reading = transaction.reading or Reading(instant.at)
-        found = instant.found
-        if instant.begins and reading.energy_wh is not None:
+        reading = transaction.reading or self._first_reading(transaction, instant)
+        start, found = transaction.register.start, instant.found
+        begins = instant.begins and start is not None and instant.begin_wh == start.wh
+        if begins and reading.energy_wh is not None:     # it says again where it began
             found = {name: phases for name, phases in found.items() if name != "energy_wh"}
+        newest = False
         if found:
             transaction.reading = reading
-            newest = reading.update(instant.at, found, at_mono)
-            if newest and "soc" in found:
-                transaction.soc = reading.soc
-            if transaction.status != "active":           # a late one
-                reading.end_flow(max(at_mono, reading.flow_mono))
-            elif newest:
-                self._chart(transaction, at_mono, reading, transaction.energy_wh)
-            else:                        # of the past: in its place in the chart
-                past = Reading(instant.at)
-                past.update(instant.at, found)
-                self._chart(transaction, at_mono, past, None)
+            newest = reading.update(instant.at, found, at_mono,
+                                    self.wall_of(station, instant.at))
+        self._count_energy(transaction, instant, at_mono, begins, newest)
+        if newest and "soc" in found:
+            transaction.soc = reading.soc
+        if found and transaction.status != "active":     # a late one
+            reading.end_flow(max(at_mono, reading.flow_mono))
+        elif newest:
+            self._chart(transaction, at_mono, reading, transaction.energy_wh)
+        elif found:                      # of the past: in its place in the chart
+            past = Reading(instant.at)
+            past.update(instant.at, found)
+            self._chart(transaction, at_mono, past, None)
         self.publish("transactions", transaction)
         if transaction.connector is not None:
             transaction.connector.reading = transaction.reading
             self.publish("connections", station)
 
-    def _count_energy(self, transaction: Transaction, instant: Instant, at_mono: float) -> None:
+    def _first_reading(self, transaction: Transaction, instant: Instant) -> Reading:
+        """A transaction's first reading: a state may have ended the flow before it came."""
+        reading, connector = Reading(instant.at), transaction.connector
+        if transaction.charging_state in NO_FLOW:
+            reading.end_flow(transaction.state_mono)
+        elif connector is not None and connector.status in SUSPENDED:
+            reading.end_flow(connector.status_mono)
+        return reading
+
+    def _count_energy(self, transaction: Transaction, instant: Instant, at_mono: float,
+                      begins: bool, newest: bool) -> None:
         """Take what an instant tells of the energy of a transaction."""
         register = transaction.register
         at_mono = min(at_mono, transaction.stopped_mono)
         if instant.interval_wh is not None:
-            register.add_interval(instant.at, instant.interval_wh)
-        register_wh = instant.register_wh()
-        if register_wh is not None and not instant.begins:
-            register.add(Point(at_mono, instant.at, register_wh))
+            register.add_interval(at_mono, instant.interval_wh)
+        phases = instant.found.get("energy_wh")
+        if phases and (not instant.begins or (register.start and not begins)):
+            if "" not in phases and newest and transaction.reading:     # others may have come
+                register.add_some_phases(Point(at_mono, transaction.reading.at,
+                                               transaction.reading.energy_wh or 0.0))
+            else:
+                register.add(Point(at_mono, instant.at, _total("energy_wh", phases)))
         if instant.begin_wh is not None:                 # told later on: it was some time before
             before_s = 0.0 if instant.begins and register.first_wh is None else BEGUN_BEFORE_S
             register.begin(Point(at_mono - before_s, instant.at - before_s, instant.begin_wh))
@@ -5246,8 +5494,10 @@ class Board:
 
     def charging_state(self, transaction: Transaction, state: str, at_mono: float) -> None:
         """A transaction's state changes; from the times of some on, nothing flows."""
-        if state != transaction.charging_state and state in NO_FLOW and transaction.reading:
-            transaction.reading.end_flow(at_mono)
+        if state != transaction.charging_state:
+            transaction.state_mono = at_mono
+            if state in NO_FLOW and transaction.reading:
+                transaction.reading.end_flow(at_mono)
         transaction.charging_state = state
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
@@ -5258,12 +5508,15 @@ class Board:
         if connector is None:
             return
         there = connector.transaction
-        if there and not there.began_unseen and (
-                transaction.started_mono < there.started_mono - SKEW_TOLERANCE_S):
+        if there and transaction.started_mono + SKEW_TOLERANCE_S < (
+                there.latest_mono() if there.began_unseen else there.started_mono):
             transaction.status, transaction.stopped_at = "abandoned", there.started_at
-            transaction.stopped_mono = there.started_mono
+            transaction.stopped_mono = max(transaction.started_mono, there.started_mono)
+            transaction.count_energy()
             return
-        self.connector_free(station, transaction.evse_id, transaction.connector_id)
+        for evse_id, connector_id in list(station.connectors):       # an EVSE serves one at a time
+            if evse_id == transaction.evse_id:
+                self.connector_free(station, evse_id, connector_id)
         connector.transaction, transaction.connector = transaction, connector
         connector.interrupted = None
 
@@ -5310,8 +5563,9 @@ class Board:
         self.proxy.append(event)
         self.publish("proxy", event)
 
-    def registered(self, station: Station, status: str) -> None:
+    def registered(self, station: Station, status: str, heartbeat_s: float | None) -> None:
         """Upstream's answer to a BootNotification counts, not ours."""
+        station.heartbeat_s = heartbeat_s or station.heartbeat_s
         if station.registration != status:
             station.registration = kept(status, 64)
             self.publish("connections", station)
@@ -5432,8 +5686,9 @@ def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
     board.booted(station, _station_info(payload),
                  status := "Accepted" if board.is_approved(station.identity) else "Pending")
     interval = board.config.ocpp.heartbeat_interval_seconds
+    station.heartbeat_s = interval if status == "Accepted" else min(interval, PENDING_RETRY_S)
     told = {"status": status, "currentTime": _time_for(board, station),
-            "interval": interval if status == "Accepted" else min(interval, PENDING_RETRY_S)}
+            "interval": station.heartbeat_s}
     return {name: told[name] for name in BOOT_ANSWER[station.protocol]}
 
 
@@ -5467,15 +5722,15 @@ def _time_for(board: Board, station: Station) -> str:
     return wire_time(board.clock())
 
 
-def _meant(board: Board, station: Station, word: str, words: frozenset) -> str:
+def meant(board: Board, station: Station, word: str, words: frozenset) -> str:
     """A word of the standard that was written in another case, as the standard writes it."""
     if word in words:
         return word
-    meant = next((w for w in words if w.lower() == word.strip().lower()), None)
-    if meant is None:
+    standard = next((w for w in words if w.lower() == word.strip().lower()), None)
+    if standard is None:
         return kept(word, 64)
     board.quirk(station, "word_in_other_case")
-    return meant
+    return standard
 
 
 def _told_time(board: Board, station: Station, payload: dict) -> float | None:
@@ -5555,7 +5810,7 @@ def on_status_notification_16(board: Board, station: Station, payload: dict) -> 
 def _status(board: Board, station: Station, payload: dict) -> str:
     """The status of a connector, in either version's field."""
     status = payload.get("status") or payload.get("connectorStatus") or "Unknown"
-    return _meant(board, station, kept(status, 64), STATUSES[station.protocol])
+    return meant(board, station, kept(status, 64), STATUSES[station.protocol])
 
 
 def _text_or_none(value: Any) -> str | None:
@@ -5574,10 +5829,11 @@ def on_status_notification(board: Board, station: Station, payload: dict) -> dic
 def on_meter_values_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.7."""
     number = "connectorId" if "connectorId" in payload else "evseId"     # of a body of 2.x
-    evse_id, connector_id = evse_of_16(optional(payload, number, int, 0))
+    evse_id, connector_id = evse_of_16(lenient(payload, number, int, 0))
     transaction = _metered_transaction(board, station, evse_id, connector_id,
-                                       optional(payload, "transactionId", int, 0))
-    _read_meter(board, station, evse_id, connector_id, payload, "meterValue", transaction)
+                                       lenient(payload, "transactionId", int, 0))
+    _read_meter(board, station, evse_id, connector_id, payload, "meterValue", transaction,
+                own=False)
     return {}
 
 
@@ -5589,18 +5845,27 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
     and we know of none: some chargers send a constant, or the id of one that has ended.
     """
     known = board.transaction(station, transaction_id)
-    if known is not None and known.status != "orphan":
-        return known
     connector = station.connectors.get((evse_id, connector_id))
     running = connector.transaction if connector else None
+    if known is not None and known.status != "orphan":
+        if running is None or known.evse_id == evse_id:
+            return known
+        board.quirk(station, "other_transaction_id")
+        return running
     if transaction_id <= 0 or evse_id <= 0 or known is not None:
         return running
-    status = connector.status if connector else None
     if (running and not running.began_unseen) or transaction_id in CONSTANT_IDS or (
-            status and status not in CHARGING):
+            connector and not _may_be_charging(connector)):
         board.quirk(station, "other_transaction_id")
         return running
     return board.transaction_adopted(station, transaction_id, evse_id, connector_id, None, None)
+
+
+def _may_be_charging(connector: Connector) -> bool:
+    """Whether a transaction may run there that we have not heard of."""
+    if connector.status is None:
+        return connector.released_mono == -math.inf
+    return connector.status in CHARGING and connector.status_mono > connector.released_mono
 
 
 CONSTANT_IDS = frozenset((2**31 - 1, 2**32 - 1, 2**63 - 1))     # what nothing was ever called
@@ -5627,7 +5892,8 @@ def _likely_connector(station: Station, evse_id: int) -> int:
 
 
 def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int, payload: dict,
-                key: str, transaction: Transaction | None) -> list[Instant]:
+                key: str, transaction: Transaction | None, own: bool = True,
+                not_before: float = -math.inf) -> list[Instant]:
     """Read the MeterValues in `key` into the Board. Returns what is in them, oldest first."""
     if payload.get(key) is None:
         return []
@@ -5636,7 +5902,7 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     if instants and payload.get("offline") is not True:
         board.clock_told(station, instants[-1].at)
     for instant in instants:
-        board.metered(station, evse_id, connector_id, instant, transaction)
+        board.metered(station, evse_id, connector_id, instant, transaction, own, not_before)
     if quirks:
         if transaction is None or not EXPORT_IS_ODD[station.protocol]:
             quirks = [name for name in quirks if name != "export"]
@@ -5658,6 +5924,8 @@ def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     start_key = (evse_id, id_tag, started_at if readable else kept(payload.get("timestamp")),
                  meter_start)
     transaction = board.same_start(station, start_key, math.inf if readable else RESUMED_S)
+    if transaction is None and GIVEN not in payload:
+        transaction = _same_start_restamped(board, station, evse_id, start_key)
     if transaction is None:
         transaction = board.transaction_started(
             station, payload.get(GIVEN) or _free_transaction_id(board, station), evse_id,
@@ -5667,6 +5935,17 @@ def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     # Some clients take the second value for the id: the order is the schema's.
     return {"idTagInfo": {"status": _token_status(board, station, id_tag)},
             "transactionId": transaction.id}
+
+
+def _same_start_restamped(board: Board, station: Station, evse_id: int,
+                          start_key: tuple) -> Transaction | None:
+    """The transaction that just began there alike, but for its time: some stamp each repetition."""
+    connector = station.connectors.get((evse_id, min(evse_id, 1)))
+    there = connector.transaction if connector else None
+    alike = there is not None and there.start_key is not None and there.reading is None and (
+        (*there.start_key[:2], there.start_key[3]) == (*start_key[:2], start_key[3])) and (
+        board.mono() - there.started_mono <= RESUMED_S)
+    return there if alike else None
 
 
 def _told_register(board: Board, station: Station, payload: dict, key: str) -> float | None:
@@ -5721,8 +6000,10 @@ def _stopped_by_unknown_id(board: Board, station: Station, id_tag: str | None,
     reading. The same stop again finds the one that it ended before.
     """
     stop_key = (stopped_at, meter_stop)
-    if again := board.transactions.newest(1, lambda t: t.identity == station.identity
-                                          and t.stop_key == stop_key and t.status == "stopped"):
+    again = stopped_at is not None and board.transactions.newest(
+        1, lambda t: t.identity == station.identity and t.stop_key == stop_key
+        and t.status == "stopped")
+    if again:
         return again[0]
     running = board.running(station)
     if len(running) != 1:
@@ -5743,18 +6024,20 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
     before us."""
     info = required(payload, "transactionInfo", dict)
     transaction_id = kept(required(info, "transactionId", str), 64)
-    event_type = _meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
+    event_type = meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
     # 1. which transaction it is, where
     when = _told_time(board, station, payload)
     at_mono = board.mono_of(station, when)
     id_token = lenient(payload, "idToken", dict)
-    token = id_token and _shown_token(id_token)
+    token = _shown_token(id_token) if id_token else None
     evse = lenient(payload, "evse", dict, {})
     evse_id, connector_id = lenient(evse, "id", int, 0), lenient(evse, "connectorId", int)
     transaction = board.transaction(station, transaction_id)
+    if transaction and evse_id and transaction.evse_id not in (0, evse_id):
+        transaction = board.transaction_at(station, transaction_id, evse_id)
     if not evse_id and event_type == "Updated" and (transaction is None or not transaction.evse_id):
         evse_id = _likely_evse(station)
-    if event_type == "Started" and transaction and _is_another(transaction, evse_id, at_mono):
+    if event_type == "Started" and transaction and _is_another(transaction, at_mono):
         transaction = None
     if transaction is None:
         place = evse_id, (_likely_connector(station, evse_id) if connector_id is None
@@ -5765,21 +6048,28 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         transaction.sequence = EventSequence()
     elif event_type == "Started":
         board.start_seen(station, transaction, token, when)
-    newest = transaction.sequence is None or transaction.sequence.add(
-        lenient(payload, "seqNo", int), at_mono)
+    # 2. where it stands among those that came: a clock may have fallen back between two
+    sequence = transaction.sequence or EventSequence()
+    former_mono = sequence.at_mono
+    newest = sequence.add(lenient(payload, "seqNo", int), at_mono)
+    live = newest and payload.get("offline") is not True
+    not_before = former_mono if live else -math.inf
     if newest:
-        board.transaction_alive(station, transaction, at_mono)
+        board.transaction_alive(station, transaction, max(at_mono, not_before))
     board.transaction_located(station, transaction, evse_id, connector_id)
-    # 2. what the meter says; the first register is the start's, the last one the stop's
-    instants = _read_meter(board, station, transaction.evse_id, transaction.connector_id,
-                           payload, "meterValue", transaction)
+    # 3. what the meter says; the first register is the start's, the last one the stop's
+    instants = [] if event_type == "Ended" and transaction.status == "stopped" and (
+        transaction.meter_stop is not None) else _read_meter(
+        board, station, transaction.evse_id, transaction.connector_id, payload, "meterValue",
+        transaction, not_before=not_before)
     registers = [wh for i in instants if (wh := i.register_wh()) is not None]
     if event_type == "Started" and registers:
         board.started_at_register(transaction, when, registers[0])
-    # 3. what became of it; a stop's id token, often another one, is not who charged
+    # 4. what became of it; a stop's id token, often another one, is not who charged
     state = lenient(info, "chargingState", str)
     if state and newest and transaction.status == "active":
-        board.charging_state(transaction, _meant(board, station, state, CHARGING_STATES), at_mono)
+        board.charging_state(transaction, meant(board, station, state, CHARGING_STATES),
+                             max(at_mono, not_before))
     board.transaction_updated(transaction,
                               id_token=token if transaction.id_token is None else None)
     if event_type == "Ended" and (transaction.stopped_at is None
@@ -5812,9 +6102,9 @@ def _likely_evse(station: Station) -> int:
     return free[0] if len(free) == 1 else 0
 
 
-def _is_another(transaction: Transaction, evse_id: int, at_mono: float) -> bool:
+def _is_another(transaction: Transaction, at_mono: float) -> bool:
     """Whether a Started of a known id begins another transaction: some stations use ids again."""
-    if evse_id and transaction.evse_id and evse_id != transaction.evse_id:
+    if not transaction.began_unseen and at_mono > transaction.started_mono + SKEW_TOLERANCE_S:
         return True
     return transaction.stopped_at is not None and at_mono > transaction.stopped_mono
 
@@ -5833,18 +6123,25 @@ def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
         told = lenient(event, "actualValue", str, "") if component else ""
         if name == ("Connector", "AvailabilityState") and told:
             board.connector_status(station, *place,
-                                   _meant(board, station, told, STATUSES[station.protocol]),
+                                   meant(board, station, told, STATUSES[station.protocol]),
                                    _told_time(board, station, event))
-        elif component and name not in REPORTING and _meant(
-                board, station, lenient(event, "trigger", str, ""),
-                EVENT_TRIGGERS) == "Alerting":
-            over = event.get("cleared") is True or told.lower() == "false"
-            words = [w for w in (told if told.lower() != "true" else "",
-                                 lenient(event, "techCode", str), lenient(event, "techInfo", str))
-                     if w]
-            board.connector_alert(station, *place, kept(" ".join(filter(None, name)), 100),
-                                  kept(", ".join(words) or "reported"), over)
+        elif component and name not in REPORTING:
+            _read_alert(board, station, place, kept(" ".join(filter(None, name)), 100), event)
     return {}
+
+
+def _read_alert(board: Board, station: Station, place: tuple[int, int], name: str,
+                event: dict) -> None:
+    """An event that may say that something is wrong, or not any more."""
+    told, when = lenient(event, "actualValue", str, ""), _told_time(board, station, event)
+    if event.get("cleared") is True or told.lower() == "false":
+        board.alert_over(station, place[0], name, when)
+    elif meant(board, station, lenient(event, "trigger", str, ""),
+               EVENT_TRIGGERS) == "Alerting":
+        told = HIDDEN if _SECRET_WORD.search(name) else "" if told.lower() == "true" else told
+        words = (told, lenient(event, "techCode", str), lenient(event, "techInfo", str))
+        board.connector_alert(station, *place, name,
+                              kept(", ".join(filter(None, words)) or "reported"), when)
 
 
 def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -7300,7 +7597,7 @@ class Controller:
             self._forget(identity)
         for identity, station in stations.items():
             steered = self.steered.get(identity) or self._meet(identity)
-            if steered.link is not station.link:
+            if steered.station is not station or steered.link is not station.link:
                 self._reconnected(steered, station, now)
             model = tuple(station.info.get(key) or "" for key in ("vendor", "model", "firmware"))
             if model != steered.model and model[0]:

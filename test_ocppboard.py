@@ -361,7 +361,7 @@ def test_since_gives_what_came_after_and_counts_what_is_lost():
 
 def test_energy_counts_on_through_a_reset_of_the_register():
     found = [energy_of(*[1000, 1500, 1499, 1600, 50, 150][:count + 1]) for count in range(1, 6)]
-    assert found == [(500, False), (500, False), (600, False), (650, True), (750, True)]
+    assert found == [(500, False), (500, False), (600, False), (600, False), (750, True)]
 
 
 def test_a_series_keeps_the_whole_of_a_long_charging():
@@ -1574,8 +1574,16 @@ def test_a_clock_that_fell_back_is_believed_after_some_messages():
     shown = []
     for number in range(10):
         bench.clock.now += 10
-        shown.append(live_power(bench, 1000 + 10 * number, number))
-    assert shown[0] == 7000 and shown[-1] == 9
+        shown.append(live_power(bench, NOW - 5000 + 10 * number, number))
+    assert shown[0] == 7000 and shown[3:] == list(range(3, 10))
+
+
+def test_a_clock_that_was_lost_hides_nothing():
+    bench = Bench()
+    live_power(bench, NOW, 7000)
+    for number in range(3):
+        bench.clock.now += 10
+        assert live_power(bench, 30 + number, number) == number, "1970"
 
 
 def test_a_reading_is_stale_once_its_station_has_gone_and_until_the_next_one():
@@ -2184,7 +2192,11 @@ def test_a_start_that_comes_late_for_an_adopted_charging_takes_its_place():
     bench = Bench()
     bench.call("MeterValues", meter_16(1, 77, energy=5000))
     own = start_16(bench, meterStart=4000, timestamp=ocppboard.iso(NOW - 600))
-    assert bench.station.connectors[1, 1].transaction.id == own
+    assert statuses(bench) == {77: "active", own: "abandoned"}, "it may be of the past"
+    bench.clock.now += 10
+    bench.call("MeterValues", meter_16(1, own, energy=5100, at=bench.clock.now))
+    assert statuses(bench) == {77: "abandoned", own: "active"}
+    assert bench.board.transaction(bench.station, own).energy_wh == 1100
 
 
 def test_an_event_of_the_past_does_not_change_the_state_but_its_reading_counts():
@@ -2355,7 +2367,7 @@ def test_a_jump_of_the_boards_clock_is_told_and_disturbs_nothing(jump):
     bench.board.watch_clock()
     event, = (e for e in bench.board.system.records if e.kind == "CLOCK_SET")
     assert event.details == {"seconds": jump}
-    assert bench.station.view()["clockSkewSeconds"] is None, "judged anew"
+    assert bench.station.view()["clockSkewSeconds"] == -jump, "its own clock goes on as it did"
     for minute in (1, 2):
         bench.run(60)
         bench.call("MeterValues", meter_16(1, started, energy=1100 + 100 * minute,
@@ -2571,7 +2583,7 @@ INTERVAL = "Energy.Active.Import.Interval"
     ([2600], 1000, 2000, 1000, False),                                      # the stop decides
     ([2600, 2700], 1000, 2000, 1000, False),
     ([26_000], 1000, 2000, 1000, False),
-    ([1500], 1000, 0, 500, False),                                          # no stop register
+    ([1500], 1000, 0, 500, True),                                           # no stop register
     ([4500, 100, 400], 4000, 600, 1100, True),                              # reset in between
     ([], 1000, 3000, 2000, False),
     ([[sample("50", INTERVAL)], [sample("60", INTERVAL)]], 0, None, 110, True),
@@ -2995,6 +3007,342 @@ def test_a_key_whose_name_says_nothing_secret_is_shown(name):
     assert "shown" in ocppboard.without_secrets("GetConfiguration", body, json.dumps(body))
 
 
+# What an attack from outside has found
+
+
+def session_of(bench, *events):
+    """Messages of 1.6: a number is a register, None a pause of a minute, a text a status."""
+    for what in events:
+        bench.clock.now += 60
+        if isinstance(what, str):
+            says_16(bench, what, at=bench.clock.now)
+        elif what is not None:
+            bench.call("MeterValues", meter_16(1, energy=what, at=bench.clock.now))
+
+
+@pytest.mark.parametrize("readings, start, stop, energy, estimated", [
+    ([20_100, 9000], 20_000, None, 100, False),
+    ([1200, 1400, 10_400, 10_401, 1600, 1700], 1000, None, 700, False),     # a spike of two
+    ([1600, 2200, 1000], 1000, None, 1200, False),                          # one stale register
+    ([20, 40, 0, 60, 240], 0, None, 240, False),                            # one zero
+    ([180, 180, 0, 360, 540, 640], 0, None, 640, False),
+    ([500, 1600], 0, 0, 1600, True),                                        # a stop of nothing
+    ([2600], 1000, 1000, 1600, True),
+    ([], 5000, 0, 0, True), ([], 0, 909_948, 0, True),
+    ([1500], 1000, 4_294_967_295, 500, True),
+    ([[sample("100", INTERVAL)], [sample("150", INTERVAL)]], 0, 0, 250, True),
+    ([[sample(str(wh), context="Transaction.Begin")] for wh in (1000, 1200, 1500)], 1000, None,
+     500, False),
+    ([[sample("400", phase=f"L{n}") for n in (1, 2, 3)]], 1000, None, 200, False),
+])
+def test_the_energy_is_right_whatever_else_the_registers_do(readings, start, stop, energy,
+                                                            estimated):
+    assert charge(Bench(), readings, start, stop, step_s=15) == (energy, estimated)
+
+
+@pytest.mark.parametrize("start, energy", [(0, 1200), (1000, 200)])
+def test_a_register_by_phase_in_three_messages_is_one(start, energy):
+    bench = Bench()
+    id_ = start_16(bench, meterStart=start)
+    bench.clock.now += 60
+    for n in (1, 2, 3):
+        bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [{
+            "timestamp": ocppboard.iso(bench.clock.now),
+            "sampledValue": [sample("400", phase=f"L{n}")]}]})
+    assert bench.transaction()["energyWh"] == energy
+
+
+@pytest.mark.parametrize("register", [2 ** 32, 1_230_100])
+def test_no_power_is_worked_out_from_a_register_of_another_base(register):
+    bench = Bench()
+    start_16(bench, meterStart=1000)
+    session_of(bench, 1100, 1200, register, 1300)
+    assert (bench.transaction()["powerW"] or 0) <= 6000 + 1
+
+
+def test_a_measured_power_does_not_outlive_the_currents_that_come_after_it():
+    bench = Bench()
+    id_ = start_16(bench)
+    bench.call("MeterValues", meter_16(1, id_, power=0))
+    for _ in range(2):
+        bench.clock.now += 60
+        bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [{
+            "timestamp": ocppboard.iso(bench.clock.now),
+            "sampledValue": by_phase(CURRENT, 16)}]})
+    assert bench.transaction()["powerW"] == 16 * 230
+    assert bench.transaction()["meter"]["quality"] == "derived"
+
+
+def test_phases_told_a_moment_apart_are_one_instant_and_a_stuck_clock_makes_none():
+    bench = Bench()
+    for n in (1, 2, 3):
+        bench.clock.now += 0.3
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [{
+            "timestamp": ocppboard.iso(bench.clock.now),
+            "sampledValue": [sample("16", CURRENT, "A", f"L{n}")]}]})
+    assert bench.station.connectors[1, 1].reading.current_a == {"L1": 16, "L2": 16, "L3": 16}
+    bench = Bench()
+    for amps in ((16, 16, 16), (10,)):
+        bench.call("MeterValues", {"connectorId": 1, "meterValue": [{
+            "timestamp": ocppboard.iso(NOW), "sampledValue": by_phase(CURRENT, *amps)}]})
+    assert bench.station.connectors[1, 1].reading.current_a == {"L1": 10}
+
+
+@pytest.mark.parametrize("late_s", [2, 30])
+def test_the_first_reading_is_not_newer_than_the_state_that_ended_the_flow(late_s):
+    bench = Bench()
+    id_ = start_16(bench, timestamp=ocppboard.iso(NOW - 60))
+    says_16(bench, "SuspendedEV", at=NOW)
+    bench.call("MeterValues", meter_16(1, id_, power=7000, at=NOW - late_s))
+    assert bench.transaction()["powerW"] == 0
+    bench.clock.now += 10
+    stop_16(bench, id_, 5, at=NOW + 7)
+    says_16(bench, "Available", at=NOW + 10)
+    bench.call("MeterValues", meter_16(1, id_, power=7000, at=NOW + 8))
+    assert (connector_view(bench)["meter"] or {"powerW": 0})["powerW"] == 0
+
+
+def test_an_ended_event_that_comes_twice_says_nothing_new():
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "Started", 0, NOW - 60, 1000, evse=CONNECTOR_1)
+    for _ in range(2):
+        tell_event(bench, "Ended", 1, NOW, meterValue=[{
+            "timestamp": ocppboard.iso(NOW + 0.4), "sampledValue": [
+                {"value": 2000}, {"value": 7000, "measurand": POWER}]}])
+    assert found(bench) == {"T-1": ("stopped", 1000)} and connector_view(bench)["meter"] is None
+
+
+def test_after_a_jump_of_the_boards_clock_a_single_status_counts():
+    bench = TwoClocks()
+    says_16(bench, "Charging", at=bench.clock.now)
+    bench.run(60)
+    bench.clock.now += 3600
+    bench.board.watch_clock()
+    assert bench.station.clock_skew_s == -3600, "limits begin at once, by its clock"
+    bench.run(60)
+    says_16(bench, "Available", at=bench.clock.now - 3600)
+    assert connector_view(bench)["status"] == "Available"
+
+
+@pytest.mark.parametrize("protocol", ["ocpp1.6", "ocpp2.0.1"])
+def test_a_station_without_a_clock_is_heard(protocol):
+    bench = Bench(protocol)
+    says = says_16 if protocol == "ocpp1.6" else says_2x
+    says(bench, "Charging" if protocol == "ocpp1.6" else "Occupied", at=NOW)
+    bench.clock.now += 60
+    says(bench, "Available", at=30)
+    assert connector_view(bench)["status"] == "Available"
+
+
+def test_an_event_newer_by_its_number_counts_though_its_clock_fell_back():
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "Started", 0, NOW - 60, 1000, power=7000, state="Charging",
+               evse=CONNECTOR_1)
+    tell_event(bench, "Updated", 1, NOW - 3600, 1500, power=0, state="SuspendedEV")
+    view = bench.transaction()
+    assert (view["chargingState"], view["powerW"], view["energyWh"]) == ("SuspendedEV", 0, 500)
+
+
+def test_an_id_for_each_evse_is_another_transaction():
+    bench = Bench("ocpp2.0.1")
+    for evse in (1, 2):
+        tell_event(bench, "Started", 0, NOW, 1000, id_="1", evse={"id": evse, "connectorId": 1})
+    for evse, energy in ((1, 1400), (2, 1800)):
+        tell_event(bench, "Updated", 1, NOW, energy, id_="1", evse={"id": evse, "connectorId": 1})
+    assert [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records] == [
+        (1, "active", 400), (2, "active", 800)]
+
+
+def test_an_id_used_again_after_a_reboot_is_another_transaction():
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "Started", 0, NOW, 1000, id_="7", evse=CONNECTOR_1)
+    bench.clock.now += 300
+    tell_event(bench, "Started", 0, NOW + 300, 3000, id_="7", evse=CONNECTOR_1)
+    assert [t.status for t in bench.board.transactions.records] == ["abandoned", "active"]
+    assert bench.transaction()["meterStart"] == 3000
+
+
+def test_events_of_an_ended_transaction_are_not_the_next_ones():
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "Started", 0, NOW - 60, 1000, id_="A", evse=CONNECTOR_1)
+    tell_event(bench, "Ended", 1, NOW - 50, 2000, id_="A")
+    tell_event(bench, "Started", 0, NOW - 40, 2000, id_="Z", evse=CONNECTOR_1)
+    tell_event(bench, "Updated", 2, NOW, 3500, power=9000, id_="A")
+    assert found(bench) == {"A": ("stopped", 1000), "Z": ("active", 0)}
+
+
+def test_the_connector_counts_where_the_id_is_another_connectors():
+    bench = Bench()
+    first, second = start_16(bench, 1), start_16(bench, 2)
+    bench.call("MeterValues", meter_16(2, first, energy=500))
+    assert found(bench) == {first: ("active", 0), second: ("active", 500)}
+
+
+def test_a_repeated_start_with_another_time_is_one_while_nothing_was_metered():
+    bench = Bench()
+    first = start_16(bench, meterStart=1000)
+    bench.clock.now += 10
+    assert start_16(bench, meterStart=1000) == first
+    bench.call("MeterValues", meter_16(1, first, energy=1100, at=bench.clock.now))
+    bench.clock.now += 10
+    assert start_16(bench, meterStart=1000) != first
+
+
+def test_an_evse_serves_one_transaction_at_a_time():
+    bench = Bench("ocpp2.0.1")
+    for number in (1, 2):
+        bench.clock.now += 10
+        tell_event(bench, "Started", 0, bench.clock.now, id_=f"T{number}",
+                   evse={"id": 1, "connectorId": number})
+    assert statuses(bench) == {"T1": "abandoned", "T2": "active"}
+
+
+def test_two_stops_that_say_nothing_end_two_transactions():
+    bench = Bench()
+    for connector in (1, 2):
+        start_16(bench, connector)
+        bench.call("StopTransaction", {"transactionId": -1, "meterStop": 0})
+    assert list(statuses(bench).values()) == ["stopped", "stopped"]
+
+
+def test_a_sequence_that_counts_anew_misses_nothing():
+    bench = Bench("ocpp2.0.1")
+    for number, at in ((5, 0), (6, 1), (0, 60), (1, 61), (2 ** 62, 70)):
+        bench.clock.now = NOW + at
+        tell_event(bench, "Updated", number, bench.clock.now, evse=CONNECTOR_1)
+    assert bench.transaction()["missingEvents"] == 0
+
+
+@pytest.mark.parametrize("later", [{"cleared": True}, {"value": "false", "trigger": "Delta"}])
+def test_an_alert_of_an_evse_ends_wherever_it_stood(later):
+    bench = Bench("ocpp2.0.1")
+    says_2x(bench, "Available", 1, 1)
+    says_2x(bench, "Occupied", 1, 2)
+    component = {"component": {"name": "ConnectorPlugRetentionLock", "evse": {"id": 1}}}
+    alert(bench, **component)
+    says_2x(bench, "Available", 1, 2)
+    alert(bench, **component, timestamp="2026-09-21T13:23:20Z", cleared=True)
+    assert [c["errorCode"] for c in bench.station.view()["connectors"]].count(None) == 1, "late"
+    alert(bench, **(component | later))
+    assert not any(c["errorCode"] for c in bench.station.view()["connectors"])
+
+
+@pytest.mark.parametrize("odd", [{"transactionId": "abc"}, {"transactionId": ""},
+                                 {"transactionId": None}, {"connectorId": "x"}])
+def test_a_reading_is_kept_whatever_its_ids_are(odd):
+    bench = Bench()
+    bench.call("MeterValues", meter_16(1, 5, energy=700) | odd)
+    assert connector_view(bench)["meter"]["energyWh"] == 700
+
+
+@pytest.mark.parametrize("multiplier", [3, 3.0, "3"])
+def test_a_multiplier_counts_in_any_form(multiplier):
+    reading, _ = read_meter(sample(1.5, unitOfMeasure={"unit": "Wh", "multiplier": multiplier}))
+    assert reading.energy_wh == 1500
+
+
+@pytest.mark.parametrize("phase", ["l1", "L1-n", "L1"])
+def test_a_phase_counts_in_any_case(phase):
+    assert read_meter(sample("16", CURRENT, "A", phase))[0].current_a == {"L1": 16}
+
+
+def test_the_outlet_goes_before_the_car_and_the_body():
+    reading, _ = read_meter(
+        sample("16", CURRENT, "A", "L1", location="Outlet"), sample("100", CURRENT, location="EV"),
+        sample("7000", POWER), sample("20", POWER, location="Body"),
+        sample("40", "SoC", location="EV"), sample("30", "Temperature", location="Body"))
+    assert (reading.current_a, reading.power_w, reading.soc) == ({"L1": 16}, 7000, 40)
+    assert reading.temperature_c == 30
+    assert read_meter(sample("20", POWER, location="Body"))[0].power_w == 20, "if nothing else is"
+
+
+def test_an_id_token_without_a_token_is_none():
+    bench = Bench("ocpp2.0.1")
+    tell_event(bench, "Started", 0, NOW, idToken={}, evse=CONNECTOR_1)
+    assert bench.transaction()["idToken"] is None
+    tell_event(bench, "Updated", 1, NOW, idToken={"idToken": "A", "type": "Central"})
+    assert bench.transaction()["idToken"] == "A"
+
+
+def test_no_shown_time_of_a_meter_is_in_the_future():
+    bench = Bench()
+    live_power(bench, NOW + 7200, 5)
+    assert connector_view(bench)["meter"]["timestamp"] == ocppboard.iso(NOW)
+
+
+def test_a_series_stays_in_order_over_a_jump_of_the_boards_clock():
+    bench = TwoClocks()
+    id_ = start_16(bench)
+    for minute in range(4):
+        bench.run(60)
+        if minute == 2:
+            bench.clock.now -= 3600
+            bench.board.watch_clock()
+        bench.call("MeterValues", meter_16(1, id_, power=minute, at=bench.clock.now))
+    points = bench.board.transactions.records[-1].series.view()
+    assert [p["powerW"] for p in points] == [0, 1, 2, 3]
+    assert points[-1]["timestamp"] <= ocppboard.iso(bench.clock.now)
+
+
+@pytest.mark.parametrize("body", [
+    {"additionalInfo": [{"additionalIdToken": "4711", "type": "KeyCode"}], "idToken": "x",
+     "type": "Central"},
+    {"idToken": "4711", "type": "KeyCode "}, {"idToken": "4711", "type": "Key\\u0043ode"}])
+@pytest.mark.parametrize("action", sorted(ocppboard.TOKEN_ACTIONS))
+def test_a_key_code_is_masked_however_it_is_written(body, action):
+    text = json.dumps({"idToken": body}).replace("\\\\u", "\\u")
+    shown = ocppboard.without_secrets(action, json.loads(text), text)
+    assert "4711" not in shown and '"idToken"' in shown
+
+
+def with_id_tokens(protocol):
+    """The Actions of a version whose request has an IdToken, by the official schemas."""
+    folder, _ = ocppboard.Schemas.FOLDERS[protocol]
+    for path in (Path(ocpp.__file__).parent / folder / "schemas").glob("*Request.json"):
+        if '"IdTokenType"' in path.read_text("utf-8-sig"):
+            yield path.stem.removesuffix("Request")
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_every_action_with_an_id_token_is_looked_at_for_key_codes(protocol):
+    assert set(with_id_tokens(protocol)) <= ocppboard.TOKEN_ACTIONS
+
+
+@pytest.mark.parametrize("data", [
+    '{"WifiPassword":"s3cr3t","a":1}', '[{"key":"AdminPin","value":"s3cr3t"}]',
+    "user=a&pin=s3cr3t", "password: s3cr3t", "ftp://user:p@s3cr3t@host/x"])
+@pytest.mark.parametrize("message", ["X", "SetPassword"])
+def test_a_secret_within_a_text_is_masked(data, message):
+    body = {"vendorId": "v", "messageId": message, "data": data}
+    shown = ocppboard.without_secrets("DataTransfer", body, json.dumps(body))
+    assert "s3cr3t" not in shown
+
+
+@pytest.mark.parametrize("name, secret", [
+    ("FTPPwd", True), ("ApnPass", True), ("SimPin1", True), ("EncryptionKey", True),
+    ("AdminCredential", True), ("OCPP_BasicAuthKey", True), ("Spin", False), ("Bypass", False),
+    ("Opinion", False), ("Compass", False), ("PIN", True), ("pinCode", True)])
+def test_names_are_secret_by_their_words(name, secret):
+    assert bool(ocppboard._SECRET_WORD.search(name)) == secret
+
+
+@pytest.mark.parametrize("raw", [
+    "[2,'1','ChangeConfiguration',{'key':'AuthorizationKey','value':'s3cr3t'}",
+    '[2,"1","ChangeConfiguration",{"key":"AuthorizationKey","value":"a\\"s3cr3t"',
+    '[2,"1","Authorize",{"idToken":{"type":"KeyCode","idToken":4711}' + " " * 3000,
+    " " * 3000 + '{"type":"KeyCode","idToken":"4711"'])
+def test_an_unreadable_frame_shows_no_secret(raw):
+    shown = ocppboard.raw_without_secrets(raw)
+    assert "s3cr3t" not in shown and "4711" not in shown and len(shown) <= ocppboard.RAW_KEPT
+
+
+def test_the_alert_of_a_secret_variable_does_not_tell_it():
+    bench = Bench("ocpp2.0.1")
+    alert(bench, "SecurityCtrlr", "BasicAuthPassword", "s3cr3t")
+    texts = [r.json() for store in bench.board.stores.values() for r in store.records]
+    assert texts and not any("s3cr3t" in text for text in [*texts, bench.station.json()])
+
+
 def test_a_late_reading_does_not_bring_a_lost_transaction_back_over_the_next_one():
     bench = Bench()
     first = start_16(bench)
@@ -3124,7 +3472,7 @@ def test_a_2x_id_that_is_used_again_is_another_transaction():
     bench.clock.now += 3600
     bench.call("TransactionEvent", event("Started", 0, 600.0, **later))
     found = [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records]
-    assert found == [(1, "abandoned", 0), (2, "stopped", 100), (0, "active", 0)]
+    assert found == [(1, "active", 0), (2, "stopped", 100), (0, "active", 0)]
 
 
 def test_the_end_of_an_abandoned_2x_transaction_comes_late():
