@@ -1934,6 +1934,526 @@ def pack(message: Call | CallResult | CallError) -> str:
             f"{message.text}]")
 
 
+# --- WebSocket ----------------------------------------------------------------------------
+# RFC 6455 with permessage-deflate (RFC 7692), for both roles. A Codec has no I/O; a WebSocket
+# reads and writes a Tornado stream with it, whatever the other side does: it may go, or not read.
+
+TEXT_FRAME, BINARY_FRAME = 0x1, 0x2                                  # opcodes (RFC 6455 5.2)
+CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x8, 0x9, 0xA
+FINAL, RSV1, CONTROL, OPCODE = 0x80, 0x40, 0x08, 0x0F                # bits of the first byte
+WHOLE_TEXT = FINAL | TEXT_FRAME
+# What a frame may begin with: no control frame is a fragment, no other bits have a meaning.
+FIRST_BYTES = frozenset((0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A))
+DEFLATED_FIRST_BYTES = FIRST_BYTES | {0x41, 0x42, 0xC1, 0xC2}        # RSV1: compressed
+CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}     # on the wire
+NO_CODE, NO_CLOSE = 1005, 1006       # never on it: a Close frame without a code, and none at all
+CONTROL_BYTES = 125                  # in a control frame
+READ_BYTES, READS = 16 * 1024, 8     # from one connection, then others have their turn
+CLOSE_S, LINGER_S = 5, 1             # for the answer to our Close; for reading why, after an error
+HEAD_BYTES = 16 * 1024               # of the answer to our upgrade
+# Deflate and inflate of a connection take 43 kB with these, 68 kB if the peer's window is 2^15.
+WINDOW_BITS, MEMORY_LEVEL = 12, 3
+DEFLATE_TAIL = b"\x00\x00\xff\xff"   # the end of every message, which is not sent (RFC 7692 7.2.1)
+
+
+class WebSocketError(Exception):
+    """The other side breaks the protocol; `code` is for our Close frame."""
+
+    def __init__(self, code: int, text: str):
+        super().__init__(text)
+        self.code = code
+
+
+class HandshakeError(OSError):
+    """No connection came about. The text says why, with the HTTP status if there is one."""
+
+
+class Deflate(NamedTuple):
+    """The parameters of permessage-deflate that were agreed on, seen from our side."""
+
+    send_bits: int = WINDOW_BITS         # the window is 2^bits bytes
+    receive_bits: int = WINDOW_BITS
+    send_afresh: bool = False            # without the context of the messages before
+    receive_afresh: bool = False
+
+
+class Codec:
+    """The frames of one connection, from bytes and to bytes (RFC 6455 5)."""
+
+    def __init__(self, client: bool, max_size: int, deflate: Deflate | None = None):
+        self._client, self._max_size, self._deflate = client, max_size, deflate
+        self._mask_bit = 0x80 if client else 0           # that we set, and the other side does not
+        self._first_bytes = DEFLATED_FIRST_BYTES if deflate else FIRST_BYTES
+        self._unread = bytearray()                       # the beginning of a frame
+        self._inflater: Any = None                       # these are made when needed
+        self._deflater: Any = None
+        self._needed = 0                                 # bytes of it, before it is looked at again
+        self._fragments = bytearray()                    # of a message
+        self._begun = 0                                  # first byte of their first frame
+        self._over = False                               # nothing has a meaning any more
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
+        """Read on: yields (TEXT_FRAME, str), (BINARY_FRAME, bytes), (PING_FRAME or PONG_FRAME,
+        bytes) and (CLOSE_FRAME, (code, reason)).
+
+        One at a time, so that one is dealt with before the next is inflated. After a Close, an
+        error, or messages that were not asked for, there are no more.
+
+        Raises: WebSocketError.
+        """
+        if self._over or not (data := self._with_unread(data)):
+            return
+        at, end, self._over = 0, len(data), True
+        while end - at >= 2:
+            first, second = data[at], data[at + 1]
+            size, start = second & 0x7F, at + 2
+            if size >= 126:
+                start += 2 if size == 126 else 8
+                size = int.from_bytes(data[at + 2:start], "big") if start <= end else 0
+            self._check(first, second, size)
+            mask_at = start
+            if not self._client:
+                start += 4
+            if start + size > end:
+                self._needed = start + size - at
+                break
+            payload = data[start:start + size]
+            if not self._client:
+                payload = masked(payload, data[mask_at:start])
+            at = start + size
+            if first == WHOLE_TEXT:                              # nearly all are
+                yield TEXT_FRAME, decoded(payload)
+            elif message := self._message(first, payload):
+                yield message
+                if first == FINAL | CLOSE_FRAME:
+                    return
+        self._unread += data[at:]
+        self._over = False
+
+    def _with_unread(self, data: bytes) -> bytes:
+        """The data after what was not read before; nothing, while that is no frame yet."""
+        if self._unread:
+            self._unread += data
+            if len(self._unread) < self._needed:
+                return b""
+            data = bytes(self._unread)
+            self._unread.clear()
+        self._needed = 0
+        return data
+
+    def _check(self, first: int, second: int, size: int) -> None:
+        """RFC 6455 5.1, 5.2 and 5.5."""
+        if first not in self._first_bytes:
+            raise WebSocketError(1002, f"a frame begins with 0x{first:02x}")
+        if second & 0x80 == self._mask_bit:
+            raise WebSocketError(1002, f"a frame is {'' if self._client else 'not '}masked")
+        if first & CONTROL:
+            if size > CONTROL_BYTES:
+                raise WebSocketError(1002, f"a control frame of more than {CONTROL_BYTES} bytes")
+        elif bool(first & OPCODE) == bool(self._begun):
+            raise WebSocketError(1002, "a message within another, or a fragment of none")
+        elif size >> 63:                 # "the most significant bit MUST be 0"
+            raise WebSocketError(1002, "a length with its highest bit set")
+        elif size + len(self._fragments) > self._max_size:
+            raise self._too_long()
+
+    def _too_long(self) -> WebSocketError:
+        return WebSocketError(1009, f"a message of more than {self._max_size} bytes")
+
+    def _message(self, first: int, payload: bytes) -> tuple[int, Any] | None:
+        """What a frame says, or the message that it completes (RFC 6455 5.4, 5.5)."""
+        if first == FINAL | CLOSE_FRAME:
+            return CLOSE_FRAME, closing(payload)
+        if first & CONTROL:
+            return first & OPCODE, payload
+        self._begun = self._begun or first
+        if self._fragments or not first & FINAL:
+            self._fragments += payload
+            if not first & FINAL:
+                return None
+            payload = bytes(self._fragments)
+            self._fragments.clear()
+        begun, self._begun = self._begun, 0
+        if begun & RSV1:
+            payload = self._inflated(payload)
+        return begun & OPCODE, decoded(payload) if begun & OPCODE == TEXT_FRAME else payload
+
+    def _inflated(self, data: bytes) -> bytes:
+        """RFC 7692 7.2.2. However large it would become, not more than `max_size` is inflated."""
+        agreed = self._deflate or Deflate()
+        if self._inflater is None or agreed.receive_afresh:
+            self._inflater = zlib.decompressobj(wbits=-agreed.receive_bits)
+        try:
+            message = self._inflater.decompress(data + DEFLATE_TAIL, self._max_size + 1)
+        except zlib.error:
+            raise WebSocketError(1007, "a message cannot be inflated") from None
+        if len(message) > self._max_size:
+            raise self._too_long()
+        if self._inflater.eof:           # a block with BFINAL (RFC 7692 7.2.3.4)
+            if self._inflater.unused_data.lstrip(b"\0") != b"\xff\xff":
+                raise WebSocketError(1007, "a message goes on after its end")
+            self._inflater = None
+        return message
+
+    def frame(self, opcode: int, data: bytes) -> bytes:
+        """The frame that sends `data`, compressed where that is agreed."""
+        first = FINAL | opcode
+        if self._deflate and not first & CONTROL:
+            first, data = first | RSV1, self._deflated(data)
+        size = len(data)
+        if size < 126:
+            head = bytes((first, self._mask_bit | size))
+        elif size < 65536:
+            head = bytes((first, self._mask_bit | 126, size >> 8, size & 0xFF))
+        else:
+            head = bytes((first, self._mask_bit | 127)) + size.to_bytes(8, "big")
+        if not self._client:
+            return head + data
+        mask = os.urandom(4)             # "a strong source of entropy" (RFC 6455 5.3)
+        return head + mask + masked(data, mask)
+
+    def _deflated(self, data: bytes) -> bytes:
+        """RFC 7692 7.2.1."""
+        agreed = self._deflate or Deflate()
+        if self._deflater is None or agreed.send_afresh:
+            self._deflater = zlib.compressobj(wbits=-agreed.send_bits, memLevel=MEMORY_LEVEL)
+        data = self._deflater.compress(data) + self._deflater.flush(zlib.Z_SYNC_FLUSH)
+        return data[:-len(DEFLATE_TAIL)]
+
+
+def masked(data: bytes, mask: bytes) -> bytes:
+    """`data` masked, or unmasked (RFC 6455 5.3). One XOR of large numbers is Python's fastest."""
+    size = len(data)
+    key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
+    return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+def decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise WebSocketError(1007, "a text is not UTF-8") from None
+
+
+def closing(data: bytes) -> tuple[int, str]:
+    """Code and reason of a Close frame (RFC 6455 5.5.1, 7.4)."""
+    if not data:
+        return NO_CODE, ""
+    code = int.from_bytes(data[:2], "big")
+    if len(data) == 1 or code not in CLOSE_CODES:
+        raise WebSocketError(1002, f"a Close frame with code {code}")
+    return code, decoded(data[2:])
+
+
+# Handshake
+
+# zlib cannot compress with a window of 2^8: who insists on it goes without compression.
+_BITS = frozenset(map(str, range(9, 16)))
+DEFLATE_PARAMETERS = {                   # and their values (RFC 7692 7.1)
+    "server_no_context_takeover": {""}, "client_no_context_takeover": {""},
+    "server_max_window_bits": _BITS, "client_max_window_bits": _BITS | {""}}
+# A server that cannot limit its window has to decline the first, and may take the second.
+DEFLATE_OFFER = (f"permessage-deflate; server_max_window_bits={WINDOW_BITS}; "
+                 f"client_max_window_bits={WINDOW_BITS}, "
+                 "permessage-deflate; client_max_window_bits")
+
+
+def deflate_offers(header: str) -> list[dict[str, str]]:
+    """The parameters of each permessage-deflate in Sec-WebSocket-Extensions that we can do."""
+    offers = []
+    for name, *parameters in (extension.split(";") for extension in header.split(",")):
+        pairs = [(key.strip(), value.strip().strip('"')) for key, _, value in (
+            parameter.partition("=") for parameter in parameters)]
+        if name.strip() == "permessage-deflate" and len(dict(pairs)) == len(pairs) and all(
+                value in DEFLATE_PARAMETERS.get(key, ()) for key, value in pairs):
+            offers.append(dict(pairs))
+    return offers
+
+
+def accept_deflate(header: str) -> tuple[str, Deflate | None]:
+    """What a server makes of a client's offers: (Sec-WebSocket-Extensions of its answer, meaning).
+
+    Windows are limited by name only where the client did so: simple clients know no parameters.
+    """
+    for offer in deflate_offers(header)[:1]:
+        for name in ("server_max_window_bits", "client_max_window_bits"):
+            if name in offer:
+                offer[name] = str(min(WINDOW_BITS, int(offer[name] or 15)))
+        parameters = [f"{name}={value}" if value else name for name, value in offer.items()]
+        return "; ".join(["permessage-deflate", *parameters]), _deflate(offer, "server", "client")
+    return "", None
+
+
+def agreed_deflate(header: str) -> Deflate | None:
+    """What a client makes of the answer to DEFLATE_OFFER.
+
+    Raises: HandshakeError.
+    """
+    if not header:
+        return None
+    agreed = deflate_offers(header)
+    if not agreed or "," in header or agreed[0].get("client_max_window_bits") == "":
+        raise HandshakeError(f"it answered with the extensions {kept(header, 80)}")
+    return _deflate(agreed[0], "client", "server")
+
+
+def _deflate(agreed: dict[str, str], us: str, them: str) -> Deflate:
+    # Ours may be smaller than agreed, and theirs be taken for larger.
+    return Deflate(min(WINDOW_BITS, int(agreed.get(f"{us}_max_window_bits", 15))),
+                   max(WINDOW_BITS, int(agreed.get(f"{them}_max_window_bits", 15))),
+                   f"{us}_no_context_takeover" in agreed, f"{them}_no_context_takeover" in agreed)
+
+
+def accept_key(key: str) -> str:
+    """The Sec-WebSocket-Accept to a Sec-WebSocket-Key (RFC 6455 4.2.2)."""
+    digest = hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(),
+                          usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
+
+
+def http_head(first_line: str, headers: dict[str, str | None]) -> bytes:
+    """The head of a request or answer; a header without a value is left out."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers.items() if value)]
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a header has more than one line")
+    return "\r\n".join((*lines, "", "")).encode("latin-1")
+
+
+def accept_websocket(handler: RequestHandler, max_size: int, subprotocol: str | None = None,
+                     compress: bool = True) -> "WebSocket":
+    """Answer an upgrade that is in order with 101 (RFC 6455 4.2.2); `handler` is done then."""
+    headers = handler.request.headers
+    extensions, deflate = accept_deflate(
+        ",".join(headers.get_list("Sec-WebSocket-Extensions")) if compress else "")
+    head = http_head("HTTP/1.1 101 Switching Protocols", {
+        "Upgrade": "websocket", "Connection": "Upgrade",
+        "Sec-WebSocket-Accept": accept_key(headers.get("Sec-WebSocket-Key", "")),
+        "Sec-WebSocket-Protocol": subprotocol, "Sec-WebSocket-Extensions": extensions})
+    websocket = WebSocket(handler.detach(), Codec(False, max_size, deflate), subprotocol)
+    websocket.send(head)
+    return websocket
+
+
+async def open_websocket(url: str, subprotocols: Iterable[str], max_size: int,
+                         headers: dict[str, str] | None = None, compress: bool = True,
+                         ssl_options: ssl.SSLContext | None = None,
+                         timeout_s: float = 10) -> "WebSocket":
+    """Connect as a client (RFC 6455 4.1). TCP, TLS and the upgrade may take `timeout_s` each.
+
+    Raises: HandshakeError, whose text is one line.
+    """
+    key, stream, websocket = base64.b64encode(os.urandom(16)).decode(), None, None
+    try:
+        where, subprotocols = urlsplit(url), list(subprotocols)
+        if where.scheme not in ("ws", "wss") or not where.hostname:
+            raise ValueError("the URL is not one of a WebSocket")
+        target = (where.path or "/") + (f"?{where.query}" if where.query else "")
+        head = http_head(f"GET {target} HTTP/1.1", {
+            "Host": where.netloc.rpartition("@")[2], "Upgrade": "websocket",
+            "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key,
+            "Sec-WebSocket-Protocol": ", ".join(subprotocols),
+            "Sec-WebSocket-Extensions": DEFLATE_OFFER if compress else "", **(headers or {})})
+        stream = await _connected(where, ssl_options, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await stream.write(head)
+            answer = await stream.read_until(b"\r\n\r\n", max_bytes=HEAD_BYTES)
+        subprotocol, deflate = read_answer(answer, key, subprotocols)
+        websocket = WebSocket(stream, Codec(True, max_size, deflate), subprotocol)
+        return websocket
+    except (OSError, ValueError, gen.TimeoutError) as error:
+        raise HandshakeError(_one_line(error)) from None
+    finally:
+        if stream is not None and websocket is None:
+            stream.close()
+
+
+async def _connected(where: SplitResult, ssl_options: ssl.SSLContext | None,
+                     timeout_s: float) -> IOStream:
+    secure = where.scheme == "wss"
+    stream = await TCPClient().connect(where.hostname or "", where.port or (443 if secure else 80),
+                                       timeout=timeout_s)
+    if not secure:
+        return stream
+    if stream.closed():                  # it hung up already
+        raise StreamClosedError(stream.error)
+    # Tornado 6.2 forgets a socket whose TLS handshake is given up, open: hence a second handle.
+    with stream.socket.dup() as handle:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await stream.start_tls(False, ssl_options, where.hostname)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                handle.shutdown(socket.SHUT_RDWR)
+            raise
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, StreamClosedError):
+        return _one_line(error.real_error) if isinstance(
+            error.real_error, Exception) else "it closed the connection"
+    text = getattr(error, "strerror", None) or str(error) or "no answer in time"
+    return text.splitlines()[0]
+
+
+def read_answer(head: bytes, key: str,
+                subprotocols: list[str]) -> tuple[str | None, Deflate | None]:
+    """Read a server's answer to our upgrade (RFC 6455 4.1): (its subprotocol, its compression).
+
+    Raises: HandshakeError.
+    """
+    status, *lines = head.decode("latin-1").split("\r\n")
+    if not re.match(r"HTTP/1\.1 101\b", status):
+        raise HandshakeError(f"it answered {kept(status.partition(' ')[2] or status, 80)}")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (
+        line.partition(":") for line in lines)}
+    if headers.get("upgrade", "").lower() != "websocket" or (
+            headers.get("sec-websocket-accept") != accept_key(key)):
+        raise HandshakeError("it does not speak WebSocket")
+    chosen = headers.get("sec-websocket-protocol") or None
+    if chosen and chosen not in subprotocols:
+        raise HandshakeError(f"it wants to speak {kept(chosen, 40)}, not {', '.join(subprotocols)}")
+    return chosen, agreed_deflate(headers.get("sec-websocket-extensions", ""))
+
+
+# The connection
+
+
+class WebSocket:
+    """An open connection. `start` it, `write` and `close` it; any end calls `on_close` once."""
+
+    def __init__(self, stream: IOStream, codec: Codec, subprotocol: str | None):
+        self.subprotocol = subprotocol
+        self.last_sign = self.last_ping = time.monotonic()       # of theirs, of ours
+        self.last_pong: float | None = None
+        self.closed_by_us = False                        # also for what the other side did wrong
+        self._stream, self._codec = stream, codec
+        self._on_close: Callable[[int, str], Any] | None = None
+        self._end = (NO_CLOSE, "connection lost")        # for `on_close`
+        self._ending = False                             # a Close has come or gone
+        self._timeout: asyncio.TimerHandle | None = None
+        stream.max_write_buffer_size, stream.read_chunk_size = QUEUE_BYTES, READ_BYTES
+        with contextlib.suppress(AttributeError, OSError):       # gone already
+            stream.set_nodelay(True)
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def start(self, on_message: Callable[[str | bytes], Awaitable | None],
+              on_close: Callable[[int, str], Any]) -> None:
+        """Begin to read. Nothing is read while what `on_message` returned is awaited.
+
+        `on_close` gets code and reason of the first Close, theirs or ours; 1006 if there was none.
+        """
+        self._on_close = on_close
+        self._stream.set_close_callback(self._ended)
+        self._reader = asyncio.create_task(self._read(on_message))
+
+    def write(self, text: str) -> Awaitable | None:
+        """Send a text. If the socket is clogged: what can be awaited until it is not.
+
+        That raises StreamClosedError when the connection ends, and may be ignored.
+        """
+        return None if self._ending else self.send(self._codec.frame(TEXT_FRAME, text.encode()))
+
+    def ping_if_due(self, now: float, interval: float) -> None:
+        """Send a Ping each `interval` seconds."""
+        if now - self.last_ping >= interval:
+            self.last_ping = now
+            self.ping()
+
+    def ping(self) -> None:
+        """Send a Ping; `last_sign` and `last_pong` show the answer."""
+        if not self._ending:
+            self.send(self._codec.frame(PING_FRAME, b""))
+
+    def close(self, code: int = 1000, reason: str = "",
+              within_s: float = CLOSE_S) -> Awaitable | None:
+        """Send a Close (RFC 6455 7.1.2). After `within_s` at most the connection is dropped."""
+        if self._ending or self._stream.closed():
+            return None
+        text = reason.encode(errors="replace")[:CONTROL_BYTES - 2].decode(errors="ignore")
+        self._ending, self.closed_by_us, self._end = True, True, (code, text)
+        self._timeout = asyncio.get_running_loop().call_later(within_s, self.drop)
+        data = b"" if code == NO_CODE else code.to_bytes(2, "big") + text.encode()
+        return self.send(self._codec.frame(CLOSE_FRAME, data))
+
+    def drop(self) -> None:
+        """End the connection at once."""
+        self._stream.close()
+
+    def send(self, data: bytes) -> Awaitable | None:
+        """Send bytes as they are, as `write` does."""
+        # The socket itself first: it mostly takes all, in a third of the time.
+        stream, sent = self._stream, 0
+        if not stream.writing():
+            try:
+                sent = stream.socket.send(data)
+            except (AttributeError, OSError):
+                sent = 0                                 # the stream will see for itself
+            if sent == len(data):
+                return None
+        try:
+            return stream.write(data[sent:])
+        except StreamClosedError:
+            return None                                  # `on_close` is on its way
+        except StreamBufferFullError:
+            if not self._ending:
+                self._ending, self.closed_by_us, self._end = True, True, (1008, "does not read")
+            self.drop()
+            return None
+
+    async def _read(self, on_message: Callable[[str | bytes], Awaitable | None]) -> None:
+        read, size = 0, 0                # since others had their turn
+        try:
+            while True:
+                reading: Any = self._stream.read_bytes(READ_BYTES, partial=True)
+                if not reading.done():
+                    read = size = 0
+                elif read >= READS or size >= READ_BYTES:
+                    await asyncio.sleep(0)
+                    read = size = 0
+                data = await reading
+                read, size = read + 1, size + len(data)
+                self.last_sign = time.monotonic()
+                try:
+                    for opcode, content in self._codec.feed(data):
+                        if opcode > BINARY_FRAME:
+                            later = self._control(opcode, content)
+                        else:
+                            later = None if self._ending else on_message(content)
+                        if later is not None:
+                            await later
+                        if opcode == CLOSE_FRAME:
+                            return
+                except WebSocketError as error:
+                    self.close(error.code, str(error), LINGER_S)
+                except StreamClosedError:
+                    return
+                except Exception:
+                    log.exception("A message could not be handled")
+                    self.close(1011, "internal error", LINGER_S)
+        except StreamClosedError:
+            pass
+        finally:
+            self.drop()                                  # calls `_ended`, also if closed already
+
+    def _control(self, opcode: int, content: Any) -> Awaitable | None:
+        """RFC 6455 5.5. Nothing is read while a Pong is unsent: who does not read cannot go on."""
+        if opcode == PONG_FRAME:
+            self.last_pong = self.last_sign
+        elif opcode == PING_FRAME and not self._ending:
+            return self.send(self._codec.frame(PONG_FRAME, content))
+        elif opcode == CLOSE_FRAME and not self._ending:
+            later, self.closed_by_us = self.close(*content), False
+            return later
+        return None
+
+    def _ended(self) -> None:
+        if self._timeout:
+            self._timeout.cancel()
+        on_close, self._on_close = self._on_close, None
+        if on_close:
+            on_close(*self._end)
+
+
 # --- Versions -----------------------------------------------------------------------------
 # What 1.6, 2.0.1 and 2.1 call things, how they write times, and their official schemas. A
 # comparison with a version stands here or nowhere: elsewhere it is a table look-up.
@@ -6262,47 +6782,124 @@ RECEIVED = {version: {*calls, *SENDS[version]} for version, calls in CALLS.items
 
 
 # --- Outgoing calls -----------------------------------------------------------------------
-# A Link is one live connection. It takes what the station sends, answers, and sends commands,
-# one at a time: "A Charge Point or Central System SHOULD NOT send a CALL message to the other
-# party unless all the CALL messages it sent before have been responded to" (OCPP-J 1.6 4.1.1).
+# An Exchange has the Calls of one side of a connection, one at a time. A Link is one live
+# connection of a station: it takes what the station sends, answers, and sends commands.
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """The command that is under way, or one that was given up."""
+    """A Call that is under way, or one that was given up."""
 
-    id_text: str
-    action: str
-    sent: float                         # monotonic
-    record: LoggedMessage
-    answer: asyncio.Future
-    frame: str = ""                     # that the answer came in
+    call: Call
+    sent_mono: float
+    record: LoggedMessage | None = None
+    message: Any = None                 # the CallResult or CallError
+    frame: str = ""                     # that it came in
+    future: asyncio.Future | None = None
+
+
+class Exchange:
+    """The Calls of one side of a connection: one at a time, answered, timed out, or late.
+
+    "A Charge Point or Central System SHOULD NOT send a CALL message to the other party unless all
+    the CALL messages it sent before have been responded to" (OCPP-J 1.6 4.1.1).
+    """
+
+    def __init__(self, write: Callable[[str], Any],
+                 keep: Callable[[Call], LoggedMessage | None] = lambda call: None,
+                 now: Callable[[], float] = time.monotonic):
+        """`write` sends a frame; `keep` puts a Call on record when it is sent."""
+        self.pending: Pending | None = None
+        self._write, self._keep, self._now = write, keep, now
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._closed = ""                # why, once it is
+        self._given_up: OrderedDict[str, Pending] = OrderedDict()
+
+    async def call(self, call: Call, frame: str = "", timeout_s: float = 30) -> Pending:
+        """Send a Call when those before it have ended, and wait for its answer.
+
+        Raises: Busy (too many wait), Conflict (the connection has ended), NoAnswer.
+        """
+        if self._waiting >= CALLS_WAITING:
+            raise Busy("Too many commands wait for this station")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                pending = self.begin(call, frame or pack(call))
+                pending.future = asyncio.get_running_loop().create_future()
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        await pending.future
+                except TimeoutError:
+                    raise NoAnswer(f"The station did not answer within {timeout_s} s") from None
+                finally:
+                    if self.pending is pending:
+                        self.give_up()
+                return pending
+        finally:
+            self._waiting -= 1
+
+    def begin(self, call: Call, frame: str) -> Pending:
+        """Send a Call, whose answer comes by `answered`. Raises: Conflict."""
+        if self._closed:
+            raise Conflict(self._closed)
+        self.pending = pending = Pending(call, self._now(), self._keep(call))
+        self._write(frame)
+        return pending
+
+    def answered(self, message: CallResult | CallError, frame: str) -> tuple[Pending | None, bool]:
+        """Take an answer: (what it is to, or None if that was never sent; whether it is late)."""
+        pending, late = self.pending, False
+        if pending is not None and same_id(message.id_text, pending.call.id_text):
+            self.pending = None
+        else:
+            pending, late = self._given_up.pop(message.id_text, None), True
+        if pending is not None:
+            pending.message, pending.frame = message, frame
+            if pending.future is not None and not pending.future.done():
+                pending.future.set_result(None)
+        return pending, late
+
+    def give_up(self) -> None:
+        """Wait no more for the answer to the Call under way; a late one will be known."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._given_up[pending.call.id_text] = pending
+            if len(self._given_up) > LATE_CALLS_KEPT:
+                self._given_up.popitem(last=False)
+
+    def close(self, reason: str) -> None:
+        """The connection has ended: whoever waits is told, and nothing is sent any more."""
+        self._closed = reason
+        pending, self.pending = self.pending, None
+        if pending is not None and pending.future is not None and not pending.future.done():
+            pending.future.set_exception(Conflict(reason))
 
 
 class Link:
     """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
 
     def __init__(self, board: Board, schemas: Schemas | None, protocol: str,
-                 write: Callable[[str], Any], close: Callable[[int, str], None]):
+                 write: Callable[[str], Any], close: Callable[[int, str], Any]):
         self.board, self.schemas, self.protocol = board, schemas, protocol
         self.write, self.close = write, close
         self.station: Station = None                 # set by `start`
         self.line: Any = None                        # to the upstream system, where there is one
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
-        self.last_sign = self.last_ping = time.monotonic()
         self._strict = board.config.ocpp.validate == "strict"
-        self._budget = Budget(board.config.ocpp.max_calls_per_second, self.last_sign)
-        self._turn = asyncio.Lock()
-        self._waiting = 0
-        self._pending: Pending | None = None
-        self._given_up: OrderedDict[str, Pending] = OrderedDict()
+        self._budget = Budget(board.config.ocpp.max_calls_per_second, time.monotonic())
+        self.exchange = Exchange(self._write, self._keep_command)
 
     def start(self, identity: str, address: str, security_profile: int,
               quirks: Iterable[str]) -> None:
         """The connection is open: an older one of the same identity ends."""
         replaced = self.board.connected(identity, self.protocol, address, self, security_profile)
         self.station = self.board.stations[identity]
+        if self.station.budget:              # a new connection is no new allowance
+            self._budget = self.station.budget
+        self.station.budget = self._budget
         for name in quirks:
             self.board.quirk(self.station, name, in_message=False)
         if replaced:
@@ -6313,8 +6910,7 @@ class Link:
         if not self.ended:
             self.ended = reason
             self.board.disconnected(self.station.identity, self, reason)
-            if self._pending and not self._pending.answer.done():
-                self._pending.answer.set_exception(Conflict(f"The connection ended: {reason}"))
+            self.exchange.close(f"The connection ended: {reason}")
             if self.line:
                 self.line.station_left(self)
         if code is not None:
@@ -6324,8 +6920,7 @@ class Link:
 
     def receive(self, frame: str | bytes) -> Awaitable | None:
         """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
-        self.last_sign = now = time.monotonic()
-        wait_s = self._budget.take(now, 1 + len(frame) // COSTLY_BYTES)
+        wait_s = self._budget.take(time.monotonic(), 1 + len(frame) // COSTLY_BYTES)
         if wait_s:
             return self._receive_later(frame, wait_s)
         return self._receive(frame)
@@ -6411,7 +7006,7 @@ class Link:
     def pass_answer(self, record: LoggedMessage, reply: CallResult | CallError, frame: str,
                     started: float, who: str) -> None:
         """Give the station the answer to a Call that its line took."""
-        self._put(frame)
+        self._write(frame)
         response_ms = (time.perf_counter() - started) * 1000
         self.board.answered(record, response_ms)
         self._keep_answer(reply, record.method, record.message_id, response_ms, who)
@@ -6487,24 +7082,21 @@ class Link:
     def _answered(self, message: CallResult | CallError, frame: str) -> None:
         """An answer to a command: the one under way, one given up, or none of ours."""
         board, station, id_ = self.board, self.station, message_id(message.id_text)
-        pending, late = self._pending, False
-        if pending is None or not same_id(message.id_text, pending.id_text):
-            pending, late = self._given_up.pop(message.id_text, None), True
-        else:
-            self._pending = None
+        pending, late = self.exchange.answered(message, frame or pack(message))
         if pending is None:
             board.quirk(station, "unexpected_answer")
         if type(message) is CallError and message.code == UNKNOWN_ERROR:
             board.quirk(station, "error_without_code")
-        action = pending.action if pending else ""
-        response_ms = (time.monotonic() - pending.sent) * 1000 if pending else None
+        action = pending.call.action if pending else ""
+        response_ms = (time.monotonic() - pending.sent_mono) * 1000 if pending else None
         if type(message) is CallResult:
             if pending and self.schemas:
                 self._violation(message, action, "Response")
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_secrets(action, message.payload, message.text), response_ms)
         else:
-            board.message(station, "IN", "CALLERROR", action, id_, message.text, response_ms,
+            board.message(station, "IN", "CALLERROR", action, id_,
+                          without_secrets(action, message.details, message.text), response_ms,
                           message.code, message.description)
             self._failed(f"The station answered {action} with {message.code}", action, message)
         details = {"action": action, "messageId": id_}
@@ -6515,9 +7107,6 @@ class Link:
         if late:
             board.error("LATE_ANSWER", station,
                         f"{action} was answered after {response_ms / 1000:.1f} s", details)
-        elif not pending.answer.done():
-            pending.frame = frame or pack(message)
-            pending.answer.set_result(message)
 
     # Commands out
 
@@ -6530,83 +7119,52 @@ class Link:
         if action not in COMMANDS[self.protocol]:
             near = _nearest(action, COMMANDS[self.protocol])
             raise UnknownAction(f"{self.protocol} has no command {shown(action)}{near}")
-        with self._queued():
-            if self.schemas:
-                await self.schemas.prepare(self.protocol, action)
-                if violation := self.schemas.check(self.protocol, action, "Request", payload):
-                    raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
-            call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
-            async with self._turn:
-                message, pending = await self._exchange(call, pack(call))
+        if self.schemas:
+            await self.schemas.prepare(self.protocol, action)
+            if violation := self.schemas.check(self.protocol, action, "Request", payload):
+                raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+        pending = await self._exchange(Call(f'"{uuid.uuid4()}"', action, payload,
+                                            to_json(payload)))
+        message = pending.message
         if type(message) is CallError:
             raise CallFailed(message.code, message.description, message.details)
-        return message.payload, pending.record.response_ms
+        payload, status = message.payload, message.payload.get("status")
+        if type(status) is str and status not in ANSWER_STATUSES:
+            payload = payload | {"status": meant(self.board, self.station, status,
+                                                 ANSWER_STATUSES)}
+        return payload, pending.record.response_ms
 
     async def pass_command(self, call: Call, frame: str) -> tuple[CallResult | CallError, str]:
         """Send a command of the upstream system as it is: (the answer, the frame it came in).
 
         Raises: Busy, Conflict (offline), NoAnswer.
         """
-        with self._queued():
-            async with self._turn:
-                message, pending = await self._exchange(call, frame)
-        return message, pending.frame
+        pending = await self._exchange(call, frame)
+        return pending.message, pending.frame
 
     def pass_on(self, message: Send | CallResultError, frame: str) -> None:
         """Give the station what upstream says and no answer is wanted to."""
         kind = "SEND" if type(message) is Send else "CALLRESULTERROR"
         self.board.message(self.station, "OUT", kind, getattr(message, "action", ""),
                            message_id(message.id_text), message.text)
-        self._put(frame)
+        self._write(frame)
 
-    @contextlib.contextmanager
-    def _queued(self) -> Generator:
-        """Count a command among those that wait. Raises: Busy."""
-        if self._waiting >= CALLS_WAITING:
-            raise Busy("Too many commands wait for this station")
-        self._waiting += 1
+    async def _exchange(self, call: Call, frame: str = "") -> Pending:
         try:
-            yield
-        finally:
-            self._waiting -= 1
+            return await self.exchange.call(call, frame,
+                                            self.board.config.ocpp.call_timeout_seconds)
+        except NoAnswer:
+            self.board.error("CALL_TIMEOUT", self.station, f"No answer to {call.action}",
+                             {"action": call.action, "messageId": message_id(call.id_text)})
+            raise
 
-    async def _exchange(self, call: Call, frame: str) -> tuple[CallResult | CallError, Pending]:
-        if self.ended:
-            raise Conflict("The station is offline")
-        action = call.action
-        record = self.board.message(self.station, "OUT", "CALL", action, message_id(call.id_text),
-                                    without_secrets(action, call.payload, call.text))
-        pending = Pending(call.id_text, action, time.monotonic(), record,
-                          asyncio.get_running_loop().create_future())
-        self._pending = pending
-        self._put(frame)
-        timeout_s = self.board.config.ocpp.call_timeout_seconds
-        try:
-            async with asyncio.timeout(timeout_s):
-                message = await pending.answer
-        except TimeoutError:
-            self._give_up(pending)
-            raise NoAnswer(f"The station did not answer within {timeout_s} s") from None
-        finally:
-            if self._pending is pending:
-                self._pending = None
-        return message, pending
-
-    def _give_up(self, pending: Pending) -> None:
-        self._given_up[pending.id_text] = pending
-        if len(self._given_up) > LATE_CALLS_KEPT:
-            self._given_up.popitem(last=False)
-        self.board.error("CALL_TIMEOUT", self.station, f"No answer to {pending.action}",
-                         {"action": pending.action, "messageId": message_id(pending.id_text)})
+    def _keep_command(self, call: Call) -> LoggedMessage:
+        return self.board.message(self.station, "OUT", "CALL", call.action,
+                                  message_id(call.id_text),
+                                  without_secrets(call.action, call.payload, call.text))
 
     def _write(self, text: str) -> Awaitable | None:
         return None if self.ended else self.write(text)
-
-    def _put(self, text: str) -> None:
-        """Send what nobody waits with; the socket itself ends where too much is unread."""
-        later = self._write(text)
-        if inspect.iscoroutine(later):
-            later.close()
 
 
 TAKERS = {Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
@@ -8634,8 +9192,16 @@ class Relay:
                 line.turn(now)
             except Exception:            # of one station; the others have their turn
                 log.exception("The relay failed on %s", shown(identity))
-            if line.wire is not None:
-                line.wire.ping_if_due(time.monotonic(), ping_s)
+            if line.wire is not None and ping_s:
+                self._keep_alive(line, time.monotonic(), ping_s)
+
+    def _keep_alive(self, line: "Line", now: float, ping_s: float) -> None:
+        """Ping an upstream; one without any sign for two intervals is gone."""
+        wire = line.wire
+        if now - wire.last_sign > 2 * ping_s:
+            line.closed(wire, "upstream does not answer pings")
+        else:
+            wire.ping_if_due(now, ping_s)
 
     def is_there(self, settings: SimpleNamespace) -> None:
         """One line has got through: the others of this upstream need not wait as long."""
@@ -8646,7 +9212,7 @@ class Relay:
 
     def connect(self, line: "Line") -> None:
         """Open a connection upstream; the line is told what becomes of it."""
-        self.spawn("relay", open_wire(line))
+        self.spawn("relay", open_upstream(line))
 
     def stop(self) -> None:
         """Let go of everything; what was not delivered is in the log."""
@@ -8780,6 +9346,7 @@ class Line:
         self.settings = settings
         self.link: Link | None = None
         self.wire: Any = None                # the connection upstream: write(text), close()
+        self.exchange: Exchange | None = None            # our Calls on it
         self.connecting = self.refused = False       # refused: upstream did not accept the boot
         self.alive = self._sending = False           # alive: upstream has answered on this one
         self.fresh = True                    # no attempt has failed since the station came
@@ -9073,7 +9640,7 @@ class Line:
         errand.attempts += 1
         errand.sent_at = self.relay.now()
         if errand.asked is not None:                     # once more, as it was
-            self.wire.write(errand.request)
+            self.exchange.begin(errand.asked, errand.request)
             return
         interpreter = self._interpreter(errand.protocol)
         call = errand.call
@@ -9087,7 +9654,7 @@ class Line:
             interpreter.given = errand.given
         if interpreter.passes(call.action, True):
             errand.asked, errand.request = call, errand.frame
-            self.wire.write(errand.frame)
+            self.exchange.begin(call, errand.frame)
         else:
             if errand.steps is None:                     # else: what is ours to tell
                 errand.steps = interpreter.up(call.action, call.payload)
@@ -9146,7 +9713,7 @@ class Line:
             errand.asked = None
             self._failed(errand, violation.error(f"{violation.pointer or '/'}: {violation.text}"))
         else:
-            self.wire.write(errand.request)
+            self.exchange.begin(errand.asked, errand.request)
 
     def upstream_said(self, wire: Any, frame: str | bytes) -> None:
         """Take a frame of upstream."""
@@ -9161,13 +9728,15 @@ class Line:
         kind, flying = type(message), self.in_flight
         if kind is Call:
             self._commanded(message, text)
-        elif kind is Send or kind is CallResultError:
+            return
+        if kind is Send or kind is CallResultError:
             if self.link is not None and self.station_protocol == self.protocol:
                 self.link.pass_on(message, text)
             else:
                 self._relayed("refused", "DOWN", message, error="the station has nothing like it")
-        elif flying is None or flying.asked is None or (
-                not same_id(message.id_text, flying.asked.id_text)):
+            return
+        pending, late = self.exchange.answered(message, text)
+        if pending is None or late or flying is None:
             self.counts["errors"] += 1
             self._relayed("error", "DOWN", None,
                           error="an answer to nothing that was asked, or late",
@@ -9301,7 +9870,8 @@ class Line:
             answer(self.board, station, errand.protocol,
                    errand.call._replace(payload=errand.call.payload | given))
         elif errand.call.action == "BootNotification":
-            self.board.registered(station, lenient(reply.payload, "status", str, ""))
+            self.board.registered(station, lenient(reply.payload, "status", str, ""),
+                                  lenient(reply.payload, "interval", float))
 
     def _nonsense(self, text: str, error: BadFrame) -> None:
         """A frame that is no message; where it is about what is under way, that is over."""
@@ -9311,6 +9881,7 @@ class Line:
             self.wire.write(pack(refusal(self.protocol, error.id_text, error)))
         flying = self.in_flight
         if flying is not None and flying.asked and flying.asked.id_text in text[:RAW_KEPT]:
+            self.exchange.give_up()
             self._upstream_answered(flying, CallError(
                 flying.asked.id_text, "InternalError", "upstream's answer cannot be read", {},
                 "{}"), "")
@@ -9412,6 +9983,7 @@ class Line:
             wire.close()
             return
         self.wire, self.up_since, self.silent = wire, self.board.clock(), 0
+        self.exchange = Exchange(wire.write, now=self.relay.now)
         self.refused = self.alive = False
         self.opened_at = self.relay.now()
         self._relayed("connected", "UP", None)
@@ -9544,6 +10116,7 @@ class Line:
             return
         self.silent += 1
         self.in_flight = None
+        self.exchange.give_up()
         if self.silent >= SILENT_CALLS or errand.boots_again:
             self._hang_up("upstream does not answer")
         else:
@@ -9579,8 +10152,17 @@ class Line:
             message_id(message.id_text) if message and message.id_text else message_id_,
             to.action if to and to is not message else None,
             without_secrets(action, message.payload, message.text) if message and action else None,
-            without_secrets(to.action, to.payload, to.text) if to and to is not message else None,
+            self._shown_translation(message, to) if to and to is not message else None,
             latency_ms, None if error is None else kept(error)))
+
+    @staticmethod
+    def _shown_translation(message: Any, to: Call) -> str:
+        """A translated Call for the record; a KeyCode has lost its type on the way to 1.6."""
+        text = without_secrets(to.action, to.payload, to.text)
+        if "idTag" in to.payload and message and is_key_code(
+                lenient(message.payload, "idToken", dict, {})):
+            return to_json(to.payload | {"idTag": HIDDEN})
+        return text
 
     def view(self) -> dict:
         """The line as REST shows it."""
@@ -9777,186 +10359,6 @@ class Journal:
 
 
 RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
-CONNECT_S = 10                      # until the handshake is through
-GOODBYE_S = 5                       # for what it has not read when we hang up
-HEAD_BYTES = 16 * 1024              # of the answer to our upgrade
-PARTS = 10_000                      # frames of one message
-
-
-class Wire(asyncio.Protocol):
-    """A connection upstream: a WebSocket client (RFC 6455) right on the loop.
-
-    Tornado's client reads a frame in three steps, each through its stream: with it, the relay
-    passes a fifth fewer Calls a second. Compression is not offered.
-    """
-
-    def __init__(self, line: Line, protocol: str, path: str, host: str, authorization: str):
-        self.line, self.protocol = line, protocol
-        self.opened = asyncio.get_running_loop().create_future()     # of the handshake
-        self.last_sign = self.last_ping = time.monotonic()
-        self._key = base64.b64encode(os.urandom(16)).decode()
-        headers = {
-            "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
-            "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": self._key,
-            "Sec-WebSocket-Protocol": protocol, "User-Agent": f"ocppboard/{VERSION}",
-            RELAY_HEADER: ",".join(filter(None, [line.link and line.link.via, line.board.epoch])),
-            } | ({"Authorization": authorization} if authorization else {})
-        self._request = "".join([f"GET {path} HTTP/1.1\r\n", *(
-            f"{name}: {value}\r\n" for name, value in headers.items()), "\r\n"])
-        self._limit = line.board.config.ocpp.max_frame_bytes
-        self._read: bytes = b""
-        self._parts: list[bytes] = []        # of a message in several frames
-        self._size = 0                       # of them
-        self._text = True                    # or binary, it is
-        self.over = ""                       # why it ended
-
-    # What the loop tells
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        transport.write(self._request.encode("latin-1", "replace"))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.over = self.over or "the connection is lost"
-        if not self.opened.done():
-            self.opened.set_exception(OSError("it closed the connection in the handshake"))
-        elif self.line.wire is self:
-            self.line.closed(self, self.over)
-
-    def data_received(self, data: bytes) -> None:
-        if self.over:
-            return
-        self.last_sign = time.monotonic()
-        self._read = self._read + data if self._read else data
-        if not self.opened.done():
-            self._handshake()
-        elif self.line.wire is self:         # else: until it is told to, it waits
-            self.take()
-
-    # What the line tells
-
-    def write(self, text: str) -> None:
-        """Send a text frame."""
-        self._send(0x1, text.encode())
-
-    def close(self) -> None:
-        """End it, and do not wait for the other side."""
-        self._end("closed", 1000)
-
-    def abandon(self) -> None:
-        """Let it go at once."""
-        self.over = self.over or "abandoned"
-        self._transport.abort()
-
-    def ping_if_due(self, now: float, interval: float) -> None:
-        """Ping each `interval` seconds; an upstream without any sign for two of them is gone."""
-        if interval and now - self.last_sign > 2 * interval:
-            self._end("upstream does not answer pings", 1001)
-        elif interval and now - self.last_ping >= interval:
-            self.last_ping = now
-            self._send(0x9, b"")
-
-    def take(self) -> None:
-        """Read the frames that are there."""
-        data, at = self._read, 0
-        while len(data) - at >= 2 and not self.over:
-            first, second = data[at], data[at + 1]
-            size, start = second & 0x7F, at + 2
-            if size >= 126:
-                wide = 2 if size == 126 else 8
-                size, start = int.from_bytes(data[start:start + wide], "big"), start + wide
-            if first & 0x70 or second & 0x80:            # extensions, and masks, are not for us
-                self._end("upstream sent a frame that is none", 1002)
-            elif size > self._limit:
-                self._end(f"upstream sent more than {self._limit} bytes", 1009)
-            elif len(data) < start + size:
-                break
-            else:
-                at = start + size
-                self._frame(first >> 7, first & 0xF, data[start:at])
-        self._read = data[at:]
-
-    def _frame(self, last: int, kind: int, payload: bytes) -> None:
-        if kind in (0x0, 0x1, 0x2):
-            self._message(last, kind, payload)
-        elif kind == 0x8:
-            code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            self._end(f"upstream closed the connection ({code})", 1000)
-        elif kind == 0x9:
-            self._send(0xA, payload[:125])
-
-    def _message(self, last: int, kind: int, payload: bytes) -> None:
-        if kind:
-            self._text = kind == 0x1
-        if self._parts or not last:
-            self._parts.append(payload)
-            self._size += len(payload)
-            if self._size > self._limit or len(self._parts) > PARTS:
-                self._end(f"upstream sent more than {self._limit} bytes", 1009)
-            if not last or self.over:
-                return
-            payload, self._parts, self._size = b"".join(self._parts), [], 0
-        if self._text:
-            try:
-                self.line.upstream_said(self, payload.decode())
-            except UnicodeDecodeError:
-                self._end("upstream sent a text that is not UTF-8", 1007)
-        else:
-            self.line.upstream_said(self, payload)
-
-    def _send(self, kind: int, data: bytes) -> None:
-        if self._transport.is_closing():
-            return
-        size, mask = len(data), os.urandom(4)
-        if size < 126:
-            head = bytes((0x80 | kind, 0x80 | size))
-        elif size < 65536:
-            head = bytes((0x80 | kind, 0x80 | 126)) + size.to_bytes(2, "big")
-        else:
-            head = bytes((0x80 | kind, 0x80 | 127)) + size.to_bytes(8, "big")
-        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
-        masked = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
-        self._transport.write(head + mask + masked)
-        if kind != 0x8 and self._transport.get_write_buffer_size() > QUEUE_BYTES:
-            self._end("upstream does not read", 1008)
-
-    def _end(self, reason: str, code: int) -> None:
-        """Say goodbye and hang up; the line is told unless it was the one that asked."""
-        if self.over:
-            return
-        self.over = reason
-        self._send(0x8, code.to_bytes(2, "big"))
-        self._transport.close()
-        # What it does not take in time, it will not have.
-        asyncio.get_running_loop().call_later(GOODBYE_S, self._transport.abort)
-        if self.line.wire is self:
-            self.line.closed(self, reason)
-
-    def _handshake(self) -> None:
-        """Read the answer to our upgrade (RFC 6455 4.1)."""
-        head, end, rest = self._read.partition(b"\r\n\r\n")
-        if not end and len(head) < HEAD_BYTES:
-            return
-        status, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.strip().lower(): value.strip() for name, _, value in (
-            line.partition(":") for line in lines)}
-        accept = base64.b64encode(hashlib.sha1(
-            (self._key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode(),
-            usedforsecurity=False).digest()).decode()
-        chosen = headers.get("sec-websocket-protocol")
-        if not re.match(r"HTTP/1\.1 101\b", status):
-            wrong = f"it answered {kept(status.partition(' ')[2] or status, 80)}"
-        elif headers.get("sec-websocket-accept") != accept:
-            wrong = "it does not speak WebSocket"
-        elif chosen not in (None, "", self.protocol):
-            wrong = f"it wants to speak {kept(chosen, 40)}, not {self.protocol}"
-        else:
-            self._read = rest
-            self.opened.set_result(None)
-            return
-        self.over = wrong
-        self.opened.set_exception(OSError(wrong))
-        self._transport.abort()
 
 
 @functools.lru_cache(8)              # reading the system's authorities takes some 10 ms
@@ -9964,37 +10366,41 @@ def _tls_context(ca: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=ca or None)
 
 
-async def open_wire(line: Line) -> None:
-    """Open a connection upstream as the station would; the line is told what becomes of it."""
+async def open_upstream(line: Line) -> None:
+    """Connect upstream as the station would; the line is told what becomes of it."""
     settings, protocol = line.settings, line.protocol
-    url = urlsplit(settings.url)
     authorization = line.authorization
     if settings.password:
         pair = f"{line.identity}:{settings.password}".encode()
         authorization = f"Basic {base64.b64encode(pair).decode()}"
-    path = f"{url.path.rstrip('/')}/{quote(line.identity, safe='')}"
-    secure, wire = url.scheme == "wss", None
+    via = ",".join(filter(None, [line.link and line.link.via, line.board.epoch]))
     try:
-        context = _tls_context(settings.ca) if secure else None
-        async with asyncio.timeout(CONNECT_S):
-            _, wire = await asyncio.get_running_loop().create_connection(
-                lambda: Wire(line, protocol, path, url.netloc, authorization), url.hostname,
-                url.port or (443 if secure else 80), ssl=context)
-            await wire.opened
-    except (OSError, ValueError, TimeoutError) as error:             # also of TLS
-        if wire is not None:
-            wire.abandon()
-        reason = getattr(error, "strerror", "") or str(error) or "no answer in time"
-        line.failed(f"no connection: {reason}")
+        websocket = await open_websocket(
+            f"{settings.url.rstrip('/')}/{quote(line.identity, safe='')}", [protocol],
+            line.board.config.ocpp.max_frame_bytes, {
+                "User-Agent": f"ocppboard/{VERSION}", RELAY_HEADER: via,
+                "Authorization": authorization},
+            ssl_options=_tls_context(settings.ca) if settings.url.startswith("wss:") else None)
+    except OSError as error:             # also of TLS, and of the PEM file
+        line.failed(f"no connection: {error.strerror or error}")
         return
-    if wire.over:
-        line.failed(wire.over)
-    elif protocol != line.protocol:      # the station came back in another version meanwhile
-        wire.abandon()
+    if protocol != line.protocol:        # the station came back in another version meanwhile
+        websocket.drop()
         line.failed("the station speaks another version now")
-    else:
-        line.opened(wire)
-        wire.take()
+        return
+    line.opened(websocket)
+    websocket.start(functools.partial(line.upstream_said, websocket),
+                    lambda code, reason: line.closed(websocket, _why_closed(websocket, code,
+                                                                           reason)))
+
+
+def _why_closed(websocket: WebSocket, code: int, reason: str) -> str:
+    if code == NO_CLOSE:
+        return "the connection is lost"
+    if websocket.closed_by_us:
+        return f"upstream broke the protocol, or {reason}" if code != 1008 else (
+            "upstream does not read")
+    return f"upstream closed the connection ({code})"
 
 
 # --- Access -------------------------------------------------------------------------------
@@ -10296,8 +10702,10 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
         raise Refused(404, "this identity is not listed")
     if headers.get("Upgrade", "").lower() != "websocket":
         raise Refused(426, "charging stations connect here, by WebSocket")
-    if headers.get("Sec-WebSocket-Version") != "13" or not headers.get("Sec-WebSocket-Key"):
-        raise Refused(400, "a WebSocket handshake of version 13 with a key is needed")
+    if headers.get("Sec-WebSocket-Version") != "13":     # RFC 6455 4.4
+        raise Refused(426, "version 13 of WebSocket is spoken here")
+    if not headers.get("Sec-WebSocket-Key"):
+        raise Refused(400, "a WebSocket handshake with a key is needed")
     if "upgrade" not in headers.get("Connection", "").lower():
         quirks.append("connection_header_missing")
     offered = [p.strip() for p in headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
@@ -10335,14 +10743,15 @@ def identity_of(path: str, prefix: str) -> str:
 
 
 @stream_request_body
-class StationSocket(WebSocketHandler):
-    """The OCPP endpoint: one instance is one station's socket."""
+class StationUpgrade(RequestHandler):
+    """The OCPP endpoint: lets a station in, whose socket goes to a Link then."""
 
     def initialize(self, daemon: "Daemon", here: bool = True) -> None:
         self.daemon, self.here = daemon, here            # here: stations connect to this port
-        self.link: Link | None = None
-        self.admission: Admission | None = None
-        self._pongs_unread = 0
+        self.gone = False
+
+    def on_connection_close(self) -> None:
+        self.gone = True
 
     def prepare(self) -> None:
         # A handshake has no body: one is let go unread.
@@ -10353,42 +10762,44 @@ class StationSocket(WebSocketHandler):
         pass
 
     async def get(self, *args: Any) -> None:
-        config, headers = self.daemon.config, self.request.headers
+        daemon, headers = self.daemon, self.request.headers
+        config, address = daemon.config, self.request.remote_ip or ""
         try:
             if not self.here:
-                raise Refused(404, f"stations connect to port {self.daemon.ocpp_port}")
-            if self.daemon.board.epoch in headers.get(RELAY_HEADER, "").split(","):
+                raise Refused(404, f"stations connect to port {daemon.ocpp_port}")
+            if daemon.board.epoch in headers.get(RELAY_HEADER, "").split(","):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
-            self.admission = admit(config, self.request.path, headers)
-            self.profile = await self.daemon.access.station_profile(
-                self.admission.identity, headers.get("Authorization", ""), self.request.remote_ip)
+            admission = admit(config, self.request.path, headers)
+            authorization = headers.get("Authorization", "")
+            profile = await daemon.access.station_profile(admission.identity, authorization,
+                                                          address)
+            daemon.make_room(admission.identity)
         except (Refused, TooMany) as error:
             self._refuse(error)
             return
-        headers["Connection"] = "Upgrade"                # Grizzl-E and others leave it out
-        await super().get(*args)
+        if self.gone:                    # it did not wait for its password's check
+            return
+        websocket = accept_websocket(self, config.ocpp.max_frame_bytes, admission.offered)
+        link = Link(daemon.board, daemon.schemas, admission.protocol, websocket.write,
+                    websocket.close)
+        daemon.sockets[link] = websocket
+        link.start(admission.identity, address, profile, admission.quirks)
+        link.via = kept(headers.get(RELAY_HEADER, ""))
+        if daemon.relay:
+            daemon.relay.attach(link, authorization)
+        websocket.start(link.receive, functools.partial(daemon.socket_closed, link))
 
     def _refuse(self, error: BoardError) -> None:
-        address, config = kept(self.request.remote_ip, 64), self.daemon.config
-        path = _SECRET_IN_URL.sub(f"//{HIDDEN}@", kept(self.request.path, 500))
+        config = self.daemon.config
         identity = identity_of(self.request.path, config.ocpp.path)
-        headers = {name: kept(value) for name in SHOWN_HEADERS
-                   if (value := self.request.headers.get(name))}
         host = kept(self.request.host, 100)
         if not self.here:
             host = f"{host.rpartition(':')[0] or host}:{self.daemon.ocpp_port}"
         advice = (f"ws://{host}{config.ocpp.path.rstrip('/')}/"
                   f"{quote(kept(identity, IDENTITY_LENGTH), safe='') or '<identity>'}")
-        news = self.daemon.board.knocked(address, path, headers, error.http_status, str(error),
-                                         advice)
-        if news:
-            log.info("Refused an upgrade from %s to %s: %s", address, shown(path),
-                     shown(error, 200))
-        category = getattr(error, "category", "")        # "": on record already
-        if news and category:
-            self.daemon.board.security_event(
-                category, kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
-                f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
+        self.daemon.knocked(self.request.remote_ip or "", self.request.path, {
+            name: kept(value) for name in SHOWN_HEADERS
+            if (value := self.request.headers.get(name))}, error, advice, identity)
         if error.http_status == 413:
             self.set_header("Connection", "close")
         self.set_status(error.http_status)
@@ -10396,114 +10807,12 @@ class StationSocket(WebSocketHandler):
             self.set_header("WWW-Authenticate", 'Basic realm="ocppboard"')
         if error.http_status == 426:
             self.set_header("Upgrade", "websocket")
+            self.set_header("Sec-WebSocket-Version", "13")
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         self.finish(f"{error}\nThe URL of a station is {advice}\n")
 
-    def check_origin(self, origin: str) -> bool:
-        return True                      # chargers send any; a page of elsewhere gains nothing
-
-    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        return self.admission.offered
-
-    @property
-    def max_message_size(self) -> int:
-        return self.daemon.config.ocpp.max_frame_bytes
-
-    def open(self, *args: Any) -> None:
-        # The stream itself: `write_message` starts a task for each message, which costs time and,
-        # when the socket dies, ends in a traceback in the log.
-        self._stream = self.ws_connection.stream
-        self._stream.max_write_buffer_size = QUEUE_BYTES
-        try:
-            self._stream.set_nodelay(True)
-            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        except (AttributeError, OSError):                # gone again already
-            return
-        admission = self.admission
-        self.link = Link(self.daemon.board, self.daemon.schemas, admission.protocol,
-                         self._write, self._close)
-        self.daemon.sockets.add(self)
-        self.link.start(admission.identity, self.request.remote_ip, self.profile, admission.quirks)
-        self.link.via = kept(self.request.headers.get(RELAY_HEADER, ""))
-        if self.daemon.relay:
-            self.daemon.relay.attach(self.link, self.request.headers.get("Authorization", ""))
-
-    def on_message(self, message: str | bytes) -> Awaitable | None:
-        return self.link.receive(message) if self.link else None
-
-    def on_pong(self, data: bytes) -> None:
-        if self.link:
-            self.link.last_sign = time.monotonic()
-
-    def on_ping(self, data: bytes) -> None:
-        self.on_pong(data)
-        self._pongs_unread = self._pongs_unread + 1 if self._stream.writing() else 0
-        if self._pongs_unread > PONGS_UNREAD and self.link:
-            self.link.end("pings, and does not read the pongs", 1008)
-            self._stream.close()
-
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         log_unexpected(self, error)
-
-    def on_close(self) -> None:
-        self.daemon.sockets.discard(self)
-        if self.link:
-            self.link.end(f"closed by the station ({self.close_code})" if self.close_code
-                          else "connection lost")
-
-    def ping_if_due(self, now: float, interval: float) -> None:
-        """Ping each `interval` seconds; a station without any sign for two of them is gone."""
-        link = self.link
-        if link.ended:
-            return
-        if now - link.last_sign > 2 * interval:
-            self.daemon.board.system_event("PONG_TIMEOUT", link.station.identity,
-                                           f"No sign of life for {now - link.last_sign:.0f} s",
-                                           {"ip": link.station.remote_address})
-            link.end("no answer to pings", 1001)
-        elif now - link.last_ping >= interval:
-            link.last_ping = now
-            try:
-                self.ping()
-            except (WebSocketClosedError, StreamClosedError, StreamBufferFullError):
-                link.end("connection lost")
-
-    def _write(self, text: str) -> Awaitable | None:
-        """Send a text frame (RFC 6455 5.2). Returns what to await if the socket is clogged."""
-        data = text.encode()
-        size = len(data)
-        if size < 126:
-            head = bytes((0x81, size))
-        elif size < 65536:
-            head = b"\x81\x7e" + size.to_bytes(2, "big")
-        else:
-            head = b"\x81\x7f" + size.to_bytes(8, "big")
-        frame, stream, sent = head + data, self._stream, 0
-        # The socket itself first: all that the stream keeps for a frame costs 5 % of the answers.
-        if not stream.writing():
-            try:
-                sent = stream.socket.send(frame)         # mostly takes it all, and at once
-            except (AttributeError, OSError):
-                pass                                     # the stream will see for itself
-            if sent == len(frame):
-                return None
-        try:
-            flushed = stream.write(frame[sent:])
-        except StreamClosedError:
-            return None                                  # `on_close` is on its way
-        except StreamBufferFullError:
-            self.link.end("does not read", 1008)
-            stream.close()
-            return None
-        return _until_written(flushed) if stream.writing() else None
-
-    def _close(self, code: int, reason: str) -> None:
-        self.close(code, reason[:100])
-
-
-async def _until_written(flushed: Awaitable) -> None:
-    with contextlib.suppress(StreamClosedError):
-        await flushed
 
 
 def log_unexpected(handler: RequestHandler, error: BaseException | None) -> None:
@@ -11394,6 +11703,7 @@ class Api(RequestHandler):
         self.daemon, self.routes = daemon, routes        # routes: {method: Route}
         self.board, self.config = daemon.board, daemon.config
         self.woken, self.closed = asyncio.Event(), False
+        self.refusal: BoardError | None = None           # found before the body was read
         self.raw_body = bytearray()
         self.body: dict = {}
         self.query: dict = {}
@@ -11409,7 +11719,22 @@ class Api(RequestHandler):
             self.set_header(name, value)
 
     def prepare(self) -> None:
-        """Refuse, before its body is read, what is not to be answered."""
+        """See, before its body is kept, whether the request is to be answered.
+
+        A refusal waits for the body: an answer in the middle of it would be lost with a reset.
+        """
+        try:
+            self.check()
+        except TooLarge:
+            raise
+        except BoardError as error:
+            self.refusal = error
+
+    def check(self) -> None:
+        """Raises: BoardError, of what the head of the request says."""
+        length = self.request.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY_BYTES:
+            raise TooLarge("The body is too large")
         if not self.routes:
             raise NotFound("Not found")
         method = self.request.method
@@ -11423,9 +11748,6 @@ class Api(RequestHandler):
             raise Forbidden("Cross-origin request")
         if not route.public:
             self.authenticate()
-        length = self.request.headers.get("Content-Length", "0")
-        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY_BYTES:
-            raise TooLarge("The body is too large")
         self.query = self.read_query()
 
     def same_origin(self) -> bool:
@@ -11459,11 +11781,13 @@ class Api(RequestHandler):
                 for p in self.route.query}
 
     def data_received(self, chunk: bytes) -> None:
-        if len(self.raw_body) <= BODY_BYTES:             # beyond it the rest is let go
-            self.raw_body += chunk
+        if self.refusal is None and len(self.raw_body) <= BODY_BYTES:
+            self.raw_body += chunk       # beyond it the rest is let go
 
     async def answer(self, *args: str, **kwargs: str) -> None:
         """Hand the request to its endpoint and write what it returns."""
+        if self.refusal is not None:
+            raise self.refusal
         if len(self.raw_body) > BODY_BYTES:
             raise TooLarge("The body is too large")
         if self.route.body:
@@ -11477,7 +11801,7 @@ class Api(RequestHandler):
             self.set_header("Content-Type", "application/json")
             self.finish(result if isinstance(result, str) else to_json(result))
 
-    get = head = post = patch = delete = answer
+    get = head = post = put = patch = delete = options = answer
 
     def read_body(self) -> dict:
         """The body's JSON object. Raises: BadRequest."""
@@ -12817,11 +13141,11 @@ function statusOf(station, connector) {
 }
 
 // What a charger adds to its status: an error code, a text.
-function toldWith({errorCode, vendorErrorCode, info}) {
-  const codes = [errorCode, vendorErrorCode].filter(code => code
-    && !/^((0x)?0*|no.?error|none|ok)$/i.test(code));
-  return [codes.join(', '), info].filter(Boolean).join(': ');
-}
+const codesOf = ({errorCode, vendorErrorCode}) => [errorCode, vendorErrorCode].filter(code =>
+  code && !/^((0x)?0*|no.?error|none|ok)$/i.test(code));
+const hasError = connector => codesOf(connector).length > 0;
+const toldWith = connector =>
+  [codesOf(connector).join(', '), connector.info].filter(Boolean).join(': ');
 
 // Why it is, or is not, charging: a sentence for the one who stands before it.
 function why(station, connector) {
@@ -12837,7 +13161,7 @@ function why(station, connector) {
     + ` the charger reports a fault${added || ' and no code'}.`;
   if (status === 'Unavailable')
     return `Out of service: set to inoperative, or taken out by the charger itself${added}.`;
-  const adds = told ? ` The charger reports ${told}.` : '';
+  const adds = told ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${told}.` : '';
   if (transaction) return whyInTransaction(station, connector, transaction) + adds;
   if (connector.evse === 0 && status === 'Available') return 'The station is in service.' + adds;
   const refused = refusedToken(station.identity, connector.since);
@@ -12951,9 +13275,11 @@ function attentionTo(station) {
     return found;
   }
   if (station.registration === 'Pending') add(0, 'warn', ' waits to be approved');
-  for (const one of station.connectors) if (one.status === 'Faulted')
-    add(1, 'bad', ` is faulted: ${nameOf(station, one).toLowerCase()}`,
-      toldWith(one) && ` (${toldWith(one)})`);
+  for (const one of station.connectors) {
+    const told = toldWith(one), name = nameOf(station, one).toLowerCase();
+    if (one.status === 'Faulted') add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
+    else if (hasError(one)) add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
+  }
   if (Math.abs(skew) > 60) add(6, 'warn', `: its clock is ${skewOf(skew)}`);
   return found;
 }
@@ -13613,16 +13939,18 @@ function connectorLine(one, connector) {
     h('div.bar', h('h3', nameOf(one, connector)),
       pill(status || 'unknown', online(one) ? TONES[status] : ''),
       connector.since && h('span.dim.small', 'since ', clock(connector.since))),
-    h('p', why(one, connector)), connector.meter && meterLine(connector.meter));
+    h('p', why(one, connector)), connector.meter && meterLine(connector.meter),
+    connector.inlet && meterLine(connector.inlet, 'at the inlet, where the grid comes in'));
 }
 
-function meterLine(meter) {
+function meterLine(meter, where) {
   const phases = Object.entries(meter.currentA).map(([phase, a]) =>
     `${phase} ${amperes(a)}`.trim());
-  const said = [
+  const said = [where,
     meter.powerW != null && power(meter.powerW) + (meter.quality === 'derived' ? ' (worked out)'
       : ''),
-    ...phases, meter.offeredA != null && `${amperes(meter.offeredA)} offered`,
+    ...phases, meter.derived.includes('currentA') && '(partly worked out from the power)',
+    meter.offeredA != null && `${amperes(meter.offeredA)} offered`,
     meter.energyWh != null && `${energy(meter.energyWh)} on the meter`,
     meter.soc != null && `${percent(meter.soc)} charged`,
     meter.temperatureC != null && `${digits(meter.temperatureC, 1)} °C`,
@@ -13833,7 +14161,7 @@ function frameOf({type, messageId, method, errorCode, errorDescription, raw}) {
 
 const STATUS_TONES = {active: 'info', stopped: 'good', orphan: 'warn', abandoned: 'bad'};
 const lasted = one => ((ms(one.stoppedAt) ?? now()) - ms(one.startedAt)) / 1000;
-const ESTIMATED = 'Estimated: its start was not seen, or its meter was reset';
+const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
 const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
 const TRANSACTION_COLUMNS = [
@@ -13902,7 +14230,8 @@ function transactionDetail(one) {
       ['Power', one.status === 'active' ? power(one.powerW) : DASH], ['State of charge',
         percent(one.soc)],
       ['Meter at start', energy(one.meterStart)], ['Meter at stop', energy(one.meterStop)],
-      ['Reason', one.reason]]),
+      ['Reason', one.reason],
+      one.missingEvents > 0 && ['Events missing', digits(one.missingEvents)]].filter(Boolean)),
     meterCharts(one), link(to('messages', null, {identity: one.identity}),
       'Messages of this station'));
 }
@@ -14331,7 +14660,8 @@ function knockingCard() {
       ? plainTable('Knocking', ['From', 'Asked for', 'Refused', 'Times', 'Last', 'Would work'],
         state.knocking.slice(0, KNOCKS_SHOWN).map(line))
       : empty(h('p', 'Nobody was refused. A charger that appears neither here nor under Stations '
-        + 'does not reach this host: look at its address, port and network.'), howToConnect()));
+        + 'has not said a word on this port: look at the address and port that it was given, and '
+        + 'at the network between.'), howToConnect()));
 }
 
 function events() {
@@ -14808,6 +15138,7 @@ FAULTS = {
     "reboot": "starts over now and then, and forgets the limits of its transactions",
     "watts": "takes limits in W only",
 }
+SIMULATED_FRAME_BYTES = 1 << 20
 LATE_S, AWAY_S, FAULT_EVERY_S = 8.0, 120.0, (60.0, 180.0)
 
 
@@ -14902,8 +15233,8 @@ class SimulatedStation:
         self.online = self.accepted = False
         self.plan: deque = deque()
         self.idle = random.randrange(IDLE_HEARTBEATS)
-        self._socket = None
-        self._answers: dict[str, asyncio.Future] = {}
+        self._socket: WebSocket | None = None
+        self.exchange: Exchange | None = None            # of the connection
         self._restart = False
         self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
 
@@ -14940,11 +15271,9 @@ class SimulatedStation:
                 if "lose-link" in self.faults:
                     self.disconnect()
                     await asyncio.sleep(AWAY_S)
-            except (OSError, WebSocketClosedError, StreamClosedError, TimeoutError) as error:
+            except (OSError, BoardError) as error:
                 level = logging.WARNING if pause == 1.0 else logging.DEBUG
-                log.log(level, "%s: %s", self.identity, str(error) or type(error).__name__)
-            except HTTPClientError as error:
-                log.warning("%s is refused: HTTP %s", self.identity, error.code)
+                log.log(level, "%s: %s", self.identity, error)
             finally:
                 self.disconnect()
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
@@ -14956,11 +15285,11 @@ class SimulatedStation:
         if self.password:
             text = f"{self.identity}:{self.password}".encode()
             headers["Authorization"] = "Basic " + base64.b64encode(text).decode()
-        request = HTTPRequest(f"{self.url}/{quote(self.identity, safe='')}",
-                                                 headers=headers, connect_timeout=10)
-        self._socket = await websocket_connect(request, subprotocols=[self.protocol])
+        websocket = await open_websocket(f"{self.url}/{quote(self.identity, safe='')}",
+                                         [self.protocol], SIMULATED_FRAME_BYTES, headers)
+        self._socket, self.exchange = websocket, Exchange(websocket.write)
         self.online = True
-        self._reader = asyncio.create_task(self._read())
+        websocket.start(self._receive, functools.partial(self._closed, self.exchange))
 
     def disconnect(self) -> None:
         """Close the connection, if there is one."""
@@ -15033,19 +15362,13 @@ class SimulatedStation:
     async def call(self, action: str, payload: dict) -> dict:
         """Send a Call and wait for its answer: the payload, {} of a CALLERROR.
 
-        Raises: WebSocketClosedError, TimeoutError.
+        Raises: Conflict (the connection has ended), NoAnswer.
         """
-        if self._socket is None:
-            raise WebSocketClosedError()
-        id_text = f'"{uuid.uuid4()}"'
-        self._answers[id_text] = future = asyncio.get_running_loop().create_future()
+        if self.exchange is None or not self.online:
+            raise Conflict("the connection has ended")
         sent = time.perf_counter()
-        try:
-            await self._socket.write_message(pack(Call(id_text, action, payload, to_json(payload))))
-            async with asyncio.timeout(30):
-                message = await future
-        finally:
-            self._answers.pop(id_text, None)
+        call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
+        message = (await self.exchange.call(call)).message
         self.calls += 1
         self.latencies.append((time.perf_counter() - sent) * 1000)
         if type(message) is CallError:
@@ -15055,20 +15378,25 @@ class SimulatedStation:
             return {}
         return message.payload
 
-    async def _read(self) -> None:
-        connection = self._socket
-        while (frame := await connection.read_message()) is not None:
-            message = unpack(frame)
-            if type(message) is Call:
-                if "late" in self.faults:
-                    await asyncio.sleep(LATE_S)
-                await connection.write_message(pack(self.obey(message)))
-            elif (future := self._answers.get(message.id_text)) and not future.done():
-                future.set_result(message)
-        self.online = False
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(WebSocketClosedError())
+    def _receive(self, frame: str | bytes) -> Awaitable | None:
+        text = frame if isinstance(frame, str) else frame.decode("utf-8", "replace")
+        message = unpack(text)
+        if isinstance(message, (CallResult, CallError)) and self.exchange:
+            self.exchange.answered(message, text)
+        elif isinstance(message, Call) and self._socket:
+            if "late" in self.faults:
+                return self._obey_late(message, self._socket)
+            self._socket.write(pack(self.obey(message)))
+        return None
+
+    async def _obey_late(self, call: Call, websocket: WebSocket) -> None:
+        await asyncio.sleep(LATE_S)
+        websocket.write(pack(self.obey(call)))
+
+    def _closed(self, exchange: Exchange, code: int, reason: str) -> None:
+        exchange.close(f"the connection has ended: {reason or code}")
+        if exchange is self.exchange:
+            self.online = False
 
     def obey(self, call: Call) -> CallResult | CallError:
         """The answer to a command; what follows from it goes into the plan."""
@@ -15535,19 +15863,56 @@ def _percentiles(latencies: Iterable[float]) -> str:
 # --- Daemon -------------------------------------------------------------------------------
 # Wires the sections together: routes, periodic work, start and stop, the command line.
 
+HELLO_BYTES = 16                    # by which it is seen who speaks HTTP
+TLS_HANDSHAKE = 22                  # the first byte of a ClientHello (RFC 8446 5.1)
+TLS_ALERT = bytes.fromhex("15030100020228")              # fatal, handshake_failure (RFC 8446 6)
+
 
 class BoundedServer(HTTPServer):
     """An HTTP server that closes new connections before the process runs out of files.
 
-    Beyond that no accept works, and the loop would do nothing but fail to.
+    Beyond that no accept works, and the loop would do nothing but fail to. `strangers` is told
+    (address, first bytes) of who speaks no HTTP, and gives what they are answered: Tornado would
+    wait for the end of a line until it is tired.
     """
 
-    def handle_stream(self, stream: Any, address: tuple) -> Any:
+    strangers: Callable[[str, bytes], bytes]         # set before it listens
+
+    def handle_stream(self, stream: IOStream, address: tuple) -> None:
         # The lowest free number is given out: it tells how many are open.
         if stream.socket.fileno() >= file_limit() - FILES_SPARE:
             stream.close()
-            return None
-        return super().handle_stream(stream, address)
+        else:
+            self._look(stream, address)
+
+    def _tired(self, stream: IOStream) -> None:
+        asyncio.get_running_loop().remove_reader(stream.socket.fileno())
+        stream.close()
+
+    def _looked(self, stream: IOStream, address: tuple, silent: asyncio.TimerHandle) -> None:
+        silent.cancel()
+        asyncio.get_running_loop().remove_reader(stream.socket.fileno())
+        self._look(stream, address)
+
+    def _look(self, stream: IOStream, address: tuple) -> None:
+        """Look at the first bytes, now or when they come; HTTP begins with a method."""
+        loop, number = asyncio.get_running_loop(), stream.socket.fileno()
+        try:
+            first = stream.socket.recv(HELLO_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            silent = loop.call_later(IDLE_HTTP_S, self._tired, stream)
+            loop.add_reader(number, self._looked, stream, address, silent)
+        except OSError:
+            stream.close()
+        else:
+            if first and not first[:1].isupper():
+                with contextlib.suppress(OSError):
+                    stream.socket.recv(BODY_BYTES)       # unread, it would make the end a reset
+                    stream.socket.send(self.strangers(address[0], first))
+            if first[:1].isupper():
+                super().handle_stream(stream, address)
+            else:
+                stream.close()
 
 
 def file_limit() -> int:

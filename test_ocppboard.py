@@ -14,6 +14,7 @@ import bisect
 import contextlib
 import csv
 import functools
+import gc
 import gzip
 import heapq
 import inspect
@@ -36,12 +37,15 @@ import symtable
 import sys
 import time
 import tomllib
+import tracemalloc
+import weakref
 import zlib
 from collections import Counter
 from datetime import datetime
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -58,11 +62,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient
+from tornado.httpserver import HTTPServer
+from tornado.web import Application, RequestHandler
+from websockets.extensions.permessage_deflate import (
+    ClientPerMessageDeflateFactory,
+    PerMessageDeflate,
+    ServerPerMessageDeflateFactory,
+)
+from websockets.frames import Opcode
+from websockets.protocol import CLIENT, OPEN, SERVER, Protocol
 
 import ocppboard
 from ocppboard import (
     CALLS,
     COMMANDS,
+    DEFLATE_OFFER,
     PROTOCOLS,
     ROUTES,
     SENDS,
@@ -75,10 +89,20 @@ from ocppboard import (
     CallError,
     CallResult,
     CallResultError,
+    Codec,
     ConfigError,
+    Deflate,
+    HandshakeError,
     Link,
     Store,
+    WebSocketError,
+    accept_deflate,
+    accept_key,
+    accept_websocket,
+    agreed_deflate,
+    open_websocket,
     pack,
+    read_answer,
     read_config,
     unpack,
 )
@@ -492,6 +516,1553 @@ def test_no_frame_does_more_than_to_be_refused(frame):
     for read in (unpack, ocppboard.unpack_mended):
         with contextlib.suppress(ocppboard.BadFrame):
             read(frame)
+
+
+# --- WebSocket ----------------------------------------------------------------------------
+
+TEXT, BINARY, CLOSE, PING, PONG = (
+    ocppboard.TEXT_FRAME, ocppboard.BINARY_FRAME, ocppboard.CLOSE_FRAME, ocppboard.PING_FRAME,
+    ocppboard.PONG_FRAME)
+LIMIT = 100_000                      # bytes of a message
+FIN, RSV1, RSV2, RSV3 = 0x80, 0x40, 0x20, 0x10
+DEFLATE = Deflate(12, 12)
+OCPP_16 = [websockets.Subprotocol("ocpp1.6")]
+fuzz = settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None)
+
+
+def frame(first: int, payload: bytes = b"", mask: bytes | None = b"\x37\xfa\x21\x3d",
+          length: bytes | None = None) -> bytes:
+    """A frame put together by hand, independent of the codec: masked, as a client sends it."""
+    size, bit = len(payload), 0x80 if mask is not None else 0
+    if length is None:
+        length = (bytes((size,)) if size < 126 else b"\x7e" + struct.pack("!H", size)
+                  if size < 65536 else b"\x7f" + struct.pack("!Q", size))
+    head = bytes((first, length[0] | bit)) + length[1:]
+    if mask is None:
+        return head + payload
+    return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+
+def server(deflate=None, limit=LIMIT):
+    return Codec(False, limit, deflate)
+
+
+def client(deflate=None, limit=LIMIT):
+    return Codec(True, limit, deflate)
+
+
+def read(codec, *parts):
+    """All messages, and the code of the error that ended them, or None."""
+    messages = []
+    try:
+        for part in parts:
+            for message in codec.feed(part):
+                messages.append(message)
+                if message[0] == CLOSE:
+                    return messages, None
+    except WebSocketError as error:
+        assert str(error) and len(str(error)) <= 123, "the reason has to fit into a Close frame"
+        return messages, error.code
+    return messages, None
+
+
+def messages_of(codec, *parts):
+    messages, code = read(codec, *parts)
+    assert code is None
+    return messages
+
+
+def code_of(codec, *parts):
+    return read(codec, *parts)[1]
+
+
+def deflated(data, compressor=None):
+    compressor = compressor or zlib.compressobj(wbits=-12)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+# Frames: RFC 6455 5
+
+
+@pytest.mark.parametrize("sent, got", [                          # RFC 6455 5.7
+    ("810548656c6c6f", [(TEXT, "Hello")]),
+    ("010348656c80026c6f", [(TEXT, "Hello")]),
+    ("890548656c6c6f", [(PING, b"Hello")]),
+    ("827e0100" + 256 * "ab", [(BINARY, 256 * b"\xab")]),
+    ("827f0000000000010000" + 65536 * "ab", [(BINARY, 65536 * b"\xab")]),
+])
+def test_client_reads_the_examples_of_the_standard(sent, got):
+    assert messages_of(client(), bytes.fromhex(sent)) == got
+
+
+@pytest.mark.parametrize("sent, got", [
+    ("818537fa213d7f9f4d5158", [(TEXT, "Hello")]),
+    ("8a8537fa213d7f9f4d5158", [(PONG, b"Hello")]),
+])
+def test_server_reads_the_masked_examples_of_the_standard(sent, got):
+    assert messages_of(server(), bytes.fromhex(sent)) == got
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 99_999])
+def test_each_length_goes_round_in_both_directions(size):
+    text = "x" * size
+    assert messages_of(client(), server().frame(TEXT, text.encode())) == [(TEXT, text)]
+    assert messages_of(server(), client().frame(TEXT, text.encode())) == [(TEXT, text)]
+    assert server().frame(BINARY, b"x" * size) == frame(0x82, b"x" * size, mask=None)
+
+
+def test_all_frames_of_a_read_come_out_in_order():
+    data = frame(0x81, b"one") + frame(0x82, b"two") + frame(0x89, b"3") + frame(0x81, b"four")
+    assert messages_of(server(), data) == [(TEXT, "one"), (BINARY, b"two"), (PING, b"3"),
+                                           (TEXT, "four")]
+
+
+SEQUENCE = (frame(0x81, "Grüße".encode()) + frame(0x01, b"ab") + frame(0x89, b"!")
+            + frame(0x00, b"c" * 130) + frame(0x80) + frame(0x82, b"z" * 300)
+            + frame(0x88, b"\x03\xe8bye"))
+SEQUENCE_READ = [(TEXT, "Grüße"), (PING, b"!"), (TEXT, "ab" + "c" * 130), (BINARY, b"z" * 300),
+                 (CLOSE, (1000, "bye"))]
+
+
+def test_a_read_may_end_at_any_byte():
+    for cut in range(len(SEQUENCE)):
+        assert messages_of(server(), SEQUENCE[:cut], SEQUENCE[cut:]) == SEQUENCE_READ
+
+
+def test_bytes_may_come_one_at_a_time():
+    assert messages_of(server(), *(bytes((byte,)) for byte in SEQUENCE)) == SEQUENCE_READ
+
+
+def test_a_large_frame_in_small_reads_costs_no_square_time():
+    data = frame(0x82, bytes(2_000_000), mask=None)
+    codec, started = client(limit=4_000_000), time.process_time()
+    messages = messages_of(codec, *(data[at:at + 40] for at in range(0, len(data), 40)))
+    assert len(messages[0][1]) == 2_000_000
+    assert time.process_time() - started < 2             # copying all at each read: over 5 s
+
+
+def test_server_refuses_a_frame_without_mask_and_client_one_with():
+    assert code_of(server(), frame(0x81, b"x", mask=None)) == 1002
+    assert code_of(client(), frame(0x81, b"x")) == 1002
+
+
+def test_server_does_not_mask_and_client_masks_each_frame_anew():
+    assert server().frame(TEXT, b"abc") == b"\x81\x03abc"
+    codec = client()
+    frames = [codec.frame(TEXT, b"abc") for _ in range(20)]
+    assert all(each[1] == 0x83 for each in frames)
+    assert len({each[2:6] for each in frames}) > 15
+
+
+@pytest.mark.parametrize("bit", [RSV1, RSV2, RSV3])
+@pytest.mark.parametrize("opcode", [0x0, 0x1, 0x2, 0x8, 0x9, 0xA])
+def test_reserved_bits_are_refused(bit, opcode):
+    assert code_of(server(), frame(FIN | bit | opcode, b"")) == 1002
+
+
+@pytest.mark.parametrize("bit", [RSV2, RSV3, RSV1 | RSV2])
+def test_reserved_bits_are_refused_with_compression_too(bit):
+    assert code_of(server(DEFLATE), frame(FIN | bit | TEXT, deflated(b"x"))) == 1002
+
+
+@pytest.mark.parametrize("opcode", [0x3, 0x4, 0x5, 0x6, 0x7, 0xB, 0xC, 0xD, 0xE, 0xF])
+@pytest.mark.parametrize("fin", [0, FIN])
+def test_reserved_opcodes_are_refused(opcode, fin):
+    assert code_of(server(), frame(fin | opcode, b"")) == 1002
+
+
+@pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
+def test_control_frames_are_not_fragmented_and_carry_125_bytes(opcode):
+    data = b"\x03\xe8" + b"x" * 123
+    assert code_of(server(), frame(FIN | opcode, data)) is None
+    assert code_of(server(), frame(FIN | opcode, data + b"x")) == 1002
+    assert code_of(server(), frame(opcode, b"")) == 1002
+
+
+def test_a_control_frame_may_stand_between_fragments():
+    data = frame(0x01, b"a") + frame(0x89, b"p") + frame(0x00, b"b") + frame(0x8A) + frame(0x80)
+    assert messages_of(server(), data) == [(PING, b"p"), (PONG, b""), (TEXT, "ab")]
+
+
+def test_a_close_may_stand_between_fragments():
+    assert messages_of(server(), frame(0x01, b"a") + frame(0x88)) == [(CLOSE, (1005, ""))]
+
+
+def test_a_fragment_needs_a_beginning():
+    assert code_of(server(), frame(0x80, b"x")) == 1002
+    assert code_of(server(), frame(0x00, b"x")) == 1002
+    assert code_of(server(), frame(0x01, b"a") + frame(0x80, b"b") + frame(0x80, b"c")) == 1002
+
+
+def test_a_message_does_not_begin_within_another():
+    assert code_of(server(), frame(0x01, b"a") + frame(0x81, b"b")) == 1002
+    assert code_of(server(), frame(0x01, b"a") + frame(0x02, b"b")) == 1002
+    # … and an empty first fragment begins one, too.
+    assert code_of(server(), frame(0x01) + frame(0x81, b"b")) == 1002
+
+
+def test_messages_before_an_error_still_come():
+    assert read(server(), frame(0x81, b"a") + frame(0x83)) == ([(TEXT, "a")], 1002)
+
+
+@pytest.mark.parametrize("last", [frame(0x88), frame(0x83), frame(0x81, b"\xff")])
+def test_nothing_comes_after_a_close_or_an_error(last):
+    codec = server()
+    read(codec, frame(0x81, b"a") + last)
+    assert read(codec, frame(0x81, b"b")) == ([], None)
+
+
+def test_a_negative_length_is_refused():
+    assert code_of(server(), frame(0x82, length=b"\x7f\x80" + bytes(7))) == 1002
+    assert code_of(server(), frame(0x82, length=b"\x7f\xff" + b"\xff" * 7)) == 1002
+
+
+def test_a_length_written_longer_than_needed_is_read():
+    assert messages_of(server(), frame(0x81, b"abc", length=b"\x7e\x00\x03")) == [(TEXT, "abc")]
+    assert messages_of(server(), frame(0x81, b"abc", length=b"\x7f" + bytes(7) + b"\x03")) == [
+        (TEXT, "abc")]
+
+
+def test_a_message_beyond_the_limit_is_refused_at_its_head():
+    codec = server(limit=1000)
+    assert messages_of(codec, frame(0x81, b"x" * 1000)) == [(TEXT, "x" * 1000)]
+    assert code_of(codec, frame(0x81, b"x" * 1001)[:8]) == 1009
+    assert code_of(server(limit=1000), frame(0x82, length=b"\x7f\x7f" + b"\xff" * 7)) == 1009
+
+
+def test_the_limit_counts_over_fragments():
+    ten = frame(0x01, b"x" * 10) + frame(0x00, b"x" * 10) * 8
+    assert messages_of(server(limit=100), ten + frame(0x80, b"x" * 10)) == [(TEXT, "x" * 100)]
+    assert code_of(server(limit=100), ten + frame(0x80, b"x" * 11)) == 1009
+    assert code_of(server(limit=100), ten + frame(0x00, b"x" * 11)) == 1009
+
+
+def test_control_frames_do_not_count_towards_the_limit():
+    data = frame(0x01, b"x" * 95) + frame(0x89, b"p" * 100) + frame(0x80, b"x" * 5)
+    assert messages_of(server(limit=100), data) == [(PING, b"p" * 100), (TEXT, "x" * 100)]
+
+
+def test_the_limit_starts_anew_with_each_message():
+    data = frame(0x01, b"x" * 60) + frame(0x80, b"x" * 40)
+    assert len(messages_of(server(limit=100), data * 3)) == 3
+
+
+def test_empty_fragments_cost_no_memory():
+    codec = server()
+    messages_of(codec, frame(0x01))
+    tracemalloc.start()
+    try:
+        for _ in range(200):
+            messages_of(codec, frame(0x00) * 500)
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
+    assert messages_of(codec, frame(0x80, b"end")) == [(TEXT, "end")]
+
+
+def test_a_text_is_utf8_and_may_be_cut_within_a_character():
+    euro = "€".encode()
+    assert messages_of(server(), frame(0x01, euro[:1]) + frame(0x00, euro[1:2])
+                       + frame(0x80, euro[2:])) == [(TEXT, "€")]
+    assert code_of(server(), frame(0x81, euro[:2])) == 1007
+    assert code_of(server(), frame(0x01, euro[:1]) + frame(0x80, b"x")) == 1007
+
+
+@pytest.mark.parametrize("bad", [                        # of Autobahn 6.3 to 6.22
+    b"\xce\xba\xe1\xbd\xb9\xcf\x83\xce\xbc\xce\xb5\xed\xa0\x80edited", b"\xf4\x90\x80\x80",
+    b"\xc0\xaf", b"\xe0\x80\xaf", b"\xf0\x80\x80\xaf", b"\xf8\x88\x80\x80\x80", b"\xed\xbf\xbf",
+    b"\x80", b"\xfe", b"\xc2", b"\xf7\xbf\xbf\xbf"])
+def test_what_is_no_utf8_is_refused(bad):
+    assert code_of(server(), frame(0x81, bad)) == 1007
+    assert code_of(server(), frame(0x88, b"\x03\xe8" + bad)) == 1007
+    assert messages_of(server(), frame(0x82, bad)) == [(BINARY, bad)]
+
+
+@pytest.mark.parametrize("good", ["\0", "\ufffe", "\U0010ffff", "\ue000", "κόσμε", "\U0001f50c"])
+def test_unusual_characters_are_read(good):
+    assert messages_of(server(), frame(0x81, good.encode())) == [(TEXT, good)]
+
+
+# Close: RFC 6455 5.5.1, 7.4
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013,
+                                  1014, 3000, 3999, 4000, 4999])
+def test_legal_close_codes_are_read(code):
+    assert messages_of(server(), frame(0x88, struct.pack("!H", code))) == [(CLOSE, (code, ""))]
+
+
+@pytest.mark.parametrize("code", [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000,
+                                  65535])
+def test_other_close_codes_are_refused(code):
+    assert code_of(server(), frame(0x88, struct.pack("!H", code))) == 1002
+
+
+def test_a_close_has_no_data_or_at_least_a_code():
+    assert messages_of(server(), frame(0x88)) == [(CLOSE, (1005, ""))]
+    assert code_of(server(), frame(0x88, b"\x03")) == 1002
+    assert messages_of(server(), frame(0x88, b"\x03\xe8" + b"r" * 123)) == [
+        (CLOSE, (1000, "r" * 123))]
+
+
+# Compression: RFC 7692
+
+
+@pytest.mark.parametrize("sent", [                               # RFC 7692 7.2.3.1 to 7.2.3.5
+    "c107f248cdc9c90700", "4103f248cd8004c9c90700", "c1 0b 000500faff48656c6c6f00",
+    "c108f348cdc9c9070000", "c10d f248050000 00ffff cac9c90700"])
+def test_client_inflates_the_examples_of_the_standard(sent):
+    codec = client(Deflate(15, 15))
+    assert messages_of(codec, bytes.fromhex(sent.replace(" ", ""))) == [(TEXT, "Hello")]
+    # … and goes on after a block with BFINAL.
+    assert messages_of(codec, bytes.fromhex("c107f248cdc9c90700")) == [(TEXT, "Hello")]
+
+
+def test_the_context_is_kept_as_in_the_example_of_the_standard():
+    data = bytes.fromhex("c107f248cdc9c90700" + "c105f200110000")          # RFC 7692 7.2.3.2
+    assert messages_of(client(DEFLATE), data) == [(TEXT, "Hello")] * 2
+    assert code_of(client(Deflate(receive_afresh=True)), data) == 1007
+
+
+def heartbeat(i):
+    return f'[2,"{random.Random(i).getrandbits(128):032x}","Heartbeat",{{}}]'
+
+
+@pytest.mark.parametrize("deflate, kept_context", [
+    (DEFLATE, True), (Deflate(send_afresh=True, receive_afresh=True), False)])
+def test_messages_go_round_compressed(deflate, kept_context):
+    here, there = server(deflate), client(deflate)
+    texts, sizes = [heartbeat(i) for i in range(50)], []
+    for text in texts:
+        data = there.frame(TEXT, text.encode())
+        sizes.append(len(data))
+        assert data[0] == FIN | RSV1 | TEXT
+        assert messages_of(here, data) == [(TEXT, text)]
+        assert messages_of(there, here.frame(BINARY, text.encode())) == [(BINARY, text.encode())]
+    assert (sizes[-1] < sizes[0] * 0.75) is kept_context
+
+
+def test_an_empty_message_goes_round_compressed():
+    here, there = server(DEFLATE), client(DEFLATE)
+    for text in ("", "a", "", "a"):
+        assert messages_of(there, here.frame(TEXT, text.encode())) == [(TEXT, text)]
+
+
+def test_uncompressed_messages_mix_with_compressed_ones():
+    there, compressor = server(DEFLATE), zlib.compressobj(wbits=-12)
+    data = (frame(0xC1, deflated(b"Hello", compressor)) + frame(0x81, b"plain")
+            + frame(0xC1, deflated(b"Hello", compressor)))
+    assert messages_of(there, data) == [(TEXT, "Hello"), (TEXT, "plain"), (TEXT, "Hello")]
+
+
+def test_only_the_first_fragment_says_that_a_message_is_compressed():
+    data = deflated(b"Hello, Hello, Hello")
+    assert messages_of(server(DEFLATE), frame(0x41, data[:3]) + frame(0x89) + frame(
+        0x00, data[3:6]) + frame(0x80, data[6:])) == [(PING, b""), (TEXT, "Hello, Hello, Hello")]
+    assert code_of(server(DEFLATE), frame(0x41, data[:3]) + frame(0xC0, data[3:])) == 1002
+    assert code_of(server(DEFLATE), frame(0x01, data[:3]) + frame(0x40, data[3:])) == 1002
+
+
+@pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
+def test_control_frames_are_never_compressed(opcode):
+    assert server(DEFLATE).frame(opcode, b"\x03\xe8")[0] == FIN | opcode
+    assert code_of(server(DEFLATE), frame(FIN | RSV1 | opcode, deflated(b"x"))) == 1002
+
+
+def test_a_compressed_message_without_agreement_is_refused():
+    assert code_of(server(), frame(0xC1, deflated(b"x"))) == 1002
+
+
+def test_what_cannot_be_inflated_is_refused():
+    assert code_of(server(DEFLATE), frame(0xC1, b"\xff\xff\xff\xff")) == 1007
+    assert code_of(server(DEFLATE), frame(0xC1, bytes.fromhex("f348cdc9c90700") + b"more")) == 1007
+
+
+def test_an_inflated_text_is_utf8():
+    assert code_of(server(DEFLATE), frame(0xC1, deflated(b"\xff"))) == 1007
+
+
+def test_a_message_may_inflate_to_the_limit_and_not_beyond():
+    assert messages_of(server(DEFLATE), frame(0xC2, deflated(bytes(LIMIT)))) == [
+        (BINARY, bytes(LIMIT))]
+    assert code_of(server(DEFLATE), frame(0xC2, deflated(bytes(LIMIT + 1)))) == 1009
+
+
+def test_a_bomb_costs_at_most_the_limit():
+    bomb = zlib.compressobj(9, wbits=-15)
+    data = b"".join([bomb.compress(bytes(1 << 20)) for _ in range(90)])
+    data = (data + bomb.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    assert len(data) < LIMIT
+    tracemalloc.start()
+    try:
+        assert code_of(server(Deflate(12, 15)), frame(0xC2, data)) == 1009
+        assert tracemalloc.get_traced_memory()[1] < 10 * LIMIT
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_bombs_in_one_read_are_inflated_one_at_a_time():
+    data = frame(0xC2, deflated(bytes(LIMIT))) * 200                       # 20 MB
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in server(DEFLATE).feed(data))
+        assert tracemalloc.get_traced_memory()[1] < 10 * LIMIT
+    finally:
+        tracemalloc.stop()
+    assert count == 200
+
+
+@pytest.mark.parametrize("header, most", [
+    ("permessage-deflate; client_max_window_bits; server_max_window_bits=12", 50_000),
+    ("permessage-deflate", 80_000)])
+def test_an_idle_compressed_connection_takes_at_most_80_kb(header, most):
+    _, agreed = accept_deflate(header)
+    peer = zlib.compressobj(wbits=-15 if agreed and agreed.receive_bits == 15 else -12)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        codec = server(agreed)
+        for _ in range(100):
+            text = os.urandom(2000).hex().encode()
+            codec.frame(TEXT, text)
+            assert messages_of(codec, frame(0xC1, deflated(text, peer))) == [(TEXT, text.decode())]
+        assert tracemalloc.get_traced_memory()[0] - before < most
+    finally:
+        tracemalloc.stop()
+
+
+# Negotiation
+
+
+@pytest.mark.parametrize("offer, answer, agreed", [
+    ("", "", None),
+    ("permessage-deflate", "permessage-deflate", Deflate(12, 15)),
+    ("permessage-deflate; client_max_window_bits",
+     "permessage-deflate; client_max_window_bits=12", Deflate(12, 12)),
+    ("permessage-deflate; client_max_window_bits=10; server_max_window_bits=9",
+     "permessage-deflate; client_max_window_bits=10; server_max_window_bits=9", Deflate(9, 12)),
+    ("permessage-deflate;server_max_window_bits=15 ; client_max_window_bits = \"15\"",
+     "permessage-deflate; server_max_window_bits=12; client_max_window_bits=12", Deflate(12, 12)),
+    ("permessage-deflate; server_no_context_takeover",
+     "permessage-deflate; server_no_context_takeover", Deflate(12, 15, True, False)),
+    ("permessage-deflate; client_no_context_takeover",
+     "permessage-deflate; client_no_context_takeover", Deflate(12, 15, False, True)),
+    ("x-webkit-deflate-frame, permessage-deflate", "permessage-deflate", Deflate(12, 15)),
+    ("permessage-deflate; server_max_window_bits=8, permessage-deflate", "permessage-deflate",
+     Deflate(12, 15)),
+    ("permessage-deflate; unknown=1, permessage-deflate; server_no_context_takeover",
+     "permessage-deflate; server_no_context_takeover", Deflate(12, 15, True, False)),
+    (DEFLATE_OFFER, "permessage-deflate; server_max_window_bits=12; client_max_window_bits=12",
+     Deflate(12, 12)),
+])
+def test_server_accepts_the_first_offer_it_understands(offer, answer, agreed):
+    assert accept_deflate(offer) == (answer, agreed)
+
+
+@pytest.mark.parametrize("offer", [
+    "permessage-deflate; server_max_window_bits", "permessage-deflate; server_max_window_bits=7",
+    "permessage-deflate; server_max_window_bits=16", "permessage-deflate; client_max_window_bits=x",
+    "permessage-deflate; server_max_window_bits=012", "permessage-deflate; unknown",
+    "permessage-deflate; server_no_context_takeover=1", "permessage-deflate;",
+    "permessage-deflate; server_max_window_bits=12; server_max_window_bits=12",
+    "permessage-deflate; client_max_window_bits; client_max_window_bits=12",
+    "permessage-deflate; =", "permessage-bzip2", ",", ";", "=;,\"", "permessage-deflate2"])
+def test_server_declines_other_offers(offer):
+    assert accept_deflate(offer) == ("", None)
+
+
+@pytest.mark.parametrize("answer, agreed", [
+    ("", None),
+    ("permessage-deflate", Deflate(12, 15)),
+    ("permessage-deflate; server_max_window_bits=12; client_max_window_bits=12", Deflate(12, 12)),
+    ("permessage-deflate; client_max_window_bits=9; server_no_context_takeover",
+     Deflate(9, 15, False, True)),
+    ("permessage-deflate; client_no_context_takeover", Deflate(12, 15, True, False)),
+])
+def test_client_takes_what_the_server_answers(answer, agreed):
+    assert agreed_deflate(answer) == agreed
+
+
+@pytest.mark.parametrize("answer", [
+    "permessage-bzip2", "permessage-deflate; client_max_window_bits", "permessage-deflate; x",
+    "permessage-deflate; server_max_window_bits=7", "permessage-deflate, permessage-deflate",
+    "permessage-deflate; client_max_window_bits=8", "permessage-deflate, x-other"])
+def test_client_refuses_an_answer_it_did_not_ask_for(answer):
+    with pytest.raises(HandshakeError, match="extensions"):
+        agreed_deflate(answer)
+
+
+@fuzz
+@given(st.text(alphabet="permessage-dflt;,= \"012_xyz", max_size=60) | st.text(max_size=30))
+def test_any_extension_header_is_read_without_error(header):
+    accept_deflate(header)
+    accept_deflate(f"permessage-deflate; {header}, permessage-deflate;{header}")
+    with contextlib.suppress(HandshakeError):
+        agreed_deflate(header)
+
+
+@given(st.sampled_from([None, 9, 11, 12, 15]), st.sampled_from([None, True, 9, 11, 12, 15]),
+       st.booleans(), st.booleans())
+def test_server_and_websockets_client_understand_each_other(server_bits, client_bits, here, there):
+    factory = ClientPerMessageDeflateFactory(here, there, server_bits, client_bits)
+    offer = "; ".join(["permessage-deflate", *(
+        name if value is None else f"{name}={value}" for name, value in
+        factory.get_request_params())])
+    answer, agreed = accept_deflate(offer)
+    theirs = factory.process_response_params(_parameters(answer), [])
+    shake_hands(server(agreed), protocol_of(CLIENT, theirs))
+
+
+@given(st.sampled_from([None, 9, 11, 12, 15]), st.sampled_from([None, 9, 11, 12, 15]),
+       st.booleans(), st.booleans())
+def test_client_and_websockets_server_understand_each_other(server_bits, client_bits, here, there):
+    factory = ServerPerMessageDeflateFactory(here, there, server_bits, client_bits)
+    offers = [each.strip() for each in DEFLATE_OFFER.split(",")]
+    for offer in offers:
+        with contextlib.suppress(websockets.exceptions.NegotiationError):
+            parameters, theirs = factory.process_request_params(_parameters(offer), [])
+            break
+    answer = "; ".join(["permessage-deflate", *(
+        name if value is None else f"{name}={value}" for name, value in parameters)])
+    shake_hands(client(agreed_deflate(answer)), protocol_of(SERVER, theirs))
+
+
+def _parameters(extension):
+    return [(name, value or None) for name, _, value in (
+        part.strip().partition("=") for part in extension.split(";")[1:])]
+
+
+def shake_hands(ours, theirs):
+    """Messages that lean on each other's context, both ways."""
+    for i in range(20):
+        text = heartbeat(i % 3) + "x" * (i * 997)
+        theirs.receive_data(ours.frame(TEXT, text.encode()))
+        assert [bytes(event.data) for event in theirs.events_received()] == [text.encode()]
+        theirs.send_text(text.encode())
+        assert messages_of(ours, *theirs.data_to_send()) == [(TEXT, text)]
+
+
+def test_the_accept_key_is_that_of_the_standard():
+    assert accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+ANSWER = ("HTTP/1.1 101 Switching Protocols\r\nupgrade: WebSocket\r\nCONNECTION: Upgrade\r\n"
+          "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n")
+
+
+@pytest.mark.parametrize("answer, wrong", [
+    ("HTTP/1.1 401 Unauthorized\r\n", "it answered 401 Unauthorized"),
+    ("HTTP/1.1 426 Upgrade Required\r\n", "it answered 426 Upgrade Required"),
+    ("HTTP/1.1 200 OK\r\n", "it answered 200 OK"), ("HTTP/1.1 1010 Odd\r\n", "it answered 1010"),
+    ("SSH-2.0-OpenSSH\r\n", "it answered SSH-2.0-OpenSSH"), ("", "it answered "),
+    (ANSWER.replace("s3p", "s3q"), "does not speak WebSocket"),
+    (ANSWER.replace("upgrade", "x-upgrade"), "does not speak WebSocket"),
+    (ANSWER + "Sec-WebSocket-Protocol: soap\r\n", "it wants to speak soap, not ocpp1.6"),
+    (ANSWER + "Sec-WebSocket-Extensions: gzip\r\n", "extensions gzip"),
+])
+def test_client_says_what_is_wrong_with_an_answer(answer, wrong):
+    with pytest.raises(HandshakeError, match=wrong) as caught:
+        read_answer((answer + "\r\n").encode(), "dGhlIHNhbXBsZSBub25jZQ==", ["ocpp1.6"])
+    assert "\n" not in str(caught.value)
+
+
+def test_client_reads_an_answer_whatever_the_case_of_its_headers():
+    answer = ANSWER + "sec-websocket-protocol: ocpp1.6\r\nSEC-WebSocket-Extensions: " \
+                      "permessage-deflate\r\n\r\n"
+    assert read_answer(answer.encode(), "dGhlIHNhbXBsZSBub25jZQ==", ["ocpp1.6"]) == (
+        "ocpp1.6", Deflate(12, 15))
+
+
+# Against websockets, and against noise
+
+
+def protocol_of(side, extension=None, limit=LIMIT):
+    protocol = Protocol(side, state=OPEN, max_size=limit)
+    protocol.extensions = [extension] if extension else []
+    return protocol
+
+
+def read_by_websockets(protocol, parts):
+    """What the library websockets makes of the same bytes: (messages, close code or None)."""
+    for part in parts:
+        if protocol.parser_exc is None and protocol.close_rcvd is None:
+            protocol.receive_data(part)
+    messages: list[tuple] = []
+    opcode, data = 0, b""
+    for event in protocol.events_received():
+        if event.opcode in (Opcode.PING, Opcode.PONG):
+            messages.append((int(event.opcode), bytes(event.data)))
+        elif event.opcode is not Opcode.CLOSE:
+            opcode, data = opcode or int(event.opcode), data + bytes(event.data)
+            if event.fin:
+                try:
+                    messages.append((opcode, data.decode() if opcode == TEXT else data))
+                except UnicodeDecodeError:
+                    return messages, 1007
+                opcode, data = 0, b""
+    if protocol.close_rcvd is not None:
+        # A Close between fragments: an error to websockets, not to RFC 6455 5.4.
+        messages.append((CLOSE, (int(protocol.close_rcvd.code), protocol.close_rcvd.reason)))
+        return messages, None
+    return messages, protocol.parser_exc and int(protocol.close_sent.code)
+
+
+payloads = (st.text(max_size=30).map(str.encode) | st.binary(max_size=20)
+            | st.integers(120, 70_000).map(lambda size: b"m" * size))
+first_bytes = st.sampled_from([0x81] * 6 + [0x01] * 3 + [0x00] * 3 + [0x80] * 4
+                              + [0x82, 0x02, 0x89, 0x8A] * 2 + [0xC1, 0x91, 0x83, 0x09, 0xC0])
+closes = st.tuples(st.sampled_from([0x88]), st.binary(max_size=2) | st.tuples(
+    st.integers(990, 1020) | st.integers(2990, 5010),
+    st.text(max_size=9)).map(lambda pair: struct.pack("!H", pair[0]) + pair[1].encode()))
+frames_sent = st.lists(st.tuples(first_bytes, payloads) | closes, max_size=12)
+
+
+def cut_parts(data, cuts):
+    cuts = sorted({cut % (len(data) + 1) for cut in cuts})
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+
+
+@fuzz
+@given(frames_sent, st.lists(st.integers(0, 200_000), max_size=6), st.booleans())
+def test_the_codec_reads_as_websockets_does(frames, cuts, as_server):
+    mask = b"\x01\xfe\x80\x7f" if as_server else None
+    parts = cut_parts(b"".join(frame(first, data, mask) for first, data in frames), cuts)
+    expected = read_by_websockets(protocol_of(SERVER if as_server else CLIENT), parts)
+    found = read(server() if as_server else client(), *parts)
+    assert found[0] == expected[0]
+    # a frame may be wrong twice: too long, and a message within another
+    assert found[1] == expected[1] or {found[1], expected[1]} == {1002, 1009}
+
+
+@fuzz
+@given(st.lists(st.tuples(st.booleans(), st.binary(max_size=40) | st.text(max_size=40).map(
+    str.encode), st.lists(st.integers(0, 60), max_size=3)), max_size=12),
+    st.lists(st.integers(0, 2000), max_size=5), st.booleans(), st.sampled_from([9, 12, 15]),
+    st.booleans())
+def test_the_codec_inflates_as_websockets_does(sent, cuts, as_server, bits, afresh):
+    """Compressed and plain messages, in fragments, with and without context."""
+    mask = b"\x01\xfe\x80\x7f" if as_server else None
+    compressor, data = zlib.compressobj(wbits=-bits), b""
+    for compressed, message, fragments in sent:
+        if afresh:
+            compressor = zlib.compressobj(wbits=-bits)
+        pieces = cut_parts(deflated(message, compressor) if compressed else message, fragments)
+        for i, piece in enumerate(pieces):
+            first = (0x02 if i == 0 else 0) | (RSV1 if compressed and i == 0 else 0)
+            data += frame(first | (FIN if piece is pieces[-1] and i == len(pieces) - 1 else 0),
+                          piece, mask)
+    parts = cut_parts(data, cuts)
+    theirs = PerMessageDeflate(afresh, afresh, bits, bits)
+    expected = read_by_websockets(protocol_of(SERVER if as_server else CLIENT, theirs), parts)
+    codec = Codec(not as_server, LIMIT, Deflate(bits, bits, afresh, afresh))
+    assert read(codec, *parts) == expected == (
+        [(BINARY, message) for _, message, _ in sent], None)
+
+
+@fuzz
+@given(st.lists(st.sampled_from([TEXT, BINARY, PING, PONG]).flatmap(
+    lambda opcode: st.tuples(st.just(opcode), st.binary(max_size=125) if opcode > BINARY else
+                             st.text(max_size=300).map(str.encode))), max_size=20),
+    st.booleans(), st.sampled_from([None, DEFLATE, Deflate(10, 12, True, True)]))
+def test_websockets_reads_what_the_codec_sends(sent, as_server, deflate):
+    theirs = deflate and PerMessageDeflate(deflate.send_afresh, deflate.send_afresh,
+                                           deflate.send_bits, 12)
+    protocol = protocol_of(CLIENT if as_server else SERVER, theirs)
+    codec = Codec(not as_server, LIMIT, deflate)
+    messages, code = read_by_websockets(protocol, [codec.frame(*each) for each in sent])
+    assert code is None
+    assert messages == [(opcode, data.decode() if opcode == TEXT else data)
+                        for opcode, data in sent]
+
+
+@fuzz
+@given(st.lists(st.binary(max_size=300), max_size=5), st.booleans(), st.booleans())
+def test_noise_raises_nothing_but_our_error(parts, as_client, compressed):
+    read(Codec(as_client, 1000, DEFLATE if compressed else None), *parts)
+
+
+@fuzz
+@given(st.lists(st.tuples(st.sampled_from([0xC1, 0x41, 0x00, 0x80, 0xC2]),
+                          st.binary(max_size=60)), max_size=8), st.booleans())
+def test_noise_in_compressed_frames_raises_nothing_but_our_error(frames, afresh):
+    data = b"".join(frame(first, payload) for first, payload in frames)
+    read(server(Deflate(receive_afresh=afresh), limit=1000), data)
+
+
+@fuzz
+@given(st.binary(max_size=400), st.integers(0, 400), st.integers(0, 255))
+def test_a_changed_byte_in_good_traffic_raises_nothing_but_our_error(data, at, byte):
+    good = client(DEFLATE).frame(TEXT, data.hex().encode()) + frame(0x89, b"x") + frame(0x81, b"y")
+    at %= len(good)
+    read(server(DEFLATE), good[:at] + bytes((byte,)) + good[at + 1:])
+
+
+@fuzz
+@given(st.binary(max_size=3000), st.binary(min_size=4, max_size=4))
+def test_masking_is_an_xor_with_the_mask_repeated(data, mask):
+    expected = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+    assert ocppboard.masked(data, mask) == expected
+    assert ocppboard.masked(expected, mask) == data
+
+
+# Sockets
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory):
+    """(context of the server, context of the client) with a certificate for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", key, "-out", cert], check=True, capture_output=True)
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(cert, key)
+    return here, ssl.create_default_context(cafile=cert)
+
+
+@pytest.fixture(params=["plain", "tls"])
+def secured(request):
+    """Both contexts, or none: a test with it runs over either."""
+    return request.getfixturevalue("tls") if request.param == "tls" else (None, None)
+
+
+@pytest.fixture
+def quiet(caplog, recwarn):
+    """Nothing that a test does may log a warning or a traceback, unless it says so."""
+    gc.collect()                         # what other tests left
+    recwarn.clear()
+    caplog.set_level(logging.WARNING)
+    yield
+    gc.collect()
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert [str(w.message) for w in recwarn.list if issubclass(
+        w.category, (RuntimeWarning, ResourceWarning))] == []
+
+
+class Echo(RequestHandler):
+    """Accepts every upgrade; what it saw is in `seen`."""
+
+    def initialize(self, seen, limit, compress, on_message):
+        self.seen, self.limit, self.compress, self.answer = seen, limit, compress, on_message
+
+    async def get(self):
+        if "refuse" in self.request.path:
+            self.set_status(401)
+            self.finish("no\n")
+            return
+        if "slow" in self.request.path:
+            await asyncio.sleep(0.2)
+        offered = self.request.headers.get("Sec-WebSocket-Protocol", "").split(",")[0] or None
+        peer = accept_websocket(self, self.limit, offered, self.compress)
+        self.seen.peers.append(peer)
+        peer.start(lambda message: self.answer(peer, message),
+                   lambda *end: self.seen.ends.append(end))
+
+
+class Server:
+    """`async with Server() as server`: an echo on `server.url`; at its end nothing may be left."""
+
+    def __init__(self, tls=None, limit=LIMIT, compress=True,
+                 on_message=lambda peer, message: peer.write(
+                     message if type(message) is str else message.hex())):
+        self.seen = SimpleNamespace(peers=[], ends=[])
+        self._tls, self._settings = tls, (limit, compress, on_message)
+
+    async def __aenter__(self):
+        self._files = len(os.listdir("/proc/self/fd"))
+        limit, compress, on_message = self._settings
+        self._server = HTTPServer(Application([(".*", Echo, {
+            "seen": self.seen, "limit": limit, "compress": compress, "on_message": on_message})],
+            log_function=lambda handler: None), ssl_options=self._tls)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.setblocking(False)
+        self._server.add_sockets([self._socket])
+        self.port = self._socket.getsockname()[1]
+        self.url = f"{'wss' if self._tls else 'ws'}://127.0.0.1:{self.port}/CP1"
+        self.failed: list[dict] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: self.failed.append(context))
+        return self
+
+    async def __aexit__(self, kind, *_):
+        if kind is None:
+            await eventually(lambda: len(self.seen.ends) == len(self.seen.peers))
+        self._server.stop()
+        await self._server.close_all_connections()
+        assert self.failed == []
+        if kind is None:
+            await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+            await eventually(lambda: len(os.listdir("/proc/self/fd")) <= self._files + 1)
+
+    async def raw(self, path="/CP1", headers=""):
+        """A TCP connection whose upgrade went through: (reader, writer)."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade"
+                     f"\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: abc\r\n{headers}\r\n"
+                     .encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ")
+        return reader, writer
+
+
+async def eventually(condition, within_s=5):
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
+class Caller:
+    """Our client, with what it got."""
+
+    def __init__(self, peer):
+        self.peer = peer
+        self.got: list[Any] = []
+        self.ends: list[tuple] = []
+        peer.start(self.got.append, lambda *end: self.ends.append(end))
+
+    async def next(self):
+        await eventually(lambda: self.got)
+        return self.got.pop(0)
+
+    async def close(self, *args):
+        self.peer.close(*args)
+        await eventually(lambda: self.ends)
+        assert len(self.ends) == 1
+        return self.ends[0]
+
+
+async def call(server, **options):
+    return Caller(await open_websocket(server.url, options.pop("subprotocols", ["ocpp1.6"]),
+                                       options.pop("limit", LIMIT), **options))
+
+
+def _stall(seconds):
+    """Let time go by without a turn of the loop."""
+    time.sleep(seconds)
+
+
+def abort(writer):
+    """End a connection by a reset."""
+    writer.get_extra_info("socket").setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def run(test):
+    """Run an async test; those of the same name get fixtures as arguments."""
+    @functools.wraps(test)
+    def wrapped(**fixtures):
+        async def limited():
+            async with asyncio.timeout(30):
+                await test(**fixtures)
+        asyncio.run(limited())
+    wrapped.__dict__["__signature__"] = inspect.signature(test)
+    return pytest.mark.usefixtures("quiet")(wrapped)
+
+
+@run
+async def test_our_client_and_our_server_talk(secured):
+    async with Server(secured[0]) as server:
+        caller = await call(server, ssl_options=secured[1])
+        assert caller.peer.subprotocol == "ocpp1.6"
+        for text in ("", "Grüße", heartbeat(1), "x" * 70_000):
+            assert caller.peer.write(text) is None or True
+            assert await caller.next() == text
+        caller.peer.ping()
+        await eventually(lambda: caller.peer.last_pong is not None)
+        assert await caller.close(1000, "bye") == (1000, "bye")
+        await eventually(lambda: server.seen.ends)
+        assert server.seen.ends == [(1000, "bye")]
+        assert caller.peer.closed_by_us and not server.seen.peers[0].closed_by_us
+        assert caller.peer._timeout.cancelled() and server.seen.peers[0]._timeout.cancelled()
+
+
+@pytest.mark.parametrize("compression", ["deflate", None])
+@run
+async def test_a_websockets_client_talks_to_our_server(secured, compression):
+    async with Server(secured[0]) as server:
+        async with websockets.connect(server.url, ssl=secured[1], subprotocols=OCPP_16,
+                                      compression=compression) as theirs:
+            assert theirs.subprotocol == "ocpp1.6"
+            assert len(theirs.protocol.extensions) == (compression is not None)
+            for i in range(50):
+                await theirs.send(heartbeat(i) * (i * 20))
+                assert await theirs.recv() == heartbeat(i) * (i * 20)
+            await theirs.send(b"\x01\x02")
+            assert await theirs.recv() == "0102"
+            await theirs.send(["in ", "fragments ", "too"])
+            assert await theirs.recv() == "in fragments too"
+            async with asyncio.timeout(2):
+                await (await theirs.ping())
+            started = time.monotonic()
+        assert time.monotonic() - started < 1 and theirs.close_code == 1000
+
+
+@pytest.mark.parametrize("compression", ["deflate", None])
+@run
+async def test_our_client_talks_to_a_websockets_server(secured, compression):
+    async def echo(theirs):
+        async for message in theirs:
+            await theirs.send(message)
+
+    async with websockets.serve(echo, "127.0.0.1", 0, ssl=secured[0], compression=compression,
+                                subprotocols=OCPP_16, max_size=LIMIT) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"{'wss' if secured[0] else 'ws'}://127.0.0.1:{port}/CP1?a=b"
+        caller = Caller(await open_websocket(url, ["soap", "ocpp1.6"], LIMIT,
+                                             ssl_options=secured[1]))
+        assert caller.peer.subprotocol == "ocpp1.6"
+        for i in range(50):
+            caller.peer.write(heartbeat(i) * (i * 20))
+            assert await caller.next() == heartbeat(i) * (i * 20)
+        assert await caller.close() == (1000, "")
+
+
+@run
+async def test_a_server_without_compression_gets_plain_frames():
+    async with Server(compress=False) as server:
+        caller = await call(server)
+        caller.peer.write("x" * 500)
+        assert await caller.next() == "x" * 500
+        assert caller.peer._codec._deflate is None
+        await caller.close()
+
+
+@run
+async def test_a_handler_that_streams_its_body_is_upgraded_too(monkeypatch):
+    """As StationUpgrade is; the stream is taken out of another state of Tornado's."""
+    @ocppboard.tornado.web.stream_request_body
+    class Streamed(Echo):
+        def data_received(self, chunk):
+            pass
+
+    monkeypatch.setitem(globals(), "Echo", Streamed)
+    async with Server() as server:
+        server.url += "/slow"
+        caller = await call(server)
+        caller.peer.write("x")
+        assert await caller.next() == "x"
+        await caller.close()
+
+
+@run
+async def test_frames_that_come_with_the_upgrade_are_read():
+    async with Server(compress=False) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /CP1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+                     b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                     b"Sec-WebSocket-Key: abc\r\n\r\n"
+                     + frame(0x81, b"early"))
+        await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(7) == b"\x81\x05early"
+        abort(writer)
+
+
+@run
+async def test_frames_that_come_with_the_answer_are_read():
+    async def early(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        key = head.partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
+        writer.write(f"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                     f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n".encode() + b"\x81\x05early")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(early, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        caller = Caller(await open_websocket(url, [], LIMIT))
+        assert await caller.next() == "early"
+        caller.peer.drop()
+        await eventually(lambda: caller.ends == [(1006, "connection lost")])
+
+
+@run
+async def test_client_sends_its_headers_and_no_header_takes_two_lines():
+    async with Server() as server:
+        with pytest.raises(HandshakeError, match="more than one line"):
+            await call(server, headers={"X-A": "a\r\nX-B: b"})
+        heads = []
+
+        async def head(reader, writer):
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.close()
+
+        async with await asyncio.start_server(head, "127.0.0.1", 0) as other:
+            url = f"ws://u:p@127.0.0.1:{other.sockets[0].getsockname()[1]}/a%20b?c=d"
+            with pytest.raises(HandshakeError):
+                await open_websocket(url, ["ocpp2.0.1", "ocpp1.6"], LIMIT,
+                                     headers={"Authorization": "Basic xyz"})
+        lines = heads[0].decode().split("\r\n")
+        assert lines[0] == "GET /a%20b?c=d HTTP/1.1"
+        assert f"Host: 127.0.0.1:{url.split(':')[3].split('/')[0]}" in lines
+        assert "Authorization: Basic xyz" in lines
+        assert "Sec-WebSocket-Protocol: ocpp2.0.1, ocpp1.6" in lines
+        assert f"Sec-WebSocket-Extensions: {DEFLATE_OFFER}" in lines
+
+
+# Connecting fails
+
+
+async def failing(handler, tls=None, url_scheme="ws", **options):
+    """What our client says of a server that does this with a connection."""
+    files = len(os.listdir("/proc/self/fd"))
+
+    async def safely(reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await handler(reader, writer)
+        writer.close()
+
+    async with await asyncio.start_server(safely, "127.0.0.1", 0, ssl=tls) as server:
+        url = f"{url_scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/CP1"
+        with pytest.raises(HandshakeError) as caught:
+            await open_websocket(url, ["ocpp1.6"], LIMIT, timeout_s=0.3, **options)
+        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files + 3)
+    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files)
+    assert "\n" not in str(caught.value) and str(caught.value)
+    return str(caught.value)
+
+
+@run
+async def test_a_refusal_is_told_with_its_status():
+    async with Server() as server:
+        server.url += "/refuse"
+        with pytest.raises(HandshakeError, match=r"^it answered 401 Unauthorized$"):
+            await call(server)
+
+
+@run
+async def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(HandshakeError, match="Connection refused"):
+        await open_websocket(f"ws://127.0.0.1:{port}", [], LIMIT)
+
+
+@run
+async def test_a_host_without_address():
+    with pytest.raises(HandshakeError):
+        await open_websocket("ws://nowhere.invalid/x", [], LIMIT, timeout_s=3)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/", "ws://", "", "ws://127.0.0.1:99999/",
+                                 "ws://[::1/", "ws://a" + "b" * 70 + ".de/", "ws://127.0.0.1/\u20ac"])
+@run
+async def test_a_url_that_is_none(url):
+    with pytest.raises(HandshakeError):
+        await open_websocket(url, [], LIMIT, timeout_s=1)
+
+
+@run
+async def test_the_server_does_not_answer_the_upgrade():
+    async def silent(reader, writer):
+        await reader.read()
+        await reader.read()
+    assert await failing(silent) == "no answer in time"
+
+
+@run
+async def test_the_server_hangs_up_on_the_upgrade():
+    async def gone(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+    assert await failing(gone) == "it closed the connection"
+
+
+@run
+async def test_the_server_resets_the_upgrade():
+    async def reset(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        abort(writer)
+    assert await failing(reset) == "Connection reset by peer"
+
+
+@run
+async def test_the_servers_answer_has_no_end():
+    async def endless(reader, writer):
+        while True:
+            writer.write(b"X-A: b\r\n" * 1000)
+            await writer.drain()
+    assert "16384" in await failing(endless)
+
+
+@run
+async def test_the_servers_answer_comes_a_byte_at_a_time():
+    async def slow(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        while not reader.at_eof():
+            writer.write(b"H")
+            await asyncio.sleep(0.05)
+    assert await failing(slow) == "no answer in time"
+
+
+@run
+async def test_the_certificate_of_a_stranger_is_refused(tls, caplog):
+    async def never(reader, writer):
+        pass
+    assert "certificate verify failed" in await failing(never, tls[0], "wss")
+    caplog.clear()                       # Tornado's line, without a traceback
+
+
+@run
+async def test_a_server_without_tls_is_no_wss(tls, caplog):
+    async def plain(reader, writer):
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        await reader.read(100)
+    assert await failing(plain, None, "wss", ssl_options=tls[1])
+    caplog.clear()
+
+
+@run
+async def test_a_tls_handshake_that_hangs_leaves_no_socket(tls):
+    """Tornado 6.2 forgets it, open."""
+    async def hangs(reader, writer):
+        await reader.read()              # the ClientHello
+        await reader.read()              # ends when the client's socket is gone
+    assert await failing(hangs, None, "wss", ssl_options=tls[1]) == "no answer in time"
+
+
+@pytest.mark.parametrize("scheme", ["ws", "wss"])
+@run
+async def test_a_cancelled_connect_leaves_no_socket(scheme, tls):
+    files, ended = len(os.listdir("/proc/self/fd")), []
+
+    async def hangs(reader, writer):
+        await reader.read()
+        await reader.read()
+        ended.append(True)
+        writer.close()
+
+    async with await asyncio.start_server(hangs, "127.0.0.1", 0) as server:
+        url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        task = asyncio.create_task(open_websocket(url, [], LIMIT, ssl_options=tls[1]))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: ended)
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files)
+
+
+# The end of a connection: RFC 6455 7
+
+
+@run
+async def test_a_close_is_echoed_and_the_server_hangs_up():
+    async with Server() as server:
+        reader, writer = await server.raw()
+        writer.write(frame(0x88, b"\x0f\xa0bye"))
+        assert await reader.read() == b"\x88\x05\x0f\xa0bye"
+        writer.close()
+        await eventually(lambda: server.seen.ends == [(4000, "bye")])
+        assert not server.seen.peers[0].closed_by_us
+
+
+@run
+async def test_an_empty_close_is_echoed_empty():
+    async with Server() as server:
+        reader, writer = await server.raw()
+        writer.write(frame(0x88))
+        assert await reader.read() == b"\x88\x00"
+        writer.close()
+        await eventually(lambda: server.seen.ends == [(1005, "")])
+
+
+@run
+async def test_what_follows_a_close_is_not_read():
+    async with Server() as server:
+        reader, writer = await server.raw()
+        writer.write(frame(0x88, b"\x03\xe8") + frame(0x81, b"late") + frame(0x83))
+        assert await reader.read() == b"\x88\x02\x03\xe8"
+        writer.close()
+
+
+@run
+async def test_a_client_that_does_not_answer_our_close_is_dropped(monkeypatch):
+    async with Server() as server:
+        reader, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        peer = server.seen.peers[0]
+        started = time.monotonic()
+        peer.close(1001, "restart", 0.3)
+        peer.close(1000, "again")                        # the first one stands
+        assert peer.write("after it") is None
+        peer.ping()
+        writer.write(frame(0x81, b"still there") + frame(0x89))
+        assert await reader.read() == b"\x88\x09\x03\xe9restart"
+        assert 0.2 < time.monotonic() - started < 2
+        writer.close()
+        await eventually(lambda: server.seen.ends == [(1001, "restart")])
+        assert peer.closed_by_us
+
+
+@run
+async def test_a_long_reason_is_cut_between_characters():
+    async with Server() as server:
+        reader, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        server.seen.peers[0].close(1001, "ü" * 100)
+        assert (await reader.readexactly(126)) == b"\x88\x7c\x03\xe9" + "ü".encode() * 61
+        abort(writer)
+
+
+@run
+async def test_both_sides_close_at_once():
+    async with Server() as server:
+        caller = await call(server)
+        await eventually(lambda: server.seen.peers)
+        server.seen.peers[0].close(1001, "there")
+        assert await caller.close(1000, "here") in ((1000, "here"), (1001, "there"))
+
+
+@pytest.mark.parametrize("sent, code", [
+    (b"\x83\x80abcd", 1002), (frame(0x81, b"x", mask=None), 1002), (frame(0x81, b"\xff"), 1007),
+    (frame(0x81, length=b"\x7f\x00\xff" + bytes(6)), 1009)])
+@run
+async def test_a_protocol_error_is_answered_with_its_code(sent, code):
+    async with Server() as server:
+        reader, writer = await server.raw()
+        writer.write(frame(0x81, b"before") + sent + b"what follows is not read")
+        data = await reader.read()
+        assert data.startswith(b"\x81\x06before\x88")
+        assert int.from_bytes(data[10:12], "big") == code
+        writer.close()
+        await eventually(lambda: server.seen.ends)
+        assert server.seen.ends == [(code, data[12:].decode())]
+        assert server.seen.peers[0].closed_by_us
+
+
+@run
+async def test_a_websockets_client_learns_of_its_error_soon():
+    async with (Server(limit=1000, compress=False) as server,
+                websockets.connect(server.url) as theirs):
+        started = time.monotonic()
+        await theirs.send("x" * 1001)
+        with pytest.raises(websockets.ConnectionClosedError) as caught:
+            await theirs.recv()
+        assert caught.value.rcvd and caught.value.rcvd.code == 1009
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("state", ["open", "in a frame", "between fragments", "after our close",
+                                   "after its close", "in the upgrade", "before we answer"])
+@pytest.mark.parametrize("how", [abort, lambda writer: writer.close()])
+@run
+async def test_a_client_may_vanish_in_any_state(state, how):
+    async with Server() as server:
+        if state in ("in the upgrade", "before we answer"):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            head = b"GET /slow HTTP/1.1\r\nHost: x\r\nSec-WebSocket-Key: x\r\n"
+            writer.write(head + (b"\r\n" if state == "before we answer" else b""))
+            await asyncio.sleep(0.05)
+            how(writer)
+            await asyncio.sleep(0.3)
+            return
+        _, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        peer = server.seen.peers[0]
+        writer.write({"in a frame": frame(0x81, b"x" * 50)[:30],
+                      "between fragments": frame(0x01, b"x"),
+                      "after its close": frame(0x88)}.get(state, b""))
+        if state == "after our close":
+            peer.close(1001, "go")
+        await asyncio.sleep(0.05)
+        how(writer)
+        await eventually(lambda: server.seen.ends)
+        assert peer.write("too late") is None and peer.close() is None
+        peer.ping()
+        peer.drop()
+        await asyncio.sleep(0.05)
+        assert len(server.seen.ends) == 1
+        assert server.seen.ends[0][0] == {"after our close": 1001, "after its close": 1005}.get(
+            state, 1006)
+
+
+@run
+async def test_writing_to_a_peer_that_is_gone_does_no_harm():
+    async with Server() as server:
+        _, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        abort(writer)
+        _stall(0.05)                                     # the loop has not noticed yet
+        for _ in range(10):
+            server.seen.peers[0].write("x" * 10_000)
+        await eventually(lambda: server.seen.ends == [(1006, "connection lost")])
+
+
+@run
+async def test_dropping_ends_it_once():
+    async with Server() as server:
+        caller = await call(server)
+        caller.peer.drop()
+        caller.peer.drop()
+        await eventually(lambda: caller.ends and server.seen.ends)
+        assert caller.ends == server.seen.ends == [(1006, "connection lost")]
+
+
+@run
+async def test_a_connection_that_ended_before_its_start_still_tells():
+    async with Server() as server:
+        peer = await open_websocket(server.url, [], LIMIT)
+        peer.drop()
+        caller = Caller(peer)
+        await eventually(lambda: caller.ends == [(1006, "connection lost")])
+
+
+@run
+async def test_an_error_of_ours_closes_with_1011_and_is_logged_once(caplog):
+    def broken(peer, message):
+        raise KeyError(message)
+
+    async with Server(on_message=broken) as server:
+        reader, writer = await server.raw()
+        writer.write(frame(0x81, b"a") + frame(0x81, b"b"))
+        assert (await reader.read())[:4] == b"\x88\x10\x03\xf3"
+        writer.close()
+        await eventually(lambda: server.seen.ends == [(1011, "internal error")])
+    assert len([r for r in caplog.records if "handled" in r.getMessage() and r.exc_info]) == 1
+    caplog.clear()
+
+
+# Who does not read, and who does not stop
+
+
+async def fill_socket(writer, data, quiet_s=0.5, most=200 << 20):
+    """Send until the other side does not read any more: bytes that went out."""
+    sock = writer.get_extra_info("socket")
+    sent, last = 0, time.monotonic()
+    fd = sock.fileno()
+    while time.monotonic() - last < quiet_s and sent < most:
+        try:
+            sent += os.write(fd, data)
+            last = time.monotonic()
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+    return sent
+
+
+@run
+async def test_pings_of_a_client_that_does_not_read_cost_no_memory():
+    async with Server() as server:
+        _, writer = await server.raw()
+        writer.transport.pause_reading()
+        await eventually(lambda: server.seen.peers)
+        peer = server.seen.peers[0]
+        queued = 0
+        written = peer._stream.write
+
+        def count(data):
+            nonlocal queued
+            queued += len(data)
+            return written(data)
+        peer._stream.write = count
+        sent = await fill_socket(writer, frame(0x89, b"p" * 125) * 400)
+        assert sent < 100 << 20                          # at last, it is not read any more
+        assert peer._stream.writing() and queued < 1000
+        assert server.seen.ends == []
+        del peer._stream.write
+        abort(writer)
+
+
+@run
+async def test_messages_of_a_client_that_does_not_read_its_answers_wait():
+    async with Server(compress=False) as server:
+        _, writer = await server.raw()
+        writer.transport.pause_reading()
+        await eventually(lambda: server.seen.peers)
+        sent = await fill_socket(writer, frame(0x81, b"x" * 20_000))
+        assert sent < 100 << 20
+        assert server.seen.ends == [] and server.seen.peers[0]._stream.writing()
+        abort(writer)
+        peer = server.seen.peers[0]
+        await eventually(lambda: server.seen.ends)
+        assert peer.write("x") is None
+
+
+@run
+async def test_a_peer_that_leaves_too_much_unread_is_dropped():
+    async with Server() as server:
+        _, writer = await server.raw()
+        writer.transport.pause_reading()
+        await eventually(lambda: server.seen.peers)
+        peer, clogged = server.seen.peers[0], None
+        text = "x" * 60_000
+        for _ in range(1000):
+            clogged = peer.write(text) or clogged
+            if peer._ending:
+                break
+        assert clogged is not None
+        with pytest.raises(ocppboard.StreamClosedError):
+            await clogged
+        await eventually(lambda: server.seen.ends == [(1008, "does not read")])
+        assert peer.closed_by_us
+        abort(writer)
+
+
+@run
+async def test_what_write_returns_ends_when_the_peer_reads():
+    async with Server(compress=False) as server:
+        reader, writer = await server.raw()
+        writer.transport.pause_reading()
+        await eventually(lambda: server.seen.peers)
+        peer, clogged, written = server.seen.peers[0], None, 0
+        while clogged is None:
+            clogged = peer.write("y" * 65_000)
+            written += 65_004
+        writer.transport.resume_reading()
+        got = await reader.readexactly(written)
+        await clogged
+        assert got == frame(0x81, b"y" * 65_000, mask=None) * (written // 65_004)
+        assert peer.write("z") is None
+        assert await reader.readexactly(3) == b"\x81\x01z"
+        abort(writer)
+
+
+@run
+async def test_frames_keep_their_order_while_the_socket_is_clogged_now_and_then():
+    async with Server(compress=False) as server:
+        reader, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        peer, clogged, stream = server.seen.peers[0], 0, b""
+        for i in range(400):
+            clogged += peer.write(f"{i:08}" * 5_000) is not None
+            stream += await reader.readexactly(20_000)   # half as much as is written
+        assert clogged
+        stream += await reader.readexactly(400 * 40_004 - len(stream))
+        assert stream == b"".join(frame(0x81, f"{i:08}".encode() * 5_000, mask=None)
+                                  for i in range(400))
+        abort(writer)
+
+
+@run
+async def test_nothing_is_read_while_a_message_is_awaited():
+    gate, got = asyncio.Event(), []
+
+    def slow(peer, message):
+        got.append(message)
+        return gate.wait()
+
+    async with Server(on_message=slow) as server:
+        _, writer = await server.raw()
+        writer.write(frame(0x81, b"1") + frame(0x81, b"2"))
+        await eventually(lambda: got == ["1"])
+        sent = await fill_socket(writer, frame(0x81, b"x" * 20_000), most=50 << 20)
+        assert sent < 50 << 20 and got == ["1"]
+        gate.set()
+        await eventually(lambda: got[:2] == ["1", "2"] and len(got) > 2)
+        abort(writer)
+
+
+@run
+async def test_an_end_while_a_message_is_awaited_is_told_at_once():
+    gate, got = asyncio.Event(), []
+
+    def slow(peer, message):
+        got.append(message)
+        return gate.wait()
+
+    async with Server(on_message=slow) as server:
+        _, writer = await server.raw()
+        writer.write(frame(0x81, b"1") + frame(0x81, b"2"))
+        await eventually(lambda: got == ["1"])
+        server.seen.peers[0].close(1001, "restart", 0.1)
+        await eventually(lambda: server.seen.ends == [(1001, "restart")])
+        gate.set()
+        await asyncio.sleep(0.05)
+        assert got == ["1"]                              # nothing comes after the end
+        abort(writer)
+
+
+@run
+async def test_who_sends_without_pause_does_not_get_all_the_time():
+    def swallow(peer, message):
+        return None
+
+    async with Server(on_message=swallow) as server:
+        floods = [await server.raw() for _ in range(3)]
+        loop = asyncio.get_running_loop()
+        data, stop = frame(0x81, b"x" * 1000) * 500, time.monotonic() + 1
+
+        def flood(sock):                                 # from a thread: it never waits for us
+            sock.setblocking(True)
+            with contextlib.suppress(OSError):
+                while time.monotonic() < stop:
+                    sock.sendall(data)
+        socks = [writer.get_extra_info("socket").dup() for _, writer in floods]
+        threads = [loop.run_in_executor(None, flood, sock) for sock in socks]
+        longest, last = 0.0, time.monotonic()
+        while time.monotonic() < stop:
+            await asyncio.sleep(0)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        for sock in socks:
+            sock.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(*threads)
+        for sock in socks:
+            sock.close()
+        for _, writer in floods:
+            writer.close()
+        assert longest < 0.3
+
+
+@run
+async def test_a_client_that_sends_a_byte_at_a_time_is_understood():
+    async with Server(compress=False) as server:
+        reader, writer = await server.raw()
+        for byte in frame(0x81, b"slowly"):
+            writer.write(bytes((byte,)))
+            await asyncio.sleep(0.01)
+        assert await reader.readexactly(8) == b"\x81\x06slowly"
+        abort(writer)
+
+
+@run
+async def test_any_byte_is_a_sign_of_life():
+    async with Server() as server:
+        _, writer = await server.raw()
+        await eventually(lambda: server.seen.peers)
+        peer = server.seen.peers[0]
+        await asyncio.sleep(0.05)
+        before = peer.last_sign
+        writer.write(frame(0x8A))
+        await eventually(lambda: peer.last_sign > before)
+        assert peer.last_pong == peer.last_sign
+        abort(writer)
+
+
+@run
+async def test_hundreds_of_connections_come_and_go(secured):
+    async with Server(secured[0]) as server:
+        for _ in range(5):
+            callers = await asyncio.gather(*(call(server, ssl_options=secured[1])
+                                             for _ in range(20)))
+            for caller in callers:
+                caller.peer.write(heartbeat(1))
+            for caller in callers:
+                assert await caller.next() == heartbeat(1)
+            await asyncio.gather(*(caller.close() for caller in callers[:15]))
+            for caller in callers[15:]:
+                caller.peer.drop()
+        await eventually(lambda: len(server.seen.ends) == 100)
+        kept = [weakref.ref(peer) for peer in server.seen.peers]
+        server.seen.peers.clear()
+        server.seen.ends.clear()
+        await eventually(lambda: gc.collect() is not None and not any(ref() for ref in kept))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@run
+async def test_noise_after_the_upgrade_leaves_no_trace(seed):
+    noise = random.Random(seed)
+    async with Server() as server:
+        for _ in range(10):
+            _, writer = await server.raw(headers=f"Sec-WebSocket-Extensions: {DEFLATE_OFFER}\r\n")
+            writer.write(noise.choice([b"", frame(0x81, b"x"), b"\xc1", b"\x81\xfe"])
+                         + noise.randbytes(noise.randrange(2000)))
+            await asyncio.sleep(0.01)
+            noise.choice([abort, lambda writer: writer.close()])(writer)
 
 
 # --- Versions -----------------------------------------------------------------------------
@@ -3661,6 +5232,32 @@ async def test_a_command_is_sent_and_its_answer_returned():
     assert call.response_ms == answer.response_ms == response_ms >= 0
 
 
+@pytest.mark.parametrize("frame", ['[4,"%s"]', '[4,"%s",null]', '[4, "%s", "", null, null]'])
+@with_loop
+async def test_an_error_without_a_code_ends_the_command_that_waits(frame):
+    bench = Bench()
+    first, second = Command(bench), Command(bench, "GetLocalListVersion")
+    _, id_, *_ = await first.sent()
+    bench.receive(frame % id_)
+    with pytest.raises(ocppboard.CallFailed) as error:
+        await first.task
+    assert error.value.body()["errorCode"] == "UnknownError"
+    assert "error_without_code" in bench.station.quirks
+    assert (await second.sent())[2] == "GetLocalListVersion"
+    bench.receive(f'[3,"{(await second.sent())[1]}"]')
+    assert (await second.task)[0] == {}
+
+
+@with_loop
+async def test_a_status_of_an_answer_in_another_case_is_taken_as_meant():
+    bench = Bench()
+    command = Command(bench)
+    _, id_, *_ = await command.sent()
+    bench.receive([3, id_, {"status": "accepted"}])
+    assert (await command.task)[0] == {"status": "Accepted"}
+    assert "word_in_other_case" in bench.station.quirks
+
+
 @with_loop
 async def test_second_call_waits_for_the_first_answer():
     bench = Bench()
@@ -5076,6 +6673,7 @@ class Far:
     def open(self):
         self.wires += 1
         self.wire = ocppboard.SimpleNamespace(write=self.frames.append, close=lambda: None, over="",
+                                              last_sign=math.inf,
                                               ping_if_due=lambda *ignored: None)
         self.line.opened(self.wire)
 
@@ -7375,7 +8973,7 @@ def test_a_handshake_is_accepted(headers, keys, protocol, offered, quirks):
     (offer("ocpp1.6"), "/ocpp/a%00b", {}, 400, "printable"),
     (offer("ocpp1.6"), "/ocpp/CP-1", {"ocpp_accept": "listed"}, 404, "not listed"),
     ({"Upgrade": ""}, "/ocpp/CP-1", {}, 426, "by WebSocket"),
-    ({"Sec-WebSocket-Version": "8"}, "/ocpp/CP-1", {}, 400, "version 13"),
+    ({"Sec-WebSocket-Version": "8"}, "/ocpp/CP-1", {}, 426, "version 13"),
     ({"Sec-WebSocket-Key": ""}, "/ocpp/CP-1", {}, 400, "key"),
 ])
 def test_a_handshake_is_refused_with_a_reason(headers, path, keys, status, reason):
