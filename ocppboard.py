@@ -15934,7 +15934,7 @@ class Daemon:
         if self.schemas is None and wanted in ("warn", "strict"):
             raise ConfigError(f'ocpp.validate = "{wanted}" needs the packages ocpp and '
                               "fastjsonschema")
-        self.sockets: set[StationSocket] = set()
+        self.sockets: dict[Link, WebSocket] = {}
         self.streams: set[Api] = set()
         self.board_port = self.ocpp_port = 0             # once they are bound
         self._servers: list[HTTPServer] = []
@@ -15960,6 +15960,7 @@ class Daemon:
             server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
                                 max_body_size=16 * BODY_BYTES)
+            server.strangers = self._stranger
             try:
                 sockets = bind_sockets(port, self.config.server.address or None)
             except (OSError, UnicodeError) as error:     # in use, not allowed, no such address
@@ -15985,7 +15986,7 @@ class Daemon:
         ocpp, board = self._ocpp_rules(), self._board_rules()
         if not self.config.ocpp.port:
             return [(self.config.server.port, self._application(ocpp + board))]
-        strayed = Rule(IsUpgrade(), StationSocket, {"daemon": self, "here": False})
+        strayed = Rule(IsUpgrade(), StationUpgrade, {"daemon": self, "here": False})
         return [(self.config.server.port, self._application([strayed, *board])),
                 (self.config.ocpp.port, self._application(ocpp))]
 
@@ -15997,8 +15998,8 @@ class Daemon:
     def _ocpp_rules(self) -> list:
         arguments = {"daemon": self}
         path = self.config.ocpp.path.rstrip("/")
-        looked_at = [Rule(PathMatches(re.escape(path) + "/.*"), StationSocket, arguments)]
-        return [Rule(IsUpgrade(), StationSocket, arguments)] + (looked_at if path else [])
+        looked_at = [Rule(PathMatches(re.escape(path) + "/.*"), StationUpgrade, arguments)]
+        return [Rule(IsUpgrade(), StationUpgrade, arguments)] + (looked_at if path else [])
 
     def _board_rules(self) -> list:
         paths: dict[str, dict] = {}
@@ -16019,9 +16020,8 @@ class Daemon:
             server.stop()
         if self.relay:
             self.relay.stop()
-        for socket_ in list(self.sockets):
-            if socket_.link:
-                socket_.link.end("the central system stops", 1001)
+        for link in list(self.sockets):
+            link.end("the central system stops", 1001)
         for stream in self.streams:
             stream.on_connection_close()
         for task in list(self._tasks):
@@ -16081,9 +16081,92 @@ class Daemon:
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
         self._last_turn = now
         if interval := self.config.ocpp.ping_interval_seconds:
-            for socket_ in list(self.sockets):
-                socket_.ping_if_due(now, interval)
+            for link, websocket in list(self.sockets.items()):
+                self._keep_alive(link, websocket, now, interval)
 
+
+    def _keep_alive(self, link: Link, websocket: WebSocket, now: float, interval: float) -> None:
+        """Ping a station; one without any sign for two intervals is gone.
+
+        Some never answer a ping, though they are there: those are judged by their Heartbeats.
+        """
+        station, silent_s = link.station, now - websocket.last_sign
+        if websocket.last_pong is not None and not station.pongs[0]:
+            station.pongs = True, station.pongs[1]
+        patience_s = 2 * interval
+        if not any(station.pongs):
+            heartbeat_s = station.heartbeat_s or self.config.ocpp.heartbeat_interval_seconds
+            patience_s = max(patience_s, 2 * heartbeat_s)
+            if silent_s > 2 * interval and "no_pong" not in station.quirks:
+                self.board.quirk(station, "no_pong", in_message=False)
+        if silent_s > patience_s:
+            self.board.system_event("PONG_TIMEOUT", station.identity,
+                                    f"No sign of life for {silent_s:.0f} s",
+                                    {"ip": station.remote_address})
+            link.end("no answer to pings", 1001)
+        else:
+            websocket.ping_if_due(now, interval)
+
+    # Stations at the door
+
+    def socket_closed(self, link: Link, code: int, reason: str) -> None:
+        """A station's WebSocket has ended: by it, by us, or because it broke the protocol."""
+        websocket = self.sockets.pop(link)
+        station = link.station
+        if link.ended:
+            return
+        if code == NO_CLOSE:
+            link.end("connection lost")
+        elif not websocket.closed_by_us:
+            link.end(f"closed by the station ({code})")
+        else:
+            self.board.error("BAD_MESSAGE", station, f"{reason}: its connection was closed",
+                             {"closeCode": code})
+            self.board.security_event("PROTOCOL_VIOLATION", station.identity,
+                                      f"WebSocket: {reason}", "low",
+                                      {"ip": station.remote_address, "closeCode": code})
+            link.end(f"{reason} ({code})")
+
+    def make_room(self, identity: str) -> None:
+        """See that one more station can be connected. Raises: Refused.
+
+        A station with a name in the configuration takes the place of one without.
+        """
+        most, config = self.config.store.max_connections, self.config
+        known = self.board.stations.get(identity)
+        if len(self.sockets) < most or (known and known.link):
+            return
+        strangers = (link for link in reversed(self.sockets)
+                     if not link.ended and config.station(link.station.identity) is None)
+        stranger = next(strangers, None) if config.station(identity) else None
+        if stranger is None:
+            raise Refused(503, f"{most} stations are connected (store.max_connections)")
+        stranger.end("makes room for a station that the configuration names", 1013)
+
+    def _stranger(self, address: str, first: bytes) -> bytes:
+        """Keep that somebody spoke no HTTP on a plain port. Returns what it is answered."""
+        advice = f"{self.station_urls()[0]}<identity>"
+        if first[0] == TLS_HANDSHAKE:
+            reason = f"speaks TLS: use wss, or give it ws://; this port is plain: {advice}"
+            self.knocked(address, "", {}, Refused(400, reason), advice)
+            return TLS_ALERT
+        self.knocked(address, "", {}, Refused(
+            400, f"speaks no HTTP: {first.hex()}; a station connects by WebSocket"), advice)
+        return b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+    def knocked(self, address: str, path: str, headers: dict, error: BoardError, advice: str,
+                identity: str = "") -> None:
+        """Keep that a station was not let in, and why; `advice` is the URL that would work."""
+        address, path = kept(address, 64), _SECRET_IN_URL.sub(f"//{HIDDEN}@", kept(path, 500))
+        news = self.board.knocked(address, path, headers, error.http_status, str(error), advice)
+        if news:
+            log.info("Refused an upgrade from %s to %s: %s", address, shown(path),
+                     shown(error, 200))
+        category = getattr(error, "category", "")        # "": on record already
+        if news and category:
+            self.board.security_event(
+                category, kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
+                f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
 
     def steer(self) -> None:
         """Let the power controller decide, and send what it wants sent."""

@@ -9492,12 +9492,85 @@ async def test_lone_surrogates_do_not_stop_an_export(site):
     assert status == 200 and "Heart\\ud800" in text
 
 
-@live(store_max_connections=1)
-async def test_an_online_station_beyond_the_limit_can_be_removed(site):
-    await site.station("A")
-    await site.station("B")
-    assert (await site.fetch("/api/connections/A", "DELETE"))[0] == 200
-    assert [c["identity"] for c in await site.get("/api/connections")] == ["B"]
+@live(store_max_connections=2, stations={"NAMED-*": {}})
+async def test_stations_beyond_the_limit_are_refused_those_with_a_name_last(site):
+    for identity in ("A", "B", "A"):                     # who comes back takes its own place
+        await site.station(identity)
+    with pytest.raises(websockets.InvalidStatus) as error:
+        await site.station("C")
+    assert error.value.response.status_code == 503
+    assert "store.max_connections" in (await site.get("/api/knocking"))[0]["reason"]
+
+    async def online():
+        await asyncio.sleep(0.05)
+        return [c["identity"] for c in await site.get("/api/connections?status=online")]
+    await site.station("NAMED-1")
+    assert len(await online()) == 2 and "NAMED-1" in await online()
+    await site.station("NAMED-2")
+    assert await online() == ["NAMED-1", "NAMED-2"]
+    with pytest.raises(websockets.InvalidStatus):
+        await site.station("NAMED-3")
+    assert (await site.fetch("/api/connections/NAMED-1", "DELETE"))[0] == 200
+    assert await online() == ["NAMED-2"]
+
+
+CLIENT_HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(190)
+
+
+@pytest.mark.parametrize("first, told, reason", [
+    (CLIENT_HELLO, b"\x15\x03", "speaks TLS: use wss, or give it ws://"),
+    (CLIENT_HELLO[:1], b"\x15\x03", "speaks TLS"),
+    (b'[2,"1","Heartbeat",{}]', b"HTTP/1.1 400 ", "speaks no HTTP: 5b32"),
+    (b"\x00\x00", b"HTTP/1.1 400 ", "speaks no HTTP: 0000"),
+    (b"\r\n\r\n", b"HTTP/1.1 400 ", "speaks no HTTP: 0d0a")])
+@live()
+async def test_who_speaks_no_http_is_told_at_once_and_shown(site, first, told, reason):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    await asyncio.sleep(0.1)
+    writer.write(first)
+    async with asyncio.timeout(2):
+        assert (await reader.read()).startswith(told)
+    knock = (await site.get("/api/knocking"))[0]
+    assert reason in knock["reason"] and knock["ip"] == "127.0.0.1"
+    assert knock["url"].startswith("ws://") and knock["url"].endswith("/ocpp/<identity>")
+    writer.close()
+
+
+@live()
+async def test_a_connection_that_says_nothing_is_closed_in_the_end(site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "IDLE_HTTP_S", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    async with asyncio.timeout(3):
+        assert await reader.read() == b""
+    writer.close()
+    gone = await asyncio.open_connection("127.0.0.1", site.port)
+    gone[1].close()                      # before it said anything
+    await asyncio.sleep(0.1)
+    assert await site.get("/api/knocking") == []
+
+
+@live()
+async def test_a_request_that_comes_a_byte_at_a_time_is_read(site):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":
+        writer.write(bytes((byte,)))
+        await asyncio.sleep(0.001)
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+@live(ocpp_max_calls_per_second=5)
+async def test_a_new_connection_is_no_new_allowance(site):
+    answered, end = 0, time.monotonic() + 2
+    while time.monotonic() < end:
+        socket_ = await site.station()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                for _ in range(50):
+                    await exchange(socket_, "Heartbeat", {})
+                    answered += 1
+        await socket_.close()
+    assert 50 <= answered <= 50 + 5 * 2 + 8, "a burst of ten seconds, and what came since"
 
 
 @live()
@@ -9679,27 +9752,55 @@ async def test_a_frame_beyond_the_limit_closes_only_that_connection(site):
     assert (await exchange(other, "Heartbeat", {}))[0] == 3
 
 
+MUTE_UPGRADE = (
+    "GET /ocpp/CP-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+
+
+def look_after(site, now):
+    """What the daemon does each second, at that time."""
+    for link, websocket in list(site.daemon.sockets.items()):
+        site.daemon._keep_alive(link, websocket, now, 25)
+
+
+def pong_timeouts(site):
+    return [e.identity for e in site.board.system.records if e.kind == "PONG_TIMEOUT"]
+
+
 @live()
 async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
     # a client that never answers a ping: nothing reads its socket
-    _head, _, writer = await raw_upgrade(
-        site, "GET /ocpp/CP-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+    _head, _, writer = await raw_upgrade(site, MUTE_UPGRADE)
     alive = await site.station("CP-2")
-    stations = {s.admission.identity: s for s in site.daemon.sockets}
+    stations = {link.station.identity: (link.station, websocket)
+                for link, websocket in site.daemon.sockets.items()}
+    stations["CP-1"][0].pongs = False, True              # it did, on its last connection
     now = time.monotonic()
     for late in (26, 49):
-        for station in stations.values():
-            station.ping_if_due(now + late, 25)
-        await until(lambda: stations["CP-2"].link.last_sign > now)
+        look_after(site, now + late)
+        await until(lambda: stations["CP-2"][1].last_sign > now)
     assert site.board.online == 2
-    stations["CP-1"].link.last_sign = now - 1
-    stations["CP-2"].link.last_sign = now + 49
-    for station in stations.values():
-        station.ping_if_due(now + 50, 25)
+    stations["CP-2"][1].last_sign = now + 49
+    look_after(site, now + 51)
     assert site.board.stations["CP-1"].link is None and site.board.stations["CP-2"].link
-    assert [e.kind for e in site.board.system.records if "PONG" in e.kind] == ["PONG_TIMEOUT"]
+    assert pong_timeouts(site) == ["CP-1"]
     assert (await exchange(alive, "Heartbeat", {}))[0] == 3
+    writer.close()
+
+
+@pytest.mark.parametrize("told_s, patience_s", [(None, 2 * 300), (3600, 7200), (10, 50)])
+@live()
+async def test_a_station_that_never_answered_a_ping_is_judged_by_its_heartbeats(
+        site, told_s, patience_s):
+    _head, _, writer = await raw_upgrade(site, MUTE_UPGRADE)
+    station = site.board.stations["CP-1"]
+    station.heartbeat_s = told_s
+    now = time.monotonic()
+    for late in (26, 49, patience_s - 2):
+        look_after(site, now + late)
+    assert station.link and ("no_pong" in station.quirks) == (patience_s > 60)
+    look_after(site, now + patience_s + 1)
+    assert station.link is None and pong_timeouts(site) == ["CP-1"]
     writer.close()
 
 
@@ -10546,6 +10647,12 @@ WHY = [
     ("Charging", "NoError", {}, "the meter has not told its power yet"),
     ("Charging", "NoError", {"powerW": 3450, "offered": 15, "a": 15},
      "as much as the charger offers"),
+    ("Charging", "HighTemperature", {"powerW": 3450}, "The charger reports: HighTemperature: wet."),
+    ("SuspendedEVSE", "NoError", {"powerW": 7000}, "The charger holds the power back"),
+    ("SuspendedEVSE", "NoError", {"powerW": 7000},
+     "says the meter; the charger says that it holds it back"),
+    ("Faulted", "GroundFailure", {"powerW": 7000},
+     ", but the charger reports a fault (GroundFailure: wet)"),
 ]
 
 
@@ -10571,6 +10678,40 @@ async def test_a_sentence_says_why_a_connector_does_not_charge(site):
             await look.sees(words, ".why")
         await socket_.close()
         await look.sees("the station has been offline for", ".why")
+
+
+@live()
+async def test_a_station_with_errors_of_ours_does_not_do_all_as_the_standard_says(site):
+    socket_ = await site.station()
+    async with looking(site) as look:
+        await look.go("stations/CP-1")
+        await look.sees("None: all it does is as the standard says.")
+        site.board.error("LIMIT_NOT_OBEYED", site.board.stations["CP-1"], "It draws 32 A", {})
+        await exchange(socket_, "Heartbeat", {})
+        await exchange(socket_, "StatusNotification", {
+            "connectorId": 1, "status": "Charging", "errorCode": "NoError"})
+        await look.sees("None against the standard; but see its errors under Events.")
+
+
+@live()
+async def test_the_inlet_and_missing_events_are_shown_apart(site):
+    socket_ = await site.station(protocol="ocpp2.0.1")
+    for number, kind in ((0, "Started"), (3, "Updated")):
+        await exchange(socket_, "TransactionEvent", {
+            "eventType": kind, "timestamp": iso_now(), "seqNo": number,
+            "triggerReason": "MeterValuePeriodic", "transactionInfo": {"transactionId": "T-1"},
+            "evse": {"id": 1, "connectorId": 1}, "meterValue": [{
+                "timestamp": iso_now(), "sampledValue": [
+                    {"value": 9, "measurand": CURRENT, "location": "Inlet"},
+                    {"value": 11000, "measurand": POWER},
+                    {"value": 16, "measurand": CURRENT, "phase": "L1"}]}]})
+    async with looking(site) as look:
+        await look.go("stations/CP-1")
+        await look.sees("at the inlet, where the grid comes in", ".why")
+        await look.sees("partly worked out from the power", ".why")
+        await look.go("transactions")
+        await look.page.locator("main tbody tr").first.click()
+        await look.sees("Events missing")
 
 
 @live(ocpp_authorize="listed")
@@ -11103,7 +11244,7 @@ async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
         await look.sees("away", "tbody .pill")
         await look.sees("1 waiting", ".pill.warn")
         await look.sees("1.6 ⇒ 2.0.1", "tbody")
-        await look.sees("Connect call failed", "tbody")
+        await look.sees("no connection: Connection refused", "tbody")
         await look.sees("; the next attempt is in ", "p.bad")
         await expect(look.page.locator("tr", has_text="buffered")).to_have_count(1)
         upstream, = await site.get("/api/proxy/upstreams")
@@ -11430,12 +11571,12 @@ def test_the_boards_periodic_work_goes_on_whatever_the_wall_clock_does(jump, mon
             site.board.clock = lambda: time.time()
             socket_ = await site.station()
             await exchange(socket_, "Heartbeat", {})
-            link = site.board.stations["CP-1"].link
+            websocket, = site.daemon.sockets.values()
             await asyncio.sleep(1.2)
             turns.clear()
             offset[0] = jump
-            pinged = link.last_ping
-            await until(lambda: link.last_ping > pinged and turns["controller"] >= 2
+            pinged = websocket.last_ping
+            await until(lambda: websocket.last_ping > pinged and turns["controller"] >= 2
                         and turns["relay"] >= 4 and turns["telemetry"] >= 4, 4)
             event, = (e for e in site.board.system.records if e.kind == "CLOCK_SET")
             assert event.details["seconds"] == pytest.approx(jump, abs=1)
