@@ -952,9 +952,13 @@ class Reading:
 
     def _adds_to_instant(self, found: dict) -> bool:
         """Whether the samples tell more of the last instant, and no phase of it otherwise."""
-        return bool(self.instant) and all(
-            self.instant.get(name, phases).get(phase, value) == value
-            for name, phases in found.items() for phase, value in phases.items())
+        instant = self.instant
+        for name, phases in found.items():
+            known = instant.get(name)
+            if known is not None and (known.keys() == phases.keys() or any(
+                    known.get(phase, value) != value for phase, value in phases.items())):
+                return False             # the next instant
+        return bool(instant)
 
     def flow(self, phases: int, voltage: float) -> tuple[list, list] | None:
         """The current in L1, L2 and L3 of a station with so many phases; None if no meter says it.
@@ -1544,6 +1548,11 @@ class StationClock:
 
     def tell(self, skew_s: float, now_mono: float) -> None:
         """A message told a time that is so far ahead of ours."""
+        recent = self._recent
+        if recent and self._other is None and abs(skew_s - self.shift_s) <= SKEW_TOLERANCE_S:
+            recent.append(skew_s)        # as it mostly is
+            self._given = False
+            return
         skew = self.skew_s
         if skew is None and skew_s < -SKEW_TOLERANCE_S:
             skew = 0.0                   # what comes first is often of the past
@@ -2698,18 +2707,30 @@ def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
     Raises: WrongType.
     """
     value = payload.get(key)
-    return default if value is None else _typed(value, key, kind)
+    if value is None:
+        return default
+    if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
+        return value
+    return _typed(value, key, kind)
 
 
 def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
     """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
+    value = payload.get(key)
+    if value is None:
+        return default
+    if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
+        return value
     try:
-        return optional(payload, key, kind, default)
+        return _typed(value, key, kind)
     except WrongType:
         return default
 
 
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d{1,18},\d{0,9}\s*")       # "1234,5", meant as 1234.5
+
+
+LARGEST = 1 << 63                    # beyond it arithmetic fails
 
 
 def _typed(value: Any, key: str, kind: type) -> Any:
@@ -2721,7 +2742,7 @@ def _typed(value: Any, key: str, kind: type) -> Any:
         try:
             number = kind(value)
             whole = kind is not int or type(value) is not float or number == value
-            if whole and abs(number) < 1 << 63:      # beyond it arithmetic fails
+            if whole and abs(number) < LARGEST:
                 return number
         except (ValueError, OverflowError):
             pass
@@ -5547,7 +5568,6 @@ class Board:
 
     def clock_told(self, station: Station, when: float) -> None:
         """The station's clock just said `when`."""
-        self.watch_clock()
         station.clock.tell(when - self.clock(), self.mono())
 
     def mono_of(self, station: Station | None, when: float | None) -> float:
@@ -5660,7 +5680,7 @@ class Board:
         return record
 
     def _count(self, station: Station, now: float) -> None:
-        self.rates.count(self.mono())
+        self.rates.count(now - self._ahead_s)
         self.total_messages += 1
         station.message_count += 1
         station.last_message_at = now
