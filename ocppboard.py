@@ -49,9 +49,11 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import re
 import secrets
+import selectors
 import signal
 import socket
 import sqlite3
@@ -64,6 +66,7 @@ import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Container,
@@ -2701,12 +2704,12 @@ def required(payload: dict, key: str, kind: type) -> Any:
     return _typed(payload[key], key, kind)
 
 
-def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
     """A field that may be missing.
 
     Raises: WrongType.
     """
-    value = payload.get(key)
+    value: Any = payload.get(key)
     if value is None:
         return default
     if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
@@ -2714,9 +2717,9 @@ def optional(payload: dict, key: str, kind: type, default: Any = None) -> Any:
     return _typed(value, key, kind)
 
 
-def lenient(payload: dict, key: str, kind: type, default: Any = None) -> Any:
+def lenient(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
     """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
-    value = payload.get(key)
+    value: Any = payload.get(key)
     if value is None:
         return default
     if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
@@ -15880,6 +15883,393 @@ def _percentiles(latencies: Iterable[float]) -> str:
                      for p in (50, 90, 99))
 
 
+# --- Bench --------------------------------------------------------------------------------
+# What a Call costs, beside a bare Tornado handler in the same run: machines differ, and each of
+# them from minute to minute. Servers and load are processes of their own, on cores of their own
+# where the system can pin them; listeners and poller run in the process that starts the others.
+
+BENCH_HOST, BENCH_TIMEOUT_S = "127.0.0.1", 20            # for a start, and for a single answer
+BENCH_STATIONS = 900                 # at most; select() takes files up to 1024
+BENCH_MIX = ("MeterValues", "StatusNotification", "MeterValues", "Heartbeat", "MeterValues")
+BENCH_FIRST_ID, BENCH_FIRST_WH, BENCH_W = 10_000_000, 1_000_000, 11_040
+BENCH_CONFIG = f"""
+server = {{ address = "{BENCH_HOST}", port = 0 }}
+auth = {{ mode = "none" }}
+ocpp = {{ validate = "off", max_calls_per_second = 0 }}
+"""
+POLLED, POLL_S = ("/api/overview", "/api/messages?limit=100"), 0.2
+# A mask of four equal bytes changes a text in the same way wherever it stands. So the frames are
+# prepared, and what is new in a Call is written, masked, over these places in them.
+MASK = b"\x5a\x5a\x5a\x5a"
+MASKED = bytes(byte ^ MASK[0] for byte in range(256))    # for bytes.translate
+PLACES = ID_PLACE, TIME_PLACE, WH_PLACE = "<id 8>--", "<ISO 8601 with ms and Z>", "<Wh 7>-"
+
+
+class BenchError(Exception):
+    """A part of the bench failed; the text says why."""
+
+
+class BenchCase(NamedTuple):
+    """A row of the table: a server and the load on it."""
+
+    server: str                          # bare, board or relay
+    name: str
+    against: str = ""                    # the name of the row that the ratios refer to
+    rate: float = 0                      # Calls a second; 0: closed loop
+    listeners: int = 0                   # SSE clients of /api/stream
+    pollers: int = 0                     # of POLLED
+
+
+BARE, BARE_OPEN = "bare handler", "bare handler, 500/s"
+BENCH_CASES = (
+    BenchCase("bare", BARE),
+    BenchCase("board", "board", BARE),
+    BenchCase("board", "board, one listener", BARE, listeners=1),
+    BenchCase("relay", "board, relayed to a second board", "board"),
+    BenchCase("bare", BARE_OPEN, rate=500),
+    BenchCase("board", "board, 500/s, 20 listeners, a poller", BARE_OPEN, 500, 20, 1),
+)
+
+
+def prepared_calls(transaction_id: int) -> list[tuple[bytearray, list[slice]]]:
+    """The Calls of BENCH_MIX for a station that charges: frames, and where their PLACES are."""
+    sampled = [{"value": WH_PLACE, "context": "Sample.Periodic", "measurand": REGISTER,
+                "unit": "Wh"},
+               {"value": f"{BENCH_W}", "measurand": "Power.Active.Import", "unit": "W"},
+               {"value": "57", "measurand": "SoC", "unit": "Percent"}]
+    sampled += [{"value": "16.02", "measurand": "Current.Import", "phase": phase, "unit": "A"}
+                for phase in ("L1", "L2", "L3")]
+    payloads = {
+        "Heartbeat": {},
+        "StatusNotification": {"connectorId": 1, "errorCode": "NoError", "status": "Charging",
+                               "timestamp": TIME_PLACE},
+        "MeterValues": {"connectorId": 1, "transactionId": transaction_id, "meterValue": [
+            {"timestamp": TIME_PLACE, "sampledValue": sampled}]}}
+    return [_prepared(to_json([2, ID_PLACE, action, payloads[action]])) for action in BENCH_MIX]
+
+
+def _prepared(text: str) -> tuple[bytearray, list[slice]]:
+    size = len(text)
+    head = bytes((WHOLE_TEXT, 0x80 | min(size, 126)))
+    head += (size.to_bytes(2, "big") if size >= 126 else b"") + MASK
+    starts = [(len(head) + text.index(place), len(place)) for place in PLACES if place in text]
+    return (bytearray(head + text.encode().translate(MASKED)),
+            [slice(start, start + length) for start, length in starts])
+
+
+class LoadStation:
+    """A 1.6 station of the load: once made, it is connected, has booted, and charges."""
+
+    def __init__(self, port: int, number: int):
+        self.due_mono: deque[float] = deque()    # of the Call under way, and of those that wait
+        self._id = BENCH_FIRST_ID + number       # so that not all send the same at a time
+        self._codec, key = Codec(True, 1 << 20), base64.b64encode(os.urandom(16)).decode()
+        self.socket = socket.create_connection((BENCH_HOST, port), BENCH_TIMEOUT_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.sendall(http_head(f"GET /ocpp/BENCH-{number:03} HTTP/1.1", {
+            "Host": BENCH_HOST, "Upgrade": "websocket", "Connection": "Upgrade",
+            "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Protocol": "ocpp1.6"}))
+        read_answer(self.socket.recv(HEAD_BYTES), key, ["ocpp1.6"])
+        self._setup("BootNotification", {"chargePointVendor": "-", "chargePointModel": "Bench"})
+        started = self._setup("StartTransaction", {
+            "connectorId": 1, "idTag": "BENCH", "meterStart": BENCH_FIRST_WH,
+            "timestamp": iso(time.time())})
+        self._calls = prepared_calls(started["transactionId"])
+        self.socket.setblocking(False)
+
+    def _setup(self, action: str, payload: dict) -> dict:
+        self._id += 1
+        call = to_json([2, str(self._id), action, payload])
+        self.socket.sendall(self._codec.frame(TEXT_FRAME, call.encode()))
+        while not (answer := self.answer()):
+            pass
+        return json.loads(answer)[2]
+
+    def call(self, due_mono: float, now_texts: list[bytes]) -> None:
+        """A Call falls due: sent now, or, as late, when the one before it is answered."""
+        self.due_mono.append(due_mono)
+        if len(self.due_mono) == 1:
+            self.send(now_texts)
+
+    def send(self, now_texts: list[bytes]) -> None:
+        """Send the next Call; `now_texts` are time and register, masked."""
+        self._id += 1
+        frame, places = self._calls[self._id % len(BENCH_MIX)]
+        texts = ((b"%d" % self._id).translate(MASKED), *now_texts)
+        for place, text in zip(places, texts, strict=False):     # Heartbeat has only the id
+            frame[place] = text
+        self.socket.send(frame)
+
+    def answer(self) -> str:
+        """The CallResult to the Call under way; "" while it is not there as a whole."""
+        data = self.socket.recv(READ_BYTES)
+        text = "".join(f"{content}" for opcode, content in self._codec.feed(data)
+                       if opcode != PING_FRAME)
+        wrong = text and not (text.startswith(f'[3,"{self._id}",{{') and text.endswith("}]"))
+        if wrong or not data:
+            raise BenchError(f"a Call was answered {text[:200]}" if data
+                             else "the server closed a connection")
+        return text
+
+
+class Load:
+    """Stations that call: each when it has its answer, or all together `rate` times a second."""
+
+    def __init__(self, port: int, stations: int, rate: float = 0):
+        self.latencies_s: list[float] = []       # from when a Call fell due to its answer
+        self._stations = deque(LoadStation(port, number) for number in range(stations))
+        # epoll waits for whole milliseconds: too coarse where Calls fall due in between.
+        self._selector = selectors.SelectSelector() if rate else selectors.DefaultSelector()
+        self._rate, self._began_mono = rate, time.monotonic()
+        self._next_mono = self._began_mono if rate else math.inf     # when a Call falls due
+        for station in self._stations:
+            self._selector.register(station.socket, selectors.EVENT_READ, station)
+            if not rate:
+                station.call(self._began_mono, self._texts())
+
+    def run(self, seconds: float) -> None:
+        """Go on for so long. Raises: BenchError at the first answer that is no CallResult."""
+        until_mono = time.monotonic() + seconds
+        while (now := time.monotonic()) < until_mono:
+            texts = self._texts()
+            while self._next_mono <= now:
+                self._stations[0].call(self._next_mono, texts)
+                self._stations.rotate(-1)
+                self._next_mono += 1 / self._rate
+            for key, _ in self._selector.select(min(self._next_mono, until_mono) - now):
+                if key.data.answer():
+                    due_mono, now = key.data.due_mono.popleft(), time.monotonic()
+                    self.latencies_s.append(now - due_mono)
+                    if key.data.due_mono:
+                        key.data.send(texts)
+                    elif not self._rate:
+                        key.data.call(now, texts)
+
+    def _texts(self) -> list[bytes]:
+        """Time and register of now, masked."""
+        wh = BENCH_FIRST_WH + BENCH_W * (time.monotonic() - self._began_mono) / 3600
+        return [f"{text}".encode().translate(MASKED) for text in (iso(time.time()), int(wh))]
+
+
+def put_load(port: int, pid: int, stations: int, seconds: float, rate: float = 0) -> dict:
+    """Put load on the server `pid`, and measure both. Raises: BenchError."""
+    server, load = psutil.Process(pid), Load(port, stations, rate)
+    load.run(max(0.3, seconds / 4))
+    load.latencies_s.clear()
+    began_mono, own_s, server_s = time.monotonic(), time.process_time(), _cpu_s(server)
+    load.run(seconds)
+    elapsed_s, own_s = time.monotonic() - began_mono, time.process_time() - own_s
+    server_s, ordered = _cpu_s(server) - server_s, sorted(load.latencies_s)
+    if not (calls := len(ordered)):
+        raise BenchError("no Call was answered")
+    return {"calls": calls, "rate": calls / elapsed_s, "cpuUs": server_s / calls * 1e6,
+            "loadPercent": own_s / elapsed_s * 100, "p50Ms": ordered[calls // 2] * 1000,
+            "p99Ms": ordered[calls * 99 // 100] * 1000}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    return sum(process.cpu_times()[:2])                  # user and system
+
+
+async def serve_bare() -> None:
+    """The least that answers: Tornado's own WebSocket handler, JSON in and JSON out."""
+    # The daemon has no use for it, and it takes memory.
+    from tornado.websocket import WebSocketHandler
+
+    class Bare(WebSocketHandler):
+        def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+            return subprotocols[0]
+
+        def on_message(self, message: str | bytes) -> None:
+            _, id_text, action, _ = json.loads(message)
+            answer: dict = {}
+            if action == "Heartbeat":
+                answer = {"currentTime": iso(time.time())}
+            elif action == "StartTransaction":
+                answer = {"transactionId": 1, "idTagInfo": {"status": "Accepted"}}
+            self.write_message(to_json([3, id_text, answer]))
+
+    sockets = bind_sockets(0, BENCH_HOST)
+    HTTPServer(Application([("/.*", Bare)], log_function=lambda _: None)).add_sockets(sockets)
+    print(f"http://{BENCH_HOST}:{sockets[0].getsockname()[1]}/", flush=True)
+    await asyncio.Event().wait()
+
+
+def pin(pid: int, core: int | None) -> None:
+    """Keep a process on a core; 0 is this process."""
+    if core is not None:
+        os.sched_setaffinity(pid, {core})
+
+
+@contextlib.asynccontextmanager
+async def part(core: int | None, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """This file as a process of its own, without the user's settings; ended at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, *arguments, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env={k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT)})
+    try:
+        pin(process.pid, core)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.communicate(), 5)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def started(process: asyncio.subprocess.Process) -> str:
+    """The URL that a server prints when it listens. Raises: BenchError."""
+    line, stdout = "no word from it", process.stdout or asyncio.StreamReader()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(BENCH_TIMEOUT_S):
+            while said := await stdout.readline():
+                line = said.decode(errors="replace").strip()
+                if url := re.search(rf"http://{BENCH_HOST}:\d+", line):
+                    return url[0]
+    raise BenchError(f"a server did not start: {line}")
+
+
+async def watch(case: BenchCase, client: Any, url: str) -> None:
+    """Listen and poll as the case says, until cancelled. Raises: what ends one of them."""
+    async def listen() -> None:
+        await client.fetch(f"{url}/api/stream", streaming_callback=lambda data: None,
+                           request_timeout=0)
+        raise BenchError("a stream ended")
+
+    async def poll() -> None:
+        while True:
+            for path in POLLED:
+                await client.fetch(url + path)
+            await asyncio.sleep(POLL_S)
+
+    await asyncio.gather(asyncio.Event().wait(), *(listen() for _ in range(case.listeners)),
+                         *(poll() for _ in range(case.pollers)))
+
+
+def bench_config(folder: str, upstream: str = "") -> str:
+    """Write the configuration of a board, or of one that relays to `upstream`."""
+    path = Path(folder, "relay.toml" if upstream else "board.toml")
+    url = upstream.replace("http", "ws") + "/ocpp"
+    path.write_text(BENCH_CONFIG + (f'[[proxy.upstream]]\nurl = "{url}"\n' if upstream else ""))
+    return str(path)
+
+
+async def run_case(case: BenchCase, cores: list, folder: str, stations: int,
+                   seconds: float) -> dict:
+    """What `put_load` measures in a case, and the server's memory. Raises: BenchError."""
+    # The daemon has no use for it, and it takes memory.
+    from tornado.httpclient import AsyncHTTPClient
+
+    client = AsyncHTTPClient(force_instance=True, max_clients=100, max_body_size=1 << 40)
+    board, arguments, upstream = ("run", "--log-level", "error", "--config"), [], ""
+    async with contextlib.AsyncExitStack() as parts:
+        parts.callback(client.close)
+        if case.server == "relay":
+            second = await parts.enter_async_context(part(cores[-1], *board, bench_config(folder)))
+            upstream = await started(second)
+        server = await parts.enter_async_context(part(cores[0], *(
+            ("bench", "--part", "bare") if case.server == "bare" else
+            (*board, bench_config(folder, upstream)))))
+        url, memory = await started(server), psutil.Process(server.pid).memory_info
+        start_mb = memory().rss / 1e6
+        for name, value in {"part": "load", "url": url, "pid": server.pid, "rate": case.rate,
+                            "stations": stations, "seconds": seconds}.items():
+            arguments += [f"--{name}", str(value)]
+        load = await parts.enter_async_context(part(cores[1 % len(cores)], "bench", *arguments))
+        watching = asyncio.create_task(watch(case, client, url))
+        parts.callback(watching.cancel)
+        output, _ = await load.communicate()
+        if load.returncode or watching.done():
+            last_line = output.decode(errors="replace").strip().rpartition("\n")[2]
+            raise BenchError(f"{case.name}: "
+                             f"{last_line if load.returncode else watching.exception()}")
+        result = json.loads(output) | {"startMb": start_mb, "endMb": memory().rss / 1e6}
+        if upstream:
+            answer = await client.fetch(f"{upstream}/api/overview", raise_error=False)
+            arrived = json.loads(answer.body or "{}").get("totalMessages", 0)
+            if arrived < 2 * result["calls"]:            # each of them with its answer
+                raise BenchError(f"{case.name}: only {arrived} messages arrived there")
+        return result
+
+
+async def run_bench(folder: str, stations: int, seconds: float, pairs: int) -> str:
+    """All cases in turn, and that `pairs` times: the table in Markdown. Raises: BenchError."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))       # it ends the parts, too
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    pin(0, cores[1 % len(cores)])
+    runs: dict[str, list[dict]] = {case.name: [] for case in BENCH_CASES}
+    for _ in range(pairs):
+        for case in BENCH_CASES:
+            run = await run_case(case, cores, folder, stations, seconds)
+            runs[case.name].append(run)
+            print(f"{case.name}: {run['rate']:,.0f} Calls/s", file=sys.stderr)
+    busiest = max(run["loadPercent"] for cases in runs.values() for run in cases)
+    return "\n".join([
+        *bench_rows(runs), "", f"{_processor()}, {os.cpu_count()} cores; Python "
+        f"{sys.version.split()[0]}, Tornado {tornado.version}; {stations} stations, medians of "
+        f"{pairs} runs of {seconds:g} s; the load had its core busy {busiest:.0f} % of the time at "
+        "most. Ratios: to the bare Tornado handler under the same load; of the relay, to the "
+        "board alone."])
+
+
+def bench_rows(runs: dict[str, list[dict]]) -> list[str]:
+    """The table: medians, and medians of the ratios to the runs beside them."""
+    def median(values: Iterable[float]) -> float:
+        ordered = sorted(values)
+        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+    def ratio(case: BenchCase, key: str) -> str:
+        beside = zip(runs[case.name], runs.get(case.against, ()), strict=False)
+        ratios = [run[key] / other[key] for run, other in beside]
+        return f"{median(ratios):.2f}" if ratios else ""
+
+    rows = ["| | Calls/s | ratio | CPU per Call, µs | ratio | p50, ms | p99, ms | MB at start | "
+            "at end |", "|---|" + "--:|" * 8]
+    for case in BENCH_CASES:
+        of = {key: median(run[key] for run in runs[case.name]) for key in runs[case.name][0]}
+        # The bare handler runs from this file, too: its memory says nothing.
+        memory = f"{of['startMb']:.0f} | {of['endMb']:.0f}" if case.against else " | "
+        # In a closed loop the server chooses whom it answers next, and with it the latencies.
+        latency = f"{of['p50Ms']:.1f} | {of['p99Ms']:.1f}" if case.rate else " | "
+        rows.append(f"| {case.name} | {of['rate']:,.0f} | {ratio(case, 'rate')} | "
+                    f"{of['cpuUs']:.0f} | {ratio(case, 'cpuUs')} | {latency} | {memory} |")
+    return rows
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", listed.read_text() if listed.exists() else "")
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the bench, or the part of it that is asked for. Returns the exit status."""
+    # The daemon has no use for it, and it takes memory.
+    import tempfile
+
+    if options.stations > BENCH_STATIONS:
+        raise ConfigError(f"--stations: {BENCH_STATIONS} at most")
+    seconds, pairs = (1.0, 1) if options.quick else (options.seconds, options.pairs)
+    try:
+        if options.part == "bare":
+            asyncio.run(serve_bare())
+        elif options.part == "load":
+            print(to_json(put_load(urlsplit(options.url).port or 0, options.pid, options.stations,
+                                   seconds, options.rate)))
+        else:
+            with tempfile.TemporaryDirectory(prefix="ocppboard-bench-") as folder:
+                print(asyncio.run(run_bench(folder, options.stations, seconds, pairs)))
+    except (BenchError, OSError, WebSocketError, psutil.Error) as error:
+        print(f"ocppboard: bench: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
 # --- Daemon -------------------------------------------------------------------------------
 # Wires the sections together: routes, periodic work, start and stop, the command line.
 
@@ -16327,6 +16717,13 @@ def command_line() -> argparse.ArgumentParser:
     simulator.add_argument("--fault", action="append", default=[], choices=FAULTS,
                            help="of one more station, the first one first: " + "; ".join(
                                f"{name}: {text}" for name, text in FAULTS.items()))
+    measuring = commands.add_parser("bench", help="measure the board beside a bare Tornado handler")
+    measuring.add_argument("--seconds", type=_at_least(0.2, float), default=4.0, help="of each run")
+    measuring.add_argument("--pairs", type=_at_least(1, int), default=3, help="runs of each case")
+    measuring.add_argument("--stations", type=_at_least(1, int), default=100)
+    measuring.add_argument("--quick", action="store_true", help="one run of 1 s each")
+    for name, kind in (("part", str), ("url", str), ("pid", int), ("rate", float)):
+        measuring.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)   # of its processes
     commands.add_parser("hash-password", help="print what stands for a password in the config")
     return parser
 
@@ -16374,7 +16771,7 @@ def let_output_go() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and do it. Returns the exit status: 2 for what the caller must mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = ("run", "simulate", "hash-password", "-h", "--help", "--version")
+    words = ("run", "simulate", "bench", "hash-password", "-h", "--help", "--version")
     if not arguments or arguments[0] not in words:
         arguments = ["run", *arguments]
     options = command_line().parse_args(arguments)
@@ -16388,6 +16785,8 @@ def main(arguments: list[str] | None = None) -> int:
             return asyncio.run(simulate(options.url, options.stations, options.protocol,
                                         options.duration, options.rate, options.password,
                                         options.prefix, options.stay, options.fault))
+        elif options.command == "bench":
+            return bench(options)
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:

@@ -11505,6 +11505,128 @@ async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_tol
     assert not site.board.errors.records
 
 
+# --- Bench --------------------------------------------------------------------------------
+
+
+async def loaded(handler, stations, rate=0):
+    """What `put_load` measures at a server that is not ours, and whose process is this one."""
+    async with websockets.serve(handler, "127.0.0.1", 0, close_timeout=0.1,
+                                subprotocols=[websockets.Subprotocol("ocpp1.6")]) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        return await asyncio.to_thread(ocppboard.put_load, port, os.getpid(), stations, 0.6, rate)
+
+
+def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say():
+    received: list = []
+
+    async def answer(socket_):
+        async for frame in socket_:
+            _, id_, action, payload = json.loads(frame)
+            received.append((socket_, len(frame), id_, action, payload))
+            result = {"transactionId": 12} if action == "StartTransaction" else {}
+            await socket_.send(json.dumps([3, id_, result], separators=(",", ":")))
+
+    closed, opened = asyncio.run(loaded(answer, 5)), asyncio.run(loaded(answer, 5, 200))
+    assert closed["calls"] > 200 and 0 < closed["p50Ms"] <= closed["p99Ms"] < 500
+    assert opened["calls"] == pytest.approx(120, abs=20) and opened["rate"] < 230
+    shares = Counter(action for _, _, _, action, _ in received)
+    for action, share in {"MeterValues": 0.6, "StatusNotification": 0.2, "Heartbeat": 0.2}.items():
+        assert shares[action] / len(received) == pytest.approx(share, abs=0.05)
+    assert all(550 < size < 590 for _, size, _, action, _ in received if action == "MeterValues")
+    for socket_ in {call[0] for call in received}:
+        ids = [int(id_) for other, _, id_, _, _ in received if other is socket_]
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
+    schemas: Any = ocppboard.Schemas.installed()
+    for _, _, _, action, payload in received:
+        if not schemas.ready("ocpp1.6", action):
+            asyncio.run(schemas.prepare("ocpp1.6", action))
+        assert schemas.check("ocpp1.6", action, "Request", payload) is None
+        stamp = payload.get("timestamp") or payload.get("meterValue", [{}])[0].get("timestamp")
+        assert stamp is None or abs(datetime.fromisoformat(stamp).timestamp() - time.time()) < 30
+        if action == "MeterValues":
+            wh = payload["meterValue"][0]["sampledValue"][0]["value"]
+            assert 1_000_000 <= int(wh) < 1_000_100
+
+
+@pytest.mark.parametrize("answer, words", [
+    ('[4,"{}","InternalError","",{{}}]', "a Call was answered [4,"), ("[3,1,{{}}]", "[3,1,{}]"),
+    ('[3,"{}"]', "a Call was answered [3,"), (None, "a Call was answered (1000, ")])
+def test_the_load_ends_at_an_answer_that_is_none(answer, words):
+    async def reply(socket_):
+        async for frame in socket_:
+            _, id_, action, _ = json.loads(frame)
+            text = '[3,"{}",{{"transactionId":1}}]' if action in (
+                "BootNotification", "StartTransaction") else answer
+            await (socket_.send(text.format(id_)) if text else socket_.close())
+
+    with pytest.raises(ocppboard.BenchError, match=re.escape(words)):
+        asyncio.run(loaded(reply, 2))
+
+
+def test_the_bench_prints_a_table_for_the_readme():
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ocppboard.py"), "bench", "--quick", "--stations", "20"],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OCPPBOARD_CONFIG": "/nowhere", "OCPPBOARD_SERVER_PORT": "1"})
+    assert done.returncode == 0, done.stderr
+    head, line, *rows, empty, notes = done.stdout.rstrip("\n").split("\n")
+    assert empty == "" and line.count("|") == head.count("|") == 10
+    table = {cells[1]: cells[2:-1] for cells in (
+        [cell.strip() for cell in row.split("|")] for row in rows)}
+    assert list(table) == [case.name for case in ocppboard.BENCH_CASES]
+    for case in ocppboard.BENCH_CASES:
+        calls, ratio, cpu_us, cpu_ratio, p50, p99, start, end = table[case.name]
+        per_second = float(calls.replace(",", ""))
+        assert 100 < per_second < 200_000 and 5 < float(cpu_us) < 5000
+        assert bool(ratio) == bool(cpu_ratio) == bool(start) == bool(end) == bool(case.against)
+        assert not ratio or (0.02 < float(ratio) < 5 and 0.2 < float(cpu_ratio) < 50)
+        assert not start or 20 < float(start) <= float(end) < 300
+        assert bool(p50) == bool(p99) == bool(case.rate)
+        if case.rate:
+            assert per_second == pytest.approx(case.rate, rel=0.3)
+            assert 0 < float(p50) <= float(p99)
+    assert sys.version.split()[0] in notes and "20 stations, medians of 1 runs of 1 s" in notes
+
+
+def bench_parts(folder):
+    """The processes that run with this temporary folder."""
+    found = []
+    for process in ocppboard.psutil.process_iter():
+        with contextlib.suppress(ocppboard.psutil.Error):
+            if process.environ().get("TMPDIR") == str(folder):
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_interrupted_ends_all_that_it_started(number, tmp_path):
+    process = ocppboard_process("bench", "--quick", environ={"TMPDIR": str(tmp_path)})
+    deadline = time.monotonic() + 20
+    while len(bench_parts(tmp_path)) < 3:                # itself, a server, the load
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert not bench_parts(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_a_bench_that_fails_says_why(tmp_path):
+    status, out, err = run_ocppboard("bench", "--part", "load", "--url", "http://127.0.0.1:1",
+                                     "--pid", str(os.getpid()), "--rate", "0")
+    assert (status, out) == (1, "") and err == "ocppboard: bench: [Errno 111] Connection refused\n"
+    assert run_ocppboard("bench", "--stations", "1000") == (
+        2, "", "ocppboard: --stations: 900 at most\n")
+    broken = tmp_path / "board.py"
+    source = (HERE / "ocppboard.py").read_text()
+    broken.write_text(source.replace('auth = {{ mode = "none" }}', 'auth = {{ mode = "non" }}'))
+    done = subprocess.run([sys.executable, str(broken), "bench", "--quick", "--stations", "2"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "\nocppboard: bench: a server did not start: ocppboard: " in done.stderr
+    assert done.stderr.count("\n") == 2 and "auth.mode must be" in done.stderr
+
+
 # --- Daemon -------------------------------------------------------------------------------
 
 
@@ -11686,7 +11808,7 @@ def test_readme_names_every_setting_route_topic_and_command():
         assert f"`{topic}`" in README, topic
     for action in set().union(*CALLS.values()):
         assert action in README, action
-    for name in ("run", "simulate", "hash-password"):
+    for name in ("run", "simulate", "bench", "hash-password"):
         assert f"`{name}`" in README
 
 
