@@ -84,7 +84,7 @@ from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -1720,6 +1720,7 @@ class Store:
 # taken apart once: the payload as data, and as the text that is kept.
 
 
+@final
 class Call(NamedTuple):
     """[2, id, Action, payload]. `id_text` is the id as JSON, to be given back as it came."""
 
@@ -1729,6 +1730,7 @@ class Call(NamedTuple):
     text: str            # the payload as JSON on one line
 
 
+@final
 class Send(NamedTuple):
     """[6, id, Action, payload]: needs no answer (2.1)."""
 
@@ -1738,6 +1740,7 @@ class Send(NamedTuple):
     text: str
 
 
+@final
 class CallResult(NamedTuple):
     """[3, id, payload]."""
 
@@ -1746,6 +1749,7 @@ class CallResult(NamedTuple):
     text: str
 
 
+@final
 class CallError(NamedTuple):
     """[4, id, code, description, details]."""
 
@@ -1756,6 +1760,7 @@ class CallError(NamedTuple):
     text: str            # the details as JSON
 
 
+@final
 class CallResultError(NamedTuple):
     """[5, id, code, description, details]: the other side cannot use our CALLRESULT (2.1)."""
 
@@ -1801,7 +1806,7 @@ REPAIRS = (
 )
 
 
-def unpack(frame: str) -> Call | CallResult | CallError | CallResultError | Send:
+def unpack(frame: str) -> Message:
     """Take a frame apart.
 
     Raises: BadFrame, with the id if it is a CALL whose id can be read.
@@ -6907,7 +6912,7 @@ class Link:
                  write: Callable[[str], Any], close: Callable[[int, str], Any]):
         self.board, self.schemas, self.protocol = board, schemas, protocol
         self.write, self.close = write, close
-        self.station: Station = None                 # set by `start`
+        self.station: Station                        # set by `start`
         self.line: Any = None                        # to the upstream system, where there is one
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
@@ -6964,22 +6969,22 @@ class Link:
             return None
         started = time.perf_counter()
         try:
-            message, frame = self._unpack(frame)
+            message, text = self._unpack(frame)
         except BadFrame as error:
             return self._refuse(frame, error)
-        kind = type(message)
-        if self.schemas and (kind is Call or kind is Send) and not self.schemas.ready(
-                self.protocol, message.action) and message.action in RECEIVED[self.protocol]:
-            return self._take_when_ready(message, frame, started)
-        if kind is Call:
-            return self._answer(message, frame, started)
-        return TAKERS[kind](self, message, frame)
+        if self.schemas is not None and isinstance(message, (Call, Send)) and (
+                not self.schemas.ready(self.protocol, message.action)
+                and message.action in RECEIVED[self.protocol]):
+            return self._take_when_ready(message, text, started, self.schemas)
+        if type(message) is Call:
+            return self._answer(message, text, started)
+        return TAKERS[type(message)](self, message, text)
 
-    def _unpack(self, frame: str | bytes) -> tuple[NamedTuple, str]:
+    def _unpack(self, data: str | bytes) -> tuple[Message, str]:
         """(the message, its frame as text; "" where that had to be mended)."""
-        if type(frame) is bytes:
+        if isinstance(data, bytes):
             self.board.quirk(self.station, "binary_frame")
-            frame = frame.decode("utf-8", "replace")
+        frame = data if isinstance(data, str) else data.decode("utf-8", "replace")
         try:
             message = unpack(frame)
         except BadFrame as error:
@@ -6996,11 +7001,12 @@ class Link:
             self.board.quirk(self.station, "message_id_not_a_string")
         return message, frame
 
-    async def _take_when_ready(self, message: Call | Send, frame: str, started: float) -> None:
-        await self.schemas.prepare(self.protocol, message.action)
+    async def _take_when_ready(self, message: Call | Send, frame: str, started: float,
+                               schemas: Schemas) -> None:
+        await schemas.prepare(self.protocol, message.action)
         if self.ended:
             return
-        if type(message) is Send:
+        if isinstance(message, Send):
             self._sent(message, frame)
         elif flushed := self._answer(message, frame, started):
             await flushed
@@ -7038,7 +7044,7 @@ class Link:
                      response_ms: float, who: str) -> None:
         """Put an answer to the station on record."""
         board, station = self.board, self.station
-        if type(reply) is CallResult:
+        if isinstance(reply, CallResult):
             board.message(station, "OUT", "CALLRESULT", action, id_,
                           without_secrets(action, reply.payload, reply.text), response_ms)
             if self.schemas and self.schemas.ready(self.protocol, action):
@@ -7051,7 +7057,8 @@ class Link:
     def _violation(self, message: Call | Send | CallResult, action: str, part: str,
                    who: str = "") -> Violation | None:
         """What the schema says against the payload; it goes on record, and among the quirks."""
-        violation = self.schemas.check(self.protocol, action, part, message.payload)
+        violation = None if self.schemas is None else self.schemas.check(
+            self.protocol, action, part, message.payload)
         if violation:
             self.board.error("VALIDATION_FAILURE", self.station,
                              f"{who or 'The station sent'} {action} against its schema: "
@@ -7108,11 +7115,11 @@ class Link:
         pending, late = self.exchange.answered(message, frame or pack(message))
         if pending is None:
             board.quirk(station, "unexpected_answer")
-        if type(message) is CallError and message.code == UNKNOWN_ERROR:
+        if isinstance(message, CallError) and message.code == UNKNOWN_ERROR:
             board.quirk(station, "error_without_code")
         action = pending.call.action if pending else ""
         response_ms = (time.monotonic() - pending.sent_mono) * 1000 if pending else None
-        if type(message) is CallResult:
+        if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
             board.message(station, "IN", "CALLRESULT", action, id_,
@@ -7123,7 +7130,7 @@ class Link:
                           message.code, message.description)
             self._failed(f"The station answered {action} with {message.code}", action, message)
         details = {"action": action, "messageId": id_}
-        if pending is None:
+        if pending is None or pending.record is None or response_ms is None:
             board.error("UNEXPECTED_ANSWER", station, "An answer to no command of ours", details)
             return
         board.answered(pending.record, response_ms)
@@ -7155,7 +7162,7 @@ class Link:
         if type(status) is str and status not in ANSWER_STATUSES:
             payload = payload | {"status": meant(self.board, self.station, status,
                                                  ANSWER_STATUSES)}
-        return payload, pending.record.response_ms
+        return payload, (pending.record and pending.record.response_ms) or 0.0
 
     async def pass_command(self, call: Call, frame: str) -> tuple[CallResult | CallError, str]:
         """Send a command of the upstream system as it is: (the answer, the frame it came in).
@@ -7190,8 +7197,9 @@ class Link:
         return None if self.ended else self.write(text)
 
 
-TAKERS = {Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
-          CallResultError: Link._result_refused}         # of what is no Call
+TAKERS: dict[type, Callable] = {
+    Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
+    CallResultError: Link._result_refused}   # of what is no Call
 
 
 class Budget:
