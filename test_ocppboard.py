@@ -9,6 +9,7 @@ the edges run over a loopback socket, against stations and clients that are not 
 
 import ast
 import asyncio
+import atexit
 import base64
 import bisect
 import contextlib
@@ -35,6 +36,8 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
+import threading
 import time
 import tomllib
 import tracemalloc
@@ -10513,15 +10516,35 @@ def browser_path():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@functools.cache
+def running_browser(path):
+    """The address of a browser that serves all tests; each has a context of its own."""
+    folder = tempfile.mkdtemp(prefix="ocppboard-browser-")
+    process = subprocess.Popen(
+        [path, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
+         "--no-first-run", *Look.FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def end():
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+    atexit.register(end)
+    for line in process.stderr or ():
+        if match := re.search(r"DevTools listening on (ws://\S+)", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            return match[1]
+    raise AssertionError("the browser did not start")
+
+
 @contextlib.asynccontextmanager
 async def looking(site, at="/#token=t0ken", expected=(), width=1440, height=900, **options):
     """Open the board in a browser; in the end nothing may have gone wrong but what is expected."""
     async with async_playwright() as playwright:
-        path = browser_path()
-        if not path and not os.path.exists(playwright.chromium.executable_path):
+        path = browser_path() or playwright.chromium.executable_path
+        if not os.path.exists(path):
             pytest.fail("no browser: apt install chromium, or: playwright install chromium",
                         pytrace=False)
-        browser = await playwright.chromium.launch(executable_path=path, args=Look.FLAGS)
+        browser = await playwright.chromium.connect_over_cdp(running_browser(path))
         context = await browser.new_context(viewport={"width": width, "height": height}, **options)
         context.set_default_timeout(10_000)
         look = Look(await context.new_page(), site)
@@ -10529,7 +10552,7 @@ async def looking(site, at="/#token=t0ken", expected=(), width=1440, height=900,
         if "token=" in at:
             await look.sees("live", ".live.on")
         yield look
-        await browser.close()
+        await context.close()
         wrong = [text for text in look.wrong if not any(word in text for word in expected)]
         assert not wrong, wrong
 
