@@ -149,6 +149,7 @@ RESUMED_S = 600             # so long a StartTransaction without a readable time
 CONNECTOR_MOST_W = 400_000  # what a connector can give; registers that rise faster are no registers
 BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes with a later one
 REGISTER_SLACK_WH = 10_000  # and this at once: clocks are set, registers are coarse
+FULL_COUNTERS = (2**31 - 1, 2**32 - 1)       # of no register
 JUMP_WH, DOUBTED = 1000, 5  # a step of more, beyond what power allows, has to hold so many readings
 SERIES_STEP_S = 0.05        # readings of a transaction that come faster are no use to a chart
 POWER_BASE_S = 30           # the least time that power is worked out over
@@ -1097,8 +1098,8 @@ class Track:
 
     def step(self, point: Point) -> float | None:
         """How far the point goes beyond the track, in Wh; None if it does not continue it."""
-        if point.mono >= self.last.mono and point.wh >= self.last.wh:
-            gap = point.wh - self.last.wh
+        if point.mono >= self.first.mono and point.wh >= self.last.wh:
+            gap = point.wh - self.last.wh    # earlier than the last, for a clock that fell
             return gap if gap <= most_wh(self.last, point) else None
         if point.mono <= self.first.mono and point.wh <= self.first.wh:
             gap = self.first.wh - point.wh
@@ -1117,10 +1118,10 @@ class Track:
 
     def extend(self, point: Point) -> None:
         """Take a point that continues the track, or is noise of it."""
-        if point.mono >= self.last.mono and point.wh >= self.last.wh:
+        if point.mono >= self.first.mono and point.wh >= self.last.wh:
             if point.mono > self.last.mono:
                 self._watch_jump(point)
-            self.last = point
+            self.last = point._replace(mono=max(point.mono, self.last.mono))
         elif point.mono <= self.first.mono and point.wh <= self.first.wh:
             self.first = point
         elif point.mono > self.last.mono and self.is_spike(point):
@@ -1148,11 +1149,13 @@ class Register:
     have shown. Tracks that follow each other add up; one beside another is another base.
     """
 
-    __slots__ = ("start", "stop", "pieced", "_tracks", "_intervals", "_interval_wh", "_partial")
+    __slots__ = ("start", "stop", "pieced", "_tracks", "_intervals", "_interval_wh", "_partial",
+                 "_stop_is_none")
 
     def __init__(self) -> None:
         self.start: Point | None = None
         self.stop: Point | None = None
+        self._stop_is_none = False       # what was told as the stop's register
         self.pieced = False              # the energy is the sum of several tracks
         self._tracks: list[Track] = []
         self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times: one is told once
@@ -1161,13 +1164,14 @@ class Register:
 
     def begin(self, point: Point) -> None:
         """The register at the start of the transaction; another one later changes nothing."""
-        if self.start is None and point.wh >= 0:
+        if self.start is None and point.wh >= 0 and point.wh not in FULL_COUNTERS:
             self.start = point
             self.add(point)
 
     def end(self, point: Point) -> None:
         """The register at its end; one that repeats the start's says nothing of those between."""
-        if point.wh >= 0:
+        self._stop_is_none = point.wh in FULL_COUNTERS
+        if point.wh >= 0 and not self._stop_is_none:
             self.stop = point
             if self.start is None or point.wh != self.start.wh:
                 self.add(point)
@@ -1176,6 +1180,8 @@ class Register:
         """A register in between."""
         if point.wh < 0 or (self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S):
             return                       # none of this transaction, whatever it is
+        if self.start and point.mono < self.start.mono:
+            point = point._replace(mono=self.start.mono)
         if len(self._tracks) == 1:       # as it mostly is
             track = self._tracks[0]
             if point.mono > track.last.mono and not track.doubted and (
@@ -1227,7 +1233,7 @@ class Register:
 
         Where start and stop are both there and plausible, their difference is the energy.
         """
-        self.pieced = False
+        self.pieced = self._stop_is_none
         total = self._sum()
         if self._interval_wh is not None and not total:
             total, self.pieced = self._interval_wh, True
@@ -1238,6 +1244,8 @@ class Register:
                 self.pieced = False
                 return round(energy_wh, 3)
             self.pieced = True
+            if self._stop_counts_session():
+                total = self.stop.wh
         return None if total is None else round(total, 3)
 
     def _rose_between(self) -> bool:
@@ -1245,6 +1253,15 @@ class Register:
         home = next((t for t in self._tracks if self.stop in (t.first, t.last)), None)
         return home is not None and home is not self._tracks[0] and (
             home.first.wh > self._tracks[0].last.wh)
+
+    def _stop_counts_session(self) -> bool:
+        """Whether the stop's register is that of the session, after those of the meter's life."""
+        first, last = self._tracks[0], self._tracks[-1]
+        if self.stop is None or last is first or not last.first == last.last == self.stop:
+            return False
+        more_wh = self.stop.wh - (first.last.wh - first.first.wh)
+        return self.stop.wh < first.first.wh and (
+            0 <= more_wh <= most_wh(first.last, self.stop, JUMP_WH))
 
     def _sum(self) -> float | None:
         """What the tracks that follow each other have gained."""
@@ -1341,7 +1358,6 @@ class Transaction(Record):
     energy_wh: float | None = None
     started_mono: float = -math.inf     # the times by our monotonic clock
     stopped_mono: float = math.inf
-    told_start: float | None = None     # as the station's clock had it
     began_unseen: bool = False          # its start did not come (yet)
     sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
@@ -1491,7 +1507,8 @@ class Connector:
     error_code: str | None = None
     vendor_error_code: str | None = None
     info: str | None = None
-    problems: dict = field(default_factory=dict)     # {name: (text, monotonic)} of 2.x alerts
+    problems: dict = field(default_factory=dict)     # {name: (text, monotonic)} of 2.x alerts;
+                                        # text None: it is over
     since: float | None = None
     status_mono: float = -math.inf      # when the station says that the status began
     reading: Reading | None = None
@@ -1502,11 +1519,12 @@ class Connector:
 
     def cause(self) -> tuple[str | None, str | None]:
         """(error code, text) of what is wrong with it, if anything is."""
-        if not self.problems:
+        problems = {name: text for name, (text, _) in self.problems.items() if text is not None}
+        if not problems:
             return self.error_code, self.info
         names = ([self.error_code] if self.error_code not in (None, "NoError") else [])
-        return ", ".join([*names, *self.problems]), "; ".join(
-            filter(None, [self.info, *(text for text, _ in self.problems.values())])) or None
+        return ", ".join([*names, *problems]), "; ".join(
+            filter(None, [self.info, *problems.values()])) or None
 
     def view(self) -> dict:
         error_code, info = self.cause()
@@ -2573,13 +2591,16 @@ TOKEN_ACTIONS = frozenset("""
     SendLocalList TransactionEvent""".split())
 # As in "SIMPIN", "WifiPin", "admin_pin2"; but "Spin" is none.
 _PIN = r"(?-i:(?<![A-Za-z])[Pp]in|(?<=[a-z0-9])Pin|PIN)|(?:sim|wifi|user|admin|access|service)pin"
-_SECRET_NAME = (r"password|passwd|passphrase|pwd|authorizationkey|auth.?key|secret|(?<!id)token|"
-                r"privatekey|authentication\b|credential|psk\b|(?-i:[a-z]P|\bp)ass\b|"
-                rf"(?:shared|wifi|wpa|api|encryption).?key|(?:{_PIN})(?:.?code)?\d*\b")
+_SECRET_NAME = (r"password|passwd|passphrase|pwd|authorizationkey|auth.?key|basic.?auth|secret|"
+                r"(?<!id)token|private.?key|key.?private|authentication\b|credential|psk\b|puk\b|"
+                r"(?-i:(?:[a-z]P|(?<![A-Za-z])[Pp])ass|(?<![A-Za-z])PASS|(?<![A-Za-z])(?:pw|PW)|"
+                r"[a-z]P[wW])\b|(?:shared|wifi|wpa|api|encryption|ssh|hmac|aes).?key|"
+                rf"(?:{_PIN})(?:.?code)?\d*\b")
 _SECRET_WORD = re.compile(_SECRET_NAME, re.I)
 _PAIR = re.compile(r"""\b([\w.-]{3,64})(["']?\s*[=:]\s*["']?)[^\s"',;&{}]+""")    # name=value
 _KEY_CODE = re.compile(r"keycode|\\u00", re.I)         # or letters that are written as numbers
 _SECRET_IN_URL = re.compile(r"//[^/\s]*@")
+SECRET_LEAST = 3                     # characters, before a secret is looked for in other texts
 HIDDEN = "***"
 
 # Security events of a station, by how much they should worry who reads them, which is our
@@ -2618,11 +2639,37 @@ def without_secrets(action: str, payload: dict, text: str) -> str:
     return text if hidden == payload else to_json(hidden)
 
 
+def hidden_texts(action: str, payload: dict) -> list[str]:
+    """The secrets of a command, the longest first: some stations say them again in their answer."""
+    found: list[str] = []
+
+    def look(value: Any, shown_value: Any) -> None:
+        if isinstance(value, dict) and isinstance(shown_value, dict):
+            for key, inner in value.items():
+                look(inner, shown_value[key])
+        elif isinstance(value, list) and isinstance(shown_value, list):
+            for inner, shown_inner in zip(value, shown_value, strict=True):
+                look(inner, shown_inner)
+        elif shown_value == HIDDEN and isinstance(value, str) and len(value) >= SECRET_LEAST:
+            found.append(value)
+
+    if action in SECRET_ACTIONS or action in TOKEN_ACTIONS:
+        look(payload, _hide(payload))
+    return sorted(found, key=len, reverse=True)
+
+
+def without_texts(text: str, hidden: Iterable[str]) -> str:
+    """A text in which others are hidden."""
+    for secret in hidden:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
 def _hide(value: Any) -> Any:
     if isinstance(value, list):
         return [_hide(item) for item in value]
     if isinstance(value, str):
-        return _hide_in_text(value)
+        return hide_in_text(value)
     if not isinstance(value, dict):
         return value
     # {"key": "AuthorizationKey", "value": …} and {"variable": {"name": "BasicAuthPassword"},
@@ -2644,7 +2691,7 @@ def _names_of(value: dict) -> list:
             *(inner.get(word) for inner in named for word in ("name", "instance"))]
 
 
-def _hide_in_text(text: str) -> str:
+def hide_in_text(text: str) -> str:
     """A text without what is secret in it: vendors write objects into it, or URLs."""
     if text[:1] in "{[" and len(text) > 1:
         with contextlib.suppress(ValueError, RecursionError):
@@ -2756,7 +2803,8 @@ def _typed(value: Any, key: str, kind: type) -> Any:
             pass
     if kind is str and type(value) in (int, float):
         return str(value)
-    raise WrongType(f"{key} must not be {type(value).__name__} {shown(value, 40)}")
+    told = "" if isinstance(value, (dict, list)) else f" {shown(value, 40)}"
+    raise WrongType(f"{key} must not be {type(value).__name__}{told}")
 
 
 class Violation(NamedTuple):
@@ -5105,12 +5153,14 @@ class Kind(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _kind(measurand: Any, unit: Any, multiplier: Any, phase: Any, context: Any,
-          location: Any) -> Kind | None:
+def _kind(measurand: Any, unit: Any, phase: Any, context: Any, location: Any, format_: Any,
+          multiplier: Any = None) -> Kind | None:
     """The kind of samples with these words; None if they say nothing of interest.
 
     A charger sends the same few again and again.
     """
+    if format_ == "SignedData":
+        return None
     squashed, own_phase = _measurand(measurand if type(measurand) is str else REGISTER if (
         measurand is None) else "")
     if squashed in EXPORTS:
@@ -5136,8 +5186,8 @@ def _kind_of(sample: dict) -> Kind | None:
     if unit is None and type(measure := get("unitOfMeasure")) is dict:
         unit, multiplier = measure.get("unit"), measure.get("multiplier")
     try:
-        return _kind(get("measurand"), unit, multiplier, get("phase"), get("context"),
-                     get("location"))
+        return _kind(get("measurand"), unit, get("phase"), get("context"), get("location"),
+                     get("format"), multiplier)
     except TypeError:                    # a list or an object, where a word belongs
         return None
 
@@ -5147,7 +5197,7 @@ def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
         quirks.append("meter_value_malformed")
         return
     kind = _kind_of(sample)
-    if kind is None or sample.get("format") == "SignedData":
+    if kind is None:
         return
     name, phase, rank, at_inlet, factor, offset, least, most, usual = kind
     try:
@@ -5554,23 +5604,30 @@ class Board:
             None, math.inf)
         if connector is None or at_mono < known_mono:
             return
-        connector.problems[name] = text, at_mono
-        if len(connector.problems) > PROBLEMS_KEPT:
-            del connector.problems[next(iter(connector.problems))]
+        self._set_problem(connector, name, text, at_mono)
         if known != text:
             self.error("STATION_FAULT", station, f"{_place_name(connector)} reports {name}: "
                        f"{text}", {"evse": evse_id, "connector": connector_id, "name": name,
                                    "text": text})
         self.publish("connections", station)
 
-    def alert_over(self, station: Station, evse_id: int, name: str, when: float | None) -> None:
-        """What a 2.x station alerted of, somewhere at an EVSE, is over."""
+    def alert_over(self, station: Station, evse_id: int, connector_id: int | None, name: str,
+                   when: float | None) -> None:
+        """What a 2.x station alerted of is over: at a connector, or wherever at an EVSE."""
         at_mono = self.mono_of(station, when)
-        for connector in station.connectors.values():
-            if connector.evse_id == evse_id and name in connector.problems and (
-                    connector.problems[name][1] <= at_mono):
-                del connector.problems[name]
+        places = [c for c in station.connectors.values()
+                  if c.evse_id == evse_id and c.problems.get(name, (None, 0))[0] is not None]
+        there = [c for c in places if c.connector_id == connector_id]
+        for connector in there or places:
+            if connector.problems[name][1] <= at_mono + SKEW_TOLERANCE_S:
+                self._set_problem(connector, name, None, at_mono)
                 self.publish("connections", station)
+
+    def _set_problem(self, connector: Connector, name: str, text: str | None,
+                     at_mono: float) -> None:
+        connector.problems[name] = text, at_mono
+        if len(connector.problems) > PROBLEMS_KEPT:
+            del connector.problems[next(iter(connector.problems))]
 
     # Clocks
 
@@ -5622,9 +5679,8 @@ class Board:
         for transaction in self.transactions.records:
             if transaction.series is not None:
                 transaction.series.start += jump_s
-            if transaction.status == "active":       # as its station had it, else by our clock
-                told = transaction.told_start or math.inf
-                transaction.started_at = told if told <= now else transaction.started_at + jump_s
+            if transaction.status == "active":
+                transaction.started_at = transaction.started_mono + ahead_s
             transaction.started_at = min(transaction.started_at, now)
             transaction.stopped_at = past(transaction.stopped_at)
             if transaction.reading is not None:
@@ -5632,6 +5688,7 @@ class Board:
         for session in self.smart_charge.records:
             session.started_at, session.updated_at = min(session.started_at, now), min(
                 session.updated_at, now)
+            session.ended_at = past(session.ended_at)
 
     def quirk(self, station: Station, name: str, times: int = 1, in_message: bool = True) -> int:
         """Count a thing that the station does against the standard. Returns how often it did."""
@@ -5764,7 +5821,6 @@ class Board:
         """
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
                                   id_token, self.wall_of(station, started_at), None, start_key,
-                                  told_start=started_at,
                                   started_mono=self.mono_of(station, started_at))
         if meter_start is not None:
             self.started_at_register(transaction, started_at, meter_start)
@@ -5806,7 +5862,6 @@ class Board:
             return
         transaction.began_unseen = False
         transaction.id_token = id_token or transaction.id_token
-        transaction.told_start = started_at
         transaction.started_at = min(self.wall_of(station, started_at),
                                      transaction.stopped_at or math.inf)
         transaction.started_mono = min(self.mono_of(station, started_at), transaction.stopped_mono)
@@ -5850,6 +5905,9 @@ class Board:
         transaction.status, transaction.stopped_at = "active", None
         transaction.stopped_mono, transaction.interrupted_mono = math.inf, None
         self._occupy(station, transaction)
+        for other in list(station.connectors.values()) if transaction.assumed_connector else ():
+            if other.status == "Occupied":
+                self._follow_car(station, other)
         self.publish("transactions", transaction)
 
     def _may_go_on(self, connector: Connector, transaction: Transaction, at_mono: float,
@@ -6363,7 +6421,7 @@ def _status(board: Board, station: Station, payload: dict) -> str:
 
 def _text_or_none(value: Any) -> str | None:
     """A text of the station; the texts for nothing are none."""
-    return None if value in (None, "", "null", "NULL", "None") else kept(value)
+    return None if value in (None, "", "null", "NULL", "None") else hide_in_text(kept(value))
 
 
 def on_status_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -6674,22 +6732,26 @@ def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
                                    meant(board, station, told, STATUSES[station.protocol]),
                                    _told_time(board, station, event))
         elif component and name not in REPORTING:
-            _read_alert(board, station, place, kept(" ".join(filter(None, name)), 100), event)
+            words = (name[0], lenient(component, "instance", str), name[1],
+                     lenient(variable, "instance", str))
+            _read_alert(board, station, place, connector_id,
+                        kept(" ".join(filter(None, words)), 100), event)
     return {}
 
 
-def _read_alert(board: Board, station: Station, place: tuple[int, int], name: str,
-                event: dict) -> None:
+def _read_alert(board: Board, station: Station, place: tuple[int, int], connector_id: int | None,
+                name: str, event: dict) -> None:
     """An event that may say that something is wrong, or not any more."""
     told, when = lenient(event, "actualValue", str, ""), _told_time(board, station, event)
     if event.get("cleared") is True or told.lower() == "false":
-        board.alert_over(station, place[0], name, when)
+        board.alert_over(station, place[0], connector_id, name, when)
     elif meant(board, station, lenient(event, "trigger", str, ""),
                EVENT_TRIGGERS) == "Alerting":
         told = HIDDEN if _SECRET_WORD.search(name) else "" if told.lower() == "true" else told
         words = (told, lenient(event, "techCode", str), lenient(event, "techInfo", str))
         board.connector_alert(station, *place, name,
-                              kept(", ".join(filter(None, words)) or "reported"), when)
+                              kept(hide_in_text(", ".join(filter(None, words))) or "reported"),
+                              when)
 
 
 def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
@@ -7027,8 +7089,9 @@ class Link:
         flushed = self._write(pack(reply))
         response_ms = (time.perf_counter() - started) * 1000
         action, id_ = call.action, message_id(call.id_text)
+        known = action if action in RECEIVED[protocol] else ""   # else who knows what is in it
         board.message(station, "IN", "CALL", action, id_,
-                      without_secrets(action, call.payload, call.text), response_ms)
+                      without_secrets(known, call.payload, call.text), response_ms)
         self._keep_answer(reply, action, id_, response_ms, "We")
         return flushed
 
@@ -7118,17 +7181,23 @@ class Link:
         if isinstance(message, CallError) and message.code == UNKNOWN_ERROR:
             board.quirk(station, "error_without_code")
         action = pending.call.action if pending else ""
+        secrets_told = hidden_texts(action, pending.call.payload) if pending else ()
         response_ms = (time.monotonic() - pending.sent_mono) * 1000 if pending else None
         if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
+            text = without_secrets(action, message.payload, message.text)
             board.message(station, "IN", "CALLRESULT", action, id_,
-                          without_secrets(action, message.payload, message.text), response_ms)
+                          without_texts(text, secrets_told), response_ms)
         else:
+            text = without_secrets(action, message.details, message.text)
+            shown_error = message._replace(
+                description=without_texts(hide_in_text(message.description), secrets_told))
             board.message(station, "IN", "CALLERROR", action, id_,
-                          without_secrets(action, message.details, message.text), response_ms,
-                          message.code, message.description)
-            self._failed(f"The station answered {action} with {message.code}", action, message)
+                          without_texts(text, secrets_told), response_ms, message.code,
+                          shown_error.description)
+            self._failed(f"The station answered {action} with {message.code}", action,
+                         shown_error)
         details = {"action": action, "messageId": id_}
         if pending is None or pending.record is None or response_ms is None:
             board.error("UNEXPECTED_ANSWER", station, "An answer to no command of ours", details)
@@ -16323,11 +16392,12 @@ class BoundedServer(HTTPServer):
         except OSError:
             stream.close()
         else:
-            if first and not first[:1].isupper():
+            http = first[:1].isupper() or first[:1] in (b"\r", b"\n")      # RFC 9112 2.2
+            if first and not http:
                 with contextlib.suppress(OSError):
                     stream.socket.recv(BODY_BYTES)       # unread, it would make the end a reset
                     stream.socket.send(self.strangers(address[0], first))
-            if first[:1].isupper():
+            if http:
                 super().handle_stream(stream, address)
             else:
                 stream.close()

@@ -4448,12 +4448,12 @@ def test_the_cause_is_told_with_every_status(status, info, shown):
     assert len(bench.board.errors) == 1
 
 
-def alert(bench, name="ConnectorPlugRetentionLock", variable="Problem", value="true", **more):
+def alert(bench, name="ConnectorPlugRetentionLock", named="Problem", value="true", **more):
     bench.call("NotifyEvent", {"generatedAt": "2026-09-21T13:33:20Z", "seqNo": 0, "eventData": [{
         "eventId": 1, "timestamp": "2026-09-21T13:33:20Z", "trigger": "Alerting",
         "actualValue": value, "eventNotificationType": "HardWiredNotification",
         "component": {"name": name, "evse": {"id": 1, "connectorId": 1}},
-        "variable": {"name": variable}} | more]})
+        "variable": {"name": named}} | more]})
 
 
 @pytest.mark.parametrize("over", [{"cleared": True}, {"value": "false"}])
@@ -4474,7 +4474,7 @@ def test_an_alert_stands_at_its_connector_and_among_the_errors_until_it_is_over(
 def test_alerts_of_one_connector_are_bounded_and_reports_are_none():
     bench = Bench("ocpp2.0.1")
     for number in range(50):
-        alert(bench, variable=f"V{number}")
+        alert(bench, named=f"V{number}")
     assert len(bench.station.connectors[1, 1].problems) == ocppboard.PROBLEMS_KEPT
     bench = Bench("ocpp2.0.1")
     alert(bench, trigger="Periodic")
@@ -4608,6 +4608,8 @@ def session_of(bench, *events):
     ([[sample(str(wh), context="Transaction.Begin")] for wh in (1000, 1200, 1500)], 1000, None,
      500, False),
     ([[sample("400", phase=f"L{n}") for n in (1, 2, 3)]], 1000, None, 200, False),
+    (list(range(1_230_500, 1_249_001, 500)), 1_230_000, 20_000, 20_000, True),
+    ([1000, 1200, 1500], 2 ** 31 - 1, None, 500, True),
 ])
 def test_the_energy_is_right_whatever_else_the_registers_do(readings, start, stop, energy,
                                                             estimated):
@@ -4696,6 +4698,68 @@ def test_after_a_jump_of_the_boards_clock_a_single_status_counts():
     bench.run(60)
     says_16(bench, "Available", at=bench.clock.now - 3600)
     assert connector_view(bench)["status"] == "Available"
+
+
+@pytest.mark.parametrize("fall_s", [61, 120, 3600, 7200])
+def test_energy_goes_on_though_the_stations_clock_falls(fall_s):
+    bench = Bench()
+    id_ = start_16(bench, meterStart=1000)
+    for minute in range(1, 61):
+        bench.clock.now += 60
+        at = bench.clock.now - (fall_s if minute > 30 else 0)
+        bench.call("MeterValues", meter_16(1, id_, 1000 + 100 * minute, 6000, at=at))
+        if fall_s < 1800 or minute not in (31, 32):      # so long it may be of before the start
+            assert bench.transaction()["energyWh"] == 100 * minute
+    bench.clock.now += 60
+    stop_16(bench, id_, 7050, at=bench.clock.now - fall_s)
+    assert (bench.transaction()["energyWh"], bench.transaction()["estimated"]) == (6050, False)
+
+
+def test_a_reading_just_before_the_start_is_the_starts():
+    bench = Bench()
+    id_ = start_16(bench, meterStart=1000)
+    bench.call("MeterValues", meter_16(1, id_, 1005, at=NOW - 3))
+    session_of(bench, 1200)
+    bench.clock.now += 60
+    stop_16(bench, id_, 1500)
+    assert (bench.transaction()["energyWh"], bench.transaction()["estimated"]) == (500, False)
+
+
+def test_a_small_step_of_the_boards_clock_leaves_the_start_where_it_was():
+    bench = TwoClocks()
+    for _ in range(4):
+        bench.run(3)
+        says_16(bench, "Preparing", at=bench.clock.now - 3600)
+    start_16(bench, timestamp=ocppboard.iso(bench.clock.now - 3600))
+    began = bench.clock.now
+    bench.run(60)
+    bench.clock.now -= 3
+    bench.board.watch_clock()
+    assert bench.transaction()["startedAt"] == ocppboard.iso(began - 3)
+
+
+@pytest.mark.parametrize("first, second", [
+    ({"component": {"name": "X", "evse": {"id": 1, "connectorId": 1}}},
+     {"component": {"name": "X", "evse": {"id": 1, "connectorId": 2}}}),
+    ({"component": {"name": "X", "instance": "1", "evse": {"id": 1}}},
+     {"component": {"name": "X", "instance": "2", "evse": {"id": 1}}}),
+    ({"variable": {"name": "Problem", "instance": "a"}},
+     {"variable": {"name": "Problem", "instance": "b"}})])
+def test_what_is_over_ends_no_other_alert(first, second):
+    bench = Bench("ocpp2.0.1")
+    alert(bench, **first)
+    alert(bench, **second)
+    alert(bench, **second, cleared=True)
+    names = [c["errorCode"] for c in bench.station.view()["connectors"] if c["errorCode"]]
+    assert len(names) == 1 and ", " not in names[0]
+
+
+def test_an_alert_told_again_after_it_was_over_is_over():
+    bench = Bench("ocpp2.0.1")
+    alert(bench, timestamp="2026-09-21T13:32:20Z")
+    alert(bench, cleared=True)
+    alert(bench, timestamp="2026-09-21T13:32:20Z")
+    assert connector_view(bench)["errorCode"] is None and len(bench.board.errors) == 1
 
 
 @pytest.mark.parametrize("protocol", ["ocpp1.6", "ocpp2.0.1"])
@@ -4894,7 +4958,11 @@ def test_a_secret_within_a_text_is_masked(data, message):
 
 @pytest.mark.parametrize("name, secret", [
     ("FTPPwd", True), ("ApnPass", True), ("SimPin1", True), ("EncryptionKey", True),
-    ("AdminCredential", True), ("OCPP_BasicAuthKey", True), ("Spin", False), ("Bypass", False),
+    ("AdminCredential", True), ("Wifi_Pass", True), ("PASS", True), ("Webinterface.Pass", True),
+    ("ssh_private_key", True), ("hmacKey", True), ("Key.Private", True), ("simPuk", True),
+    ("BasicAuth", True),
+    ("admin.pw", True), ("AdminPW", True), ("Compass", False),
+    ("OCPP_BasicAuthKey", True), ("Spin", False), ("Bypass", False),
     ("Opinion", False), ("Compass", False), ("PIN", True), ("pinCode", True)])
 def test_names_are_secret_by_their_words(name, secret):
     assert bool(ocppboard._SECRET_WORD.search(name)) == secret
@@ -4908,6 +4976,15 @@ def test_names_are_secret_by_their_words(name, secret):
 def test_an_unreadable_frame_shows_no_secret(raw):
     shown = ocppboard.raw_without_secrets(raw)
     assert "s3cr3t" not in shown and "4711" not in shown and len(shown) <= ocppboard.RAW_KEPT
+
+
+def test_a_call_that_nobody_knows_shows_no_secret():
+    bench = Bench()
+    bench.receive([2, "1", "SetWifi", {"WifiPassword": "s3cr3t"}])
+    says_16(bench, "Faulted", errorCode="OtherError", info="ftp://user:s3cr3t@host password=s3cr3t")
+    texts = [r.json() for store in bench.board.stores.values() for r in store.records]
+    assert len(texts) > 3 and not any("s3cr3t" in text for text in texts[:1] + texts[-2:])
+    assert "s3cr3t" not in bench.station.json()
 
 
 def test_the_alert_of_a_secret_variable_does_not_tell_it():
@@ -5249,6 +5326,28 @@ async def test_an_error_without_a_code_ends_the_command_that_waits(frame):
     assert (await second.sent())[2] == "GetLocalListVersion"
     bench.receive(f'[3,"{(await second.sent())[1]}"]')
     assert (await second.task)[0] == {}
+
+
+@pytest.mark.parametrize("protocol, action, payload, answer", [
+    ("ocpp1.6", "ChangeConfiguration", {"key": "AuthorizationKey", "value": "s3cr3t"},
+     [4, "", "InternalError", "value s3cr3t refused", {"why": "s3cr3t"}]),
+    ("ocpp2.0.1", "RequestStartTransaction", {
+        "remoteStartId": 1, "idToken": {"idToken": "s3cr3t", "type": "KeyCode"}},
+     [4, "", "SecurityError", "code s3cr3t wrong", {}]),
+    ("ocpp2.0.1", "SetVariables", {"setVariableData": [{
+        "attributeValue": "s3cr3t", "component": {"name": "SecurityCtrlr"},
+        "variable": {"name": "BasicAuthPassword"}}]},
+     [3, "", {"setVariableResult": [{"attributeStatus": "Rejected", "attributeStatusInfo": {
+         "additionalInfo": "s3cr3t is too short"}}]}])])
+@with_loop
+async def test_a_secret_that_a_station_says_again_is_hidden(protocol, action, payload, answer):
+    bench = Bench(protocol)
+    command = Command(bench, action, payload)
+    _, id_, *_ = await command.sent()
+    bench.receive([answer[0], id_, *answer[2:]])
+    await asyncio.gather(command.task, return_exceptions=True)
+    texts = [r.json() for store in bench.board.stores.values() for r in store.records]
+    assert len(texts) >= 2 and not any("s3cr3t" in text for text in texts)
 
 
 @with_loop
@@ -9524,8 +9623,7 @@ CLIENT_HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(190)
     (CLIENT_HELLO, b"\x15\x03", "speaks TLS: use wss, or give it ws://"),
     (CLIENT_HELLO[:1], b"\x15\x03", "speaks TLS"),
     (b'[2,"1","Heartbeat",{}]', b"HTTP/1.1 400 ", "speaks no HTTP: 5b32"),
-    (b"\x00\x00", b"HTTP/1.1 400 ", "speaks no HTTP: 0000"),
-    (b"\r\n\r\n", b"HTTP/1.1 400 ", "speaks no HTTP: 0d0a")])
+    (b"\x00\x00", b"HTTP/1.1 400 ", "speaks no HTTP: 0000")])
 @live()
 async def test_who_speaks_no_http_is_told_at_once_and_shown(site, first, told, reason):
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
@@ -9555,7 +9653,7 @@ async def test_a_connection_that_says_nothing_is_closed_in_the_end(site, monkeyp
 @live()
 async def test_a_request_that_comes_a_byte_at_a_time_is_read(site):
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":
+    for byte in b"\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":
         writer.write(bytes((byte,)))
         await asyncio.sleep(0.001)
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
@@ -10522,16 +10620,18 @@ def running_browser(path):
     folder = tempfile.mkdtemp(prefix="ocppboard-browser-")
     process = subprocess.Popen(
         [path, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
-         "--no-first-run", *Look.FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+         "--no-first-run", *Look.FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True)
 
     def end():
         process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
     atexit.register(end)
-    for line in process.stderr or ():
+    said = process.stderr or io.StringIO()
+    for line in said:
         if match := re.search(r"DevTools listening on (ws://\S+)", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
+            threading.Thread(target=said.read, daemon=True).start()
             return match[1]
     raise AssertionError("the browser did not start")
 
