@@ -1158,7 +1158,7 @@ class Register:
         self._stop_is_none = False       # what was told as the stop's register
         self.pieced = False              # the energy is the sum of several tracks
         self._tracks: list[Track] = []
-        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # their times: one is told once
+        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # (told, monotonic) times of them
         self._interval_wh: float | None = None
         self._partial: tuple | None = None               # (time, tracks before) of some phases
 
@@ -1211,12 +1211,13 @@ class Register:
         self._partial = point.at, [replace(track) for track in self._tracks]
         self.add(point)
 
-    def add_interval(self, at_mono: float, wh: float) -> None:
+    def add_interval(self, point: Point) -> None:
         """The energy of one interval, where a meter tells no register; each time counts once."""
-        if at_mono not in self._intervals and 0 <= wh <= 10 * REGISTER_SLACK_WH and (
-                len(self._intervals) < INTERVALS_KEPT or at_mono > self._intervals[0]):
-            self._intervals.append(at_mono)
-            self._interval_wh = (self._interval_wh or 0.0) + wh
+        known, oldest = self._intervals, self._intervals[0][1] if self._intervals else -math.inf
+        if 0 <= point.wh <= 10 * REGISTER_SLACK_WH and all(at != point.at for at, _ in known) and (
+                len(known) < INTERVALS_KEPT or point.mono > oldest):
+            known.append((point.at, point.mono))
+            self._interval_wh = (self._interval_wh or 0.0) + point.wh
 
     @property
     def first_wh(self) -> float | None:
@@ -2147,6 +2148,12 @@ class Codec:
         mask = os.urandom(4)             # "a strong source of entropy" (RFC 6455 5.3)
         return head + mask + masked(data, mask)
 
+    def forget(self) -> None:
+        """The connection is over: its buffers go at once, not with what else refers to it."""
+        self._over = True
+        self._inflater = self._deflater = None
+        self._unread, self._fragments = bytearray(), bytearray()
+
     def _deflated(self, data: bytes) -> bytes:
         """RFC 7692 7.2.1."""
         agreed = self._deflate or Deflate()
@@ -2468,7 +2475,9 @@ class WebSocket:
         except StreamClosedError:
             pass
         finally:
+            self._ending = True
             self.drop()                                  # calls `_ended`, also if closed already
+            self._codec.forget()
 
     def _control(self, opcode: int, content: Any) -> Awaitable | None:
         """RFC 6455 5.5. Nothing is read while a Pong is unsent: who does not read cannot go on."""
@@ -6077,7 +6086,7 @@ class Board:
         register = transaction.register
         at_mono = min(at_mono, transaction.stopped_mono)
         if instant.interval_wh is not None:
-            register.add_interval(at_mono, instant.interval_wh)
+            register.add_interval(Point(at_mono, instant.at, instant.interval_wh))
         phases = instant.found.get("energy_wh")
         if phases and (not instant.begins or (register.start and not begins)):
             if "" not in phases and newest and transaction.reading:     # others may have come
@@ -10498,8 +10507,7 @@ def _why_closed(websocket: WebSocket, code: int, reason: str) -> str:
     if code == NO_CLOSE:
         return "the connection is lost"
     if websocket.closed_by_us:
-        return f"upstream broke the protocol, or {reason}" if code != 1008 else (
-            "upstream does not read")
+        return f"upstream {reason if code == 1008 else f'sent {reason}'}"
     return f"upstream closed the connection ({code})"
 
 

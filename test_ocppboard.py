@@ -1712,6 +1712,19 @@ async def test_a_long_reason_is_cut_between_characters():
 
 
 @run
+async def test_the_buffers_of_a_connection_go_with_it():
+    async with Server() as server:
+        caller = await call(server)
+        caller.peer.write("x" * 1000)
+        assert await caller.next() == "x" * 1000
+        peer = server.seen.peers[0]
+        assert peer._codec._inflater and peer._codec._deflater
+        await caller.close()
+        await eventually(lambda: peer._codec._inflater is peer._codec._deflater is None)
+        assert peer.write("x") is None and peer._codec._deflater is None
+
+
+@run
 async def test_both_sides_close_at_once():
     async with Server() as server:
         caller = await call(server)
@@ -4230,8 +4243,8 @@ def test_what_the_inlet_tells_is_shown_apart():
 def test_an_interval_that_is_told_again_counts_once():
     bench = Bench()
     id_ = start_16(bench, meterStart=0)
-    for at in (60, 120, 120, 60, 180):
-        bench.clock.now = max(bench.clock.now, NOW + at)
+    for at in (60, 120, 120, 60, 183, 183):          # the last one ahead of its time
+        bench.clock.now = max(bench.clock.now + 0.5, NOW + min(at, 180))
         bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": [
             {"timestamp": ocppboard.iso(NOW + at), "sampledValue": [sample("50", INTERVAL)]}]})
     assert bench.transaction()["energyWh"] == 150
