@@ -11835,7 +11835,7 @@ def test_the_boards_periodic_work_goes_on_whatever_the_wall_clock_does(jump, mon
             offset[0] = jump
             pinged = websocket.last_ping
             await until(lambda: websocket.last_ping > pinged and turns["controller"] >= 2
-                        and turns["relay"] >= 4 and turns["telemetry"] >= 4, 4)
+                        and turns["relay"] >= 4 and turns["telemetry"] >= 4, 15)
             event, = (e for e in site.board.system.records if e.kind == "CLOCK_SET")
             assert event.details["seconds"] == pytest.approx(jump, abs=1)
             assert (await site.fetch("/healthz"))[0] == 200
