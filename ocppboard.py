@@ -3015,6 +3015,24 @@ class Interpreter:
                      if c.evse_id == evse_id and not c.ended), None)
 
 
+async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]]) -> dict | None:
+    """Go through a translation: `ask` sends each Call of it, and returns the answer's payload.
+
+    A BoardError that `ask` raises is told to the translation. Returns what it comes to.
+    """
+    try:
+        asked = next(steps)
+        while True:
+            try:
+                answered = await ask(*asked)
+            except BoardError as error:
+                asked = steps.throw(error)
+            else:
+                asked = steps.send(answered)
+    except StopIteration as end:
+        return end.value
+
+
 def _through(t: Interpreter, stages: list, action: str, payload: dict) -> Steps:
     """A Call through converters, one after another, as one."""
     if not stages:
@@ -10045,25 +10063,23 @@ class Line:
         if interpreter.passes(call.action, False):
             self.counts["passed"] += 1
             return (await link.pass_command(call, frame))[1]
-        steps = interpreter.down(call.action, call.payload)
-        answered: dict | None = None
-        failed: BoardError | None = None
-        try:
-            while True:
-                action, payload = steps.throw(failed) if failed else steps.send(answered)
-                failed = answered = None
-                asked_at = self.relay.now()
-                try:
-                    answered, _ = await link.call(action, payload)
-                except BoardError as error:
-                    failed = error
+
+        async def ask(action: str, payload: dict) -> dict:
+            asked_at, failed = self.relay.now(), None
+            try:
+                return (await link.call(action, payload))[0]
+            except BoardError as error:
+                failed = kept(error)
+                raise
+            finally:
                 self.counts["translated"] += 1
-                self._relayed("translation", "DOWN", call, error=kept(failed) if failed else None,
+                self._relayed("translation", "DOWN", call, error=failed,
                               to=Call("", action, payload, to_json(payload)),
                               latency_ms=(self.relay.now() - asked_at) * 1000)
-        except StopIteration as end:
-            self._check_answer(call.action, end.value)
-            return pack(_result_of(call, end.value))
+
+        answer_payload = await carry(interpreter.down(call.action, call.payload), ask)
+        self._check_answer(call.action, answer_payload)
+        return pack(_result_of(call, answer_payload))
 
     def _check_answer(self, action: str, payload: dict) -> None:
         """A translated answer must fit its schema, where that is at hand."""

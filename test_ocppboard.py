@@ -2320,18 +2320,20 @@ def carry(steps, answer, check=lambda action, payload: None):
     """Run a translation as the relay does: `answer(action, payload)` is what the other side says
     to each Call, a payload or a CallFailed. Returns the Calls, and what the caller is answered."""
     calls: list[tuple] = []
-    step = functools.partial(steps.send, None)
-    while len(calls) < 100:
-        try:
-            action, payload = step()
-        except StopIteration as end:
-            return calls, end.value
+
+    async def ask(action, payload):
+        assert len(calls) < 100, f"no end of Calls: {calls[-3:]}"
         calls.append((action, payload))
         check(action, payload)
         said = answer(action, payload)
-        failed = isinstance(said, Exception)
-        step = functools.partial(steps.throw if failed else steps.send, said)
-    raise AssertionError(f"no end of Calls: {calls[-3:]}")
+        if isinstance(said, Exception):
+            raise said
+        return said
+    try:                                 # it never waits, so it needs no loop
+        ocppboard.carry(steps, ask).send(None)
+    except StopIteration as end:
+        return calls, end.value
+    raise AssertionError("a translation waits for something")
 
 
 def speaking(direction, version):
