@@ -16397,22 +16397,22 @@ class BoundedServer(HTTPServer):
             self._look(stream, address)
 
     def _tired(self, stream: IOStream) -> None:
-        asyncio.get_running_loop().remove_reader(stream.socket.fileno())
+        IOLoop.current().remove_handler(stream.socket)
         stream.close()
 
     def _looked(self, stream: IOStream, address: tuple, silent: asyncio.TimerHandle) -> None:
         silent.cancel()
-        asyncio.get_running_loop().remove_reader(stream.socket.fileno())
+        IOLoop.current().remove_handler(stream.socket)
         self._look(stream, address)
 
     def _look(self, stream: IOStream, address: tuple) -> None:
         """Look at the first bytes, now or when they come; HTTP begins with a method."""
-        loop, number = asyncio.get_running_loop(), stream.socket.fileno()
         try:
             first = stream.socket.recv(HELLO_BYTES, socket.MSG_PEEK)
         except BlockingIOError:
-            silent = loop.call_later(IDLE_HTTP_S, self._tired, stream)
-            loop.add_reader(number, self._looked, stream, address, silent)
+            silent = asyncio.get_running_loop().call_later(IDLE_HTTP_S, self._tired, stream)
+            IOLoop.current().add_handler(
+                stream.socket, lambda *_: self._looked(stream, address, silent), IOLoop.READ)
         except OSError:
             stream.close()
         else:
