@@ -6487,6 +6487,18 @@ def test_a_charging_is_steered_on_after_a_restart_though_its_events_do_not_say_w
     assert outlet.current_a == 32
 
 
+def test_a_connection_that_came_and_went_between_two_ticks_disturbs_nobody():
+    bench = Bench(smart_charge_enabled=True, smart_charge_site_limit_a=32)
+    controller = ocppboard.Controller(bench.board, bench.clock)
+    start_16(bench)
+    bench.connect(identity="GHOST").end("gone")
+    bench.clock.now += 300
+    for _ in range(3):
+        bench.clock.now += 1
+        controller.tick()
+    assert [record.identity for record in bench.board.smart_charge.records] == ["CP-1"]
+
+
 def test_where_a_transaction_is_that_began_before_us_is_not_guessed():
     bench = Bench("ocpp2.0.1")
 
