@@ -10274,7 +10274,8 @@ class Hurried(Site):
         began = time.monotonic()
         self.clock = lambda: NOW + (time.monotonic() - began) * SPEED
         await super().__aenter__()
-        self.board.clock = self.clock
+        self.board.clock = self.board.mono = self.clock
+        self.board._ahead_s = 0.0
         self.daemon.controller = ocppboard.Controller(self.board, self.clock)
         self._open.callback(asyncio.create_task(self.steer()).cancel)
         return self
