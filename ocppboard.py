@@ -7,7 +7,7 @@
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
     station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
-    station --Call--> Line -> Interpreter -> Wire --> upstream, whose answer goes back
+    station --Call--> Line -> Interpreter -> Exchange --> upstream, whose answer goes back
 
 Words, those of the standard:
 
@@ -16,7 +16,9 @@ Words, those of the standard:
     Call         a request in an OCPP-J frame, answered by CallResult or CallError; Send is not
     transaction  one charging, from start to stop
     Board        ours: the one owner of all state
-    Link         ours: one live WebSocket connection of a station
+    WebSocket    a connection, as its server or its client (RFC 6455)
+    Exchange     ours: the Calls of one side of a connection, one at a time
+    Link         ours: one live connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
     Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
     upstream     the central system that the relay passes a station on to
@@ -125,7 +127,6 @@ LINKS_LOGGED = 200          # lines a minute of the log about stations that come
 KNOCKING_KEPT = 200         # refused upgrades, same ones counted together
 SESSIONS_KEPT = 1000        # logins to the board; the oldest goes first
 ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
-PONGS_UNREAD = 1000         # answers to pings that a station may leave unread
 STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
@@ -2171,6 +2172,7 @@ def masked(data: bytes, mask: bytes) -> bytes:
 
 
 def decoded(data: bytes) -> str:
+    """A text of a message. Raises: WebSocketError, where it is not UTF-8 (RFC 6455 8.1)."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -9233,8 +9235,8 @@ def tolerance(amps: float) -> float:
 # --- Relay --------------------------------------------------------------------------------
 # Which stations go on to an upstream central system, and whose answer counts. The Relay has all
 # Lines. A Line is one station's way there, an Errand one Call on it: waiting, under way, or not
-# heard by upstream yet. A Line asks for a connection and is told of one; what it says goes out by
-# the `write` of a Wire. The Journal keeps on disk what waits.
+# heard by upstream yet. A Line asks for a connection and is told of one: a WebSocket, on which an
+# Exchange has its Calls. The Journal keeps on disk what waits.
 
 TURN_S = 0.25                       # how often lines look at the clock
 LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
