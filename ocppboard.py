@@ -152,7 +152,7 @@ BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes w
 REGISTER_SLACK_WH = 10_000  # and this at once: clocks are set, registers are coarse
 FULL_COUNTERS = (2**31 - 1, 2**32 - 1)       # of no register
 JUMP_WH, DOUBTED = 1000, 5  # a step of more, beyond what power allows, has to hold so many readings
-SERIES_STEP_S = 0.05        # readings of a transaction that come faster are no use to a chart
+SERIES_LEAST_S = 60         # a chart of less is no use: readings that come faster are left out
 POWER_BASE_S = 30           # the least time that power is worked out over
 NESTING = 100               # of a payload's arrays and objects
 BURST_S = 10                # a station may save up this many seconds of its call rate
@@ -1300,7 +1300,7 @@ class Series:
     def __init__(self, start: float):
         self.start = start
         self._numbers = array("f")                       # WIDTH for each reading; unknown is NaN
-        self._step = SERIES_STEP_S                       # seconds between two of them, at least
+        self._step = 0.0                                 # seconds between two of them, at least
 
     def __len__(self) -> int:
         return len(self._numbers) // self.WIDTH
@@ -1324,7 +1324,7 @@ class Series:
             self._numbers = array("f", (value for n in range(0, len(self), 2)
                                         for value in numbers[n * width:(n + 1) * width]))
             span = numbers[-width] - numbers[0]
-            self._step = max(SERIES_STEP_S, 1.8 * span / SERIES_KEPT)    # they come a little early
+            self._step = 1.8 * max(span, SERIES_LEAST_S) / SERIES_KEPT   # they come a little early
 
     def view(self) -> list[dict]:
         """The readings as REST shows them, oldest first."""
