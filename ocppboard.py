@@ -103,6 +103,7 @@ from tornado.tcpclient import TCPClient
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 if sys.platform != "win32":
+    import fcntl
     import resource
 
 VERSION = "0.1.0"
@@ -241,6 +242,12 @@ class TooMany(BoardError):
     def __init__(self, text: str, retry_after: int):
         super().__init__(text)
         self.headers = {"Retry-After": str(retry_after)}
+
+
+class Unavailable(BoardError):
+    """What was asked for cannot be had now; later it can."""
+
+    http_status = 503
 
 
 class Busy(BoardError):
@@ -412,6 +419,9 @@ SETTINGS = (
     Setting("smart_charge", "meter", False),
     Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
     Setting("proxy", "journal", ""),
+    Setting("state", "path", ""),
+    Setting("state", "transactions_days", 400, (1, 36_500)),
+    Setting("state", "history_days", 0, (0, 3650), built=False),
 )
 STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "password", ""),
@@ -1733,6 +1743,477 @@ class Store:
         first = self.total - len(self.records) + 1
         lost = max(0, first - number - 1)
         return list(islice(self.records, max(0, number + 1 - first), None)), lost
+
+
+# --- State --------------------------------------------------------------------------------
+# The SQLite file of what outlives a restart: JSON under a kind and a key. `put` writes behind,
+# `committed` waits for the disk. A thread writes, so that no disk holds up the loop; a file that
+# fails is tried again by itself, a damaged one is set aside, and neither stops the board.
+
+STATE_ID, STATE_VERSION = 0x4F435050, 1     # SQLite's application_id and user_version
+STATE_TABLE = """
+    CREATE TABLE IF NOT EXISTS kept (kind TEXT NOT NULL, key TEXT NOT NULL, at REAL NOT NULL,
+        value TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, key));
+    CREATE INDEX IF NOT EXISTS kept_at ON kept (kind, at);"""
+STATE_PUT = """INSERT INTO kept VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
+    SET at = excluded.at, value = excluded.value, crc = excluded.crc"""
+WRITE_BEHIND_S = 300                # so long what can wait does
+STATE_WAITING, STATE_WAITING_BYTES = 50_000, 16 << 20    # not written yet; the oldest go beyond it
+STATE_RETRY_S = (1, 60)             # the first and longest pause after a failed write
+COMMIT_S = 2                        # so long an answer waits for the disk
+STATE_STOP_S = 3                    # and the end of the process
+LOCKED_S = 1                        # and a write for another program's lock
+CHECKED_BYTES = 64 << 20            # a file up to this size is checked whole at the start
+SET_ASIDE_KEPT = 3                  # damaged files; the oldest is removed
+SALVAGE_TRIES = 1000                # bad pages of one of them, behind which reading goes on
+
+
+class StateRow(NamedTuple):
+    """A value of the state: `at` is its own time in UTC seconds, `text` its JSON; None: removed."""
+
+    kind: str
+    key: str
+    at: float
+    text: str | None
+
+    @property
+    def crc(self) -> int:
+        """By which a row that was altered, or torn, is known."""
+        return zlib.crc32(f"{self.kind}\0{self.key}\0{self.at!r}\0{self.text}".encode())
+
+    @property
+    def value(self) -> Any:
+        """The JSON, read."""
+        return json.loads(self.text or "null")
+
+
+class StateInUse(BoardError):
+    """Another board has this state file."""
+
+
+class State:
+    """What outlives a restart. Without a path nothing does, and all methods do nothing.
+
+    `tell(kind, "", text, details)` is called in the loop when the file fails, works again, or was
+    damaged.
+    """
+
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.time):
+        self.path, self.clock = path, clock
+        self.tell: Callable[[str, str, str, dict], Any] = lambda *event: None
+        self.sources: list[Callable[[], Any]] = []   # each puts all it knows, into a new file
+        self.failing_since: float | None = None
+        self.error = ""
+        self.writes = self.lost = self.bytes_written = 0
+        self.durable = 0                             # puts that an answer has to wait for
+        self._durable_written = 0
+        self._pending: dict[tuple[str, str], StateRow] = {}
+        self._pending_bytes = 0
+        self._removals: dict[str, float] = {}        # {kind: time}: older rows are to go
+        self._waiters: list[asyncio.Future] = []
+        self._due = asyncio.Event()
+        self._retry = 0
+        self._renewed = False                        # the file was gone, and is a new one
+        self._told: list[tuple] = []                 # by the thread, for `tell`
+        self._lock_fd: int | None = None
+        self._is_ours = False            # the file is from a run of ours
+        self._opened = False
+        self._db: sqlite3.Connection | None = None
+        self._inode = 0
+        if path:
+            self._writer = concurrent.futures.ThreadPoolExecutor(1, "state")
+            self._reader = concurrent.futures.ThreadPoolExecutor(1, "state-reader")
+
+    def __bool__(self) -> bool:
+        return bool(self.path)
+
+    # The start
+
+    def open(self) -> None:
+        """Open the file, before anything reads it. Raises: StateInUse.
+
+        One that cannot be opened is tried again while the board runs.
+        """
+        if not self.path:
+            return
+        self._lock()
+        try:
+            self._db = self._connect()
+            if os.path.getsize(self.path) <= CHECKED_BYTES:
+                found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+        except (OSError, sqlite3.Error) as error:
+            self._opened_badly(error)
+        self._opened = True
+        self._tell_all()
+
+    def _opened_badly(self, error: Exception) -> None:
+        if not self._is_damage(error):
+            self._failed(error)
+            self._db = self._connect_read_only()
+            return
+        try:
+            self._set_aside(error)
+        except (OSError, sqlite3.Error) as again:
+            self._failed(again)
+
+    def rows(self, kind: str, limit: int = -1) -> list[StateRow]:
+        """The rows of a kind, or the newest of them, the oldest first; damaged ones left out."""
+        if self._db is None:
+            return []
+        try:
+            found = self._db.execute("SELECT kind, key, at, value, crc FROM kept WHERE kind = ? "
+                                     "ORDER BY at DESC, rowid DESC LIMIT ?", (kind, limit))
+            read = [(StateRow(*row[:4]), row[4]) for row in found]
+        except sqlite3.Error as error:
+            self._opened_badly(error)
+            return self.rows(kind, limit) if self._is_damage(error) and self._db else []
+        good = [row for row, crc in read if self.is_good(row, crc)]
+        if len(good) < len(read):
+            self._told.append(("STATE_DAMAGED", f"{len(read) - len(good)} rows of {kind} in "
+                               f"{self.path} are damaged and left out", {"kind": kind}))
+            log.error("%s", self._told[-1][1])
+        self._tell_all()
+        return good[::-1]
+
+    @staticmethod
+    def is_good(row: StateRow, crc: Any) -> bool:
+        """Whether a row is as it was written; bits on a disk turn types, too."""
+        try:
+            json.loads(row.text or "")
+            return row.crc == crc
+        except (ValueError, TypeError, RecursionError):
+            return False
+
+    # Writing
+
+    def put(self, kind: str, key: str, value: Any, at: float | None = None,
+            durable: bool = False) -> None:
+        """Keep a value under its key; None removes it. `durable`: an answer waits for it."""
+        if not self.path:
+            return
+        row = StateRow(kind, key, self.clock() if at is None else at,
+                       None if value is None else to_json(value))
+        former = self._pending.pop((kind, key), None)
+        self._pending[kind, key] = row
+        self._pending_bytes += _row_bytes(row) - (_row_bytes(former) if former else 0)
+        if durable:
+            self.durable += 1
+        if durable or self._pending_bytes > STATE_WAITING_BYTES // 16:
+            self._due.set()
+        self._drop_beyond_bounds()
+
+    def remove_before(self, kind: str, at: float) -> None:
+        """Remove what is older of a kind, with the next write."""
+        self._removals[kind] = at
+
+    def committed(self) -> Awaitable[bool] | None:
+        """What to await before an answer: whether all that is durable is on disk, in COMMIT_S.
+
+        None: there is nothing to wait for; either it is there, or the file fails (`failing_since`).
+        """
+        if self.durable == self._durable_written or self.failing_since is not None:
+            return None
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return self._wait(waiter)
+
+    async def _wait(self, waiter: asyncio.Future) -> bool:
+        await asyncio.wait({waiter}, timeout=COMMIT_S)
+        return waiter.done() and waiter.result()
+
+    async def run(self) -> None:
+        """Write what is put, until cancelled."""
+        while self.path:
+            pause_s = WRITE_BEHIND_S
+            if self.failing_since is not None:           # nothing new makes it try sooner
+                first_s, longest_s = STATE_RETRY_S
+                await asyncio.sleep(min(longest_s, first_s * 2 ** self._retry))
+                pause_s = 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._due.wait()
+            await self.write()
+
+    async def write(self) -> None:
+        """Write all that waits, in one transaction."""
+        self._due.clear()
+        batch, self._pending, self._pending_bytes = self._pending, {}, 0
+        removals, self._removals = self._removals, {}
+        waiters, self._waiters = self._waiters, []
+        durable = self.durable
+        if not batch and not removals and self.failing_since is None:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._writer, self._write, batch, removals)
+        except asyncio.CancelledError:
+            self._merge_back(batch, removals)
+            raise
+        except (OSError, sqlite3.Error) as error:
+            self._merge_back(batch, removals)
+            self._failed(error)
+        else:
+            self._durable_written = durable
+            self._works()
+        finally:
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(self._durable_written == durable)
+        self._tell_all()
+        if self._renewed:
+            self._renewed = False
+            for source in self.sources:
+                source()
+            self._due.set()
+
+    def _merge_back(self, batch: dict, removals: dict) -> None:
+        """What was not written waits again, under what came since."""
+        self._pending = batch | self._pending
+        self._pending_bytes = sum(map(_row_bytes, self._pending.values()))
+        self._removals = removals | self._removals
+        self._drop_beyond_bounds()
+
+    def _drop_beyond_bounds(self) -> None:
+        while len(self._pending) > STATE_WAITING or self._pending_bytes > STATE_WAITING_BYTES:
+            row = self._pending.pop(next(iter(self._pending)))
+            self._pending_bytes -= _row_bytes(row)
+            self.lost += 1
+
+    def _failed(self, error: Exception) -> None:
+        self.error = kept(f"{self.path}: {error}")
+        if self.failing_since is not None:
+            self._retry = min(self._retry + 1, 10)
+            return
+        self.failing_since, self._retry = self.clock(), 0
+        log.error("The state cannot be written, and a restart would forget it: %s", self.error)
+        self._told.append(("STATE_FAILING", f"The state cannot be written: {self.error}", {}))
+
+    def _works(self) -> None:
+        if self.failing_since is None:
+            return
+        self.failing_since, self.error = None, ""
+        log.warning("The state is written again: %s", self.path)
+        self._told.append(("STATE_WORKS", "The state is written again", {"lost": self.lost}))
+
+    def _tell_all(self) -> None:
+        while self._told:
+            kind, text, details = self._told.pop(0)
+            self.tell(kind, "", text, details)
+
+    async def stop(self) -> None:
+        """Write what waits, within STATE_STOP_S."""
+        if not self.path:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATE_STOP_S):
+                await self.write()
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._close)
+        for executor in (self._writer, self._reader):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a write has not come back from the disk at the end: nobody can wait for it."""
+        return self._db is not None and bool(self.path)
+
+    async def query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What a function reads from the file, off the loop. Raises: Unavailable."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._reader, self._query, ask)
+        except (OSError, sqlite3.Error) as error:
+            raise Unavailable(f"The state cannot be read: {kept(error)}") from None
+
+    def view(self) -> dict:
+        """The file as REST shows it; sizes in bytes."""
+        return {"path": self.path or None, "sizeBytes": _size_of(self.path),
+                "writes": self.writes, "bytesWritten": self.bytes_written,
+                "waiting": len(self._pending), "lost": self.lost,
+                "failingSince": iso(self.failing_since), "error": self.error or None}
+
+    # In the threads
+
+    def _query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(self.path)}?mode=ro", LOCKED_S,
+                                                uri=True)) as db:
+            return ask(db)
+
+    def _write(self, batch: dict[tuple, StateRow], removals: dict[str, float]) -> None:
+        if self._db is not None and not self._is_there():
+            self._close()
+        try:
+            self._write_to(self._db or self._connect(), batch, removals)
+        except sqlite3.DatabaseError as error:
+            if not self._is_damage(error):
+                raise
+            self._set_aside(error)
+            self._write_to(self._db or self._connect(), batch, removals)
+
+    def _write_to(self, db: sqlite3.Connection, batch: dict[tuple, StateRow],
+                  removals: dict[str, float]) -> None:
+        self._db = db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM kept WHERE kind = ? AND key = ?", [
+                row[:2] for row in batch.values() if row.text is None])
+            db.executemany(STATE_PUT, [(*row, row.crc) for row in batch.values()
+                                       if row.text is not None])
+            db.executemany("DELETE FROM kept WHERE kind = ? AND at < ?", removals.items())
+            db.execute("COMMIT")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            raise
+        self.writes += 1
+        self.bytes_written += sum(map(_row_bytes, batch.values()))
+
+    def _is_there(self) -> bool:
+        """Whether the file is still the one that was opened."""
+        try:
+            return os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, made where there is none. Raises: OSError, sqlite3.Error."""
+        with contextlib.suppress(FileExistsError):       # id tokens are nobody's
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            self._renewed = self._opened
+        db = sqlite3.connect(self.path, LOCKED_S, isolation_level=None, check_same_thread=False)
+        db.text_factory = _decoded
+        try:
+            owner, = db.execute("PRAGMA application_id").fetchone()
+            version, = db.execute("PRAGMA user_version").fetchone()
+            tables, = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if (owner or tables) and owner != STATE_ID:
+                raise sqlite3.DatabaseError("it is another program's file")
+            if version > STATE_VERSION:
+                raise sqlite3.OperationalError(f"it is of a newer version ({version})")
+            if owner and not tables:
+                raise sqlite3.DatabaseError("its table is gone")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA journal_size_limit = 4194304")
+            if not owner:
+                db.executescript(f"PRAGMA application_id = {STATE_ID}; PRAGMA user_version = "
+                                 f"{STATE_VERSION}; {STATE_TABLE}")
+            self._is_ours = True
+        except BaseException:
+            db.close()
+            raise
+        self._inode = os.stat(self.path).st_ino
+        return db
+
+    def _connect_read_only(self) -> sqlite3.Connection | None:
+        """The file of a folder, or disk, that takes no writes, for what is in it."""
+        try:
+            db = sqlite3.connect(f"file:{quote(self.path)}?mode=ro&immutable=1", uri=True,
+                                 check_same_thread=False)
+            owner, = db.execute("PRAGMA application_id").fetchone()
+        except sqlite3.Error:
+            return None
+        if owner == STATE_ID:
+            return db
+        db.close()
+        return None
+
+    def _close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _set_aside(self, error: Exception) -> None:
+        """Keep a damaged file under another name; what can be read goes into a new one.
+
+        Raises: OSError, sqlite3.Error.
+        """
+        self._close()
+        rows, why = list(_salvaged(self.path)), " ".join(str(error).split())
+        name = f"{self.path}.damaged-{int(self.clock())}"
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path + suffix, name + suffix)
+        folder, pattern = os.path.split(f"{self.path}.damaged-")
+        aside = sorted(f for f in os.listdir(folder or ".") if f.startswith(pattern)
+                       and f[len(pattern):].isdigit())
+        for old in aside[:-SET_ASIDE_KEPT]:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, old + suffix))
+        text = (f"The state file was damaged ({kept(why, 100)}): it is now {name}, and "
+                f"{len(rows)} values of it are kept")
+        log.error("%s", text)
+        self._told.append(("STATE_DAMAGED", text, {"file": name, "values": len(rows)}))
+        self._db = self._connect()
+        self._renewed = True
+        self._write_to(self._db, {row[:2]: row for row in rows}, {})
+
+    def _lock(self) -> None:
+        """See that no other board has the file. Raises: StateInUse."""
+        name = f"{self.path}-lock"
+        self._is_ours = os.path.exists(name)
+        if sys.platform == "win32":
+            return
+        try:
+            self._lock_fd = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateInUse(f"another board uses {self.path}") from None
+        except OSError:
+            pass                         # read-only, or a file system without locks
+
+    def _is_damage(self, error: Exception) -> bool:
+        """Whether the file itself is damaged: not locked, not full, and not somebody else's."""
+        return type(error) is sqlite3.DatabaseError and self._is_ours
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode(errors="replace")     # what was altered is known by its checksum
+
+
+def _row_bytes(row: StateRow) -> int:
+    return len(row.key) + len(row.text or "") + 100
+
+
+def _size_of(path: str) -> int | None:
+    try:
+        return os.path.getsize(path) if path else None
+    except OSError:
+        return None
+
+
+def _salvaged(path: str) -> Iterator[StateRow]:
+    """What can still be read of a damaged file: behind a bad page it goes on, further each time."""
+    _pad(path)
+    with contextlib.closing(sqlite3.connect(path, LOCKED_S)) as db:
+        db.text_factory = _decoded
+        last, step = 0, 1
+        for _ in range(SALVAGE_TRIES):
+            try:
+                for rowid, *columns, crc in db.execute(
+                        "SELECT rowid, kind, key, at, value, crc FROM kept NOT INDEXED "
+                        "WHERE rowid > ? ORDER BY rowid", (last,)):
+                    if rowid > last:                     # a damaged tree may lead back
+                        last, step = rowid, 1
+                    row = StateRow(*columns)
+                    if State.is_good(row, crc):
+                        yield row
+                return
+            except sqlite3.DatabaseError:
+                last, step = min(last + step, 1 << 62), step * 2
+
+
+def _pad(path: str) -> None:
+    """Make a file that was cut as long as its header says, or SQLite reads nothing of it."""
+    with open(path, "rb") as file:
+        header = file.read(32)
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 1 << 16 if page_bytes == 1 else page_bytes      # sqlite.org/fileformat2 1.3.2
+    whole = page_bytes * int.from_bytes(header[28:32], "big")
+    if os.path.getsize(path) < whole < 1 << 36:
+        os.truncate(path, whole)
 
 
 # --- Messages -----------------------------------------------------------------------------
@@ -5381,9 +5862,9 @@ class Board:
     """All that is known of the stations, and who follows it."""
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time,
-                 mono: Callable[[], float] | None = None):
+                 mono: Callable[[], float] | None = None, state: State | None = None):
         """`clock` is the wall clock, `mono` the monotonic one; a test's clock serves as both."""
-        self.config, self.clock = config, clock
+        self.config, self.clock, self.state = config, clock, state or State()
         self.mono = mono or (time.monotonic if clock is time.time else clock)
         self.started_at, self._started_mono = clock(), self.mono()
         self._ahead_s = self.started_at - self._started_mono     # of wall time, to see it set
@@ -16441,7 +16922,9 @@ class Daemon:
 
     def __init__(self, config: Config):
         self.config = config
-        self.board = Board(config)
+        self.state = State(state_path(config, os.environ))
+        self.board = Board(config, state=self.state)
+        self.state.tell = self.board.system_event
         self.access = Access(self.board)
         wanted = config.ocpp.validate
         self.schemas = Schemas.installed() if wanted != "off" else None
@@ -16469,7 +16952,11 @@ class Daemon:
     # Start and stop
 
     def start(self) -> None:
-        """Bind the ports and start the periodic work. Raises: ConfigError, with the port."""
+        """Bind the ports and start the periodic work.
+
+        Raises: ConfigError, with the port; StateInUse.
+        """
+        self.state.open()
         for port, application in self._listeners():
             server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
@@ -16489,6 +16976,7 @@ class Daemon:
             self.relay.start()
         # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
         vars(IOLoop.current())["time"] = time.monotonic
+        self.spawn("state", self.state.run())
         self._sample()
         for periodic in self._periodic:
             periodic.start()
@@ -16547,6 +17035,7 @@ class Daemon:
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
+        await self.state.stop()
 
     def station_urls(self) -> list[str]:
         """What stations connect to, but for their identity at the end."""
@@ -16697,7 +17186,13 @@ def _log_request(handler: RequestHandler) -> None:
             handler.request.remote_ip)
 
 
-async def run(config: Config) -> None:
+def state_path(config: Config, environ: Mapping[str, str]) -> str:
+    """The state file: as configured, else where systemd has a folder for it, else none."""
+    folder = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return config.state.path or (folder and os.path.join(folder, "ocppboard.db"))
+
+
+async def run(config: Config) -> Daemon:
     """The daemon's life: start, tell where, wait for a signal, stop."""
     daemon = Daemon(config)
     daemon.start()
@@ -16709,6 +17204,7 @@ async def run(config: Config) -> None:
     await stop.wait()
     log.info("Stopping")
     await daemon.stop()
+    return daemon
 
 
 def tell_check(config: Config) -> None:
@@ -16748,8 +17244,10 @@ def tell_start(daemon: Daemon) -> None:
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))
-    if config.proxy.upstream and not config.proxy.journal:
-        log.info("What waits for upstream is lost at a restart: proxy.journal would keep it")
+    if daemon.state:
+        log.info("What outlives a restart is kept in %s", daemon.state.path)
+    else:
+        log.info("A restart forgets everything: state.path would keep it")
     if config.ocpp.accept == "any" and any(u.password for u in config.proxy.upstream):
         log.warning("Whoever connects as a station that goes on gets upstream by "
                     "proxy.upstream.password: list the stations, with passwords of their own")
@@ -16898,11 +17396,13 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             configure_log(options.log_level)
             raise_file_limit()
-            asyncio.run(run(config))
+            daemon = asyncio.run(run(config))
             let_output_go()
-    except ConfigError as error:
+            if daemon.state.stuck:       # Python would wait for the thread, and that for the disk
+                os._exit(0)
+    except (ConfigError, StateInUse) as error:
         print(f"ocppboard: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

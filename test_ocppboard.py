@@ -35,6 +35,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import threading
 import time
 import tomllib
 import tracemalloc
@@ -174,6 +175,28 @@ class Bench:
 
     def transaction(self):
         return self.board.transactions.records[-1].view()
+
+
+def with_loop(test):
+    """Run an async test in a loop of its own, for 30 s at most."""
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+    return run
+
+
+async def turn(times=5):
+    """Let the loop turn."""
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+async def until(condition, seconds=5.0):
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come to pass"
+        await asyncio.sleep(0.01)
 
 
 async def _await(awaitable):
@@ -430,6 +453,276 @@ def test_a_register_of_the_session_and_a_glitch_are_no_resets():
     assert energy_of(1_000_000.0, 1_000_100, 0, 400) == (500, True)
     assert energy_of(1000.0, 0, 500, 999, 1001) == (1001, True), "a session passes a low start"
     assert energy_of(0.0, -0.1, -5, 10) == (10, False)
+
+
+# --- State --------------------------------------------------------------------------------
+
+
+def state_of(path, at=NOW):
+    """A state file that is open; what it tells stands in `told`."""
+    state = ocppboard.State(str(path), lambda: at)
+    state.told = []
+    state.tell = lambda kind, *_: state.told.append(kind)
+    state.open()
+    return state
+
+
+def closed(state):
+    """As after the end of the process, however it ended: what was not written is gone."""
+    state._writer.submit(state._close).result()
+    os.close(state._lock_fd)
+
+
+def values(state, kind="t"):
+    return {row.key: row.value for row in state.rows(kind)}
+
+
+@with_loop
+async def test_what_was_put_last_is_there_after_a_restart(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    for key, value in (("a", 1), ("b", {"x": "é"}), ("a", 2), ("c", 3), ("c", None)):
+        state.put("t", key, value)
+    await state.stop()
+    os.close(state._lock_fd)
+    again = state_of(tmp_path / "s.db")
+    assert values(again) == {"a": 2, "b": {"x": "é"}} and again.rows("u") == []
+    assert oct(os.stat(tmp_path / "s.db").st_mode)[-3:] == "600"
+    closed(again)
+
+
+@with_loop
+async def test_the_newest_rows_of_a_kind_are_read_oldest_first_and_old_ones_removed(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    for number in range(10):
+        state.put("t", str(number), number, at=NOW - number)
+    state.remove_before("t", NOW - 5)
+    await state.write()
+    assert [row.value for row in state.rows("t", 3)] == [2, 1, 0]
+    assert [row.value for row in state.rows("t")] == [5, 4, 3, 2, 1, 0]
+    closed(state)
+
+
+@with_loop
+async def test_what_is_durable_is_on_disk_before_the_answer_and_the_rest_waits(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    writer = asyncio.create_task(state.run())
+    state.put("t", "later", 1)
+    assert state.committed() is None                     # nobody waits for it
+    await turn()
+    assert state.writes == 0
+    state.put("t", "now", 2, durable=True)
+    assert await state.committed() is True
+    assert state.committed() is None
+    writer.cancel()
+    closed(state)
+    again = state_of(tmp_path / "s.db")
+    assert values(again) == {"later": 1, "now": 2}       # one transaction for all that waits
+    closed(again)
+
+
+@with_loop
+async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing(
+        tmp_path, monkeypatch, caplog):
+    state = state_of(tmp_path / "s.db")
+    monkeypatch.setattr(ocppboard, "STATE_RETRY_S", (0.02, 0.05))
+    writer = asyncio.create_task(state.run())
+    state.put("t", "before", 0, durable=True)
+    await state.committed()
+    state._db.execute("PRAGMA query_only = 1")           # as a disk that is mounted read-only
+    for number in range(50):
+        state.put("t", str(number), number, durable=True)
+        if (waiting := state.committed()) is not None:
+            assert await waiting is False
+    assert state.failing_since == NOW and state.view()["waiting"] == 50
+    await asyncio.sleep(0.2)
+    assert state.told == ["STATE_FAILING"] and len(caplog.records) == 1
+    writes = state.writes
+    state._db.execute("PRAGMA query_only = 0")
+    await until(lambda: state.failing_since is None)
+    assert state.writes == writes + 1 and state.told[1:] == ["STATE_WORKS"]
+    assert values(state) == {"before": 0} | {str(n): n for n in range(50)}
+    writer.cancel()
+    closed(state)
+
+
+@with_loop
+async def test_a_failing_disk_costs_bounded_memory(tmp_path, monkeypatch):
+    state = state_of(tmp_path / "s.db")
+    monkeypatch.setattr(ocppboard, "STATE_WAITING_BYTES", 10_000)
+    for number in range(1000):
+        state.put("t", str(number), "x" * 100)
+    assert state._pending_bytes <= 10_000 and state.lost == 1000 - len(state._pending) > 0
+    await state.write()
+    assert values(state)["999"] == "x" * 100
+    closed(state)
+
+
+@with_loop
+async def test_a_file_that_was_removed_is_made_anew_with_all_that_is_known(tmp_path):
+    path = tmp_path / "s.db"
+    state = state_of(path)
+    state.sources.append(lambda: state.put("t", "known", "all along"))
+    state.put("t", "known", "all along")
+    await state.write()
+    for name in ("s.db", "s.db-wal", "s.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    state.put("t", "new", 1)
+    await state.write()
+    await state.write()
+    closed(state)
+    again = state_of(path)
+    assert values(again) == {"known": "all along", "new": 1}
+    closed(again)
+
+
+@with_loop
+async def test_rows_that_were_altered_are_left_out_and_that_is_said(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    for key in "abc":
+        state.put("t", key, {"wh": 1000})
+    await state.write()
+    state._db.execute("UPDATE kept SET value = replace(value, '1000', '9000') WHERE key = 'b'")
+    state._db.execute("UPDATE kept SET crc = 'no' WHERE key = 'c'")
+    closed(state)
+    again = state_of(tmp_path / "s.db")
+    assert values(again) == {"a": {"wh": 1000}}
+    await again.write()
+    assert again.told == ["STATE_DAMAGED"]
+    closed(again)
+
+
+@with_loop
+async def test_a_file_torn_at_any_place_never_keeps_the_board_from_starting(tmp_path):
+    path = tmp_path / "s.db"
+    state = state_of(path)
+    for number in range(200):
+        state.put("t", str(number), "x" * 100)
+    await state.stop()
+    os.close(state._lock_fd)
+    whole, chance = path.read_bytes(), random.Random(1)
+    saved = []
+    for place in (0, 17, 60, 70, 100, *(chance.randrange(len(whole)) for _ in range(40))):
+        for torn in (whole[:place], whole[:place] + os.urandom(512) + whole[place + 512:]):
+            for name in os.listdir(tmp_path):
+                if name != "s.db-lock":
+                    (tmp_path / name).unlink()
+            path.write_bytes(torn)
+            damaged = state_of(path)
+            found = values(damaged)
+            assert set(found.values()) <= {"x" * 100}    # never something else
+            saved.append(len(found))
+            damaged.put("t", "new", 1)
+            await damaged.write()
+            assert damaged.failing_since is None and values(damaged)["new"] == 1, place
+            closed(damaged)
+    assert sum(count > 150 for count in saved) > 20      # a bad page costs what stands in it
+
+
+@with_loop
+async def test_damage_that_shows_while_the_board_runs_costs_what_is_damaged_alone(tmp_path):
+    path = tmp_path / "s.db"
+    state = state_of(path)
+    for number in range(500):
+        state.put("t", str(number), "x" * 200)
+    await state.write()
+    state._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    pages = path.stat().st_size // 4096
+    content = bytearray(path.read_bytes())
+    for page in range(3, pages, 3):
+        content[page * 4096:(page + 1) * 4096] = bytes(4096)
+    path.write_bytes(content)
+    state._writer.submit(state._close).result()          # it had them in memory
+    for number in range(500, 600):
+        state.put("t", str(number), "new")
+    await state.write()
+    await state.write()
+    assert state.failing_since is None and state.told[0] == "STATE_DAMAGED"
+    assert sum(value == "new" for value in values(state).values()) == 100
+    closed(state)
+
+
+@pytest.mark.parametrize("content", ["a text of somebody", "database", "newer"])
+@with_loop
+async def test_another_programs_file_and_a_newer_one_are_not_touched(tmp_path, content):
+    path = tmp_path / "s.db"
+    if content == "a text of somebody":
+        path.write_text(content)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("CREATE TABLE theirs (x)")
+            if content == "newer":
+                other.execute(f"PRAGMA application_id = {ocppboard.STATE_ID}")
+                other.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    state = state_of(path)
+    state.put("t", "a", 1, durable=True)
+    assert state.committed() is None and state.rows("t") == []
+    await state.write()
+    assert state.told == ["STATE_FAILING"] and path.read_bytes() == before
+    closed(state)
+
+
+@with_loop
+async def test_a_second_board_on_the_same_file_is_refused(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    with pytest.raises(ocppboard.StateInUse, match="another board uses"):
+        state_of(tmp_path / "s.db")
+    closed(state)
+
+
+@with_loop
+async def test_a_file_that_another_program_has_locked_is_written_when_it_lets_go(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "LOCKED_S", 0.05)
+    monkeypatch.setattr(ocppboard, "STATE_RETRY_S", (0.02, 0.05))
+    state = state_of(tmp_path / "s.db")
+    writer = asyncio.create_task(state.run())
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        state.put("t", "a", 1, durable=True)
+        await until(lambda: state.failing_since is not None)
+    await until(lambda: state.failing_since is None)
+    assert values(state) == {"a": 1}
+    writer.cancel()
+    closed(state)
+
+
+@with_loop
+async def test_a_read_only_file_is_read_all_the_same(tmp_path, monkeypatch):
+    state = state_of(tmp_path / "s.db")
+    state.put("t", "a", 1)
+    await state.stop()
+    os.close(state._lock_fd)
+
+    def connect(state):
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+    monkeypatch.setattr(ocppboard.State, "_connect", connect)
+    again = state_of(tmp_path / "s.db")
+    assert values(again) == {"a": 1} and again.failing_since is not None
+    closed(again)
+
+
+@with_loop
+async def test_the_end_does_not_wait_for_a_disk_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "STATE_STOP_S", 0.1)
+    state, hangs = state_of(tmp_path / "s.db"), threading.Event()
+    state._writer.submit(hangs.wait)
+    state.put("t", "a", 1)
+    began = time.monotonic()
+    await state.stop()
+    assert time.monotonic() - began < 1 and state.stuck
+    hangs.set()
+    os.close(state._lock_fd)
+
+
+@with_loop
+async def test_without_a_path_nothing_is_kept_and_nothing_waits():
+    state = ocppboard.State()
+    state.open()
+    state.put("t", "a", 1, durable=True)
+    assert not state and state.committed() is None and state.rows("t") == []
+    await state.stop()
+    assert state.view()["path"] is None
 
 
 # --- Messages -----------------------------------------------------------------------------
@@ -5283,20 +5576,6 @@ def test_a_handler_that_raises_is_answered_with_internal_error(monkeypatch, capl
 SCHEMAS = ocppboard.Schemas.installed()
 
 
-def with_loop(test):
-    """Run an async test in a loop of its own, for 30 s at most."""
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
-    return run
-
-
-async def turn(times=5):
-    """Let the loop turn."""
-    for _ in range(times):
-        await asyncio.sleep(0)
-
-
 class Command:
     """A command on its way to the station of a Bench."""
 
@@ -9209,14 +9488,6 @@ def live(**keys):
     return decorate
 
 
-async def until(condition, seconds=5.0):
-    """Wait until it holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come to pass"
-        await asyncio.sleep(0.01)
-
-
 async def exchange(socket_, action, payload, id_="1"):
     await socket_.send(json.dumps([2, id_, action, payload]))
     return json.loads(await socket_.recv())
@@ -11856,6 +12127,18 @@ def test_a_copy_by_another_name_runs_as_well(tmp_path):
     copy.write_bytes((HERE / "ocppboard.py").read_bytes())
     done = subprocess.run([sys.executable, str(copy), "--version"], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"ocppboard {ocppboard.VERSION}\n", "")
+
+
+def test_two_boards_do_not_share_a_state_file(tmp_path):
+    environ = {"OCPPBOARD_STATE_PATH": str(tmp_path / "s.db")}
+    first = ocppboard_process("--port", "0", environ=environ)
+    assert next(line for line in first.stdout if line.startswith("The board: "))
+    second = ocppboard_process("--port", "0", environ=environ)
+    assert second.communicate(timeout=10)[1] == (
+        f"ocppboard: another board uses {tmp_path / 's.db'}\n") and second.returncode == 1
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=10)
+    assert first.returncode == 0
 
 
 def test_check_says_what_it_found(tmp_path):
