@@ -7,7 +7,7 @@
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
     station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
-    station --Call--> Line -> Interpreter -> Exchange --> upstream, whose answer goes back
+    station --Call--> Line -> Translator -> Exchange --> upstream, whose answer goes back
 
 Words, those of the standard:
 
@@ -23,7 +23,7 @@ Words, those of the standard:
     Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
     upstream     the central system that the relay passes a station on to
     Line         ours: one station's way upstream; an Errand is one Call on it
-    Crossing     ours: a transaction under the ids of both sides; the Interpreter translates
+    Translator   ours: stands between versions; its TransactionMapping has the ids of both sides
 
 Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
 """
@@ -3383,28 +3383,28 @@ class Schemas:
 #   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
 #   4 places               8 meter values               12 commands           16 one version
 #
-# `t` is the Interpreter; `here` is the station's name of a thing and `there` upstream's; None as
-# an answer: the other side has nothing to say to it, and the board's own answer is good.
+# `t` is the Translator; `station_id` and `upstream_id` are both sides' names of a transaction. None
+# as an answer: the other side has nothing to say to it, and the board's own answer is good.
 
 # 1. Ids of both sides
 
 Steps = Generator[tuple, dict, dict | None]
-CROSSINGS_KEPT = 200                # transactions of a station whose ids we remember
+MAPPINGS_KEPT = 200                 # transactions of a station whose ids we remember
 
 
 @dataclass(slots=True)
-class Crossing:
+class TransactionMapping:
     """A transaction under the names that it has on both sides."""
 
-    here: int | str                     # the station's transaction id
-    there: int | str | None             # upstream's; None until a 1.6 one has given it
+    station_id: int | str                     # the station's transaction id
+    upstream_id: int | str | None             # upstream's; None until a 1.6 one has given it
     evse_id: int = 0
     id_token: str | None = None         # as upstream was told it
     seq_no: int = 0                     # 2.x upstream: of the next event
     state: str = ""                     # the chargingState told last
     charged: bool = False               # energy has flowed
     ended: bool = False
-    told_end: bool = False              # and upstream has heard of it
+    end_reported: bool = False              # and upstream has heard of it
     left: bool = False                  # and the vehicle has left
     started: str = ""                   # 2.x station: when it began
     register: int | None = None         # Wh, as last heard
@@ -3414,7 +3414,7 @@ class Crossing:
     saved: bool = False                 # it is in the journal
 
 
-class Interpreter:
+class Translator:
     """Stands between a station and an upstream of another version, and knows what is whose id.
 
     With one version on both sides it only knows transaction ids that the board gave out while
@@ -3424,7 +3424,7 @@ class Interpreter:
     def __init__(self, station: str, upstream: str, new_id: Callable[[], int],
                  clock: Callable[[], float] = time.time):
         self.station, self.upstream, self.new_id, self.clock = station, upstream, new_id, clock
-        self.crossings: OrderedDict = OrderedDict()      # {the station's id: Crossing}
+        self.mappings: OrderedDict = OrderedDict()      # {the station's id: TransactionMapping}
         self.given: int | None = None        # the id that the board gave the start to come
         self.statuses: dict = {}             # {(evse, connector): the station's word}
         self.faults: dict = {}               # {evse: 1.6's errorCode}
@@ -3460,7 +3460,7 @@ class Interpreter:
         """Whether a frame of this Action goes on as it is, byte for byte."""
         if self.station != self.upstream:
             return False
-        if not self.crossings and self.given is None:
+        if not self.mappings and self.given is None:
             return True
         return action not in (RENAMED_UP if up else RENAMED_DOWN).get(self.station, ())
 
@@ -3469,32 +3469,33 @@ class Interpreter:
         self._request_id = self._request_id % 0x7FFFFFFF + 1
         return self._request_id
 
-    def crossing(self, here: int | str, **facts: Any) -> Crossing:
+    def mapping(self, station_id: int | str, **facts: Any) -> TransactionMapping:
         """The transaction that the station calls so, made if it is not known."""
-        found = self.crossings.get(here)
+        found = self.mappings.get(station_id)
         if found is None:
-            found = self.crossings[here] = Crossing(here, **facts)
-            if len(self.crossings) > CROSSINGS_KEPT:
-                oldest = next((key for key, c in self.crossings.items() if c.ended),
-                              next(iter(self.crossings)))
-                del self.crossings[oldest]
+            found = self.mappings[station_id] = TransactionMapping(station_id, **facts)
+            if len(self.mappings) > MAPPINGS_KEPT:
+                oldest = next((key for key, c in self.mappings.items() if c.ended),
+                              next(iter(self.mappings)))
+                del self.mappings[oldest]
         return found
 
-    def named_there(self, there: int | str | None) -> Crossing | None:
+    def by_upstream_id(self, upstream_id: int | str | None) -> TransactionMapping | None:
         """The transaction that upstream calls so."""
-        if there is None:                # no name, though upstream may not have given one yet
+        if upstream_id is None:                # no name, though upstream may not have given one yet
             return None
-        return next((c for c in reversed(self.crossings.values()) if c.there == there), None)
+        return next((c for c in reversed(self.mappings.values())
+                     if c.upstream_id == upstream_id), None)
 
     def begun(self, payload: dict) -> int | None:
         """The id of the transaction that runs by just this StartTransaction already."""
         key = _start_key(payload)
-        return next((c.here for c in reversed(self.crossings.values())
+        return next((c.station_id for c in reversed(self.mappings.values())
                      if c.start_key == key and not c.ended), None)
 
-    def open_at(self, evse_id: int) -> Crossing | None:
+    def open_at(self, evse_id: int) -> TransactionMapping | None:
         """The transaction that runs at an EVSE."""
-        return next((c for c in reversed(self.crossings.values())
+        return next((c for c in reversed(self.mappings.values())
                      if c.evse_id == evse_id and not c.ended), None)
 
 
@@ -3516,7 +3517,7 @@ async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]]) -> di
         return end.value
 
 
-def _through(t: Interpreter, stages: list, action: str, payload: dict) -> Steps:
+def _through(t: Translator, stages: list, action: str, payload: dict) -> Steps:
     """A Call through converters, one after another, as one."""
     if not stages:
         return (yield action, payload)
@@ -3542,18 +3543,18 @@ class Row(NamedTuple):
 
     old: str                            # 1.6's name
     new: str                            # 2.x's name
-    lift: Callable[[Interpreter, Any], Any]      # 1.6's value as 2.x's; None: it cannot be said
-    lower: Callable[[Interpreter, Any], Any]
+    lift: Callable[[Translator, Any], Any]      # 1.6's value as 2.x's; None: it cannot be said
+    lower: Callable[[Translator, Any], Any]
     old_default: Any = None             # what 1.6 needs where 2.x says nothing
     new_default: Any = None
 
 
-def lifted(t: Interpreter, payload: dict, rows: Iterable[Row]) -> dict:
+def lifted(t: Translator, payload: dict, rows: Iterable[Row]) -> dict:
     """What 1.6 says, as 2.0.1 says it. Raises: MissingField."""
     return _crossed(t, payload, [(r.old, r.new, r.lift, r.new_default) for r in rows])
 
 
-def lowered(t: Interpreter, payload: dict, rows: Iterable[Row]) -> dict:
+def lowered(t: Translator, payload: dict, rows: Iterable[Row]) -> dict:
     """What 2.0.1 says, as 1.6 says it. Raises: MissingField."""
     return _crossed(t, payload, [(r.new, r.old, r.lower, r.old_default) for r in rows])
 
@@ -3561,7 +3562,7 @@ def lowered(t: Interpreter, payload: dict, rows: Iterable[Row]) -> dict:
 NEEDED = object()                       # as a default: without the field there is no message
 
 
-def _crossed(t: Interpreter, payload: dict, ways: list) -> dict:
+def _crossed(t: Translator, payload: dict, ways: list) -> dict:
     crossed = {}
     for source, target, convert, default in ways:
         if not target:                   # it is in one version's words only
@@ -3582,19 +3583,19 @@ def _text(length: int) -> Callable:
     return lambda t, value: (str(value)[:length] if isinstance(value, (str, int, float)) else None)
 
 
-def _whole(t: Interpreter, value: Any) -> int | None:
+def _whole(t: Translator, value: Any) -> int | None:
     try:
         return _typed(value, "", int)
     except WrongType:
         return None
 
 
-def _count(t: Interpreter, value: Any) -> int:
+def _count(t: Translator, value: Any) -> int:
     """A number of 1.6 that is -1 where there is nothing to count (5.10), as 2.x has it."""
     return max(0, _whole(t, value) or 0)
 
 
-def _time(t: Interpreter, value: Any) -> str | None:
+def _time(t: Translator, value: Any) -> str | None:
     """A time as it was written, unless that was not what the standard wants."""
     try:
         when, zoned = parse_time(value)
@@ -3624,7 +3625,7 @@ def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) 
 def exact_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
     """A text of which no part is one, such as a URL or a certificate. Raises: NotSupported."""
     def fitting(key: str, length: int) -> Callable:
-        def convert(t: Interpreter, value: Any) -> str | None:
+        def convert(t: Translator, value: Any) -> str | None:
             text = _text(1 << 30)(t, value)
             if text is not None and len(text) > length:
                 raise NotSupported(f"{key} is longer than the {length} of the other version")
@@ -3670,7 +3671,7 @@ def _some(payload: dict, key: str) -> list[dict]:
     return found
 
 
-def _when(t: Interpreter, message: dict) -> str:
+def _when(t: Translator, message: dict) -> str:
     """The `timestamp` of a message; our time where it has none that can be read."""
     return _time(t, message.get("timestamp")) or wire_time(t.clock())
 
@@ -3704,7 +3705,7 @@ def shortened(token: str, length: int) -> str:
     return f"{token[:length - 11]}~{hashlib.sha256(token.encode()).hexdigest()[:10]}"
 
 
-def _lift_token(t: Interpreter, tag: Any) -> dict | None:
+def _lift_token(t: Translator, tag: Any) -> dict | None:
     if not isinstance(tag, (str, int)):
         return None
     token = t.long_tokens.get(tag) or str(tag)
@@ -3714,7 +3715,7 @@ def _lift_token(t: Interpreter, tag: Any) -> dict | None:
     return {"idToken": shortened(token, 36), "type": kind}
 
 
-def _lower_token(t: Interpreter, token: Any) -> str | None:
+def _lower_token(t: Translator, token: Any) -> str | None:
     text = token.get("idToken") if isinstance(token, dict) else None
     if not isinstance(text, str):
         return None
@@ -3771,12 +3772,12 @@ LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
 # An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
-def _lift_place(t: Interpreter, connector: Any) -> dict | None:
+def _lift_place(t: Translator, connector: Any) -> dict | None:
     number = _whole(t, connector)
     return {"id": number} if number else None
 
 
-def _lower_place(t: Interpreter, evse: Any) -> int | None:
+def _lower_place(t: Translator, evse: Any) -> int | None:
     return _whole(t, evse.get("id")) if isinstance(evse, dict) else None
 
 
@@ -3787,7 +3788,7 @@ SOME_EVSE = Row("connectorId", "evseId", lambda t, value: _whole(t, value) or No
 # 5. Charging profiles
 
 
-def _lower_limit(t: Interpreter, value: Any) -> float | None:
+def _lower_limit(t: Translator, value: Any) -> float | None:
     """A limit in tenths, as 1.6 has it, and never above what was said."""
     try:
         tenths = math.floor(_typed(value, "", float) * 10 + 1e-6)
@@ -3796,7 +3797,7 @@ def _lower_limit(t: Interpreter, value: Any) -> float | None:
     return tenths / 10 if tenths % 10 else tenths // 10
 
 
-def _numeric(t: Interpreter, value: Any) -> float | None:
+def _numeric(t: Translator, value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
@@ -3828,7 +3829,7 @@ PROFILE = (
 )
 
 
-def _lift_profile(t: Interpreter, profile: Any) -> dict:
+def _lift_profile(t: Translator, profile: Any) -> dict:
     """A charging profile for a 2.x station. Raises: MissingField, WrongValue."""
     if not isinstance(profile, dict):
         raise MissingField("the charging profile is missing")
@@ -3836,12 +3837,12 @@ def _lift_profile(t: Interpreter, profile: Any) -> dict:
     schedule = lifted(t, required(profile, "chargingSchedule", dict), SCHEDULE)
     crossed["chargingSchedule"] = [{"id": crossed["id"]} | schedule]
     if (number := _whole(t, profile.get("transactionId"))) is not None:
-        known = t.named_there(number)
-        crossed["transactionId"] = known.here if known else str(number)
+        known = t.by_upstream_id(number)
+        crossed["transactionId"] = known.station_id if known else str(number)
     return crossed
 
 
-def _lower_profile(t: Interpreter, profile: Any) -> dict:
+def _lower_profile(t: Translator, profile: Any) -> dict:
     """A charging profile for a 1.6 station. Raises: NotSupported, MissingField."""
     if not isinstance(profile, dict):
         raise MissingField("the charging profile is missing")
@@ -3853,10 +3854,11 @@ def _lower_profile(t: Interpreter, profile: Any) -> dict:
     return crossed
 
 
-def _here_16(t: Interpreter, there: Any) -> int:
+def _here_16(t: Translator, upstream_id: Any) -> int:
     """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
-    known = t.named_there(there)
-    number = known.here if known else _whole(t, there)       # from before a restart: ours it is
+    known = t.by_upstream_id(upstream_id)
+    # One of before a restart has our own id
+    number = known.station_id if known else _whole(t, upstream_id)
     if type(number) is not int or not -1 << 63 < number < 1 << 63:
         raise WrongValue("the transaction is not known")
     return number
@@ -3866,7 +3868,7 @@ COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True),
              word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W")))
 
 
-def lift_composite(t: Interpreter, payload: dict) -> Steps:
+def lift_composite(t: Translator, payload: dict) -> Steps:
     """1.6 5.7 from upstream; 2.0.1 K08."""
     asked = lifted(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
@@ -3878,7 +3880,7 @@ def lift_composite(t: Interpreter, payload: dict) -> Steps:
     return crossed
 
 
-def lower_composite(t: Interpreter, payload: dict) -> Steps:
+def lower_composite(t: Translator, payload: dict) -> Steps:
     """2.0.1 K08 from upstream; 1.6 5.7."""
     asked = lowered(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
@@ -3900,7 +3902,7 @@ def _is_empty(profile: Any) -> bool:
         lenient(profile, "chargingSchedule", dict, {}), "chargingSchedulePeriod", list)
 
 
-def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
+def lift_set_profile(t: Translator, payload: dict) -> Steps:
     """1.6 5.16; 2.0.1 K01."""
     asked = lifted(t, payload, (EVSE,))
     if _is_empty(payload.get("csChargingProfiles")):
@@ -3908,20 +3910,20 @@ def lift_set_profile(t: Interpreter, payload: dict) -> Steps:
     profile = asked["chargingProfile"] = _lift_profile(t, payload.get("csChargingProfiles"))
     # 1.6 may leave the transaction to the connector; 2.x wants it named (K01.FR.03).
     if profile["chargingProfilePurpose"] == "TxProfile" and "transactionId" not in profile and (
-            crossing := t.open_at(asked["evseId"])):
-        profile["transactionId"] = crossing.here
+            mapping := t.open_at(asked["evseId"])):
+        profile["transactionId"] = mapping.station_id
     answer = yield "SetChargingProfile", asked
     return lowered(t, answer, YES_NO)
 
 
-def lower_set_profile(t: Interpreter, payload: dict) -> Steps:
+def lower_set_profile(t: Translator, payload: dict) -> Steps:
     """2.0.1 K01; 1.6 5.16."""
     asked = lowered(t, payload, (EVSE,))
     profile = asked["csChargingProfiles"] = _lower_profile(t, payload.get("chargingProfile"))
-    there = payload["chargingProfile"].get("transactionId")
-    if there is not None:
+    upstream_id = payload["chargingProfile"].get("transactionId")
+    if upstream_id is not None:
         try:
-            profile["transactionId"] = _here_16(t, there)
+            profile["transactionId"] = _here_16(t, upstream_id)
         except WrongValue:
             return {"status": "Rejected"}                # of a transaction that is not there
     answer = yield "SetChargingProfile", asked
@@ -3934,7 +3936,7 @@ CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLe
 CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
 
 
-def lift_clear_profile(t: Interpreter, payload: dict) -> Steps:
+def lift_clear_profile(t: Translator, payload: dict) -> Steps:
     """1.6 5.3; 2.0.1 K10."""
     asked = lifted(t, payload, CLEARED_ID)
     if criteria := lifted(t, payload, CRITERIA):
@@ -3942,7 +3944,7 @@ def lift_clear_profile(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, (yield "ClearChargingProfile", asked), CLEARED)
 
 
-def lower_clear_profile(t: Interpreter, payload: dict) -> Steps:
+def lower_clear_profile(t: Translator, payload: dict) -> Steps:
     """2.0.1 K10; 1.6 5.3."""
     criteria = lenient(payload, "chargingProfileCriteria", dict, {})
     if criteria.get("chargingProfilePurpose") not in (None, *PURPOSES.values()):
@@ -3966,7 +3968,7 @@ BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
           time_row("currentTime", "currentTime", needed=True))
 
 
-def lift_boot(t: Interpreter, payload: dict) -> Steps:
+def lift_boot(t: Translator, payload: dict) -> Steps:
     """1.6 4.2; 2.0.1 B01. What it has of meters, 2.x keeps elsewhere."""
     station = lifted(t, payload, STATION_INFO)
     if "serialNumber" not in station and "chargeBoxSerialNumber" in payload:
@@ -3978,7 +3980,7 @@ def lift_boot(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, _with_time(t, answer), BOOTED)
 
 
-def lower_boot(t: Interpreter, payload: dict) -> Steps:
+def lower_boot(t: Translator, payload: dict) -> Steps:
     """2.0.1 B01; 1.6 4.2."""
     station = lenient(payload, "chargingStation", dict, {})
     asked = lowered(t, station, STATION_INFO) | lowered(t, lenient(station, "modem", dict, {}),
@@ -3986,7 +3988,7 @@ def lower_boot(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, _with_time(t, (yield "BootNotification", asked)), BOOTED)
 
 
-def _with_time(t: Interpreter, answer: dict) -> dict:
+def _with_time(t: Translator, answer: dict) -> dict:
     """A BootNotification's answer, with our time where it has none that can be read."""
     if _time(t, answer.get("currentTime")) is None:
         return answer | {"currentTime": wire_time(t.clock())}
@@ -4011,14 +4013,14 @@ LOG_STATUS = (word_row("status", "status", LOGGED, {"AcceptedCanceled": "UploadF
               whole_row("requestId", "requestId"))
 
 
-def lift_firmware_status(t: Interpreter, payload: dict) -> Steps:
+def lift_firmware_status(t: Translator, payload: dict) -> Steps:
     """1.6 4.5 and its security extension; 2.0.1 L01. The request's id is the last update's."""
     yield "FirmwareStatusNotification", lifted(t, payload, (
         FIRMWARE_STATUS, whole_row("requestId", "requestId", new_default=t.firmware_request)))
     return {}
 
 
-def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
+def lower_firmware_status(t: Translator, payload: dict) -> Steps:
     """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
     asked = lowered(t, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
     if t.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
@@ -4028,7 +4030,7 @@ def lower_firmware_status(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-def lift_diagnostics_status(t: Interpreter, payload: dict) -> Steps:
+def lift_diagnostics_status(t: Translator, payload: dict) -> Steps:
     """1.6 4.4; 2.0.1 N01."""
     asked = lifted(t, payload, (DIAGNOSTICS_STATUS,))
     if t.log_request is not None and asked["status"] != "Idle":
@@ -4037,7 +4039,7 @@ def lift_diagnostics_status(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-def lower_log_status(t: Interpreter, payload: dict) -> Steps:
+def lower_log_status(t: Translator, payload: dict) -> Steps:
     """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
     if t.diagnostics:
         yield "DiagnosticsStatusNotification", lowered(t, payload, (DIAGNOSTICS_STATUS,))
@@ -4059,7 +4061,7 @@ FAULTS_16 = frozenset("""ConnectorLockFailure EVCommunicationError GroundFailure
     PowerSwitchFailure ReaderFailure ResetFailure UnderVoltage OverVoltage WeakSignal""".split())
 
 
-def lift_status(t: Interpreter, payload: dict) -> Steps:
+def lift_status(t: Translator, payload: dict) -> Steps:
     """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
     number = max(0, required(payload, "connectorId", int))
     told = lenient(payload, "status", str, "")
@@ -4076,11 +4078,11 @@ def lift_status(t: Interpreter, payload: dict) -> Steps:
         _note(t.faults, number, fault)
         with contextlib.suppress(CallFailed):            # the status is worth more
             yield "NotifyEvent", _problem(t, number, at, fault, payload)
-    crossing = t.open_at(number) if number else None
+    mapping = t.open_at(number) if number else None
     state = CHARGING_STATE.get(told)
-    if crossing and state and state != crossing.state:
-        crossing.state = state
-        yield from _told_event(crossing, _transaction_event(t, crossing, "Updated", at,
+    if mapping and state and state != mapping.state:
+        mapping.state = state
+        yield from _told_event(mapping, _transaction_event(t, mapping, "Updated", at,
                                                             "ChargingStateChanged"))
     return {}
 
@@ -4091,7 +4093,7 @@ def _note(memory: dict, place: Any, word: str) -> None:
         memory[place] = kept(word, 50)
 
 
-def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
+def _event(t: Translator, at: str, component: dict, variable: str, value: str,
            **more: Any) -> dict:
     """A NotifyEvent of one event (2.0.1 N07)."""
     return {"generatedAt": at, "seqNo": 0, "eventData": [{
@@ -4100,7 +4102,7 @@ def _event(t: Interpreter, at: str, component: dict, variable: str, value: str,
         "eventNotificationType": "HardWiredNotification", **more}]}
 
 
-def _problem(t: Interpreter, number: int, at: str, fault: str, payload: dict) -> dict:
+def _problem(t: Translator, number: int, at: str, fault: str, payload: dict) -> dict:
     """The NotifyEvent of what 1.6 has an errorCode for."""
     wrong = fault != "NoError"
     component = {"name": "ChargingStation"} if not number else {
@@ -4115,7 +4117,7 @@ def _problem(t: Interpreter, number: int, at: str, fault: str, payload: dict) ->
 STATUS_ORDER = ("Occupied", "Reserved", "Available", "Faulted", "Unavailable")
 
 
-def lower_status(t: Interpreter, payload: dict) -> Steps:
+def lower_status(t: Translator, payload: dict) -> Steps:
     """2.0.1 G01; 1.6 4.9."""
     evse_id = max(0, required(payload, "evseId", int))
     _note(t.statuses, (evse_id, lenient(payload, "connectorId", int, 1)),
@@ -4124,37 +4126,37 @@ def lower_status(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-def _status_16(t: Interpreter, evse_id: int, at: str | None) -> dict:
+def _status_16(t: Translator, evse_id: int, at: str | None) -> dict:
     """What 1.6 says of an EVSE, from its connectors' statuses and its transaction."""
     told = [word for (evse, _), word in t.statuses.items() if evse == evse_id]
     status = next((word for word in STATUS_ORDER if word in told),
                   "Unavailable" if evse_id else "Available")         # until the station says so
-    crossing = t.open_at(evse_id)
+    mapping = t.open_at(evse_id)
     if status == "Available":
-        for past in t.crossings.values():
+        for past in t.mappings.values():
             past.left = past.left or (past.evse_id == evse_id and past.ended)
-    if status == "Occupied" or (crossing and not told):
-        status = _occupied_16(t, evse_id, crossing)
+    if status == "Occupied" or (mapping and not told):
+        status = _occupied_16(t, evse_id, mapping)
     _note(t.shown, evse_id, status)
     message = {"connectorId": evse_id, "errorCode": t.faults.get(evse_id, "NoError"),
                "status": status}
     return message | ({"timestamp": at} if at else {})
 
 
-def _occupied_16(t: Interpreter, evse_id: int, crossing: Crossing | None) -> str:
+def _occupied_16(t: Translator, evse_id: int, mapping: TransactionMapping | None) -> str:
     """Which of 1.6's five words for Occupied it is."""
-    if crossing is None:
+    if mapping is None:
         ended = any(c.evse_id == evse_id and c.ended and not c.left
-                    for c in t.crossings.values())
+                    for c in t.mappings.values())
         return "Finishing" if ended else "Preparing"
-    if crossing.state in ("Charging", "SuspendedEV", "SuspendedEVSE"):
-        return crossing.state
-    if crossing.charged:
-        return "Finishing" if crossing.state == "Idle" else "SuspendedEVSE"
+    if mapping.state in ("Charging", "SuspendedEV", "SuspendedEVSE"):
+        return mapping.state
+    if mapping.charged:
+        return "Finishing" if mapping.state == "Idle" else "SuspendedEVSE"
     return "Preparing"
 
 
-def lower_event(t: Interpreter, payload: dict) -> Steps:
+def lower_event(t: Translator, payload: dict) -> Steps:
     """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
     known = False
     for event in _dicts(payload.get("eventData")):
@@ -4215,17 +4217,17 @@ def _decimal(value: Any) -> Decimal | None:
     return number if number.is_finite() and abs(number.adjusted()) < 30 else None
 
 
-def _lift_meter_values(t: Interpreter, told: Any, known: dict | None = None) -> list[dict]:
+def _lift_meter_values(t: Translator, told: Any, known: dict | None = None) -> list[dict]:
     """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
     return _meter_values(t, told, _lift_samples, known or {})
 
 
-def _lower_meter_values(t: Interpreter, told: Any, left_out: tuple = ()) -> list[dict]:
+def _lower_meter_values(t: Translator, told: Any, left_out: tuple = ()) -> list[dict]:
     """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
     return _meter_values(t, told, _lower_samples, left_out)
 
 
-def _meter_values(t: Interpreter, told: Any, cross: Callable, more: Any) -> list[dict]:
+def _meter_values(t: Translator, told: Any, cross: Callable, more: Any) -> list[dict]:
     return [{"timestamp": _when(t, meter), "sampledValue": samples} for meter in _dicts(told)
             if (samples := cross(_dicts(meter.get("sampledValue")), more))]
 
@@ -4357,34 +4359,34 @@ def _register(meter_values: Any, context: str = "") -> int | None:
     return found
 
 
-def lift_meter_values(t: Interpreter, payload: dict) -> Steps:
+def lift_meter_values(t: Translator, payload: dict) -> Steps:
     """1.6 4.7; 2.0.1 J02 (of a transaction, E02 as an event) or J01."""
     number = max(0, lenient(payload, "connectorId", int, 0))
     values = _lift_meter_values(t, payload.get("meterValue"))
     told = lenient(payload, "transactionId", int, 0)
-    crossing = t.crossings.get(told) or (t.open_at(number) if number else None)
-    if crossing is None and told > 0 and number:
-        crossing = _resumed(t, told, number)
+    mapping = t.mappings.get(told) or (t.open_at(number) if number else None)
+    if mapping is None and told > 0 and number:
+        mapping = _resumed(t, told, number)
     if not values:
         return None                      # nothing that 2.x has a word for
-    if crossing is None or crossing.ended:
+    if mapping is None or mapping.ended:
         yield "MeterValues", {"evseId": number, "meterValue": values}
         return {}
     context = values[-1]["sampledValue"][0].get("context")
-    event = _transaction_event(t, crossing, "Updated", values[-1]["timestamp"],
+    event = _transaction_event(t, mapping, "Updated", values[-1]["timestamp"],
                                TRIGGER_OF.get(context, "MeterValuePeriodic"))
-    yield from _told_event(crossing, event | {"meterValue": values})
+    yield from _told_event(mapping, event | {"meterValue": values})
     return {}
 
 
-def lower_meter_values(t: Interpreter, payload: dict) -> Steps:
+def lower_meter_values(t: Translator, payload: dict) -> Steps:
     """2.0.1 J01; 1.6 4.7."""
     values = _lower_meter_values(t, payload.get("meterValue"))
     if not values:
         return None
     asked = {"connectorId": required(payload, "evseId", int), "meterValue": values}
-    if (crossing := t.open_at(asked["connectorId"])) and type(crossing.there) is int:
-        asked["transactionId"] = crossing.there
+    if (mapping := t.open_at(asked["connectorId"])) and type(mapping.upstream_id) is int:
+        asked["transactionId"] = mapping.upstream_id
     yield "MeterValues", asked
     return {}
 
@@ -4405,33 +4407,33 @@ STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
             "Remote"), "ImmediateReset": "HardReset", "MasterPass": "Local"}
 
 
-def _resumed(t: Interpreter, here: int, evse_id: int) -> Crossing:
+def _resumed(t: Translator, station_id: int, evse_id: int) -> TransactionMapping:
     """A transaction that began before we did. Its id is the second it began in, as the board
     gives ids, so that its events go on counting where no former one can have been."""
-    seconds = int(t.clock()) - here
-    return t.crossing(here, there=str(here), evse_id=evse_id,
+    seconds = int(t.clock()) - station_id
+    return t.mapping(station_id, upstream_id=str(station_id), evse_id=evse_id,
                       seq_no=seconds if 0 < seconds < 1 << 30 else 1)
 
 
-def _transaction_event(t: Interpreter, crossing: Crossing, event: str, at: str, trigger: str,
-                       **info: Any) -> dict:
+def _transaction_event(t: Translator, mapping: TransactionMapping, event: str, at: str,
+                       trigger: str, **info: Any) -> dict:
     """A TransactionEvent with all that is known anyway (2.0.1 E01 to E07)."""
-    state = {"chargingState": crossing.state} if crossing.state else {}
+    state = {"chargingState": mapping.state} if mapping.state else {}
     message = {"eventType": event, "timestamp": at, "triggerReason": trigger,
-               "seqNo": crossing.seq_no,
-               "transactionInfo": {"transactionId": crossing.there} | state | info}
-    crossing.seq_no += 1
-    if crossing.evse_id > 0:
-        message["evse"] = {"id": crossing.evse_id, "connectorId": 1}
+               "seqNo": mapping.seq_no,
+               "transactionInfo": {"transactionId": mapping.upstream_id} | state | info}
+    mapping.seq_no += 1
+    if mapping.evse_id > 0:
+        message["evse"] = {"id": mapping.evse_id, "connectorId": 1}
     return message
 
 
-def _told_event(crossing: Crossing, event: dict) -> Steps:
+def _told_event(mapping: TransactionMapping, event: dict) -> Steps:
     """Tell of an event; what upstream could not take comes again, under the same number."""
     try:
         return (yield "TransactionEvent", event)
     except BoardError:
-        crossing.seq_no = event["seqNo"]
+        mapping.seq_no = event["seqNo"]
         raise
 
 
@@ -4446,37 +4448,37 @@ def _start_key(payload: dict) -> tuple:
         "connectorId", "idTag", "timestamp", "meterStart"))
 
 
-def lift_start(t: Interpreter, payload: dict) -> Steps:
+def lift_start(t: Translator, payload: dict) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
     key, again = _start_key(payload), t.begun(payload)
     given, t.given = t.given, None
-    here = given if given is not None else t.new_id() if again is None else again
+    station_id = given if given is not None else t.new_id() if again is None else again
     at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1), ""), "EVConnected")
-    crossing = t.crossing(here, there=str(here), evse_id=max(number, 0), state=state,
-                          start_key=key)
-    crossing.ended, following, crossing.seq_no = False, crossing.seq_no, 0
+    mapping = t.mapping(station_id, upstream_id=str(station_id), evse_id=max(number, 0),
+                        state=state, start_key=key)
+    mapping.ended, following, mapping.seq_no = False, mapping.seq_no, 0
     remote = _remote_start(t, number, tag)
-    event = _transaction_event(t, crossing, "Started", at,
+    event = _transaction_event(t, mapping, "Started", at,
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
-    crossing.seq_no = max(1, following)                  # if it is told once more
+    mapping.seq_no = max(1, following)                  # if it is told once more
     id_token = _lift_token(t, tag)
     reservation = _whole(t, payload.get("reservationId"))
-    crossing.register = _whole(t, payload.get("meterStart"))
+    mapping.register = _whole(t, payload.get("meterStart"))
     event |= {"idToken": id_token} | ({} if reservation is None else {"reservationId": reservation})
-    if crossing.register is not None:
-        event["meterValue"] = [_begin_end(at, crossing.register, "Transaction.Begin")]
+    if mapping.register is not None:
+        event["meterValue"] = [_begin_end(at, mapping.register, "Transaction.Begin")]
     try:
         answer = yield "TransactionEvent", event
     except BoardError:
-        crossing.ended = True            # it will be told again, or never was
+        mapping.ended = True            # it will be told again, or never was
         raise
-    return {"transactionId": here} | lowered(t, answer, (ID_TOKEN_INFO,))
+    return {"transactionId": station_id} | lowered(t, answer, (ID_TOKEN_INFO,))
 
 
-def _remote_start(t: Interpreter, number: int, tag: Any) -> int | None:
+def _remote_start(t: Translator, number: int, tag: Any) -> int | None:
     """The remoteStartId of the command that this start obeys."""
     for known in t.remote_starts:
         if known[0] in (0, number) and known[1] == tag:
@@ -4485,18 +4487,18 @@ def _remote_start(t: Interpreter, number: int, tag: Any) -> int | None:
     return None
 
 
-def lift_stop(t: Interpreter, payload: dict) -> Steps:
+def lift_stop(t: Translator, payload: dict) -> Steps:
     """1.6 4.10; 2.0.1 E06 to E08."""
-    here = required(payload, "transactionId", int)
-    crossing = t.crossings.get(here) or _resumed(t, here, 0)
+    station_id = required(payload, "transactionId", int)
+    mapping = t.mappings.get(station_id) or _resumed(t, station_id, 0)
     at = _when(t, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
-    if crossing.ended:
-        crossing.seq_no -= 1             # the same event, told once more
-    crossing.ended, crossing.state = True, ""
-    event = _transaction_event(t, crossing, "Ended", at, trigger, stoppedReason=stopped)
+    if mapping.ended:
+        mapping.seq_no -= 1             # the same event, told once more
+    mapping.ended, mapping.state = True, ""
+    event = _transaction_event(t, mapping, "Ended", at, trigger, stoppedReason=stopped)
     meter_stop = _whole(t, payload.get("meterStop"))
-    known = {"Transaction.Begin": crossing.register, "Transaction.End": meter_stop}
+    known = {"Transaction.Begin": mapping.register, "Transaction.End": meter_stop}
     values = _lift_meter_values(t, payload.get("transactionData"), known)
     if meter_stop is not None and _register(values, "Transaction.End") != meter_stop:
         values.append(_begin_end(at, meter_stop, "Transaction.End"))
@@ -4505,11 +4507,11 @@ def lift_stop(t: Interpreter, payload: dict) -> Steps:
     if payload.get("idTag") is not None and (id_token := _lift_token(t, payload["idTag"])):
         event["idToken"] = id_token
     answer = yield "TransactionEvent", event
-    crossing.told_end = True
+    mapping.end_reported = True
     return lowered(t, answer, (ID_TOKEN_INFO._replace(old_default=None),))
 
 
-def lower_request_start(t: Interpreter, payload: dict) -> Steps:
+def lower_request_start(t: Translator, payload: dict) -> Steps:
     """2.0.1 F01, F02; 1.6 5.11."""
     asked = lowered(t, payload, (token_row("idTag", "idToken", old_default=NEEDED),
                                  whole_row("connectorId", "evseId")))
@@ -4523,22 +4525,22 @@ def lower_request_start(t: Interpreter, payload: dict) -> Steps:
     return lifted(t, answer, YES_NO)
 
 
-def lower_request_stop(t: Interpreter, payload: dict) -> Steps:
+def lower_request_stop(t: Translator, payload: dict) -> Steps:
     """2.0.1 F03; 1.6 5.12."""
     try:
-        here = _here_16(t, payload.get("transactionId"))
+        station_id = _here_16(t, payload.get("transactionId"))
     except WrongValue:
         return {"status": "Rejected"}
-    answer = yield "RemoteStopTransaction", {"transactionId": here}
+    answer = yield "RemoteStopTransaction", {"transactionId": station_id}
     return lifted(t, answer, YES_NO)
 
 
-def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
+def lower_transaction_status(t: Translator, payload: dict) -> Steps:
     """2.0.1 E14, answered here. What waits for upstream was delivered before it could ask."""
     if payload.get("transactionId") is None:
         return {"messagesInQueue": False}
-    crossing = t.named_there(payload["transactionId"])
-    return {"ongoingIndicator": crossing is not None and not crossing.ended,
+    mapping = t.by_upstream_id(payload["transactionId"])
+    return {"ongoingIndicator": mapping is not None and not mapping.ended,
             "messagesInQueue": False}
     yield                                # never: it makes this a generator, as its like are
 
@@ -4546,7 +4548,7 @@ def lower_transaction_status(t: Interpreter, payload: dict) -> Steps:
 # 10. Transactions of a 2.x station, for a 1.6 upstream
 
 
-def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
+def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     """2.0.1 E01 to E12; 1.6 4.8 to 4.10 and 4.7.
 
     1.6 knows a transaction from when it is known who charges; before that there is just a car.
@@ -4554,59 +4556,59 @@ def lower_transaction_event(t: Interpreter, payload: dict) -> Steps:
     """
     # 1. which transaction it is, and what the event says of it
     info = required(payload, "transactionInfo", dict)
-    kind, here = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
+    kind, station_id = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
     at = _when(t, payload)
-    if here not in t.crossings and kind != "Started":
+    if station_id not in t.mappings and kind != "Started":
         raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
-    crossing = t.crossing(here, there=None, started=at)
-    crossing.evse_id = max(0, lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
-                           ) or crossing.evse_id
+    mapping = t.mapping(station_id, upstream_id=None, started=at)
+    mapping.evse_id = max(0, lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
+                           ) or mapping.evse_id
     told = payload.get("meterValue")
     register, first = _register(told), _register(told, "Transaction.Begin")
-    if crossing.register is None:
-        crossing.register = register if first is None else first
-        crossing.base = 0 if crossing.there is None else crossing.register or 0
-    used = (register or 0) > (crossing.register or 0)
-    crossing.state = kept(lenient(info, "chargingState", str, ""), 50) or crossing.state
-    crossing.charged = crossing.charged or crossing.state == "Charging"
+    if mapping.register is None:
+        mapping.register = register if first is None else first
+        mapping.base = 0 if mapping.upstream_id is None else mapping.register or 0
+    used = (register or 0) > (mapping.register or 0)
+    mapping.state = kept(lenient(info, "chargingState", str, ""), 50) or mapping.state
+    mapping.charged = mapping.charged or mapping.state == "Charging"
     tag, answer = _lower_token(t, payload.get("idToken")), {}
     # 2. begin it upstream, once someone is known to charge
-    ends = kind == "Ended" and not crossing.told_end
-    begins = crossing.there is None and not crossing.ended and (
-        tag is not None or (ends and (crossing.charged or used)))
+    ends = kind == "Ended" and not mapping.end_reported
+    begins = mapping.upstream_id is None and not mapping.ended and (
+        tag is not None or (ends and (mapping.charged or used)))
     if begins:
         reservation = _whole(t, payload.get("reservationId"))
         answer = yield "StartTransaction", {
-            "connectorId": crossing.evse_id, "idTag": tag or "",
-            "meterStart": crossing.register or 0, "timestamp": crossing.started,
+            "connectorId": mapping.evse_id, "idTag": tag or "",
+            "meterStart": mapping.register or 0, "timestamp": mapping.started,
             } | ({} if reservation is None else {"reservationId": reservation})
-        crossing.there, crossing.id_token = required(answer, "transactionId", int), tag
-        crossing.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
+        mapping.upstream_id, mapping.id_token = required(answer, "transactionId", int), tag
+        mapping.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
     elif tag is not None and not ends:
-        answer = crossing.answer
-        if tag != crossing.id_token:
+        answer = mapping.answer
+        if tag != mapping.id_token:
             answer = yield "Authorize", {"idTag": tag}
-    crossing.register = crossing.register if register is None else register
+    mapping.register = mapping.register if register is None else register
     # 3. what was metered, and its end
     values = _lower_meter_values(t, told, ("Hertz",) if ends else ())    # not in a StopTransaction
     if ends:
-        crossing.ended = True
-        if crossing.there is not None:
-            stop = ({"transactionId": crossing.there, "timestamp": at,
-                     "meterStop": (crossing.register or 0) - crossing.base,
+        mapping.ended = True
+        if mapping.upstream_id is not None:
+            stop = ({"transactionId": mapping.upstream_id, "timestamp": at,
+                     "meterStop": (mapping.register or 0) - mapping.base,
                      "reason": _reason_16(info, payload)}
                     | ({} if tag is None else {"idTag": tag})
                     | ({"transactionData": values} if values else {}))
             answer = (yield "StopTransaction", stop) or answer
-        crossing.told_end = True         # not before: what upstream could not take is told again
+        mapping.end_reported = True         # not before: what upstream could not take is told again
     elif values and not (begins and first is not None and sum(
             len(value["sampledValue"]) for value in values) == 1):   # meterStart says it
-        place = {} if crossing.there is None else {"transactionId": crossing.there}
-        yield "MeterValues", {"connectorId": crossing.evse_id, "meterValue": values} | place
+        place = {} if mapping.upstream_id is None else {"transactionId": mapping.upstream_id}
+        yield "MeterValues", {"connectorId": mapping.evse_id, "meterValue": values} | place
     # 4. 1.6 shows the charging state in the connector's status
-    shown_before = t.shown.get(crossing.evse_id)
-    now = _status_16(t, crossing.evse_id, at)
-    if crossing.evse_id and now["status"] not in (shown_before, "Unavailable"):
+    shown_before = t.shown.get(mapping.evse_id)
+    now = _status_16(t, mapping.evse_id, at)
+    if mapping.evse_id and now["status"] not in (shown_before, "Unavailable"):
         yield "StatusNotification", now
     return {} if tag is None else lifted(t, answer, (ID_TOKEN_INFO,))
 
@@ -4617,7 +4619,7 @@ def _reason_16(info: dict, payload: dict) -> str:
     return exact or STOPPED_16.get(stopped, "Other")
 
 
-def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
+def lift_remote_start(t: Translator, payload: dict) -> Steps:
     """1.6 5.11; 2.0.1 F01, F02."""
     asked = lifted(t, payload, (token_row("idTag", "idToken", new_default=NEEDED), SOME_EVSE))
     if asked["idToken"]["idToken"] not in t.token_types and "idTag" in payload:
@@ -4632,12 +4634,12 @@ def lift_remote_start(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, (yield "RequestStartTransaction", asked), YES_NO)
 
 
-def lift_remote_stop(t: Interpreter, payload: dict) -> Steps:
+def lift_remote_stop(t: Translator, payload: dict) -> Steps:
     """1.6 5.12; 2.0.1 F03."""
-    known = t.named_there(required(payload, "transactionId", int))
+    known = t.by_upstream_id(required(payload, "transactionId", int))
     if known is None:
         return {"status": "Rejected"}
-    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.here}), YES_NO)
+    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.station_id}), YES_NO)
 
 
 # 11. Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
@@ -4728,7 +4730,7 @@ def _value_across(key: str, value: Any, units: dict) -> str:
     return value
 
 
-def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
+def lift_change_configuration(t: Translator, payload: dict) -> Steps:
     """1.6 5.2; 2.0.1 B05."""
     key = required(payload, "key", str)
     value = _value_across(key, optional(payload, "value", str, ""), RATE_UNITS)[:1000]
@@ -4740,7 +4742,7 @@ def lift_change_configuration(t: Interpreter, payload: dict) -> Steps:
             else "NotSupported"}
 
 
-def lower_set_variables(t: Interpreter, payload: dict) -> Steps:
+def lower_set_variables(t: Translator, payload: dict) -> Steps:
     """2.0.1 B05; 1.6 5.2, one after another."""
     results = []
     for told in _some(payload, "setVariableData"):
@@ -4762,7 +4764,7 @@ def _result(told: dict) -> dict:
     return {key: told[key] for key in ("attributeType", "component", "variable") if key in told}
 
 
-def lower_get_variables(t: Interpreter, payload: dict) -> Steps:
+def lower_get_variables(t: Translator, payload: dict) -> Steps:
     """2.0.1 B06; 1.6 5.8."""
     asked = _some(payload, "getVariableData")
     keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
@@ -4790,7 +4792,7 @@ def _configuration(answer: dict) -> dict:
             if isinstance(entry.get("key"), str)}
 
 
-def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
+def lift_get_configuration(t: Translator, payload: dict) -> Steps:
     """1.6 5.8; 2.0.1 B06. Without keys, the standard's are asked for."""
     keys = [key for key in lenient(payload, "key", list, []) if isinstance(key, str)]
     asked = keys or [row[0] for row in VARIABLES]
@@ -4814,14 +4816,14 @@ def lift_get_configuration(t: Interpreter, payload: dict) -> Steps:
     return {"configurationKey": found} | ({"unknownKey": unknown} if unknown else {})
 
 
-def lower_base_report(t: Interpreter, payload: dict) -> Steps:
+def lower_base_report(t: Translator, payload: dict) -> Steps:
     """2.0.1 B07, answered from GetConfiguration."""
     if payload.get("reportBase") not in ("ConfigurationInventory", "FullInventory"):
         return {"status": "NotSupported"}
     return (yield from _report(t, payload, lambda variable: True))
 
 
-def lower_report(t: Interpreter, payload: dict) -> Steps:
+def lower_report(t: Translator, payload: dict) -> Steps:
     """2.0.1 B08, answered from GetConfiguration."""
     if payload.get("componentCriteria"):
         return {"status": "NotSupported"}                # 1.6 does not know its parts' states
@@ -4838,7 +4840,7 @@ def _name(told: dict, part: str) -> str:
     return str(lenient(told, part, dict, {}).get("name") or "").lower()
 
 
-def _report(t: Interpreter, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
+def _report(t: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
     request = required(payload, "requestId", int)
     found = _configuration((yield "GetConfiguration", {}))
     entries = []
@@ -4881,7 +4883,7 @@ TRIGGERS_16 = {                          # 2.x's: 1.6's command and requestedMes
 TRIGGERED = status_rows("Accepted", "Rejected", "NotImplemented", worst="Rejected")
 
 
-def lift_trigger(t: Interpreter, payload: dict) -> Steps:
+def lift_trigger(t: Translator, payload: dict) -> Steps:
     """1.6 5.17 and its security extension; 2.0.1 F06."""
     message = TRIGGERS.get(lenient(payload, "requestedMessage", str))
     if message is None:
@@ -4899,7 +4901,7 @@ def lift_trigger(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, answers[0], TRIGGERED)
 
 
-def lower_trigger(t: Interpreter, payload: dict) -> Steps:
+def lower_trigger(t: Translator, payload: dict) -> Steps:
     """2.0.1 F06; 1.6 5.17 and its security extension."""
     message = lenient(payload, "requestedMessage", str)
     place = _lower_place(t, payload.get("evse"))
@@ -4919,12 +4921,12 @@ RESET = (word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, neede
 RESETTING = status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"}, worst="Rejected")
 
 
-def lower_reset(t: Interpreter, payload: dict) -> Steps:
+def lower_reset(t: Translator, payload: dict) -> Steps:
     """2.0.1 B11, B12; 1.6 5.14. A Soft one ends transactions, which OnIdle must not."""
     if payload.get("evseId") is not None:
         return {"status": "Rejected", "statusInfo": {"reasonCode": "UnsupportedParam"}}
     asked = lowered(t, payload, RESET)
-    if asked["type"] == "Soft" and any(not c.ended for c in t.crossings.values()):
+    if asked["type"] == "Soft" and any(not c.ended for c in t.mappings.values()):
         return {"status": "Rejected", "statusInfo": {"reasonCode": "TxInProgress"}}
     answer = yield "Reset", asked
     if answer.get("status") == "Accepted":
@@ -4946,7 +4948,7 @@ UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertif
                       "RevokedCertificate", worst="Rejected")
 
 
-def lift_update(t: Interpreter, payload: dict) -> Steps:
+def lift_update(t: Translator, payload: dict) -> Steps:
     """1.6 5.19; 2.0.1 L01, L02. 1.6 hears of a refusal by a status notification."""
     t.signed_firmware = False
     answer = yield "UpdateFirmware", lifted(t, payload, RETRIES) | {
@@ -4956,7 +4958,7 @@ def lift_update(t: Interpreter, payload: dict) -> Steps:
     return {}
 
 
-def lift_signed_update(t: Interpreter, payload: dict) -> Steps:
+def lift_signed_update(t: Translator, payload: dict) -> Steps:
     """1.6 security extension L01; 2.0.1 L01."""
     t.signed_firmware = True
     answer = yield "UpdateFirmware", lifted(t, payload, (*RETRIES, REQUEST)) | {
@@ -4964,7 +4966,7 @@ def lift_signed_update(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, answer, UPDATED)
 
 
-def lower_update(t: Interpreter, payload: dict) -> Steps:
+def lower_update(t: Translator, payload: dict) -> Steps:
     """2.0.1 L01 as 1.6's signed update, L02 as its plain one."""
     firmware = required(payload, "firmware", dict)
     t.firmware_request = _whole(t, payload.get("requestId"))
@@ -4986,7 +4988,7 @@ LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Reje
             text_row("filename", "filename", 255, 255))
 
 
-def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
+def lift_diagnostics(t: Translator, payload: dict) -> Steps:
     """1.6 5.9; 2.0.1 N01."""
     t.diagnostics = True
     log_ = lifted(t, payload, (*LOG_TIMES, exact_row("location", "remoteLocation", 512, 512,
@@ -4997,7 +4999,7 @@ def lift_diagnostics(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, answer, (text_row("fileName", "filename", 255, 255),)) if accepted else {}
 
 
-def lift_log(t: Interpreter, payload: dict) -> Steps:
+def lift_log(t: Translator, payload: dict) -> Steps:
     """1.6 security extension N01; 2.0.1 N01."""
     t.diagnostics = False
     asked = lifted(t, payload, (*RETRIES, LOG_KIND, REQUEST))
@@ -5005,7 +5007,7 @@ def lift_log(t: Interpreter, payload: dict) -> Steps:
     return lowered(t, (yield "GetLog", asked), LOG_SENT)
 
 
-def lower_log(t: Interpreter, payload: dict) -> Steps:
+def lower_log(t: Translator, payload: dict) -> Steps:
     """2.0.1 N01: diagnostics go the way that every 1.6 station knows."""
     request, log_ = required(payload, "requestId", int), required(payload, "log", dict)
     asked = lowered(t, payload, RETRIES)
@@ -5038,7 +5040,7 @@ HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SH
         exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 
 
-def lower_certificates(t: Interpreter, payload: dict) -> Steps:
+def lower_certificates(t: Translator, payload: dict) -> Steps:
     """2.0.1 M03; 1.6 security extension M03, a type at a time."""
     asked = lenient(payload, "certificateType", list) or list(CERTIFICATES.values())
     chain = []
@@ -5051,7 +5053,7 @@ def lower_certificates(t: Interpreter, payload: dict) -> Steps:
         "status": "NotFound"}
 
 
-def lift_certificates(t: Interpreter, payload: dict) -> Steps:
+def lift_certificates(t: Translator, payload: dict) -> Steps:
     """1.6 security extension M03; 2.0.1 M03."""
     kind = CERTIFICATES.get(lenient(payload, "certificateType", str))
     if kind is None:
@@ -5073,7 +5075,7 @@ SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
 
 
 def _security_event(names: dict) -> Callable:
-    def convert(t: Interpreter, kind: Any) -> str:
+    def convert(t: Translator, kind: Any) -> str:
         return names.get(str(kind), str(kind))[:50]
     return convert
 
@@ -5085,7 +5087,7 @@ SECURITY_EVENT = (
     text_row("techInfo", "techInfo", 255, 255))
 
 
-def _lower_data(t: Interpreter, data: Any) -> str:
+def _lower_data(t: Translator, data: Any) -> str:
     """The `data` of a DataTransfer: a text in 1.6, anything in 2.x."""
     return data if isinstance(data, str) else to_json(data)
 
@@ -5140,7 +5142,7 @@ PLAIN = (
 
 
 def _plain(there: str, cross: Callable, back: Callable, asked: tuple, answered: tuple) -> Callable:
-    def convert(t: Interpreter, payload: dict) -> Steps:
+    def convert(t: Translator, payload: dict) -> Steps:
         answer = yield there, cross(t, payload, asked)
         if "currentTime" in [field_.old for field_ in answered]:
             answer = _with_time(t, answer)
@@ -5157,7 +5159,7 @@ STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, 
 
 def _of_types(action: str, known: Container[str], default: str | None = None) -> Callable:
     """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
-    def convert(t: Interpreter, payload: dict) -> Steps:
+    def convert(t: Translator, payload: dict) -> Steps:
         if payload.get("certificateType", default) not in known:
             raise NotSupported("1.6 has no certificates of this type")
         return _PLAIN_LOWER[action](t, payload)
@@ -5168,7 +5170,7 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
     return {name: table[name] for name in names} | others
 
 
-def _answered_here(t: Interpreter, payload: dict) -> Steps:
+def _answered_here(t: Translator, payload: dict) -> Steps:
     """The other side has nothing like it and need not: the board's own answer is good."""
     return None
     yield                                # never, as above
@@ -5220,7 +5222,7 @@ LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 stati
 
 
 def _stage(table: dict, version: str) -> Callable:
-    def stage(t: Interpreter, action: str, payload: dict) -> Steps:
+    def stage(t: Translator, action: str, payload: dict) -> Steps:
         if action not in table:
             raise NotSupported(f"{version} has nothing like {shown(action)}")
         return table[action](t, payload)
@@ -5295,7 +5297,7 @@ BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
 FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
 
 
-def older(t: Interpreter, action: str, payload: dict) -> Steps:
+def older(t: Translator, action: str, payload: dict) -> Steps:
     """A Call of 2.1 as 2.0.1 has it. Raises: NotSupported."""
     _check_both(action)
     try:
@@ -5307,7 +5309,7 @@ def older(t: Interpreter, action: str, payload: dict) -> Steps:
     return _newer(action, (yield action, asked))
 
 
-def newer(t: Interpreter, action: str, payload: dict) -> Steps:
+def newer(t: Translator, action: str, payload: dict) -> Steps:
     """A Call of 2.0.1 as 2.1 has it."""
     _check_both(action)
     answer = yield action, _newer(action, payload)
@@ -5422,44 +5424,44 @@ def _newer(action: str, value: Any, key: str = "") -> Any:
 # station makes its own).
 
 
-def _renamed(here: bool, *path: str) -> Callable:
-    def convert(t: Interpreter, action: str, payload: dict) -> Steps:
-        return (yield action, _with_id(t, payload, here, path))
+def _renamed(up: bool, *path: str) -> Callable:
+    def convert(t: Translator, action: str, payload: dict) -> Steps:
+        return (yield action, _with_id(t, payload, up, path))
     return convert
 
 
-def _with_id(t: Interpreter, payload: dict, here: bool, path: tuple) -> dict:
+def _with_id(t: Translator, payload: dict, up: bool, path: tuple) -> dict:
     """The payload with the transaction's id as the other side knows it."""
     first, *rest = path
     value = payload.get(first)
     if rest:
-        return payload | {first: _with_id(t, value, here, tuple(rest))} if isinstance(
+        return payload | {first: _with_id(t, value, up, tuple(rest))} if isinstance(
             value, dict) else payload
-    known = t.crossings.get(_whole(t, value)) if here else t.named_there(value)
-    other = (known.there if here else known.here) if known else None
+    known = t.mappings.get(_whole(t, value)) if up else t.by_upstream_id(value)
+    other = (known.upstream_id if up else known.station_id) if known else None
     return payload if other is None else payload | {first: other}
 
 
-def _started_16(t: Interpreter, action: str, payload: dict) -> Steps:
+def _started_16(t: Translator, action: str, payload: dict) -> Steps:
     """A start whose id the board gave already, or an answer whose id the board has given."""
     answer = yield action, payload
     given, t.given = t.given, None       # after it: the board may have had to answer meanwhile
-    there = _whole(t, answer.get("transactionId"))
-    if there is None:
+    upstream_id = _whole(t, answer.get("transactionId"))
+    if upstream_id is None:
         return answer
-    if given is None and there not in t.crossings:
+    if given is None and upstream_id not in t.mappings:
         return answer
-    here = t.new_id() if given is None else given
-    t.crossings.pop(here, None)          # of one that ended
-    t.crossing(here, there=there)
-    return answer | {"transactionId": here}
+    station_id = t.new_id() if given is None else given
+    t.mappings.pop(station_id, None)          # of one that ended
+    t.mapping(station_id, upstream_id=upstream_id)
+    return answer | {"transactionId": station_id}
 
 
-def _stopped_16(t: Interpreter, action: str, payload: dict) -> Steps:
-    crossing = t.crossings.get(lenient(payload, "transactionId", int))
+def _stopped_16(t: Translator, action: str, payload: dict) -> Steps:
+    mapping = t.mappings.get(lenient(payload, "transactionId", int))
     answer = yield from _renamed(True, "transactionId")(t, action, payload)
-    if crossing:
-        crossing.ended = crossing.told_end = True
+    if mapping:
+        mapping.ended = mapping.end_reported = True
     return answer
 
 
@@ -5471,7 +5473,7 @@ RENAMED_DOWN = {"ocpp1.6": {
 
 
 def _same_version(table: dict) -> Callable:
-    def stage(t: Interpreter, action: str, payload: dict) -> Steps:
+    def stage(t: Translator, action: str, payload: dict) -> Steps:
         convert = table.get(t.station, {}).get(action)
         return (yield from convert(t, action, payload)) if convert else (yield action, payload)
     return stage
@@ -9886,8 +9888,8 @@ class Relay:
             raise WrongType("chargingSchedule is no schedule")
         id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
         read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
-        if known := line.known_there(read.transaction_id):
-            read.transaction_id = known.here
+        if known := line.known_upstream(read.transaction_id):
+            read.transaction_id = known.station_id
         self.controller.keep_foreign(line.identity, read)
         self.board.system_event("PROXY_LIMIT", line.identity, "A charging profile of the upstream "
                                 "system counts as one more limit", {
@@ -9964,7 +9966,7 @@ class Line:
         self.waiting: deque[Errand] = deque()            # but for the one in flight
         self.bytes = 0                       # of their frames
         self.in_flight: Errand | None = None
-        self.interpreters: dict[str, Interpreter] = {}
+        self.translators: dict[str, Translator] = {}
         self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
         self.statuses: dict = {}             # {place: the same of its last StatusNotification}
         self.spoken = False                  # this connection of the station has had an answer
@@ -10188,7 +10190,7 @@ class Line:
         self._miss(errand, error)
         if errand.given is not None:
             self.unborn[errand.given] = None
-            if len(self.unborn) > CROSSINGS_KEPT:
+            if len(self.unborn) > MAPPINGS_KEPT:
                 self.unborn.popitem(last=False)
 
     def _miss(self, errand: Errand, error: str) -> None:
@@ -10252,28 +10254,28 @@ class Line:
         if errand.asked is not None:                     # once more, as it was
             self.exchange.begin(errand.asked, errand.request)
             return
-        interpreter = self._interpreter(errand.protocol)
+        translator = self._translator(errand.protocol)
         call = errand.call
         if self.unborn and lenient(call.payload, "transactionId", int) in self.unborn:
             self._failed(errand, NotSupported("the start of its transaction was not delivered"))
             return
         if call.action == "StartTransaction":
             if errand.given is None and errand.protocol != self.protocol:
-                errand.given = (interpreter.begun(call.payload)      # upstream hears it from us
+                errand.given = (translator.begun(call.payload)      # upstream hears it from us
                                 or self.board.new_transaction_id())
-            interpreter.given = errand.given
-        if interpreter.passes(call.action, True):
+            translator.given = errand.given
+        if translator.passes(call.action, True):
             errand.asked, errand.request = call, errand.frame
             self.exchange.begin(call, errand.frame)
         else:
             if errand.steps is None:                     # else: what is ours to tell
-                errand.steps = interpreter.up(call.action, call.payload)
+                errand.steps = translator.up(call.action, call.payload)
             self._step(errand, None)
 
-    def _interpreter(self, protocol: str) -> Interpreter:
-        found = self.interpreters.get(protocol)
+    def _translator(self, protocol: str) -> Translator:
+        found = self.translators.get(protocol)
         if found is None or found.upstream != self.protocol:
-            found = self.interpreters[protocol] = Interpreter(
+            found = self.translators[protocol] = Translator(
                 protocol, self.protocol, self.board.new_transaction_id, self.board.clock)
             self.relay.journal.restore_ids(self.identity, found)
         return found
@@ -10367,16 +10369,16 @@ class Line:
                               error=f"{message.code}: {message.description}"
                               if type(message) is CallError else None)
             if errand.call.action == "StartTransaction" and errand.protocol == self.protocol:
-                self._interpreter(errand.protocol).given = errand.given
+                self._translator(errand.protocol).given = errand.given
             self._step(errand, message.payload if type(message) is CallResult else CallFailed(
                 message.code, message.description, message.details))
         elif type(message) is CallResult:
             self.counts["passed"] += 1
             if errand.given is not None:                 # we had to answer while it was under way
-                interpreter = self._interpreter(errand.protocol)
-                interpreter.crossings.pop(errand.given, None)        # of one that ended
-                interpreter.crossing(errand.given,
-                                     there=lenient(message.payload, "transactionId", int))
+                translator = self._translator(errand.protocol)
+                translator.mappings.pop(errand.given, None)        # of one that ended
+                translator.mapping(errand.given,
+                                     upstream_id=lenient(message.payload, "transactionId", int))
             self._finish(errand, message, text)
         elif not self._later(errand, message.code):
             self._finish(errand, message, text)
@@ -10385,7 +10387,7 @@ class Line:
     def _keep_ids(self, errand: Errand, ended: bool = False) -> None:
         if errand.worth == WORTHS["StartTransaction"] and self.relay.journal:
             self.relay.journal.used(errand.given)
-            self.relay.journal.keep_ids(self.identity, self._interpreter(errand.protocol), ended)
+            self.relay.journal.keep_ids(self.identity, self._translator(errand.protocol), ended)
 
     def _translated(self, errand: Errand, payload: dict | None) -> None:
         """A translation is through: None where upstream has nothing to say to it."""
@@ -10398,7 +10400,7 @@ class Line:
         reply = _result_of(errand.call, payload)
         same = payload is said and errand.asked is errand.call
         self._finish(errand, reply, frame if same else pack(reply))
-        self.tell(self._interpreter(errand.protocol).told())
+        self.tell(self._translator(errand.protocol).told())
 
     def _failed(self, errand: Errand, error: BoardError) -> None:
         """A translation came to nothing: upstream refused it, or there is no translation."""
@@ -10533,17 +10535,17 @@ class Line:
             self.commands -= 1
         if wire is self.wire:
             wire.write(text)
-            self.tell(self._interpreter(self.station_protocol).told())
+            self.tell(self._translator(self.station_protocol).told())
 
     async def _command(self, call: Call, frame: str) -> str:
         """Have the station do what upstream asks; the frame of the answer."""
-        link, interpreter = self.link, self._interpreter(self.station_protocol)
+        link, translator = self.link, self._translator(self.station_protocol)
         without = self.relay.without_profile(self, call)
         if without is not call:
             call, frame = without, pack(without)
         if call.action not in COMMANDS[self.protocol] and self.protocol != self.station_protocol:
             raise NotSupported(f"{shown(call.action)} is no command of {self.protocol}")
-        if interpreter.passes(call.action, False):
+        if translator.passes(call.action, False):
             self.counts["passed"] += 1
             return (await link.pass_command(call, frame))[1]
 
@@ -10560,7 +10562,7 @@ class Line:
                               to=Call("", action, payload, to_json(payload)),
                               latency_ms=(self.relay.now() - asked_at) * 1000)
 
-        answer_payload = await carry(interpreter.down(call.action, call.payload), ask)
+        answer_payload = await carry(translator.down(call.action, call.payload), ask)
         self._check_answer(call.action, answer_payload)
         return pack(_result_of(call, answer_payload))
 
@@ -10730,9 +10732,9 @@ class Line:
         else:
             self._next()
 
-    def known_there(self, there: Any) -> Crossing | None:
+    def known_upstream(self, there: Any) -> TransactionMapping | None:
         """The transaction that upstream calls so, where that is another name than the station's."""
-        return self._interpreter(self.station_protocol).named_there(there)
+        return self._translator(self.station_protocol).by_upstream_id(there)
 
     # On record
 
@@ -10818,8 +10820,8 @@ def _worth(call: Call) -> int:
     return WORTHS.get(call.action, 0)
 
 
-FACTS_KEPT = ("there", "evse_id", "id_token", "seq_no", "state", "charged", "started", "register",
-              "base")
+FACTS_KEPT = ("upstream_id", "evse_id", "id_token", "seq_no", "state", "charged", "started",
+              "register", "base")
 UNWRITTEN = 50_000                  # statements, while the disk takes none; the oldest go
 
 
@@ -10910,24 +10912,24 @@ class Journal:
         return self._db.execute("SELECT identity, place, protocol, frame FROM told"
                                 ).fetchall() if self._db else []
 
-    def keep_ids(self, identity: str, interpreter: Interpreter, ended: bool = False) -> None:
+    def keep_ids(self, identity: str, translator: Translator, ended: bool = False) -> None:
         """Whose id is whose, of the transactions that run; or forget those that have `ended`."""
-        for crossing in interpreter.crossings.values() if self._db else ():
-            key = (identity, interpreter.station, to_json(crossing.here))
-            if ended and crossing.told_end and crossing.saved:
+        for mapping in translator.mappings.values() if self._db else ():
+            key = (identity, translator.station, to_json(mapping.station_id))
+            if ended and mapping.end_reported and mapping.saved:
                 self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
                             "AND here = ?", *key)
-                crossing.saved = False
-            elif not ended and not crossing.told_end:
-                facts = [getattr(crossing, name) for name in FACTS_KEPT]
+                mapping.saved = False
+            elif not ended and not mapping.end_reported:
+                facts = [getattr(mapping, name) for name in FACTS_KEPT]
                 self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
-                            interpreter.clock(), to_json(facts))
-                crossing.saved = True
+                            translator.clock(), to_json(facts))
+                mapping.saved = True
 
-    def restore_ids(self, identity: str, interpreter: Interpreter) -> None:
-        """Tell an interpreter what an earlier run knew."""
+    def restore_ids(self, identity: str, translator: Translator) -> None:
+        """Tell an translator what an earlier run knew."""
         rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
-                                "protocol = ?", (identity, interpreter.station)) if self._db else ()
+                                "protocol = ?", (identity, translator.station)) if self._db else ()
         for here, at, facts in rows:
             try:
                 known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
@@ -10936,9 +10938,9 @@ class Journal:
                           shown(identity))
                 continue
             # What was told since is not known; there were less events than seconds.
-            known["seq_no"] += max(0, int(interpreter.clock() - at))
+            known["seq_no"] += max(0, int(translator.clock() - at))
             known["state"] = ""          # the station's next status tells it
-            interpreter.crossing(json.loads(here), **known, saved=True)
+            translator.mapping(json.loads(here), **known, saved=True)
 
     def _write(self, statement: str, *values: Any) -> None:
         self._unwritten.append((statement, values))

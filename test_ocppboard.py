@@ -2603,7 +2603,7 @@ def test_what_does_not_fit_its_schema_is_told(version, action, part, payload, wo
 
 def interpreter(direction, caller, other):
     station, upstream = (caller, other) if direction == "up" else (other, caller)
-    return ocppboard.Interpreter(station, upstream, itertools.count(1).__next__, lambda: NOW)
+    return ocppboard.Translator(station, upstream, itertools.count(1).__next__, lambda: NOW)
 
 
 def carry(steps, answer, check=lambda action, payload: None):
@@ -3141,7 +3141,7 @@ def test_a_stop_that_upstream_could_not_take_is_told_again():
 
 def test_a_profile_of_no_transaction_gets_none_while_upstream_has_not_named_one():
     mediator = interpreter("up", "ocpp1.6", "ocpp1.6")
-    mediator.crossing(7, there=None)
+    mediator.mapping(7, upstream_id=None)
     profile = {"connectorId": 1, "csChargingProfiles": {"chargingProfileId": 1}}
     assert carry(mediator.down("SetChargingProfile", profile), answers())[0] == [
         ("SetChargingProfile", profile)]
@@ -3266,7 +3266,7 @@ def asked_of(direction, caller, other, action):
                 with contextlib.suppress(BoardError):
                     carry(getattr(mediator, way)(name, told), answers(
                         StartTransaction={"transactionId": 4}))
-            there = list(mediator.crossings.values())[-1].there if mediator.crossings else "T"
+            there = list(mediator.mappings.values())[-1].upstream_id if mediator.mappings else "T"
             if action.endswith("StopTransaction"):
                 payload["transactionId"] = there
             if direction == "down" and "chargingProfile" in payload:
@@ -7793,7 +7793,7 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     charging(world)
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
-    line = ocppboard.SimpleNamespace(identity=identity, known_there=lambda id_: None)
+    line = ocppboard.SimpleNamespace(identity=identity, known_upstream=lambda id_: None)
     relay = ocppboard.Relay(world.board, None, None, world.controller)
     answered = relay.limit(line, Call('"1"', *call, json.dumps(call[1])))
     assert answered.payload == {"status": "Accepted"}
