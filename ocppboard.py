@@ -7,7 +7,7 @@
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
     station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
-    station --Call--> Line -> Translator -> Exchange --> upstream, whose answer goes back
+    station --Call--> UpstreamSession -> Translator --> upstream, whose answer goes back
 
 Words, those of the standard:
 
@@ -15,14 +15,15 @@ Words, those of the standard:
     evse         where one vehicle charges at a time; 1.6 has none, its connector n is (evse n, 1)
     Call         a request in an OCPP-J frame, answered by CallResult or CallError; Send is not
     transaction  one charging, from start to stop
-    Board        ours: the one owner of all state
+    Board        ours: the one owner of all records
+    State        ours: the file of what outlives a restart
     WebSocket    a connection, as its server or its client (RFC 6455)
     Exchange     ours: the Calls of one side of a connection, one at a time
     Link         ours: one live connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
     Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
     upstream     the central system that the relay passes a station on to
-    Line         ours: one station's way upstream; an Errand is one Call on it
+    session      ours, UpstreamSession: one station's way upstream; its queue has QueuedCalls
     Translator   ours: stands between versions; its TransactionMapping has the ids of both sides
 
 Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
@@ -86,7 +87,7 @@ from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, Protocol, final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -1908,6 +1909,15 @@ class State:
         """Remove what is older of a kind, with the next write."""
         self._removals[kind] = at
 
+    def write_at_start(self) -> None:
+        """Write what was put before the loop runs; what fails waits."""
+        batch, self._pending, self._pending_bytes = self._pending, {}, 0
+        try:
+            self._write(batch, {})
+        except (OSError, sqlite3.Error) as error:
+            self._merge_back(batch, {})
+            self._failed(error)
+
     def committed(self) -> Awaitable[bool] | None:
         """What to await before an answer: whether all that is durable is on disk, in COMMIT_S.
 
@@ -1915,13 +1925,14 @@ class State:
         """
         if self.durable == self._durable_written or self.failing_since is not None:
             return None
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        return self._wait(waiter)
+        return self._wait(self.durable)
 
-    async def _wait(self, waiter: asyncio.Future) -> bool:
-        await asyncio.wait({waiter}, timeout=COMMIT_S)
-        return waiter.done() and waiter.result()
+    async def _wait(self, durable: int) -> bool:
+        if self._durable_written < durable and self.failing_since is None:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await asyncio.wait({waiter}, timeout=COMMIT_S)
+        return self._durable_written >= durable
 
     async def run(self) -> None:
         """Write what is put, until cancelled."""
@@ -1960,7 +1971,7 @@ class State:
         finally:
             for waiter in waiters:
                 if not waiter.done():
-                    waiter.set_result(self._durable_written == durable)
+                    waiter.set_result(None)
         self._tell_all()
         if self._renewed:
             self._renewed = False
@@ -3411,7 +3422,9 @@ class TransactionMapping:
     base: int = 0                       # what it was where a 1.6 upstream had to be told 0
     start_key: tuple = ()               # 1.6 station: what makes a repeated start the same one
     answer: dict = field(default_factory=dict)       # 2.x station: upstream's to the start
-    saved: bool = False                 # it is in the journal
+    ended_by_us: bool = False           # the station never said so
+    seq_reserved: int = 0               # up to this seqNo the state knows that it may be used
+    stored: tuple = ()                  # what the state has of it
 
 
 class Translator:
@@ -3425,7 +3438,6 @@ class Translator:
                  clock: Callable[[], float] = time.time):
         self.station, self.upstream, self.new_id, self.clock = station, upstream, new_id, clock
         self.mappings: OrderedDict = OrderedDict()      # {the station's id: TransactionMapping}
-        self.given: int | None = None        # the id that the board gave the start to come
         self.statuses: dict = {}             # {(evse, connector): the station's word}
         self.faults: dict = {}               # {evse: 1.6's errorCode}
         self.shown: dict = {}                # {evse: the word that a 1.6 upstream has heard last}
@@ -3439,9 +3451,13 @@ class Translator:
         self._told: list = []
         self._request_id = int(clock()) & 0x7FFFFFF
 
-    def up(self, action: str, payload: dict) -> Steps:
-        """A Call of the station, for upstream. Raises (as it runs): NotSupported, MissingField."""
-        return _through(self, STAGES[self.station, self.upstream][0], action, payload)
+    def up(self, action: str, payload: dict, transaction_id: int | None = None) -> Steps:
+        """A Call of the station, for upstream; a StartTransaction with the id that it is given.
+
+        Raises (as it runs): NotSupported, MissingField.
+        """
+        options = {} if transaction_id is None else {"transaction_id": transaction_id}
+        return _through(self, STAGES[self.station, self.upstream][0], action, payload, **options)
 
     def down(self, action: str, payload: dict) -> Steps:
         """A Call of upstream, for the station. Raises (as it runs): NotSupported, MissingField."""
@@ -3460,7 +3476,7 @@ class Translator:
         """Whether a frame of this Action goes on as it is, byte for byte."""
         if self.station != self.upstream:
             return False
-        if not self.mappings and self.given is None:
+        if not self.mappings:
             return True
         return action not in (RENAMED_UP if up else RENAMED_DOWN).get(self.station, ())
 
@@ -3489,9 +3505,23 @@ class Translator:
 
     def begun(self, payload: dict) -> int | None:
         """The id of the transaction that runs by just this StartTransaction already."""
-        key = _start_key(payload)
         return next((c.station_id for c in reversed(self.mappings.values())
-                     if c.start_key == key and not c.ended), None)
+                     if self.began_by(c, payload) and not c.ended), None)
+
+    @staticmethod
+    def began_by(mapping: TransactionMapping, payload: dict) -> bool:
+        """Whether a transaction began by just this StartTransaction."""
+        return mapping.start_key == _start_key(payload)
+
+    @property
+    def ends_for_station(self) -> bool:
+        """Whether the end of a transaction can be told in the station's name: 1.6 has no seqNo."""
+        return self.station != self.upstream and "ocpp1.6" in (self.station, self.upstream)
+
+    def open_mappings(self) -> list[TransactionMapping]:
+        """The transactions that run, as far as upstream knows."""
+        return [mapping for mapping in self.mappings.values()
+                if mapping.upstream_id is not None and not (mapping.ended or mapping.ended_by_us)]
 
     def open_at(self, evse_id: int) -> TransactionMapping | None:
         """The transaction that runs at an EVSE."""
@@ -3499,13 +3529,15 @@ class Translator:
                      if c.evse_id == evse_id and not c.ended), None)
 
 
-async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]]) -> dict | None:
+async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]],
+                asked: tuple | None = None) -> dict | None:
     """Go through a translation: `ask` sends each Call of it, and returns the answer's payload.
 
-    A BoardError that `ask` raises is told to the translation. Returns what it comes to.
+    A BoardError that `ask` raises is told to the translation; after another error it can go on
+    with what was `asked` last. Returns what it comes to.
     """
     try:
-        asked = next(steps)
+        asked = asked or next(steps)
         while True:
             try:
                 answered = await ask(*asked)
@@ -3517,11 +3549,11 @@ async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]]) -> di
         return end.value
 
 
-def _through(t: Translator, stages: list, action: str, payload: dict) -> Steps:
-    """A Call through converters, one after another, as one."""
+def _through(t: Translator, stages: list, action: str, payload: dict, **options: Any) -> Steps:
+    """A Call through converters, one after another, as one; `options` are for the first."""
     if not stages:
         return (yield action, payload)
-    steps = stages[0](t, action, payload)
+    steps = stages[0](t, action, payload, **options)
     try:
         asked = next(steps)
         while True:
@@ -4448,12 +4480,14 @@ def _start_key(payload: dict) -> tuple:
         "connectorId", "idTag", "timestamp", "meterStart"))
 
 
-def lift_start(t: Translator, payload: dict) -> Steps:
+def lift_start(t: Translator, payload: dict, transaction_id: int | None = None) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
-    key, again = _start_key(payload), t.begun(payload)
-    given, t.given = t.given, None
-    station_id = given if given is not None else t.new_id() if again is None else again
+    key, station_id = _start_key(payload), transaction_id
+    if station_id is None:
+        station_id = t.begun(payload)
+    if station_id is None:
+        station_id = t.new_id()
     at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1), ""), "EVConnected")
     mapping = t.mapping(station_id, upstream_id=str(station_id), evse_id=max(number, 0),
@@ -4493,8 +4527,8 @@ def lift_stop(t: Translator, payload: dict) -> Steps:
     mapping = t.mappings.get(station_id) or _resumed(t, station_id, 0)
     at = _when(t, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
-    if mapping.ended:
-        mapping.seq_no -= 1             # the same event, told once more
+    if mapping.ended and not mapping.ended_by_us:
+        mapping.seq_no -= 1              # the same event, told once more
     mapping.ended, mapping.state = True, ""
     event = _transaction_event(t, mapping, "Ended", at, trigger, stoppedReason=stopped)
     meter_stop = _whole(t, payload.get("meterStop"))
@@ -5222,10 +5256,10 @@ LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 stati
 
 
 def _stage(table: dict, version: str) -> Callable:
-    def stage(t: Translator, action: str, payload: dict) -> Steps:
+    def stage(t: Translator, action: str, payload: dict, **options: Any) -> Steps:
         if action not in table:
             raise NotSupported(f"{version} has nothing like {shown(action)}")
-        return table[action](t, payload)
+        return table[action](t, payload, **options)
     return stage
 
 
@@ -5442,21 +5476,6 @@ def _with_id(t: Translator, payload: dict, up: bool, path: tuple) -> dict:
     return payload if other is None else payload | {first: other}
 
 
-def _started_16(t: Translator, action: str, payload: dict) -> Steps:
-    """A start whose id the board gave already, or an answer whose id the board has given."""
-    answer = yield action, payload
-    given, t.given = t.given, None       # after it: the board may have had to answer meanwhile
-    upstream_id = _whole(t, answer.get("transactionId"))
-    if upstream_id is None:
-        return answer
-    if given is None and upstream_id not in t.mappings:
-        return answer
-    station_id = t.new_id() if given is None else given
-    t.mappings.pop(station_id, None)          # of one that ended
-    t.mapping(station_id, upstream_id=upstream_id)
-    return answer | {"transactionId": station_id}
-
-
 def _stopped_16(t: Translator, action: str, payload: dict) -> Steps:
     mapping = t.mappings.get(lenient(payload, "transactionId", int))
     answer = yield from _renamed(True, "transactionId")(t, action, payload)
@@ -5465,7 +5484,7 @@ def _stopped_16(t: Translator, action: str, payload: dict) -> Steps:
     return answer
 
 
-RENAMED_UP = {"ocpp1.6": {"StartTransaction": _started_16, "StopTransaction": _stopped_16,
+RENAMED_UP = {"ocpp1.6": {"StopTransaction": _stopped_16,
                           "MeterValues": _renamed(True, "transactionId")}}
 RENAMED_DOWN = {"ocpp1.6": {
     "RemoteStopTransaction": _renamed(False, "transactionId"),
@@ -6270,11 +6289,16 @@ class Board:
         """A CALL that is on record has its answer, whose own record tells listeners the same."""
         record.response_ms = response_ms
 
-    def error(self, category: str, station: Station, text: str, details: dict) -> None:
+    def error(self, category: str, station: Station, text: str, details: dict) -> Event:
         """Keep something that went wrong between a station and us."""
         station.error_count += 1
-        self._happened("errors", Event(category, station.identity, kept(text), details,
-                                       self.clock(), prefix="err"))
+        return self.error_of(category, station.identity, text, details)
+
+    def error_of(self, category: str, identity: str, text: str, details: dict) -> Event:
+        """The same, of a station that has not come since the start."""
+        event = Event(category, identity, kept(text), details, self.clock(), prefix="err")
+        self._happened("errors", event)
+        return event
 
     def security_event(self, category: str, identity: str, text: str, severity: str,
                        details: dict) -> None:
@@ -6753,10 +6777,12 @@ def _shown_cause(cause: dict) -> dict:
 
 
 def answer(board: Board, station: Station, protocol: str, call: Call,
-           violation: Violation | None = None) -> CallResult | CallError:
+           violation: Violation | None = None,
+           transaction_id: int | None = None) -> CallResult | CallError:
     """The answer to a Call; always exactly one, whatever the Call and whatever the handler does.
 
-    `violation` is what the schema found, where it is to be refused.
+    `violation` is what the schema found, where it is to be refused; `transaction_id` the one that
+    the transaction of a 1.6 StartTransaction has already.
 
     Spec: OCPP-J 1.6 4.2; 2.0.1 part 4, 4.2.
     """
@@ -6774,7 +6800,10 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
         telltale = TELLTALES[protocol].get(call.action)
         if telltale is not None and telltale in call.payload:
             board.quirk(station, "other_versions_body")
-        payload = handler(board, station, call.payload)
+        if transaction_id is None:
+            payload = handler(board, station, call.payload)
+        else:
+            payload = on_start_transaction(board, station, call.payload, transaction_id)
         return CallResult(call.id_text, payload, to_json(payload) if payload else "{}")
     except BoardError as error:
         return refusal(protocol, call.id_text, error)
@@ -7029,11 +7058,12 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     return instants
 
 
-GIVEN = object()                     # a key for the relay: the id that a transaction has already
+def on_start_transaction(board: Board, station: Station, payload: dict,
+                         transaction_id: int | None = None) -> dict:
+    """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already.
 
-
-def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
-    """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already."""
+    `transaction_id` is the one that upstream gave it, or that upstream was told of.
+    """
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
     id_tag = _id_tag(board, station, payload)
     meter_start = _told_register(board, station, payload, "meterStart")
@@ -7042,12 +7072,12 @@ def on_start_transaction(board: Board, station: Station, payload: dict) -> dict:
     start_key = (evse_id, id_tag, started_at if readable else kept(payload.get("timestamp")),
                  meter_start)
     transaction = board.same_start(station, start_key, math.inf if readable else RESUMED_S)
-    if transaction is None and GIVEN not in payload:
+    if transaction is None and transaction_id is None:
         transaction = _same_start_restamped(board, station, evse_id, start_key)
     if transaction is None:
         transaction = board.transaction_started(
-            station, payload.get(GIVEN) or _free_transaction_id(board, station), evse_id,
-            connector_id, id_tag, started_at, meter_start, start_key)
+            station, transaction_id or _free_transaction_id(board, station), evse_id, connector_id,
+            id_tag, started_at, meter_start, start_key)
     else:
         board.transaction_alive(station, transaction, board.mono())
     # Some clients take the second value for the id: the order is the schema's.
@@ -7463,10 +7493,15 @@ class Exchange:
                 pending.future.set_result(None)
         return pending, late
 
-    def give_up(self) -> None:
-        """Wait no more for the answer to the Call under way; a late one will be known."""
+    def give_up(self, error: BoardError | None = None) -> None:
+        """Wait no more for the answer to the Call under way; a late one will be known.
+
+        Who awaits it is told the error.
+        """
         pending, self.pending = self.pending, None
         if pending is not None:
+            if error is not None and pending.future is not None and not pending.future.done():
+                pending.future.set_exception(error)
             self._given_up[pending.call.id_text] = pending
             if len(self._given_up) > LATE_CALLS_KEPT:
                 self._given_up.popitem(last=False)
@@ -7479,6 +7514,20 @@ class Exchange:
             pending.future.set_exception(Conflict(reason))
 
 
+class Upstream(Protocol):
+    """Whoever takes what a station says to a system upstream; its answers come from there."""
+
+    def station_called(self, call: Call, frame: str, started: float,
+                       record: LoggedMessage) -> None:
+        """Take a Call, to be answered by `Link.pass_answer`."""
+
+    def station_said(self, message: Send | CallResultError, frame: str) -> None:
+        """Take what needs no answer."""
+
+    def station_left(self, link: "Link") -> None:
+        """The connection is over."""
+
+
 class Link:
     """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
 
@@ -7487,7 +7536,7 @@ class Link:
         self.board, self.schemas, self.protocol = board, schemas, protocol
         self.write, self.close = write, close
         self.station: Station                        # set by `start`
-        self.line: Any = None                        # to the upstream system, where there is one
+        self.upstream: Upstream | None = None        # of a station that goes on to one
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
         self._strict = board.config.ocpp.validate == "strict"
@@ -7513,8 +7562,8 @@ class Link:
             self.ended = reason
             self.board.disconnected(self.station.identity, self, reason)
             self.exchange.close(f"The connection ended: {reason}")
-            if self.line:
-                self.line.station_left(self)
+            if self.upstream:
+                self.upstream.station_left(self)
         if code is not None:
             self.close(code, reason)
 
@@ -7588,14 +7637,14 @@ class Link:
     def _answer(self, call: Call, frame: str, started: float) -> Awaitable | None:
         """Answer a Call, keep both frames. Returns what to await if the socket is clogged.
 
-        Where the station has a line upstream, the answer comes from there, by `pass_answer`.
+        Where the station goes on upstream, the answer comes from there, by `pass_answer`.
         """
         board, station, protocol = self.board, self.station, self.protocol
         violation = self._violation(call, call.action, "Request") if self.schemas else None
-        if self.line is not None:
+        if self.upstream is not None:
             record = board.message(station, "IN", "CALL", call.action, message_id(call.id_text),
                                    without_secrets(call.action, call.payload, call.text))
-            self.line.station_called(call, frame or pack(call), started, record)
+            self.upstream.station_called(call, frame or pack(call), started, record)
             return None
         reply = answer(board, station, protocol, call, violation if self._strict else None)
         flushed = self._write(pack(reply))
@@ -7609,7 +7658,9 @@ class Link:
 
     def pass_answer(self, record: LoggedMessage, reply: CallResult | CallError, frame: str,
                     started: float, who: str) -> None:
-        """Give the station the answer to a Call that its line took."""
+        """Give the station the answer to a Call that went upstream."""
+        if self.ended:
+            return
         self._write(frame)
         response_ms = (time.perf_counter() - started) * 1000
         self.board.answered(record, response_ms)
@@ -7667,15 +7718,15 @@ class Link:
             self._violation(message, message.action, "Request")
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
-        if self.line is not None:
-            self.line.station_said(message, frame)
+        if self.upstream is not None:
+            self.upstream.station_said(message, frame)
 
     def _result_refused(self, message: CallResultError, frame: str) -> None:
         self.board.message(self.station, "IN", "CALLRESULTERROR", "", message_id(message.id_text),
                            message.text, None, message.code, message.description)
         self._failed(f"The station cannot use our answer: {message.code}", "", message)
-        if self.line is not None:
-            self.line.station_said(message, frame)
+        if self.upstream is not None:
+            self.upstream.station_said(message, frame)
 
     def _failed(self, text: str, action: str, message: CallError | CallResultError) -> None:
         """Keep a CALLERROR, theirs or ours, among the errors."""
@@ -9716,51 +9767,52 @@ def tolerance(amps: float) -> float:
 
 
 # --- Relay --------------------------------------------------------------------------------
-# Which stations go on to an upstream central system, and whose answer counts. The Relay has all
-# Lines. A Line is one station's way there, an Errand one Call on it: waiting, under way, or not
-# heard by upstream yet. A Line asks for a connection and is told of one: a WebSocket, on which an
-# Exchange has its Calls. The Journal keeps on disk what waits.
+# Stations that go on to an upstream central system, whose answers count. An UpstreamSession is one
+# station's way there: a MessageQueue has its QueuedCalls, and one of them at a time is sent. A
+# start or stop is in the State before it is sent, and so is whatever the station has our answer to.
 
-TURN_S = 0.25                       # how often lines look at the clock
-LINE_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
-               "answeredHere")
+TICK_S = 0.25                       # how often sessions look at the clock
+SESSION_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
+                  "answeredHere")
 CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
     "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
     "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
 STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+RELAY_BYTES = 64 << 20              # of frames that wait for upstream, of all stations
+SESSION_BYTES = 2 << 20             # and of one
 
 
 class Relay:
-    """All lines, and what they share: the clock, the journal, the way to a connection."""
+    """All sessions, and what they share: the clock, the state, what passes between them and us."""
 
-    def __init__(self, board: Board, schemas: Schemas | None, spawn: Callable[[str, Any], None],
-                 controller: Controller | None = None, now: Callable[[], float] = time.monotonic):
+    def __init__(self, board: Board, schemas: Schemas | None,
+                 spawn: Callable[[str, Any], asyncio.Task], controller: Controller | None = None,
+                 now: Callable[[], float] = time.monotonic):
         self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
-        self.now = now
-        self.lines: dict[str, Line] = {}
+        self.now, self.state = now, board.state
+        self.sessions: dict[str, UpstreamSession] = {}
         self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
-        self.journal = Journal("")
+        self._last_key = int(board.clock() * 1000)       # of a QueuedCall in the state: they rise
+        self.state.sources.append(self.keep_all)
 
     def start(self) -> None:
-        """Take up what an earlier run had to deliver. Raises: ConfigError, of the journal."""
-        self.journal = Journal(self.board.config.proxy.journal)
-        self.board.transaction_id_used(self.journal.last_id)
-        for number, identity, protocol, given, frame in self.journal.waiting():
-            settings = self.board.config.upstream(identity)
-            if settings is None:
-                log.warning("What waits for %s stays in the journal: no upstream is there for it",
-                            shown(identity))
-                continue
-            line = self._line(identity, settings)
-            try:
-                line.restored(number, protocol, given, frame)
-            except BadFrame as error:
-                log.error("What waits for %s cannot be read: %s", shown(identity), error)
-        for identity, place, protocol, frame in self.journal.told():
-            settings = self.board.config.upstream(identity)
-            if settings is not None:
-                with contextlib.suppress(BadFrame):
-                    self._line(identity, settings).recalled(place, protocol, frame)
+        """Take up what an earlier run knew, and had to deliver."""
+        self.board.transaction_id_used(import_journal(
+            self.board.config.proxy.journal, self.state, self.board.clock()))
+        for kind, restore in RESTORED.items():
+            for row in self.state.rows(kind):
+                try:
+                    identity = row.value["identity"]
+                    settings = self.board.config.upstream(identity)
+                    if settings is not None:
+                        restore(self._session(identity, settings), row)
+                    elif kind == "queued":
+                        log.warning("What waits for %s stays in the state: no upstream is there "
+                                    "for it", shown(identity))
+                except (BadFrame, AttributeError, KeyError, TypeError, ValueError) as error:
+                    log.error("A row of the state, %s %s, cannot be used: %s", kind,
+                              shown(row.key), shown(error))
+        self._drop_beyond_bound()
 
     def attach(self, link: Link, authorization: str) -> None:
         """A station has connected: it goes on upstream if an upstream is there for it."""
@@ -9772,115 +9824,133 @@ class Relay:
             self.asking[identity] = (link, authorization)
             return
         most = self.board.config.store.max_connections
-        if identity not in self.lines and len(self.lines) >= most and not self._make_room():
+        if identity not in self.sessions and len(self.sessions) >= most and not self._make_room():
             log.warning("%s does not go on: %d stations do, or have messages that wait",
                         shown(identity), most)
             return
-        self._line(identity, settings).attach(link, authorization)
+        self._session(identity, settings).attach(link, authorization)
 
     def _make_room(self) -> bool:
-        """Forget a line that nobody uses; False where there is none."""
-        for identity, line in self.lines.items():
-            if line.status == "idle" and line.in_flight is None:
-                del self.lines[identity]
-                self.journal.forget(identity)
-                return True
-        return False
+        """Forget a session that nobody uses; False where there is none."""
+        idle = next((s for s in self.sessions.values() if not s.is_needed()
+                     and s.status == IDLE), None)
+        if idle is None:
+            return False
+        del self.sessions[idle.identity]
+        idle.forget()
+        return True
 
-    def _line(self, identity: str, settings: SimpleNamespace) -> "Line":
-        if identity not in self.lines:
-            self.lines[identity] = Line(self, identity, settings)
-        return self.lines[identity]
+    def _session(self, identity: str, settings: SimpleNamespace) -> "UpstreamSession":
+        if identity not in self.sessions:
+            self.sessions[identity] = session = UpstreamSession(self, identity, settings)
+            session.task = self.spawn("relay", session.run())
+        return self.sessions[identity]
 
-    def turn(self) -> None:
-        """Let each line look at the clock."""
+    def tick(self) -> None:
+        """Let each session look at the clock."""
         now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
         for identity, (link, authorization) in list(self.asking.items()):
             if link.ended or self.board.is_approved(identity):
                 del self.asking[identity]
                 self.attach(link, authorization)
-        for identity, line in list(self.lines.items()):
-            try:
-                line.turn(now)
-            except Exception:            # of one station; the others have their turn
-                log.exception("The relay failed on %s", shown(identity))
-            if line.wire is not None and ping_s:
-                self._keep_alive(line, time.monotonic(), ping_s)
+        for session in list(self.sessions.values()):
+            session.tick(now)
+            if session.websocket is not None and ping_s:
+                self._keep_alive(session, session.websocket, time.monotonic(), ping_s)
+        self._drop_beyond_bound()
 
-    def _keep_alive(self, line: "Line", now: float, ping_s: float) -> None:
+    @staticmethod
+    def _keep_alive(session: "UpstreamSession", websocket: WebSocket, now: float,
+                    ping_s: float) -> None:
         """Ping an upstream; one without any sign for two intervals is gone."""
-        wire = line.wire
-        if now - wire.last_sign > 2 * ping_s:
-            line.closed(wire, "upstream does not answer pings")
+        if now - websocket.last_sign > 2 * ping_s:
+            session.hang_up("upstream does not answer pings")
         else:
-            wire.ping_if_due(now, ping_s)
+            websocket.ping_if_due(now, ping_s)
+
+    def _drop_beyond_bound(self) -> None:
+        """Many stations together must not take all memory: the longest queue gives way."""
+        over = sum(s.queue.bytes for s in self.sessions.values()) - RELAY_BYTES
+        while over > 0:
+            session = max(self.sessions.values(), key=lambda s: s.queue.bytes)
+            before = session.queue.bytes
+            session.drop_least(f"too much waits for upstream ({RELAY_BYTES >> 20} MiB in all)")
+            over -= before - session.queue.bytes
+
+    def next_key(self) -> str:
+        """A key for a row of the state that sorts behind all before it."""
+        self._last_key = max(self._last_key + 1, int(self.board.clock() * 1000))
+        return f"{self._last_key:015d}"
+
+    def keep_all(self) -> None:
+        """Put all that a restart needs into the state: its file is a new one."""
+        for session in self.sessions.values():
+            session.keep_all()
 
     def is_there(self, settings: SimpleNamespace) -> None:
-        """One line has got through: the others of this upstream need not wait as long."""
+        """One session has got through: the others of this upstream need not wait as long."""
         now = self.now()
-        for line in self.lines.values():
-            if line.settings is settings and line.status == "away":
-                line.retry_at = min(line.retry_at, now + random.uniform(0, SOON_S))
-
-    def connect(self, line: "Line") -> None:
-        """Open a connection upstream; the line is told what becomes of it."""
-        self.spawn("relay", open_upstream(line))
+        for session in self.sessions.values():
+            if session.settings is settings and session.status == BACKOFF:
+                session.connect_after = min(session.connect_after, now + random.uniform(0, SOON_S))
 
     def stop(self) -> None:
         """Let go of everything; what was not delivered is in the log."""
-        for line in self.lines.values():
-            if line.buffered:
-                log.warning("%s: %d messages for %s %s", shown(line.identity), line.buffered,
-                            line.settings.url,
-                            "wait in the journal" if self.journal else "are lost")
-            if line.wire is not None:
-                line.wire.close()
-        self.journal.close()
+        for session in self.sessions.values():
+            if waiting := session.waiting:
+                log.warning("%s: %d messages for %s %s", shown(session.identity), waiting,
+                            session.settings.url,
+                            "wait in the state" if self.state else "are lost")
+            session.stop()
 
     def view(self) -> list[dict]:
-        """Each upstream with its lines, as REST shows them."""
+        """Each upstream with its sessions, as REST shows them."""
         views = []
         for settings in self.board.config.proxy.upstream:
-            lines = [line for line in self.lines.values() if line.settings is settings]
-            up = [line for line in lines if line.status == "up"]
-            lags = [line.lag_ms for line in up if line.lag_ms is not None]
+            sessions = [s for s in self.sessions.values() if s.settings is settings]
+            online = [s for s in sessions if s.status == ONLINE]
+            lags = [s.lag_ms for s in online if s.lag_ms is not None]
             views.append({
                 "url": settings.url, "protocol": settings.protocol, "patterns": settings.stations,
                 "whenDown": settings.when_down, "queue": settings.queue,
-                "stations": len(lines), "up": len(up),
-                "upSince": iso(min((line.up_since for line in up), default=None)),
+                "stations": len(sessions), "up": len(online),
+                "upSince": iso(min((s.up_since for s in online if s.up_since), default=None)),
                 "lagMs": round(sum(lags) / len(lags), 3) if lags else None,
-                "waiting": sum(line.buffered for line in lines),
-                **{name: sum(line.counts[name] for line in lines) for name in LINE_COUNTS},
-                "lines": [line.view() for line in sorted(lines, key=attrgetter("identity"))]})
+                "waiting": sum(s.waiting for s in sessions),
+                **{name: sum(s.counts[name] for s in sessions) for name in SESSION_COUNTS},
+                "sessions": [s.view() for s in sorted(sessions, key=attrgetter("identity"))]})
         return views
 
     # Upstream's charging profiles, of stations that we steer
 
-    def limit(self, line: "Line", call: Call) -> CallResult | None:
+    def limit(self, session: "UpstreamSession", call: Call) -> CallResult | None:
         """Take upstream's charging profiles for the limits of a station that we steer.
 
         Returns the answer to upstream; None where the Call is for the station.
         """
-        payload = call.payload
-        if not self._steers(line):
+        payload, controller = call.payload, self._steering(session)
+        if controller is None:
             return None
         if call.action == "SetChargingProfile":
             body, place = (("csChargingProfiles", "connectorId") if "csChargingProfiles" in payload
                            else ("chargingProfile", "evseId"))
-            self._limit(line, required(payload, body, dict), optional(payload, place, int, 0))
+            self._limit(controller, session, required(payload, body, dict),
+                        optional(payload, place, int, 0))
             return _result_of(call, ACCEPTED)
         if call.action == "ClearChargingProfile":
             wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
-            cleared = self.controller.clear_foreign(line.identity, {
+            cleared = controller.clear_foreign(session.identity, {
                 name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
             return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
         return None
 
-    def _steers(self, line: "Line") -> bool:
-        return self.controller is not None and self.controller.manages(line.identity)
+    def _steering(self, session: "UpstreamSession") -> Controller | None:
+        """The power controller, where it steers the station."""
+        steers = self.controller is not None and self.controller.manages(session.identity)
+        return self.controller if steers else None
 
-    def _limit(self, line: "Line", profile: dict, evse_id: int) -> None:
+    def _limit(self, controller: Controller, session: "UpstreamSession", profile: dict,
+               evse_id: int) -> None:
         """Keep a profile of upstream, in either version. Raises: FormatViolation."""
         schedule = profile.get("chargingSchedule")
         schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
@@ -9888,658 +9958,1099 @@ class Relay:
             raise WrongType("chargingSchedule is no schedule")
         id_ = optional(profile, "id", int) or optional(profile, "chargingProfileId", int, 0)
         read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
-        if known := line.known_upstream(read.transaction_id):
+        if known := session.known_upstream(read.transaction_id):
             read.transaction_id = known.station_id
-        self.controller.keep_foreign(line.identity, read)
-        self.board.system_event("PROXY_LIMIT", line.identity, "A charging profile of the upstream "
-                                "system counts as one more limit", {
+        controller.keep_foreign(session.identity, read)
+        self.board.system_event("PROXY_LIMIT", session.identity, "A charging profile of the "
+                                "upstream system counts as one more limit", {
                                     "id": read.id, "purpose": kept(read.purpose, 64),
                                     "evse": evse_id})
 
-    def without_profile(self, line: "Line", call: Call) -> Call:
+    def without_profile(self, session: "UpstreamSession", call: Call) -> Call:
         """A command to start a transaction, its profile taken for ours where we steer."""
-        profile = call.payload.get("chargingProfile")
-        if call.action not in STARTING or not isinstance(profile, dict) or not self._steers(line):
+        profile, controller = call.payload.get("chargingProfile"), self._steering(session)
+        if call.action not in STARTING or not isinstance(profile, dict) or controller is None:
             return call
         place = call.payload.get(STARTING[call.action])
-        self._limit(line, profile | {"transactionId": None}, place if type(place) is int else 0)
+        self._limit(controller, session, profile | {"transactionId": None},
+                    place if type(place) is int else 0)
         payload = {key: value for key, value in call.payload.items() if key != "chargingProfile"}
         return call._replace(payload=payload, text=to_json(payload))
 
 
-WORTHS = {"StartTransaction": 3, "StopTransaction": 3, "SecurityEventNotification": 2,
-          "MeterValues": 1}              # what waits for upstream; the least goes first
-BILLED = ("transactionId", "connectorId", "idTag", "meterStart", "meterStop", "reason", "timestamp",
-          "eventType", "seqNo", "transactionInfo", "evse", "idToken")      # what an invoice needs
-EVENT_WORTHS = {"Started": 3, "Ended": 3}
+# What waits
+
+TRANSACTION, EVENT, TELEMETRY = 3, 2, 1      # priorities; with 0 nothing waits for an upstream away
+PRIORITY = {"StartTransaction": TRANSACTION, "StopTransaction": TRANSACTION,
+            "SecurityEventNotification": EVENT, "MeterValues": TELEMETRY}
+EVENT_PRIORITY = {"Started": TRANSACTION, "Ended": TRANSACTION}      # others: EVENT
 METERED = ("MeterValuePeriodic", "MeterValueClock")
-LINE_BYTES = 2 << 20                # of frames that wait for an upstream, of one station
-SOON_S = 5                          # until the others try, when one station has got through
-RECONNECT_S = (1, 60)               # the shortest and longest pause between two attempts
-SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
-ATTEMPTS = {1: 3, 2: 3, 3: 10}      # to deliver what upstream answers with an error of its own
-DEATHS = {1: 5, 2: 5, 3: 30}        # connections that may end over one message, by its worth
-ANYTIME = {"timestamp": None}
-UNHEARD_KEPT = 50                   # answers that a station may have missed, if it asks again
-HOLD_S = (2, 300)                   # the first and longest pause when it could not take a message
-TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
+CALL_BYTES = 500                    # of memory, that a QueuedCall takes beside its frame
+
+
+def priority_of(call: Call) -> int:
+    """How much it matters that upstream hears of a Call, though it be away now."""
+    if call.action == "TransactionEvent":
+        event = lenient(call.payload, "eventType", str, "")
+        if "idToken" in call.payload:    # to a 1.6 upstream it is the start
+            return TRANSACTION
+        return EVENT_PRIORITY.get(event, TELEMETRY if lenient(
+            call.payload, "triggerReason", str) in METERED else EVENT)
+    if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
+        return 0                         # of no transaction
+    return PRIORITY.get(call.action, 0)
+
+
+def digest_of(call: Call) -> str:
+    """By what the same Call is known that a station says again, under whatever message id."""
+    return hashlib.blake2b(f"{call.action}\n{call.text}".encode(errors="replace"),
+                           digest_size=16).hexdigest()
+
+
+def read_call(frame: str) -> Call:
+    """A frame that was kept. Raises: BadFrame."""
+    call = unpack(frame)
+    if not isinstance(call, Call):
+        raise BadFrame("this is no Call")
+    return call
 
 
 @dataclass(slots=True, eq=False)
-class Errand:
-    """A Call of the station, or one told on its behalf, on its way upstream."""
+class QueuedCall:
+    """A Call of the station, or one in its name, on its way upstream."""
+
+    action: str
+    frame: str                          # as the station wrote it
+    id_text: str                        # of the Call to answer: the station may say it again
+    protocol: str                       # the station's
+    priority: int
+    came_mono: float                    # by the relay's clock
+    status: str = "queued"              # queued | sent | delivered | lost
+    digest: str = ""                    # of what has a priority
+    call: Call | None = None            # the frame, read; not while it waits
+    started: float = 0.0                # when it came, by `perf_counter`
+    record: LoggedMessage | None = None      # while the station waits for the answer
+    answered: bool = False              # the station has our answer, and counts on us
+    missed: bool = False                # the station left before it had an answer
+    reply: CallResult | CallError | None = None      # ours, where upstream has none
+    transaction_id: int | None = None   # that the board gave
+    steps: Steps | None = None          # of its translation
+    asked: Call | None = None           # what upstream is asked, until it has answered
+    sent: Call | None = None            # what it was asked last
+    answer_frame: str = ""              # its last answer, and the payload of that
+    reply_payload: dict | None = None
+    attempts: int = 0                   # that upstream answered with an error
+    disconnects: int = 0                # connections that ended while it was sent
+    introduces: bool = False            # our repetition of the last BootNotification
+    key: str = ""                       # of its row in the state; "": there is none
+
+    def read(self) -> Call:
+        """The Call."""
+        if self.call is None:
+            self.call = read_call(self.frame)
+        return self.call
+
+    def row(self, identity: str) -> dict:
+        """What the state keeps of it."""
+        asked = self.asked and [self.asked.id_text, self.asked.action, self.asked.payload]
+        return {"identity": identity, "protocol": self.protocol, "frame": self.frame,
+                "transactionId": self.transaction_id, "asked": asked,
+                "answered": self.answered}
+
+
+class MessageQueue:
+    """The Calls that wait for upstream, in order; no I/O.
+
+    Bounded by count and bytes; the least priority gives way, of that the oldest.
+    """
+
+    def __init__(self, most: int, most_bytes: int = SESSION_BYTES):
+        self.most, self.most_bytes = most, most_bytes
+        self.bytes = 0
+        self._calls: deque[QueuedCall] = deque()
+        self._by_digest: dict[str, QueuedCall] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[QueuedCall]:
+        return iter(self._calls)
+
+    @property
+    def first(self) -> QueuedCall | None:
+        """What is to be sent next."""
+        return self._calls[0] if self._calls else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether something has to give way."""
+        return len(self._calls) > self.most or self.bytes > self.most_bytes
+
+    def add(self, queued: QueuedCall, first: bool = False) -> None:
+        """Put it at the end, or before all others."""
+        queued.status = "queued"
+        if first:
+            self._calls.appendleft(queued)
+        else:
+            self._calls.append(queued)
+        self.bytes += len(queued.frame) + CALL_BYTES
+        if queued.digest:
+            self._by_digest[queued.digest] = queued
+
+    def remove(self, queued: QueuedCall) -> None:
+        """Take it out, wherever it stands."""
+        self._calls.remove(queued)
+        self.bytes -= len(queued.frame) + CALL_BYTES
+        if self._by_digest.get(queued.digest) is queued:
+            del self._by_digest[queued.digest]
+
+    def least(self) -> QueuedCall:
+        """What gives way first: no start or stop while there is something else."""
+        return min(self._calls, key=attrgetter("priority"))
+
+    def find(self, digest: str) -> QueuedCall | None:
+        """The same Call, if it waits already."""
+        return self._by_digest.get(digest)
+
+
+# A session
+
+IDLE, BACKOFF, CONNECTING, BOOTING, ONLINE = "idle", "backoff", "connecting", "booting", "online"
+BILLED = ("transactionId", "connectorId", "idTag", "meterStart", "meterStop", "reason", "timestamp",
+          "eventType", "seqNo", "transactionInfo", "evse", "idToken")      # what an invoice needs
+SOON_S = 5                          # until the others try, when one station has got through
+RECONNECT_S = (1, 60)               # the shortest and longest pause between two attempts
+PAUSE_S = (2, 300)                  # the same, when upstream could not take a message
+GRACE_S = 10                       # so long a station may be gone until upstream is told
+SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
+ATTEMPTS = {TELEMETRY: 3, EVENT: 3, TRANSACTION: 10}     # while upstream answers with its own error
+DISCONNECTS = {TELEMETRY: 5, EVENT: 5, TRANSACTION: 30}  # connections that may end over one message
+ANYTIME = {"timestamp": None}
+ANSWERS_KEPT = 50                   # of upstream, that a station may have missed: it asks again
+ABANDONED_S = 600                   # until an abandoned transaction is ended upstream
+TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
+MAPPING_FACTS = ("upstream_id", "evse_id", "id_token", "started", "base", "start_key", "ended",
+                 "ended_by_us")     # a change of one is written at once; the others with it
+MAPPING_READINGS = ("seq_no", "charged", "register")
+SEQUENCE_RESERVED = 50              # seqNo that may be used before the state is written again
+ABANDONED = {                       # the end that we tell upstream of, by the station's version
+    "ocpp1.6": ("StopTransaction", lambda id_, at, wh: {
+        "transactionId": id_, "meterStop": int(wh), "timestamp": at, "reason": "Other"}),
+    "2.x": ("TransactionEvent", lambda id_, at, wh: {
+        "eventType": "Ended", "timestamp": at, "triggerReason": "AbnormalCondition", "seqNo": 0,
+        "transactionInfo": {"transactionId": id_, "stoppedReason": "Other"}})}
+
+
+class Disconnected(Exception):
+    """The connection upstream is over, or none came about; `at_once`: another may be tried now."""
+
+    def __init__(self, reason: str, at_once: bool = False):
+        super().__init__(reason)
+        self.at_once = at_once
+
+
+class Reported(NamedTuple):
+    """The last BootNotification of a station, or StatusNotification of a connector."""
 
     call: Call
-    frame: str                          # as the station wrote it
-    protocol: str                       # the station's
-    worth: int                          # 0: not worth to wait for an upstream that is away
-    came_at: float                      # monotonic
-    started: float = 0.0                # the same by `perf_counter`
-    record: LoggedMessage | None = None      # while the station waits for the answer
-    reply: CallResult | CallError | None = None      # ours, where upstream has none
-    given: int | None = None            # the transaction id that the board gave in its place
-    heard: bool = True                  # False: the station left before it had the answer
-    steps: Generator | None = None      # of the translation
-    answered: tuple = (None, "")        # upstream's last answer: its payload, and its frame
-    asked: Call | None = None           # what upstream is asked now
-    request: str = ""                   # the frame of that
-    sent_at: float = 0.0
-    attempts: int = 0
-    deaths: int = 0                     # connections that ended while it was under way
-    boots_again: bool = False           # our repetition of the last BootNotification
-    number: int = 0                     # in the journal
+    protocol: str
 
 
-class Line:
-    """One station's way upstream."""
+class UpstreamSession:
+    """One station's way to its upstream system: connect, introduce it, deliver, and again."""
 
-    def __init__(self, relay: "Relay", identity: str, settings: SimpleNamespace):
+    def __init__(self, relay: Relay, identity: str, settings: SimpleNamespace):
         self.relay, self.board, self.identity = relay, relay.board, identity
-        self.settings = settings
+        self.settings, self.state = settings, relay.state
+        self.task: asyncio.Task                      # of `run`
+        # the station
         self.link: Link | None = None
-        self.wire: Any = None                # the connection upstream: write(text), close()
-        self.exchange: Exchange | None = None            # our Calls on it
-        self.connecting = self.refused = False       # refused: upstream did not accept the boot
-        self.alive = self._sending = False           # alive: upstream has answered on this one
-        self.fresh = True                    # no attempt has failed since the station came
-        self.authorization = self.protocol = self.station_protocol = ""
-        self.waiting: deque[Errand] = deque()            # but for the one in flight
-        self.bytes = 0                       # of their frames
-        self.in_flight: Errand | None = None
+        self.station_protocol = self.authorization = ""
+        self.has_password: bool | None = None        # None: unknown, since before a restart
+        self.left_mono = -math.inf
+        self.last_reported: dict[str, Reported] = {}     # {place: …}; "" is the BootNotification
+        self.has_answered = False            # this connection of the station has had an answer
+        self.is_restored = False             # what it reported to an earlier run is repeated
+        # the connection upstream
+        self.status = IDLE
+        self.protocol = ""
+        self.websocket: WebSocket | None = None
+        self.exchange: Exchange                      # of that, or of the last one
+        self.first_attempt = True            # none has failed since the station came: it can wait
+        self.answered_once = False           # upstream has, on this connection
+        self.failures = self.silent = 0      # attempts to connect, Calls without answer, in a row
+        self.connect_after = self.boot_after = self.send_after = 0.0
+        self.opened_mono = self._looked_mono = 0.0
+        self._end: Disconnected | None = None
+        self._wake = asyncio.Event()
+        # what goes through it
+        self.queue = MessageQueue(settings.queue)
+        self.in_flight: QueuedCall | None = None
         self.translators: dict[str, Translator] = {}
-        self.boot: tuple | None = None       # (Call, frame, protocol) of the last BootNotification
-        self.statuses: dict = {}             # {place: the same of its last StatusNotification}
-        self.spoken = False                  # this connection of the station has had an answer
-        self.recalls = False                 # what it told an earlier run is to be repeated
-        self.unheard: OrderedDict = OrderedDict()        # {(action, hash of the payload): reply}
-        self.unborn: OrderedDict = OrderedDict()         # ids of ours whose start was not delivered
-        self.failures = 0                    # attempts to connect in a row
-        self.silent = 0                      # Calls in a row that upstream did not answer
+        self.stored_mappings: dict[str, list] = {}       # {protocol: rows}, of an earlier run
+        self.answers: OrderedDict[str, CallResult] = OrderedDict()       # {digest: upstream's}
+        self.undelivered_starts: OrderedDict[int, None] = OrderedDict()  # transaction ids of ours
         self.commands = 0                    # of upstream, under way
-        self.opened_at = self.relay.now()
-        self.retry_at = 0.0                  # the next attempt to connect, or to boot if refused
-        self.held_until = 0.0                # upstream could not take a message: a pause
+        # for people
+        self.counts: Counter = Counter()
         self.up_since: float | None = None
         self.lag_ms: float | None = None
-        self.counts: Counter = Counter()
         self.last_error = ""
+        self._losses: tuple[ProxyEvent, Event] | None = None     # of this outage
 
-    @property
-    def status(self) -> str:
-        """up, connecting, refused (the station was not accepted), away; idle: not needed."""
-        if self.wire is not None:
-            return "refused" if self.refused else "up"
-        if self.connecting:
-            return "connecting"
-        sent_away = self.failures > 0 and self.settings.when_down == "close"
-        return "away" if self.link is not None or self.waiting or sent_away else "idle"
+    # Its life
 
-    @property
-    def buffered(self) -> int:
-        """How many messages wait whose station has its answer already."""
-        held = sum(1 for errand in self.waiting if errand.worth and errand.record is None)
+    async def run(self) -> None:
+        """Connect when it is needed, and deliver, until it is not; then again."""
+        while True:
+            try:
+                sent_away = self.failures and self.settings.when_down == "close"
+                await self._until(self.is_needed, BACKOFF if sent_away else IDLE)
+                await self._until(self._may_connect, BACKOFF)
+                if not self.is_needed():
+                    continue
+                await self._connect()
+                self._introduce()
+                await self._deliver()
+                self._close("the station has left")
+                self.failures, self.connect_after = 0, 0.0
+            except Disconnected as end:
+                self._disconnected(end)
+            except Exception:            # of one station; the others go on
+                log.exception("The relay failed on %s", shown(self.identity))
+                self._disconnected(Disconnected("an error of ours"))
+
+    async def _until(self, condition: Callable[[], bool], status: str) -> None:
+        while not condition():
+            self.status = status
+            await self._woken()
+
+    async def _woken(self) -> None:
+        """Wait until something happens. Raises: Disconnected, when that did."""
+        self._wake.clear()
+        await self._wake.wait()
+        if self._end is not None:
+            raise self._end
+
+    def is_needed(self) -> bool:
+        """Whether a connection upstream is of use: also for a while after the station has left.
+
+        Where the station's own password is passed on, nobody else knows it.
+        """
+        if self.link is not None:
+            return True
+        knows_password = bool(self.settings.password or self.authorization) or (
+            self.has_password is False)
+        lingers = self.websocket is not None and (
+            self.relay.now() < self.left_mono + GRACE_S)
+        return lingers or self.in_flight is not None or (len(self.queue) > 0 and knows_password)
+
+    def _may_connect(self) -> bool:
+        return self.relay.now() >= self.connect_after or not self.is_needed()
+
+    async def _connect(self) -> None:
+        """Open a connection upstream. Raises: Disconnected."""
+        self.status, self._end = CONNECTING, None
+        protocol = self.protocol
+        websocket = await open_upstream(self)
+        if protocol != self.protocol:        # the station came back in another version meanwhile
+            websocket.drop()
+            raise Disconnected("the station speaks another version now", at_once=True)
+        self.websocket, self.up_since, self.silent = websocket, self.board.clock(), 0
+        self.exchange = Exchange(websocket.write, now=self.relay.now)
+        self.answered_once, self.opened_mono = False, self.relay.now()
+        self._record("connected", "UP", None)
+        self.relay.is_there(self.settings)
+        log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
+                 self.protocol)
+        websocket.start(functools.partial(self.upstream_said, websocket),
+                        lambda code, reason: self.closed(websocket, _why_closed(websocket, code,
+                                                                               reason)))
+
+    def _introduce(self) -> None:
+        """See that upstream hears first who the station is and how, if that was before."""
+        self.status = ONLINE
+        repeats, self.is_restored = self.has_answered or self.is_restored, False
+        boot = self.last_reported.get("")
+        if boot and (repeats or self.link is None) and not any(
+                queued.action == "BootNotification" for queued in self.queue):
+            self.status = BOOTING
+            self.queue.add(self._repeated(boot), first=True)
+        if repeats:
+            for place, reported in self.last_reported.items():
+                if place:
+                    self.queue.add(self._repeated(reported))
+
+    def _repeated(self, reported: Reported) -> QueuedCall:
+        """A Call of the station told once more, under an id of its own."""
+        call = reported.call._replace(id_text=f'"{uuid.uuid4()}"')
+        return QueuedCall(call.action, pack(call), call.id_text, reported.protocol, 0,
+                          self.relay.now(), call=call,
+                          introduces=call.action == "BootNotification")
+
+    async def _deliver(self) -> None:
+        """Send what waits, in order, while the session is needed. Raises: Disconnected."""
+        while self.is_needed():
+            queued = self._due()
+            if queued is None:
+                await self._woken()
+                continue
+            for ended in self._ends_before(queued):
+                await self._send(ended)
+            await self._send(queued)
+
+    def _due(self) -> QueuedCall | None:
+        """What upstream is to be told now: until it has accepted the station, only who that is."""
+        now, first = self.relay.now(), self.queue.first
+        if self._end is not None:
+            raise self._end
+        if self.in_flight is not None or (first is None and self.status == ONLINE):
+            return None
+        if self.status == ONLINE or (first and first.action == "BootNotification"):
+            return first if now >= self.send_after else None
+        boot = self.last_reported.get("")
+        if boot is None or now < self.boot_after:
+            return None
+        self.boot_after = now + RECONNECT_S[1]
+        return self._repeated(boot)
+
+    def _disconnected(self, end: Disconnected) -> None:
+        """The connection is over: what was under way is first, next time, as it was."""
+        was_open = self.websocket is not None or self._end is not None
+        reason = kept(end)
+        if was_open:
+            self._close(reason)
+            if self.answered_once and self.relay.now() - self.opened_mono > RECONNECT_S[1]:
+                self.failures = 0
+        elif reason != self.last_error:
+            self._note(reason)
+        self._end, self.last_error = None, reason
+        if self.in_flight is not None:
+            self._requeue(self.in_flight)
+        if end.at_once:
+            self.connect_after = 0.0
+            return
+        self._back_off()
+        self.first_attempt = False
+        if self.settings.when_down == "close" and self.link is not None:
+            self._send_away(self.link)
+        for queued in list(self.queue):
+            if queued.record is not None:
+                self._answer_waiting(queued)
+            elif not queued.priority:                    # our own, made anew next time
+                self.queue.remove(queued)
+
+    def _close(self, reason: str) -> None:
+        websocket, self.websocket, self.up_since = self.websocket, None, None
+        if websocket is not None:
+            websocket.close()
+        self._record("disconnected", "UP", None, error=reason)
+        if self.link is not None:
+            log.info("%s is no longer connected to %s: %s", shown(self.identity),
+                     self.settings.url, shown(reason))
+
+    def _back_off(self) -> None:
+        """When to connect again: later each time, and not with all others."""
+        shortest, longest = RECONNECT_S
+        wait_s = min(longest, shortest * 2 ** min(self.failures, 10))
+        self.failures += 1
+        self.connect_after = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
+
+    def _requeue(self, queued: QueuedCall) -> None:
+        """The connection ended over a Call: it is first again, or lost."""
+        self.in_flight = None
+        queued.disconnects += self.answered_once
+        if queued.priority and queued.record is None and (
+                queued.disconnects >= DISCONNECTS[queued.priority]):
+            self._lost(queued, "not delivered: upstream went away over it "
+                       f"{queued.disconnects} times")
+        elif (queued.priority or queued.record is not None) and not queued.introduces:
+            self.queue.add(queued, first=True)
+
+    def hang_up(self, reason: str, at_once: bool = False) -> None:
+        """End the connection upstream; the session goes on."""
+        websocket = self.websocket
+        if websocket is None or self._end is not None:
+            return
+        self.websocket, self._end = None, Disconnected(reason, at_once)
+        websocket.close()
+        self.exchange.close(reason)
+        self._wake.set()
+
+    def closed(self, websocket: WebSocket, reason: str) -> None:
+        """A connection upstream has ended."""
+        if websocket is self.websocket:
+            self.hang_up(reason)
+
+    def stop(self) -> None:
+        """The process ends: what is known exactly is kept so."""
+        self._keep_mappings(exact=True)
+        if self.websocket is not None:
+            self.websocket.close()
+
+    def tick(self, now: float) -> None:
+        """Look at the clock: answers that are due, silence, another attempt."""
+        timeout_s = self.board.config.ocpp.call_timeout_seconds
+        due = now - max(timeout_s - 2 * TICK_S - COMMIT_S * bool(self.state), timeout_s / 2)
+        for queued in [q for q in self.queue if q.record is not None and q.came_mono < due]:
+            self._answer_waiting(queued)
         flying = self.in_flight
-        return held + (flying is not None and flying.worth > 0 and flying.record is None)
+        if flying is not None and flying.record is not None and flying.came_mono < due:
+            self._answer_here(flying)
+            self._record("error", "UP", flying.read(), error="upstream did not answer in time")
+            self.counts["errors"] += 1
+        if flying is not None and self.websocket is not None and self.exchange.pending is not None:
+            self._look_for_silence(flying, now - self.exchange.pending.sent_mono, timeout_s)
+        if now - self._looked_mono > SOON_S:
+            self._looked_mono = now
+            self._end_abandoned()
+        if self.queue or self.status in (BACKOFF, BOOTING) or self.link is None:
+            self._wake.set()
 
-    def restored(self, number: int, protocol: str, given: int | None, frame: str) -> None:
-        """What an earlier run had not delivered waits again."""
-        call = unpack(frame)
-        self.station_protocol = self.station_protocol or protocol
-        self.protocol = self.protocol or self.settings.protocol or protocol
-        self._put(Errand(call, frame, protocol, _worth(call), self.relay.now(), given=given,
-                         number=number))
-
-    def recalled(self, place: str, protocol: str, frame: str) -> None:
-        """What an earlier run was told last; upstream may not have heard it."""
-        told = (unpack(frame), frame, protocol)
-        self.recalls = True
-        if place:
-            self.statuses[place] = told
-        else:
-            self.boot = told
+    def _look_for_silence(self, queued: QueuedCall, silent_s: float, timeout_s: float) -> None:
+        """What has to be delivered keeps its place; what has not is given up."""
+        if queued.priority and silent_s >= 2 * timeout_s:
+            self.hang_up(f"upstream does not answer {queued.action}")
+        elif not queued.priority and silent_s >= timeout_s:
+            self.silent += 1
+            if self.silent >= SILENT_CALLS or queued.introduces:
+                self.hang_up("upstream does not answer")
+            else:
+                self.exchange.give_up(NoAnswer("upstream did not answer"))
+                self.in_flight = None
+                self._wake.set()
 
     # The station's side
 
     def attach(self, link: Link, authorization: str) -> None:
         """A connection of the station is open."""
-        self.link, self.authorization = link, authorization
-        link.line = self
-        self.spoken = False
         protocol = self.settings.protocol or link.protocol
-        if self.wire is not None and protocol != self.protocol:
-            self._hang_up("the station speaks another version")
-            self.retry_at = 0.0
+        is_other = protocol != self.protocol or (
+            not self.settings.password and authorization != self.authorization)
+        if is_other:
+            self.hang_up("the station came back with another version or password", at_once=True)
         if protocol != self.protocol:
-            for errand in self.waiting:                  # its words are of the version before
-                errand.steps = errand.asked = None
+            for queued in self.queue:                    # its words are of the version before
+                queued.steps = queued.asked = None
+        link.upstream = self
+        self.link, self.authorization, self.has_password = link, authorization, bool(authorization)
         self.protocol, self.station_protocol = protocol, link.protocol
-        if self.wire is None and not self.connecting:
-            self.fresh = self.relay.now() >= self.retry_at
-            if self.fresh:
-                self._connect()
-            elif self.settings.when_down == "close":
-                self._send_away()
+        self.has_answered = False
+        self.first_attempt = self.relay.now() >= self.connect_after
+        if self.websocket is None and not self.first_attempt and (
+                self.settings.when_down == "close"):
+            self._send_away(link)
+        self._wake.set()
+
+    @staticmethod
+    def _send_away(link: Link) -> None:
+        link.end("upstream is away", 1013)               # try again later
 
     def station_left(self, link: Link) -> None:
         """The station's connection is over. What it has no answer to, it will tell again."""
         if link is not self.link:
             return
-        self.link = None
-        for errand in [e for e in self.waiting if e.record is not None]:
-            self._drop(errand)
+        self.link, self.left_mono = None, self.relay.now()
+        for queued in [q for q in self.queue if q.record is not None]:
+            self.queue.remove(queued)
+            self._forget_row(queued)
         flying = self.in_flight
         if flying is not None and flying.record is not None:
-            flying.record, flying.heard = None, False
-        self._hang_up_if_done()
+            flying.record, flying.missed = None, True
+        self._wake.set()
 
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
         """Take a Call of the station; it has its answer within `call_timeout_seconds`."""
-        link, board = self.link, self.board
-        errand = Errand(call, frame, link.protocol, _worth(call), self.relay.now(), started, record)
+        link, priority = self.link, priority_of(call)
+        if link is None:
+            return
+        queued = QueuedCall(call.action, frame, call.id_text, link.protocol, priority,
+                            self.relay.now(), digest=digest_of(call) if priority else "",
+                            call=call, started=started, record=record)
         if call.action != "StartTransaction":            # of that, the answer makes the record
-            errand.reply = answer(board, link.station, link.protocol, call)
-        self._remember(errand)
-        if errand.worth and self._again(errand):
+            queued.reply = answer(self.board, link.station, link.protocol, call)
+        if call.action in ("BootNotification", "StatusNotification"):
+            self._keep_reported(queued, call)
+        if priority and self._is_repeated(queued):
             return
         boots = call.action == "BootNotification"
-        away = self.wire is None and not (self.connecting and self.fresh)
-        held = self.held_until - self.relay.now() > HOLD_S[0]
-        if away or ((self.refused or held) and not boots) or (
-                len(self.waiting) >= CALLS_WAITING and not errand.worth):
-            self._answer_here(errand)
-            if errand.worth:
-                self._wait(errand)
-        elif boots:                                      # nothing goes before it
-            self._put(errand, first=True)
-            self._next()
+        is_away = self.websocket is None and not self.first_attempt
+        is_paused = self.send_after - self.relay.now() > PAUSE_S[0]
+        if is_away or ((self.status == BOOTING or is_paused) and not boots) or (
+                len(self.queue) >= CALLS_WAITING and not priority):
+            self._answer_here(queued)
+            if priority:
+                self._enqueue(queued)
+        elif self._can_pass(queued):
+            self._pass(queued, call)
         else:
-            self._wait(errand)
-            self._next()
+            self._enqueue(queued, first=boots)           # nothing goes before a boot
 
-    def _remember(self, errand: Errand) -> None:
+    def _can_pass(self, queued: QueuedCall) -> bool:
+        """Whether it goes upstream at once, as it is, and nothing is to be written before."""
+        return (self.status == ONLINE and self.in_flight is None and not self.queue
+                and self.websocket is not None and self.relay.now() >= self.send_after
+                and not (queued.priority == TRANSACTION and self.state)
+                and self._translator(queued.protocol).passes(queued.action, True)
+                and not self._is_of_undelivered(queued.read()))
+
+    def _pass(self, queued: QueuedCall, call: Call) -> None:
+        self.in_flight, queued.status = queued, "sent"
+        queued.asked = queued.sent = call
+        self.exchange.begin(call, queued.frame)
+
+    def _keep_reported(self, queued: QueuedCall, call: Call) -> None:
         """Keep what a new connection upstream is to be told: how the station is now."""
-        action, payload = errand.call.action, errand.call.payload
-        told = (errand.call, errand.frame, errand.protocol)
-        if action == "BootNotification":
-            place, former, self.boot = "", self.boot, told
-        elif action == "StatusNotification" and len(errand.frame) <= COSTLY_BYTES:
-            place = to_json([payload.get("evseId"), payload.get("connectorId")])
-            former = self.statuses.get(place)
-            if former is None and len(self.statuses) >= CONNECTORS_KEPT:
-                return
-            self.statuses[place] = told
-        else:
+        place = "" if call.action == "BootNotification" else to_json(
+            [call.payload.get("evseId"), call.payload.get("connectorId")])
+        former = self.last_reported.get(place)
+        if place and (len(queued.frame) > COSTLY_BYTES or (
+                former is None and len(self.last_reported) > CONNECTORS_KEPT)):
             return
+        self.last_reported[place] = reported = Reported(call, queued.protocol)
         # Many repeat what has not changed, each minute: that is no reason to write to a disk.
-        if former is None or former[0].payload | ANYTIME != payload | ANYTIME:
-            self.relay.journal.remember(self.identity, place, errand)
+        if former is None or former.call.payload | ANYTIME != call.payload | ANYTIME:
+            self._put_reported(place, reported)
 
-    def _again(self, errand: Errand) -> bool:
+    def _is_repeated(self, queued: QueuedCall) -> bool:
         """Whether the station says again what it missed the answer to; then it gets that."""
-        key = (errand.call.action, errand.call.text)
-        reply = self.unheard.get((key[0], hash(key[1])))     # the text may be large
-        flying = [self.in_flight] if self.in_flight else []
-        for other in (*self.waiting, *flying) if reply is None else ():
-            if (other.call.action, other.call.text) != key:
-                continue
-            if other.record is None and other.heard:     # it had ours, or should have
-                errand.reply, errand.given = errand.reply or other.reply, other.given
-                self._answer_here(errand)
-                return True
-            other.call = other.call._replace(id_text=errand.call.id_text)
-            other.record, other.started, other.heard = errand.record, errand.started, True
-            other.came_at = errand.came_at
+        if (answered := self.answers.get(queued.digest)) is not None:
+            self._give(queued, answered)
             return True
-        if reply is None:
+        other, flying = self.queue.find(queued.digest), self.in_flight
+        if other is None and flying is not None and flying.digest == queued.digest:
+            other = flying
+        if other is None:
             return False
-        self._give(errand, reply._replace(id_text=errand.call.id_text))
+        if other.record is None and not other.missed:    # it had ours, or should have
+            queued.reply, queued.transaction_id = other.reply or queued.reply, other.transaction_id
+            self._answer_here(queued, holds=False)
+            other.reply = queued.reply
+        else:
+            other.id_text, other.record, other.missed = queued.id_text, queued.record, False
+            other.reply = other.reply or queued.reply
+            other.started = queued.started
         return True
 
     def station_said(self, message: Send | CallResultError, frame: str) -> None:
         """What needs no answer goes on at once, if upstream can read it."""
-        if self.wire is not None and self.station_protocol == self.protocol and frame:
-            self.wire.write(frame)
+        if self.websocket is not None and self.station_protocol == self.protocol and frame:
+            self.websocket.write(frame)
         elif type(message) is Send:
-            self._refused_up(message, f"{self.protocol} has nothing like it" if self.wire
+            self._refused_up(message, f"{self.protocol} has nothing like it" if self.websocket
                              else "upstream is away")
 
-    def _answer_here(self, errand: Errand) -> None:
-        """Answer the station ourselves."""
-        if errand.record is None:
+    def _answer_here(self, queued: QueuedCall, holds: bool = True) -> None:
+        """Answer the station ourselves; `holds`: it counts on us then to deliver what matters."""
+        link = self.link
+        if queued.record is None or link is None:
             return
-        if errand.reply is None:
-            errand.reply = self._start_here(errand)
+        if queued.reply is None:                         # a start, of which upstream hears later
+            queued.reply = answer(self.board, link.station, link.protocol, queued.read(),
+                                  transaction_id=queued.transaction_id)
+        if queued.action == "StartTransaction" and type(queued.reply) is CallResult:
+            queued.transaction_id = queued.reply.payload["transactionId"]
         self.counts["answeredHere"] += 1
-        self._give(errand, errand.reply)
+        if holds and queued.priority:
+            queued.answered = True
+            self.counts["buffered"] += 1
+            self._put_row(queued)
+            self._record("buffered", "UP", queued.read())
+        self._give(queued, queued.reply)
+        if queued.status == "queued":
+            queued.call = None               # it is read again when it is sent
 
-    def _answer_waiting(self, errand: Errand) -> None:
-        """The same for one that waits: it waits on where it is worth it."""
-        self._answer_here(errand)
-        if errand.worth:
-            self._hold(errand)
-        else:
-            self._drop(errand)
+    def _answer_waiting(self, queued: QueuedCall) -> None:
+        """The same for one that waits: it waits on where that matters."""
+        self._answer_here(queued)
+        if not queued.priority:
+            self.queue.remove(queued)
 
-    def _start_here(self, errand: Errand) -> CallResult | CallError:
-        """Our answer to a StartTransaction, of which upstream hears later."""
-        link, call = self.link, errand.call
-        if errand.given is not None:                     # upstream may have heard of it by that id
-            call = call._replace(payload=call.payload | {GIVEN: errand.given})
-        reply = answer(self.board, link.station, link.protocol, call)
-        if type(reply) is CallResult:
-            errand.given = reply.payload["transactionId"]
-        return reply
-
-    def _give(self, errand: Errand, reply: CallResult | CallError, frame: str = "") -> None:
-        """Give the station its answer; remember it where the station has gone meanwhile."""
-        record, errand.record = errand.record, None
+    def _give(self, queued: QueuedCall, reply: CallResult | CallError, frame: str = "") -> None:
+        """Give the station its answer, `frame` where it is upstream's; first, what it counts on
+        is on the disk."""
+        record, queued.record = queued.record, None
         if record is None or self.link is None:
             return
-        self.spoken = True
-        self.link.pass_answer(record, reply, frame or pack(reply), errand.started,
-                              "Upstream" if frame else "We")
+        self.has_answered = True
+        if not same_id(reply.id_text, queued.id_text):       # it was asked for again meanwhile
+            reply, frame = reply._replace(id_text=queued.id_text), ""
+        by = "Upstream" if frame else "We"
+        give = functools.partial(self.link.pass_answer, record, reply, frame or pack(reply),
+                                 queued.started, by)
+        waits = self.state.committed() if queued.key or queued.priority == TRANSACTION else None
+        if waits is None:
+            give()
+        else:
+            self.relay.spawn("relay", self._give_when_kept(waits, give))
+
+    @staticmethod
+    async def _give_when_kept(waits: Awaitable, give: Callable[[], None]) -> None:
+        await waits
+        give()
 
     # What waits
 
-    def _wait(self, errand: Errand) -> None:
-        """Put an errand at the end of what waits, and make room for it."""
-        self._put(errand)
-        if errand.worth and errand.record is None:
-            self._hold(errand)
-        while len(self.waiting) > self.settings.queue or self.bytes > LINE_BYTES:
-            # The least worth goes, of those the oldest: no start or stop while there is another.
-            least = min(self.waiting, key=lambda e: e.worth)
-            if least.record is not None:
-                self._answer_here(least)
-            self._drop(least)
-            if least.worth:
-                self._lose(least, "lost: too much waits for upstream "
-                           f"({self.settings.queue} messages, {LINE_BYTES >> 20} MiB)")
+    @property
+    def waiting(self) -> int:
+        """How many messages wait whose station has its answer already."""
+        flying = [self.in_flight] if self.in_flight is not None else []
+        return sum(1 for q in (*self.queue, *flying) if q.answered)
 
-    def _hold(self, errand: Errand) -> None:
-        """From now on the station counts on us to deliver it."""
-        self.counts["buffered"] += 1
-        self.relay.journal.keep(self.identity, errand)
-        self._relayed("buffered", "UP", errand.call)
+    def _enqueue(self, queued: QueuedCall, first: bool = False) -> None:
+        self.queue.add(queued, first)
+        while self.queue.is_over:
+            self.drop_least(f"too much waits for upstream ({self.settings.queue} messages, "
+                            f"{SESSION_BYTES >> 20} MiB)")
+        self._wake.set()
 
-    def _lose(self, errand: Errand, error: str) -> None:
-        """Upstream will not hear of it; that is on record."""
-        self.relay.journal.drop(errand)
-        self._relayed("error", "UP", errand.call, to=errand.asked, error=error)
-        self._miss(errand, error)
-        if errand.given is not None:
-            self.unborn[errand.given] = None
-            if len(self.unborn) > MAPPINGS_KEPT:
-                self.unborn.popitem(last=False)
+    def drop_least(self, why: str) -> None:
+        """Make room: what matters least goes, and that is on record."""
+        least = self.queue.least()
+        if least.record is not None:
+            self._answer_here(least)
+        self.queue.remove(least)
+        self._forget_row(least)
+        if least.priority:
+            self._lost(least, f"lost: {why}")
 
-    def _miss(self, errand: Errand, error: str) -> None:
-        """Put what is not delivered where it stays longer than among all that is relayed."""
-        call, station = errand.call, self.board.stations.get(self.identity)
+    def _lost(self, queued: QueuedCall, error: str) -> None:
+        """Upstream will not hear of it: a start or stop is told by itself, others are counted."""
+        queued.status = "lost"
+        self._forget_row(queued)
         self.counts["lost"] += 1
-        if station is not None:
-            facts = {key: kept(to_json(call.payload[key]))
-                     for key in BILLED if key in call.payload}
-            self.board.error("NOT_DELIVERED", station, f"{call.action} for upstream: {error}",
-                             {"messageId": message_id(call.id_text)} | facts)
-        if errand.worth > WORTHS["MeterValues"]:
-            log.warning("%s: %s did not get to %s: %s", shown(self.identity), call.action,
+        if queued.transaction_id is not None:
+            self.undelivered_starts[queued.transaction_id] = None
+            if len(self.undelivered_starts) > MAPPINGS_KEPT:
+                self.undelivered_starts.popitem(last=False)
+        if queued.priority == TRANSACTION:
+            self._record("error", "UP", queued.read(), to=queued.asked, error=error)
+            self._record_undelivered(queued, error)
+        elif self._losses is None:
+            self._losses = (self._record("error", "UP", queued.read(), error=f"{error}; 1 message"),
+                            self._record_undelivered(queued, error))
+        else:
+            self._count_loss(error, *self._losses)
+
+    @staticmethod
+    def _count_loss(error: str, proxied: ProxyEvent, event: Event) -> None:
+        """One event an outage and station: thousands would wash away all other errors."""
+        count = event.details["count"] = event.details["count"] + 1
+        proxied.error = kept(f"{error}; {count} messages")
+        event.message = kept(f"{count} messages for upstream: {error}")
+
+    def _record_undelivered(self, queued: QueuedCall, error: str) -> Event:
+        """Put what is not delivered where it stays longer than among all that is relayed."""
+        call = queued.read()
+        facts = {key: kept(to_json(call.payload[key])) for key in BILLED if key in call.payload}
+        if queued.priority == TRANSACTION:
+            log.warning("%s: %s did not get to %s: %s", shown(self.identity), queued.action,
                         self.settings.url, shown(error, 200))
+        station = self.board.stations.get(self.identity)
+        if station is not None:
+            station.error_count += 1
+        return self.board.error_of("NOT_DELIVERED", self.identity,
+                                   f"{queued.action} for upstream: {error}",
+                                   {"messageId": message_id(call.id_text), "count": 1} | facts)
 
-    def _put(self, errand: Errand, first: bool = False) -> None:
-        if first:
-            self.waiting.appendleft(errand)
-        else:
-            self.waiting.append(errand)
-        self.bytes += len(errand.frame)
+    # Sending
 
-    def _drop(self, errand: Errand) -> None:
-        self.waiting.remove(errand)
-        self.bytes -= len(errand.frame)
-
-    def _next(self) -> None:
-        """Send what is first, if upstream is there and nothing else is under way."""
-        if self._sending:                # what needs no answer is done before the loop goes on
-            return
-        self._sending = True
+    async def _send(self, queued: QueuedCall) -> None:
+        """Tell upstream of a Call, and the station of the answer. Raises: Disconnected."""
+        self.in_flight, queued.status = queued, "sent"
+        if self.queue.first is queued:
+            self.queue.remove(queued)
         try:
-            self._send_next()
-        finally:
-            self._sending = False
-        self._hang_up_if_done()
-
-    def _send_next(self) -> None:
-        while self.in_flight is None and self.waiting and self.wire is not None:
-            if self.refused and self.waiting[0].call.action != "BootNotification":
-                return
-            if self.relay.now() < self.held_until:
-                return
-            errand = self.waiting.popleft()
-            self.bytes -= len(errand.frame)
-            self.in_flight = errand
-            self._begin(errand)
-
-    def _hang_up_if_done(self) -> None:
-        """Without the station, the connection is there for what waits, and no longer."""
-        if self.wire is not None and self.link is None and (
-                self.in_flight is None and not self.waiting):
-            self._hang_up("the station has left")
-            self.failures, self.retry_at = 0, 0.0
-
-    # Upstream's answers
-
-    def _begin(self, errand: Errand) -> None:
-        errand.attempts += 1
-        errand.sent_at = self.relay.now()
-        if errand.asked is not None:                     # once more, as it was
-            self.exchange.begin(errand.asked, errand.request)
-            return
-        translator = self._translator(errand.protocol)
-        call = errand.call
-        if self.unborn and lenient(call.payload, "transactionId", int) in self.unborn:
-            self._failed(errand, NotSupported("the start of its transaction was not delivered"))
-            return
-        if call.action == "StartTransaction":
-            if errand.given is None and errand.protocol != self.protocol:
-                errand.given = (translator.begun(call.payload)      # upstream hears it from us
-                                or self.board.new_transaction_id())
-            translator.given = errand.given
-        if translator.passes(call.action, True):
-            errand.asked, errand.request = call, errand.frame
-            self.exchange.begin(call, errand.frame)
+            answered = await self._ask_for(queued)
+        except CallFailed as error:
+            self._translated_error(queued, error)
+        except NoAnswer:
+            self._land(queued)
+        except BoardError as error:
+            self._refused(queued, error)
         else:
-            if errand.steps is None:                     # else: what is ours to tell
-                errand.steps = translator.up(call.action, call.payload)
-            self._step(errand, None)
+            if answered is None:
+                self._refused_up(queued.read(), f"{self.protocol} has nothing like it: "
+                                 "answered here")
+                self._end_here(queued)
+            else:
+                reply, frame = answered
+                self._finish(queued, reply, frame)
+            self._report(self._translator(queued.protocol).told())
+
+    async def _ask_for(self, queued: QueuedCall) -> tuple[CallResult | CallError, str] | None:
+        """(upstream's answer in the station's words, its frame where that is as it came).
+
+        None: upstream has nothing to say to it. Raises: CallFailed (a CALLERROR, untranslated),
+            NotSupported, FormatViolation, NoAnswer, Disconnected.
+        """
+        call, translator = queued.read(), self._translator(queued.protocol)
+        self._follow_board(translator)
+        if self._is_of_undelivered(call):
+            raise NotSupported("the start of its transaction was not delivered")
+        if queued.steps is None and translator.passes(queued.action, True):
+            return await self._ask(queued, call, queued.frame)
+        resumed = None
+        if queued.steps is not None:
+            resumed = queued.asked and (queued.asked.action, queued.asked.payload)
+        else:
+            if queued.action == "StartTransaction" and queued.transaction_id is None:
+                queued.transaction_id = (translator.begun(call.payload)  # upstream gets it from us
+                                         or self.board.new_transaction_id())
+            queued.steps = translator.up(queued.action, call.payload, queued.transaction_id
+                                         if queued.action == "StartTransaction" else None)
+        payload = await carry(queued.steps, functools.partial(self._ask_translated, queued),
+                              resumed)
+        if payload is None:
+            return None
+        reply = _result_of(call, payload)
+        is_same = queued.sent is call and payload is queued.reply_payload
+        return reply, queued.answer_frame if is_same else ""
+
+    async def _ask(self, queued: QueuedCall, asked: Call,
+                   frame: str) -> tuple[CallResult | CallError, str]:
+        """Send one Call upstream, and wait for the answer. Raises: NoAnswer, Disconnected."""
+        queued.asked = queued.sent = asked
+        if queued.priority == TRANSACTION or (queued.key and asked is not queued.call):
+            self._put_row(queued)
+        if (self._keep_mappings() or queued.key) and (waits := self.state.committed()):
+            await waits
+        if self._end is not None:
+            raise self._end
+        pending = self.exchange.begin(asked, frame)
+        pending.future = asyncio.get_running_loop().create_future()
+        try:
+            await pending.future
+        except Conflict as error:
+            raise self._end or Disconnected(str(error)) from None
+        return pending.message, pending.frame
+
+    async def _ask_translated(self, queued: QueuedCall, action: str, payload: dict) -> dict:
+        """Send a Call of a translation; its answer's payload. Raises: CallFailed, NoAnswer."""
+        asked, schemas = self._translated(queued, action, payload), self.relay.schemas
+        is_same = asked is queued.call
+        if schemas and not is_same:
+            await schemas.prepare(self.protocol, action)
+            if violation := schemas.check(self.protocol, action, "Request", asked.payload):
+                queued.asked = None
+                raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
+        sent_mono = self.relay.now()
+        message, frame = await self._ask(queued, asked, queued.frame if is_same else pack(asked))
+        queued.asked, queued.answer_frame = None, frame
+        if not is_same:
+            self.counts["translated"] += 1
+            self._record("translation", "UP", queued.call, to=asked,
+                         latency_ms=(self.relay.now() - sent_mono) * 1000,
+                         error=f"{message.code}: {message.description}" if isinstance(
+                             message, CallError) else None)
+        if isinstance(message, CallError):
+            raise CallFailed(message.code, message.description, message.details)
+        queued.reply_payload = message.payload
+        return message.payload
+
+    def _translated(self, queued: QueuedCall, action: str, payload: dict) -> Call:
+        """The Call that upstream is asked; what it was asked before is the same, to the id."""
+        call, asked = queued.read(), queued.asked
+        if asked is not None and asked.action == action:
+            return asked
+        if payload is call.payload and action == call.action:
+            return call
+        # The id follows from what is asked: after a restart, too, it is the same message.
+        text = to_json(payload)
+        name = f"{self.identity} {call.id_text} {action} {text}".encode(errors="replace").hex()
+        return Call(f'"{uuid.uuid5(uuid.NAMESPACE_OID, name)}"', action, payload, text)
+
+    def _translated_error(self, queued: QueuedCall, error: CallFailed) -> None:
+        """Upstream has refused a translated Call."""
+        code = error_code_across(self.protocol, queued.protocol, error.code)
+        self._finish(queued, CallError(queued.id_text, code, kept(error.description),
+                                       error.details, to_json(error.details)), "", error.code)
+
+    def _refused(self, queued: QueuedCall, error: BoardError) -> None:
+        """There is no translation. A fact stays one: the station is answered by us."""
+        self._refused_up(queued.read(), str(error))
+        if queued.priority:
+            self.counts["lost"] += 1
+            self._record_undelivered(queued, str(error))
+            self._end_here(queued)
+        else:
+            self._finish(queued, refusal(queued.protocol, queued.id_text, error), "")
+
+    def _end_here(self, queued: QueuedCall) -> None:
+        self._answer_here(queued, holds=False)
+        self._forget_row(queued)
+        self._land(queued)
+
+    def _land(self, queued: QueuedCall) -> None:
+        """It is not under way any more; another one may go."""
+        if self.in_flight is queued:
+            self.in_flight = None
+        self._wake.set()
+
+    def _finish(self, queued: QueuedCall, reply: CallResult | CallError, frame: str,
+                code: str = "") -> None:
+        """Upstream has answered: the station hears it, unless it has had our answer."""
+        if isinstance(reply, CallError):
+            if queued.answered and self._is_retried(queued, code or reply.code):
+                return
+        else:
+            self.counts["passed"] += queued.steps is None
+            reply, frame = self._with_station_id(queued, reply, frame)
+            queued.status = "delivered"
+            if not queued.answered:
+                self._make_record(queued, reply)
+            self._keep_answer(queued, reply)
+        self._keep_mappings()
+        self._land(queued)
+        if queued.answered and isinstance(reply, CallError):
+            self._lost(queued, f"not delivered: {reply.code} {reply.description}")
+        else:
+            self._forget_row(queued)
+            if queued.answered:
+                self.counts["delivered"] += 1
+                self._record("delivered", "UP", queued.read(), to=queued.sent,
+                             error=_disowned(reply))
+        self._give(queued, reply, frame)
+        if queued.action == "BootNotification":
+            self._booted(queued, reply)
+
+    def _is_retried(self, queued: QueuedCall, code: str) -> bool:
+        """Whether what upstream could not take now, and the station counts on, is sent again."""
+        queued.attempts += 1
+        if code not in TRANSIENT or queued.attempts >= ATTEMPTS[queued.priority]:
+            return False
+        queued.steps = queued.asked = None
+        self._land(queued)
+        self.queue.add(queued, first=True)
+        first_s, longest_s = PAUSE_S
+        self.send_after = self.relay.now() + min(first_s * 2 ** (queued.attempts - 1), longest_s)
+        return True
+
+    def _with_station_id(self, queued: QueuedCall, reply: CallResult,
+                         frame: str) -> tuple[CallResult, str]:
+        """The answer to a 1.6 start under the id that the station has, or can have."""
+        upstream_id = lenient(reply.payload, "transactionId", int)
+        mappings = self._translator(queued.protocol).mappings
+        if queued.action != "StartTransaction" or queued.steps is not None or (
+                upstream_id is None) or (
+                queued.transaction_id is None and upstream_id not in mappings):
+            return reply, frame
+        if queued.transaction_id is None:                # another transaction has it here
+            queued.transaction_id = self.board.new_transaction_id()
+        mappings.pop(queued.transaction_id, None)        # of one that ended
+        self._translator(queued.protocol).mapping(queued.transaction_id, upstream_id=upstream_id)
+        return _result_of(reply, reply.payload | {"transactionId": queued.transaction_id}), ""
+
+    def _make_record(self, queued: QueuedCall, reply: CallResult) -> None:
+        """What upstream's answer says of the station counts on the board."""
+        station = self.board.stations.get(self.identity)
+        if station is None:
+            return
+        if queued.action == "StartTransaction":
+            answer(self.board, station, queued.protocol, queued.read(),
+                   transaction_id=lenient(reply.payload, "transactionId", int))
+        elif queued.action == "BootNotification":
+            self.board.registered(station, lenient(reply.payload, "status", str, ""),
+                                  lenient(reply.payload, "interval", float))
+
+    def _keep_answer(self, queued: QueuedCall, reply: CallResult) -> None:
+        """Keep the answer, for the station may not have read it: then it asks again."""
+        if not queued.digest:
+            return
+        if queued.answered and type(queued.reply) is CallResult:
+            reply = queued.reply
+        self.answers[queued.digest] = reply
+        if queued.priority == TRANSACTION:
+            self._put_answer(queued.digest, reply)
+        if len(self.answers) > ANSWERS_KEPT:
+            oldest, _ = self.answers.popitem(last=False)
+            self.state.put("answer", to_json([self.identity, oldest]), None)
+
+    def _booted(self, queued: QueuedCall, reply: CallResult | CallError) -> None:
+        """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
+        payload = reply.payload if type(reply) is CallResult else {}
+        status = lenient(payload, "status", str, "")
+        final = type(reply) is CallError and reply.code not in TRANSIENT     # it says no to more
+        accepted = status == "Accepted" or (not status and (not queued.introduces or final))
+        self.status = ONLINE if accepted else BOOTING
+        if not accepted:
+            wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
+            self.boot_after = self.relay.now() + wait_s
+            self._note("upstream answered the BootNotification with "
+                       f"{kept(status, 40) or 'an error'}")
+
+    def _is_of_undelivered(self, call: Call) -> bool:
+        return bool(self.undelivered_starts) and (
+            lenient(call.payload, "transactionId", int) in self.undelivered_starts)
 
     def _translator(self, protocol: str) -> Translator:
         found = self.translators.get(protocol)
         if found is None or found.upstream != self.protocol:
             found = self.translators[protocol] = Translator(
                 protocol, self.protocol, self.board.new_transaction_id, self.board.clock)
-            self.relay.journal.restore_ids(self.identity, found)
+            for facts in self.stored_mappings.pop(protocol, ()):
+                found.mapping(facts.pop("station_id"), **facts)
         return found
 
-    def _step(self, errand: Errand, answered: dict | BoardError | None) -> None:
-        """Go on with a translation: ask upstream the next thing, or give the answer."""
-        try:
-            if isinstance(answered, BoardError):
-                action, payload = errand.steps.throw(answered)
-            else:
-                action, payload = errand.steps.send(answered)
-        except StopIteration as end:
-            self._translated(errand, end.value)
-        except BoardError as error:
-            self._failed(errand, error)
-        except Exception:
-            log.exception("The translation of %s of %s failed", errand.call.action,
-                          shown(self.identity))
-            self._failed(errand, BoardError("Internal error"))
-        else:
-            self._ask(errand, action, payload)
+    def known_upstream(self, upstream_id: Any) -> TransactionMapping | None:
+        """The transaction that upstream calls so, where the station has another name for it."""
+        return self._translator(self.station_protocol).by_upstream_id(upstream_id)
 
-    def _ask(self, errand: Errand, action: str, payload: dict) -> None:
-        """Send a translated Call; first looked at, where the schemas are installed."""
-        call, schemas = errand.call, self.relay.schemas
-        same = payload is call.payload and action == call.action
-        first = errand.asked is None and call.id_text[0] == '"' and len(call.id_text) <= 38
-        asked = call if same else Call(call.id_text if first else f'"{uuid.uuid4()}"', action,
-                                       payload, to_json(payload))
-        errand.asked, errand.request = asked, errand.frame if same else pack(asked)
-        errand.sent_at = self.relay.now()
-        if schemas and not same and not schemas.ready(self.protocol, action):
-            self.relay.spawn("relay", self._ask_later(errand, self.wire))
-        else:
-            self._send(errand, same)
+    def _report(self, reports: list[Steps]) -> None:
+        """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
+        for steps in reports:
+            call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
+            self._enqueue(QueuedCall("", "", call.id_text, self.station_protocol, 0,
+                                     self.relay.now(), call=call, steps=steps))
 
-    async def _ask_later(self, errand: Errand, wire: Any) -> None:
-        await self.relay.schemas.prepare(self.protocol, errand.asked.action)
-        if self.in_flight is errand and self.wire is wire:
-            self._send(errand, False)
+    # Transactions that the station will not end
 
-    def _send(self, errand: Errand, same: bool) -> None:
-        asked, schemas = errand.asked, self.relay.schemas
-        violation = schemas and not same and schemas.check(self.protocol, asked.action, "Request",
-                                                           asked.payload)
-        if violation:
-            errand.asked = None
-            self._failed(errand, violation.error(f"{violation.pointer or '/'}: {violation.text}"))
-        else:
-            self.exchange.begin(errand.asked, errand.request)
+    def _follow_board(self, translator: Translator) -> None:
+        """A transaction that we have ended upstream goes on, if it does so at the board."""
+        for mapping in translator.mappings.values():
+            if mapping.ended_by_us and self._status_of(mapping) == "active":
+                mapping.ended = mapping.ended_by_us = mapping.end_reported = False
 
-    def upstream_said(self, wire: Any, frame: str | bytes) -> None:
+    def _status_of(self, mapping: TransactionMapping) -> str:
+        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        return transaction.status if transaction else ""
+
+    def _ends_before(self, queued: QueuedCall) -> list[QueuedCall]:
+        """Ends to tell of before a start: it shows that the station has nothing older to tell."""
+        translator = self._translator(queued.protocol)
+        is_start = queued.action == "StartTransaction" or (
+            queued.action == "TransactionEvent" and queued.priority == TRANSACTION
+            and lenient(queued.read().payload, "eventType", str, "") == "Started")
+        if not is_start or not translator.ends_for_station:
+            return []
+        payload = queued.read().payload
+        return [self._end_of(mapping, queued.protocol) for mapping in translator.open_mappings()
+                if self._status_of(mapping) == "abandoned" or (
+                    mapping.start_key and mapping.evse_id == lenient(
+                        payload, "connectorId", int, 0)
+                    and not translator.began_by(mapping, payload))]
+
+    def _end_abandoned(self) -> None:
+        """End upstream what was given up at the board, and has not come back in ABANDONED_S."""
+        for protocol, translator in self.translators.items():
+            for mapping in translator.open_mappings() if translator.ends_for_station else ():
+                transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+                if transaction is not None and transaction.status == "abandoned" and (
+                        self.board.mono() - transaction.stopped_mono > ABANDONED_S):
+                    ended = self._end_of(mapping, protocol)
+                    if self.queue.find(ended.digest) is None:
+                        self._put_row(ended)
+                        self._enqueue(ended)
+
+    def _end_of(self, mapping: TransactionMapping, protocol: str) -> QueuedCall:
+        """The end of a transaction, said in the station's name."""
+        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        at = transaction and (transaction.stopped_at if transaction.status == "abandoned" else
+                              transaction.reading and transaction.reading.shown_at)
+        register = transaction and (transaction.register.last_wh or transaction.meter_start)
+        action, payload_of = ABANDONED.get(protocol) or ABANDONED["2.x"]
+        payload = payload_of(mapping.station_id, wire_time(at or self.board.clock()),
+                             register or mapping.register or 0)
+        call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
+        mapping.ended_by_us = True
+        self.board.system_event("PROXY_ENDED", self.identity, "A transaction that the station "
+                                "never ended is ended upstream", {
+                                    "transactionId": mapping.station_id})
+        return QueuedCall(action, pack(call), call.id_text, protocol, TRANSACTION,
+                          self.relay.now(), digest=digest_of(call), call=call, answered=True)
+
+    # Upstream's side
+
+    def upstream_said(self, websocket: WebSocket, frame: str | bytes) -> None:
         """Take a frame of upstream."""
-        if wire is not self.wire:                        # of a connection that is over
+        if websocket is not self.websocket:              # of a connection that is over
             return
+        text = frame if isinstance(frame, str) else frame.decode("utf-8", "replace")
         try:
-            text = frame if isinstance(frame, str) else frame.decode("utf-8", "replace")
             message = unpack(text)
         except BadFrame as error:
-            self._nonsense(text, error)
+            self._nonsense(websocket, text, error)
             return
-        kind, flying = type(message), self.in_flight
-        if kind is Call:
-            self._commanded(message, text)
-            return
-        if kind is Send or kind is CallResultError:
+        if isinstance(message, Call):
+            self._commanded(websocket, message, text)
+        elif isinstance(message, (Send, CallResultError)):
             if self.link is not None and self.station_protocol == self.protocol:
                 self.link.pass_on(message, text)
             else:
-                self._relayed("refused", "DOWN", message, error="the station has nothing like it")
-            return
+                self._record("refused", "DOWN", message if isinstance(message, Send) else None,
+                             error="the station has nothing like it")
+        else:
+            self._answered(message, text)
+
+    def _answered(self, message: CallResult | CallError, text: str) -> None:
         pending, late = self.exchange.answered(message, text)
-        if pending is None or late or flying is None:
+        queued = self.in_flight
+        if pending is None or late or queued is None:
             self.counts["errors"] += 1
-            self._relayed("error", "DOWN", None,
-                          error="an answer to nothing that was asked, or late",
-                          message_id_=message_id(message.id_text))
-        else:
-            self.silent, self.alive, self.last_error = 0, True, ""
-            self._upstream_answered(flying, message, text)
-
-    def _upstream_answered(self, errand: Errand, message: CallResult | CallError,
-                           text: str) -> None:
-        self.lag_ms = (self.relay.now() - errand.sent_at) * 1000
-        errand.answered = (getattr(message, "payload", None), text)
-        if errand.steps is not None:
-            asked = errand.asked
-            if asked is not errand.call:
-                self.counts["translated"] += 1
-                self._relayed("translation", "UP", errand.call, to=asked, latency_ms=self.lag_ms,
-                              error=f"{message.code}: {message.description}"
-                              if type(message) is CallError else None)
-            if errand.call.action == "StartTransaction" and errand.protocol == self.protocol:
-                self._translator(errand.protocol).given = errand.given
-            self._step(errand, message.payload if type(message) is CallResult else CallFailed(
-                message.code, message.description, message.details))
-        elif type(message) is CallResult:
-            self.counts["passed"] += 1
-            if errand.given is not None:                 # we had to answer while it was under way
-                translator = self._translator(errand.protocol)
-                translator.mappings.pop(errand.given, None)        # of one that ended
-                translator.mapping(errand.given,
-                                     upstream_id=lenient(message.payload, "transactionId", int))
-            self._finish(errand, message, text)
-        elif not self._later(errand, message.code):
-            self._finish(errand, message, text)
-        self._keep_ids(errand, ended=self.in_flight is not errand)
-
-    def _keep_ids(self, errand: Errand, ended: bool = False) -> None:
-        if errand.worth == WORTHS["StartTransaction"] and self.relay.journal:
-            self.relay.journal.used(errand.given)
-            self.relay.journal.keep_ids(self.identity, self._translator(errand.protocol), ended)
-
-    def _translated(self, errand: Errand, payload: dict | None) -> None:
-        """A translation is through: None where upstream has nothing to say to it."""
-        if payload is None:
-            self._refused_up(errand.call, f"{self.protocol} has nothing like it: answered here")
-            self._answer_here(errand)
-            self._finish(errand, errand.reply, "", told=True)
+            self._record("error", "DOWN", None, message_id_=message_id(message.id_text),
+                         error="an answer to nothing that was asked, or late")
             return
-        said, frame = errand.answered
-        reply = _result_of(errand.call, payload)
-        same = payload is said and errand.asked is errand.call
-        self._finish(errand, reply, frame if same else pack(reply))
-        self.tell(self._translator(errand.protocol).told())
+        self.silent, self.answered_once, self.last_error, self._losses = 0, True, "", None
+        self.lag_ms = (self.relay.now() - pending.sent_mono) * 1000
+        if pending.future is None:
+            self._finish(queued, message, text)
 
-    def _failed(self, errand: Errand, error: BoardError) -> None:
-        """A translation came to nothing: upstream refused it, or there is no translation."""
-        id_text = errand.call.id_text
-        if isinstance(error, CallFailed):
-            if self._later(errand, error.code):
-                return
-            code = error_code_across(self.protocol, errand.protocol, error.code)
-            reply = CallError(id_text, code, kept(error.description), error.details,
-                              to_json(error.details))
-        else:
-            self._refused_up(errand.call, str(error))
-            if errand.worth:             # a fact; that upstream cannot be told is on record
-                self._miss(errand, str(error))
-                self._answer_here(errand)
-                self._finish(errand, errand.reply, "", told=True)
-                return
-            reply = refusal(errand.protocol, id_text, error)
-        self._finish(errand, reply, pack(reply))
-
-    def _later(self, errand: Errand, code: str) -> bool:
-        """Whether what upstream could not take now, and the station counts as told, is kept."""
-        if not errand.worth or errand.record is not None or not errand.heard or (
-                code not in TRANSIENT or errand.attempts >= ATTEMPTS[errand.worth]):
-            return False
-        errand.steps = errand.asked = None
-        self.in_flight = None
-        self._put(errand, first=True)
-        self.held_until = self.relay.now() + min(HOLD_S[0] * 2 ** (errand.attempts - 1), HOLD_S[1])
-        return True
-
-    def _finish(self, errand: Errand, reply: CallResult | CallError | None, frame: str,
-                told: bool = False) -> None:
-        """An errand is done: `frame` is what the station is to read; "" when it has read it.
-
-        `told`: that upstream could not be told is on record.
-        """
-        self.in_flight = None
-        self._keep_ids(errand)           # before it is dropped: a stop that waits needs them
-        buffered = errand.record is None and errand.heard and not errand.boots_again
-        if errand.record is not None:
-            self._make_record(errand, reply)
-            if reply.id_text != errand.call.id_text:     # asked for once more meanwhile
-                reply = reply._replace(id_text=errand.call.id_text)
-                frame = pack(reply)
-            self._give(errand, reply, frame)
-        elif not errand.heard:
-            self._make_record(errand, reply)
-            self._may_miss(errand, reply)
-        elif errand.worth and errand.reply is not None:
-            self._may_miss(errand, errand.reply)
-        if errand.call.action == "BootNotification":
-            self._booted(errand, reply)
-        if told:
-            self.relay.journal.drop(errand)
-        elif buffered and errand.worth and type(reply) is CallError:
-            self._lose(errand, f"not delivered: {reply.code} {reply.description}")
-        elif buffered and errand.worth:
-            self.relay.journal.drop(errand)
-            self.counts["delivered"] += 1
-            self._relayed("delivered", "UP", errand.call, to=errand.asked,
-                          error=_disowned(reply.payload))
-        self._next()
-
-    def _may_miss(self, errand: Errand, reply: CallResult | CallError) -> None:
-        """Keep the answer, for the station may not have read it: then it asks again."""
-        if errand.worth and type(reply) is CallResult:   # an error it may try once more
-            self.unheard[errand.call.action, hash(errand.call.text)] = reply
-            if len(self.unheard) > UNHEARD_KEPT:
-                self.unheard.popitem(last=False)
-
-    def _make_record(self, errand: Errand, reply: CallResult | CallError) -> None:
-        """What upstream's answer says of the station counts on the board."""
-        station = self.board.stations.get(self.identity)
-        if type(reply) is not CallResult or station is None:
-            return
-        if errand.call.action == "StartTransaction":
-            given = {GIVEN: lenient(reply.payload, "transactionId", int)}
-            answer(self.board, station, errand.protocol,
-                   errand.call._replace(payload=errand.call.payload | given))
-        elif errand.call.action == "BootNotification":
-            self.board.registered(station, lenient(reply.payload, "status", str, ""),
-                                  lenient(reply.payload, "interval", float))
-
-    def _nonsense(self, text: str, error: BadFrame) -> None:
+    def _nonsense(self, websocket: WebSocket, text: str, error: BadFrame) -> None:
         """A frame that is no message; where it is about what is under way, that is over."""
         self.counts["errors"] += 1
-        self._relayed("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
+        self._record("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
         if error.id_text:
-            self.wire.write(pack(refusal(self.protocol, error.id_text, error)))
-        flying = self.in_flight
-        if flying is not None and flying.asked and flying.asked.id_text in text[:RAW_KEPT]:
-            self.exchange.give_up()
-            self._upstream_answered(flying, CallError(
-                flying.asked.id_text, "InternalError", "upstream's answer cannot be read", {},
-                "{}"), "")
+            websocket.write(pack(refusal(self.protocol, error.id_text, error)))
+        pending = self.exchange.pending
+        if pending is not None and pending.call.id_text in text[:RAW_KEPT]:
+            self._answered(CallError(pending.call.id_text, "InternalError",
+                                     "upstream's answer cannot be read", {}, "{}"), "")
 
-    # Upstream's commands
-
-    def _commanded(self, call: Call, frame: str) -> None:
+    def _commanded(self, websocket: WebSocket, call: Call, frame: str) -> None:
         """A Call of upstream, for the station."""
         if self.commands >= CALLS_WAITING:
-            self.wire.write(pack(refusal(self.protocol, call.id_text,
+            websocket.write(pack(refusal(self.protocol, call.id_text,
                                          Busy("Too many commands wait for this station"))))
             self.counts["errors"] += 1
             return
         self.commands += 1
-        self.relay.spawn("relay", self._carry_down(call, frame, self.wire))
+        self.relay.spawn("relay", self._carry_down(call, frame, websocket))
 
-    async def _carry_down(self, call: Call, frame: str, wire: Any) -> None:
+    async def _carry_down(self, call: Call, frame: str, websocket: WebSocket) -> None:
         started = self.relay.now()
         try:
             if self.link is None:
                 raise Conflict("The station is offline")
             reply = self.relay.limit(self, call)
-            text = pack(reply) if reply else await self._command(call, frame)
+            text = pack(reply) if reply else await self._command(self.link, call, frame)
         except BoardError as error:
-            code, description, details = error.ocpp_code, str(error), {}
-            if isinstance(error, CallFailed):
-                code = error_code_across(self.station_protocol, self.protocol, error.code)
-                description, details = error.description, error.details
-            text = pack(CallError(call.id_text, error_code(self.protocol, code), kept(description),
-                                  details, to_json(details)))
-            kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
-            self.counts["refused" if kind == "refused" else "errors"] += 1
-            self._relayed(kind, "DOWN", call, error=kept(f"{code}: {description}"),
-                          latency_ms=(self.relay.now() - started) * 1000)
+            text = self._command_failed(call, error, (self.relay.now() - started) * 1000)
         except Exception:
             log.exception("A command of upstream, %s, failed", shown(call.action))
             text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
         finally:
             self.commands -= 1
-        if wire is self.wire:
-            wire.write(text)
-            self.tell(self._translator(self.station_protocol).told())
+        if websocket is self.websocket:
+            websocket.write(text)
+            self._report(self._translator(self.station_protocol).told())
 
-    async def _command(self, call: Call, frame: str) -> str:
+    def _command_failed(self, call: Call, error: BoardError, latency_ms: float) -> str:
+        """The frame of the CALLERROR to a command, which goes on record."""
+        code, description, details = error.ocpp_code, str(error), {}
+        if isinstance(error, CallFailed):
+            code = error_code_across(self.station_protocol, self.protocol, error.code)
+            description, details = error.description, error.details
+        kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
+        self.counts["refused" if kind == "refused" else "errors"] += 1
+        self._record(kind, "DOWN", call, error=kept(f"{code}: {description}"),
+                     latency_ms=latency_ms)
+        return pack(CallError(call.id_text, error_code(self.protocol, code), kept(description),
+                              details, to_json(details)))
+
+    async def _command(self, link: Link, call: Call, frame: str) -> str:
         """Have the station do what upstream asks; the frame of the answer."""
-        link, translator = self.link, self._translator(self.station_protocol)
+        translator = self._translator(self.station_protocol)
         without = self.relay.without_profile(self, call)
         if without is not call:
             call, frame = without, pack(without)
@@ -10550,7 +11061,7 @@ class Line:
             return (await link.pass_command(call, frame))[1]
 
         async def ask(action: str, payload: dict) -> dict:
-            asked_at, failed = self.relay.now(), None
+            asked_mono, failed = self.relay.now(), None
             try:
                 return (await link.call(action, payload))[0]
             except BoardError as error:
@@ -10558,13 +11069,13 @@ class Line:
                 raise
             finally:
                 self.counts["translated"] += 1
-                self._relayed("translation", "DOWN", call, error=failed,
-                              to=Call("", action, payload, to_json(payload)),
-                              latency_ms=(self.relay.now() - asked_at) * 1000)
+                self._record("translation", "DOWN", call, error=failed,
+                             to=Call("", action, payload, to_json(payload)),
+                             latency_ms=(self.relay.now() - asked_mono) * 1000)
 
-        answer_payload = await carry(translator.down(call.action, call.payload), ask)
-        self._check_answer(call.action, answer_payload)
-        return pack(_result_of(call, answer_payload))
+        payload = await carry(translator.down(call.action, call.payload), ask) or {}
+        self._check_answer(call.action, payload)
+        return pack(_result_of(call, payload))
 
     def _check_answer(self, action: str, payload: dict) -> None:
         """A translated answer must fit its schema, where that is at hand."""
@@ -10573,197 +11084,158 @@ class Line:
                 violation := schemas.check(self.protocol, action, "Response", payload)):
             raise FormatViolation(f"{violation.pointer or '/'}: {violation.text}")
 
-    def tell(self, told: list[Steps]) -> None:
-        """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
-        for steps in told:
-            call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
-            self._put(Errand(call, "", self.station_protocol, 0, self.relay.now(), steps=steps))
-        self._next()
+    # In the state
 
-    # The connection
+    def _put_row(self, queued: QueuedCall) -> None:
+        if self.state:
+            queued.key = queued.key or self.relay.next_key()
+            self.state.put("queued", queued.key, queued.row(self.identity), durable=True)
 
-    def _connect(self) -> None:
-        self.connecting = True
-        self.relay.connect(self)
+    def _forget_row(self, queued: QueuedCall) -> None:
+        if queued.key:
+            self.state.put("queued", queued.key, None, durable=True)
+            queued.key = ""
 
-    def opened(self, wire: Any) -> None:
-        """The connection upstream is open: what it has missed goes first."""
-        self.connecting = False
-        if self.link is None and not self.waiting:       # nobody needs it any more
-            wire.close()
-            return
-        self.wire, self.up_since, self.silent = wire, self.board.clock(), 0
-        self.exchange = Exchange(wire.write, now=self.relay.now)
-        self.refused = self.alive = False
-        self.opened_at = self.relay.now()
-        self._relayed("connected", "UP", None)
-        self.relay.is_there(self.settings)
-        log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
-                 self.protocol)
-        repeats, self.recalls = self.spoken or self.recalls, False
-        if self.boot and (repeats or self.link is None) and not any(
-                e.call.action == "BootNotification" for e in self.waiting):
-            self._boot_again()
-        if repeats:
-            for told in self.statuses.values():
-                self._put(self._repeated(told))
-        self._next()
+    def _put_answer(self, digest: str, reply: CallResult) -> None:
+        self.state.put("answer", to_json([self.identity, digest]), {
+            "identity": self.identity, "digest": digest, "payload": reply.payload}, durable=True)
 
-    def _boot_again(self) -> None:
-        """Tell upstream the last BootNotification once more, before all else."""
-        boot = self._repeated(self.boot)
-        boot.boots_again = True
-        self._put(boot, first=True)
+    def _put_reported(self, place: str, reported: Reported) -> None:
+        self.state.put("reported", to_json([self.identity, place]), {
+            "identity": self.identity, "place": place, "protocol": reported.protocol,
+            "frame": pack(reported.call)})
 
-    def _repeated(self, told: tuple) -> Errand:
-        """A Call of the station told once more, under an id of its own."""
-        call, _, protocol = told
-        call = call._replace(id_text=f'"{uuid.uuid4()}"')
-        return Errand(call, pack(call), protocol, 0, self.relay.now())
+    def _put_session(self) -> None:
+        self.state.put("session", self.identity, {
+            "identity": self.identity, "hasPassword": self.has_password})
 
-    def _booted(self, errand: Errand, reply: CallResult | CallError) -> None:
-        """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
-        payload = reply.payload if type(reply) is CallResult else {}
-        status = lenient(payload, "status", str, "")
-        final = type(reply) is CallError and reply.code not in TRANSIENT     # it says no to more
-        self.refused = status != "Accepted" and (bool(status) or (errand.boots_again and not final))
-        if self.refused:
-            wait_s = min(max(lenient(payload, "interval", float, 0.0), RECONNECT_S[1]), 86400)
-            self.retry_at = self.relay.now() + wait_s
-            self._note("upstream answered the BootNotification with "
-                       f"{kept(status, 40) or 'an error'}")
+    def _keep_mappings(self, exact: bool = False) -> bool:
+        """Put what changed of the ids of both sides. Returns whether something did.
 
-    def failed(self, reason: str) -> None:
-        """No connection came about."""
-        self.connecting = False
-        self._pause()
-        self._note(reason)
-        self._away()
+        The seqNo is written ahead, so that none is used twice; `exact`: as it is, at the end.
+        """
+        changed = False
+        for translator in self.translators.values() if self.state else ():
+            for mapping in translator.mappings.values():
+                facts = tuple(getattr(mapping, name) for name in MAPPING_FACTS)
+                if mapping.end_reported:
+                    if mapping.stored:
+                        mapping.stored, changed = (), True
+                        self.state.put("mapping", self._mapping_key(translator, mapping), None,
+                                       durable=True)
+                elif exact or facts != mapping.stored or mapping.seq_no > mapping.seq_reserved:
+                    mapping.stored, changed = facts, True
+                    mapping.seq_reserved = mapping.seq_no + (0 if exact else SEQUENCE_RESERVED)
+                    self._put_mapping(translator, mapping)
+        return changed
 
-    def closed(self, wire: Any, reason: str) -> None:
-        """The connection upstream is over."""
-        if wire is self.wire:
-            self._hang_up(reason)
+    def _mapping_key(self, translator: Translator, mapping: TransactionMapping) -> str:
+        return to_json([self.identity, translator.station, mapping.station_id])
 
-    def _hang_up(self, reason: str) -> None:
-        """Let go of the connection. What was under way is first, next time, as it was."""
-        wire, self.wire, self.up_since, self.refused = self.wire, None, None, False
-        wire.close()
-        self._relayed("disconnected", "UP", None, error=reason)
-        if self.link is not None:
-            log.info("%s is no longer connected to %s: %s", shown(self.identity),
-                     self.settings.url, shown(reason))
-        self.last_error = kept(reason)
-        if self.alive and self.relay.now() - self.opened_at > RECONNECT_S[1]:
-            self.failures = 0
-        self._pause()
-        if self.in_flight is not None:
-            self._land(self.in_flight)
-        self._away()
+    def _put_mapping(self, translator: Translator, mapping: TransactionMapping) -> None:
+        known = {name: getattr(mapping, name) for name in (*MAPPING_FACTS, *MAPPING_READINGS)}
+        self.state.put("mapping", self._mapping_key(translator, mapping), known | {
+            "identity": self.identity, "protocol": translator.station,
+            "station_id": mapping.station_id, "seq_reserved": mapping.seq_reserved}, durable=True)
 
-    def _land(self, errand: Errand) -> None:
-        """What is to become of an errand whose connection ended: it is first again, or lost."""
-        self.in_flight = None
-        errand.deaths += self.alive
-        if errand.worth and errand.record is None and errand.deaths >= DEATHS[errand.worth]:
-            self._lose(errand, f"not delivered: upstream went away over it {errand.deaths} times")
-        elif (errand.worth or errand.record is not None) and not errand.boots_again:
-            self._put(errand, first=True)
+    def keep_all(self) -> None:
+        """Put everything anew."""
+        self._put_session()
+        for place, reported in self.last_reported.items():
+            self._put_reported(place, reported)
+        for digest, reply in self.answers.items():
+            self._put_answer(digest, reply)
+        for queued in (*self.queue, *filter(None, [self.in_flight])):
+            if queued.key:
+                self._put_row(queued)
+        for translator in self.translators.values():
+            for mapping in translator.mappings.values():
+                if mapping.stored:
+                    self._put_mapping(translator, mapping)
 
-    def _away(self) -> None:
-        """Upstream is not there: the station has its answers from here, or is sent away."""
-        self.fresh = False
-        if self.settings.when_down == "close" and self.link is not None:
-            self._send_away()
-        for errand in list(self.waiting):
-            if errand.record is not None:
-                self._answer_waiting(errand)
-            elif not errand.worth:                       # our own, made anew next time
-                self._drop(errand)
-        self._hang_up_if_done()
+    def forget(self) -> None:
+        """End for good: nobody needs to know of the station any more."""
+        self.task.cancel()
+        self.state.put("session", self.identity, None)
+        for place in self.last_reported:
+            self.state.put("reported", to_json([self.identity, place]), None)
+        for digest in self.answers:
+            self.state.put("answer", to_json([self.identity, digest]), None)
 
-    def _send_away(self) -> None:
-        self.link.end("upstream is away", 1013)          # try again later
+    def restore_session(self, row: StateRow) -> None:
+        """Whether the station had a password."""
+        self.has_password = bool(row.value["hasPassword"])
 
-    def _pause(self) -> None:
-        """When to try again: later each time, and not with all others."""
-        shortest, longest = RECONNECT_S
-        wait_s = min(longest, shortest * 2 ** min(self.failures, 10))
-        self.failures += 1
-        self.retry_at = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
+    def restore_reported(self, row: StateRow) -> None:
+        """What an earlier run was told last; upstream may not have heard it."""
+        value, self.is_restored = row.value, True
+        call = read_call(value["frame"])
+        self.last_reported[value["place"]] = Reported(call, value["protocol"])
+        self.station_protocol = self.station_protocol or value["protocol"]
 
-    def turn(self, now: float) -> None:
-        """Look at the clock: answers that are due, silence, another attempt."""
-        timeout_s = self.board.config.ocpp.call_timeout_seconds
-        due = now - max(timeout_s - 2 * TURN_S, timeout_s / 2)
-        for errand in [e for e in self.waiting if e.record is not None and e.came_at < due]:
-            self._answer_waiting(errand)
-        if self.in_flight is not None:
-            self._turn_flying(self.in_flight, now, due, timeout_s)
-        if self.wire is None and not self.connecting and now >= self.retry_at and (
-                self.link is not None or self.waiting):
-            self._connect()
-        elif self.refused and now >= self.retry_at and self.in_flight is None and self.boot:
-            self._boot_again()
-            self.retry_at = now + RECONNECT_S[1]
-            self._next()
-        elif self.held_until and now >= self.held_until:
-            self.held_until = 0.0
-            self._next()
+    def restore_mapping(self, row: StateRow) -> None:
+        """The ids of a transaction; what was told since is not known, but for its bounds."""
+        facts = dict(row.value)
+        del facts["identity"]
+        protocol = facts.pop("protocol")
+        facts["start_key"] = tuple(facts["start_key"])
+        if not facts["ended"]:
+            facts["seq_no"] = facts["seq_reserved"]
+        facts["stored"] = tuple(facts[name] for name in MAPPING_FACTS)
+        TransactionMapping(**facts)              # TypeError, of another version's row
+        self.stored_mappings.setdefault(protocol, []).append(facts)
 
-    def _turn_flying(self, errand: Errand, now: float, due: float, timeout_s: float) -> None:
-        if errand.record is not None and errand.came_at < due:
-            self._answer_here(errand)
-            self._relayed("error", "UP", errand.call, error="upstream did not answer in time")
-            self.counts["errors"] += 1
-            if errand.worth:
-                self._hold(errand)
-        if now - errand.sent_at < timeout_s:
-            return
-        if errand.worth:                                 # its place is first, so no other may go
-            if now - errand.sent_at >= 2 * timeout_s:
-                self._hang_up(f"upstream does not answer {errand.call.action}")
-            return
-        self.silent += 1
-        self.in_flight = None
-        self.exchange.give_up()
-        if self.silent >= SILENT_CALLS or errand.boots_again:
-            self._hang_up("upstream does not answer")
-        else:
-            self._next()
+    def restore_answer(self, row: StateRow) -> None:
+        """An answer that the station may have missed."""
+        payload = row.value["payload"]
+        self.answers[row.value["digest"]] = CallResult('""', payload, to_json(payload))
 
-    def known_upstream(self, there: Any) -> TransactionMapping | None:
-        """The transaction that upstream calls so, where that is another name than the station's."""
-        return self._translator(self.station_protocol).by_upstream_id(there)
+    def restore_queued(self, row: StateRow) -> None:
+        """What an earlier run had not delivered waits again."""
+        value, frame = row.value, row.value["frame"]
+        call = read_call(frame)
+        asked = value["asked"]
+        queued = QueuedCall(
+            call.action, frame, call.id_text, value["protocol"], priority_of(call),
+            self.relay.now(), digest=digest_of(call), transaction_id=value["transactionId"],
+            answered=value["answered"], missed=not value["answered"], key=row.key,
+            asked=asked and Call(asked[0], asked[1], asked[2], to_json(asked[2])))
+        if queued.transaction_id is not None:
+            self.board.transaction_id_used(queued.transaction_id)
+        self.station_protocol = self.station_protocol or queued.protocol
+        self.protocol = self.protocol or self.settings.protocol or queued.protocol
+        self._enqueue(queued)
 
     # On record
 
     def _note(self, error: str) -> None:
         """What went wrong with upstream; the same again is not told again."""
         if error != self.last_error:
-            self._relayed("error", "UP", None, error=error)
+            self._record("error", "UP", None, error=error)
             log.warning("%s has no way to %s: %s", shown(self.identity), self.settings.url,
                         shown(error, 200))
         self.last_error = kept(error)
 
     def _refused_up(self, message: Call | Send, error: str) -> None:
         self.counts["refused"] += 1
-        self._relayed("refused", "UP", message, error=error)
+        self._record("refused", "UP", message, error=error)
 
-    def _relayed(self, kind: str, direction: str, message: Call | Send | None,
-                 to: Call | None = None, error: str | None = None, message_id_: str = "",
-                 latency_ms: float | None = None) -> None:
+    def _record(self, kind: str, direction: str, message: Call | Send | None,
+                to: Call | None = None, error: str | None = None, message_id_: str = "",
+                latency_ms: float | None = None) -> ProxyEvent:
         """Put on record what became of a message, or of the connection: see ProxyEvent.kind."""
         ends = (self.station_protocol, self.protocol)
         source, target = ends if direction == "UP" else ends[::-1]
         action = message.action if message else ""
-        self.board.relayed(ProxyEvent(
+        event = ProxyEvent(
             kind, self.identity, source, target, direction, action, self.board.clock(),
             message_id(message.id_text) if message and message.id_text else message_id_,
             to.action if to and to is not message else None,
             without_secrets(action, message.payload, message.text) if message and action else None,
             self._shown_translation(message, to) if to and to is not message else None,
-            latency_ms, None if error is None else kept(error)))
+            latency_ms, None if error is None else kept(error))
+        self.board.relayed(event)
+        return event
 
     @staticmethod
     def _shown_translation(message: Any, to: Call) -> str:
@@ -10775,197 +11247,84 @@ class Line:
         return text
 
     def view(self) -> dict:
-        """The line as REST shows it."""
-        waits_s = None if self.status not in ("away", "refused") else max(
-            0.0, round(self.retry_at - self.relay.now(), 1))
+        """The session as REST shows it."""
+        after = {BACKOFF: self.connect_after, BOOTING: self.boot_after}.get(self.status)
+        waits_s = None if after is None else max(0.0, round(after - self.relay.now(), 1))
         return {
             "identity": self.identity, "status": self.status,
             "stationOnline": self.link is not None,
             "protocol": self.protocol, "stationProtocol": self.station_protocol,
             "upSince": iso(self.up_since),
             "lagMs": None if self.lag_ms is None else round(self.lag_ms, 3),
-            "waiting": self.buffered, "waitingSeconds": self._behind_s(),
-            "nextAttemptSeconds": waits_s,
-            "lastError": self.last_error or None,
-            **{name: self.counts[name] for name in LINE_COUNTS}}
+            "waiting": self.waiting, "waitingSeconds": self._behind_s(),
+            "nextAttemptSeconds": waits_s, "lastError": self.last_error or None,
+            **{name: self.counts[name] for name in SESSION_COUNTS}}
 
     def _behind_s(self) -> int | None:
         """How long ago that came which waits longest."""
-        held = [e for e in (self.in_flight, *islice(self.waiting, 1)) if e and e.worth]
-        return int(self.relay.now() - held[0].came_at) if held else None
+        first = self.in_flight or self.queue.first
+        return int(self.relay.now() - first.came_mono) if first and first.priority else None
 
 
-def _disowned(payload: dict) -> str | None:
+RESTORED = {"session": UpstreamSession.restore_session,      # {kind of a row: who takes it}
+            "reported": UpstreamSession.restore_reported,
+            "mapping": UpstreamSession.restore_mapping, "answer": UpstreamSession.restore_answer,
+            "queued": UpstreamSession.restore_queued}
+
+
+def _disowned(reply: CallResult | CallError) -> str | None:
     """What is to be said of an answer that comes when the station has had ours."""
+    payload = reply.payload if type(reply) is CallResult else {}
     info = payload.get("idTagInfo") or payload.get("idTokenInfo")
     status = lenient(info, "status", str, "") if isinstance(info, dict) else ""
     return f"upstream has the id token for {kept(status, 40)}" if status not in (
         "", "Accepted") else None
 
 
-def _result_of(call: Call, payload: dict) -> CallResult:
+def _result_of(call: Call | CallResult, payload: dict) -> CallResult:
     return CallResult(call.id_text, payload, to_json(payload))
 
 
-def _worth(call: Call) -> int:
-    """How much it is worth to keep a Call for an upstream that is away; 0: nothing."""
-    if call.action == "TransactionEvent":
-        event = lenient(call.payload, "eventType", str, "")
-        if "idToken" in call.payload:    # to a 1.6 upstream it is the start
-            return 3
-        return EVENT_WORTHS.get(event, 1 if lenient(call.payload, "triggerReason", str)
-                                in METERED else 2)
-    if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
-        return 0                         # of no transaction
-    return WORTHS.get(call.action, 0)
+JOURNAL_FACTS = ("upstream_id", "evse_id", "id_token", "seq_no", "state", "charged", "started",
+                 "register", "base")
 
 
-FACTS_KEPT = ("upstream_id", "evse_id", "id_token", "seq_no", "state", "charged", "started",
-              "register", "base")
-UNWRITTEN = 50_000                  # statements, while the disk takes none; the oldest go
+def import_journal(path: str, state: State, now: float) -> int:
+    """Take over what a former version kept in `proxy.journal`, once.
 
-
-class Journal:
-    """What waits for upstream, and whose transaction id is whose, on disk: a restart loses nothing.
-
-    A thread writes, so that no disk holds up the loop; without a path nothing is kept. It writes
-    while an upstream is away, and at the start and end of a translated transaction.
-
-    Raises: ConfigError when the file cannot be used.
+    Returns the highest transaction id that was given out.
     """
-
-    TABLES = """
-        PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-        CREATE TABLE IF NOT EXISTS waiting (number INTEGER PRIMARY KEY, identity TEXT NOT NULL,
-            protocol TEXT NOT NULL, given INTEGER, frame TEXT NOT NULL);
-        CREATE TABLE IF NOT EXISTS crossings (identity TEXT NOT NULL, protocol TEXT NOT NULL,
-            here TEXT NOT NULL, at REAL NOT NULL, facts TEXT NOT NULL,
-            PRIMARY KEY (identity, protocol, here));
-        CREATE TABLE IF NOT EXISTS told (identity TEXT NOT NULL, place TEXT NOT NULL,
-            protocol TEXT NOT NULL, frame TEXT NOT NULL, PRIMARY KEY (identity, place));"""
-
-    def __init__(self, path: str):
-        self._db, self._pool, self._failing = None, None, False
-        self._unwritten: deque = deque(maxlen=UNWRITTEN)     # (statement, values)
-        self._number = self.last_id = 0      # last_id: the highest transaction id given out
-        if not path:
-            return
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))   # id tokens are nobody's
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.executescript(self.TABLES)
-            self._number = self._db.execute("SELECT max(number) FROM waiting").fetchone()[0] or 0
-            self.last_id = self._db.execute("PRAGMA user_version").fetchone()[0]
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"proxy.journal: {path} cannot be used: {error}") from None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "journal")
-
-    def __bool__(self) -> bool:
-        return self._db is not None
-
-    def close(self) -> None:
-        """Write what is to be written, and end."""
-        if self._db:
-            self._pool.shutdown()
-            self._db.close()
-            self._db = None
-
-    def waiting(self) -> list[tuple]:
-        """(number, identity, protocol, the id that the board gave, frame), the oldest first."""
-        return self._db.execute("SELECT number, identity, protocol, given, frame FROM waiting "
-                                "ORDER BY number").fetchall() if self._db else []
-
-    def keep(self, identity: str, errand: Errand) -> None:
-        """An errand waits, and its station counts on us."""
-        if self._db and not errand.number:
-            self.used(errand.given)
-            self._number += 1
-            errand.number = self._number
-            self._write("INSERT OR REPLACE INTO waiting VALUES (?, ?, ?, ?, ?)", errand.number,
-                        identity, errand.protocol, errand.given, pack(errand.call))
-
-    def used(self, given: int | None) -> None:
-        """The board gave out this transaction id: never again, not after a restart either."""
-        if self._db and given is not None and given > self.last_id:
-            self.last_id = given
-            self._write(f"PRAGMA user_version = {given:d}")
-
-    def drop(self, errand: Errand) -> None:
-        """An errand is done, or lost."""
-        if self._db and errand.number:
-            self._write("DELETE FROM waiting WHERE number = ?", errand.number)
-            errand.number = 0
-
-    def remember(self, identity: str, place: str, errand: Errand) -> None:
-        """The last BootNotification (place ""), or StatusNotification of a place, of a station."""
-        if self._db:
-            self._write("INSERT OR REPLACE INTO told VALUES (?, ?, ?, ?)", identity, place,
-                        errand.protocol, pack(errand.call))
-
-    def forget(self, identity: str) -> None:
-        """Of a station that nobody needs to know of any more."""
-        if self._db:
-            self._write("DELETE FROM told WHERE identity = ?", identity)
-
-    def told(self) -> list[tuple]:
-        """(identity, place, protocol, frame) of what stations told last."""
-        return self._db.execute("SELECT identity, place, protocol, frame FROM told"
-                                ).fetchall() if self._db else []
-
-    def keep_ids(self, identity: str, translator: Translator, ended: bool = False) -> None:
-        """Whose id is whose, of the transactions that run; or forget those that have `ended`."""
-        for mapping in translator.mappings.values() if self._db else ():
-            key = (identity, translator.station, to_json(mapping.station_id))
-            if ended and mapping.end_reported and mapping.saved:
-                self._write("DELETE FROM crossings WHERE identity = ? AND protocol = ? "
-                            "AND here = ?", *key)
-                mapping.saved = False
-            elif not ended and not mapping.end_reported:
-                facts = [getattr(mapping, name) for name in FACTS_KEPT]
-                self._write("INSERT OR REPLACE INTO crossings VALUES (?, ?, ?, ?, ?)", *key,
-                            translator.clock(), to_json(facts))
-                mapping.saved = True
-
-    def restore_ids(self, identity: str, translator: Translator) -> None:
-        """Tell an translator what an earlier run knew."""
-        rows = self._db.execute("SELECT here, at, facts FROM crossings WHERE identity = ? AND "
-                                "protocol = ?", (identity, translator.station)) if self._db else ()
-        for here, at, facts in rows:
-            try:
-                known = dict(zip(FACTS_KEPT, json.loads(facts), strict=True))
-            except (ValueError, TypeError):              # cut short, or of another version
-                log.error("The journal's transaction %s of %s cannot be read", shown(here),
-                          shown(identity))
-                continue
-            # What was told since is not known; there were less events than seconds.
-            known["seq_no"] += max(0, int(translator.clock() - at))
-            known["state"] = ""          # the station's next status tells it
-            translator.mapping(json.loads(here), **known, saved=True)
-
-    def _write(self, statement: str, *values: Any) -> None:
-        self._unwritten.append((statement, values))
-        self._pool.submit(self._execute)
-
-    def _execute(self) -> None:
-        """Write what is to be written, in one go: a slow disk has more to do each time."""
-        batch = tuple(self._unwritten)
-        if not batch:
-            return
-        try:
-            self._db.execute("BEGIN")
-            for statement, values in batch:
-                self._db.execute(statement, values)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:                   # a full disk: later, and in this order
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            if not self._failing:
-                log.error("The journal cannot be written: %s", error)
-            self._failing = True
-            return
-        self._failing = False
-        for _ in batch:
-            self._unwritten.popleft()
+    if not path or not os.path.exists(path) or any(
+            row.key == path for row in state.rows("imported")):
+        return 0
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
+            last_id, = db.execute("PRAGMA user_version").fetchone()
+            for number, identity, protocol, given, frame in db.execute(
+                    "SELECT number, identity, protocol, given, frame FROM waiting"):
+                state.put("queued", f"{number:015d}", {
+                    "identity": identity, "protocol": protocol, "frame": frame,
+                    "transactionId": given, "asked": None, "answered": True}, at=number)
+            for identity, place, protocol, frame in db.execute(
+                    "SELECT identity, place, protocol, frame FROM told"):
+                state.put("reported", to_json([identity, place]), {
+                    "identity": identity, "place": place, "protocol": protocol, "frame": frame})
+            for identity, protocol, here, at, facts in db.execute(
+                    "SELECT identity, protocol, here, at, facts FROM crossings"):
+                known = dict(zip(JOURNAL_FACTS, json.loads(facts), strict=True))
+                # What was told since is not known; there were less events than seconds.
+                reserved = known["seq_no"] + max(0, int(now - at))
+                state.put("mapping", to_json([identity, protocol, json.loads(here)]), known | {
+                    "identity": identity, "protocol": protocol, "station_id": json.loads(here),
+                    "seq_reserved": reserved, "start_key": [], "ended": False,
+                    "ended_by_us": False})
+    except (sqlite3.Error, TypeError, ValueError) as error:
+        log.error("proxy.journal: %s cannot be taken over: %s", path, error)
+        return 0
+    state.put("imported", path, True)
+    state.write_at_start()
+    log.warning("proxy.journal: %s is taken over into the state; the key can go", path)
+    return last_id
 
 
 RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
@@ -10976,32 +11335,23 @@ def _tls_context(ca: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=ca or None)
 
 
-async def open_upstream(line: Line) -> None:
-    """Connect upstream as the station would; the line is told what becomes of it."""
-    settings, protocol = line.settings, line.protocol
-    authorization = line.authorization
+async def open_upstream(session: UpstreamSession) -> WebSocket:
+    """Connect upstream as the station would. Raises: Disconnected."""
+    settings, board, identity = session.settings, session.board, session.identity
+    authorization = session.authorization
     if settings.password:
-        pair = f"{line.identity}:{settings.password}".encode()
+        pair = f"{identity}:{settings.password}".encode()
         authorization = f"Basic {base64.b64encode(pair).decode()}"
-    via = ",".join(filter(None, [line.link and line.link.via, line.board.epoch]))
+    via = ",".join(filter(None, [session.link.via if session.link else "", board.epoch]))
     try:
-        websocket = await open_websocket(
-            f"{settings.url.rstrip('/')}/{quote(line.identity, safe='')}", [protocol],
-            line.board.config.ocpp.max_frame_bytes, {
+        return await open_websocket(
+            f"{settings.url.rstrip('/')}/{quote(identity, safe='')}", [session.protocol],
+            board.config.ocpp.max_frame_bytes, {
                 "User-Agent": f"ocppboard/{VERSION}", RELAY_HEADER: via,
                 "Authorization": authorization},
             ssl_options=_tls_context(settings.ca) if settings.url.startswith("wss:") else None)
     except OSError as error:             # also of TLS, and of the PEM file
-        line.failed(f"no connection: {error.strerror or error}")
-        return
-    if protocol != line.protocol:        # the station came back in another version meanwhile
-        websocket.drop()
-        line.failed("the station speaks another version now")
-        return
-    line.opened(websocket)
-    websocket.start(functools.partial(line.upstream_said, websocket),
-                    lambda code, reason: line.closed(websocket, _why_closed(websocket, code,
-                                                                           reason)))
+        raise Disconnected(f"no connection: {error.strerror or error}") from None
 
 
 def _why_closed(websocket: WebSocket, code: int, reason: str) -> str:
@@ -11484,7 +11834,8 @@ MESSAGE_ID = Parameter("messageId", {"type": "string"}, "Of this message id: a C
 TEXT = Parameter("text", {"type": "string"}, "With this text in it, in any case")
 MESSAGE_TYPE = _choice("type", ("CALL", "CALLRESULT", "CALLERROR", "SEND", "CALLRESULTERROR"),
                        "Of this message type only")
-ONLINE = _choice("status", ("online", "offline", "all"), "Of this status only", default="all")
+CONNECTION_STATUS = _choice("status", ("online", "offline", "all"), "Of this status only",
+                            default="all")
 PROTOCOL = _choice("protocol", PROTOCOLS, "Of this OCPP version only")
 TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandoned"),
                              "Of this status only")
@@ -11891,15 +12242,15 @@ def get_metrics(api: "Api") -> None:
            [(label, r.power_w) for label, r in readings if r.power_w is not None])
     metric("ocppboard_connector_energy_watt_hours", "gauge", "Import register as last told.",
            [(label, r.energy_wh) for label, r in readings if r.energy_wh is not None])
-    ways = [(f'{{identity="{_label(line.identity)}"}}', line)
-            for line in (api.daemon.relay.lines.values() if api.daemon.relay else ())]
-    metric("ocppboard_relay_up", "gauge", "1 while the station's way upstream is open.",
-           [(label, int(line.status == "up")) for label, line in ways])
+    sessions = [(f'{{identity="{_label(session.identity)}"}}', session)
+                for session in (api.daemon.relay.sessions.values() if api.daemon.relay else ())]
+    metric("ocppboard_relay_up", "gauge", "1 while upstream is connected and takes messages.",
+           [(label, int(session.status == ONLINE)) for label, session in sessions])
     metric("ocppboard_relay_waiting", "gauge", "Messages that wait for upstream.",
-           [(label, line.buffered) for label, line in ways])
-    for name in LINE_COUNTS:
+           [(label, session.waiting) for label, session in sessions])
+    for name in SESSION_COUNTS:
         metric(f"ocppboard_relay_{_snake(name)}_total", "counter", f"Messages {_snake(name)}.",
-               [(label, line.counts[name]) for label, line in ways])
+               [(label, session.counts[name]) for label, session in sessions])
     api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
     api.finish("\n".join(lines) + "\n")
 
@@ -12073,7 +12424,7 @@ ROUTES = (
     Route("GET", "/api/about", get_about, "About"),
     Route("GET", "/api/overview", get_overview, "Overview"),
     Route("GET", "/api/connections", get_connections, "[Connection]",
-          (ONLINE, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
+          (CONNECTION_STATUS, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
     Route("GET", "/api/connections/:identity", get_connection, "ConnectionDetail"),
     Route("DELETE", "/api/connections/:identity", delete_connection, "Success"),
     Route("POST", "/api/connections/:identity/disconnect", post_disconnect, "Success",
@@ -12219,13 +12570,13 @@ SHAPES = {
         "url": "string", "protocol": "string", "patterns": "[string]", "whenDown": "string",
         "queue": "integer", "stations": "integer", "up": "integer", "upSince": "time?",
         "lagMs": "number?", "waiting": "integer",
-        **dict.fromkeys(LINE_COUNTS, "integer"), "lines": "[Line]"},
-    "Line": {
+        **dict.fromkeys(SESSION_COUNTS, "integer"), "sessions": "[UpstreamSession]"},
+    "UpstreamSession": {
         "identity": "string", "status": "string", "stationOnline": "boolean",
         "protocol": "string", "stationProtocol": "string", "upSince": "time?",
         "lagMs": "number?", "waiting": "integer", "waitingSeconds": "integer?",
         "nextAttemptSeconds": "number?",
-        "lastError": "string?", **dict.fromkeys(LINE_COUNTS, "integer")},
+        "lastError": "string?", **dict.fromkeys(SESSION_COUNTS, "integer")},
 }
 _TYPES: dict[str, dict] = {"time": {"type": "string", "format": "date-time"},
                            "id": {"type": ["string", "integer"]}}
@@ -13839,7 +14190,8 @@ const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead
 
 // What needs attention, the worst first: {rank, tone, where it leads, text}.
 const HOUR = 3600e3, DAY = 24 * HOUR;
-const linesAway = upstream => upstream.lines.filter(one => one.lastError && one.status !== 'idle');
+const sessionsAway = upstream =>
+  upstream.sessions.filter(one => one.lastError && one.status !== 'idle');
 
 function attention() {
   const found = [...state.stations.values()].flatMap(attentionTo), wrong = new Map();
@@ -13859,7 +14211,7 @@ function attention() {
         ago(one.timestamp));
   }
   for (const one of state.upstreams) {
-    const away = linesAway(one);
+    const away = sessionsAway(one);
     if (away.length) add(1, 'bad', 'relay', `${plural(away.length, 'station')} without a way to `,
       `${one.url}: ${away[0].lastError}`);
     if (one.lost) add(1, 'bad', 'relay', `${plural(one.lost, 'message')} did not get to `, one.url);
@@ -15081,12 +15433,13 @@ async function askRelay() {
   }
 }
 
-const LINE_TONES = {up: 'good', connecting: 'info', idle: '', refused: 'bad', away: 'bad'};
-const LINE_COLUMNS = [
+const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'warn',
+  backoff: 'bad'};
+const SESSION_COLUMNS = [
   {name: 'Station', width: '9rem', short: '7rem', leads: true,
     cell: one => stationLink(one.identity)},
   {name: 'Upstream', width: '6.5rem', short: '6.5rem',
-    cell: one => pill(one.status, LINE_TONES[one.status] ?? 'bad')},
+    cell: one => pill(one.status, SESSION_TONES[one.status] ?? 'bad')},
   {name: 'Versions', width: '6.5rem', wide: true,
     cell: one => versions(one.stationProtocol, one.protocol)},
   {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
@@ -15102,19 +15455,19 @@ const LINE_COLUMNS = [
     && h('span.bad.cut', {title: one.lastError}, one.lastError)},
 ];
 
-const ORDER = ['refused', 'away', 'connecting', 'up', 'idle'];
+const ORDER = ['booting', 'backoff', 'connecting', 'online', 'idle'];
 function upstreamCard(one) {
-  const name = one.url + one.patterns, [away] = linesAway(one), next = away?.nextAttemptSeconds;
-  const rows = [...one.lines].sort((a, b) =>
+  const name = one.url + one.patterns, [away] = sessionsAway(one), next = away?.nextAttemptSeconds;
+  const rows = [...one.sessions].sort((a, b) =>
     ORDER.indexOf(a.status) - ORDER.indexOf(b.status) || b.waiting - a.waiting);
   return card([h('h2.grow.whole', one.url),
     one.stations > 0 && h('span.dim.small',
-      `${digits(one.up)} of ${plural(one.stations, 'station')} up`),
+      `${digits(one.up)} of ${plural(one.stations, 'station')} online`),
     one.waiting > 0 && pill(`${digits(one.waiting)} waiting`, 'warn'),
     one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: name},
   away && h('p.in.bad', `${away.identity}: ${away.lastError}`,
     next > 0 && `; the next attempt is in ${digits(next)} s`),
-  rows.length ? grid('lines' + name, {rows, columns: LINE_COLUMNS,
+  rows.length ? grid('lines' + name, {rows, columns: SESSION_COLUMNS,
     key: line => line.identity, label: `Stations that go on to ${one.url}`,
     row: line => ({open: to('stations', line.identity)})})
     : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
@@ -16949,7 +17302,7 @@ class Daemon:
         self.relay = None
         if config.proxy.upstream:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
-            self._periodic.append(PeriodicCallback(self.relay.turn, 1000 * TURN_S))
+            self._periodic.append(PeriodicCallback(self.relay.tick, 1000 * TICK_S))
 
     # Start and stop
 
@@ -17045,11 +17398,12 @@ class Daemon:
         return [f"ws://{address}:{self.ocpp_port}{path}/"
                 for address in _addresses(self.config.server.address)]
 
-    def spawn(self, name: str, coroutine: Any) -> None:
+    def spawn(self, name: str, coroutine: Any) -> asyncio.Task:
         """Run a task in the background; its failure is logged under its name."""
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
@@ -17190,7 +17544,8 @@ def _log_request(handler: RequestHandler) -> None:
 
 def state_path(config: Config, environ: Mapping[str, str]) -> str:
     """The state file: as configured, else where systemd has a folder for it, else none."""
-    folder = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    folder = environ.get("STATE_DIRECTORY", "").partition(":")[0] or (
+        config.proxy.journal and os.path.dirname(config.proxy.journal))    # of a former version
     return config.state.path or (folder and os.path.join(folder, "ocppboard.db"))
 
 

@@ -146,7 +146,7 @@ class Bench:
         self.link = self.connect(protocol, schemas, identity)
 
     def make_board(self, config):
-        return Board(config, self.clock)
+        return Board(config, self.clock, state=ocppboard.State(config.state.path, self.clock))
 
     def connect(self, protocol="ocpp1.6", schemas=None, identity="CP-1", quirks=()):
         link = Link(self.board, schemas, protocol, lambda text: self.sent.append(text),
@@ -7055,46 +7055,137 @@ def test_without_any_one_of_its_rules_the_storm_breaks_a_limit(careless):
 # --- Relay --------------------------------------------------------------------------------
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """A loop in which a thread's work is done at once, so that nothing has to be waited for."""
+
+    def run_in_executor(self, executor, work, *arguments):
+        done = self.create_future()
+        try:
+            done.set_result(work(*arguments))
+        except (OSError, sqlite3.Error) as error:
+            done.set_exception(error)
+        return done
+
+
+PATCHES: list[pytest.MonkeyPatch] = []
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    yield
+    while PATCHES:
+        PATCHES.pop().undo()
+
+
 class Far:
-    """A Line of a Bench's station to an upstream that the test plays, without a socket."""
+    """The relay's session of a Bench's station, to an upstream that the test plays."""
 
     def __init__(self, bench, upstream="", **settings):
-        self.bench, self.frames, self.wires = bench, [], 0
+        self.bench, self.frames, self.sockets, self.dials = bench, [], 0, 0
+        self.loop, self.dialled, self.websocket = Loop(), [], None
         values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS}
         bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(
             **values | {"url": "ws://csms", "protocol": upstream} | settings)]
         self.relay = ocppboard.Relay(bench.board, None,
-                                     lambda name, work: asyncio.ensure_future(work),
+                                     lambda name, work: self.loop.create_task(work),
                                      now=lambda: bench.clock.now)
-        self.relay.connect = lambda line: None
+        PATCHES.append(pytest.MonkeyPatch())
+        PATCHES[-1].setattr(ocppboard, "open_websocket", self.dial)
+        bench.board.state.open()
         self.relay.start()
+        self.loop.create_task(bench.board.state.run())
         self.attach(bench.link)
+
+    async def dial(self, *arguments, **options):
+        """The relay connects: it waits until the test lets it."""
+        self.dials += 1
+        self.dialled.append(self.loop.create_future())
+        return await self.dialled[-1]
+
+    def settle(self):
+        """Let all happen that can, without time passing."""
+        for _ in range(20):
+            self.loop.run_until_complete(asyncio.sleep(0))
 
     def attach(self, link):
         self.link = link
         self.relay.attach(link, "")
-        self.line = self.relay.lines[link.station.identity]
+        self.session = self.relay.sessions[link.station.identity]
+        receive = link.receive
+
+        def settled(frame):
+            waits = receive(frame)
+            if waits is not None:
+                self.loop.run_until_complete(waits)
+            self.settle()
+        link.receive = settled
+        self.settle()
+
+    def left(self):
+        """The station's connection is lost."""
+        self.link.end("connection lost")
+        self.settle()
 
     def open(self):
-        self.wires += 1
-        self.wire = ocppboard.SimpleNamespace(write=self.frames.append, close=lambda: None, over="",
-                                              last_sign=math.inf,
-                                              ping_if_due=lambda *ignored: None)
-        self.line.opened(self.wire)
+        self.until_it_dials()
+        self.websocket = ocppboard.SimpleNamespace(
+            write=self.frames.append, close=lambda *_: None, closed_by_us=False,
+            start=lambda said, closed: None, drop=lambda: None, last_sign=math.inf,
+            ping_if_due=lambda *ignored: None)
+        self.dialled.pop(0).set_result(self.websocket)
+        self.settle()
+
+    def until_it_dials(self):
+        """A connection may be lingering, or a pause under way."""
+        for _ in range(100):
+            if not self.dialled:
+                self.turn()
+        assert self.dialled, self.session.status
+
+    def refuse(self, reason="away"):
+        """Upstream is away."""
+        self.until_it_dials()
+        self.dialled.pop(0).set_exception(ocppboard.HandshakeError(reason))
+        self.settle()
 
     def die(self):
-        self.line.closed(self.wire, "gone")
+        self.session.closed(self.websocket, "gone")
+        self.settle()
 
     def asked(self):
         """The next Call that upstream was sent."""
         return unpack(self.frames.pop(0))
 
     def answer(self, call, payload):
-        self.line.upstream_said(self.wire, f"[3,{call.id_text},{json.dumps(payload)}]")
+        self.say(f"[3,{call.id_text},{json.dumps(payload)}]")
+
+    def say(self, frame):
+        self.session.upstream_said(self.websocket, frame)
+        self.settle()
 
     def turn(self, seconds=1.0):
         self.bench.clock.now += seconds
-        self.relay.turn()
+        self.relay.tick()
+        self.settle()
+
+    def end(self):
+        """The process ends, as on SIGTERM."""
+        self.relay.stop()
+        self.kill(stop=True)
+
+    def kill(self, stop=False):
+        """The process ends, whatever was under way."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.settle()
+        state = self.bench.board.state
+        if stop and state:
+            self.loop.run_until_complete(state.stop())
+        elif state:
+            state._close()
+        if state:
+            os.close(state._lock_fd)
+        self.loop.close()
 
     def events(self, kind):
         return [event.view() for event in self.bench.board.proxy.records if event.kind == kind]
@@ -7124,11 +7215,11 @@ def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     bench.link.receive(frame)
     assert far.frames == [frame] and bench.sent == []
     answer = '[3, "a b", {"transactionId": 77,  "idTagInfo": {"status":"Invalid"}}]'
-    far.line.upstream_said(far.wire, answer)
+    far.say(answer)
     assert bench.sent == [answer]
     assert [t.id for t in bench.board.transactions.records] == [77]
     assert [m.type for m in bench.board.messages.records] == ["CALL", "CALLRESULT"]
-    assert far.line.view()["passed"] == 1 and far.events("translation") == []
+    assert far.session.view()["passed"] == 1 and far.events("translation") == []
 
 
 def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
@@ -7145,11 +7236,11 @@ def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
     far.die()
     far.turn(100)
     far.open()
-    assert far.line.bytes == sum(len(errand.frame) for errand in far.line.waiting) > 0
+    assert len(far.session.queue) == 1 and far.session.queue.bytes > 500     # the other is sent
     far.answer(far.asked(), {"status": "Accepted", "interval": 60,
                              "currentTime": "2026-09-21T13:00:00Z"})
     far.answer(far.asked(), {})
-    assert far.line.bytes == 0 and not far.line.waiting
+    assert far.session.queue.bytes == 0 and not far.session.queue
 
 
 def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
@@ -7159,20 +7250,20 @@ def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
     bench.link.receive(call_of("1", "BootNotification", BOOT_16))
     far.answer(far.asked(), {"status": "Pending", "currentTime": iso_now(), "interval": 60})
     assert bench.board.stations["CP-1"].registration == "Pending"
-    assert far.line.status == "refused"
+    assert far.session.status == "booting"
     bench.link.receive(call_of("2", "Heartbeat", {}))
     assert far.frames == [] and '"2"' in bench.sent[-1]      # answered here
     far.turn(61)
     again = far.asked()
     assert again.action == "BootNotification" and again.payload == BOOT_16
     far.answer(again, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
-    assert far.line.status == "up"
+    assert far.session.status == "online"
 
 
 def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("refused")
+    far.refuse()
     bench.link.receive(call_of("1", "BootNotification", BOOT_16))
     bench.link.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Preparing"}))
@@ -7183,7 +7274,7 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
     bench.link.receive(call_of("6", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert len(bench.sent) == 6 and far.line.buffered == 3
+    assert len(bench.sent) == 6 and far.session.waiting == 3
     far.open()
     boot = far.asked()
     assert boot.action == "BootNotification" and far.frames == []    # nothing before it is accepted
@@ -7200,7 +7291,7 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
     last = far.asked()
     assert last.action == "StatusNotification" and last.payload["status"] == "Preparing"
     far.answer(last, {})
-    assert len(bench.sent) == 6 and far.frames == [] and far.line.buffered == 0
+    assert len(bench.sent) == 6 and far.frames == [] and far.session.waiting == 0
     assert [e["method"] for e in far.events("delivered")] == [
         "StartTransaction", "MeterValues", "StopTransaction"]
 
@@ -7221,28 +7312,25 @@ def test_a_message_whose_answer_was_lost_goes_again_under_its_id():
     assert far.asked().payload["transactionId"] == 9
 
 
-@with_loop
-async def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
+def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("s", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    far.line.upstream_said(far.wire, call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
-    await until(lambda: "RemoteStop" in bench.sent[-1])
+    far.say(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
     stop = unpack(bench.sent[-1])
     assert stop.payload == {"transactionId": ours}
     bench.link.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
-    await until(lambda: far.frames)
     assert json.loads(far.frames.pop()) == [3, "r", {"status": "Accepted"}]
 
 
 def test_an_upstream_that_gives_an_id_twice_does_not_mix_two_transactions():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
@@ -7274,7 +7362,7 @@ def test_a_silent_upstream_costs_the_station_no_more_than_the_time_out():
         far.turn(9.8)
         assert f'"{id_}"' in bench.sent[-1]
         far.turn(1)
-    assert far.line.status == "away"                         # three in a row: it is not there
+    assert far.session.status == "backoff"                         # three in a row: it is not there
     bench.link.receive(call_of("4", "Authorize", {"idTag": "AA"}))
     assert '"4"' in bench.sent[-1]                           # at once
 
@@ -7288,7 +7376,7 @@ def test_a_late_answer_is_not_given_to_the_station_twice():
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.turn(3)
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    assert len(bench.sent) == 1 and far.line.view()["delivered"] == 1
+    assert len(bench.sent) == 1 and far.session.view()["delivered"] == 1
     bench.link.receive(call_of("2", "MeterValues", {
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
     assert far.asked().payload["transactionId"] == 9
@@ -7300,9 +7388,11 @@ def test_what_a_station_says_again_is_told_upstream_once():
     far.open()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     start = far.asked()
-    bench.link.end("connection lost")
+    far.left()
     far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    assert bench.sent == [] and far.line.status == "idle"    # delivered, and nobody there
+    assert bench.sent == [] and far.session.status == "online"
+    far.turn(ocppboard.GRACE_S + 1)
+    assert far.session.status == "idle"                      # delivered, and nobody there
     far.attach(bench.connect())
     far.open()
     far.link.receive(call_of("2", "StartTransaction", begun()))
@@ -7314,7 +7404,7 @@ def test_what_a_station_says_again_is_told_upstream_once():
 def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
     bench = Bench()
     far = Far(bench, queue=4)
-    far.line.failed("away")
+    far.refuse()
     for number in range(3):
         bench.link.receive(call_of(f"a{number}", "StartTransaction", begun(number + 1)))
         id_ = json.loads(bench.sent[-1])[2]["transactionId"]
@@ -7322,40 +7412,41 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
             "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
     bench.link.receive(call_of("z", "StopTransaction", {
         "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert [e.call.action for e in far.line.waiting] == [
+    assert [queued.action for queued in far.session.queue] == [
         *["StartTransaction"] * 3, "StopTransaction"]
-    lost = far.events("error")[1:]
-    assert [e["messageId"] for e in lost] == ["m0", "m1", "m2"]
-    assert all("lost" in e["error"] and e["payload"]["meterValue"] for e in lost)
-    assert far.line.view()["lost"] == 3
+    lost, = far.events("error")[1:]                          # one event, with the count
+    assert lost["messageId"] == "m0" and lost["error"].endswith("; 3 messages")
+    error, = [e.view() for e in bench.board.errors.records if e.kind == "NOT_DELIVERED"]
+    assert error["details"]["count"] == 3 and error["message"].startswith("3 messages for upstream")
+    assert far.session.view()["lost"] == 3
 
 
 @pytest.mark.parametrize("action, attempts", [("StartTransaction", 10), ("MeterValues", 3)])
 def test_an_upstream_that_cannot_take_a_message_is_asked_ever_less_often(action, attempts):
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", action, begun() if action == "StartTransaction" else {
         "connectorId": 1, "transactionId": 5, "meterValue": [metered(3)]}))
     far.open()
     for attempt in range(attempts):
         assert far.asked().id_text == '"1"'
-        far.line.upstream_said(far.wire, '[4,"1","InternalError","no disk",{}]')
+        far.say('[4,"1","InternalError","no disk",{}]')
         far.turn(min(2 * 2 ** attempt, 300) - 0.1)
         assert far.frames == []
         far.turn(0.1)
-    assert far.frames == [] and far.line.view()["lost"] == 1
-    assert far.events("error")[-1]["error"] == "not delivered: InternalError no disk"
+    assert far.frames == [] and far.session.view()["lost"] == 1
+    assert far.events("error")[-1]["error"].startswith("not delivered: InternalError no disk")
 
 
 def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
-    far.line.upstream_said(far.wire, '[4,"1","FormationViolation","",{}]')
+    far.say('[4,"1","FormationViolation","",{}]')
     far.frames.clear()
     bench.link.receive(call_of("2", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
@@ -7366,7 +7457,7 @@ def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
 
 def test_a_restart_loses_nothing_that_waits(tmp_path):
     journal = str(tmp_path / "relay.db")
-    bench = Bench(proxy_journal=journal)
+    bench = Bench(state_path=journal)
     far = Far(bench, upstream="ocpp2.0.1")
     far.open()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
@@ -7375,13 +7466,13 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
     far.die()
     bench.link.receive(call_of("2", "StartTransaction", begun(2)))
     waiting = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.relay.stop()
+    far.end()
     assert oct(os.stat(journal).st_mode)[-3:] == "600"
 
-    bench = Bench(proxy_journal=journal)
+    bench = Bench(state_path=journal)
     bench.clock.now += 100
     far = Far(bench, upstream="ocpp2.0.1")
-    assert far.line.buffered == 1
+    assert far.session.waiting == 1
     far.open()
     start = far.asked()
     assert start.payload["transactionInfo"]["transactionId"] == str(waiting)
@@ -7391,23 +7482,23 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
         "transactionId": running, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     stop = far.asked()
     assert stop.payload["transactionInfo"]["transactionId"] == str(running)
-    assert stop.payload["evse"]["id"] == 1 and stop.payload["seqNo"] > 1
+    assert stop.payload["evse"]["id"] == 1 and stop.payload["seqNo"] == 1
     far.answer(stop, {})
-    far.relay.stop()
-    left = Far(Bench(proxy_journal=journal), upstream="ocpp2.0.1")
-    assert left.line.buffered == 0
-    left.relay.stop()
+    far.end()
+    left = Far(Bench(state_path=journal), upstream="ocpp2.0.1")
+    assert left.session.waiting == 0
+    left.end()
 
 
 def test_after_a_restart_upstream_hears_who_the_station_is_and_how(tmp_path):
-    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "BootNotification", BOOT_16))
     bench.link.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Charging"}))
-    far.relay.stop()
+    far.end()
     far = Far(Bench(**keys))                                 # the station does not boot again
     for connection in range(2):
         far.open()
@@ -7418,13 +7509,13 @@ def test_after_a_restart_upstream_hears_who_the_station_is_and_how(tmp_path):
                        if action == "BootNotification" else {})
         assert far.frames == []
         far.die()
-    far.relay.stop()
+    far.end()
 
 
 def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_needs():
     bench = Bench()
     far = Far(bench, upstream="ocpp2.0.1", queue=1)
-    far.line.failed("away")
+    far.refuse()
     for number in "12":
         bench.link.receive(call_of(number, "StartTransaction", begun(int(number))))
     error, = [one.view() for one in bench.board.errors.records if one.kind == "NOT_DELIVERED"]
@@ -7434,7 +7525,7 @@ def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_need
 
 
 def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
-    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    keys = {"state_path": str(tmp_path / "relay.db")}
     event = {"eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized",
              "seqNo": 0,
              "transactionInfo": {"transactionId": "tx-1"}, "evse": {"id": 1},
@@ -7445,17 +7536,20 @@ def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
     bench.link.receive(call_of("1", "TransactionEvent", event))
     far.answer(far.asked(), {"transactionId": 31, "idTagInfo": {"status": "Accepted"}})
     assert far.asked().payload["status"] == "Preparing"
-    far.relay.stop()
+    far.end()
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
+    shown = far.asked()
+    assert shown.payload["status"] == "Preparing"            # it was not answered
+    far.answer(shown, {})
     bench.link.receive(call_of("2", "TransactionEvent", {
         "eventType": "Ended", "timestamp": iso_now(), "triggerReason": "EVDeparted", "seqNo": 1,
         "transactionInfo": {"transactionId": "tx-1", "stoppedReason": "EVDisconnected"}}))
     stop = far.asked()
     assert stop.action == "StopTransaction" and stop.payload["transactionId"] == 31
     assert stop.payload["reason"] == "EVDisconnected"
-    far.relay.stop()
+    far.end()
 
 
 def stop_of(transaction_id):
@@ -7504,7 +7598,7 @@ DRIVER = {"idToken": {"idToken": "AA", "type": "Central"}}
 def test_an_id_that_the_board_had_to_give_is_mapped_also_beside_others():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     far.open()
     far.answer(far.asked(), taken(5))
@@ -7526,41 +7620,38 @@ def test_a_start_that_is_told_again_is_the_same_transaction_in_2x():
     far.answer(first, {})
     ours = id_given(bench)
     reconnected(bench, far)                                  # the answer was lost on the way
-    far.open()
     bench.link.receive(call_of("2", "StartTransaction", begun()))
-    again = far.asked()
-    assert again.payload == first.payload
-    far.answer(again, {})
+    assert far.frames == [] and first.payload["eventType"] == "Started"
     assert id_given(bench) == ours
 
 
 def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
-    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.clock.now += 1000
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     ours = id_given(bench)
-    far.relay.stop()
+    far.end()
     bench = Bench(**keys)                                    # a second earlier, by its clock
     bench.clock.now += 999
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("2", "StartTransaction", begun(2)))
     assert id_given(bench) > ours
-    far.relay.stop()
+    far.end()
 
 
 def test_a_start_by_a_later_event_is_kept_like_any_start(tmp_path):
-    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
     told_16(bench, far, event_of("Started", 0, "CablePluggedIn",
                                  meterValue=metered_at(100, "Transaction.Begin")))
     assert "StartTransaction" in told_16(bench, far, event_of("Updated", 1, "Authorized", **DRIVER))
-    far.relay.stop()
+    far.end()
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
@@ -7568,9 +7659,9 @@ def test_a_start_by_a_later_event_is_kept_like_any_start(tmp_path):
         far.answer(far.asked(), {})
     told = told_16(bench, far, event_of("Ended", 2, "EVDeparted", meterValue=metered_at(900)))
     assert told["StopTransaction"]["transactionId"] == 7 and "StartTransaction" not in told
-    far.relay.stop()
-    assert ocppboard._worth(Call("1", "TransactionEvent", event_of("Updated", 1, "Authorized",
-                                                                   **DRIVER), "")) == 3
+    far.end()
+    assert ocppboard.priority_of(Call("1", "TransactionEvent", event_of(
+        "Updated", 1, "Authorized", **DRIVER), "")) == ocppboard.TRANSACTION
 
 
 def test_energy_counts_from_the_first_register_where_the_start_had_none():
@@ -7595,52 +7686,48 @@ def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
     bench.link.receive(call_of("2", "StopTransaction", stop_of(5)))
     stop = far.asked()
     reconnected(bench, far)
-    far.line.upstream_said(far.wire, f'[4,{stop.id_text},"InternalError","busy",{{}}]')
+    far.say(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
     bench.link.receive(call_of("3", "StopTransaction", stop_of(5)))
     again = far.asked()
     assert (again.action, again.id_text) == ("StopTransaction", '"3"')
 
 
 def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
-    keys = {"proxy_journal": str(tmp_path / "relay.db")}
+    keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
 
     def disk(full):
-        far.relay.journal._pool.submit(
-            lambda: far.relay.journal._db.execute(f"PRAGMA query_only={full}").fetchall()).result()
+        bench.board.state._db.execute(f"PRAGMA query_only={full}").fetchall()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     disk(full=1)
     far.open()
     far.answer(far.asked(), taken(5))                        # delivered: its row is to go
     far.die()
     bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    assert len(bench.sent) == 2 and bench.board.state.failing_since
     disk(full=0)
     bench.link.receive(call_of("3", "StartTransaction", begun(3)))
-    far.relay.stop()
+    far.end()
     left = Far(Bench(**keys))
-    assert [errand.call.payload["connectorId"] for errand in left.line.waiting] == [2, 3]
-    left.relay.stop()
+    assert [queued.read().payload["connectorId"] for queued in left.session.queue] == [2, 3]
+    left.end()
 
 
-def test_what_is_cut_short_in_the_journal_stops_nobody(tmp_path, caplog):
+@pytest.mark.parametrize("value", ["[1]", "{}", '{"identity": 3}', '{"identity": "CP-1"}', "7"])
+def test_a_row_of_the_state_that_makes_no_sense_stops_nobody(tmp_path, caplog, value):
     path = tmp_path / "relay.db"
-    bench = Bench(proxy_journal=str(path))
-    far = Far(bench, upstream="ocpp2.0.1")
+    bench = Bench(state_path=str(path))
+    far = Far(bench)
+    for kind in ocppboard.RESTORED:
+        bench.board.state.put(kind, "odd", json.loads(value))
+    far.end()
+    far = Far(Bench(state_path=str(path)), upstream="ocpp2.0.1")
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
-    far.answer(far.asked(), {})
-    far.relay.stop()
-    with contextlib.closing(sqlite3.connect(path)) as journal:
-        journal.execute("UPDATE crossings SET facts='[1]'")
-        journal.commit()
-    bench = Bench(proxy_journal=str(path))
-    far = Far(bench, upstream="ocpp2.0.1")
-    far.open()
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
-    assert far.asked().payload["eventType"] == "Started" and "cannot be read" in caplog.text
-    far.relay.stop()
+    far.link.receive(call_of("2", "StartTransaction", begun(2)))
+    assert far.asked().payload["eventType"] == "Started" and "cannot be used" in caplog.text
+    far.end()
 
 
 def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest():
@@ -7648,26 +7735,26 @@ def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest
     far = Far(bench)
     far.open()
     bench.link.receive(call_of("1", "BootNotification", BOOT_16))
-    far.line.upstream_said(far.wire, '[4,"1","FormationViolation","the vendor is too long",{}]')
+    far.say('[4,"1","FormationViolation","the vendor is too long",{}]')
     bench.link.receive(call_of("2", "StartTransaction", begun()))
     far.die()
     far.frames.clear()
     far.open()
     boot = far.asked()
     assert boot.action == "BootNotification"
-    far.line.upstream_said(far.wire, f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
+    far.say(f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
     assert far.asked().action == "StartTransaction"
 
 
 def test_while_upstream_is_given_a_rest_the_station_is_answered_here():
     bench = Bench()
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
     far.open()
     for attempt in range(4):
         start = far.asked()
-        far.line.upstream_said(far.wire, f'[4,{start.id_text},"InternalError","busy",{{}}]')
+        far.say(f'[4,{start.id_text},"InternalError","busy",{{}}]')
         if attempt < 3:
             far.turn(2 * 2 ** attempt)
     bench.link.receive(call_of("h", "Heartbeat", {}))        # within the 16 s of the fourth rest
@@ -7705,75 +7792,74 @@ def test_periods_of_a_profile_may_come_in_any_order():
     assert [profile.limit(NOW + after, 1, 5, 1.0) for after in (10, 100)] == [32, 6]
 
 
-@pytest.mark.parametrize("when_down, status", [("answer", "idle"), ("close", "away")])
-def test_without_its_station_a_line_is_idle_unless_it_sent_the_station_away(when_down, status):
+@pytest.mark.parametrize("when_down, status", [("answer", "idle"), ("close", "backoff")])
+def test_without_its_station_a_session_is_idle_unless_it_sent_the_station_away(when_down, status):
     bench = Bench()
     far = Far(bench, when_down=when_down)
-    far.line.failed("refused")
+    far.refuse()
     bench.link.end("connection lost")
-    assert far.line.view()["status"] == status and far.line.view()["lastError"] == "refused"
+    far.settle()
+    assert far.session.view()["status"] == status
+    assert far.session.view()["lastError"] == "no connection: away"
 
 
-def test_there_are_no_more_lines_than_stations_and_those_with_messages_stay():
+def test_there_are_no_more_sessions_than_stations_and_those_with_messages_stay():
     bench = Bench(store_max_connections=2)
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     bench.link.receive(call_of("1", "StartTransaction", begun()))
-    bench.link.end("connection lost")
+    far.left()
     for number, goes_on in ((2, True), (3, False)):          # both stay connected
         link = bench.connect(identity=f"CP-{number}")
         far.relay.attach(link, "")
-        assert (link.line is not None) == goes_on
+        assert (link.upstream is not None) == goes_on
+    far.settle()
+    far.refuse()
     bench.board.stations["CP-2"].link.end("connection lost")
-    far.relay.lines["CP-2"].failed("away")
+    far.settle()
     far.relay.attach(link, "")
-    assert set(far.relay.lines) == {"CP-1", "CP-3"} and far.line.buffered == 1
+    assert set(far.relay.sessions) == {"CP-1", "CP-3"} and far.session.waiting == 1
 
 
 def test_a_status_that_is_repeated_is_not_written_again_nor_kept_when_it_is_huge(tmp_path):
-    bench = Bench(proxy_journal=str(tmp_path / "relay.db"))
+    bench = Bench(state_path=str(tmp_path / "relay.db"))
     far = Far(bench)
-    far.line.failed("away")
+    far.refuse()
     written, status = [], {"connectorId": 1, "errorCode": "NoError", "status": "Available"}
-    far.relay.journal._write = lambda *statement: written.append(statement)
+    far.session._put_reported = lambda place, reported: written.append(reported.call.id_text)
     for number, more in enumerate(({"timestamp": "2026-09-21T13:00:00Z"},
                                    {"timestamp": "2026-09-21T13:01:00Z"}, {"status": "Charging"},
                                    {"info": "x" * 100_000})):
         bench.link.receive(call_of(f"s{number}", "StatusNotification", status | more))
-    assert [json.loads(values[-1])[1] for values in written] == ["s0", "s2"]
-    far.relay.stop()
+    assert written == ['"s0"', '"s2"']
+    far.end()
 
 
-def test_one_line_that_fails_does_not_stop_the_others(caplog):
+def test_a_session_that_fails_goes_on_after_a_pause_and_the_others_at_once(caplog):
     bench = Bench()
     far = Far(bench)
-    relay, turned = far.relay, []
-    relay.lines = {name: ocppboard.SimpleNamespace(turn=act, wire=None, link=None, waiting=[])
-                   for name, act in (("CP-1", lambda now: 1 / 0), ("CP-2", turned.append))}
-    relay.turn()
-    assert len(turned) == 1 and "The relay failed on 'CP-1'" in caplog.text
-
-
-def test_a_journal_that_cannot_be_used_ends_the_start(tmp_path):
-    (tmp_path / "no.db").write_text("this is no database, and long enough to be seen as none" * 9)
-    for path in (tmp_path / "none" / "relay.db", tmp_path / "no.db"):
-        with pytest.raises(ConfigError, match="cannot be used"):
-            ocppboard.Journal(str(path))
+    far.open()
+    far.session._due = lambda: 1 / 0
+    far.session._wake.set()
+    far.settle()
+    assert "The relay failed on 'CP-1'" in caplog.text and far.session.status == "backoff"
+    del far.session._due
+    far.open()
+    assert far.session.status == "online"
 
 
 def test_a_station_that_waits_for_approval_is_not_told_upstream_before_it():
-    bench = Bench(ocpp_accept="ask")
-    relay = ocppboard.Relay(bench.board, None, None)
-    values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS} | {"url": "ws://csms"}
-    bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(**values)]
-    connected = []
-    relay.connect = connected.append
-    relay.attach(bench.link, "")
-    relay.turn()
-    assert bench.link.line is None and connected == []
-    bench.board.approve(bench.board.stations["CP-1"])
-    relay.turn()
-    assert bench.link.line and connected == [relay.lines["CP-1"]]
+    bench = Bench()
+    far = Far(bench)
+    far.refuse()
+    bench.board.config.ocpp.accept = "ask"
+    other = bench.connect(identity="CP-2")
+    far.relay.attach(other, "")
+    far.turn()
+    assert other.upstream is None and "CP-2" not in far.relay.sessions
+    bench.board.approve(bench.board.stations["CP-2"])
+    far.turn()
+    assert other.upstream is far.relay.sessions["CP-2"] and far.dialled
 
 
 @pytest.mark.parametrize("protocol, call", [
@@ -7869,13 +7955,13 @@ def identity_there(socket_):
 
 
 @contextlib.asynccontextmanager
-async def relaying(play, *, protocols=PROTOCOLS, options=(), retry_s=(0.05, 0.2), turn_s=0.02,
+async def relaying(play, *, protocols=PROTOCOLS, options=(), retry_s=(0.05, 0.2), tick_s=0.02,
                    keys=(), **settings):
     """A central system, and a board that relays to it: (Upstream, Site); impatient ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ocppboard, "RECONNECT_S", retry_s)
-        patch.setattr(ocppboard, "TURN_S", turn_s)
-        patch.setattr(ocppboard, "HOLD_S", (0.05, 0.5))
+        patch.setattr(ocppboard, "TICK_S", tick_s)
+        patch.setattr(ocppboard, "PAUSE_S", (0.05, 0.5))
         async with Upstream(play, protocols, **dict(options)) as upstream, Site(
                 upstreams=[{"url": upstream.url} | settings], **dict(keys)) as site:
             yield upstream, site
@@ -7946,9 +8032,10 @@ async def told_by(site, *kinds):
     return [r for r in reversed(records) if not kinds or r["type"] in kinds]
 
 
-async def line_of(site, identity="CP-1"):
+async def upstream_session_of(site, identity="CP-1"):
     upstreams = await site.get("/api/proxy/upstreams")
-    return next(line for up in upstreams for line in up["lines"] if line["identity"] == identity)
+    return next(session for up in upstreams for session in up["sessions"]
+                if session["identity"] == identity)
 
 
 AT = "2026-09-21T13:{:02}:00Z".format            # a minute
@@ -8308,7 +8395,7 @@ async def test_with_one_version_on_both_sides_frames_pass_byte_for_byte(protocol
             await station.send(result)
             await until(lambda result=result: central.heard and central.heard[-1] == result)
         assert central.heard == results
-        assert (await line_of(site))["errors"] == 0
+        assert (await upstream_session_of(site))["errors"] == 0
     assert_quiet(caplog)
 
 
@@ -8320,7 +8407,7 @@ async def test_a_station_that_no_upstream_is_there_for_is_served_by_the_board():
             station = await site.station(identity)
             assert (await exchange(station, "Heartbeat", {}))[0] == 3
         assert len(central.heard) == len(upstream.knocks) == 1
-        assert list(site.daemon.relay.lines) == ["EU-1"]
+        assert list(site.daemon.relay.sessions) == ["EU-1"]
 
 
 @with_loop
@@ -8551,9 +8638,9 @@ async def test_each_session_arrives_once_and_whole_though_upstream_dies_again_an
                                       for station, identity in zip(stations, identities,
                                                                    strict=True)))
         killer.cancel()
-        lines = site.daemon.relay.lines.values()
-        await until(lambda: all(not line.waiting and not line.in_flight for line in lines), 10)
-        assert sum(line.counts["lost"] for line in lines) == 0
+        sessions = site.daemon.relay.sessions.values()
+        await until(lambda: all(not s.queue and not s.in_flight for s in sessions), 10)
+        assert sum(s.counts["lost"] for s in sessions) == 0
     expected = {key: energy for part in done for key, energy in part.items()}
     arrived = (_arrived_16 if upstreams == "ocpp1.6" else _arrived_2x)(central.told)
     assert arrived == expected and len(expected) == 200 and central.deaths > 5
@@ -8687,7 +8774,7 @@ async def test_whatever_upstream_does_the_station_has_its_answers_in_time(caplog
             stack.callback(server.close)
             upstreams[name] = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(ocppboard, "TURN_S", 0.1)
+        patch.setattr(ocppboard, "TICK_S", 0.1)
         site = await stack.enter_async_context(Site(
             ocpp_call_timeout_seconds=1, ocpp_max_calls_per_second=0,
             upstreams=[{"url": url, "stations": [name]} for name, url in upstreams.items()]))
@@ -8719,7 +8806,7 @@ async def test_an_upstream_that_hangs_up_at_once_is_not_tried_without_pause():
             await asyncio.sleep(0.1)
         # Pauses of 0.1 to 0.2 s, then 0.2 to 0.4, 0.4 to 0.8, 0.8 to 1.6, …
         assert 3 <= len(upstream.knocks) <= 6
-        assert (await line_of(site))["status"] in ("away", "connecting")
+        assert (await upstream_session_of(site))["status"] in ("backoff", "connecting")
 
 
 @with_loop
@@ -8790,8 +8877,8 @@ async def test_of_two_stations_of_one_identity_upstream_sees_the_newest():
         await until(lambda: json.loads(central.heard[-1])[:2] == [3, "c"])
         assert len(second.commands) == 1
         await until(lambda: sum(s.state.name == "OPEN" for s in upstream.sockets) == 1)
-        line = await line_of(site)
-        assert line["status"] == "up" and line["stationOnline"]
+        session = await upstream_session_of(site)
+        assert session["status"] == "online" and session["stationOnline"]
 
 
 @with_loop
@@ -8830,16 +8917,17 @@ async def test_what_waits_beyond_the_queue_is_lost_meter_values_first_and_that_i
                                                   "meterStop": start + 10})
         lost = await told_by(site, "error")
         lost = [record for record in lost if "lost" in record["error"]]
-        assert len(lost) == 12 and {record["method"] for record in lost} == {"MeterValues"}
-        line = await line_of(site)
-        assert (line["waiting"], line["lost"], line["buffered"]) == (6, 12, 18)
+        assert len(lost) == 1 and lost[0]["error"].endswith("; 12 messages")
+        assert lost[0]["method"] == "MeterValues"
+        session = await upstream_session_of(site)
+        assert (session["waiting"], session["lost"], session["buffered"]) == (6, 12, 18)
         upstream.down = False
         await until(lambda: len(central.calls("StopTransaction")) == 3)
         there = central.calls("StartTransaction", "StopTransaction")
         assert [action for action, _ in there] == ["StartTransaction", "StopTransaction"] * 3
         assert [told["transactionId"] for action, told in there if action == "StopTransaction"] == [
             7000, 8000, 9000], "the ids that upstream gave"
-        await until(lambda: site.daemon.relay.lines["CP-1"].counts["delivered"] == 6)
+        await until(lambda: site.daemon.relay.sessions["CP-1"].counts["delivered"] == 6)
         assert len(await told_by(site, "delivered")) == 6
 
 
@@ -8857,7 +8945,7 @@ async def test_upstream_hears_the_boot_and_the_statuses_again_when_it_is_back():
         before = len(central.heard)
         upstream.down = True
         upstream.kill()
-        await until(lambda: site.daemon.relay.lines["CP-1"].status == "away")
+        await until(lambda: site.daemon.relay.sessions["CP-1"].status == "backoff")
         await station.say("StatusNotification", status(1, "Faulted"))
         number = await station.session()
         upstream.down = False
@@ -8888,7 +8976,7 @@ async def test_of_a_station_that_upstream_has_not_accepted_it_hears_boots_only(s
         station = Talker(await site.station("CP-1"))
         _, _, answer = await station.say("BootNotification", BOOT_16)
         assert answer["status"] == status and answer["interval"] == 5
-        assert (await line_of(site))["status"] == "refused"
+        assert (await upstream_session_of(site))["status"] == "booting"
         await station.session()
         assert len(central.heard) == 1
         _, _, answer = await station.say("BootNotification", BOOT_16)
@@ -8933,12 +9021,12 @@ async def test_an_upstream_is_known_by_its_certificate(certificates, server, ca,
         assert upstream.url.startswith("wss://")
         station = Talker(await site.station("CP-1"))
         assert (await station.say("Heartbeat", {}))[0] == 3
-        line = await line_of(site)
+        session = await upstream_session_of(site)
         if trusted:
-            assert line["status"] == "up" and len(central.heard) == 1
+            assert session["status"] == "online" and len(central.heard) == 1
         else:
-            assert line["status"] != "up" and not central.heard and not upstream.knocks
-            assert "certificate" in line["lastError"].lower()
+            assert session["status"] != "up" and not central.heard and not upstream.knocks
+            assert "certificate" in session["lastError"].lower()
     assert_quiet(caplog)
 
 
@@ -8967,7 +9055,7 @@ async def test_a_relay_that_leads_back_to_itself_is_refused_and_does_not_loop(ca
         for _ in range(5):
             await station.say("Heartbeat", {})
             await asyncio.sleep(0.1)
-        assert "508" in (await line_of(site))["lastError"]
+        assert "508" in (await upstream_session_of(site))["lastError"]
         view = await site.get("/api/connections/CP-1")
         assert view["status"] == "online" and view["messageCount"] == 10
         knocks = [k.count for k in site.board.knocking.values() if k.http_status == 508]
@@ -9032,8 +9120,8 @@ async def test_a_central_system_of_16_that_fails_at_first_has_start_values_and_s
             assert answer[0] == 3, answer
         upstream.down = False
         await until(lambda: any(action == "StopTransaction" for action, _ in central.taken), 3)
-        line = site.daemon.relay.lines["CP-1"]
-        await until(lambda: not line.waiting and not line.in_flight)
+        session = site.daemon.relay.sessions["CP-1"]
+        await until(lambda: not session.queue and not session.in_flight)
         told = [(a, p) for a, p in central.taken if a in KEPT_CALLS]
         assert [a for a, _ in told if a != "MeterValues"] == ["StartTransaction", "StopTransaction"]
         assert told[0][1]["meterStart"] == 500 and told[-1][1]["meterStop"] == 800
@@ -9041,7 +9129,7 @@ async def test_a_central_system_of_16_that_fails_at_first_has_start_values_and_s
         registers = [p["meterValue"][0]["sampledValue"][0]["value"] for a, p in told
                      if a == "MeterValues"]
         assert [value for value, _ in itertools.groupby(registers)][-2:] == ["600", "700"]
-        assert line.counts["lost"] == 0
+        assert session.counts["lost"] == 0
     assert_quiet(caplog)
 
 
@@ -9079,7 +9167,7 @@ async def test_a_central_system_of_201_that_fails_at_first_has_all_events_withou
             told[0]["transactionInfo"]["transactionId"]}
         assert [register_of(e) for e in told] == [100, 150, 200, 250]
         assert [e["seqNo"] for e in told] == [0, 1, 2, 3]
-        assert site.daemon.relay.lines["CP-1"].counts["lost"] == 0
+        assert site.daemon.relay.sessions["CP-1"].counts["lost"] == 0
     assert_quiet(caplog)
 
 
@@ -9099,9 +9187,9 @@ async def test_starts_and_stops_outlive_a_while_in_which_upstream_can_store_noth
         await station.session(100, 50)
         await station.session(1000, 60)
         upstream.down = False
-        line = site.daemon.relay.lines["CP-1"]
-        await until(lambda: line.counts["delivered"] == 4 or line.counts["lost"], 10)
-        assert line.counts["lost"] == 0
+        session = site.daemon.relay.sessions["CP-1"]
+        await until(lambda: session.counts["delivered"] == 4 or session.counts["lost"], 10)
+        assert session.counts["lost"] == 0
         stops = [told for action, told in central.calls("StopTransaction")]
         assert [(s["transactionId"], s["meterStop"]) for s in stops] == [(7100, 150), (8000, 1060)]
 
@@ -9116,8 +9204,8 @@ async def test_two_boards_that_lead_to_each_other_do_not_go_round():
             assert (await station.say("Heartbeat", {}))[0] == 3
             await asyncio.sleep(0.05)
         assert first.board.total_messages == second.board.total_messages == 10
-        assert (await line_of(first))["status"] == "up"
-        assert "508" in (await line_of(second))["lastError"]
+        assert (await upstream_session_of(first))["status"] == "online"
+        assert "508" in (await upstream_session_of(second))["lastError"]
 
 
 # --- Access -------------------------------------------------------------------------------
@@ -11638,16 +11726,16 @@ async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
         station = await site.station()
         await exchange(station, "StartTransaction", START_16)
         await look.sees("CP-1", "tbody")
-        await look.sees("away", "tbody .pill")
+        await look.sees("backoff", "tbody .pill")
         await look.sees("1 waiting", ".pill.warn")
         await look.sees("1.6 ⇒ 2.0.1", "tbody")
         await look.sees("no connection: Connection refused", "tbody")
         await look.sees("; the next attempt is in ", "p.bad")
         await expect(look.page.locator("tr", has_text="buffered")).to_have_count(1)
         upstream, = await site.get("/api/proxy/upstreams")
-        line, = upstream["lines"]
-        assert (upstream["waiting"], line["status"], line["waiting"]) == (1, "away", 1)
-        assert line["waitingSeconds"] >= 0 and line["stationOnline"]
+        session, = upstream["sessions"]
+        assert (upstream["waiting"], session["status"], session["waiting"]) == (1, "backoff", 1)
+        assert session["waitingSeconds"] >= 0 and session["stationOnline"]
         events = await site.get("/api/proxy?identity=CP-1")
         assert [e["type"] for e in events if e["method"]] == ["buffered"]
         _, text, _ = await site.fetch("/metrics")
@@ -12079,7 +12167,7 @@ def test_the_boards_periodic_work_goes_on_whatever_the_wall_clock_does(jump, mon
     real, offset = time.time, [0.0]
     turns: Counter[str] = Counter()
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
-    monkeypatch.setattr(ocppboard.Relay, "turn", lambda relay: turns.update(relay=1))
+    monkeypatch.setattr(ocppboard.Relay, "tick", lambda relay: turns.update(relay=1))
     monkeypatch.setattr(ocppboard.Controller, "tick", lambda _: turns.update(controller=1) or [])
     monkeypatch.setattr(ocppboard.Board, "sampled", lambda *_: turns.update(telemetry=1))
 
