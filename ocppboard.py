@@ -2530,7 +2530,9 @@ class Codec:
 
         Raises: WebSocketError.
         """
-        if self._over or not (data := self._with_unread(data)):
+        if self._over:
+            return
+        if self._unread and not (data := self._with_unread(data)):
             return
         at, end, self._over = 0, len(data), True
         while end - at >= 2:
@@ -2548,7 +2550,7 @@ class Codec:
                 break
             payload = data[start:start + size]
             if not self._client:
-                payload = masked(payload, data[mask_at:start])
+                payload = masked(data[mask_at:start], payload)
             at = start + size
             if first == WHOLE_TEXT:                              # nearly all are
                 yield TEXT_FRAME, decoded(payload)
@@ -2556,18 +2558,17 @@ class Codec:
                 yield message
                 if first == FINAL | CLOSE_FRAME:
                     return
-        self._unread += data[at:]
+        if at < end:
+            self._unread += data[at:]
         self._over = False
 
     def _with_unread(self, data: bytes) -> bytes:
         """The data after what was not read before; nothing, while that is no frame yet."""
-        if self._unread:
-            self._unread += data
-            if len(self._unread) < self._needed:
-                return b""
-            data = bytes(self._unread)
-            self._unread.clear()
-        self._needed = 0
+        self._unread += data
+        if len(self._unread) < self._needed:
+            return b""
+        data, self._needed = bytes(self._unread), 0
+        self._unread.clear()
         return data
 
     def _check(self, first: int, second: int, size: int) -> None:
@@ -2639,7 +2640,7 @@ class Codec:
         if not self._client:
             return head + data
         mask = os.urandom(4)             # "a strong source of entropy" (RFC 6455 5.3)
-        return head + mask + masked(data, mask)
+        return head + mask + masked(mask, data)
 
     def forget(self) -> None:
         """The connection is over: its buffers go at once, not with what else refers to it."""
@@ -2656,11 +2657,17 @@ class Codec:
         return data[:-len(DEFLATE_TAIL)]
 
 
-def masked(data: bytes, mask: bytes) -> bytes:
+def masked_slowly(mask: bytes, data: bytes) -> bytes:
     """`data` masked, or unmasked (RFC 6455 5.3). One XOR of large numbers is Python's fastest."""
     size = len(data)
     key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
     return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+try:
+    from tornado.speedups import websocket_mask as masked
+except ImportError:                      # Tornado was built without its part in C
+    masked = masked_slowly
 
 
 def decoded(data: bytes) -> str:
