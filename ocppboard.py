@@ -1306,7 +1306,8 @@ class Series:
 
     __slots__ = ("start", "_numbers", "_step")
     FIELDS = ("power_w", "energy_wh", "soc")
-    WIDTH = 1 + len(FIELDS) + len(PHASES) + 1            # seconds since start, …, currents
+    CURRENTS = (*PHASES, "")
+    WIDTH = 1 + len(FIELDS) + len(CURRENTS)              # seconds since start, …
 
     def __init__(self, start: float):
         self.start = start
@@ -1320,17 +1321,15 @@ class Series:
             current_a: dict) -> None:
         """Keep a reading in the place of its time, unless it is too near another one."""
         since, numbers, width = at - self.start, self._numbers, self.WIDTH
-        if numbers and 0 <= since - numbers[-width] <= self._step:
+        place = len(numbers)
+        while place and since < numbers[place - width]:
+            place -= width
+        if (place and since - numbers[place - width] <= self._step) or (
+                place < len(numbers) and numbers[place] - since <= self._step):
             return
-        place = len(self)
-        while place and since < numbers[(place - 1) * width]:
-            place -= 1
-        near = [numbers[n * width] for n in (place - 1, place) if 0 <= n < len(self)]
-        if any(abs(since - other) <= self._step for other in near):
-            return
-        known = (power_w, energy_wh, soc, *(current_a.get(phase) for phase in (*PHASES, "")))
-        numbers[place * width:place * width] = array("f", [
-            since, *(math.nan if value is None else value for value in known)])
+        known = (power_w, energy_wh, soc, *map(current_a.get, self.CURRENTS))
+        numbers[place:place] = array("f", [
+            since, *[math.nan if value is None else value for value in known]])
         if len(self) > SERIES_KEPT:
             self._numbers = array("f", (value for n in range(0, len(self), 2)
                                         for value in numbers[n * width:(n + 1) * width]))
@@ -1347,7 +1346,7 @@ class Series:
             None if math.isnan(n) else round(n, 3) for n in numbers[1:]]
         return {"timestamp": iso(self.start + round(numbers[0], 3)), "powerW": power_w,
                 "energyWh": energy_wh, "soc": soc,
-                "currentA": {phase: a for phase, a in zip((*PHASES, ""), currents, strict=True)
+                "currentA": {phase: a for phase, a in zip(self.CURRENTS, currents, strict=True)
                              if a is not None}}
 
 
