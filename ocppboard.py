@@ -2464,7 +2464,7 @@ def pack(message: Call | CallResult | CallError) -> str:
 
 # --- WebSocket ----------------------------------------------------------------------------
 # RFC 6455 with permessage-deflate (RFC 7692), for both roles. A Codec has no I/O; a WebSocket
-# reads and writes a Tornado stream with it, whatever the other side does: it may go, or not read.
+# reads and writes a socket with it, whatever the other side does: it may go, or not read.
 
 TEXT_FRAME, BINARY_FRAME = 0x1, 0x2                                  # opcodes (RFC 6455 5.2)
 CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x8, 0x9, 0xA
@@ -2476,9 +2476,10 @@ DEFLATED_FIRST_BYTES = FIRST_BYTES | {0x41, 0x42, 0xC1, 0xC2}        # RSV1: com
 CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}     # on the wire
 NO_CODE, NO_CLOSE = 1005, 1006       # never on it: a Close frame without a code, and none at all
 CONTROL_BYTES = 125                  # in a control frame
-READ_BYTES, READS = 16 * 1024, 8     # from one connection, then others have their turn
+READ_BYTES = 16 * 1024               # from one connection, then others have their turn
 CLOSE_S, LINGER_S = 5, 1             # for the answer to our Close; for reading why, after an error
 HEAD_BYTES = 16 * 1024               # of the answer to our upgrade
+CLOGGED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # try again later
 # Deflate and inflate of a connection take 43 kB with these, 68 kB if the peer's window is 2^15.
 WINDOW_BITS, MEMORY_LEVEL = 12, 3
 DEFLATE_TAIL = b"\x00\x00\xff\xff"   # the end of every message, which is not sent (RFC 7692 7.2.1)
@@ -2861,19 +2862,28 @@ def read_answer(head: bytes, key: str,
 
 
 class WebSocket:
-    """An open connection. `start` it, `write` and `close` it; any end calls `on_close` once."""
+    """An open connection. `start` it, `write` and `close` it; any end calls `on_close` once.
+
+    Tornado's stream opens and closes it. In between the socket is ours: to have a stream read it
+    takes as long as all that is done with a message.
+    """
 
     def __init__(self, stream: IOStream, codec: Codec, subprotocol: str | None):
         self.subprotocol = subprotocol
         self.last_sign = self.last_ping = time.monotonic()       # of theirs, of ours
         self.last_pong: float | None = None
         self.closed_by_us = False                        # also for what the other side did wrong
-        self._stream, self._codec = stream, codec
+        self._stream, self._codec, self._loop = stream, codec, IOLoop.current()
+        self._socket: Any = stream.socket                # None, if it is gone already
+        self._unsent = bytearray()                       # what a clogged socket did not take
+        self._sent: asyncio.Future | None = None         # done when it has
+        self._waiting: asyncio.Task | None = None        # until a message can be dealt with
+        self._on_message: Any = None                     # set by `start`
         self._on_close: Callable[[int, str], Any] | None = None
         self._end = (NO_CLOSE, "connection lost")        # for `on_close`
         self._ending = False                             # a Close has come or gone
+        self._close_came = False
         self._timeout: asyncio.TimerHandle | None = None
-        stream.max_write_buffer_size, stream.read_chunk_size = QUEUE_BYTES, READ_BYTES
         with contextlib.suppress(AttributeError, OSError):       # gone already
             stream.set_nodelay(True)
             stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2884,9 +2894,21 @@ class WebSocket:
 
         `on_close` gets code and reason of the first Close, theirs or ours; 1006 if there was none.
         """
-        self._on_close = on_close
-        self._stream.set_close_callback(self._ended)
-        self._reader = asyncio.create_task(self._read(on_message))
+        self._on_message, self._on_close = on_message, on_close
+        stream = self._stream
+        stream.max_buffer_size = QUEUE_BYTES
+        stream.set_close_callback(self._ended)
+        try:                             # what came with the handshake
+            early: Any = stream.read_bytes(QUEUE_BYTES, partial=True)
+        except (StreamClosedError, StreamBufferFullError):
+            self.drop()
+            return
+        if not stream.closed():
+            self._loop.remove_handler(self._socket)
+            self._loop.add_handler(self._socket, self._on_event, IOLoop.READ)
+            self._listen()
+        if early.done() and not early.exception():
+            self._take(self._codec.feed(early.result()))
 
     def write(self, text: str) -> Awaitable | None:
         """Send a text. If the socket is clogged: what can be awaited until it is not.
@@ -2919,65 +2941,103 @@ class WebSocket:
 
     def drop(self) -> None:
         """End the connection at once."""
-        self._stream.close()
+        self._ending = True
+        if not self._stream.closed():
+            self._loop.remove_handler(self._socket)
+        self._stream.close()                             # calls `_ended`, also if closed already
 
     def send(self, data: bytes) -> Awaitable | None:
         """Send bytes as they are, as `write` does."""
-        # The socket itself first: it mostly takes all, in a third of the time.
-        stream, sent = self._stream, 0
-        if not stream.writing():
-            try:
-                sent = stream.socket.send(data)
-            except (AttributeError, OSError):
-                sent = 0                                 # the stream will see for itself
-            if sent == len(data):
-                return None
-        try:
-            return stream.write(data[sent:])
-        except StreamClosedError:
-            return None                                  # `on_close` is on its way
-        except StreamBufferFullError:
-            if not self._ending:
-                self._ending, self.closed_by_us, self._end = True, True, (1008, "does not read")
-            self.drop()
+        if self._unsent:
+            self._unsent += data
+            self._send_rest()
+        elif (sent := self._try_to_send(data)) < len(data):      # mostly it takes all
+            self._unsent += data[sent:]
+        if not self._unsent or self._stream.closed():
             return None
+        if len(self._unsent) > QUEUE_BYTES:
+            if not self._ending:
+                self.closed_by_us, self._end = True, (1008, "does not read")
+            self.drop()
+        elif self._sent is None:
+            self._sent = asyncio.get_running_loop().create_future()
+            self._listen()
+        return self._sent
 
-    async def _read(self, on_message: Callable[[str | bytes], Awaitable | None]) -> None:
-        read, size = 0, 0                # since others had their turn
+    def _try_to_send(self, data: bytes | bytearray) -> int:
+        """How much the socket took. Where it is broken, the connection ends."""
         try:
-            while True:
-                reading: Any = self._stream.read_bytes(READ_BYTES, partial=True)
-                if not reading.done():
-                    read = size = 0
-                elif read >= READS or size >= READ_BYTES:
-                    await asyncio.sleep(0)
-                    read = size = 0
-                data = await reading
-                read, size = read + 1, size + len(data)
-                self.last_sign = time.monotonic()
-                try:
-                    for opcode, content in self._codec.feed(data):
-                        if opcode > BINARY_FRAME:
-                            later = self._control(opcode, content)
-                        else:
-                            later = None if self._ending else on_message(content)
-                        if later is not None:
-                            await later
-                        if opcode == CLOSE_FRAME:
-                            return
-                except WebSocketError as error:
-                    self.close(error.code, str(error), LINGER_S)
-                except StreamClosedError:
-                    return
-                except Exception:
-                    log.exception("A message could not be handled")
-                    self.close(1011, "internal error", LINGER_S)
-        except StreamClosedError:
+            return self._socket.send(data)
+        except CLOGGED:
             pass
-        finally:
-            self._ending = True
-            self.drop()                                  # calls `_ended`, also if closed already
-            self._codec.forget()
+        except (AttributeError, OSError):
+            self.drop()
+        return 0
+
+    def _send_rest(self) -> None:
+        del self._unsent[:self._try_to_send(self._unsent)]
+        if self._sent and not self._unsent:
+            self._sent.set_result(None)
+            self._sent = None
+            self._listen()
+
+    def _listen(self) -> None:
+        """Have the loop tell what we wait for; nothing is read while a message is awaited."""
+        if self._on_message and not self._stream.closed():
+            self._loop.update_handler(self._socket, (0 if self._waiting else IOLoop.READ) | (
+                IOLoop.WRITE if self._unsent else 0))
+
+    def _on_event(self, _: Any, event: int) -> None:
+        if event == IOLoop.WRITE:
+            self._send_rest()
+            return
+        try:                             # a record of TLS is no larger: nothing stays in its layer
+            data = self._socket.recv(READ_BYTES)
+        except CLOGGED:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.drop()
+            return
+        self.last_sign = time.monotonic()
+        self._take(self._codec.feed(data))
+
+    def _take(self, messages: Iterator[tuple[int, Any]]) -> None:
+        """Deal with what was read, up to a message that has to wait."""
+        try:
+            for opcode, content in messages:
+                if opcode > BINARY_FRAME:
+                    later = self._control(opcode, content)
+                else:
+                    later = None if self._ending else self._on_message(content)
+                if later is not None:
+                    self._waiting = asyncio.create_task(self._take_after(later, messages))
+                    self._listen()
+                    return
+            if self._close_came:
+                self.drop()
+        except WebSocketError as error:
+            self.close(error.code, str(error), LINGER_S)
+        except Exception:
+            self._failed()
+
+    async def _take_after(self, later: Awaitable, messages: Iterator) -> None:
+        try:
+            await later
+        except StreamClosedError:
+            self.drop()
+        except Exception:
+            self._failed()
+        else:
+            self._waiting = None
+            self._take(messages)
+        self._listen()
+
+    def _failed(self) -> None:
+        self._waiting = None
+        log.exception("A message could not be handled")
+        self.close(1011, "internal error", LINGER_S)
 
     def _control(self, opcode: int, content: Any) -> Awaitable | None:
         """RFC 6455 5.5. Nothing is read while a Pong is unsent: who does not read cannot go on."""
@@ -2985,12 +3045,21 @@ class WebSocket:
             self.last_pong = self.last_sign
         elif opcode == PING_FRAME and not self._ending:
             return self.send(self._codec.frame(PONG_FRAME, content))
-        elif opcode == CLOSE_FRAME and not self._ending:
-            later, self.closed_by_us = self.close(*content), False
-            return later
+        elif opcode == CLOSE_FRAME:
+            self._close_came = True
+            if not self._ending:
+                later, self.closed_by_us = self.close(*content), False
+                return later
         return None
 
     def _ended(self) -> None:
+        self._ending = True
+        self._codec.forget()
+        self._unsent.clear()
+        if self._sent:
+            self._sent.set_exception(StreamClosedError())
+            self._sent.exception()                       # nobody has to await it
+            self._sent = None
         if self._timeout:
             self._timeout.cancel()
         on_close, self._on_close = self._on_close, None
