@@ -7615,7 +7615,7 @@ class Link:
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
         self._strict = board.config.ocpp.validate == "strict"
-        self._budget = Budget(board.config.ocpp.max_calls_per_second, time.monotonic())
+        self._budget = Budget(board.config.ocpp.max_calls_per_second, time.perf_counter())
         self.exchange = Exchange(self._write, self._keep_command)
 
     def start(self, identity: str, address: str, security_profile: int,
@@ -7646,10 +7646,11 @@ class Link:
 
     def receive(self, frame: str | bytes) -> Awaitable | None:
         """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
-        wait_s = self._budget.take(time.monotonic(), 1 + len(frame) // COSTLY_BYTES)
+        started = time.perf_counter()
+        wait_s = self._budget.take(started, 1 + len(frame) // COSTLY_BYTES)
         if wait_s:
             return self._receive_later(frame, wait_s)
-        return self._receive(frame)
+        return self._receive(frame, started)
 
     async def _receive_later(self, frame: str | bytes, wait_s: float) -> None:
         if self._budget.tell():
@@ -7658,14 +7659,13 @@ class Link:
                 "RATE_LIMIT", self.station.identity, f"Over {limit} messages a second: they wait",
                 "medium", {"ip": self.station.remote_address})
         await asyncio.sleep(wait_s)
-        later = self._receive(frame)
+        later = self._receive(frame, time.perf_counter())
         if later is not None:
             await later
 
-    def _receive(self, frame: str | bytes) -> Awaitable | None:
+    def _receive(self, frame: str | bytes, started: float) -> Awaitable | None:
         if self.ended:                   # it would be kept as answered, and is not: it comes again
             return None
-        started = time.perf_counter()
         try:
             message, text = self._unpack(frame)
         except BadFrame as error:
