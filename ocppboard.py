@@ -1699,13 +1699,12 @@ class Store:
 
     def append(self, record: Record) -> Record | None:
         """Keep the record and number it. Returns the one that went for it, if one did."""
-        self.total += 1
-        record.number = self.total
+        self.total = record.number = self.total + 1
         records = self.records
         records.append(record)
         gone = records.popleft() if len(records) > self.limit else None
         if self.max_bytes is not None:
-            self.bytes += record.size - (gone.size if gone else 0)
+            self.bytes += record.size if gone is None else record.size - gone.size
             while self.bytes > self.max_bytes:
                 gone = records.popleft()
                 self.bytes -= gone.size
@@ -3340,22 +3339,13 @@ def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
     Raises: WrongType.
     """
     value: Any = payload.get(key)
-    if value is None:
-        return default
-    if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
-        return value
-    return _typed(value, key, kind)
+    return default if value is None else _typed(value, key, kind)
 
 
 def lenient(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
     """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
-    value: Any = payload.get(key)
-    if value is None:
-        return default
-    if type(value) is kind and (kind is not int or -LARGEST < value < LARGEST):
-        return value
     try:
-        return _typed(value, key, kind)
+        return optional(payload, key, kind, default)
     except WrongType:
         return default
 
@@ -6027,13 +6017,11 @@ class Board:
 
     def publish(self, topic: str, record: Record) -> None:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
-        if topic in self.changes:
-            self.changes[topic] = record.changed = number = self.changes[topic] + 1
-        else:
-            number = record.number
-        if self.listeners[topic]:
-            event = Published(topic, number, record)
-            for subscription in self.listeners[topic]:
+        if topic in CHANGING:
+            self.changes[topic] = record.changed = self.changes[topic] + 1
+        if listeners := self.listeners[topic]:
+            event = Published(topic, record.changed if topic in CHANGING else record.number, record)
+            for subscription in listeners:
                 subscription.offer(event)
 
     def _last_number(self, topic: str) -> int:
@@ -6183,10 +6171,11 @@ class Board:
                 connector.reading.end_flow(at_mono)
                 if connector.transaction is not None:
                     self.publish("transactions", connector.transaction)
-        if _fault(cause) and _fault(cause) != _fault(connector):
-            self.error("STATION_FAULT", station, f"{_place_name(connector)} reports "
-                       f"{_fault(cause)}", {"evse": evse_id, "connector": connector_id,
-                                            "status": status, **_shown_cause(cause)})
+        fault = _fault(cause)
+        if fault and fault != _fault(connector):
+            self.error("STATION_FAULT", station, f"{_place_name(connector)} reports {fault}",
+                       {"evse": evse_id, "connector": connector_id, "status": status,
+                        **_shown_cause(cause)})
         connector.status, connector.status_mono = status, at_mono
         for name, text in cause.items():
             setattr(connector, name, text)
