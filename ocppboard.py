@@ -749,7 +749,14 @@ def iso(when: float | None) -> str | None:
     """UTC seconds as ISO 8601 with milliseconds and Z; None stays None."""
     if when is None:
         return None
-    return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    second, fraction = divmod(when, 1)   # rounded to microseconds, then cut, as isoformat does
+    second, ms = divmod(int(second) * 1000 + round(fraction * 1e6) // 1000, 1000)
+    return f"{_iso_second(second)}.{ms:03}Z"
+
+
+@functools.lru_cache(64)                 # most times that are written are of now
+def _iso_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def kept(text: Any, length: int = TEXT_KEPT) -> str:
@@ -3315,12 +3322,7 @@ def parse_time(text: Any) -> tuple[float, bool]:
 
 def wire_time(when: float) -> str:
     """A time as we send it: whole seconds and Z, which every charger can read."""
-    return _wire_time(int(when))
-
-
-@functools.lru_cache(2)
-def _wire_time(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+    return _iso_second(int(when)) + "Z"
 
 
 def required(payload: dict, key: str, kind: type) -> Any:

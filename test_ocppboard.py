@@ -42,7 +42,7 @@ import tracemalloc
 import weakref
 import zlib
 from collections import Counter
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
@@ -366,6 +366,13 @@ def test_the_sample_config_shows_every_key_with_its_default():
 class Numbered(ocppboard.Record):
     def __init__(self, size=0):
         self.number, self.size = 0, size
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1 << 33, exclude_max=True))
+def test_a_time_is_written_as_datetime_writes_it(when):
+    written = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
+    assert ocppboard.iso(when) == written.replace("+00:00", "Z")
 
 
 def test_a_store_drops_the_oldest_beyond_its_limit():
