@@ -3489,7 +3489,8 @@ class TransactionMapping:
     base: int = 0                       # what it was where a 1.6 upstream had to be told 0
     start_key: tuple = ()               # 1.6 station: what makes a repeated start the same one
     answer: dict = field(default_factory=dict)       # 2.x station: upstream's to the start
-    ended_by_us: bool = False           # the station never said so
+    end_key: tuple = ()                 # 1.6 station: of the stop that was told
+    ended_by_us: bool = False           # the station has not said so (yet)
     seq_reserved: int = 0               # up to this seqNo the state knows that it may be used
     stored: tuple = ()                  # what the state has of it
 
@@ -4468,7 +4469,7 @@ def lift_meter_values(t: Translator, payload: dict) -> Steps:
         mapping = _resumed(t, told, number)
     if not values:
         return None                      # nothing that 2.x has a word for
-    if mapping is None or mapping.ended:
+    if mapping is None or (mapping.ended and not mapping.ended_by_us):
         yield "MeterValues", {"evseId": number, "meterValue": values}
         return {}
     context = values[-1]["sampledValue"][0].get("context")
@@ -4531,8 +4532,9 @@ def _told_event(mapping: TransactionMapping, event: dict) -> Steps:
     """Tell of an event; what upstream could not take comes again, under the same number."""
     try:
         return (yield "TransactionEvent", event)
-    except BoardError:
-        mapping.seq_no = event["seqNo"]
+    except BoardError as error:
+        if not isinstance(error, NoAnswer):              # then it may have taken it
+            mapping.seq_no = event["seqNo"]
         raise
 
 
@@ -4594,9 +4596,12 @@ def lift_stop(t: Translator, payload: dict) -> Steps:
     mapping = t.mappings.get(station_id) or _resumed(t, station_id, 0)
     at = _when(t, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
-    if mapping.ended and not mapping.ended_by_us:
+    key = tuple(payload.get(name) for name in ("timestamp", "meterStop"))
+    if mapping.ended and mapping.end_key == key:
         mapping.seq_no -= 1              # the same event, told once more
-    mapping.ended, mapping.state = True, ""
+    elif mapping.ended:
+        mapping.ended_by_us = False      # it comes after all
+    mapping.ended, mapping.end_key, mapping.state = True, key, ""
     event = _transaction_event(t, mapping, "Ended", at, trigger, stoppedReason=stopped)
     meter_stop = _whole(t, payload.get("meterStop"))
     known = {"Transaction.Begin": mapping.register, "Transaction.End": meter_stop}
@@ -4674,7 +4679,8 @@ def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     mapping.charged = mapping.charged or mapping.state == "Charging"
     tag, answer = _lower_token(t, payload.get("idToken")), {}
     # 2. begin it upstream, once someone is known to charge
-    ends = kind == "Ended" and not mapping.end_reported
+    ends = kind == "Ended" and (not mapping.end_reported or mapping.ended_by_us)
+    mapping.ended_by_us = mapping.ended_by_us and not (ends and mapping.end_reported)
     begins = mapping.upstream_id is None and not mapping.ended and (
         tag is not None or (ends and (mapping.charged or used)))
     if begins:
@@ -9844,6 +9850,7 @@ CLEARED_BY = {                           # what a ClearChargingProfile names, in
     "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
     "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
 STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
+KNOWN_S = 400 * 86400               # so long what a restart needs of a station is kept unused
 RELAY_BYTES = 64 << 20              # of frames that wait for upstream, of all stations
 SESSION_BYTES = 2 << 20             # and of one
 
@@ -9858,7 +9865,7 @@ class Relay:
         self.now, self.state = now, board.state
         self.sessions: dict[str, UpstreamSession] = {}
         self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
-        self._last_key = int(board.clock() * 1000)       # of a QueuedCall in the state: they rise
+        self._last_key = 0                       # of a QueuedCall in the state
         self.state.sources.append(self.keep_all)
 
     def start(self) -> None:
@@ -9878,6 +9885,9 @@ class Relay:
                 except (BadFrame, AttributeError, KeyError, TypeError, ValueError) as error:
                     log.error("A row of the state, %s %s, cannot be used: %s", kind,
                               shown(row.key), shown(error))
+        for kind in RESTORED:
+            if kind != "queued":
+                self.state.remove_before(kind, self.board.clock() - KNOWN_S)
         self._drop_beyond_bound()
 
     def attach(self, link: Link, authorization: str) -> None:
@@ -9943,9 +9953,9 @@ class Relay:
             session.drop_least(f"too much waits for upstream ({RELAY_BYTES >> 20} MiB in all)")
             over -= before - session.queue.bytes
 
-    def next_key(self) -> str:
-        """A key for a row of the state that sorts behind all before it."""
-        self._last_key = max(self._last_key + 1, int(self.board.clock() * 1000))
+    def next_key(self, after: str = "0") -> str:
+        """A key for a row of the state that sorts behind all before it, and behind `after`."""
+        self._last_key = max(self._last_key + 1, int(after), int(self.board.clock() * 1000))
         return f"{self._last_key:015d}"
 
     def keep_all(self) -> None:
@@ -10195,8 +10205,9 @@ ANYTIME = {"timestamp": None}
 ANSWERS_KEPT = 50                   # of upstream, that a station may have missed: it asks again
 ABANDONED_S = 600                   # until an abandoned transaction is ended upstream
 TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
+# Of a mapping: a change of one of the first is written at once, the others with it.
 MAPPING_FACTS = ("upstream_id", "evse_id", "id_token", "started", "base", "start_key", "ended",
-                 "ended_by_us")     # a change of one is written at once; the others with it
+                 "end_key", "ended_by_us")
 MAPPING_READINGS = ("seq_no", "charged", "register")
 SEQUENCE_RESERVED = 50              # seqNo that may be used before the state is written again
 ABANDONED = {                       # the end that we tell upstream of, by the station's version
@@ -10361,9 +10372,12 @@ class UpstreamSession:
             if queued is None:
                 await self._woken()
                 continue
-            for ended in self._ends_before(queued):
-                await self._send(ended)
-            await self._send(queued)
+            if ends := self._ends_before(queued):
+                for ended in ends:
+                    self._put_row(ended)
+                    self.queue.add(ended, first=True)
+            else:
+                await self._send(queued)
 
     def _due(self) -> QueuedCall | None:
         """What upstream is to be told now: until it has accepted the station, only who that is."""
@@ -10992,10 +11006,21 @@ class UpstreamSession:
             return []
         payload = queued.read().payload
         return [self._end_of(mapping, queued.protocol) for mapping in translator.open_mappings()
-                if self._status_of(mapping) == "abandoned" or (
+                if self._is_over_by(mapping, payload) or (
                     mapping.start_key and mapping.evse_id == lenient(
                         payload, "connectorId", int, 0)
                     and not translator.began_by(mapping, payload))]
+
+    def _is_over_by(self, mapping: TransactionMapping, payload: dict) -> bool:
+        """Whether the board gave a transaction up before the time of a start."""
+        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        try:
+            at, _ = parse_time(payload.get("timestamp"))
+        except WrongValue:
+            at = self.board.clock()
+        return transaction is not None and transaction.status == "abandoned" and (
+            self.board.mono_of(self.board.stations.get(self.identity), at)
+            >= transaction.stopped_mono)
 
     def _end_abandoned(self) -> None:
         """End upstream what was given up at the board, and has not come back in ABANDONED_S."""
@@ -11155,7 +11180,8 @@ class UpstreamSession:
     def _put_row(self, queued: QueuedCall) -> None:
         if self.state:
             queued.key = queued.key or self.relay.next_key()
-            self.state.put("queued", queued.key, queued.row(self.identity), durable=True)
+            self.state.put("queued", queued.key, queued.row(self.identity),
+                           at=int(queued.key) / 1000, durable=True)      # so they come in order
 
     def _forget_row(self, queued: QueuedCall) -> None:
         if queued.key:
@@ -11184,7 +11210,7 @@ class UpstreamSession:
         for translator in self.translators.values() if self.state else ():
             for mapping in translator.mappings.values():
                 facts = tuple(getattr(mapping, name) for name in MAPPING_FACTS)
-                if mapping.end_reported:
+                if mapping.end_reported and not mapping.ended_by_us:
                     if mapping.stored:
                         mapping.stored, changed = (), True
                         self.state.put("mapping", self._mapping_key(translator, mapping), None,
@@ -11244,7 +11270,7 @@ class UpstreamSession:
         facts = dict(row.value)
         del facts["identity"]
         protocol = facts.pop("protocol")
-        facts["start_key"] = tuple(facts["start_key"])
+        facts |= {name: tuple(facts[name]) for name in ("start_key", "end_key")}
         if not facts["ended"]:
             facts["seq_no"] = facts["seq_reserved"]
         facts["stored"] = tuple(facts[name] for name in MAPPING_FACTS)
@@ -11266,6 +11292,7 @@ class UpstreamSession:
             self.relay.now(), digest=digest_of(call), transaction_id=value["transactionId"],
             answered=value["answered"], missed=not value["answered"], key=row.key,
             asked=asked and Call(asked[0], asked[1], asked[2], to_json(asked[2])))
+        self.relay.next_key(after=row.key)
         if queued.transaction_id is not None:
             self.board.transaction_id_used(queued.transaction_id)
         self.station_protocol = self.station_protocol or queued.protocol
@@ -11383,7 +11410,7 @@ def import_journal(path: str, state: State, now: float) -> int:
                 state.put("mapping", to_json([identity, protocol, json.loads(here)]), known | {
                     "identity": identity, "protocol": protocol, "station_id": json.loads(here),
                     "seq_reserved": reserved, "start_key": [], "ended": False,
-                    "ended_by_us": False})
+                    "end_key": [], "ended_by_us": False})
     except (sqlite3.Error, TypeError, ValueError) as error:
         log.error("proxy.journal: %s cannot be taken over: %s", path, error)
         return 0
