@@ -11,6 +11,7 @@ import ast
 import asyncio
 import base64
 import bisect
+import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -26,6 +27,7 @@ import math
 import os
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -35,13 +37,15 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import threading
 import time
 import tomllib
 import tracemalloc
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from http import HTTPStatus
@@ -9205,6 +9209,1147 @@ async def test_two_boards_that_lead_to_each_other_do_not_go_round():
         assert first.board.total_messages == second.board.total_messages == 10
         assert (await upstream_session_of(first))["status"] == "online"
         assert "508" in (await upstream_session_of(second))["lastError"]
+
+
+# The relay as a black box in virtual time: stations, an upstream and a disk that misbehave, and a
+# board that is killed. A register says whose it is: session 7 starts at 7000 Wh, has the readings
+# 7001, 7002 and so on, and stops at 7999. To search long: `RELAY=3000 pytest -k whatever_happens`,
+# `KILLS=200 pytest -k daemon_is_killed`.
+
+CALL_S = 10                              # the board's call_timeout_seconds
+LATENCY_S = 0.01                         # of each way
+STOP = 999                               # the last step of a session; 0 is its start
+EVENT_OF = {0: "Started", STOP: "Ended"}
+SQLITE_CONNECT = sqlite3.connect
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer when nothing else is to be done."""
+
+    def __init__(self, now, disk):
+        selector = selectors.SelectSelector()
+        selector.select = self._jump
+        self.now, self.disk = now, disk
+        super().__init__(selector)
+
+    def _jump(self, seconds):
+        assert seconds is not None, "everybody waits for ever"
+        self.now += seconds
+        return []
+
+    def time(self):
+        return self.now
+
+    def run_in_executor(self, executor, work, *args):
+        return asyncio.wrap_future(self.disk.submit(work, *args), loop=self)
+
+
+class Disk(concurrent.futures.Executor):
+    """Runs the work of all executors at once, or after `takes_s`; SQLite may fail on it."""
+
+    def __init__(self, world, folder):
+        self.world, self.folder, self.runs = world, folder, 0
+        self.takes_s, self.fails = 0, False
+        self.bad_until = 0.0             # until then an answer may come before its commit
+        self.work, self.connections = deque(), []
+        self.path.mkdir()
+
+    @property
+    def path(self):
+        """The folder of this run of the board."""
+        return self.folder / str(self.runs)
+
+    def submit(self, work, *args):
+        future = concurrent.futures.Future()
+        self.work.append((future, work, args))
+        if self.takes_s:
+            self.world.later(self.takes_s, self._do_next)
+        else:
+            self.shutdown()
+        return future
+
+    def shutdown(self, wait=True, **ignored):
+        while self.work:
+            self._do_next()
+
+    def _do_next(self):
+        if self.work:
+            future, work, args = self.work.popleft()
+            try:
+                future.set_result(work(*args))
+            except Exception as error:
+                future.set_exception(error)
+
+    def is_good(self):
+        """Whether what is answered now must be committed."""
+        return not self.fails and self.takes_s <= 2 and self.world.now >= self.bad_until
+
+    def worsen(self, takes_s=0.0, fails=False):
+        self.takes_s, self.fails = takes_s, fails
+
+    def mend(self):
+        """It works, and the work that waited is done."""
+        if self.fails or self.takes_s > 2:
+            self.bad_until = self.world.now + 90             # a failed write may wait so long
+        self.worsen()
+        self.shutdown()
+
+    def kill(self):
+        """The power is lost: what is committed stays."""
+        self.work.clear()
+        former, self.runs = self.path, self.runs + 1
+        shutil.copytree(former, self.path)
+
+    def connect(self, *args, **options):
+        """In place of `sqlite3.connect`."""
+        disk = self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                if disk.fails and re.match("INSERT|DELETE|COMMIT|PRAGMA user_version =", statement):
+                    raise sqlite3.OperationalError("database or disk is full")
+                return super().execute(statement, *values)
+
+        self.connections.append(SQLITE_CONNECT(*args, factory=Connection, **options))
+        return self.connections[-1]
+
+
+async def read_frames(frames, receive):
+    """Hand over the frames of a connection, one after another as a WebSocket does."""
+    while (frame := await frames.get()) is not None:
+        waits = receive(frame)
+        if waits is not None:
+            await waits
+
+
+class StationSocket:
+    """A station's connection to the board."""
+
+    def __init__(self, world, station):
+        self.world, self.station, self.frames = world, station, asyncio.Queue()
+        self.link = Link(world.board, None, station.protocol, self._write, self._close)
+        self.link.start(station.identity, "192.0.2.1", 0, ())
+        world.relay.attach(self.link, station.authorization)
+        world.spawn("station", read_frames(self.frames, self.link.receive))
+
+    def send(self, frame):
+        self.frames.put_nowait(frame)
+
+    def cut(self):
+        self.frames.put_nowait(None)
+        self.link.end("connection lost")
+
+    def _write(self, text):
+        self.world.later(LATENCY_S, self.station.receive, self, text)
+
+    def _close(self, code, reason):
+        self.world.later(0, self.station.leave, self)
+
+
+class UpstreamSocket:
+    """The board's connection to the central system, as `open_websocket` gives it."""
+
+    def __init__(self, world, identity, protocol):
+        self.world, self.identity, self.subprotocol = world, identity, protocol
+        self.last_sign = self.last_ping = world.now
+        self.last_pong, self.closed_by_us, self.open = None, False, True
+        self.cut = False                 # no frame gets through, and nobody is told
+        self.frames, self._on_close = asyncio.Queue(), None
+
+    def start(self, on_message, on_close):
+        self._on_close = on_close
+        self.world.spawn("upstream", read_frames(self.frames, on_message))
+
+    def write(self, text):
+        if self.open:
+            self.world.later(LATENCY_S, self.world.central.receive, self, text)
+
+    def close(self, code=1000, reason="", *ignored):
+        self.closed_by_us = True
+        self._end(code, reason)
+
+    def drop(self):
+        self._end(1006, "connection lost")
+
+    def ping_if_due(self, now, interval):
+        if now - self.last_ping >= interval:
+            self.last_ping = now
+            if not self.cut:
+                self.last_sign = self.last_pong = now
+
+    def send(self, text):
+        """The central system sends a frame."""
+        self.world.later(LATENCY_S, self._arrive, text)
+
+    def die(self):
+        """The central system is gone, with all that was on the way to it."""
+        self.cut = True
+        self.drop()
+
+    def _arrive(self, text):
+        if self.open and not self.cut:
+            self.last_sign = self.world.now
+            self.frames.put_nowait(text)
+
+    def _end(self, code, reason):
+        if self.open:
+            self.open = False
+            self.frames.put_nowait(None)
+            if self._on_close:
+                self.world.loop.call_soon(self._on_close, code, reason)
+
+
+@dataclass(eq=False)
+class Session:
+    """A transaction as its station knows it."""
+
+    number: int
+    connector: int
+    id: Any = None
+    readings: int = 0
+    events: int = 0
+    stopped: bool = False
+    replaced: bool = False               # not stopped, and another one began at its connector
+    at_risk: bool = False                # a message was answered while the disk was bad
+    excused: bool = False                # and the board was killed then
+
+
+@dataclass(eq=False)
+class StationCall:
+    """A Call that a station sends until it is answered; without a session, but once."""
+
+    action: str
+    payload: Any                         # a function: the transaction's id may be known later
+    session: Session | None = None
+    step: int = -1
+    id: str = ""
+    socket: Any = None                   # on which it was sent last
+    heard_on: Any = None                 # and that on which an answer came
+    answered: bool = False
+    renamed: bool = False                # sent under several message ids
+    torn: bool = False                   # sent, and not answered when the board was killed
+    errors: int = 0
+
+
+class ChargingStation:
+    """A station of two connectors: one Call at a time, and transaction messages until answered."""
+
+    def __init__(self, world, identity, protocol):
+        self.world, self.identity, self.protocol = world, identity, protocol
+        self.is_16 = protocol == "ocpp1.6"
+        self.authorization = f"Basic {base64.b64encode(f'{identity}:own'.encode()).decode()}"
+        self.socket, self.under_way, self.boots = None, None, True
+        self.queue, self.calls = [], []                      # what waits; all of its sessions
+        self.charging, self.sessions = {}, []                # by connector; all of them
+        self.sent, self.answers = {}, Counter()              # on this connection, by message id
+        self.ids = itertools.count(1)
+        self.new_ids = self.misses_answers = False           # new_ids: for a repeated Call, too
+        self.lost_on_bad_disk = False
+        self.patience_s = 60
+
+    # What happens at the station
+
+    def come(self):
+        if self.socket is None:
+            self.misses_answers, self.sent, self.answers = False, {}, Counter()
+            if self.boots:
+                self.queue[:0] = [self._boot(), self._status(1, False), self._status(2, False)]
+                for connector in self.charging:
+                    self.queue.append(self._status(connector, True))
+                    self.meter(connector)
+            self.boots = False
+            self.socket = self.world.connect(self)
+            self._send()
+
+    def leave(self, socket=None):
+        if self.socket and socket in (None, self.socket):
+            socket, self.socket = self.socket, None
+            self._forget_the_connection()
+            socket.cut()
+
+    def lose_the_board(self, excused):
+        """The board is killed; `excused`: while its disk was bad."""
+        self.lost_on_bad_disk |= excused
+        self.socket = None
+        for call in self.queue:
+            call.torn |= bool(call.id)
+        for session in self.sessions:
+            session.excused |= session.at_risk and excused
+            session.at_risk = False
+        self._forget_the_connection()
+
+    def _forget_the_connection(self):
+        self.under_way = None
+        self.queue = [call for call in self.queue if call.session]
+
+    def reboot(self, resumes=False):
+        """Sessions that are not resumed are never stopped."""
+        self.leave()
+        self.boots = True
+        if not resumes:
+            self.charging.clear()
+
+    def start(self, connector):
+        if connector not in self.charging:
+            for former in self.sessions:
+                former.replaced |= former.connector == connector and not former.stopped
+            session = self.charging[connector] = Session(self.world.new_number(), connector)
+            session.id = None if self.is_16 else f"tx-{session.number}"
+            self.sessions.append(session)
+            self._add(session, 0)
+            self._add_status(connector, True)
+
+    def meter(self, connector):
+        if session := self.charging.get(connector):
+            session.readings += 1
+            self._add(session, session.readings)
+
+    def stop(self, connector):
+        if session := self.charging.pop(connector, None):
+            session.stopped = True
+            self._add(session, STOP)
+            self._add_status(connector, False)
+
+    def miss_answers(self):
+        self.misses_answers = True
+
+    def repeat_soon(self):
+        self.patience_s = 4
+
+    def rename(self):
+        self.new_ids = True
+
+    # What it sends
+
+    def _add(self, session, step):
+        said = self._said_16 if self.is_16 else self._said_2x
+        self.calls.append(StationCall(*said(session, step, self.world.stamp()), session, step))
+        self.queue.append(self.calls[-1])
+        self._send()
+
+    def _add_status(self, connector, charges):
+        if self.socket:
+            self.queue.append(self._status(connector, charges))
+            self._send()
+
+    def _said_16(self, session, step, at):
+        wh, place = 1000 * session.number + step, {"connectorId": session.connector}
+        if step == 0:
+            return "StartTransaction", lambda: place | {
+                "idTag": f"T{session.number}", "meterStart": wh, "timestamp": at}
+        if step == STOP:
+            return "StopTransaction", lambda: {
+                "transactionId": session.id, "meterStop": wh, "timestamp": at, "reason": "Local"}
+        return "MeterValues", lambda: place | {"transactionId": session.id, "meterValue": [
+            {"timestamp": at, "sampledValue": [{"value": str(wh)}]}]}
+
+    def _said_2x(self, session, step, at):
+        trigger, context = {0: ("Authorized", "Transaction.Begin"),
+                            STOP: ("EVDeparted", "Transaction.End")}.get(
+            step, ("MeterValuePeriodic", "Sample.Periodic"))
+        event = {
+            "eventType": EVENT_OF.get(step, "Updated"), "timestamp": at, "triggerReason": trigger,
+            "seqNo": session.events, "transactionInfo": {"transactionId": session.id},
+            "evse": {"id": session.connector, "connectorId": 1}, "offline": self.socket is None,
+            "meterValue": [{"timestamp": at, "sampledValue": [
+                {"value": 1000 * session.number + step, "context": context}]}]}
+        session.events += 1
+        if step == 0:
+            event["idToken"] = {"idToken": f"T{session.number}", "type": "Central"}
+        return "TransactionEvent", lambda: event
+
+    def _boot(self):
+        return StationCall("BootNotification", lambda: BOOT_16 if self.is_16 else {
+            "reason": "PowerUp", "chargingStation": {"model": "M", "vendorName": "V"}})
+
+    def _status(self, connector, charges):
+        at, status = self.world.stamp(), "Occupied" if charges else "Available"
+        if self.is_16:
+            return StationCall("StatusNotification", lambda: {
+                "connectorId": connector, "errorCode": "NoError", "timestamp": at,
+                "status": "Charging" if charges else status})
+        return StationCall("StatusNotification", lambda: {
+            "evseId": connector, "connectorId": 1, "timestamp": at, "connectorStatus": status})
+
+    def _send(self):
+        if self.socket is None or self.under_way or not self.queue:
+            return
+        call = self.under_way = self.queue[0]
+        if self.new_ids or not call.id:
+            call.renamed |= bool(call.id)
+            call.id = f"{self.identity}-{next(self.ids)}"
+        if call.socket is not self.socket:
+            call.socket = self.socket
+            self.world.later(CALL_S + 0.5 + 3 * LATENCY_S, self._overdue, call, self.socket)
+        self.sent.setdefault(call.id, []).append(call)
+        self.world.later(self.patience_s, self._repeat, call, self.socket, call.id)
+        self.socket.send(json.dumps([2, call.id, call.action, call.payload()]))
+
+    def _repeat(self, call, socket_, id_):
+        if self.under_way is call and self.socket is socket_ and call.id == id_:
+            self.under_way = None
+            self._send()
+
+    def _overdue(self, call, socket_):
+        if self.socket is socket_ and not self.misses_answers and call.heard_on is not socket_:
+            self.world.wrong(f"no answer in time to {call.action} {call.id}")
+
+    # What it receives
+
+    def receive(self, socket_, text):
+        if socket_ is not self.socket or self.misses_answers:
+            return
+        kind, id_, *more = json.loads(text)
+        if kind == 2:
+            socket_.send(json.dumps([3, id_, self._obey(*more)]))
+            return
+        self.answers[id_] += 1
+        if self.answers[id_] > len(self.sent.get(id_, ())):
+            self.world.wrong(f"an answer to no Call, or one too many: {text}")
+        elif (call := self.sent[id_][0]) is self.under_way:
+            call.heard_on = socket_
+            (self._accepted if kind == 3 else self._failed)(call, *more)
+
+    def _obey(self, action, payload):
+        if "StopTransaction" in action:
+            meant = {s.number for s in self.sessions if s.id == payload["transactionId"]}
+            if meant and not meant & self.world.central.to_stop:
+                self.world.wrong(f"the station is asked to stop {meant}; upstream did not ask that")
+        return {"GetConfiguration": {"configurationKey": []}, "GetVariables": {
+            "getVariableResult": [asked | {"attributeStatus": "UnknownVariable"}
+                                  for asked in payload.get("getVariableData", ())]}}.get(
+            action, {"status": "Accepted"})
+
+    def _accepted(self, call, payload):
+        call.answered = True
+        if call.session:
+            call.session.at_risk |= not self.world.disk.is_good()
+        if call.action == "StartTransaction":
+            if any(session.id == payload["transactionId"] for session in self.sessions):
+                self.world.wrong(f"two sessions of one id: {payload}")
+            call.session.id = payload["transactionId"]
+        self._done(call)
+
+    def _failed(self, call, code, *ignored):
+        call.errors += 1
+        if call.session and code in ("InternalError", "GenericError") and call.errors < 4:
+            call.id, call.socket = "", None                  # the next attempt is another Call
+            self.world.later(5, self._repeat, call, self.socket, "")
+            return
+        if call.step == 0:               # then it does not charge
+            self.charging = {c: s for c, s in self.charging.items() if s is not call.session}
+            self.queue = [c for c in self.queue if c is call or c.session is not call.session]
+        self._done(call)
+
+    def _done(self, call):
+        self.under_way = None
+        self.queue.remove(call)
+        self._send()
+
+
+@dataclass
+class ReceivedCall:
+    """A Call that the central system has processed."""
+
+    identity: str
+    action: str
+    payload: dict
+    answer: dict
+
+    def event(self):
+        """(event, the transaction's id, register, seqNo), if it is about a transaction."""
+        payload = self.payload
+        if self.action == "TransactionEvent":
+            return (payload["eventType"], payload["transactionInfo"]["transactionId"],
+                    register_of(payload), payload["seqNo"])
+        if self.action == "StartTransaction":
+            return "Started", self.answer.get("transactionId"), payload["meterStart"], None
+        if self.action == "StopTransaction":
+            return "Ended", payload["transactionId"], payload["meterStop"], None
+        if self.action == "MeterValues":
+            return "Updated", payload.get("transactionId"), int(register_of(payload)), None
+        return None
+
+
+NOT_PROCESSED = ("errs", "refuses", "dies", "ignores", "talks nonsense")
+MOODS = ("answers", *NOT_PROCESSED, "dies after it", "is mute", "is late", "is very late",
+         "answers twice")
+SPITE = 2                                # so often it is so to one message
+
+
+class CentralSystem:
+    """An upstream that counts: a Call with the same message id and content is the same Call."""
+
+    def __init__(self, world, protocol):
+        self.world, self.protocol, self.is_16 = world, protocol, protocol == "ocpp1.6"
+        self.up, self.mood, self.spite = True, "answers", Counter()
+        self.sockets, self.dials = [], []
+        self.received, self.refused = {}, set()  # by (identity, message id); {(session, step)}
+        self.commands, self.to_stop = {}, set()  # {message id: its answers}; sessions
+        self.ids = itertools.count(50_001)
+
+    async def open(self, url, subprotocols, max_size, headers=None, **ignored):
+        """In place of `open_websocket`."""
+        identity = url.rpartition("/")[2]
+        self.dials.append(self.world.now)
+        await asyncio.sleep(LATENCY_S)
+        if not self.up:
+            raise HandshakeError("refused")
+        if headers.get("Authorization") != self.world.station(identity).authorization:
+            raise HandshakeError("HTTP 401")
+        self.sockets.append(UpstreamSocket(self.world, identity, next(iter(subprotocols))))
+        return self.sockets[-1]
+
+    def come(self):
+        self.up = True
+
+    def go(self):
+        self.up = False
+        self.drop_all()
+
+    def drop_all(self):
+        sockets, self.sockets = self.sockets, []
+        for socket_ in sockets:
+            socket_.die()
+
+    def cut_the_network(self):
+        for socket_ in self.sockets:
+            socket_.cut = True
+
+    # Commands
+
+    def command(self, action, payload):
+        for socket_ in self.sockets:
+            if socket_.open and not socket_.cut:
+                id_ = f"c{next(self.ids)}"
+                self.commands[id_] = []
+                socket_.send(json.dumps([2, id_, action, payload]))
+                self.world.later(6 * CALL_S, self._overdue, socket_, id_)
+
+    def ask(self):
+        """Ask for the configuration."""
+        if self.is_16:
+            self.command("GetConfiguration", {"key": ["AnyKey"]})
+        else:
+            self.command("GetVariables", {"getVariableData": [
+                {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "AnyName"}}]})
+
+    def stop_one(self):
+        """Ask for the end of the transaction that began last."""
+        events = [call.event() for call in self.received.values()]
+        begun = [event for event in events if event and event[0] == "Started"]
+        if begun:
+            self.to_stop.add(begun[-1][2] // 1000)
+            self.command("RemoteStopTransaction" if self.is_16 else "RequestStopTransaction",
+                         {"transactionId": begun[-1][1]})
+
+    def _overdue(self, socket_, id_):
+        if socket_.open and not socket_.cut and not self.commands[id_]:
+            self.world.wrong(f"no answer to the command {id_}")
+
+    # Calls
+
+    def receive(self, socket_, text):
+        if socket_.cut:
+            return
+        kind, id_, *more = json.loads(text)
+        if kind == 2:
+            self._answer(socket_, id_, *more)
+            return
+        self.commands[id_].append(more[0])
+        if len(self.commands[id_]) > 1:
+            self.world.wrong(f"two answers to a command: {text}")
+
+    def _answer(self, socket_, id_, action, payload):
+        identity = socket_.identity
+        known = (identity, id_) in self.received
+        mood = self._mood((identity, action, json.dumps(payload)), action, known)
+        if mood == "refuses":
+            _, _, wh, _ = ReceivedCall(identity, action, payload, {}).event()
+            self.refused.add(divmod(wh or 0, 1000))
+        said = {"errs": [4, id_, "InternalError", "", {}], "refuses": [
+            4, id_, "FormationViolation" if self.is_16 else "FormatViolation", "", {}]}
+        frame = json.dumps(said[mood]) if mood in said else f'[3,"{id_}",{{]'
+        if mood not in NOT_PROCESSED:
+            frame = json.dumps([3, id_, self._process(identity, id_, action, payload)])
+        if mood in ("dies", "dies after it"):
+            self.drop_all()
+        elif mood not in ("ignores", "is mute"):
+            late_s = {"is late": 1.5 * CALL_S, "is very late": 2.5 * CALL_S}.get(mood, 0)
+            for _ in range(1 + (mood == "answers twice")):
+                self.world.later(late_s, socket_.send, frame)
+
+    def _mood(self, key, action, known):
+        """How it is to this message. It is not always so, or the board may give up rightly."""
+        mood = self.mood
+        if self.spite[key] >= SPITE or (known and mood in NOT_PROCESSED) or (
+                mood == "refuses" and action not in KEPT_CALLS):
+            return "answers"
+        self.spite[key] += mood != "answers"
+        return mood
+
+    def _process(self, identity, id_, action, payload):
+        """The answer's payload."""
+        known = self.received.get((identity, id_))
+        if known is None:
+            made = (CENTRAL_16 if self.is_16 else CENTRAL_2X)[action]
+            answer = made(payload) if callable(made) else made
+            if action == "StartTransaction":
+                answer = answer | {"transactionId": next(self.ids)}
+            known = self.received[identity, id_] = ReceivedCall(identity, action, payload, answer)
+        elif (known.action, known.payload) != (action, payload):
+            self.world.wrong(f"{id_} is two messages: {known.payload} and {payload}")
+        return known.answer
+
+
+class Scene:
+    """Stations, their central system, and what is found to be wrong between them."""
+
+    def __init__(self, protocol, upstreams, stations):
+        self.findings, self._numbers = [], itertools.count(1)
+        self.central = CentralSystem(self, upstreams)
+        self.stations = [ChargingStation(self, f"CP-{number}", protocol)
+                         for number in range(1, stations + 1)]
+
+    def wrong(self, finding):
+        self.findings.append(finding)
+
+    def station(self, identity):
+        return next(station for station in self.stations if station.identity == identity)
+
+    def new_number(self):
+        return next(self._numbers)
+
+    def judgement(self):
+        """All that is wrong: of each session, what the stations sent and upstream received."""
+        received = Received(self)
+        for station in self.stations:
+            for session in station.sessions:
+                received.check_session(session, [c for c in station.calls if c.session is session])
+        return self.findings + received.wrong
+
+
+class Received:
+    """The transaction messages that a central system has processed, by session."""
+
+    def __init__(self, scene):
+        self.wrong, self.central = [], scene.central
+        self.translated = scene.central.protocol != scene.stations[0].protocol
+        # What is written ahead or behind is lost with a board that is killed on a bad disk.
+        self.forgetful = any(station.lost_on_bad_disk for station in scene.stations)
+        self.steps, self.names = {}, {}      # {session: [(step, again)]}; {session: [id]}
+        self.ended, self._owner, self._last_seq, self._seen = set(), {}, {}, set()
+        self.excused = {s for s, step in scene.central.refused if step == 0} | {
+            s.number for station in scene.stations for s in station.sessions if s.excused}
+        for call in scene.central.received.values():
+            if event := call.event():
+                self._take(call, *event)
+
+    def _take(self, call, event, id_, wh, seq):
+        key, told = (call.identity, id_), None if wh is None else wh // 1000
+        if event == "Started":
+            self._owner.setdefault(key, told)
+            self.names.setdefault(told, []).append(id_)
+        session = self._owner.get(key)
+        if session is None:
+            if told not in self.excused:
+                self.wrong.append(f"of no transaction: {call.action} {call.payload}")
+            return
+        if told not in (session, None):
+            self.wrong.append(f"session {told} has the id of {session}: {call.payload}")
+        same = (call.identity, event, seq, wh, call.payload.get("timestamp"),
+                None if call.action == "StartTransaction" else id_)
+        again = same in self._seen           # the same event under another message id
+        self._seen.add(same)
+        if seq is not None and not again:
+            if seq <= self._last_seq.get(key, -1) and not self.forgetful:
+                self.wrong.append(f"seqNo {seq} after {self._last_seq[key]}: session {session}")
+            self._last_seq[key] = seq
+        if event == "Ended":
+            self.ended.add(session)
+        if wh is not None and event == EVENT_OF.get(wh % 1000, "Updated"):
+            self.steps.setdefault(session, []).append((wh % 1000, again))
+
+    def check_session(self, session, calls):
+        number, steps = session.number, self.steps.get(session.number, [])
+        for call in calls:
+            # What was not answered when the board was killed may come again, in the same words.
+            count = sum(step == call.step and not (again and call.torn) for step, again in steps)
+            if count > 1 and (call.step in EVENT_OF or not call.renamed):
+                self.wrong.append(f"received {count} times: {number * 1000 + call.step}")
+            elif not count and call.answered and number not in self.excused and (
+                    (number, call.step) not in self.central.refused):
+                self.wrong.append(f"lost: {number * 1000 + call.step}")
+        order = [step for step, again in steps if not again]
+        if order != sorted(order):
+            self.wrong.append(f"out of order: session {number}: {order}")
+        names = set(self.names.get(number, ()))
+        if len(names) > 1 and not self.central.is_16:
+            self.wrong.append(f"session {number} is {len(names)} transactions: {names}")
+        if session.replaced and order and number not in self.ended and (
+                self.translated and not self.forgetful):
+            self.wrong.append(f"never ended: session {number}")
+
+
+class RelayWorld(Scene):
+    """A board that relays, its station, disk and upstream, in a time of their own."""
+
+    def __init__(self, protocol, upstreams, durable=True, **settings):
+        super().__init__(protocol, upstreams, 1)
+        self.cp, self.durable, self.settings = self.stations[0], durable, settings
+        self.folder = tempfile.TemporaryDirectory()
+        self.disk = Disk(self, Path(self.folder.name))
+        self.loop, self.wall_is_off_s = VirtualLoop(1000.0, self.disk), 0.0
+        self.agenda, self.numbers = {}, itertools.count()    # what happens whoever is killed
+
+    def __enter__(self):
+        self.patch = patch = pytest.MonkeyPatch()
+        patch.setattr(ocppboard, "open_websocket", self.central.open)
+        patch.setattr(ocppboard, "time", SimpleNamespace(**vars(time) | {
+            "time": self.wall, "monotonic": self.mono, "perf_counter": self.mono}))
+        patch.setattr(sqlite3, "connect", self.disk.connect)
+        patch.setattr(concurrent.futures, "ThreadPoolExecutor", lambda *ignored: self.disk)
+        self.watch = logging.Handler()
+        self.watch.emit = lambda record: record.exc_info and self.wrong(
+            f"{record.getMessage()}: {record.exc_info[1]!r}")
+        logging.getLogger().addHandler(self.watch)
+        self._boot()
+        return self
+
+    def __exit__(self, *ignored):
+        logging.getLogger().removeHandler(self.watch)
+        self._end_run()
+        self.patch.undo()
+        for connection in self.disk.connections:
+            connection.close()
+        self.folder.cleanup()
+
+    # Time
+
+    @property
+    def now(self):
+        return self.loop.now
+
+    def mono(self):
+        return self.loop.now
+
+    def wall(self):
+        return NOW + self.loop.now + self.wall_is_off_s
+
+    def stamp(self):
+        """The time by the station's clock."""
+        return ocppboard.iso(NOW + self.loop.now)
+
+    def set_clock(self, seconds):
+        self.wall_is_off_s += seconds
+
+    def run(self, seconds=0.0, do=lambda: None):
+        """Do something, and let time pass."""
+        async def live():
+            do()
+            await asyncio.sleep(seconds)
+        self.loop.run_until_complete(live())
+
+    def later(self, seconds, do, *args):
+        """Do it then, whoever is killed meanwhile."""
+        number = next(self.numbers)
+        self.agenda[number] = (self.now + seconds, do, args)
+        self.loop.call_at(self.now + seconds, self._do, number)
+
+    def _do(self, number):
+        _, do, args = self.agenda.pop(number)
+        do(*args)
+
+    # The board
+
+    def _boot(self):
+        self.loop.set_exception_handler(lambda loop, context: self.wrong(str(context)))
+        for number, (when, _, _) in self.agenda.items():
+            self.loop.call_at(when, self._do, number)
+        config = config_of(ocpp_call_timeout_seconds=CALL_S, ocpp_validate="off", upstreams=[
+            {"url": "ws://csms", "protocol": self.central.protocol} | self.settings])
+        state = ocppboard.State(str(self.disk.path / "state") if self.durable else "", self.wall)
+        state.open()
+        self.board = Board(config, self.wall, self.mono, state)
+        self.relay = ocppboard.Relay(self.board, None, self.spawn, now=self.mono)
+        self.run(0, self._start)
+
+    def _start(self):
+        self.relay.start()
+        self.spawn("state", self.board.state.run())
+        self._tick()
+
+    def _tick(self):
+        self.board.watch_clock()
+        self.relay.tick()
+        self.loop.call_later(ocppboard.TICK_S, self._tick)
+
+    def spawn(self, name, work):
+        return self.loop.create_task(work, name=name)
+
+    def connect(self, station):
+        return StationSocket(self, station)
+
+    def kill(self):
+        """`kill -9`, and a new board with what is on the disk."""
+        self.cp.lose_the_board(excused=not self.disk.is_good())
+        self.disk.kill()
+        for socket_ in self.central.sockets:
+            socket_.open = False
+        self._end_run()
+        self.loop = VirtualLoop(self.now, self.disk)
+        self._boot()
+
+    def _end_run(self):
+        """End all tasks; what they do yet is not seen."""
+        findings, agenda = list(self.findings), dict(self.agenda)
+        self.loop.set_exception_handler(lambda loop, context: None)
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=1))
+        self.loop.close()
+        self.findings, self.agenda = findings, agenda
+
+    def waiting(self):
+        return sum(upstream["waiting"] for upstream in self.relay.view())
+
+    # A story, and the judgement on it
+
+    def play(self, *story):
+        """Let WORLD_EVENTS happen; a number lets so many seconds pass."""
+        for part in story:
+            if part == "board is killed":
+                self.kill()
+            elif isinstance(part, str):
+                self.run(0, functools.partial(WORLD_EVENTS[part], self))
+            else:
+                self.run(part)
+
+    def judge(self, *story):
+        """Play it, make everything good, and wait: then the relay has kept its promises."""
+        self.play(*story, "disk works", "upstream comes", "upstream answers", "station goes", 1)
+        self.cp.patience_s = 60
+        self.play("station comes")
+        for _ in range(60):
+            self.run(60)
+            if not self.waiting() and not self.cp.queue:
+                break
+        else:
+            self.wrong(f"{self.waiting()} messages wait for ever")
+        self.run(1500)
+        findings = self.judgement()
+        assert not findings, "\n".join(findings)
+
+
+WORLD_EVENTS = {
+    "station comes": lambda world: world.cp.come(),
+    "station goes": lambda world: world.cp.leave(),
+    "station reboots": lambda world: world.cp.reboot(),
+    "station reboots and resumes": lambda world: world.cp.reboot(resumes=True),
+    "station misses answers": lambda world: world.cp.miss_answers(),
+    "station repeats soon": lambda world: world.cp.repeat_soon(),
+    "station repeats under new ids": lambda world: world.cp.rename(),
+    **{f"station {verb}s{place}": lambda world, verb=verb, connector=connector:
+       getattr(world.cp, verb)(connector)
+       for verb in ("start", "meter", "stop") for connector, place in ((1, ""), (2, " at 2"))},
+    "upstream comes": lambda world: world.central.come(),
+    "upstream goes": lambda world: world.central.go(),
+    "upstream drops all": lambda world: world.central.drop_all(),
+    "network is cut": lambda world: world.central.cut_the_network(),
+    "upstream stops one": lambda world: world.central.stop_one(),
+    "upstream asks": lambda world: world.central.ask(),
+    **{f"upstream {mood}": lambda world, mood=mood: setattr(world.central, "mood", mood)
+       for mood in MOODS},
+    "disk is slow": lambda world: world.disk.worsen(takes_s=0.5),
+    "disk hangs": lambda world: world.disk.worsen(takes_s=1000),
+    "disk fails": lambda world: world.disk.worsen(fails=True),
+    "disk works": lambda world: world.disk.mend(),
+    "clock falls back": lambda world: world.set_clock(-3600),
+    "clock leaps": lambda world: world.set_clock(3600),
+    "board is killed": RelayWorld.kill,      # not within its loop
+}
+
+
+PAIRINGS = [(station, upstream) for station in ("ocpp1.6", "ocpp2.0.1")
+            for upstream in ("ocpp1.6", "ocpp2.0.1")]
+CHARGES = ("station comes", 1, "station starts", 1)
+pairings = pytest.mark.parametrize("protocol, upstreams", PAIRINGS)
+
+
+@pytest.fixture(params=PAIRINGS, ids="-".join)
+def world(request):
+    with RelayWorld(*request.param) as world:
+        yield world
+
+
+def only(protocol, upstreams):
+    return pytest.mark.parametrize("world", [(protocol, upstreams)], indirect=True)
+
+
+def test_sessions_at_two_connectors_arrive(world):
+    one = ("station starts", 1, "station starts at 2", 5, "station meters", "station meters at 2",
+           5, "station stops", 1, "station stops at 2", 1)
+    world.judge("station comes", 1, *one, "upstream goes", *one, 10_000, "upstream comes", 70, *one)
+    assert len(world.cp.sessions) == 6
+
+
+def test_a_call_that_is_repeated_is_answered_under_its_new_message_id(world):
+    world.judge("station repeats under new ids", "upstream goes", "station comes", 1,
+                "station misses answers", "station starts", 1, "station goes", "station comes", 1)
+
+
+def test_what_waits_is_on_the_disk_before_the_station_is_answered(world):
+    world.judge(*CHARGES, "upstream goes", "disk is slow", "station stops", 0.2, "board is killed")
+
+
+def test_a_start_is_one_transaction_though_the_board_is_killed_before_its_answer(world):
+    world.judge("station repeats under new ids", "station comes", 1, "station starts",
+                1.5 * LATENCY_S, "board is killed", 5, "station comes", 1, "station stops", 1)
+
+
+@pytest.mark.parametrize("world", [pair for pair in PAIRINGS if pair[0] != pair[1]], indirect=True)
+def test_a_transaction_that_a_reboot_cut_off_is_ended_when_another_one_begins(world):
+    world.judge(*CHARGES, "station reboots", *CHARGES, "station stops", 1)
+
+
+@only("ocpp1.6", "ocpp2.0.1")
+def test_a_transaction_that_a_reboot_cut_off_does_not_keep_the_station_busy_for_ever(world):
+    world.play(*CHARGES, "station reboots", "station comes", 700)
+    world.run(1, lambda: world.central.command("Reset", {"type": "OnIdle"}))
+    assert list(world.central.commands.values()) == [[{"status": "Accepted"}]]
+
+
+def test_after_a_kill_the_events_of_a_transaction_count_on(world):
+    world.judge(*CHARGES, *["station meters", 0.1] * 5, "board is killed", "station comes", 1,
+                "station meters", 1, "station stops", 1)
+
+
+@only("ocpp1.6", "ocpp1.6")
+def test_upstream_is_not_dialled_without_the_password_that_the_station_has_yet_to_show(world):
+    world.play(*CHARGES, "upstream goes", "station stops", 1, "board is killed", "upstream comes")
+    world.central.dials.clear()
+    world.run(600)
+    assert not world.central.dials
+    world.judge()
+
+
+def test_a_stop_that_is_repeated_though_it_was_answered_reaches_upstream_once(world):
+    world.judge("station repeats under new ids", *CHARGES, "station misses answers",
+                "station stops", 1, "station goes", "station comes", 1)
+
+
+def test_a_message_that_is_repeated_under_its_id_is_the_same_to_upstream(world):
+    world.judge("station comes", 1, *(
+        part for verb in ("starts", "meters", "stops") for part in (
+            "station misses answers", f"station {verb}", 1, "station goes", "station comes", 1)))
+
+
+@only("ocpp1.6", "ocpp1.6")
+def test_upstream_is_not_dialled_each_time_that_a_station_comes_and_goes(world):
+    world.play(*["station comes", 0.5, "station goes", 0.5] * 8)
+    assert len(world.central.dials) <= 4
+    world.judge()
+
+
+def test_a_failed_write_is_tried_again_by_itself(world):
+    world.judge(*CHARGES, "upstream goes", "disk fails", "station stops", 5, "disk works", 91,
+                "board is killed")
+
+
+def test_a_message_that_is_repeated_while_it_waits_does_not_hold_up_the_queue(world):
+    world.judge("station repeats under new ids", "station repeats soon", *CHARGES, "network is cut",
+                "station meters", 0.1, "station stops", 60)
+
+
+def test_a_station_that_repeats_soon_is_not_answered_later_for_that(world):
+    world.judge("station repeats soon", "station comes", 1, "network is cut", "station starts", 30)
+
+
+def test_a_connection_that_is_cut_does_not_count_as_an_error_of_upstream(world):
+    world.judge(*CHARGES, "network is cut", "station meters", 15, "upstream errs", 300)
+
+
+def test_what_waits_is_bounded():
+    with RelayWorld("ocpp1.6", "ocpp2.0.1", queue=20) as world:
+        world.play("station comes", 1, "upstream goes", *["station starts", 0.1, "station meters",
+                                                          0.1, "station stops", 0.1] * 50)
+        assert world.waiting() <= 20
+
+
+def one_of(*actors):
+    return st.sampled_from([event for event in WORLD_EVENTS if event.startswith(actors)])
+
+
+STORY = st.lists(st.tuples(
+    st.one_of(one_of("station"), one_of("station s", "station m"), one_of("upstream", "network"),
+              one_of("disk", "board", "clock")),
+    st.sampled_from((0, 0.015, 0.025, 1, 8, 70, 700))), min_size=25, max_size=60)
+
+
+@pairings
+@settings(max_examples=int(os.environ.get("RELAY", 20)), deadline=None)
+@given(durable=st.booleans(), story=STORY)
+def test_whatever_happens_the_relay_keeps_its_promises(protocol, upstreams, durable, story):
+    with RelayWorld(protocol, upstreams, durable) as world:
+        world.judge("station comes", 1, *(part for happens in story for part in happens
+                                          if durable or part != "board is killed"))
+
+
+# The same stations and central system, with the daemon as a process of its own between them
+
+
+class WebSocketToDaemon:
+    """A station's connection to the daemon."""
+
+    def __init__(self, world, station):
+        self.frames = asyncio.Queue()
+        self.send = self.frames.put_nowait
+        self.task = asyncio.create_task(self._live(world, station))
+
+    def cut(self):
+        self.task.cancel()
+
+    async def _live(self, world, station):
+        with contextlib.suppress(OSError, websockets.WebSocketException):
+            async with websockets.connect(
+                    f"ws://127.0.0.1:{world.port}/ocpp/{station.identity}", ping_interval=None,
+                    subprotocols=[station.protocol],
+                    additional_headers={"Authorization": station.authorization}) as socket_:
+                sender = asyncio.create_task(self._send(socket_))
+                async for text in socket_:
+                    station.receive(self, text)
+                sender.cancel()
+        station.leave(self)
+
+    async def _send(self, socket_):
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                await socket_.send(await self.frames.get())
+
+
+class DaemonWorld(Scene):
+    """Stations under load, the daemon, which is killed again and again, and an upstream."""
+
+    def __init__(self, folder, protocol, upstreams, seed):
+        super().__init__(protocol, upstreams, 4)
+        self.folder, self.chance = folder, random.Random(seed)
+        self.disk = SimpleNamespace(is_good=lambda: True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    @property
+    def now(self):
+        return time.monotonic()
+
+    def stamp(self):
+        return iso_now()
+
+    def later(self, seconds, do, *args):
+        asyncio.get_running_loop().call_later(seconds, do, *args)
+
+    def connect(self, station):
+        return WebSocketToDaemon(self, station)
+
+    async def upstream(self, socket_):
+        """A connection of the daemon to the central system."""
+        async def send(text):
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await socket_.send(text)
+        ours = SimpleNamespace(identity=identity_there(socket_), cut=False, open=True,
+                               send=lambda text: asyncio.ensure_future(send(text)),
+                               die=socket_.transport.abort)
+        self.central.sockets.append(ours)
+        async for frame in socket_:
+            self.central.receive(ours, frame)
+
+    async def drive(self, station):
+        while True:
+            await asyncio.sleep(self.chance.uniform(0, 0.05))
+            if station.socket is None:
+                station.new_ids = self.chance.random() < 0.3
+                station.come()
+            elif len(station.queue) < 5:
+                do = self.chance.choice((station.start, station.meter, station.meter, station.stop))
+                do(self.chance.choice((1, 2)))
+
+    async def live(self, upstream):
+        """A life of the daemon, with and without upstream."""
+        self.process = self.start(upstream.url)
+        await until(self.is_listening, 20)
+        await asyncio.sleep(self.chance.uniform(0.2, 2))
+        upstream.down = self.chance.random() < 0.3
+        if upstream.down:
+            self.central.drop_all()
+            await asyncio.sleep(self.chance.uniform(0, 0.3))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def start(self, url):
+        config = self.folder / "ocppboard.toml"
+        config.write_text(f"""
+            [server]\naddress = "127.0.0.1"\nport = {self.port}
+            [auth]\nmode = "none"
+            [ocpp]\nmax_calls_per_second = 0\ncall_timeout_seconds = {CALL_S}
+            [state]\npath = "{self.folder}/state"
+            [[proxy.upstream]]\nurl = "{url}"\nprotocol = "{self.central.protocol}"
+            """)
+        with (self.folder / "log").open("a") as log:
+            return subprocess.Popen([sys.executable, str(HERE / "ocppboard.py"), "--config",
+                                     str(config)], stdout=log, stderr=log)
+
+    def is_listening(self):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    async def run(self, kills):
+        """The numbers of it all."""
+        async with Upstream(self.upstream, (self.central.protocol,)) as upstream:
+            drivers = [asyncio.create_task(self.drive(station)) for station in self.stations]
+            try:
+                for _ in range(kills):
+                    await self.live(upstream)
+                    for station in self.stations:
+                        station.lose_the_board(excused=False)
+                    self.kill()
+                await self.live(upstream)
+                upstream.down = False
+                for driver in drivers:
+                    driver.cancel()
+                wrong = await self.settle()
+            finally:
+                self.kill()
+        return {"sessions": sum(len(station.sessions) for station in self.stations),
+                "kills": kills, "messages": sum(len(station.calls) for station in self.stations),
+                "lost": sum(finding.startswith("lost") for finding in wrong),
+                "doubled": sum(finding.startswith("received") for finding in wrong),
+                "wrong": wrong}
+
+    async def settle(self):
+        """What is wrong when all is told, or after half a minute."""
+        for _ in range(60):
+            for station in self.stations:
+                station.stop(1)
+                station.stop(2)
+                station.come()
+            await asyncio.sleep(0.5)
+            wrong = self.judgement()
+            if not wrong and not any(station.queue for station in self.stations):
+                break
+        log = (self.folder / "log").read_text()
+        return wrong + [line for line in log.splitlines() if "Traceback" in line]
+
+
+@pairings
+def test_no_session_is_lost_or_doubled_though_the_daemon_is_killed(protocol, upstreams, tmp_path):
+    world = DaemonWorld(tmp_path, protocol, upstreams, seed=1)
+    found = asyncio.run(world.run(int(os.environ.get("KILLS", 1))))
+    print(f"{protocol} to {upstreams}: {found}")
+    assert not found["wrong"] and found["sessions"]
 
 
 # --- Access -------------------------------------------------------------------------------
