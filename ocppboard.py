@@ -10118,6 +10118,7 @@ class QueuedCall:
     attempts: int = 0                   # that upstream answered with an error
     disconnects: int = 0                # connections that ended while it was sent
     introduces: bool = False            # our repetition of the last BootNotification
+    ends: int | str | None = None       # the transaction that it ends in the station's name
     key: str = ""                       # of its row in the state; "": there is none
 
     def read(self) -> Call:
@@ -10131,7 +10132,7 @@ class QueuedCall:
         asked = self.asked and [self.asked.id_text, self.asked.action, self.asked.payload]
         return {"identity": identity, "protocol": self.protocol, "frame": self.frame,
                 "transactionId": self.transaction_id, "asked": asked,
-                "answered": self.answered}
+                "answered": self.answered, "ends": self.ends}
 
 
 class MessageQueue:
@@ -10372,7 +10373,10 @@ class UpstreamSession:
             if queued is None:
                 await self._woken()
                 continue
-            if ends := self._ends_before(queued):
+            if queued.ends is not None and self._status_of(queued.ends) == "active":
+                self.queue.remove(queued)                # it goes on after all
+                self._forget_row(queued)
+            elif ends := self._ends_before(queued):
                 for ended in ends:
                     self._put_row(ended)
                     self.queue.add(ended, first=True)
@@ -10989,11 +10993,11 @@ class UpstreamSession:
     def _follow_board(self, translator: Translator) -> None:
         """A transaction that we have ended upstream goes on, if it does so at the board."""
         for mapping in translator.mappings.values():
-            if mapping.ended_by_us and self._status_of(mapping) == "active":
+            if mapping.ended_by_us and self._status_of(mapping.station_id) == "active":
                 mapping.ended = mapping.ended_by_us = mapping.end_reported = False
 
-    def _status_of(self, mapping: TransactionMapping) -> str:
-        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+    def _status_of(self, transaction_id: int | str) -> str:
+        transaction = self.board.transaction_of.get((self.identity, transaction_id))
         return transaction.status if transaction else ""
 
     def _ends_before(self, queued: QueuedCall) -> list[QueuedCall]:
@@ -11049,7 +11053,8 @@ class UpstreamSession:
                                 "never ended is ended upstream", {
                                     "transactionId": mapping.station_id})
         return QueuedCall(action, pack(call), call.id_text, protocol, TRANSACTION,
-                          self.relay.now(), digest=digest_of(call), call=call, answered=True)
+                          self.relay.now(), digest=digest_of(call), call=call, answered=True,
+                          ends=mapping.station_id)
 
     # Upstream's side
 
@@ -11291,6 +11296,7 @@ class UpstreamSession:
             call.action, frame, call.id_text, value["protocol"], priority_of(call),
             self.relay.now(), digest=digest_of(call), transaction_id=value["transactionId"],
             answered=value["answered"], missed=not value["answered"], key=row.key,
+            ends=value["ends"],
             asked=asked and Call(asked[0], asked[1], asked[2], to_json(asked[2])))
         self.relay.next_key(after=row.key)
         if queued.transaction_id is not None:
@@ -11397,7 +11403,8 @@ def import_journal(path: str, state: State, now: float) -> int:
                     "SELECT number, identity, protocol, given, frame FROM waiting"):
                 state.put("queued", f"{number:015d}", {
                     "identity": identity, "protocol": protocol, "frame": frame,
-                    "transactionId": given, "asked": None, "answered": True}, at=number)
+                    "transactionId": given, "asked": None, "answered": True, "ends": None},
+                    at=number)
             for identity, place, protocol, frame in db.execute(
                     "SELECT identity, place, protocol, frame FROM told"):
                 state.put("reported", to_json([identity, place]), {

@@ -9875,7 +9875,11 @@ class Received:
         for call in calls:
             # What was not answered when the board was killed may come again, in the same words.
             count = sum(step == call.step and not (again and call.torn) for step, again in steps)
-            if count > 1 and (call.step in EVENT_OF or not call.renamed):
+            # So may a reading, under another seqNo: that is not written each time.
+            is_reading = call.step not in EVENT_OF
+            excused = self.forgetful or (is_reading and (call.renamed or (
+                call.torn and self.translated)))
+            if count > 1 and not excused:
                 self.wrong.append(f"received {count} times: {number * 1000 + call.step}")
             elif not count and call.answered and number not in self.excused and (
                     (number, call.step) not in self.central.refused):
