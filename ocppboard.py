@@ -88,7 +88,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol, final
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import psutil
@@ -1808,6 +1808,8 @@ class State:
         self.path, self.clock = path, clock
         self.tell: Callable[[str, str, str, dict], Any] = lambda *event: None
         self.sources: list[Callable[[], Any]] = []   # each puts all it knows, into a new file
+        self.before_write: list[Callable[[], Any]] = []      # each puts what is announced
+        self.when_written: list[Callable[[], Any]] = []
         self.failing_since: float | None = None
         self.error = ""
         self.writes = self.lost = self.bytes_written = 0
@@ -1910,6 +1912,16 @@ class State:
             self._due.set()
         self._drop_beyond_bounds()
 
+    def announce(self) -> None:
+        """Something durable will be put `before_write`, as it is then: an answer waits for it."""
+        if self.path:
+            self.durable += 1
+            self._due.set()
+
+    def write_soon(self) -> None:
+        """Do not let what was put wait for WRITE_BEHIND_S."""
+        self._due.set()
+
     def remove_before(self, kind: str, at: float) -> None:
         """Remove what is older of a kind, with the next write."""
         self._removals[kind] = at
@@ -1955,6 +1967,8 @@ class State:
     async def write(self) -> None:
         """Write all that waits, in one transaction."""
         self._due.clear()
+        for put in self.before_write:
+            put()
         batch, self._pending, self._pending_bytes = self._pending, {}, 0
         removals, self._removals = self._removals, {}
         waiters, self._waiters = self._waiters, []
@@ -1973,6 +1987,8 @@ class State:
         else:
             self._durable_written = durable
             self._works()
+            for tell in self.when_written:
+                tell()
         finally:
             for waiter in waiters:
                 if not waiter.done():
@@ -2052,7 +2068,7 @@ class State:
     # In the threads
 
     def _query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
-        with contextlib.closing(sqlite3.connect(f"file:{quote(self.path)}?mode=ro", LOCKED_S,
+        with contextlib.closing(sqlite3.connect(_address(self.path, mode="ro"), LOCKED_S,
                                                 uri=True)) as db:
             return ask(db)
 
@@ -2097,7 +2113,8 @@ class State:
         with contextlib.suppress(FileExistsError):       # id tokens are nobody's
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._renewed = self._opened
-        db = sqlite3.connect(self.path, LOCKED_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(_address(self.path), LOCKED_S, isolation_level=None, uri=True,
+                             check_same_thread=False)
         db.text_factory = _decoded
         try:
             owner, = db.execute("PRAGMA application_id").fetchone()
@@ -2109,7 +2126,10 @@ class State:
                 raise sqlite3.OperationalError(f"it is of a newer version ({version})")
             if owner and not tables:
                 raise sqlite3.DatabaseError("its table is gone")
+            if not owner:                # of small ones a small change writes less
+                db.execute("PRAGMA page_size = 1024")
             db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA journal_size_limit = 4194304")
             if not owner:
@@ -2125,7 +2145,7 @@ class State:
     def _connect_read_only(self) -> sqlite3.Connection | None:
         """The file of a folder, or disk, that takes no writes, for what is in it."""
         try:
-            db = sqlite3.connect(f"file:{quote(self.path)}?mode=ro&immutable=1", uri=True,
+            db = sqlite3.connect(_address(self.path, mode="ro", immutable="1"), uri=True,
                                  check_same_thread=False)
             owner, = db.execute("PRAGMA application_id").fetchone()
         except sqlite3.Error:
@@ -2183,6 +2203,17 @@ class State:
     def _is_damage(self, error: Exception) -> bool:
         """Whether the file itself is damaged: not locked, not full, and not somebody else's."""
         return type(error) is sqlite3.DatabaseError and self._is_ours
+
+
+def _address(path: str, **options: str) -> str:
+    """The URI of a file for this process alone.
+
+    So the index of the WAL stays in memory (sqlite.org/wal.html, 8): on disk it would take more
+    bytes than the rows.
+    """
+    if os.name == "posix":
+        options["vfs"] = "unix-excl"
+    return f"file:{quote(path)}?{urlencode(options)}"
 
 
 def _decoded(data: bytes) -> str:
