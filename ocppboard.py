@@ -16,7 +16,7 @@ Words, those of the standard:
     Call         a request in an OCPP-J frame, answered by CallResult or CallError; Send is not
     transaction  one charging, from start to stop
     Board        ours: the one owner of all records
-    State        ours: the file of what outlives a restart
+    State        ours: the file of what outlives a restart; a Keeper puts the Board into it
     WebSocket    a connection, as its server or its client (RFC 6455)
     Exchange     ours: the Calls of one side of a connection, one at a time
     Link         ours: one live connection of a station
@@ -118,6 +118,7 @@ IDENTITY_LENGTH = 128       # the standard allows 48 (OCPP-J 2.0.1 3.1.1), charg
 MESSAGE_ID_LENGTH = 255     # the standard allows 36 (OCPP-J 4.1.4)
 CONNECTORS_KEPT = 100       # of one station
 SERIES_KEPT = 240           # readings of a transaction; beyond it every second one goes
+POINTS_KEPT = 60            # of them in the State
 TRACKS_KEPT = 6             # registers of other bases in a transaction; the least one goes
 INTERVALS_KEPT = 60         # times of a transaction's interval energies, to know a repeated one
 SEQUENCE_JUMP = 10_000      # no gap is so large: a station counts anew
@@ -906,6 +907,13 @@ REST_LEAST = 0.15                   # of the power: less in phases not told of i
 BALANCED = 0.2                      # how far phases of one car may differ
 
 
+class Base(NamedTuple):
+    """The register that power is worked out from, and its time by our monotonic clock."""
+
+    mono: float
+    wh: float
+
+
 @dataclass(slots=True)
 class Reading:
     """The last state of a meter, in one unit for each quantity. None is unknown, not zero."""
@@ -928,7 +936,7 @@ class Reading:
     power_mono: float = -math.inf       # and of the last such power
     ended_mono: float = -math.inf       # when a state of the charging ended the flow
     instant: dict = field(default_factory=dict)      # {field: {phase: value}} of the time `at`
-    base: tuple | None = None           # (at_mono, energy_wh) that power is worked out from
+    base: Base | None = None
     shown_at: float | None = None       # `at` by our wall clock
 
     def update(self, at: float, found: dict, at_mono: float | None = None,
@@ -1038,9 +1046,9 @@ class Reading:
         register = _total("energy_wh", found["energy_wh"])
         since, base = self.base or (at_mono, math.inf)
         if register < base:
-            self.base = at_mono, register
+            self.base = Base(at_mono, register)
         elif at_mono - since >= POWER_BASE_S:            # shorter, and the register's grain shows
-            self.base = at_mono, register
+            self.base = Base(at_mono, register)
             power_w = (register - base) / (at_mono - since) * 3600
             return round(power_w, 1) if power_w <= CONNECTOR_MOST_W else None
         return self.power_w
@@ -1168,8 +1176,8 @@ class Register:
     have shown. Tracks that follow each other add up; one beside another is another base.
     """
 
-    __slots__ = ("start", "stop", "pieced", "_tracks", "_intervals", "_interval_wh", "_partial",
-                 "_stop_is_none")
+    __slots__ = ("start", "stop", "pieced", "_tracks", "_intervals", "_interval_wh",
+                 "_partial_at", "_before_partial", "_stop_is_none")
 
     def __init__(self) -> None:
         self.start: Point | None = None
@@ -1177,9 +1185,10 @@ class Register:
         self._stop_is_none = False       # what was told as the stop's register
         self.pieced = False              # the energy is the sum of several tracks
         self._tracks: list[Track] = []
-        self._intervals: deque = deque(maxlen=INTERVALS_KEPT)    # (told, monotonic) times of them
+        self._intervals: deque[Point] = deque(maxlen=INTERVALS_KEPT)
         self._interval_wh: float | None = None
-        self._partial: tuple | None = None               # (time, tracks before) of some phases
+        self._partial_at: float | None = None            # the time of a register of some phases
+        self._before_partial: list[Track] = []
 
     def begin(self, point: Point) -> None:
         """The register at the start of the transaction; another one later changes nothing."""
@@ -1225,17 +1234,18 @@ class Register:
 
     def add_some_phases(self, point: Point) -> None:
         """A register of which more phases may come under the same time: each replaces the last."""
-        if self._partial and self._partial[0] == point.at:
-            self._tracks = self._partial[1]
-        self._partial = point.at, [replace(track) for track in self._tracks]
+        if self._partial_at == point.at:
+            self._tracks = self._before_partial
+        self._partial_at = point.at
+        self._before_partial = [replace(track) for track in self._tracks]
         self.add(point)
 
     def add_interval(self, point: Point) -> None:
         """The energy of one interval, where a meter tells no register; each time counts once."""
-        known, oldest = self._intervals, self._intervals[0][1] if self._intervals else -math.inf
-        if 0 <= point.wh <= 10 * REGISTER_SLACK_WH and all(at != point.at for at, _ in known) and (
+        known, oldest = self._intervals, self._intervals[0].mono if self._intervals else -math.inf
+        if 0 <= point.wh <= 10 * REGISTER_SLACK_WH and all(p.at != point.at for p in known) and (
                 len(known) < INTERVALS_KEPT or point.mono > oldest):
-            known.append((point.at, point.mono))
+            known.append(point)
             self._interval_wh = (self._interval_wh or 0.0) + point.wh
 
     @property
@@ -1324,6 +1334,21 @@ class Series:
     def __len__(self) -> int:
         return len(self._numbers) // self.WIDTH
 
+    @property
+    def points(self) -> list[list[float | None]]:
+        """The readings as their numbers, at most POINTS_KEPT of them, spread over the whole."""
+        stride = max(1, -(-len(self) // POINTS_KEPT))
+        rows = (self._numbers[n * self.WIDTH:(n + 1) * self.WIDTH]
+                for n in range(0, len(self), stride))
+        return [[None if math.isnan(n) else round(n, 2) for n in row] for row in rows]
+
+    @points.setter
+    def points(self, points: list[list[float | None]]) -> None:
+        """Raises: WrongType, where one has not WIDTH numbers, or too many."""
+        if len(points) > SERIES_KEPT or any(len(p) != self.WIDTH or p[0] is None for p in points):
+            raise WrongType("a curve has other points")
+        self._numbers = array("f", (math.nan if n is None else n for p in points for n in p))
+
     def add(self, at: float, power_w: float | None, energy_wh: float | None, soc: float | None,
             current_a: dict) -> None:
         """Keep a reading in the place of its time, unless it is too near another one."""
@@ -1389,6 +1414,10 @@ class Transaction(Record):
     charging_state: str | None = None
     state_mono: float = -math.inf       # since when, by our monotonic clock
     estimated: bool = False             # its start was not seen, or its register is pieced together
+    key: str = ""                       # of its rows in the State
+    row_crc: int = 0                    # of what stands there
+    durable_as: str = ""                # the status that is on disk
+    not_durable: bool = False           # its station was answered before that was there
     number: int = 0
     changed: int = 0
 
@@ -1402,7 +1431,7 @@ class Transaction(Record):
             "soc": self.soc, "reason": self.reason, "status": self.status,
             "chargingState": self.charging_state, "estimated": self.estimated,
             "missingEvents": self.sequence.missing if self.sequence else 0,
-            "meter": self.reading and self.reading.view(),
+            "notDurable": self.not_durable, "meter": self.reading and self.reading.view(),
         }
 
     def mentions(self, text: str) -> bool:
@@ -1516,6 +1545,13 @@ class ChargeSession(Record):
         }
 
 
+class Problem(NamedTuple):
+    """What a 2.x station alerted of, and when by our monotonic clock; text None: it is over."""
+
+    text: str | None
+    mono: float
+
+
 @dataclass(slots=True, eq=False)
 class Connector:
     """What a station says of one connector. (0, 0) is the station itself."""
@@ -1526,8 +1562,7 @@ class Connector:
     error_code: str | None = None
     vendor_error_code: str | None = None
     info: str | None = None
-    problems: dict = field(default_factory=dict)     # {name: (text, monotonic)} of 2.x alerts;
-                                        # text None: it is over
+    problems: dict[str, Problem] = field(default_factory=dict)
     since: float | None = None
     status_mono: float = -math.inf      # when the station says that the status began
     reading: Reading | None = None
@@ -1644,7 +1679,28 @@ class Station(Record):
     budget: Any = None                  # of its calls, over all of its connections
     heartbeat_s: float | None = None    # what it was told with its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
+    seen_since_start: bool = True       # False: known from an earlier run alone
+    booted_since_start: bool = False
+    row_crc: int = 0                    # of what stands in the State
     changed: int = 0
+
+    @property
+    def quirk_counts(self) -> dict[str, int]:
+        """{name: how often}; the ids of messages are of one run."""
+        return {name: count for name, (count, _) in self.quirks.items()}
+
+    @quirk_counts.setter
+    def quirk_counts(self, counts: dict[str, int]) -> None:
+        self.quirks = {name: [count, None] for name, count in counts.items()}
+
+    @property
+    def connector_list(self) -> list[Connector]:
+        """The connectors, as they came."""
+        return list(self.connectors.values())
+
+    @connector_list.setter
+    def connector_list(self, connectors: list[Connector]) -> None:
+        self.connectors = {(c.evse_id, c.connector_id): c for c in connectors}
 
     @property
     def clock_skew_s(self) -> float | None:
@@ -1660,6 +1716,7 @@ class Station(Record):
             "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
             "securityProfile": self.security_profile, "errorCount": self.error_count,
             "evictedCount": self.evicted_count, "registration": self.registration,
+            "seenSinceStart": self.seen_since_start,
             "station": dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info,
             "connectors": [c.view() for _, c in sorted(self.connectors.items())],
             "clockSkewSeconds": self.clock_skew_s,
@@ -5992,7 +6049,7 @@ class Board:
         self.config, self.clock, self.state = config, clock, state or State()
         self.mono = mono or (time.monotonic if clock is time.time else clock)
         self.started_at, self._started_mono = clock(), self.mono()
-        self._ahead_s = self.started_at - self._started_mono     # of wall time, to see it set
+        self.ahead_s = self.started_at - self._started_mono      # of wall time, to see it set
         self.epoch = secrets.token_hex(4)            # of the event ids of this run
         store = config.store
         self.stations: dict[str, Station] = {}
@@ -6015,10 +6072,11 @@ class Board:
                        "transactions": self.transactions}
         self.changes = dict.fromkeys(CHANGING, 0)    # {topic: number of the last event}
         self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
+        self.on_change: dict[str, Callable[[Any], None]] = {}    # {topic: who misses no change}
         self.rates = Rates(self.mono)
         self.total_messages = self.total_call_errors = 0
         self.total_connections = self.total_refused = self.peak_connections = self.online = 0
-        self._last_transaction_id = 0
+        self.last_transaction_id = 0
         self._links_since, self._links_logged = self._started_mono, 0
 
     # Following
@@ -6058,6 +6116,8 @@ class Board:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
         if topic in CHANGING:
             self.changes[topic] = record.changed = self.changes[topic] + 1
+            if topic in self.on_change:
+                self.on_change[topic](record)
         if listeners := self.listeners[topic]:
             event = Published(topic, record.changed if topic in CHANGING else record.number, record)
             for subscription in listeners:
@@ -6088,6 +6148,7 @@ class Board:
         replaced, station.link = station.link, link
         station.protocol, station.remote_address = protocol, address
         station.connected_at, station.disconnected_at = now, None
+        station.seen_since_start = True
         station.security_profile = security_profile
         station.pongs = False, station.pongs[0]
         self._gone.pop(identity, None)
@@ -6155,7 +6216,7 @@ class Board:
     def booted(self, station: Station, info: dict, status: str) -> None:
         """A BootNotification came, and was answered with this status."""
         station.info = {key: kept(value) for key, value in info.items() if value is not None}
-        station.registration = status
+        station.registration, station.booted_since_start = status, True
         for connector in station.connectors.values():
             connector.problems.clear()
             if connector.reading is not None:
@@ -6171,12 +6232,16 @@ class Board:
                 or self.config.station(identity) is not None)
 
     def approve(self, station: Station) -> None:
-        """The board's user lets the station in (`accept = "ask"`), until the next start."""
-        self.approved[station.identity] = None
-        if len(self.approved) > self.config.store.max_connections:
-            self.approved.popitem(last=False)
+        """The board's user lets the station in (`accept = "ask"`)."""
+        self.approval_known(station.identity)
         self.system_event("STATION_APPROVED", station.identity, "Approved on the board", {})
         self.publish("connections", station)
+
+    def approval_known(self, identity: str) -> None:
+        """A station was approved, now or in an earlier run."""
+        self.approved[identity] = None
+        if len(self.approved) > self.config.store.max_connections:
+            self.approved.popitem(last=False)
 
     def connector(self, station: Station, evse_id: int, connector_id: int) -> Connector | None:
         """The record of a connector, made when it is first heard of; None beyond all reason."""
@@ -6259,7 +6324,7 @@ class Board:
 
     def _set_problem(self, connector: Connector, name: str, text: str | None,
                      at_mono: float) -> None:
-        connector.problems[name] = text, at_mono
+        connector.problems[name] = Problem(text, at_mono)
         if len(connector.problems) > PROBLEMS_KEPT:
             del connector.problems[next(iter(connector.problems))]
 
@@ -6277,7 +6342,7 @@ class Board:
         now = self.mono()
         if when is None:
             return now
-        at_mono = when - (station.clock.shift_s if station else 0.0) - self._ahead_s
+        at_mono = when - (station.clock.shift_s if station else 0.0) - self.ahead_s
         return at_mono if now - CLOCK_LOST_S < at_mono < now else now
 
     def wall_of(self, station: Station | None, when: float | None) -> float:
@@ -6292,10 +6357,10 @@ class Board:
     def watch_clock(self) -> None:
         """See whether our own wall clock was set: then those of the stations are judged anew."""
         ahead_s = self.clock() - self.mono()
-        jump_s = ahead_s - self._ahead_s
+        jump_s = ahead_s - self.ahead_s
         if abs(jump_s) < CLOCK_JUMP_S:
             return
-        self._ahead_s = ahead_s
+        self.ahead_s = ahead_s
         text = f"The board's clock was set {'on' if jump_s > 0 else 'back'} by {abs(jump_s):.1f} s"
         self.system_event("CLOCK_SET", "", text, {"seconds": round(jump_s, 3)})
         log.warning("%s", text)
@@ -6379,7 +6444,7 @@ class Board:
         return record
 
     def _count(self, station: Station, now: float) -> None:
-        self.rates.count(now - self._ahead_s)
+        self.rates.count(now - self.ahead_s)
         self.total_messages += 1
         station.message_count += 1
         station.last_message_at = now
@@ -6422,12 +6487,12 @@ class Board:
 
     def new_transaction_id(self) -> int:
         """A transaction id for 1.6: of 31 bits, and none that an earlier run gave out."""
-        self._last_transaction_id = max(int(self.clock()), self._last_transaction_id + 1)
-        return self._last_transaction_id & 0x7FFFFFFF
+        self.last_transaction_id = max(int(self.clock()), self.last_transaction_id + 1)
+        return self.last_transaction_id & 0x7FFFFFFF
 
     def transaction_id_used(self, number: int) -> None:
         """An earlier run gave this id out, whatever the clock says now."""
-        self._last_transaction_id = max(self._last_transaction_id, number)
+        self.last_transaction_id = max(self.last_transaction_id, number)
 
     def transaction(self, station: Station, transaction_id: int | str) -> Transaction | None:
         """The transaction that the station calls so, if we know it."""
@@ -6499,7 +6564,7 @@ class Board:
         """The start of a transaction comes after other messages of it."""
         if not transaction.began_unseen:
             return
-        transaction.began_unseen = False
+        transaction.began_unseen, transaction.durable_as = False, ""
         transaction.id_token = id_token or transaction.id_token
         transaction.started_at = min(self.wall_of(station, started_at),
                                      transaction.stopped_at or math.inf)
@@ -6507,6 +6572,21 @@ class Board:
         if transaction.status == "orphan":
             transaction.status = "stopped"
         transaction.count_energy()
+
+    def answered_early(self, station: Station) -> None:
+        """The station was answered before the disk had what it said."""
+        for transaction in self.transactions.records:
+            if transaction.identity == station.identity and not transaction.not_durable and (
+                    transaction.durable_as != transaction.status):
+                transaction.not_durable = True
+                self.publish("transactions", transaction)
+
+    def now_durable(self, transaction: Transaction, status: str) -> None:
+        """The disk has a transaction, with this status."""
+        transaction.durable_as = status
+        if transaction.not_durable:
+            transaction.not_durable = False
+            self.publish("transactions", transaction)
 
     def _keep_transaction(self, transaction: Transaction) -> None:
         """Keep it; for it goes the oldest that is not active, if there is one."""
@@ -6732,7 +6812,7 @@ class Board:
     def _chart(self, transaction: Transaction, at_mono: float, reading: Reading,
                energy_wh: float | None) -> None:
         """Keep a reading in the series of the transaction, by our wall clock."""
-        at = at_mono + self._ahead_s
+        at = at_mono + self.ahead_s
         if transaction.series is None:
             transaction.series = Series(at)
         transaction.series.add(at, reading.power_w, energy_wh, reading.soc, reading.current_a)
@@ -6770,6 +6850,33 @@ class Board:
         if connector is not None:
             connector.transaction = connector.reading = None     # what flowed flows no more
             connector.released_mono = self.mono()
+
+    # Over a restart
+
+    def restore_station(self, station: Station) -> None:
+        """Take over a station that an earlier run knew: offline, and not seen since."""
+        station.seen_since_start = False
+        station.disconnected_at = (station.disconnected_at or station.last_message_at
+                                   or station.connected_at)
+        self.stations[station.identity] = station
+        self._gone[station.identity] = None
+        self.publish("connections", station)
+
+    def restore_transaction(self, transaction: Transaction) -> None:
+        """Take over a transaction of an earlier run, the oldest first; a running one goes on."""
+        self.transactions.append(transaction)
+        self.transaction_of[transaction.identity, transaction.id] = transaction
+        transaction.durable_as = transaction.status
+        station = self.stations.get(transaction.identity)
+        if transaction.status == "active":
+            transaction.count_energy()
+            if station is not None:
+                self._occupy(station, transaction)
+            if transaction.reading is not None:
+                transaction.reading.stale = True
+        if transaction.connector is not None:
+            transaction.connector.reading = transaction.reading
+        self.publish("transactions", transaction)
 
     # Smart charging
 
@@ -6872,6 +6979,430 @@ def _fault(told: dict | Connector) -> str:
 def _shown_cause(cause: dict) -> dict:
     return {"errorCode": cause.get("error_code"), "vendorErrorCode": cause.get("vendor_error_code"),
             "info": cause.get("info")}
+
+
+# --- Persistence --------------------------------------------------------------------------
+# What of the Board outlives a restart, in rows of the State. ROWS declares the fields of each row,
+# for both directions. A Keeper puts what changes, and restores it before the first station comes.
+
+RUNNING_AT = 1e11                   # the time of a transaction's rows until it has stopped
+CURVE_S = 3600                      # so often the curve of a running one is written
+IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is none
+ROWS_AT_ONCE = 50                   # made before the loop gets its turn
+
+# {row: {attribute: kind}}. A kind is one of FIELD_KINDS or a row; "?" may be null, "[…]" is a list,
+# "(…)" a tuple, "{…}" an object of such values. Those, "flag" and "mono" may be missing, as a
+# class has defaults for them. "mono" is a monotonic time, which stands in the row as wall time.
+ROWS: dict[str, dict[str, str]] = {
+    "Transaction": {
+        "id": "id", "identity": "text", "evse_id": "integer", "connector_id": "integer",
+        "id_token": "text?", "started_at": "time", "stopped_at": "time?", "status": "text",
+        "reason": "text?", "meter_start": "number?", "meter_stop": "number?",
+        "energy_wh": "number?", "estimated": "flag", "began_unseen": "flag",
+        "assumed_connector": "flag", "start_key": "(scalar)?", "stop_key": "(scalar)?"},
+    "Progress": {                        # of a transaction: what it needs to go on
+        "register": "Register", "reading": "Reading?", "sequence": "EventSequence?",
+        "charging_state": "text?", "soc": "number?", "state_mono": "mono", "started_mono": "mono",
+        "stopped_mono": "mono", "interrupted_mono": "mono"},
+    "Register": {
+        "start": "Point?", "stop": "Point?", "pieced": "flag", "_tracks": "[Track]",
+        "_intervals": "[Point]", "_interval_wh": "number?", "_partial_at": "number?",
+        "_before_partial": "[Track]", "_stop_is_none": "flag"},
+    "Track": {"first": "Point", "last": "Point", "before": "number", "doubted": "integer"},
+    "Point": {"mono": "mono", "at": "number", "wh": "number"},
+    "Reading": {
+        "at": "time", "shown_at": "time?", "energy_wh": "number?", "power_w": "number?",
+        "current_a": "{number}", "voltage_v": "{number}", "offered_a": "number?", "soc": "number?",
+        "temperature_c": "number?", "frequency_hz": "number?", "derived": "flag",
+        "derived_current": "flag", "at_mono": "mono", "flow_mono": "mono", "current_mono": "mono",
+        "power_mono": "mono", "ended_mono": "mono", "base": "Base?", "stale": "flag"},
+    "Base": {"mono": "mono", "wh": "number"},
+    "EventSequence": {"last": "integer?", "at_mono": "mono", "_first": "integer",
+                      "_missing": "[integer]", "_beyond": "integer"},
+    "Series": {"start": "time", "points": "[[number?]]", "_step": "number"},
+    "Station": {
+        "identity": "text", "protocol": "text", "remote_address": "text", "connected_at": "time",
+        "disconnected_at": "time?", "security_profile": "integer", "message_count": "integer",
+        "last_message_at": "time?", "error_count": "integer", "evicted_count": "integer",
+        "registration": "text?", "info": "{text}", "connector_list": "[Connector]",
+        "quirk_counts": "{integer}", "clock": "StationClock", "heartbeat_s": "number?",
+        "pongs": "(flag)"},
+    "StationClock": {"shift_s": "number", "_recent": "[number]", "_given": "flag"},
+    "Connector": {
+        "evse_id": "integer", "connector_id": "integer", "status": "text?", "error_code": "text?",
+        "vendor_error_code": "text?", "info": "text?", "problems": "{Problem}", "since": "time?",
+        "status_mono": "mono", "released_mono": "mono", "interrupted": "key?"},
+    "Problem": {"text": "text?", "mono": "mono"},
+}
+
+
+class Progress:
+    """What a transaction needs to go on, as its row says: attributes of a Transaction."""
+
+
+ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
+    Transaction, Progress, Register, Track, Point, Reading, Base, EventSequence, Series, Station,
+    StationClock, Connector, Problem)}
+# What changes with every message of a station: it is written when something else has changed.
+COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
+          "status_mono")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e18     # neither NaN nor infinite
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < RUNNING_AT
+
+
+FIELD_KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: type(value) is str, "flag": lambda value: type(value) is bool,
+    "integer": lambda value: type(value) is int and abs(value) < 2**63,
+    "number": _is_number, "time": _is_time, "mono": _is_time,
+    "id": lambda value: type(value) in (int, str), "key": lambda value: type(value) is str,
+    "scalar": lambda value: value is None or type(value) is str or _is_number(value),
+}
+BRACKETS: dict[str, Any] = {"[": list, "(": list, "{": dict}
+
+
+def packed(kind: str, value: Any, ahead_s: float) -> Any:
+    """A value as it stands in a row; `ahead_s` is wall time less monotonic time."""
+    if value is None or value is False or value is True:
+        return value
+    if kind[-1] == "?":
+        return packed(kind[:-1], value, ahead_s)
+    if kind[0] == "{":
+        return {name: packed(kind[1:-1], item, ahead_s) for name, item in value.items()}
+    if kind[0] in BRACKETS:
+        return [packed(kind[1:-1], item, ahead_s) for item in value]
+    if kind == "mono":
+        return round(value + ahead_s, 6) if math.isfinite(value) else None
+    if kind == "key":
+        return value.key
+    if kind not in ROWS:
+        return value
+    fields = {name: packed(inner, getattr(value, name), ahead_s)
+              for name, inner in ROWS[kind].items()}
+    if isinstance(value, tuple):
+        return list(fields.values())
+    return {name: item for name, item in fields.items()
+            if item is not False and item not in (None, {}, [])}
+
+
+def unpacked(kind: str, value: Any, ahead_s: float) -> Any:
+    """The value that stands in a row so. Raises: WrongType, MissingField."""
+    if kind[-1] == "?":
+        return None if value is None else unpacked(kind[:-1], value, ahead_s)
+    if kind in ROWS:
+        return _record_of(kind, value, ahead_s)
+    if kind[0] in BRACKETS:
+        if not isinstance(value, BRACKETS[kind[0]]):
+            raise WrongType(f"{kind} is a {type(value).__name__}")
+        if isinstance(value, dict):
+            return {name: unpacked(kind[1:-1], item, ahead_s) for name, item in value.items()}
+        items = [unpacked(kind[1:-1], item, ahead_s) for item in value]
+        return tuple(items) if kind[0] == "(" else items
+    if not FIELD_KINDS[kind](value):
+        raise WrongType(f"{shown(value)} is no {kind}")
+    return value - ahead_s if kind == "mono" else value
+
+
+def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
+    """The record of a row, with the defaults of its class for what may be missing."""
+    cls: Any = ROW_CLASSES[kind]
+    fields = ROWS[kind]
+    if kind in ("Point", "Base", "Problem"):             # tuples stand as lists
+        row = dict(zip(fields, row, strict=False)) if type(row) is list else None
+    if type(row) is not dict:
+        raise WrongType(f"{kind} is none")
+    values = {}
+    for name, inner in fields.items():
+        if inner[-1] == "?" or row.get(name) is not None:
+            values[name] = unpacked(inner, row.get(name), ahead_s)
+        elif inner not in ("flag", "mono") and inner[-1] not in "])}":
+            raise MissingField(f"{kind} has no {name}")
+    taken = _parameters(cls) & values.keys()
+    record = cls(**{name: values.pop(name) for name in taken})
+    for name, value in values.items():
+        default = getattr(record, name, None)
+        if isinstance(default, deque):
+            default.extend(value)
+        else:
+            setattr(record, name, set(value) if isinstance(default, set) else value)
+    return record
+
+
+@functools.cache
+def _parameters(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls).parameters)
+
+
+class Keeper:
+    """Puts what changes on a Board into its State, and restores it at the start.
+
+    Starts, ends and approvals are put with the next write, which comes at once; the rest every
+    WRITE_BEHIND_S. A row is made when it is put, however often its record has changed.
+    """
+
+    def __init__(self, board: Board):
+        self.board, self.state = board, board.state
+        self._run = 0                                # how many runs there were before
+        self._changed: dict[Any, None] = {}          # records, to be put when their time comes
+        self._urgent: dict[Any, None] = {}           # and with the next write
+        self._put_now: list[tuple[Transaction, str]] = []            # with the status put
+        self._being_written: list[tuple[Transaction, str]] = []
+        self._approved: set[str] = set()             # as it stands in the file
+        self._curves: dict[Transaction, float] = {}  # monotonic time of the last put
+        self._last_id = 0
+
+    # The start
+
+    def restore(self) -> None:
+        """Take over what an earlier run knew, and follow what changes from here on."""
+        if not self.state:
+            return
+        board, most = self.board, self.board.config.store
+        for row in self.state.rows("approval", most.max_connections):
+            board.approval_known(row.key)
+            self._approved.add(row.key)
+        self._restore_counters({row.key: row.value for row in self.state.rows("counter")})
+        for station in self._read("station", most.max_connections, self._station_of):
+            board.restore_station(station)
+        self._restore_transactions(most.max_transactions)
+        board.on_change |= {"transactions": self.transaction_changed,
+                            "connections": self.station_changed}
+        self.state.sources.append(self.put_all)
+        self.state.before_write.append(self._put_urgent)
+        self.state.when_written.append(self._written)
+        self.state.put("counter", "run", self._run)
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        """A nonsense value must not use the ids up: they have 31 bits."""
+        last_id, run = counters.get("transaction_id"), counters.get("run")
+        if type(last_id) is int and 0 < last_id < IDS_END:
+            self.board.transaction_id_used(last_id)
+            self._last_id = last_id
+        elif last_id is not None:
+            self._report_skipped("counter", [f"transaction_id is {shown(last_id)}"])
+        self._run = run + 1 if type(run) is int and 0 <= run < 999_999 else 0
+
+    def _read(self, kind: str, limit: int, record_of: Callable[[StateRow], Any]) -> list:
+        """The records of the newest rows of a kind; what cannot be read is said, and left out."""
+        records, skipped = [], []
+        for row in self.state.rows(kind, limit):
+            try:
+                records.append(record_of(row))
+            except BoardError as error:
+                skipped.append(f"{row.key}: {error}")
+        if skipped:
+            self._report_skipped(kind, skipped)
+        return records
+
+    def _report_skipped(self, kind: str, reasons: list[str]) -> None:
+        text = kept(f"{len(reasons)} rows of {kind} are not understood and left out: {reasons[0]}")
+        log.error("%s", shown(text, TEXT_KEPT))
+        self.board.system_event("STATE_SKIPPED", "", text, {"kind": kind, "rows": len(reasons)})
+
+    def _station_of(self, row: StateRow) -> Station:
+        station = unpacked("Station", row.value, self._ahead_s(row.at))
+        if station.identity != row.key:
+            raise WrongValue("it is of another station")
+        station.row_crc = _crc_of_station(row.value)
+        return station
+
+    def _ahead_s(self, written_at: float) -> float:
+        """Wall time less monotonic time, for a row written then.
+
+        A clock that is behind what was written, as one of a Raspberry Pi before it has reached
+        its time server, would put all of the past into the future: then the row is of just now.
+        """
+        return self.board.ahead_s + max(0.0, written_at - self.board.clock())
+
+    def _restore_transactions(self, limit: int) -> None:
+        progress = dict(self._read("progress", limit, self._progress_of))
+        transactions = self._read("transaction", limit, lambda row: _transaction_of(
+            row, progress.get(row.key), self.board.ahead_s))
+        transactions.sort(key=attrgetter("key"))
+        running = {t.key: t for t in transactions if t.status == "active"}
+        for key, series in self._read("curve", len(running), _series_of) if running else ():
+            if key in running:
+                running[key].series = series
+        for transaction in transactions:
+            self.board.restore_transaction(transaction)
+        by_key = {t.key: t for t in transactions}
+        for station in self.board.stations.values():
+            for connector in station.connectors.values():        # as a key so far
+                connector.interrupted = by_key.get(str(connector.interrupted))
+
+    def _progress_of(self, row: StateRow) -> tuple[str, Progress]:
+        value = row.value if type(row.value) is dict else {}
+        ahead_s = self._ahead_s(unpacked("time", value.get("written_at"), 0.0))
+        return row.key, unpacked("Progress", value, ahead_s)
+
+    # What changes
+
+    def transaction_changed(self, transaction: Transaction) -> None:
+        """A transaction has changed; its start and its end are urgent."""
+        self._changed[transaction] = None
+        if transaction.durable_as != "active" or transaction.status != "active":
+            self._announce(transaction)
+
+    def station_changed(self, station: Station) -> None:
+        """A station has changed; that it was forgotten, or approved, is urgent."""
+        self._changed[station] = None
+        if station.forgotten or (station.identity in self.board.approved
+                                 and station.identity not in self._approved):
+            self._announce(station)
+
+    def _announce(self, record: Transaction | Station) -> None:
+        if record not in self._urgent:
+            self._urgent[record] = None
+            self.state.announce()
+
+    async def run(self) -> None:
+        """Put what has changed, every WRITE_BEHIND_S, until cancelled."""
+        while self.state:
+            await asyncio.sleep(WRITE_BEHIND_S)
+            await self.put_changed()
+
+    async def put_changed(self) -> None:
+        """Put all that has changed, a slice at a time."""
+        while self._changed:
+            for record in list(islice(self._changed, ROWS_AT_ONCE)):
+                self._put(record)
+            await asyncio.sleep(0)
+        self.state.write_soon()
+
+    def put_all(self) -> None:
+        """Put all there is, for a file that is new."""
+        board = self.board
+        for record in (*board.stations.values(), *board.transactions.records):
+            record.row_crc = 0
+            self._curves.pop(record, None)
+            self._put(record)
+        for identity in board.approved:
+            self.state.put("approval", identity, True)
+        self.state.put("counter", "transaction_id", self._last_id)
+        self.state.put("counter", "run", self._run)
+
+    def clean(self) -> None:
+        """Remove what is older than `transactions_days`."""
+        before = self.board.clock() - 86400 * self.board.config.state.transactions_days
+        for kind in ("transaction", "progress", "curve"):
+            self.state.remove_before(kind, before)
+
+    # Rows
+
+    def _put_urgent(self) -> None:
+        for record in self._urgent:
+            self._put(record)
+        self._urgent.clear()
+        self._being_written += self._put_now
+        self._put_now = []
+
+    def _written(self) -> None:
+        """The disk has all that was put."""
+        written, self._being_written = self._being_written, []
+        for transaction, status in written:
+            self.board.now_durable(transaction, status)
+
+    def _put(self, record: Transaction | Station) -> None:
+        self._changed.pop(record, None)
+        if isinstance(record, Transaction):
+            self._put_transaction(record)
+        else:
+            self._put_station(record)
+
+    def _put_station(self, station: Station) -> None:
+        identity, state, now = station.identity, self.state, self.board.clock()
+        if station.forgotten:
+            if self.board.stations.get(identity) in (None, station):
+                state.put("station", identity, None)
+            return
+        if identity in self.board.approved and identity not in self._approved:
+            self._approved.add(identity)
+            state.put("approval", identity, True)
+        row = packed("Station", station, self.board.ahead_s)
+        crc = _crc_of_station(row)
+        if crc != station.row_crc:
+            station.row_crc = crc
+            state.put("station", identity, row, now)
+
+    def _put_transaction(self, transaction: Transaction) -> None:
+        if not transaction.key:
+            self._name(transaction)
+        ahead_s, key = self.board.ahead_s, transaction.key
+        runs = transaction.status == "active"
+        at = RUNNING_AT if runs else transaction.stopped_at
+        row = packed("Transaction", transaction, ahead_s)
+        if runs:                         # these follow from its register
+            row.pop("energy_wh", None)
+            row.pop("estimated", None)
+        crc = _crc(row)
+        if crc != transaction.row_crc:
+            transaction.row_crc = crc
+            self.state.put("transaction", key, row, at)
+            self._put_now.append((transaction, transaction.status))
+        self.state.put("progress", key, packed("Progress", transaction, ahead_s) | {
+            "written_at": self.board.clock()}, at)
+        self._put_curve(transaction, at)
+
+    def _put_curve(self, transaction: Transaction, at: float | None) -> None:
+        """Put the curve of a transaction at its end, and every CURVE_S: it is the largest row."""
+        now_mono, ended = self.board.mono(), transaction.status != "active"
+        if transaction.series and (
+                ended or now_mono - self._curves.get(transaction, -math.inf) >= CURVE_S):
+            self.state.put("curve", transaction.key, packed("Series", transaction.series, 0.0), at)
+            self._curves[transaction] = now_mono
+        if ended:
+            self._curves.pop(transaction, None)
+
+    def _name(self, transaction: Transaction) -> None:
+        """Give a transaction its key, in the order in which they came over all runs.
+
+        With it go the station, where that is new, and the counter of the ids.
+        """
+        transaction.key = f"{self._run:06}-{transaction.number:09}-{self.board.epoch}"
+        station = self.board.stations.get(transaction.identity)
+        if station is not None and not station.row_crc:
+            self._put(station)
+        if self.board.last_transaction_id != self._last_id:
+            self._last_id = self.board.last_transaction_id
+            self.state.put("counter", "transaction_id", self._last_id)
+
+
+def _crc(row: dict) -> int:
+    return zlib.crc32(to_json(row).encode())
+
+
+def _crc_of_station(row: dict) -> int:
+    """Of what does not change with every message."""
+    steady = [{name: value for name, value in part.items() if name not in COUNTS}
+              for part in (row, *row.get("connector_list", ()))]
+    steady[0]["connector_list"] = steady[1:]
+    return _crc(steady[0] | {"quirks": sorted(row.get("quirk_counts", ()))})
+
+
+def _transaction_of(row: StateRow, progress: Progress | None, ahead_s: float) -> Transaction:
+    """The transaction of a row; without its progress it goes on from its start."""
+    transaction = unpacked("Transaction", row.value, ahead_s)
+    transaction.key, transaction.row_crc = row.key, _crc(row.value)
+    if progress is not None:
+        for name, value in vars(progress).items():
+            setattr(transaction, name, value)
+        return transaction
+    transaction.started_mono = transaction.started_at - ahead_s
+    if transaction.stopped_at is not None:
+        transaction.stopped_mono = transaction.stopped_at - ahead_s
+    if transaction.meter_start is not None:
+        transaction.register.begin(Point(transaction.started_mono, transaction.started_at,
+                                         transaction.meter_start))
+    return transaction
+
+
+def _series_of(row: StateRow) -> tuple[str, Series]:
+    return row.key, unpacked("Series", row.value, 0.0)
 
 
 # --- Incoming calls -----------------------------------------------------------------------
@@ -7453,6 +7984,7 @@ def _constant(**answer: str) -> Callable:
 TRANSACTION_BEGINS: dict[str, Callable] = {
     "Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
 END_OF_TRANSACTION = frozenset(("StopTransaction", "TransactionEvent"))
+DURABLE = END_OF_TRANSACTION | {"StartTransaction"}          # answered when the disk has it
 CALLS_16 = {
     "Authorize": on_authorize_16,
     "BootNotification": on_boot_notification,
@@ -7643,6 +8175,7 @@ class Link:
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
         self._strict = board.config.ocpp.validate == "strict"
+        self._durable = DURABLE if board.state else frozenset()
         self._budget = Budget(board.config.ocpp.max_calls_per_second, time.perf_counter())
         self.exchange = Exchange(self._write, self._keep_command)
 
@@ -7750,6 +8283,10 @@ class Link:
             self.upstream.station_called(call, frame or pack(call), started, record)
             return None
         reply = answer(board, station, protocol, call, violation if self._strict else None)
+        if call.action in self._durable and (waits := self._until_durable(call)) is not None:
+            record = board.message(station, "IN", "CALL", call.action, message_id(call.id_text),
+                                   without_secrets(call.action, call.payload, call.text))
+            return self._answer_later(waits, record, reply, started)
         flushed = self._write(pack(reply))
         response_ms = (time.perf_counter() - started) * 1000
         action, id_ = call.action, message_id(call.id_text)
@@ -7758,6 +8295,23 @@ class Link:
                       without_secrets(known, call.payload, call.text), response_ms)
         self._keep_answer(reply, action, id_, response_ms, "We")
         return flushed
+
+    def _until_durable(self, call: Call) -> Awaitable[bool] | None:
+        """What the answer to a start or an end of a transaction waits for, if anything."""
+        if call.payload.get("eventType") == "Updated":
+            return None
+        state = self.board.state
+        waits = state.committed()
+        if waits is None and state.failing_since is not None:
+            self.board.answered_early(self.station)
+        return waits
+
+    async def _answer_later(self, waits: Awaitable[bool], record: LoggedMessage,
+                            reply: CallResult | CallError, started: float) -> None:
+        """Answer a Call when the disk has what it said, or does not get it in time."""
+        if not await waits:
+            self.board.answered_early(self.station)
+        self.pass_answer(record, reply, pack(reply), started, "We")
 
     def pass_answer(self, record: LoggedMessage, reply: CallResult | CallError, frame: str,
                     started: float, who: str) -> None:
@@ -12631,7 +13185,8 @@ SHAPES = {
         "connectedAt": "time", "disconnectedAt": "time?", "status": "string",
         "messageCount": "integer",
         "lastMessageAt": "time?", "securityProfile": "integer", "errorCount": "integer",
-        "evictedCount": "integer", "registration": "string?", "station": "object",
+        "evictedCount": "integer", "registration": "string?", "seenSinceStart": "boolean",
+        "station": "object",
         "connectors": "[Connector]", "clockSkewSeconds": "number?", "quirks": "[Quirk]"},
     "ConnectionDetail": {"Connection+": "", "recentMessages": "[Message]"},
     "Connector": {
@@ -12652,7 +13207,7 @@ SHAPES = {
         "idToken": "string?", "startedAt": "time", "stoppedAt": "time?", "meterStart": "number?",
         "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
         "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
-        "missingEvents": "integer", "meter": "Meter?"},
+        "missingEvents": "integer", "notDurable": "boolean", "meter": "Meter?"},
     "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
     "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
                     "soc": "number?", "currentA": "object"},
@@ -17411,6 +17966,7 @@ class Daemon:
         self.state = State(state_path(config, os.environ))
         self.board = Board(config, state=self.state)
         self.state.tell = self.board.system_event
+        self.keeper = Keeper(self.board)
         self.access = Access(self.board)
         wanted = config.ocpp.validate
         self.schemas = Schemas.installed() if wanted != "off" else None
@@ -17443,6 +17999,7 @@ class Daemon:
         Raises: ConfigError, with the port; StateInUse.
         """
         self.state.open()
+        self.keeper.restore()
         for port, application in self._listeners():
             server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
@@ -17463,6 +18020,7 @@ class Daemon:
         # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
         vars(IOLoop.current())["time"] = time.monotonic
         self.spawn("state", self.state.run())
+        self.spawn("keeper", self.keeper.run())
         self._sample()
         for periodic in self._periodic:
             periodic.start()
@@ -17521,6 +18079,7 @@ class Daemon:
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
+        await self.keeper.put_changed()
         await self.state.stop()
 
     def station_urls(self) -> list[str]:

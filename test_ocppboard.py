@@ -3699,6 +3699,380 @@ def test_the_same_knocking_is_counted_once():
     assert len(bench.board.knocking) == ocppboard.KNOCKING_KEPT
 
 
+# --- Persistence --------------------------------------------------------------------------
+
+
+class KeptBench(Bench):
+    """A Bench whose State has a file: its process can end at any moment, and start again."""
+
+    def __init__(self, folder, protocol="ocpp1.6", **keys):
+        self.path, self.protocol, self.keys = folder / "s.db", protocol, keys
+        self.clock, self.boots = Clock(), 0
+        self.start()
+        self.link = self.connect(protocol)
+
+    def start(self):
+        """A new process, whose monotonic clock has nothing to do with that of the one before."""
+        self.boots += 1
+        behind_s = 1e9 * self.boots
+        self.state = ocppboard.State(str(self.path), self.clock)
+        self.state.open()
+        self.board = Board(config_of(**self.keys), self.clock, lambda: self.clock() - behind_s,
+                           self.state)
+        self.keeper = ocppboard.Keeper(self.board)
+        self.keeper.restore()
+        self.sent, self.closed = [], []
+
+    def write(self):
+        """All that has changed comes to the disk."""
+        async def write():
+            await self.keeper.put_changed()
+            await self.state.write()
+        asyncio.run(write())
+
+    def restart(self):
+        """`kill -9`, and a start; the station connects again without a boot."""
+        closed(self.state)
+        self.start()
+        self.link = self.connect(self.protocol)
+
+    def receive(self, frame):
+        async def receive():
+            waits = self.link.receive(json.dumps(frame))
+            if waits is not None:
+                await asyncio.gather(waits, self.state.write())
+        asyncio.run(receive())
+        return json.loads(self.sent[-1])
+
+    def views(self):
+        return [t.view() for t in self.board.transactions.records]
+
+    def skipped(self):
+        return [event.message for event in self.board.system.records
+                if event.kind == "STATE_SKIPPED"]
+
+
+def begins(bench, **more):
+    """A charging of 1.6 begins; returns its id."""
+    start = {"connectorId": 1, "idTag": "TAG", "meterStart": 1000,
+             "timestamp": ocppboard.iso(bench.clock.now)} | more
+    return bench.call("StartTransaction", start)["transactionId"]
+
+
+def meter_reads(bench, register_wh, transaction_id, connector=1):
+    """A minute later a meter value of it comes."""
+    bench.clock.now += 60
+    bench.call("MeterValues", {
+        "connectorId": connector, "transactionId": transaction_id, "meterValue": [{
+            "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": [
+                sample(str(register_wh)), sample("7000", POWER, "W")]}]})
+
+
+@pytest.fixture
+def kept_bench(tmp_path):
+    bench = KeptBench(tmp_path)
+    yield bench
+    closed(bench.state)
+
+
+def test_a_running_transaction_goes_on_after_a_restart(kept_bench):
+    bench = kept_bench
+    id_ = begins(bench)
+    meter_reads(bench, 1500, id_)
+    bench.write()
+    before = bench.transaction()
+    bench.restart()
+    assert bench.transaction() == before | {"meter": before["meter"] | {"quality": "stale"}}
+    meter_reads(bench, 1800, id_)
+    assert bench.transaction()["energyWh"] == 800 and not bench.transaction()["estimated"]
+    assert [p["energyWh"] for p in bench.board.transactions.records[0].series.view()] == [500, 800]
+    stop_16(bench, id_, 2000)
+    assert statuses(bench) == {id_: "stopped"} and bench.transaction()["energyWh"] == 1000
+
+
+def test_a_start_is_known_after_a_restart_though_nothing_else_was_written(kept_bench):
+    id_ = begins(kept_bench)
+    kept_bench.restart()
+    assert begins(kept_bench) == id_, "the same start again"
+    assert kept_bench.station.view()["connectors"][0]["transactionId"] == id_
+    meter_reads(kept_bench, 1300, id_)
+    assert kept_bench.transaction()["energyWh"] == 300
+
+
+def test_a_repeated_stop_is_known_after_a_restart(kept_bench):
+    bench = kept_bench
+    stop_16(bench, 4711, 900)
+    id_ = begins(bench)
+    stop_16(bench, id_, 1700)
+    before = bench.views()
+    bench.restart()
+    stop_16(bench, id_, 1700)
+    stop_16(bench, 4711, 900)
+    assert bench.views() == before and [t["status"] for t in before] == ["orphan", "stopped"]
+
+
+@pytest.mark.parametrize("sign", ["Available", "start"])
+def test_a_transaction_from_before_a_restart_ends_by_the_usual_signs(kept_bench, sign):
+    id_ = begins(kept_bench)
+    kept_bench.restart()
+    kept_bench.clock.now += 60
+    if sign == "start":
+        begins(kept_bench, meterStart=3000)
+    else:
+        says_16(kept_bench, "Available")
+        asyncio.run(kept_bench.state.write())
+    assert statuses(kept_bench)[id_] == "abandoned"
+    kept_bench.restart()
+    assert statuses(kept_bench)[id_] == "abandoned", "and that is kept"
+
+
+def test_a_transaction_that_a_boot_interrupted_may_be_resumed_after_a_restart(kept_bench):
+    bench = kept_bench
+    id_ = begins(bench)
+    bench.clock.now += 60
+    bench.call("BootNotification", BOOT_16)
+    says_16(bench, "Preparing")
+    bench.write()
+    bench.restart()
+    assert statuses(bench) == {id_: "abandoned"}
+    says_16(bench, "Charging")
+    assert statuses(bench) == {id_: "active"}
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_2x_transaction_goes_on_with_its_sequence_and_its_place(tmp_path, number):
+    bench = KeptBench(tmp_path, "ocpp2.0.1")
+    tell_event(bench, "Started", number, NOW, 0.0, state="EVConnected", evse={"id": 1})
+    tell_event(bench, "Updated", number + 3, NOW, 400.0, state="Charging")
+    bench.write()
+    before = bench.transaction()
+    bench.restart()
+    assert before["missingEvents"] == 2 and bench.transaction() == before | {
+        "meter": before["meter"] | {"quality": "stale"}}
+    tell_event(bench, "Updated", number + 1, NOW)
+    tell_event(bench, "Ended", number + 4, NOW + 60, 900.0)
+    assert bench.transaction()["missingEvents"] == 1 and bench.transaction()["energyWh"] == 900
+    closed(bench.state)
+
+
+def test_a_station_is_known_but_offline_until_it_is_seen(kept_bench):
+    bench = kept_bench
+    bench.call("BootNotification", BOOT_16)
+    bench.receive([2, "1", "StatusNotification", {"connectorId": "1"}])      # a quirk
+    says_16(bench, "Faulted", errorCode="GroundFailure", info="wet")
+    bench.write()
+    before = bench.station.view()
+    closed(bench.state)
+    bench.start()
+    view = bench.board.stations["CP-1"].view()
+    assert view["status"] == "offline" and view["seenSinceStart"] is False
+    assert view["station"] == before["station"] and view["connectors"] == before["connectors"]
+    assert [q["name"] for q in view["quirks"]] == [q["name"] for q in before["quirks"]]
+    assert bench.board.online == 0 and view["disconnectedAt"] is not None
+    bench.link = bench.connect()
+    assert bench.station.view()["seenSinceStart"] and bench.station.view()["status"] == "online"
+
+
+def test_what_a_station_repeats_is_not_written_again(kept_bench):
+    says_16(kept_bench, "Available")
+    kept_bench.write()
+    for _ in range(3):
+        kept_bench.clock.now += 60
+        says_16(kept_bench, "Available")
+        kept_bench.write()
+    assert [row.at for row in kept_bench.state.rows("station")] == [NOW]
+
+
+def test_a_forgotten_station_stays_forgotten_and_its_transactions_are_kept(kept_bench):
+    bench = kept_bench
+    id_ = begins(bench)
+    bench.write()
+    bench.link.end("gone")
+    bench.board.forget("CP-1")
+    asyncio.run(bench.state.write())
+    closed(bench.state)
+    bench.start()
+    assert bench.board.stations == {} and statuses(bench) == {id_: "abandoned"}
+
+
+def test_an_approval_is_for_good(tmp_path):
+    bench = KeptBench(tmp_path, ocpp_accept="ask")
+    bench.board.approve(bench.station)
+    asyncio.run(bench.state.write())
+    bench.restart()
+    assert bench.call("BootNotification", BOOT_16)["status"] == "Accepted"
+    closed(bench.state)
+
+
+def test_no_transaction_id_is_given_out_twice_whatever_the_clock_says(kept_bench):
+    ids = [begins(kept_bench)]
+    for set_back_s in (0, 86400, 10 * 365 * 86400):
+        kept_bench.clock.now -= set_back_s
+        kept_bench.restart()
+        ids.append(begins(kept_bench, idTag=str(set_back_s)))
+    assert sorted(set(ids)) == ids
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 2**40, -5, "1", None, [1], 1e9])
+def test_a_nonsense_counter_does_not_use_the_ids_up(kept_bench, value):
+    bench = kept_bench
+    bench.state.put("counter", "transaction_id", value)
+    bench.state.put("counter", "run", value)
+    asyncio.run(bench.state.write())
+    bench.restart()
+    assert begins(bench) == int(NOW)
+    assert len(bench.skipped()) == (value is not None)
+
+
+@pytest.mark.parametrize("kind", ["transaction", "progress", "curve", "station"])
+def test_a_row_that_is_not_understood_is_left_out_and_said(kept_bench, kind):
+    bench = kept_bench
+    meter_reads(bench, 1500, begins(bench))
+    bench.write()
+    row, = bench.state.rows(kind)
+    values = [None, 7, "x", [], {}, *({n: v for n, v in row.value.items() if n != name}
+                                      for name in row.value),
+              *(row.value | {name: odd} for name in row.value
+                for odd in json.loads('[[["x"]], {"x": {}}, "x", -1e300, true]'))]
+    for value in values:
+        bench.state.put(kind, row.key, value, at=row.at)
+        asyncio.run(bench.state.write())
+        bench.restart()
+        assert len(bench.skipped()) <= 1 and all(kind in text for text in bench.skipped())
+        json.dumps([bench.views(), bench.station.view()], allow_nan=False)
+        meter_reads(bench, 1600, 1)
+        says_16(bench, "Charging")
+    bench.state.put(kind, row.key, row.value, at=row.at)
+    asyncio.run(bench.state.write())
+    bench.restart()
+    assert bench.skipped() == [] and bench.station.view()["connectors"]
+
+
+def test_the_newest_are_restored_and_all_that_run(tmp_path):
+    bench = KeptBench(tmp_path, store_max_transactions=5, store_max_connections=2)
+    running = begins(bench)
+    for number in range(20):
+        bench.clock.now += 60
+        stop_16(bench, begins(bench, connectorId=2, meterStart=number), number)
+    bench.write()
+    ids = list(statuses(bench))
+    bench.restart()
+    assert list(statuses(bench)) == ids and ids[0] == running and len(ids) == 5
+    closed(bench.state)
+
+
+def test_a_board_whose_clock_is_behind_at_the_start_counts_on_all_the_same(kept_bench):
+    bench = kept_bench
+    id_ = begins(bench)
+    meter_reads(bench, 1500, id_)
+    bench.write()
+    bench.clock.now -= 3600                  # as one that was saved an hour before the power went
+    bench.restart()
+    meter_reads(bench, 1900, id_)
+    assert bench.transaction()["energyWh"] == 900 and bench.transaction()["meter"]["powerW"] == 7000
+
+
+def test_a_file_that_was_removed_gets_all_that_the_board_knows(kept_bench):
+    bench = kept_bench
+    id_ = begins(bench)
+    meter_reads(bench, 1500, id_)
+    bench.write()
+    for path in bench.path.parent.glob("s.db*"):
+        if not path.name.endswith("-lock"):
+            path.unlink()
+    says_16(bench, "Charging")
+    bench.write()
+    bench.write()
+    bench.restart()
+    assert bench.transaction()["energyWh"] == 500 and begins(bench, idTag="B") > id_
+    assert bench.station.view()["connectors"][0]["status"] == "Charging"
+
+
+def test_old_transactions_are_removed_but_none_that_runs(tmp_path):
+    bench = KeptBench(tmp_path, state_transactions_days=30)
+    running = begins(bench)
+    for _ in range(3):
+        stop_16(bench, begins(bench, connectorId=2), 1000)
+        bench.clock.now += 20 * 86400
+    bench.write()
+    bench.keeper.clean()
+    asyncio.run(bench.state.write())
+    bench.restart()
+    assert len(statuses(bench)) == 2 and statuses(bench)[running] == "active"
+    closed(bench.state)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("begins"), st.integers(1, 2), st.sampled_from(["A", "B"])),
+    st.tuples(st.just("metered"), st.integers(0, 3), st.integers(0, 900)),
+    st.tuples(st.just("stops"), st.integers(0, 3), st.integers(0, 900)),
+    st.tuples(st.just("says"), st.integers(1, 2), st.sampled_from(
+        ["Available", "Preparing", "Charging", "SuspendedEV", "Finishing"])),
+    st.tuples(st.just("boots"), st.just(0), st.just(0)),
+    st.tuples(st.just("ends"), st.just(0), st.just(0)))
+killed = settings(deadline=None, max_examples=int(os.environ.get("FUZZ", 25)))
+IN_MEMORY = next(filter(os.path.isdir, [os.path.join(os.sep, "dev", "shm")]), None)
+
+
+def step_of(bench, step, one, other):
+    """One step of a station's life; returns the id of the transaction that it was about."""
+    bench.clock.now += 61
+    known = bench.board.transactions.records
+    transaction = known[-1 - one % len(known)] if known else None
+    if step == "begins":
+        return begins(bench, connectorId=one, idTag=other)
+    if step in ("metered", "stops") and transaction:
+        register_wh = int(transaction.register.last_wh or 0) + other
+        if step == "stops":
+            stop_16(bench, transaction.id, register_wh)
+        else:
+            meter_reads(bench, register_wh, transaction.id, max(1, transaction.evse_id))
+        return transaction.id
+    if step == "says":
+        says_16(bench, other, one)
+    elif step == "boots":
+        bench.call("BootNotification", BOOT_16)
+    return None
+
+
+@killed
+@given(st.lists(STEPS, max_size=25))
+def test_a_board_that_is_killed_and_restored_ends_like_one_that_never_was(steps):
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        bench, never_killed = KeptBench(Path(folder)), Bench()
+        for step in steps:
+            if step[0] == "ends":
+                bench.write()
+                bench.restart()
+                never_killed.link.end("lost")
+                never_killed.link = never_killed.connect()
+            else:
+                assert step_of(bench, *step) == step_of(never_killed, *step)
+        if steps and steps[-1][0] == "ends":             # it has lost its last connection, too
+            bench.link.end("lost")
+            never_killed.link.end("lost")
+        assert bench.views() == [t.view() for t in never_killed.board.transactions.records]
+        closed(bench.state)
+
+
+@killed
+@given(st.lists(STEPS, max_size=25))
+def test_no_start_and_no_stop_that_was_answered_is_lost_when_the_board_is_killed(steps):
+    begun: set[int] = set()
+    stopped: set[int] = set()
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        bench = KeptBench(Path(folder))
+        for step in steps:
+            if step[0] == "ends":
+                bench.restart()
+                assert begun == set(statuses(bench))
+                assert stopped <= {id_ for id_, s in statuses(bench).items() if s == "stopped"}
+            elif id_ := step_of(bench, *step):
+                begun.add(id_)
+                stopped |= {id_} if step[0] == "stops" else set()
+        closed(bench.state)
+
+
 # --- Incoming calls -----------------------------------------------------------------------
 
 
@@ -5915,6 +6289,80 @@ async def test_an_answer_of_the_station_is_checked_too():
     bench.receive([3, id_, {"status": "Fine"}])
     assert (await command.task)[0] == {"status": "Fine"}
     assert bench.board.errors.records[-1].details["pointer"] == "/status"
+
+
+START_NOW = {"connectorId": 1, "idTag": "A", "meterStart": 0, "timestamp": "2026-09-21T13:33:20Z"}
+DURABLE_CALLS = [
+    ("ocpp1.6", "StartTransaction", START_NOW),
+    ("ocpp1.6", "StopTransaction", {"transactionId": 1, "meterStop": 5,
+                                    "timestamp": "2026-09-21T13:33:20Z"}),
+    ("ocpp2.0.1", *event_2x("Started")), ("ocpp2.1", *event_2x("Ended"))]
+
+
+@pytest.mark.parametrize("protocol, action, payload", DURABLE_CALLS)
+@with_loop
+async def test_a_start_and_an_end_are_answered_when_the_disk_has_them(
+        tmp_path, protocol, action, payload):
+    bench = KeptBench(tmp_path, protocol)
+    waits = asyncio.create_task(_await(bench.link.receive(json.dumps([2, "1", action, payload]))))
+    await turn()
+    assert bench.sent == [] and bench.state.rows("transaction") == []
+    await bench.state.write()
+    await waits
+    assert [json.loads(text)[:2] for text in bench.sent] == [[3, "1"]]
+    assert [row.value["identity"] for row in bench.state.rows("transaction")] == ["CP-1"]
+    call, answer = (record.view() for record in bench.board.messages.records)
+    assert call["responseTime"] == answer["responseTime"] > 0
+    assert bench.transaction()["notDurable"] is False
+    closed(bench.state)
+
+
+@pytest.mark.parametrize("protocol, action, payload", [
+    ("ocpp1.6", "Heartbeat", {}), ("ocpp1.6", *status_16("Charging")),
+    ("ocpp2.0.1", *event_2x("Updated"))])
+def test_nothing_else_waits_for_the_disk(tmp_path, protocol, action, payload):
+    bench = KeptBench(tmp_path, protocol)
+    assert bench.link.receive(json.dumps([2, "1", action, payload])) is None
+    assert json.loads(bench.sent[-1])[0] == 3
+    closed(bench.state)
+
+
+@with_loop
+async def test_a_slow_disk_delays_an_answer_by_no_more_than_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "COMMIT_S", 0.05)
+    bench = KeptBench(tmp_path)
+    await bench.link.receive(json.dumps([2, "1", "StartTransaction", START_NOW]))
+    assert len(bench.sent) == 1 and bench.transaction()["notDurable"] is True
+    await bench.state.write()
+    assert bench.transaction()["notDurable"] is False
+    closed(bench.state)
+
+
+@with_loop
+async def test_while_the_disk_fails_answers_do_not_wait_and_the_record_says_so(tmp_path):
+    bench = KeptBench(tmp_path)
+    bench.state._db.execute("PRAGMA query_only = 1")
+    bench.state.put("t", "a", 1)
+    await bench.state.write()
+    assert bench.link.receive(json.dumps([2, "1", "StartTransaction", START_NOW])) is None
+    assert len(bench.sent) == 1 and bench.transaction()["notDurable"] is True
+    bench.state._db.execute("PRAGMA query_only = 0")
+    await bench.state.write()
+    assert bench.transaction()["notDurable"] is False and len(bench.state.rows("transaction")) == 1
+    closed(bench.state)
+
+
+@with_loop
+async def test_a_station_that_has_gone_meanwhile_is_not_answered(tmp_path):
+    bench = KeptBench(tmp_path)
+    waits = asyncio.create_task(_await(bench.link.receive(
+        json.dumps([2, "1", "StartTransaction", START_NOW]))))
+    await turn()
+    bench.link.end("gone")
+    await bench.state.write()
+    await waits
+    assert bench.sent == [] and [m.type for m in bench.board.messages.records] == ["CALL"]
+    closed(bench.state)
 
 
 # --- Smart charging -----------------------------------------------------------------------
