@@ -6988,7 +6988,7 @@ def _shown_cause(cause: dict) -> dict:
 RUNNING_AT = 1e11                   # the time of a transaction's rows until it has stopped
 CURVE_S = 3600                      # so often the curve of a running one is written
 IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is none
-ROWS_AT_ONCE = 50                   # made before the loop gets its turn
+ROWS_AT_ONCE = 50                   # made, or read, before the loop gets its turn
 
 # {row: {attribute: kind}}. A kind is one of FIELD_KINDS or a row; "?" may be null, "[…]" is a list,
 # "(…)" a tuple, "{…}" an object of such values. Those, "flag" and "mono" may be missing, as a
@@ -7086,8 +7086,8 @@ def packed(kind: str, value: Any, ahead_s: float) -> Any:
               for name, inner in ROWS[kind].items()}
     if isinstance(value, tuple):
         return list(fields.values())
-    return {name: item for name, item in fields.items()
-            if item is not False and item not in (None, {}, [])}
+    return {name: item for name, item in fields.items() if item is not None and item is not False
+            and (item or ROWS[kind][name][0] not in BRACKETS)}
 
 
 def unpacked(kind: str, value: Any, ahead_s: float) -> Any:
@@ -7136,6 +7136,46 @@ def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
 @functools.cache
 def _parameters(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls).parameters)
+
+
+# Finished transactions of the file that are not in memory, `:known`. A row that is no JSON, for
+# damage, matches nothing; of one that is shown, the checksum is looked at. SQLite's `lower` knows
+# ASCII alone: other letters match as they are.
+KEPT_MATCH = """
+    kind = 'transaction' AND at < :running AND key NOT IN (SELECT value FROM json_each(:known))
+    AND CASE WHEN json_valid(value) THEN
+        (:identity IS NULL OR json_extract(value, '$.identity') = :identity)
+        AND (:status IS NULL OR json_extract(value, '$.status') = :status)
+        AND (:id IS NULL OR CAST(json_extract(value, '$.id') AS TEXT) = :id)
+        AND (:text IS NULL OR instr(lower(WORDS), lower(:text)) OR instr(WORDS, :text))
+    END""".replace("WORDS", """json_array(
+        json_extract(value, '$.identity'), CAST(json_extract(value, '$.id') AS TEXT),
+        json_extract(value, '$.id_token'), json_extract(value, '$.reason'))""")
+KEPT_COUNT = "SELECT count(*) FROM kept WHERE MATCH".replace("MATCH", KEPT_MATCH)
+KEPT_PAGE = """
+    SELECT t.kind, t.key, t.at, t.value, t.crc, p.kind, p.key, p.at, p.value, p.crc
+    FROM (SELECT * FROM kept WHERE MATCH ORDER BY key DESC LIMIT :limit OFFSET :offset) AS t
+    LEFT JOIN kept AS p ON p.kind = 'progress' AND p.key = t.key
+    ORDER BY t.key DESC""".replace("MATCH", KEPT_MATCH)
+KEPT_AFTER = """
+    SELECT t.kind, t.key, t.at, t.value, t.crc, p.kind, p.key, p.at, p.value, p.crc
+    FROM (SELECT * FROM kept WHERE MATCH AND key > :after ORDER BY key LIMIT :limit) AS t
+    LEFT JOIN kept AS p ON p.kind = 'progress' AND p.key = t.key
+    ORDER BY t.key""".replace("MATCH", KEPT_MATCH)
+KEPT_GROUPS = """
+    SELECT json_group_array(json_array(name, sessions, wh, seconds)) FROM (
+        SELECT CASE :by WHEN 'month' THEN strftime('%Y-%m', at, 'unixepoch')
+                        WHEN 'day' THEN strftime('%Y-%m-%d', at, 'unixepoch')
+                        WHEN 'station' THEN json_extract(value, '$.identity')
+                        ELSE coalesce(json_extract(value, '$.id_token'), '') END AS name,
+            count(*) AS sessions, total(json_extract(value, '$.energy_wh')) AS wh,
+            total(at - json_extract(value, '$.started_at')) AS seconds
+        FROM kept WHERE kind = 'transaction' AND at >= :start AND at < :end AND json_valid(value)
+            AND key NOT IN (SELECT value FROM json_each(:known)) GROUP BY name)"""
+GROUP_OF: dict[str, Callable[[Transaction], str]] = {
+    "month": lambda t: (iso(t.stopped_at) or "")[:7],
+    "day": lambda t: (iso(t.stopped_at) or "")[:10],
+    "station": lambda t: t.identity, "token": lambda t: t.id_token or ""}
 
 
 class Keeper:
@@ -7285,6 +7325,87 @@ class Keeper:
             self.state.put("approval", identity, True)
         self.state.put("counter", "transaction_id", self._last_id)
         self.state.put("counter", "run", self._run)
+
+    # What is asked of the file
+
+    async def count(self, **wanted: str | None) -> int:
+        """How many finished transactions that are no longer in memory match.
+
+        `wanted`: identity, status, id, text. While the file cannot be read, there are none.
+        """
+        found = await self._ask(KEPT_COUNT, self._values(wanted))
+        return found[0][0] if found else 0
+
+    async def page(self, limit: int, offset: int = 0, **wanted: str | None) -> list[Transaction]:
+        """Those that match, the newest first."""
+        values = self._values(wanted) | {"limit": limit, "offset": offset}
+        rows = await self._ask(KEPT_PAGE, values) if limit else []
+        return [t for row in rows if (t := self._kept_transaction(row))]
+
+    def slices(self, **wanted: str | None) -> AsyncIterator[list[Transaction]]:
+        """All that match and are not in memory now, the oldest first, some at a time."""
+        return self._slices(self._values(wanted) | {"limit": ROWS_AT_ONCE, "after": ""})
+
+    async def _slices(self, values: dict[str, Any]) -> AsyncIterator[list[Transaction]]:
+        while rows := await self._ask(KEPT_AFTER, values):
+            yield [t for row in rows if (t := self._kept_transaction(row))]
+            values["after"] = rows[-1][1]
+
+    def _values(self, wanted: dict[str, str | None]) -> dict[str, Any]:
+        known = [t.key for t in self.board.transactions.records if t.key]
+        text = wanted.get("text")
+        return {"identity": None, "status": None, "id": None} | wanted | {
+            "running": RUNNING_AT, "known": to_json(known),
+            "text": json.dumps(text, ensure_ascii=False)[1:-1] if text else None}
+
+    async def _ask(self, question: str, values: dict[str, Any]) -> list[tuple]:
+        """What the file says to it; [] where there is none, or it cannot be read."""
+        if not self.state:
+            return []
+        try:
+            return await self.state.query(lambda db: db.execute(question, values).fetchall())
+        except Unavailable:
+            return []
+
+    def _kept_transaction(self, columns: tuple) -> Transaction | None:
+        """The transaction of two rows that were read together, unless it is damaged."""
+        row, progress = StateRow(*columns[:4]), None
+        with contextlib.suppress(BoardError):
+            if columns[8] is not None and State.is_good(StateRow(*columns[5:9]), columns[9]):
+                progress = self._progress_of(StateRow(*columns[5:9]))[1]
+        with contextlib.suppress(BoardError):
+            if State.is_good(row, columns[4]):
+                return _transaction_of(row, progress, self.board.ahead_s)
+        return None
+
+    async def series(self, transaction: Transaction) -> Series | None:
+        """The curve of a transaction: as it is in memory, else as the file has it."""
+        if transaction.series is not None:
+            return transaction.series
+        for *columns, crc in await self._ask(
+                "SELECT kind, key, at, value, crc FROM kept WHERE kind = 'curve' AND key = :key",
+                {"key": transaction.key}):
+            row = StateRow(*columns)
+            with contextlib.suppress(BoardError):
+                return _series_of(row)[1] if State.is_good(row, crc) else None
+        return None
+
+    async def report(self, by: str, start: float, end: float) -> tuple[dict[str, list], bool]:
+        """({group: [sessions, Wh, seconds]} of the transactions that ended in that time; whether
+        those of the file are among them, or it could not be read)."""
+        ended = [t for t in self.board.transactions.records
+                 if t.status != "active" and start <= (t.stopped_at or 0) < end]
+        unwritten = [t for t in ended if t.durable_as != t.status]
+        found = await self._ask(KEPT_GROUPS, {
+            "by": by, "start": start, "end": min(end, RUNNING_AT),
+            "known": to_json([t.key for t in unwritten if t.key])})
+        groups = {name: figures for name, *figures in json.loads(found[0][0])} if found else {}
+        for transaction in unwritten if found else ended:
+            figures = groups.setdefault(GROUP_OF[by](transaction), [0, 0.0, 0.0])
+            figures[0] += 1
+            figures[1] += transaction.energy_wh or 0.0
+            figures[2] += (transaction.stopped_at or 0.0) - transaction.started_at
+        return groups, bool(found)
 
     def clean(self) -> None:
         """Remove what is older than `transactions_days`."""
@@ -12482,6 +12603,9 @@ class IsUpgrade(Matcher):
 # What endpoints take
 
 
+DAY = re.compile(r"\d{4}-\d\d-\d\d")
+
+
 class Parameter(NamedTuple):
     """A query parameter: how its text is read, and its JSON schema."""
 
@@ -12497,6 +12621,10 @@ class Parameter(NamedTuple):
             if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
                 raise BadRequest(f"{self.name} must be a whole number, {least} or more")
             return int(text)
+        if schema.get("format") == "date-time":
+            with contextlib.suppress(WrongValue):
+                return parse_time(f"{text}T00:00:00Z" if DAY.fullmatch(text) else text)[0]
+            raise BadRequest(f"{self.name} must be a time or a day, as 2026-09-21")
         if "enum" in schema and text not in schema["enum"]:
             raise BadRequest(f"{self.name} must be one of {', '.join(schema['enum'])}")
         return text
@@ -12506,6 +12634,9 @@ def _choice(name: str, words: Iterable[str], text: str, **more: Any) -> Paramete
     return Parameter(name, {"type": "string", "enum": list(words)} | more, text)
 
 
+FROM = Parameter("from", {"type": "string", "format": "date-time"},
+                 "From this time or day on, in UTC")
+TO = Parameter("to", {"type": "string", "format": "date-time"}, "Before this time or day")
 LIMIT = Parameter("limit", {"type": "integer", "minimum": 1, "default": 100}, "How many at most")
 LIMIT_OR_ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most, or all")
 OFFSET = Parameter("offset", {"type": "integer", "minimum": 0, "default": 0}, "Pass over so many")
@@ -12529,6 +12660,8 @@ CHARGE_STATUS = _choice("status", ("active", "waiting", "paused", "limited-by-st
 PROXY_TYPE = _choice("type", ("translation", "error", "refused", "connected", "disconnected",
                               "buffered", "delivered"), "Of this type only")
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
+REPORT_BY = _choice("by", GROUP_OF, "A line for each", default="month")
+REPORT_FORMAT = _choice("format", ("json", "csv"), "Of the answer", default="json")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
 MESSAGE_FILTERS = (IDENTITY, METHOD, DIRECTION, MESSAGE_TYPE, MESSAGE_ID, TEXT)
@@ -12606,6 +12739,7 @@ def get_about(api: "Api") -> dict:
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
         "smartCharging": {"limitKw": api.daemon.controller.view()["limitKw"]}
         if api.daemon.controller else None, "relay": api.daemon.relay is not None,
+        "state": api.daemon.state.view(),
     }
 
 
@@ -12721,19 +12855,49 @@ def get_message(api: "Api", number: str) -> str:
     return record.json()
 
 
-def get_transactions(api: "Api") -> Page:
-    """Transactions, newest first."""
-    return _page(api.board.transactions, api)
+async def get_transactions(api: "Api") -> Page:
+    """Transactions, newest first; those that are no longer in memory come from the state file."""
+    limit, offset = api.query["limit"], api.query["offset"]
+    recent, total = api.board.transactions.page(limit, offset, matcher(api.query))
+    keeper, filters = api.daemon.keeper, _kept_filters(api)
+    older = await keeper.page(limit - len(recent), max(0, offset - total), **filters)
+    return Page(recent + older, total + await keeper.count(**filters))
 
 
-def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
+def _kept_filters(api: "Api") -> dict:
+    return {name: api.query[name] for name in ("identity", "status", "text")}
+
+
+async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
     """One transaction, with what its meter said over time."""
-    known = api.board.transaction_of
+    known, keeper = api.board.transaction_of, api.daemon.keeper
     found = known.get((identity, transaction)) or known.get(
         (identity, int(transaction) if re.fullmatch("[0-9]{1,15}", transaction) else None))
     if found is None:
+        found = next(iter(await keeper.page(1, identity=identity, id=transaction)), None)
+    if found is None:
         raise NotFound("Transaction not found")
-    return found.view() | {"series": found.series.view() if found.series else []}
+    series = await keeper.series(found)
+    return found.view() | {"series": series.view() if series else []}
+
+
+async def get_report(api: "Api") -> dict | None:
+    """Sessions, energy and time of the transactions that ended from one time to another."""
+    by, start, end = (api.query[name] for name in ("by", "from", "to"))
+    groups, from_file = await api.daemon.keeper.report(
+        by, start or 0.0, RUNNING_AT if end is None else end)
+    lines = [{by: group, "sessions": sessions, "energyWh": round(wh, 3), "seconds": round(seconds)}
+             for group, (sessions, wh, seconds) in sorted(groups.items())]
+    if api.query["format"] == "json":
+        return {"by": by, "from": iso(start), "to": iso(end), "fromFile": from_file,
+                "sessions": sum(line["sessions"] for line in lines),
+                "energyWh": round(sum(line["energyWh"] for line in lines), 3), "lines": lines}
+    api.set_header("Content-Type", "text/csv; charset=utf-8")
+    api.set_header("Content-Disposition", 'attachment; filename="report.csv"')
+    columns = (by, "sessions", "energyWh", "seconds")
+    api.finish("".join(_csv_line(cells) for cells in (
+        columns, *(map(line.get, columns) for line in lines))))
+    return None
 
 
 def get_security(api: "Api") -> Page:
@@ -12829,10 +12993,10 @@ def get_telemetry_history(api: "Api") -> Page:
 
 
 def get_healthz(api: "Api") -> dict:
-    """200 while the daemon works."""
+    """200 while the daemon works; `degraded` while the state file cannot be written."""
     if not api.daemon.board_port:
         raise Busy("Not listening")
-    return {"status": "ok"}
+    return {"status": "ok" if api.daemon.state.failing_since is None else "degraded"}
 
 
 MESSAGE_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
@@ -12844,32 +13008,44 @@ TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "starte
 
 async def get_messages_export(api: "Api") -> None:
     """All messages that match, oldest first, as a file."""
-    await _export(api, "messages", (await _found_messages(api))[::-1], MESSAGE_COLUMNS,
-                  lambda record: record.head() | {"payload": record.payload})
+    found = await _found_messages(api)
+    write = _begin_export(api, "messages", len(found), MESSAGE_COLUMNS,
+                          lambda record: record.head() | {"payload": record.payload})
+    await write(found[::-1])
 
 
 async def get_transactions_export(api: "Api") -> None:
     """All transactions that match, oldest first, as a file."""
-    match = matcher(api.query)
-    found = [r for r in api.board.transactions.records if match is None or match(r)]
-    await _export(api, "transactions", found, TRANSACTION_COLUMNS, Transaction.view)
+    match, keeper, filters = matcher(api.query), api.daemon.keeper, _kept_filters(api)
+    recent = [r for r in api.board.transactions.records if match is None or match(r)]
+    older = keeper.slices(**filters)
+    write = _begin_export(api, "transactions", await keeper.count(**filters) + len(recent),
+                          TRANSACTION_COLUMNS, Transaction.view)
+    async for transactions in older:
+        await write(transactions)
+        if api.closed:
+            return
+    await write(recent)
 
 
-async def _export(api: "Api", name: str, records: list, columns: tuple,
-                  row: Callable[[Any], dict]) -> None:
-    """Write records as a file, of JSON lines or of CSV with these columns of `row(record)`."""
+def _begin_export(api: "Api", name: str, total: int, columns: tuple,
+                  row: Callable[[Any], dict]) -> Callable[[list], Awaitable]:
+    """Begin a file of JSON lines, or of CSV with these columns of `row(record)`.
+
+    Returns: what writes records into it.
+    """
     kind = api.query["format"]
     api.set_header("Content-Type", "text/csv; charset=utf-8" if kind == "csv"
                    else "application/x-ndjson")
     api.set_header("Content-Disposition", f'attachment; filename="{name}.{kind}"')
-    api.set_header("X-Total-Count", len(records))
+    api.set_header("X-Total-Count", total)
     if kind == "csv":
         api.write(_csv_line(columns))
 
     def line(record: Any) -> str:
         return (_csv_line(map(row(record).get, columns)) if kind == "csv"
                 else record.json() + "\n")
-    await api.write_slices(records, line)
+    return lambda records: api.write_slices(records, line)
 
 
 def _csv_line(cells: Iterable[Any]) -> str:
@@ -12896,6 +13072,16 @@ METRICS = (
 )
 
 
+# The same of the state file: (name, type, help, key of its view).
+STATE_METRICS = (
+    ("size_bytes", "gauge", "Of the state file.", "sizeBytes"),
+    ("writes_total", "counter", "Writes of the state file.", "writes"),
+    ("written_bytes_total", "counter", "Of the values written.", "bytesWritten"),
+    ("waiting", "gauge", "Values that wait to be written.", "waiting"),
+    ("lost_total", "counter", "Values dropped while the file could not be written.", "lost"),
+)
+
+
 def get_metrics(api: "Api") -> None:
     """Prometheus text format."""
     sample, board = api.daemon.sample(), api.board
@@ -12909,6 +13095,11 @@ def get_metrics(api: "Api") -> None:
         metric(name, kind, text, [("", sample[key])])
     metric("ocppboard_resident_bytes", "gauge", "Resident memory.",
            [("", sample["memoryUsage"]["rss"])])
+    for name, kind, text, key in STATE_METRICS:
+        metric(f"ocppboard_state_{name}", kind, text, [("", value or 0)
+               for value in [api.daemon.state.view()[key]]])
+    metric("ocppboard_state_failing", "gauge", "1 while the state file cannot be written.",
+           [("", int(api.daemon.state.failing_since is not None))])
     metric("ocppboard_records", "gauge", "Records kept.",
            [(f'{{store="{name}"}}', len(store)) for name, store in board.stores.items()])
     metric("ocppboard_records_total", "counter", "Records ever.",
@@ -13149,6 +13340,7 @@ ROUTES = (
           (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
           (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
+    Route("GET", "/api/report", get_report, "Report", (FROM, TO, REPORT_BY, REPORT_FORMAT)),
     Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
     Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
           (*PAGING, IDENTITY, EVENT_TYPE)),
@@ -13214,7 +13406,13 @@ SHAPES = {
     "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
               "protocols": "[string]", "accept": "string", "validated": "boolean",
               "actions": "object", "commands": "object", "smartCharging": "SiteLimit?",
-              "relay": "boolean"},
+              "relay": "boolean", "state": "StateFile"},
+    "StateFile": {"path": "string?", "sizeBytes": "integer?", "writes": "integer",
+                  "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
+                  "failingSince": "time?", "error": "string?"},
+    "Report": {"by": "string", "from": "time?", "to": "time?", "fromFile": "boolean",
+               "sessions": "integer", "energyWh": "number", "lines": "[ReportLine]"},
+    "ReportLine": {"sessions": "integer", "energyWh": "number", "seconds": "integer"},
     "SiteLimit": {"limitKw": "number"},
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
@@ -17983,7 +18181,8 @@ class Daemon:
         self._machine: dict = {}
         self.controller = Controller(self.board) if config.smart_charge.enabled else None
         self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
-                          PeriodicCallback(self._turn, 1000)]
+                          PeriodicCallback(self._turn, 1000),
+                          PeriodicCallback(self.keeper.clean, 3_600_000)]
         if self.controller:
             self._periodic.append(PeriodicCallback(self.steer, 1000))
         self.relay = None

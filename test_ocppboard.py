@@ -12512,6 +12512,163 @@ async def test_without_smart_charging_its_endpoints_say_so(site):
         assert status == 409 and "smart_charge.enabled" in body["error"]
 
 
+def kept_rows(number, at=NOW, station="CP-1", token="A", kwh=10):
+    """The rows of a finished transaction of an hour, as an earlier run wrote them."""
+    key = f"000000-{number:09}-earlier"
+    transaction = ocppboard.Transaction(
+        number, station, 1, 1, token, at - 3600, 0.0, status="stopped", stopped_at=at,
+        meter_stop=1000.0 * kwh, energy_wh=1000.0 * kwh, started_mono=at - 3600, stopped_mono=at)
+    series = ocppboard.Series(at - 3600)
+    for minute in range(60):
+        series.add(at - 3600 + 60 * minute, 11000.0, 200.0 * minute, None, {"L1": 16.0})
+    return [("transaction", key, ocppboard.packed("Transaction", transaction, 0.0), at),
+            ("progress", key, ocppboard.packed("Progress", transaction, 0.0) | {"written_at": at},
+             at),
+            ("curve", key, ocppboard.packed("Series", series, 0.0), at)]
+
+
+async def write_file(path, transactions):
+    """Make a state file of earlier transactions."""
+    state = ocppboard.State(str(path))
+    state.open()
+    for rows in transactions:
+        for row in rows:
+            state.put(*row)
+        if len(state._pending) > 3000:
+            await state.write()
+    await state.stop()
+    os.close(state._lock_fd)
+
+
+@contextlib.asynccontextmanager
+async def kept_site(folder, transactions, **keys):
+    await write_file(folder / "s.db", transactions)
+    async with Site(state_path=folder / "s.db", store_max_transactions=3, **keys) as site:
+        yield site
+    os.close(site.daemon.state._lock_fd)
+
+
+MONTH_S = 30 * 86400
+
+
+@with_loop
+async def test_transactions_are_listed_over_memory_and_file_each_once(tmp_path):
+    past = [kept_rows(n, NOW + n, f"CP-{n % 2}", f"Ä{n}") for n in range(1, 11)]
+    async with kept_site(tmp_path, past) as site:
+        socket_ = await site.station("CP-9", protocol=None)
+        await exchange(socket_, "StartTransaction", START_16)
+        ids = [t["id"] for t in await site.get("/api/transactions")]
+        assert len(site.board.transactions) == 3 and ids[1:] == list(range(10, 0, -1))
+        pages = [await site.fetch(f"/api/transactions?limit=4&offset={n}") for n in (0, 4, 8, 12)]
+        assert [t["id"] for _, page, _ in pages for t in page] == ids
+        assert {headers["X-Total-Count"] for _, _, headers in pages} == {"11"}
+        for query, found in (("identity=CP-1", [9, 7, 5, 3, 1]), ("text=%C3%842", [2]),
+                             ("text=cp-0", [10, 8, 6, 4, 2]), ("status=abandoned", []),
+                             ("status=stopped&identity=CP-0&limit=2", [10, 8])):
+            assert [t["id"] for t in await site.get(f"/api/transactions?{query}")] == found, query
+        exported = await site.get("/api/transactions/export")
+        assert [json.loads(line)["id"] for line in exported.splitlines()] == ids[::-1]
+
+
+@with_loop
+async def test_a_transaction_of_the_file_is_shown_with_its_curve(tmp_path):
+    async with kept_site(tmp_path, [kept_rows(n, NOW + n) for n in range(1, 8)]) as site:
+        for number in (1, 7):            # in the file alone, and in memory
+            shown = await site.get(f"/api/connections/CP-1/transactions/{number}")
+            assert shown["energyWh"] == 10_000 and len(shown["series"]) == 60
+            conforms(shown, "TransactionDetail")
+        assert (await site.fetch("/api/connections/CP-1/transactions/99"))[0] == 404
+
+
+@with_loop
+async def test_damaged_rows_of_the_file_are_left_out_of_what_is_shown(tmp_path):
+    async with kept_site(tmp_path, [kept_rows(n, NOW + n) for n in range(1, 8)]) as site:
+        db = site.daemon.state._db
+        db.execute("UPDATE kept SET value = '{\"id' WHERE key LIKE '%1-earlier'")
+        db.execute("UPDATE kept SET value = replace(value, 'CP-1', 'CP-7') "
+                   "WHERE key LIKE '%2-earlier' AND kind = 'transaction'")
+        assert [t["id"] for t in await site.get("/api/transactions")] == [7, 6, 5, 4, 3]
+        assert (await site.get("/api/report"))["sessions"] == 6
+        assert (await site.fetch("/api/connections/CP-1/transactions/1"))[0] == 404
+
+
+@with_loop
+async def test_the_report_counts_a_transaction_where_it_was_stopped(tmp_path):
+    past = [kept_rows(n, NOW - n * MONTH_S, f"CP-{n % 2}", "=1+1" if n % 2 else None)
+            for n in range(6)]
+    async with kept_site(tmp_path, past) as site:
+        report = await site.get("/api/report")
+        assert [line["month"] for line in report["lines"]] == [
+            "2026-04", "2026-05", "2026-06", "2026-07", "2026-08", "2026-09"]
+        assert report["fromFile"] and report["sessions"] == 6 and report["energyWh"] == 60_000
+        assert (await site.get("/api/report?by=station"))["lines"] == [
+            {"station": f"CP-{n}", "sessions": 3, "energyWh": 30_000, "seconds": 10_800}
+            for n in range(2)]
+        days = await site.get("/api/report?by=day&from=2026-08-01&to=2026-09-21T13:33:20Z")
+        assert [line["day"] for line in days["lines"]] == ["2026-08-22"]
+        assert days["from"] == "2026-08-01T00:00:00.000Z"
+        text = await site.get("/api/report?by=token&format=csv")
+        assert list(csv.reader(io.StringIO(text))) == [
+            ["token", "sessions", "energyWh", "seconds"], ["", "3", "30000.0", "10800"],
+            ["'=1+1", "3", "30000.0", "10800"]]
+        assert (await site.fetch("/api/report?from=yesterday"))[0] == 400
+        assert (await site.fetch("/api/report?by=week"))[0] == 400
+
+
+@live()
+async def test_without_a_file_the_report_counts_what_is_in_memory_and_says_so(site):
+    socket_ = await site.station(protocol=None)
+    started = await exchange(socket_, "StartTransaction", START_16)
+    await exchange(socket_, "StopTransaction", {
+        "transactionId": started[2]["transactionId"], "meterStop": 1100,
+        "timestamp": "2026-09-21T14:33:20Z"})
+    report = await site.get("/api/report?by=station")
+    assert not report["fromFile"] and report["lines"][0]["energyWh"] == 1000
+
+
+@with_loop
+async def test_a_year_of_ten_stations_is_reported_quickly_and_off_the_loop(tmp_path):
+    (kind, _, row, at), *_ = kept_rows(0)
+    year = [[(kind, f"000000-{n:09}-earlier", row | {
+        "id": n, "identity": f"CP-{n % 10}", "id_token": f"T{n % 50}",
+        "started_at": at - n * 1577 - 3600, "stopped_at": at - n * 1577}, at - n * 1577)]
+        for n in range(20_000)]
+    async with kept_site(tmp_path, year) as site:
+        for by in ("month", "token"):
+            seconds, stalled_s = await measured(site.get(f"/api/report?by={by}"))
+            print(f"by {by}: {1000 * seconds:.0f} ms, the loop stood for {1000 * stalled_s:.0f}")
+            assert seconds < 2 and stalled_s < 0.2       # of 0.1 s on a slow machine
+        seconds, stalled_s = await measured(site.get("/api/transactions?text=cp-3&offset=900"))
+        print(f"list: {1000 * seconds:.0f} ms, the loop stood for {1000 * stalled_s:.0f}")
+        assert seconds < 2 and stalled_s < 0.2
+
+
+async def measured(awaitable):
+    """(seconds that it takes, seconds that the loop stood still at most)."""
+    task, began, stalled_s = asyncio.ensure_future(awaitable), time.monotonic(), 0.0
+    while not task.done():
+        turned = time.monotonic()
+        await asyncio.sleep(0.001)
+        stalled_s = max(stalled_s, time.monotonic() - turned)
+    await task
+    return time.monotonic() - began, stalled_s
+
+
+@with_loop
+async def test_a_state_file_that_fails_is_said_wherever_somebody_looks(tmp_path):
+    async with kept_site(tmp_path, []) as site:
+        assert await site.get("/healthz") == {"status": "ok"}
+        site.daemon.state._db.execute("PRAGMA query_only = 1")
+        site.daemon.state.put("t", "a", 1)
+        await site.daemon.state.write()
+        status, body, _ = await site.fetch("/healthz", token=None)
+        assert (status, body) == (200, {"status": "degraded"})
+        assert "ocppboard_state_failing 1\n" in await site.get("/metrics")
+        about = (await site.get("/api/about"))["state"]
+        assert about["failingSince"] and about["waiting"] >= 1 and about["sizeBytes"] > 0
+        site.daemon.state._db.execute("PRAGMA query_only = 0")
+
+
 # --- Dashboard ----------------------------------------------------------------------------
 
 
