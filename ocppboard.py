@@ -12180,8 +12180,9 @@ class Session:
 
     user: str
     expires_at: float | None            # None: a token or no authentication, which do not expire
-    id: str = ""
-    ends_mono: float = math.inf         # the same by the monotonic clock, which counts
+    id: str = ""                        # "" of one from an earlier run: its digest alone is known
+    digest: str = ""
+    ends_mono: float = math.inf         # its end by the monotonic clock, which counts
 
     def view(self) -> dict:
         return {"user": {"name": self.user}, "expiresAt": iso(self.expires_at)}
@@ -12222,11 +12223,47 @@ class Access:
         auth = self.config.auth
         self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
         self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()    # {digest of its id: …}
+        self._credentials = "\0".join((auth.mode, auth.username, auth.password, auth.token))
+        self._fingerprint = ""                           # a hash of them
         self._failures = Failures(time.monotonic)
         self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
         self._entry_failures = Failures(time.monotonic, ENTRY_FAILURES)
         self._hashing, self._station_hashing = Hashing(), Hashing()
+
+    # Over a restart
+
+    def restore(self) -> None:
+        """Take over the logins of an earlier run, unless what one logs in with has changed."""
+        state = self.board.state
+        if not state:
+            return
+        self._fingerprint = next((row.value for row in state.rows("credentials")
+                                  if type(row.value) is str), "")
+        if password_matches(self._credentials.encode(), self._fingerprint):
+            self._restore_sessions()
+        else:
+            self._fingerprint = hash_password(self._credentials)
+            state.put("credentials", "fingerprint", self._fingerprint)
+            state.remove_before("login", math.inf)
+        state.sources.append(self.put_all)
+
+    def _restore_sessions(self) -> None:
+        now, longest_s = self.board.clock(), self.config.auth.session_ttl_seconds
+        for row in self.board.state.rows("login", SESSIONS_KEPT):
+            if row.at > now:
+                self._sessions[row.key] = Session(
+                    self.config.auth.username, row.at, "", row.key,
+                    self.board.mono() + min(row.at - now, longest_s))
+
+    def put_all(self) -> None:
+        """Put all logins into the State, for a file that is new."""
+        self.board.state.put("credentials", "fingerprint", self._fingerprint)
+        for session in self._sessions.values():
+            self._put(session)
+
+    def _put(self, session: Session) -> None:
+        self.board.state.put("login", session.digest, True, session.expires_at, durable=True)
 
     # The board's users
 
@@ -12237,7 +12274,7 @@ class Access:
         """
         if self.config.auth.mode == "none":
             return Session("anonymous", None)
-        found = self._sessions.get(bearer or session_id or "")
+        found = self._sessions.get(_digest(bearer or session_id or ""))
         if found is None and bearer and self.config.auth.mode == "token":
             return self._bearer_session(bearer.encode("utf-8", "replace"), address)
         if found is None:
@@ -12291,7 +12328,8 @@ class Access:
 
     def logout(self, session: Session) -> None:
         """Forget a session."""
-        self._sessions.pop(session.id, None)
+        self._sessions.pop(session.digest, None)
+        self.board.state.put("login", session.digest, None, durable=True)
 
     async def _right_credentials(self, username: str, password: str) -> bool:
         auth = self.config.auth
@@ -12301,11 +12339,15 @@ class Access:
 
     def _new_session(self, address: str) -> Session:
         lasts_s = self.config.auth.session_ttl_seconds
-        session = Session(self.config.auth.username, self.board.clock() + lasts_s,
-                          secrets.token_urlsafe(32), self.board.mono() + lasts_s)
-        self._sessions[session.id] = session
+        now, id_, state = self.board.clock(), secrets.token_urlsafe(32), self.board.state
+        session = Session(self.config.auth.username, now + lasts_s, id_, _digest(id_),
+                          self.board.mono() + lasts_s)
+        self._sessions[session.digest] = session
+        self._put(session)
+        state.remove_before("login", now)
         if len(self._sessions) > SESSIONS_KEPT:
-            self._sessions.popitem(last=False)
+            oldest, _ = self._sessions.popitem(last=False)
+            state.put("login", oldest, None)
         self.board.system_event("LOGIN", "", f"{session.user} logged in", {"ip": address})
         return session
 
@@ -12375,6 +12417,10 @@ class Hashing:
                 self._thread, lambda: any(password_matches(g, configured) for g in readings))
         finally:
             self._waiting -= 1
+
+
+def _digest(session_id: str) -> str:
+    return hashlib.sha256(session_id.encode("utf-8", "replace")).hexdigest()
 
 
 def hash_password(password: str) -> str:
@@ -12708,6 +12754,7 @@ async def post_login(api: "Api") -> dict:
     """Create a session."""
     session = await api.daemon.access.login(api.body, api.address)
     api.set_session_cookie(session)
+    await api.until_durable()
     return {"sessionId": session.id} | session.view()
 
 
@@ -12721,9 +12768,10 @@ def get_session(api: "Api") -> dict:
     return {"authenticated": True} | session.view() | {"authMode": mode}
 
 
-def post_logout(api: "Api") -> dict:
+async def post_logout(api: "Api") -> dict:
     """Destroy the session."""
     api.daemon.access.logout(api.authenticate())
+    await api.until_durable()
     api.clear_cookie(COOKIE, path="/")
     return {"success": True}
 
@@ -12809,12 +12857,13 @@ async def post_call(api: "Api", identity: str) -> dict:
     return {"success": True, "result": result, "responseTime": round(response_ms, 3)}
 
 
-def post_approve(api: "Api", identity: str) -> dict:
+async def post_approve(api: "Api", identity: str) -> dict:
     """Let a station in where ocpp.accept is "ask"."""
     station = _station(api, identity)
     api.board.approve(station)
     if station.link and station.registration == "Pending":   # else it asks again within a minute
         api.daemon.spawn("boot after approval", _ask_to_boot(station.link))
+    await api.until_durable()
     return {"success": True}
 
 
@@ -13610,6 +13659,11 @@ class Api(RequestHandler):
         """The session id; Tornado 6.2 takes quadratic time to take a hostile header apart."""
         found = SESSION_COOKIE.search(self.request.headers.get("Cookie", ""))
         return found and found[1]
+
+    async def until_durable(self) -> None:
+        """Wait until what the request has changed is on disk, as long as an answer may."""
+        if (waits := self.daemon.state.committed()) is not None:
+            await waits
 
     def still_allowed(self) -> bool:
         """Whether the session of a request that goes on is still there."""
@@ -18199,6 +18253,7 @@ class Daemon:
         """
         self.state.open()
         self.keeper.restore()
+        self.access.restore()
         for port, application in self._listeners():
             server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
                                 idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,

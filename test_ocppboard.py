@@ -10946,7 +10946,7 @@ def test_sessions_and_failures_are_bounded(monkeypatch):
     monkeypatch.setattr(ocppboard, "SESSIONS_KEPT", 5)
     monkeypatch.setattr(ocppboard, "ADDRESSES_KEPT", 5)
     sessions = [access._new_session("192.0.2.1") for _ in range(8)]
-    assert list(access._sessions) == [s.id for s in sessions[3:]]
+    assert list(access._sessions) == [s.digest for s in sessions[3:]]
     for number in range(20):
         with pytest.raises(ocppboard.Unauthorized):
             access.session(None, "x", f"192.0.2.{number}")
@@ -10994,6 +10994,54 @@ async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
     assert error.value.http_status == 429
     assert await access.station_profile("CP-2", basic("CP-2", "x"), "192.0.2.1") == 1
     assert "wrong" not in str([e.details for e in board.security.records])
+
+
+@pytest.fixture
+def login_again(tmp_path):
+    """Restart an Access over one state file, with these settings."""
+    def start(at=NOW, **keys):
+        board = Board(config_of(**keys), lambda: at, state=state_of(tmp_path / "s.db", at))
+        access = ocppboard.Access(board)
+        access.restore()
+        return access
+
+    def end(access):
+        asyncio.run(access.board.state.write())
+        closed(access.board.state)
+    return start, end
+
+
+def test_a_login_is_kept_over_a_restart_until_its_end(login_again, tmp_path):
+    start, end = login_again
+    access = start(auth_token="t")
+    session, other = (access._new_session("192.0.2.1") for _ in range(2))
+    access.logout(other)
+    end(access)
+    assert session.id.encode() not in b"".join(p.read_bytes() for p in tmp_path.glob("s.db*"))
+    access = start(auth_token="t", at=NOW + 86399)
+    assert access.session(session.id, None, "192.0.2.1").expires_at == session.expires_at
+    with pytest.raises(ocppboard.Unauthorized):
+        access.session(other.id, None, "192.0.2.1")
+    end(access)
+    access = start(auth_token="t", at=NOW + 86401)
+    with pytest.raises(ocppboard.Unauthorized):
+        access.session(session.id, None, "192.0.2.1")
+    end(access)
+
+
+@pytest.mark.parametrize("changed", [
+    {"auth_token": "other"}, {"auth_username": "eve", "auth_token": "t"},
+    {"auth_mode": "credentials", "auth_password": "p", "auth_token": "t"}])
+def test_logins_end_when_what_one_logs_in_with_changes(login_again, changed):
+    start, end = login_again
+    access = start(auth_token="t")
+    session = access._new_session("192.0.2.1")
+    end(access)
+    for keys in (changed, {"auth_token": "t"}):          # nor are they back with the old one
+        access = start(**keys)
+        with pytest.raises(ocppboard.Unauthorized):
+            access.session(session.id, None, "192.0.2.1")
+        end(access)
 
 
 # --- HTTP ---------------------------------------------------------------------------------
