@@ -1681,6 +1681,7 @@ class Station(Record):
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     seen_since_start: bool = True       # False: known from an earlier run alone
     booted_since_start: bool = False
+    introduce_mono: float | None = None  # when it is asked to boot; inf: it was, or need not be
     row_crc: int = 0                    # of what stands in the State
     changed: int = 0
 
@@ -3234,6 +3235,9 @@ EXPORT_IS_ODD = {"ocpp1.6": True, "ocpp2.0.1": True, "ocpp2.1": False}   # 2.1 h
 REPORTING = {                            # where a 2.x station alerts of nothing that is wrong
     ("Connector", "AvailabilityState"), ("EVSE", "AvailabilityState"),
     ("ChargingStation", "AvailabilityState")}
+
+# Whether a StatusNotification is triggered of one connector at a time (2.0.1 F06.FR.12).
+TRIGGERED_EACH = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
 
 # Fields that only one version's body has: a station that sends them elsewhere mixes versions.
 TELLTALES = {
@@ -8607,6 +8611,31 @@ class Link:
         return None if self.ended else self.write(text)
 
 
+INTRODUCE_S = 10                     # after its first message
+INTRODUCED_CONNECTORS = 20           # of one station, at most
+
+
+async def introduce(link: Link) -> None:
+    """Ask a station that goes on without a boot what it is, and how its connectors are.
+
+    A refusal, or no answer, is the end of it. Spec: 1.6 5.17; 2.0.1 F06.
+    """
+    wanted: list[dict] = [{"requestedMessage": "BootNotification"}]
+    if TRIGGERED_EACH[link.protocol]:
+        wanted += [{"requestedMessage": "StatusNotification",
+                    "evse": {"id": c.evse_id, "connectorId": c.connector_id}}
+                   for c in link.station.connectors.values() if c.evse_id][:INTRODUCED_CONNECTORS]
+    else:
+        wanted.append({"requestedMessage": "StatusNotification"})
+    try:
+        for payload in wanted:
+            answer, _ = await link.call("TriggerMessage", payload)
+            if answer.get("status") != "Accepted":
+                return
+    except BoardError as error:
+        log.info("%s was not asked what it is: %s", shown(link.station.identity), error)
+
+
 TAKERS: dict[type, Callable] = {
     Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
     CallResultError: Link._result_refused}   # of what is no Call
@@ -13470,7 +13499,8 @@ SHAPES = {
         "securityEventCount": "integer", "systemEventCount": "integer",
         "refusedConnections": "integer", "activeTransactions": "integer", "powerW": "number",
         "memoryUsage": "Memory", "cpuPercent": "number",
-        "loopLagMs": "number", "streams": "integer", "timestamp": "time"},
+        "loopLagMs": "number", "stateFailingSince": "time?", "streams": "integer",
+        "timestamp": "time"},
     "Memory": {"rss": "integer", "heapUsed": "integer", "heapTotal": "integer"},
     "SecurityEvent": {"category": "string", "severity": "string", **_EVENT},
     "Error": {"category": "string", **_EVENT},
@@ -15154,7 +15184,10 @@ function attention() {
       `${one.url}: ${away[0].lastError}`);
     if (one.lost) add(1, 'bad', 'relay', `${plural(one.lost, 'message')} did not get to `, one.url);
   }
-  const {host = {}, loopLagMs} = sample();
+  const {host = {}, loopLagMs, stateFailingSince} = sample();
+  if (stateFailingSince) add(0, 'bad', to('events', null, {type: 'STATE_FAILING'}),
+    'The state file cannot be written: a restart would forget what came since ',
+    clock(stateFailingSince));
   for (const [name, part] of [['disk', host.diskPercent], ['memory', host.memoryPercent]])
     if (part > 95) add(3, 'bad', 'telemetry',
       `The ${name} of the board's host is ${percent(part)} full`);
@@ -15169,7 +15202,8 @@ function attentionTo(station) {
   if (!online(station)) {
     const busy = station.connectors.some(one => transactionAt(station, one)?.status === 'active');
     add(busy ? 2 : 4, busy ? 'bad' : 'warn',
-      ` has been offline for ${duration(since(station.disconnectedAt))}`,
+      station.seenSinceStart ? ` has been offline for ${duration(since(station.disconnectedAt))}`
+        : ' is known, but has not been seen since the start of the board',
       busy ? ', and a car was charging' : '');
     return found;
   }
@@ -15743,7 +15777,8 @@ const noStations = all => all.length
     'Nothing appears? ', link('security', 'Knocking'), ' lists who was refused, and why.'));
 
 const stationPill = one => one.registration === 'Pending' && online(one) ? pill('pending', 'warn')
-  : pill(one.status, online(one) ? 'good' : 'bad');
+  : one.seenSinceStart ? pill(one.status, online(one) ? 'good' : 'bad')
+    : h('span', {title: 'Known, not seen since the start'}, pill('not seen', 'warn'));
 
 const STATION_COLUMNS = [
   {name: 'Station', width: '12%', wide: true, leads: true, sort: one => one.identity,
@@ -15878,6 +15913,7 @@ function stationFacts(one) {
     ['Protocol', one.protocol], ['Address', one.remoteAddress],
     ['Security profile', digits(one.securityProfile)], ['Registration', one.registration],
     [online(one) ? 'Connected' : 'Offline', [clock(from), ` (${duration(since(from))})`]],
+    !one.seenSinceStart && ['Since the start', 'known, not seen'],
     ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
     ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
       digits(one.errorCount)) : '0'],
@@ -18369,6 +18405,7 @@ class Daemon:
                             "heapTotal": getattr(memory, "data", memory.rss)},
             "cpuPercent": self._process.cpu_percent(),
             "loopLagMs": round(self._lag_s * 1000, 1),
+            "stateFailingSince": iso(self.state.failing_since),
             "host": {"cpuPercent": psutil.cpu_percent(),
                      "memoryPercent": psutil.virtual_memory().percent,
                      "diskPercent": psutil.disk_usage(os.sep).percent},
@@ -18383,10 +18420,27 @@ class Daemon:
         now = time.monotonic()
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
         self._last_turn = now
-        if interval := self.config.ocpp.ping_interval_seconds:
-            for link, websocket in list(self.sockets.items()):
+        interval = self.config.ocpp.ping_interval_seconds
+        for link, websocket in list(self.sockets.items()):
+            if link.station.introduce_mono != math.inf and not link.ended:
+                self._introduce(link, now)
+            if interval:
                 self._keep_alive(link, websocket, now, interval)
 
+    def _introduce(self, link: Link, now: float) -> None:
+        """Ask a station once, INTRODUCE_S after its first message, unless it has booted by then.
+
+        One that was accepted before our restart does not boot again (1.6 4.2; 2.0.1 B01).
+        """
+        station = link.station
+        if station.booted_since_start:
+            station.introduce_mono = math.inf
+        elif station.introduce_mono is None:
+            if (station.last_message_at or 0.0) >= station.connected_at:
+                station.introduce_mono = now + INTRODUCE_S
+        elif now >= station.introduce_mono:
+            station.introduce_mono = math.inf
+            self.spawn("introduction", introduce(link))
 
     def _keep_alive(self, link: Link, websocket: WebSocket, now: float, interval: float) -> None:
         """Ping a station; one without any sign for two intervals is gone.

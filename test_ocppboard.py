@@ -4073,6 +4073,56 @@ def test_no_start_and_no_stop_that_was_answered_is_lost_when_the_board_is_killed
         closed(bench.state)
 
 
+@with_loop
+async def test_a_day_of_ten_stations_that_charge_writes_less_than_10_mb(tmp_path):
+    """Six charges a day each, a meter value a minute; two hours of it, times twelve."""
+    bench, hours = KeptBench(tmp_path), 2
+    links = [bench.connect(identity=f"CP-{number}") for number in range(10)]
+
+    async def call(bench, link, action, payload):
+        waits = link.receive(json.dumps([2, "1", action, payload]))
+        if waits is not None:
+            await asyncio.gather(waits, bench.state.write())
+        return json.loads(bench.sent[-1])[2]
+    before, ids = written_bytes(), {}
+    for minute in range(hours * 60):
+        bench.clock.now += 60
+        stamp = {"timestamp": ocppboard.iso(bench.clock.now)}
+        for number, link in enumerate(links):
+            if link in ids and (minute + 24 * number) % 240 == 0:
+                await call(bench, link, *status_16("Finishing"))
+                await call(bench, link, "StopTransaction", {
+                    "transactionId": ids.pop(link), "meterStop": minute * 180} | stamp)
+                await call(bench, link, *status_16("Available"))
+            if link not in ids:
+                ids[link] = (await call(bench, link, "StartTransaction", {
+                    "connectorId": 1, "idTag": "A", "meterStart": minute * 180} | stamp)
+                )["transactionId"]
+                await call(bench, link, *status_16("Charging"))
+            await call(bench, link, "MeterValues", {
+                "connectorId": 1, "transactionId": ids[link], "meterValue": [{
+                    "sampledValue": [
+                        sample(str(minute * 180)), sample("11000", POWER, "W"),
+                        *(sample(value, of, phase=phase) for phase in ocppboard.PHASES
+                          for value, of in (("16.1", CURRENT), ("230.1", "Voltage")))]} | stamp]})
+        if bench.clock.now % ocppboard.WRITE_BEHIND_S < 60:
+            await bench.keeper.put_changed()
+            await bench.state.write()
+    await bench.state.stop()
+    os.close(bench.state._lock_fd)
+    megabytes = (written_bytes() - before) * 24 / hours / 1e6
+    print(f"a day: {megabytes:.1f} MB")
+    assert megabytes < 10
+
+
+def written_bytes():
+    """What this process has given to the disk; 0 where the system does not say."""
+    try:
+        return int(re.search(r"^write_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])
+    except OSError:
+        return 0
+
+
 # --- Incoming calls -----------------------------------------------------------------------
 
 
@@ -11958,6 +12008,117 @@ async def _flood(socket_, text):
         await socket_.send(text)
 
 
+async def asked(socket_, *answers, within_s=2.0):
+    """What a station is asked, if it answers so, until nothing more comes."""
+    calls = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(within_s):
+                _, id_, action, payload = json.loads(await socket_.recv())
+            calls.append((action, payload))
+            if len(calls) <= len(answers):
+                await socket_.send(json.dumps([3, id_, {"status": answers[len(calls) - 1]}]))
+    return calls
+
+
+BOOT_WANTED = ("TriggerMessage", {"requestedMessage": "BootNotification"})
+STATUS_WANTED = ("TriggerMessage", {"requestedMessage": "StatusNotification"})
+
+
+@pytest.mark.parametrize("answers, calls", [
+    (["Accepted", "Accepted"], [BOOT_WANTED, STATUS_WANTED]),
+    (["Rejected"], [BOOT_WANTED]), (["NotImplemented"], [BOOT_WANTED])])
+def test_a_station_that_goes_on_without_a_boot_is_asked_once_what_it_is(
+        monkeypatch, answers, calls):
+    monkeypatch.setattr(ocppboard, "INTRODUCE_S", 0)
+
+    @live()
+    async def run(site):
+        socket_ = await site.station()
+        await exchange(socket_, "Heartbeat", {})
+        assert await asked(socket_, *answers) == calls
+        await socket_.close()
+        socket_ = await site.station()
+        await exchange(socket_, "Heartbeat", {})
+        assert await asked(socket_) == []
+    run()
+
+
+def test_a_station_that_boots_or_says_nothing_is_not_asked(monkeypatch):
+    monkeypatch.setattr(ocppboard, "INTRODUCE_S", 1)
+
+    @live()
+    async def run(site):
+        boots, silent = await site.station("CP-1"), await site.station("CP-2")
+        await exchange(boots, "BootNotification", BOOT_16)
+        assert [await asked(s, within_s=2) for s in (boots, silent)] == [[], []]
+    run()
+
+
+@with_loop
+async def test_a_2x_station_is_asked_for_each_connector_that_is_known():
+    bench = Bench("ocpp2.0.1")
+    for evse in (1, 2):
+        says_2x(bench, "Available", evse)
+    asking = asyncio.create_task(ocppboard.introduce(bench.link))
+    for wanted in (None, {"id": 1, "connectorId": 1}, {"id": 2, "connectorId": 1}):
+        await turn()
+        _, id_, _, payload = json.loads(bench.sent[-1])
+        assert payload.get("evse") == wanted
+        bench.link.receive(json.dumps([3, id_, {"status": "Accepted"}]))
+    await asking
+
+
+@contextlib.asynccontextmanager
+async def killed_process(folder):
+    """A daemon over the folder's state file that ends by `kill -9`: (its URL, a client)."""
+    process = ocppboard_process("--port", "0", "--address", "127.0.0.1", environ={
+        "OCPPBOARD_STATE_PATH": str(folder / "s.db"), "OCPPBOARD_OCPP_ACCEPT": "ask",
+        "OCPPBOARD_AUTH_TOKEN": "t0ken"})
+    client = AsyncHTTPClient(force_instance=True)
+    try:
+        line = next(line for line in process.stdout if line.startswith("The board: "))
+        yield line.split()[-1].rstrip("/"), client
+    finally:
+        process.kill()
+        process.communicate()
+        client.close()
+
+
+@with_loop
+async def test_what_was_answered_is_there_after_kill_9(tmp_path):
+    async def ask(client, url, path, bearer="t0ken", **options):
+        answer = await client.fetch(url + path, headers={"Authorization": f"Bearer {bearer}"},
+                                    **options)
+        return json.loads(answer.body)
+
+    async def station(url):
+        return await websockets.connect(url.replace("http", "ws") + "/ocpp/CP-1",
+                                        subprotocols=OCPP_16)
+    login, ids = "", []
+    for number in range(4):
+        async with killed_process(tmp_path) as (url, client):
+            found = await ask(client, url, "/api/transactions", login or "t0ken")
+            assert [t["id"] for t in found[::-1]] == ids
+            assert [t["status"] for t in found[1:]] == ["stopped"] * (number - 1)
+            socket_ = await station(url)
+            if not number:
+                boot = await exchange(socket_, "BootNotification", BOOT_16)
+                assert boot[2]["status"] == "Pending"
+                await socket_.close()
+                await ask(client, url, "/api/connections/CP-1/approve", method="POST", body="")
+                login = (await ask(client, url, "/api/auth/login", method="POST",
+                                   body='{"token": "t0ken"}'))["sessionId"]
+                socket_ = await station(url)
+            else:
+                assert found[0]["status"] == "active"
+                await exchange(socket_, "StopTransaction", {
+                    "transactionId": ids[-1], "meterStop": 500 + number, "timestamp": iso_now()})
+            begun = await exchange(socket_, "StartTransaction", START_16 | {
+                "meterStart": number, "timestamp": iso_now()})
+            ids.append(begun[2]["transactionId"])
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return taken.getsockname()[1]
@@ -13652,6 +13813,18 @@ async def test_the_power_screen_shows_circuits_and_changes_limits(site):
         await session.get_by_role("button", name="Change").click()
         await expect(look.page.get_by_text("priority must be from 1 to 100")).to_be_visible()
         assert not await violations(look)
+
+
+@live(telemetry_interval_ms=200)
+async def test_the_page_says_that_the_state_is_not_written_and_who_was_not_seen(site):
+    station = ocppboard.Station("OLD-1", "ocpp1.6", "192.0.2.1", site.board.clock() - 86400)
+    site.board.restore_station(station)
+    async with looking(site) as look:
+        await look.sees("is known, but has not been seen since the start")
+        site.daemon.state.failing_since = site.board.clock()
+        await look.sees("The state file cannot be written")
+        await look.go("stations/OLD-1")
+        await look.sees("known, not seen")
 
 
 # --- Simulator ----------------------------------------------------------------------------
