@@ -484,6 +484,18 @@ def closed(state):
     os.close(state._lock_fd)
 
 
+def unlock(state):
+    """As the end of the process does."""
+    if state._lock_fd is not None:
+        os.close(state._lock_fd)
+
+
+def refuse_writes(state, on=1):
+    """The disk is mounted read-only."""
+    if state._db is not None:
+        state._db.execute(f"PRAGMA query_only = {on}")
+
+
 def values(state, kind="t"):
     return {row.key: row.value for row in state.rows(kind)}
 
@@ -4109,6 +4121,7 @@ async def test_a_day_of_ten_stations_that_charge_writes_less_than_10_mb(tmp_path
             await bench.keeper.put_changed()
             await bench.state.write()
     await bench.state.stop()
+    unlock(bench.state)
     megabytes = (written_bytes() - before) * 24 / hours / 1e6
     print(f"a day: {megabytes:.1f} MB")
     assert megabytes < 10
@@ -6391,12 +6404,12 @@ async def test_a_slow_disk_delays_an_answer_by_no_more_than_its_time(tmp_path, m
 @with_loop
 async def test_while_the_disk_fails_answers_do_not_wait_and_the_record_says_so(tmp_path):
     bench = KeptBench(tmp_path)
-    bench.state._db.execute("PRAGMA query_only = 1")
+    refuse_writes(bench.state)
     bench.state.put("t", "a", 1)
     await bench.state.write()
     assert bench.link.receive(json.dumps([2, "1", "StartTransaction", START_NOW])) is None
     assert len(bench.sent) == 1 and bench.transaction()["notDurable"] is True
-    bench.state._db.execute("PRAGMA query_only = 0")
+    refuse_writes(bench.state, 0)
     await bench.state.write()
     assert bench.transaction()["notDurable"] is False and len(bench.state.rows("transaction")) == 1
     closed(bench.state)
@@ -12438,7 +12451,7 @@ class Hurried(Site):
         self.clock = lambda: NOW + (time.monotonic() - began) * SPEED
         await super().__aenter__()
         self.board.clock = self.board.mono = self.clock
-        self.board._ahead_s = 0.0
+        self.board.ahead_s = 0.0
         self.daemon.controller = ocppboard.Controller(self.board, self.clock)
         self._open.callback(asyncio.create_task(self.steer()).cancel)
         return self
@@ -12748,7 +12761,7 @@ async def write_file(path, transactions):
         if len(state._pending) > 3000:
             await state.write()
     await state.stop()
-    os.close(state._lock_fd)
+    unlock(state)
 
 
 @contextlib.asynccontextmanager
@@ -12756,7 +12769,7 @@ async def kept_site(folder, transactions, **keys):
     await write_file(folder / "s.db", transactions)
     async with Site(state_path=folder / "s.db", store_max_transactions=3, **keys) as site:
         yield site
-    os.close(site.daemon.state._lock_fd)
+    unlock(site.daemon.state)
 
 
 MONTH_S = 30 * 86400
@@ -12869,7 +12882,7 @@ async def measured(awaitable):
 async def test_a_state_file_that_fails_is_said_wherever_somebody_looks(tmp_path):
     async with kept_site(tmp_path, []) as site:
         assert await site.get("/healthz") == {"status": "ok"}
-        site.daemon.state._db.execute("PRAGMA query_only = 1")
+        refuse_writes(site.daemon.state)
         site.daemon.state.put("t", "a", 1)
         await site.daemon.state.write()
         status, body, _ = await site.fetch("/healthz", token=None)
@@ -12877,7 +12890,7 @@ async def test_a_state_file_that_fails_is_said_wherever_somebody_looks(tmp_path)
         assert "ocppboard_state_failing 1\n" in await site.get("/metrics")
         about = (await site.get("/api/about"))["state"]
         assert about["failingSince"] and about["waiting"] >= 1 and about["sizeBytes"] > 0
-        site.daemon.state._db.execute("PRAGMA query_only = 0")
+        refuse_writes(site.daemon.state, 0)
 
 
 # --- Dashboard ----------------------------------------------------------------------------
