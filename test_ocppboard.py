@@ -469,11 +469,17 @@ def test_a_register_of_the_session_and_a_glitch_are_no_resets():
 # --- State --------------------------------------------------------------------------------
 
 
+class TellingState(ocppboard.State):
+    """A state file; what it tells stands in `told`."""
+
+    def __init__(self, path, clock):
+        super().__init__(path, clock)
+        self.told: list[str] = []
+        self.tell = lambda kind, *_: self.told.append(kind)
+
+
 def state_of(path, at=NOW):
-    """A state file that is open; what it tells stands in `told`."""
-    state = ocppboard.State(str(path), lambda: at)
-    state.told = []
-    state.tell = lambda kind, *_: state.told.append(kind)
+    state = TellingState(str(path), lambda: at)
     state.open()
     return state
 
