@@ -10864,7 +10864,7 @@ class QueuedCall:
 
     def row(self, identity: str) -> dict:
         """What the state keeps of it."""
-        asked = self.asked and [self.asked.id_text, self.asked.action, self.asked.payload]
+        asked = self.asked and [self.asked.id_text, self.asked.action, self.asked.text]
         return {"identity": identity, "protocol": self.protocol, "frame": self.frame,
                 "transactionId": self.transaction_id, "asked": asked,
                 "answered": self.answered, "ends": self.ends}
@@ -12032,7 +12032,7 @@ class UpstreamSession:
             self.relay.now(), digest=digest_of(call), transaction_id=value["transactionId"],
             answered=value["answered"], missed=not value["answered"], key=row.key,
             ends=value["ends"],
-            asked=asked and Call(asked[0], asked[1], asked[2], to_json(asked[2])))
+            asked=asked and Call(asked[0], asked[1], json.loads(asked[2]), asked[2]))
         self.relay.next_key(after=row.key)
         if queued.transaction_id is not None:
             self.board.transaction_id_used(queued.transaction_id)
