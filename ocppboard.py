@@ -11389,24 +11389,27 @@ class UpstreamSession:
     def _give(self, queued: QueuedCall, reply: CallResult | CallError, frame: str = "") -> None:
         """Give the station its answer, `frame` where it is upstream's; first, what it counts on
         is on the disk."""
-        record, queued.record = queued.record, None
-        if record is None or self.link is None:
+        record, queued.record, link = queued.record, None, self.link
+        if record is None or link is None:
             return
         self.has_answered = True
         if not same_id(reply.id_text, queued.id_text):       # it was asked for again meanwhile
             reply, frame = reply._replace(id_text=queued.id_text), ""
         by = "Upstream" if frame else "We"
-        give = functools.partial(self.link.pass_answer, record, reply, frame or pack(reply),
+        give = functools.partial(link.pass_answer, record, reply, frame or pack(reply),
                                  queued.started, by)
-        waits = self.state.committed() if queued.key or queued.priority == TRANSACTION else None
-        if waits is None:
-            give()
-        else:
-            self.relay.spawn("relay", self._give_when_kept(waits, give))
+        counts_on_disk = bool(queued.key) or queued.priority == TRANSACTION
+        if counts_on_disk and (waits := self.state.committed()) is not None:
+            self.relay.spawn("relay", self._give_when_kept(link, waits, give))
+            return
+        if counts_on_disk and self.state.failing_since is not None:
+            self.board.answered_early(link.station)
+        give()
 
-    @staticmethod
-    async def _give_when_kept(waits: Awaitable, give: Callable[[], None]) -> None:
-        await waits
+    async def _give_when_kept(self, link: Link, waits: Awaitable,
+                              give: Callable[[], None]) -> None:
+        if not await waits:
+            self.board.answered_early(link.station)
         give()
 
     # What waits
