@@ -2030,12 +2030,10 @@ class State:
         batch, self._pending, self._pending_bytes = self._pending, {}, 0
         removals, self._removals = self._removals, {}
         waiters, self._waiters = self._waiters, []
-        durable = self.durable
-        if not batch and not removals and self.failing_since is None:
-            return
-        loop = asyncio.get_running_loop()
+        durable, loop = self.durable, asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._writer, self._write, batch, removals)
+            if batch or removals or self.failing_since is not None:
+                await loop.run_in_executor(self._writer, self._write, batch, removals)
         except asyncio.CancelledError:
             self._merge_back(batch, removals)
             raise

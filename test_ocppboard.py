@@ -550,6 +550,17 @@ async def test_what_is_durable_is_on_disk_before_the_answer_and_the_rest_waits(t
 
 
 @with_loop
+async def test_an_answer_does_not_wait_for_what_stands_there_already(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    writer = asyncio.create_task(state.run())
+    state.announce()                                     # and then there is nothing to put
+    began = time.monotonic()
+    assert await state.committed() is True and time.monotonic() - began < 1
+    writer.cancel()
+    closed(state)
+
+
+@with_loop
 async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing(
         tmp_path, monkeypatch, caplog):
     state = state_of(tmp_path / "s.db")
