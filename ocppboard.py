@@ -1876,7 +1876,7 @@ class State:
         self._pending: dict[tuple[str, str], StateRow] = {}
         self._pending_bytes = 0
         self._removals: dict[str, float] = {}        # {kind: time}: older rows are to go
-        self._waiters: list[asyncio.Future] = []
+        self._waiters: list[tuple[int, asyncio.Future]] = []     # for so many durable puts
         self._due = asyncio.Event()
         self._retry = 0
         self._renewed = False                        # the file was gone, and is a new one
@@ -2005,7 +2005,7 @@ class State:
     async def _wait(self, durable: int) -> bool:
         if self._durable_written < durable and self.failing_since is None:
             waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
+            self._waiters.append((durable, waiter))
             await asyncio.wait({waiter}, timeout=COMMIT_S)
         return self._durable_written >= durable
 
@@ -2029,7 +2029,6 @@ class State:
             put()
         batch, self._pending, self._pending_bytes = self._pending, {}, 0
         removals, self._removals = self._removals, {}
-        waiters, self._waiters = self._waiters, []
         durable, loop = self.durable, asyncio.get_running_loop()
         try:
             if batch or removals or self.failing_since is not None:
@@ -2045,16 +2044,22 @@ class State:
             self._works()
             for tell in self.when_written:
                 tell()
-        finally:
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._release()
         self._tell_all()
         if self._renewed:
             self._renewed = False
             for source in self.sources:
                 source()
             self._due.set()
+
+    def _release(self) -> None:
+        """Let go on whoever waits for what is written now, or all, while the file fails."""
+        waiters, self._waiters = self._waiters, []
+        for durable, waiter in waiters:
+            if durable > self._durable_written and self.failing_since is None:
+                self._waiters.append((durable, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
 
     def _merge_back(self, batch: dict, removals: dict) -> None:
         """What was not written waits again, under what came since."""

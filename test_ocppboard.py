@@ -561,6 +561,23 @@ async def test_an_answer_does_not_wait_for_what_stands_there_already(tmp_path):
 
 
 @with_loop
+async def test_who_begins_to_wait_while_it_is_written_waits_no_longer(tmp_path, monkeypatch):
+    state, is_slow = state_of(tmp_path / "s.db"), threading.Event()
+    write = state._write
+    monkeypatch.setattr(state, "_write", lambda *batch: (is_slow.wait(), write(*batch)))
+    writer = asyncio.create_task(state.run())
+    state.put("t", "a", 1, durable=True)
+    await turn()                                         # it is being written
+    waits = asyncio.create_task(state.committed())
+    await turn()
+    began = time.monotonic()
+    is_slow.set()
+    assert await waits is True and time.monotonic() - began < 1
+    writer.cancel()
+    closed(state)
+
+
+@with_loop
 async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing(
         tmp_path, monkeypatch, caplog):
     state = state_of(tmp_path / "s.db")
