@@ -11002,6 +11002,7 @@ class UpstreamSession:
         # what goes through it
         self.queue = MessageQueue(settings.queue)
         self.in_flight: QueuedCall | None = None
+        self._unanswered: list[QueuedCall] = []      # in the queue, while their stations wait
         self.translators: dict[str, Translator] = {}
         self.stored_mappings: dict[str, list] = {}       # {protocol: rows}, of an earlier run
         self.answers: OrderedDict[str, CallResult] = OrderedDict()       # {digest: upstream's}
@@ -11187,7 +11188,7 @@ class UpstreamSession:
             self._lost(queued, "not delivered: upstream went away over it "
                        f"{queued.disconnects} times")
         elif (queued.priority or queued.record is not None) and not queued.introduces:
-            self.queue.add(queued, first=True)
+            self._enqueue(queued, first=True)
 
     def hang_up(self, reason: str, at_once: bool = False) -> None:
         """End the connection upstream; the session goes on."""
@@ -11214,7 +11215,9 @@ class UpstreamSession:
         """Look at the clock: answers that are due, silence, another attempt."""
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         due = now - max(timeout_s - 2 * TICK_S - COMMIT_S * bool(self.state), timeout_s / 2)
-        for queued in [q for q in self.queue if q.record is not None and q.came_mono < due]:
+        self._unanswered = [q for q in self._unanswered
+                            if q.record is not None and q.status == "queued"]
+        for queued in [q for q in self._unanswered if q.came_mono < due]:
             self._answer_waiting(queued)
         flying = self.in_flight
         if flying is not None and flying.record is not None and flying.came_mono < due:
@@ -11226,8 +11229,17 @@ class UpstreamSession:
         if now - self._looked_mono > SOON_S:
             self._looked_mono = now
             self._end_abandoned()
-        if self.queue or self.status in (BACKOFF, BOOTING) or self.link is None:
+        if self._has_to_act(now):
             self._wake.set()
+
+    def _has_to_act(self, now: float) -> bool:
+        """Whether the time has come for `run` to go on."""
+        if self.status == BACKOFF:
+            return now >= self.connect_after
+        if self.websocket is None:
+            return False
+        sends = self.in_flight is None and len(self.queue) > 0 and now >= self.send_after
+        return sends or (self.status == BOOTING and now >= self.boot_after) or not self.is_needed()
 
     def _look_for_silence(self, queued: QueuedCall, silent_s: float, timeout_s: float) -> None:
         """What has to be delivered keeps its place; what has not is given up."""
@@ -11254,8 +11266,11 @@ class UpstreamSession:
         if protocol != self.protocol:
             for queued in self.queue:                    # its words are of the version before
                 queued.steps = queued.asked = None
+        if self.has_password != bool(authorization):
+            self.has_password = bool(authorization)
+            self._put_session()
         link.upstream = self
-        self.link, self.authorization, self.has_password = link, authorization, bool(authorization)
+        self.link, self.authorization = link, authorization
         self.protocol, self.station_protocol = protocol, link.protocol
         self.has_answered = False
         self.first_attempt = self.relay.now() >= self.connect_after
@@ -11353,6 +11368,8 @@ class UpstreamSession:
             other.id_text, other.record, other.missed = queued.id_text, queued.record, False
             other.reply = other.reply or queued.reply
             other.started = queued.started
+            if other.status == "queued":
+                self._unanswered.append(other)
         return True
 
     def station_said(self, message: Send | CallResultError, frame: str) -> None:
@@ -11425,6 +11442,8 @@ class UpstreamSession:
 
     def _enqueue(self, queued: QueuedCall, first: bool = False) -> None:
         self.queue.add(queued, first)
+        if queued.record is not None:
+            self._unanswered.append(queued)
         while self.queue.is_over:
             self.drop_least(f"too much waits for upstream ({self.settings.queue} messages, "
                             f"{SESSION_BYTES >> 20} MiB)")
@@ -11525,8 +11544,15 @@ class UpstreamSession:
                                          or self.board.new_transaction_id())
             queued.steps = translator.up(queued.action, call.payload, queued.transaction_id
                                          if queued.action == "StartTransaction" else None)
-        payload = await carry(queued.steps, functools.partial(self._ask_translated, queued),
-                              resumed)
+        try:
+            payload = await carry(queued.steps, functools.partial(self._ask_translated, queued),
+                                  resumed)
+        except (BoardError, Disconnected):
+            raise
+        except Exception:
+            log.exception("The translation of %s of %s failed", queued.action,
+                          shown(self.identity))
+            raise BoardError("Internal error") from None
         if payload is None:
             return None
         reply = _result_of(call, payload)
