@@ -11289,6 +11289,7 @@ class UpstreamSession:
             return
         self.link, self.left_mono = None, self.relay.now()
         for queued in [q for q in self.queue if q.record is not None]:
+            queued.record = None
             self.queue.remove(queued)
             self._forget_row(queued)
         flying = self.in_flight
