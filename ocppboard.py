@@ -7423,6 +7423,9 @@ class Keeper:
     # Rows
 
     def _put_urgent(self) -> None:
+        if self.board.last_transaction_id != self._last_id:      # given out, whatever came of it
+            self._last_id = self.board.last_transaction_id
+            self.state.put("counter", "transaction_id", self._last_id)
         for record in self._urgent:
             self._put(record)
         self._urgent.clear()
@@ -7489,15 +7492,12 @@ class Keeper:
     def _name(self, transaction: Transaction) -> None:
         """Give a transaction its key, in the order in which they came over all runs.
 
-        With it go the station, where that is new, and the counter of the ids.
+        With it goes the station, where that is new.
         """
         transaction.key = f"{self._run:06}-{transaction.number:09}-{self.board.epoch}"
         station = self.board.stations.get(transaction.identity)
         if station is not None and not station.row_crc:
             self._put(station)
-        if self.board.last_transaction_id != self._last_id:
-            self._last_id = self.board.last_transaction_id
-            self.state.put("counter", "transaction_id", self._last_id)
 
 
 def _crc(row: dict) -> int:

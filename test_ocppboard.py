@@ -10433,7 +10433,7 @@ class Received:
         if len(names) > 1 and not self.central.is_16 and not self.forgetful:
             self.wrong.append(f"session {number} is {len(names)} transactions: {names}")
         if session.replaced and order and number not in self.ended and (
-                self.translated and not self.forgetful):
+                self.translated and not self.forgetful and not self.central.refused):
             self.wrong.append(f"never ended: session {number}")
 
 
