@@ -3170,9 +3170,9 @@ def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
             ("MeterValues", {"connectorId": 1, "transactionId": 7, "meterValue": value}),
             ("StopTransaction", {"transactionId": 7, "meterStop": 9})):
         for _ in range(2):
-            mediator.given = 7
+            given = 7 if action == "StartTransaction" else None
             with contextlib.suppress(BoardError):
-                carry(mediator.up(action, payload), upstream_says)
+                carry(mediator.up(action, payload, given), upstream_says)
     assert numbers == [0, 0, 1, 1, 2, 2]
 
 
@@ -7615,14 +7615,14 @@ class Loop(asyncio.SelectorEventLoop):
         return done
 
 
-PATCHES: list[pytest.MonkeyPatch] = []
+FARS: list["Far"] = []
 
 
 @pytest.fixture(autouse=True)
-def _unpatched():
+def _without_far():
     yield
-    while PATCHES:
-        PATCHES.pop().undo()
+    while FARS:
+        FARS.pop().kill()
 
 
 class Far:
@@ -7637,8 +7637,9 @@ class Far:
         self.relay = ocppboard.Relay(bench.board, None,
                                      lambda name, work: self.loop.create_task(work),
                                      now=lambda: bench.clock.now)
-        PATCHES.append(pytest.MonkeyPatch())
-        PATCHES[-1].setattr(ocppboard, "open_websocket", self.dial)
+        FARS.append(self)
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(ocppboard, "open_websocket", self.dial)
         bench.board.state.open()
         self.relay.start()
         self.loop.create_task(bench.board.state.run())
@@ -7723,6 +7724,8 @@ class Far:
 
     def kill(self, stop=False):
         """The process ends, whatever was under way."""
+        if self.loop.is_closed():
+            return
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         self.settle()
@@ -7733,6 +7736,7 @@ class Far:
             state._close()
         if state:
             os.close(state._lock_fd)
+        self.patch.undo()
         self.loop.close()
 
     def events(self, kind):
