@@ -57,11 +57,13 @@ import random
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import time
 import tomllib
 import uuid
@@ -1819,6 +1821,7 @@ STATE_TABLE = """
     CREATE TABLE IF NOT EXISTS kept (kind TEXT NOT NULL, key TEXT NOT NULL, at REAL NOT NULL,
         value TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, key));
     CREATE INDEX IF NOT EXISTS kept_at ON kept (kind, at);"""
+LOCK_MARK = b"ocppboard"             # in the file that is locked, once the state is ours
 STATE_PUT = """INSERT INTO kept VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
     SET at = excluded.at, value = excluded.value, crc = excluded.crc"""
 WRITE_BEHIND_S = 300                # so long what can wait does
@@ -1863,7 +1866,7 @@ class State:
     """
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.time):
-        self.path, self.clock = path, clock
+        self.path, self.clock = path and os.path.realpath(path), clock
         self.tell: Callable[[str, str, str, dict], Any] = lambda *event: None
         self.sources: list[Callable[[], Any]] = []   # each puts all it knows, into a new file
         self.before_write: list[Callable[[], Any]] = []      # each puts what is announced
@@ -1873,15 +1876,18 @@ class State:
         self.writes = self.lost = self.bytes_written = 0
         self.durable = 0                             # puts that an answer has to wait for
         self._durable_written = 0
-        self._pending: dict[tuple[str, str], StateRow] = {}
+        self._pending: OrderedDict[tuple[str, str], StateRow] = OrderedDict()
         self._pending_bytes = 0
         self._removals: dict[str, float] = {}        # {kind: time}: older rows are to go
         self._waiters: list[tuple[int, asyncio.Future]] = []     # for so many durable puts
         self._due = asyncio.Event()
         self._retry = 0
-        self._renewed = False                        # the file was gone, and is a new one
+        self._renewed = False                        # all that is known is to be put
+        self._made_anew = False                      # the file was gone
+        self.stuck = False                           # at the end a write has not come back
         self._told: list[tuple] = []                 # by the thread, for `tell`
         self._lock_fd: int | None = None
+        self._copy: Any = None                       # the folder of a copy that is read
         self._is_ours = False            # the file is from a run of ours
         self._opened = False
         self._db: sqlite3.Connection | None = None
@@ -1959,7 +1965,7 @@ class State:
         """Keep a value under its key; None removes it. `durable`: an answer waits for it."""
         if not self.path:
             return
-        row = StateRow(kind, key, self.clock() if at is None else at,
+        row = StateRow(kind, key, self.clock() if at is None else float(at),
                        None if value is None else to_json(value))
         former = self._pending.pop((kind, key), None)
         self._pending[kind, key] = row
@@ -1986,7 +1992,9 @@ class State:
 
     def write_at_start(self) -> None:
         """Write what was put before the loop runs; what fails waits."""
-        batch, self._pending, self._pending_bytes = self._pending, {}, 0
+        if not self.path:
+            return
+        batch, self._pending, self._pending_bytes = self._pending, OrderedDict(), 0
         try:
             self._write(batch, {})
         except (OSError, sqlite3.Error) as error:
@@ -2007,6 +2015,10 @@ class State:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append((durable, waiter))
             await asyncio.wait({waiter}, timeout=COMMIT_S)
+            if self._durable_written < durable:
+                self._failed(TimeoutError("the disk does not answer"))
+                self._release()
+                self._tell_all()
         return self._durable_written >= durable
 
     async def run(self) -> None:
@@ -2027,7 +2039,7 @@ class State:
         self._due.clear()
         for put in self.before_write:
             put()
-        batch, self._pending, self._pending_bytes = self._pending, {}, 0
+        batch, self._pending, self._pending_bytes = self._pending, OrderedDict(), 0
         removals, self._removals = self._removals, {}
         durable, loop = self.durable, asyncio.get_running_loop()
         try:
@@ -2044,13 +2056,25 @@ class State:
             self._works()
             for tell in self.when_written:
                 tell()
+            self._renew()
         self._release()
         self._tell_all()
-        if self._renewed:
-            self._renewed = False
-            for source in self.sources:
-                source()
-            self._due.set()
+
+    def _renew(self) -> None:
+        """Put all that is known, where the file is a new one or rows were dropped."""
+        if not self._renewed:
+            return
+        self._renewed = False
+        if self._made_anew:
+            self._made_anew = False
+            text = f"The state file was gone, and is made anew: {self.path}"
+            log.warning("%s", text)
+            self._told.append(("STATE_RENEWED", text, {}))
+            with contextlib.suppress(StateInUse):
+                self._lock()                 # of a folder that was gone, too
+        for source in self.sources:
+            source()
+        self._due.set()
 
     def _release(self) -> None:
         """Let go on whoever waits for what is written now, or all, while the file fails."""
@@ -2063,16 +2087,19 @@ class State:
 
     def _merge_back(self, batch: dict, removals: dict) -> None:
         """What was not written waits again, under what came since."""
-        self._pending = batch | self._pending
+        newer, self._pending = self._pending, OrderedDict(batch)
+        self._pending.update(newer)
         self._pending_bytes = sum(map(_row_bytes, self._pending.values()))
         self._removals = removals | self._removals
         self._drop_beyond_bounds()
 
     def _drop_beyond_bounds(self) -> None:
         while len(self._pending) > STATE_WAITING or self._pending_bytes > STATE_WAITING_BYTES:
-            row = self._pending.pop(next(iter(self._pending)))
+            _, row = self._pending.popitem(last=False)
             self._pending_bytes -= _row_bytes(row)
             self.lost += 1
+            if self.failing_since is not None:
+                self._renewed = True         # what is in memory yet is put anew, once it works
 
     def _failed(self, error: Exception) -> None:
         self.error = kept(f"{self.path}: {error}")
@@ -2099,17 +2126,15 @@ class State:
         """Write what waits, within STATE_STOP_S."""
         if not self.path:
             return
+        self.stuck = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STATE_STOP_S):
                 await self.write()
                 await asyncio.get_running_loop().run_in_executor(self._writer, self._close)
+                await asyncio.get_running_loop().run_in_executor(self._reader, lambda: None)
+                self.stuck = False
         for executor in (self._writer, self._reader):
             executor.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def stuck(self) -> bool:
-        """Whether a write has not come back from the disk at the end: nobody can wait for it."""
-        return self._db is not None and bool(self.path)
 
     async def query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
         """What a function reads from the file, off the loop. Raises: Unavailable."""
@@ -2139,9 +2164,12 @@ class State:
         try:
             self._write_to(self._db or self._connect(), batch, removals)
         except sqlite3.DatabaseError as error:
-            if not self._is_damage(error):
+            if self._db is not None and "full" in str(error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")      # that has most of it
+            elif self._is_damage(error):
+                self._set_aside(error)
+            else:
                 raise
-            self._set_aside(error)
             self._write_to(self._db or self._connect(), batch, removals)
 
     def _write_to(self, db: sqlite3.Connection, batch: dict[tuple, StateRow],
@@ -2173,7 +2201,7 @@ class State:
         """Open the file, made where there is none. Raises: OSError, sqlite3.Error."""
         with contextlib.suppress(FileExistsError):       # id tokens are nobody's
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            self._renewed = self._opened
+            self._renewed = self._made_anew = self._opened
         db = sqlite3.connect(_address(self.path), LOCKED_S, isolation_level=None, uri=True,
                              check_same_thread=False)
         db.text_factory = _decoded
@@ -2197,6 +2225,8 @@ class State:
                 db.executescript(f"PRAGMA application_id = {STATE_ID}; PRAGMA user_version = "
                                  f"{STATE_VERSION}; {STATE_TABLE}")
             self._is_ours = True
+            if self._lock_fd is not None:
+                os.pwrite(self._lock_fd, LOCK_MARK, 0)
         except BaseException:
             db.close()
             raise
@@ -2204,12 +2234,17 @@ class State:
         return db
 
     def _connect_read_only(self) -> sqlite3.Connection | None:
-        """The file of a folder, or disk, that takes no writes, for what is in it."""
+        """A copy of a file that takes no writes, for what is in it and in its WAL."""
         try:
-            db = sqlite3.connect(_address(self.path, mode="ro", immutable="1"), uri=True,
-                                 check_same_thread=False)
+            self._copy = tempfile.TemporaryDirectory()
+            copy = os.path.join(self._copy.name, "state")
+            for suffix in ("", "-wal"):
+                if os.path.exists(self.path + suffix):
+                    shutil.copyfile(self.path + suffix, copy + suffix)
+            db = sqlite3.connect(copy, check_same_thread=False)
+            db.text_factory = _decoded
             owner, = db.execute("PRAGMA application_id").fetchone()
-        except sqlite3.Error:
+        except (OSError, sqlite3.Error):
             return None
         if owner == STATE_ID:
             return db
@@ -2220,6 +2255,9 @@ class State:
         if self._db is not None:
             self._db.close()
             self._db = None
+        if self._copy is not None:
+            self._copy.cleanup()
+            self._copy = None
 
     def _set_aside(self, error: Exception) -> None:
         """Keep a damaged file under another name; what can be read goes into a new one.
@@ -2248,14 +2286,19 @@ class State:
         self._write_to(self._db, {row[:2]: row for row in rows}, {})
 
     def _lock(self) -> None:
-        """See that no other board has the file. Raises: StateInUse."""
+        """See that no other board has the file. Raises: StateInUse.
+
+        The file beside it that is locked says whether a board of ours has used that path.
+        """
         name = f"{self.path}-lock"
-        self._is_ours = os.path.exists(name)
-        if sys.platform == "win32":
-            return
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
         try:
             self._lock_fd = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_ours = self._is_ours or os.pread(self._lock_fd, 16, 0) == LOCK_MARK
+            if sys.platform != "win32":
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StateInUse(f"another board uses {self.path}") from None
         except OSError:
@@ -7346,8 +7389,13 @@ class Keeper:
     async def page(self, limit: int, offset: int = 0, **wanted: str | None) -> list[Transaction]:
         """Those that match, the newest first."""
         values = self._values(wanted) | {"limit": limit, "offset": offset}
-        rows = await self._ask(KEPT_PAGE, values) if limit else []
-        return [t for row in rows if (t := self._kept_transaction(row))]
+        rows, found = await self._ask(KEPT_PAGE, values) if limit else [], []
+        for number, row in enumerate(rows, 1):
+            if (transaction := self._kept_transaction(row)) is not None:
+                found.append(transaction)
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return found
 
     def slices(self, **wanted: str | None) -> AsyncIterator[list[Transaction]]:
         """All that match and are not in memory now, the oldest first, some at a time."""
@@ -10908,14 +10956,14 @@ class MessageQueue:
             self._calls.appendleft(queued)
         else:
             self._calls.append(queued)
-        self.bytes += len(queued.frame) + CALL_BYTES
+        self.bytes += sys.getsizeof(queued.frame) + CALL_BYTES
         if queued.digest:
             self._by_digest[queued.digest] = queued
 
     def remove(self, queued: QueuedCall) -> None:
         """Take it out, wherever it stands."""
         self._calls.remove(queued)
-        self.bytes -= len(queued.frame) + CALL_BYTES
+        self.bytes -= sys.getsizeof(queued.frame) + CALL_BYTES
         if self._by_digest.get(queued.digest) is queued:
             del self._by_digest[queued.digest]
 
@@ -10942,6 +10990,7 @@ ATTEMPTS = {TELEMETRY: 3, EVENT: 3, TRANSACTION: 10}     # while upstream answer
 DISCONNECTS = {TELEMETRY: 5, EVENT: 5, TRANSACTION: 30}  # connections that may end over one message
 ANYTIME = {"timestamp": None}
 ANSWERS_KEPT = 50                   # of upstream, that a station may have missed: it asks again
+ANSWER_BYTES = 4096                 # of such an answer; a larger one is not kept
 ABANDONED_S = 600                   # until an abandoned transaction is ended upstream
 TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
 # Of a mapping: a change of one of the first is written at once, the others with it.
@@ -11006,6 +11055,7 @@ class UpstreamSession:
         self.translators: dict[str, Translator] = {}
         self.stored_mappings: dict[str, list] = {}       # {protocol: rows}, of an earlier run
         self.answers: OrderedDict[str, CallResult] = OrderedDict()       # {digest: upstream's}
+        self.stored_answers: set[str] = set()        # of these, what the state has
         self.undelivered_starts: OrderedDict[int, None] = OrderedDict()  # transaction ids of ours
         self.commands = 0                    # of upstream, under way
         # for people
@@ -11151,17 +11201,21 @@ class UpstreamSession:
         if self.in_flight is not None:
             self._requeue(self.in_flight)
         if end.at_once:
-            self.connect_after = 0.0
+            self.connect_after = self.opened_mono + RECONNECT_S[0]
+            self._drop_own()
             return
         self._back_off()
         self.first_attempt = False
         if self.settings.when_down == "close" and self.link is not None:
             self._send_away(self.link)
-        for queued in list(self.queue):
-            if queued.record is not None:
-                self._answer_waiting(queued)
-            elif not queued.priority:                    # our own, made anew next time
-                self.queue.remove(queued)
+        for queued in [q for q in self.queue if q.record is not None]:
+            self._answer_waiting(queued)
+        self._drop_own()
+
+    def _drop_own(self) -> None:
+        """What we repeat or report ourselves is made anew for the next connection."""
+        for queued in [q for q in self.queue if not q.priority and q.record is None]:
+            self.queue.remove(queued)
 
     def _close(self, reason: str) -> None:
         websocket, self.websocket, self.up_since = self.websocket, None, None
@@ -11343,8 +11397,8 @@ class UpstreamSession:
         place = "" if call.action == "BootNotification" else to_json(
             [call.payload.get("evseId"), call.payload.get("connectorId")])
         former = self.last_reported.get(place)
-        if place and (len(queued.frame) > COSTLY_BYTES or (
-                former is None and len(self.last_reported) > CONNECTORS_KEPT)):
+        if len(queued.frame) > COSTLY_BYTES or (
+                place and former is None and len(self.last_reported) > CONNECTORS_KEPT):
             return
         self.last_reported[place] = reported = Reported(call, queued.protocol)
         # Many repeat what has not changed, each minute: that is no reason to write to a disk.
@@ -11712,12 +11766,17 @@ class UpstreamSession:
             return
         if queued.answered and type(queued.reply) is CallResult:
             reply = queued.reply
+        if len(reply.text) > ANSWER_BYTES:
+            return
         self.answers[queued.digest] = reply
         if queued.priority == TRANSACTION:
+            self.stored_answers.add(queued.digest)
             self._put_answer(queued.digest, reply)
         if len(self.answers) > ANSWERS_KEPT:
             oldest, _ = self.answers.popitem(last=False)
-            self.state.put("answer", to_json([self.identity, oldest]), None)
+            if oldest in self.stored_answers:
+                self.stored_answers.remove(oldest)
+                self.state.put("answer", to_json([self.identity, oldest]), None)
 
     def _booted(self, queued: QueuedCall, reply: CallResult | CallError) -> None:
         """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
@@ -12008,8 +12067,8 @@ class UpstreamSession:
         self._put_session()
         for place, reported in self.last_reported.items():
             self._put_reported(place, reported)
-        for digest, reply in self.answers.items():
-            self._put_answer(digest, reply)
+        for digest in self.stored_answers:
+            self._put_answer(digest, self.answers[digest])
         for queued in (*self.queue, *filter(None, [self.in_flight])):
             if queued.key:
                 self._put_row(queued)
@@ -12024,7 +12083,7 @@ class UpstreamSession:
         self.state.put("session", self.identity, None)
         for place in self.last_reported:
             self.state.put("reported", to_json([self.identity, place]), None)
-        for digest in self.answers:
+        for digest in self.stored_answers:
             self.state.put("answer", to_json([self.identity, digest]), None)
 
     def restore_session(self, row: StateRow) -> None:
@@ -12054,6 +12113,7 @@ class UpstreamSession:
         """An answer that the station may have missed."""
         payload = row.value["payload"]
         self.answers[row.value["digest"]] = CallResult('""', payload, to_json(payload))
+        self.stored_answers.add(row.value["digest"])
 
     def restore_queued(self, row: StateRow) -> None:
         """What an earlier run had not delivered waits again."""
@@ -12161,37 +12221,46 @@ def import_journal(path: str, state: State, now: float) -> int:
 
     Returns the highest transaction id that was given out.
     """
-    if not path or not os.path.exists(path) or any(
+    if not path or not state or not os.path.exists(path) or any(
             row.key == path for row in state.rows("imported")):
         return 0
     try:
         with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
             last_id, = db.execute("PRAGMA user_version").fetchone()
-            for number, identity, protocol, given, frame in db.execute(
-                    "SELECT number, identity, protocol, given, frame FROM waiting"):
-                state.put("queued", f"{number:015d}", {
-                    "identity": identity, "protocol": protocol, "frame": frame,
-                    "transactionId": given, "asked": None, "answered": True, "ends": None},
-                    at=number)
-            for identity, place, protocol, frame in db.execute(
-                    "SELECT identity, place, protocol, frame FROM told"):
-                state.put("reported", to_json([identity, place]), {
-                    "identity": identity, "place": place, "protocol": protocol, "frame": frame})
-            for identity, protocol, here, at, facts in db.execute(
-                    "SELECT identity, protocol, here, at, facts FROM crossings"):
-                known = dict(zip(JOURNAL_FACTS, json.loads(facts), strict=True))
-                # What was told since is not known; there were less events than seconds.
-                reserved = known["seq_no"] + max(0, int(now - at))
-                state.put("mapping", to_json([identity, protocol, json.loads(here)]), known | {
-                    "identity": identity, "protocol": protocol, "station_id": json.loads(here),
-                    "seq_reserved": reserved, "start_key": [], "ended": False,
-                    "end_key": [], "ended_by_us": False})
-    except (sqlite3.Error, TypeError, ValueError) as error:
+            waiting = db.execute("SELECT number, identity, protocol, given, frame FROM waiting "
+                                 "ORDER BY number").fetchall()
+            reported = db.execute("SELECT identity, place, protocol, frame FROM told").fetchall()
+            mappings = db.execute("SELECT identity, protocol, here, at, facts FROM crossings"
+                                  ).fetchall()
+    except sqlite3.Error as error:
         log.error("proxy.journal: %s cannot be taken over: %s", path, error)
         return 0
+    for number, identity, protocol, given, frame in waiting:
+        state.put("queued", f"{number:015d}", {
+            "identity": identity, "protocol": protocol, "frame": frame, "transactionId": given,
+            "asked": None, "answered": True, "ends": None}, at=number)
+        if not number % 1000:
+            state.write_at_start()
+    for identity, place, protocol, frame in reported:
+        state.put("reported", to_json([identity, place]), {
+            "identity": identity, "place": place, "protocol": protocol, "frame": frame})
+    for identity, protocol, station_id, at, facts in mappings:
+        try:
+            known = dict(zip(JOURNAL_FACTS, json.loads(facts), strict=True))
+            # What was told since is not known; there were less events than seconds.
+            known |= {"identity": identity, "protocol": protocol,
+                      "station_id": json.loads(station_id), "start_key": [], "end_key": [],
+                      "ended": False, "ended_by_us": False,
+                      "seq_reserved": known["seq_no"] + max(0, int(now - at))}
+        except (TypeError, ValueError) as error:
+            log.error("proxy.journal: a transaction of %s cannot be taken over: %s",
+                      shown(identity), error)
+        else:
+            state.put("mapping", to_json([identity, protocol, known["station_id"]]), known)
     state.put("imported", path, True)
     state.write_at_start()
-    log.warning("proxy.journal: %s is taken over into the state; the key can go", path)
+    if state.failing_since is None:
+        log.warning("proxy.journal: %s is taken over into the state; remove it, and the key", path)
     return last_id
 
 
@@ -18576,7 +18645,7 @@ def _log_request(handler: RequestHandler) -> None:
 def state_path(config: Config, environ: Mapping[str, str]) -> str:
     """The state file: as configured, else where systemd has a folder for it, else none."""
     folder = environ.get("STATE_DIRECTORY", "").partition(":")[0] or (
-        config.proxy.journal and os.path.dirname(config.proxy.journal))    # of a former version
+        config.proxy.journal and (os.path.dirname(config.proxy.journal) or "."))     # before
     return config.state.path or (folder and os.path.join(folder, "ocppboard.db"))
 
 

@@ -626,6 +626,7 @@ async def test_a_file_that_was_removed_is_made_anew_with_all_that_is_known(tmp_p
     state.put("t", "new", 1)
     await state.write()
     await state.write()
+    assert state.told == ["STATE_RENEWED"]
     closed(state)
     again = state_of(path)
     assert values(again) == {"known": "all along", "new": 1}
@@ -716,6 +717,60 @@ async def test_another_programs_file_and_a_newer_one_are_not_touched(tmp_path, c
     assert state.committed() is None and state.rows("t") == []
     await state.write()
     assert state.told == ["STATE_FAILING"] and path.read_bytes() == before
+    closed(state)
+
+
+@pytest.mark.parametrize("content", ["a text of somebody", "database"])
+@with_loop
+async def test_another_programs_file_is_not_touched_at_the_second_start_either(tmp_path, content):
+    path = tmp_path / "s.db"
+    if content == "database":
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("CREATE TABLE theirs (x)")
+    else:
+        path.write_text(content)
+    before = path.read_bytes()
+    for _ in range(3):
+        state = state_of(path)
+        assert state.failing_since is not None
+        closed(state)
+    assert path.read_bytes() == before
+
+
+@with_loop
+async def test_what_was_dropped_while_the_disk_failed_is_put_anew(tmp_path, monkeypatch):
+    state = state_of(tmp_path / "s.db")
+    known = {str(number): "x" * 100 for number in range(1000)}
+    state.sources.append(lambda: [state.put("t", key, known[key]) for key in known])
+    state._db.execute("PRAGMA query_only = 1")
+    state.put("t", "0", known["0"])
+    await state.write()
+    monkeypatch.setattr(ocppboard, "STATE_WAITING", 100)
+    for key, value in known.items():
+        state.put("t", key, value)
+    assert state.lost > 800
+    monkeypatch.undo()
+    state._db.execute("PRAGMA query_only = 0")
+    await state.write()
+    await state.write()
+    assert values(state) == known
+    closed(state)
+
+
+@with_loop
+async def test_a_disk_that_hangs_fails_and_costs_the_answers_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "COMMIT_S", 0.05)
+    state, hangs = state_of(tmp_path / "s.db"), threading.Event()
+    write = state._write
+    monkeypatch.setattr(state, "_write", lambda *batch: (hangs.wait(), write(*batch)))
+    writer = asyncio.create_task(state.run())
+    state.put("t", "a", 1, durable=True)
+    assert await state.committed() is False and state.told == ["STATE_FAILING"]
+    assert state.committed() is None and "does not answer" in state.error
+    hangs.set()
+    await until(lambda: state.failing_since is None)
+    assert values(state) == {"a": 1}
+    writer.cancel()
     closed(state)
 
 
@@ -8265,6 +8320,34 @@ def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
     left = Far(Bench(**keys))
     assert [queued.read().payload["connectorId"] for queued in left.session.queue] == [2, 3]
     left.end()
+
+
+def test_the_journal_of_a_former_version_is_taken_over_once(tmp_path, caplog):
+    journal, keys = tmp_path / "relay.db", {}
+    with contextlib.closing(sqlite3.connect(journal)) as former:
+        former.executescript("""
+            CREATE TABLE waiting (number INTEGER PRIMARY KEY, identity TEXT, protocol TEXT,
+                given INTEGER, frame TEXT);
+            CREATE TABLE crossings (identity TEXT, protocol TEXT, here TEXT, at REAL, facts TEXT);
+            CREATE TABLE told (identity TEXT, place TEXT, protocol TEXT, frame TEXT);
+            INSERT INTO crossings VALUES ('CP-1', 'ocpp1.6', '5', 1.0, '[1]');
+            PRAGMA user_version = 77;""")
+        for number in (1, 2):
+            former.execute("INSERT INTO waiting VALUES (?, 'CP-1', 'ocpp1.6', ?, ?)", (
+                number, 70 + number, call_of(f"j{number}", "StartTransaction", begun(number))))
+        former.commit()
+    keys = {"state_path": str(tmp_path / "s.db"), "proxy_journal": str(journal)}
+    far = Far(Bench(**keys))
+    assert [q.transaction_id for q in far.session.queue] == [71, 72]
+    far.open()
+    for number in (1, 2):
+        call = far.asked()
+        assert call.payload["connectorId"] == number
+        far.answer(call, taken(number))
+    far.end()
+    again = Far(Bench(**keys))
+    assert not again.session.queue and "taken over" in caplog.text
+    again.end()
 
 
 @pytest.mark.parametrize("value", ["[1]", "{}", '{"identity": 3}', '{"identity": "CP-1"}', "7"])
