@@ -17907,6 +17907,7 @@ BENCH_HOST, BENCH_TIMEOUT_S = "127.0.0.1", 20            # for a start, and for 
 BENCH_STATIONS = 900                 # at most; select() takes files up to 1024
 BENCH_MIX = ("MeterValues", "StatusNotification", "MeterValues", "Heartbeat", "MeterValues")
 BENCH_FIRST_ID, BENCH_FIRST_WH, BENCH_W = 10_000_000, 1_000_000, 11_040
+BENCH_SESSION = 50                   # Calls; the first two stop a transaction and start the next
 BENCH_CONFIG = f"""
 server = {{ address = "{BENCH_HOST}", port = 0 }}
 auth = {{ mode = "none" }}
@@ -17933,6 +17934,7 @@ class BenchCase(NamedTuple):
     rate: float = 0                      # Calls a second; 0: closed loop
     listeners: int = 0                   # SSE clients of /api/stream
     pollers: int = 0                     # of POLLED
+    state: bool = False                  # whether the board has a state file
 
 
 BARE, BARE_OPEN = "bare handler", "bare handler, 500/s"
@@ -17943,6 +17945,7 @@ BENCH_CASES = (
     BenchCase("relay", "board, relayed to a second board", "board"),
     BenchCase("bare", BARE_OPEN, rate=500),
     BenchCase("board", "board, 500/s, 20 listeners, a poller", BARE_OPEN, 500, 20, 1),
+    BenchCase("board", "the same with a state file", BARE_OPEN, 500, 20, 1, state=True),
 )
 
 
@@ -17973,11 +17976,16 @@ def _prepared(text: str) -> tuple[bytearray, list[slice]]:
 
 
 class LoadStation:
-    """A 1.6 station of the load: once made, it is connected, has booted, and charges."""
+    """A 1.6 station of the load: once made, it is connected, has booted, and charges.
 
-    def __init__(self, port: int, number: int):
+    With `session`, it ends its transaction and starts another one every so many Calls.
+    """
+
+    def __init__(self, port: int, number: int, session: int = 0):
         self.due_mono: deque[float] = deque()    # of the Call under way, and of those that wait
         self._id = BENCH_FIRST_ID + number       # so that not all send the same at a time
+        self._session, self._starts = session, False
+        self.is_durable = False          # of the Call under way: it stops or starts a transaction
         self._codec, key = Codec(True, 1 << 20), base64.b64encode(os.urandom(16)).decode()
         self.socket = socket.create_connection((BENCH_HOST, port), BENCH_TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -17990,8 +17998,11 @@ class LoadStation:
         started = self._setup("StartTransaction", {
             "connectorId": 1, "idTag": "BENCH", "meterStart": BENCH_FIRST_WH,
             "timestamp": iso(time.time())})
-        self._calls = prepared_calls(started["transactionId"])
+        self._charge(started["transactionId"])
         self.socket.setblocking(False)
+
+    def _charge(self, transaction_id: int) -> None:
+        self._transaction_id, self._calls = transaction_id, prepared_calls(transaction_id)
 
     def _setup(self, action: str, payload: dict) -> dict:
         self._id += 1
@@ -18010,11 +18021,24 @@ class LoadStation:
     def send(self, now_texts: list[bytes]) -> None:
         """Send the next Call; `now_texts` are time and register, masked."""
         self._id += 1
+        place = self._id % self._session if self._session else 2
+        self.is_durable, self._starts = place < 2, place == 1
+        if self.is_durable:
+            self._send_durable(*(text.translate(MASKED).decode() for text in now_texts))
+            return
         frame, places = self._calls[self._id % len(BENCH_MIX)]
         texts = ((b"%d" % self._id).translate(MASKED), *now_texts)
         for place, text in zip(places, texts, strict=False):     # Heartbeat has only the id
             frame[place] = text
         self.socket.send(frame)
+
+    def _send_durable(self, at: str, wh: str) -> None:
+        call = [2, str(self._id), "StopTransaction", {
+            "transactionId": self._transaction_id, "meterStop": int(wh), "timestamp": at}]
+        if self._starts:
+            call[2:] = "StartTransaction", {
+                "connectorId": 1, "idTag": "BENCH", "meterStart": int(wh), "timestamp": at}
+        self.socket.send(self._codec.frame(TEXT_FRAME, to_json(call).encode()))
 
     def answer(self) -> str:
         """The CallResult to the Call under way; "" while it is not there as a whole."""
@@ -18025,6 +18049,8 @@ class LoadStation:
         if wrong or not data:
             raise BenchError(f"a Call was answered {text[:200]}" if data
                              else "the server closed a connection")
+        if text and self._starts:
+            self._charge(json.loads(text)[2]["transactionId"])
         return text
 
 
@@ -18033,7 +18059,9 @@ class Load:
 
     def __init__(self, port: int, stations: int, rate: float = 0):
         self.latencies_s: list[float] = []       # from when a Call fell due to its answer
-        self._stations = deque(LoadStation(port, number) for number in range(stations))
+        self.durable_s: list[float] = []         # those of starts and stops
+        session = BENCH_SESSION if rate else 0   # in a closed loop it would be hundreds a second
+        self._stations = deque(LoadStation(port, number, session) for number in range(stations))
         # epoll waits for whole milliseconds: too coarse where Calls fall due in between.
         self._selector = selectors.SelectSelector() if rate else selectors.DefaultSelector()
         self._rate, self._began_mono = rate, time.monotonic()
@@ -18056,6 +18084,8 @@ class Load:
                 if key.data.answer():
                     due_mono, now = key.data.due_mono.popleft(), time.monotonic()
                     self.latencies_s.append(now - due_mono)
+                    if key.data.is_durable:
+                        self.durable_s.append(now - due_mono)
                     if key.data.due_mono:
                         key.data.send(texts)
                     elif not self._rate:
@@ -18072,15 +18102,18 @@ def put_load(port: int, pid: int, stations: int, seconds: float, rate: float = 0
     server, load = psutil.Process(pid), Load(port, stations, rate)
     load.run(max(0.3, seconds / 4))
     load.latencies_s.clear()
+    load.durable_s.clear()
     began_mono, own_s, server_s = time.monotonic(), time.process_time(), _cpu_s(server)
     load.run(seconds)
     elapsed_s, own_s = time.monotonic() - began_mono, time.process_time() - own_s
     server_s, ordered = _cpu_s(server) - server_s, sorted(load.latencies_s)
     if not (calls := len(ordered)):
         raise BenchError("no Call was answered")
+    durable = sorted(load.durable_s) or ordered
     return {"calls": calls, "rate": calls / elapsed_s, "cpuUs": server_s / calls * 1e6,
             "loadPercent": own_s / elapsed_s * 100, "p50Ms": ordered[calls // 2] * 1000,
-            "p99Ms": ordered[calls * 99 // 100] * 1000}
+            "p99Ms": ordered[calls * 99 // 100] * 1000, "durable": len(load.durable_s),
+            "durableP99Ms": durable[len(durable) * 99 // 100] * 1000}
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -18146,6 +18179,7 @@ async def started(process: asyncio.subprocess.Process) -> str:
                 line = said.decode(errors="replace").strip()
                 if url := re.search(rf"http://{BENCH_HOST}:\d+", line):
                     return url[0]
+            await process.wait()         # a signal to it would take its end from asyncio
     raise BenchError(f"a server did not start: {line}")
 
 
@@ -18166,11 +18200,12 @@ async def watch(case: BenchCase, client: Any, url: str) -> None:
                          *(poll() for _ in range(case.pollers)))
 
 
-def bench_config(folder: str, upstream: str = "") -> str:
-    """Write the configuration of a board, or of one that relays to `upstream`."""
-    path = Path(folder, "relay.toml" if upstream else "board.toml")
-    url = upstream.replace("http", "ws") + "/ocpp"
-    path.write_text(BENCH_CONFIG + (f'[[proxy.upstream]]\nurl = "{url}"\n' if upstream else ""))
+def bench_config(folder: str, upstream: str = "", state: bool = False) -> str:
+    """Write the configuration of a board: one that relays to `upstream`, or has a state file."""
+    name = secrets.token_hex(4)
+    path, url = Path(folder, f"{name}.toml"), upstream.replace("http", "ws") + "/ocpp"
+    path.write_text(BENCH_CONFIG + (f'[[proxy.upstream]]\nurl = "{url}"\n' if upstream else "")
+                    + (f"[state]\npath = '{Path(folder, name)}.db'\n" if state else ""))
     return str(path)
 
 
@@ -18189,7 +18224,7 @@ async def run_case(case: BenchCase, cores: list, folder: str, stations: int,
             upstream = await started(second)
         server = await parts.enter_async_context(part(cores[0], *(
             ("bench", "--part", "bare") if case.server == "bare" else
-            (*board, bench_config(folder, upstream)))))
+            (*board, bench_config(folder, upstream, case.state)))))
         url, memory = await started(server), psutil.Process(server.pid).memory_info
         start_mb = memory().rss / 1e6
         for name, value in {"part": "load", "url": url, "pid": server.pid, "rate": case.rate,
@@ -18243,14 +18278,15 @@ def bench_rows(runs: dict[str, list[dict]]) -> list[str]:
         ratios = [run[key] / other[key] for run, other in beside]
         return f"{median(ratios):.2f}" if ratios else ""
 
-    rows = ["| | Calls/s | ratio | CPU per Call, µs | ratio | p50, ms | p99, ms | MB at start | "
-            "at end |", "|---|" + "--:|" * 8]
+    rows = ["| | Calls/s | ratio | CPU per Call, µs | ratio | p50, ms | p99, ms | of starts and "
+            "stops | MB at start | at end |", "|---|" + "--:|" * 9]
     for case in BENCH_CASES:
         of = {key: median(run[key] for run in runs[case.name]) for key in runs[case.name][0]}
         # The bare handler runs from this file, too: its memory says nothing.
         memory = f"{of['startMb']:.0f} | {of['endMb']:.0f}" if case.against else " | "
         # In a closed loop the server chooses whom it answers next, and with it the latencies.
-        latency = f"{of['p50Ms']:.1f} | {of['p99Ms']:.1f}" if case.rate else " | "
+        latency = " | ".join(f"{of[key]:.1f}" if case.rate else "" for key in (
+            "p50Ms", "p99Ms", "durableP99Ms"))
         rows.append(f"| {case.name} | {of['rate']:,.0f} | {ratio(case, 'rate')} | "
                     f"{of['cpuUs']:.0f} | {ratio(case, 'cpuUs')} | {latency} | {memory} |")
     return rows

@@ -14109,7 +14109,8 @@ async def loaded(handler, stations, rate=0):
         return await asyncio.to_thread(ocppboard.put_load, port, os.getpid(), stations, 0.6, rate)
 
 
-def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say():
+def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say(monkeypatch):
+    monkeypatch.setattr(ocppboard, "BENCH_SESSION", 25)
     received: list = []
 
     async def answer(socket_):
@@ -14120,9 +14121,11 @@ def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say(
             await socket_.send(json.dumps([3, id_, result], separators=(",", ":")))
 
     closed, opened = asyncio.run(loaded(answer, 5)), asyncio.run(loaded(answer, 5, 200))
+    assert closed["durable"] == 0 and opened["durable"] > 3
     assert closed["calls"] > 200 and 0 < closed["p50Ms"] <= closed["p99Ms"] < 500
     assert opened["calls"] == pytest.approx(120, abs=20) and opened["rate"] < 230
     shares = Counter(action for _, _, _, action, _ in received)
+    assert shares["StopTransaction"] >= shares["StartTransaction"] - 10 > 3, "at a rate"
     for action, share in {"MeterValues": 0.6, "StatusNotification": 0.2, "Heartbeat": 0.2}.items():
         assert shares[action] / len(received) == pytest.approx(share, abs=0.05)
     assert all(550 < size < 590 for _, size, _, action, _ in received if action == "MeterValues")
@@ -14163,21 +14166,21 @@ def test_the_bench_prints_a_table_for_the_readme():
         env=os.environ | {"OCPPBOARD_CONFIG": "/nowhere", "OCPPBOARD_SERVER_PORT": "1"})
     assert done.returncode == 0, done.stderr
     head, line, *rows, empty, notes = done.stdout.rstrip("\n").split("\n")
-    assert empty == "" and line.count("|") == head.count("|") == 10
+    assert empty == "" and line.count("|") == head.count("|") == 11
     table = {cells[1]: cells[2:-1] for cells in (
         [cell.strip() for cell in row.split("|")] for row in rows)}
     assert list(table) == [case.name for case in ocppboard.BENCH_CASES]
     for case in ocppboard.BENCH_CASES:
-        calls, ratio, cpu_us, cpu_ratio, p50, p99, start, end = table[case.name]
+        calls, ratio, cpu_us, cpu_ratio, p50, p99, durable_p99, start, end = table[case.name]
         per_second = float(calls.replace(",", ""))
         assert 100 < per_second < 200_000 and 5 < float(cpu_us) < 5000
         assert bool(ratio) == bool(cpu_ratio) == bool(start) == bool(end) == bool(case.against)
         assert not ratio or (0.02 < float(ratio) < 5 and 0.2 < float(cpu_ratio) < 50)
         assert not start or 20 < float(start) <= float(end) < 300
-        assert bool(p50) == bool(p99) == bool(case.rate)
+        assert bool(p50) == bool(p99) == bool(durable_p99) == bool(case.rate)
         if case.rate:
             assert per_second == pytest.approx(case.rate, rel=0.3)
-            assert 0 < float(p50) <= float(p99)
+            assert 0 < float(p50) <= float(p99) and float(durable_p99) > 0
     assert sys.version.split()[0] in notes and "20 stations, medians of 1 runs of 1 s" in notes
 
 
