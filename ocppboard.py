@@ -69,6 +69,7 @@ import tomllib
 import uuid
 import zlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncIterator,
@@ -425,7 +426,7 @@ SETTINGS = (
     Setting("proxy", "journal", ""),
     Setting("state", "path", ""),
     Setting("state", "transactions_days", 400, (1, 36_500)),
-    Setting("state", "history_days", 0, (0, 3650), built=False),
+    Setting("state", "history_days", 0, (0, 3650)),
 )
 STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "password", ""),
@@ -1748,21 +1749,46 @@ class Knock(Record):
                 "count": self.count, "firstAt": iso(self.first), "lastAt": iso(self.last)}
 
 
+NUMBER_OF = attrgetter("number")
+
+
 class Store:
     """The newest records of one kind, numbered from 1; the oldest go beyond `limit`.
 
-    With `max_bytes` they also go while the sizes of all, together, are over it.
+    With `max_bytes` they also go while the sizes of all, together, are over it. `total` is the
+    last number given, `before` the last one that an earlier run gave.
     """
 
-    __slots__ = ("records", "limit", "max_bytes", "bytes", "total")
+    __slots__ = ("records", "limit", "max_bytes", "bytes", "total", "before")
 
     def __init__(self, limit: int, max_bytes: int | None = None):
         self.records: deque = deque()
         self.limit, self.max_bytes = limit, max_bytes
-        self.bytes = self.total = 0
+        self.bytes = self.total = self.before = 0
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def count(self) -> int:
+        """How many records came since the start."""
+        return self.total - self.before
+
+    def restore(self, records: Iterable[Any], last: int) -> None:
+        """Take over the records of earlier runs, which numbered them up to `last`.
+
+        What came since the start is numbered anew, after them.
+        """
+        came = list(self.records)
+        self.records.clear()
+        self.bytes = 0
+        for record in records:
+            number = record.number
+            self.append(record)
+            record.number = number
+        self.total = self.before = last
+        for record in came:
+            self.append(record)
 
     def append(self, record: Record) -> Record | None:
         """Keep the record and number it. Returns the one that went for it, if one did."""
@@ -1797,18 +1823,19 @@ class Store:
 
     def get(self, number: int) -> Any:
         """The record of that number, or None when it is gone, or never was."""
-        index = number - (self.total - len(self.records) + 1)
-        return self.records[index] if 0 <= index < len(self.records) else None
+        index = bisect_left(self.records, number, key=NUMBER_OF)
+        found = self.records[index] if index < len(self.records) else None
+        return found if found is not None and found.number == number else None
 
     def newest(self, limit: int, match: Callable[[Any], bool]) -> list:
         """The newest that match; reads no further than it must."""
         return list(islice(filter(match, reversed(self.records)), limit))
 
     def since(self, number: int) -> tuple[list, int]:
-        """(records after that number, oldest first; how many of them are gone already)."""
-        first = self.total - len(self.records) + 1
-        lost = max(0, first - number - 1)
-        return list(islice(self.records, max(0, number + 1 - first), None)), lost
+        """(records after that number of this run, oldest first; how many of them are gone)."""
+        index = bisect_right(self.records, number, key=NUMBER_OF)
+        records = list(islice(self.records, index, None))
+        return records, max(0, self.total - number - len(records))
 
 
 # --- State --------------------------------------------------------------------------------
@@ -1824,6 +1851,8 @@ STATE_TABLE = """
 LOCK_MARK = b"ocppboard"             # in the file that is locked, once the state is ours
 STATE_PUT = """INSERT INTO kept VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
     SET at = excluded.at, value = excluded.value, crc = excluded.crc"""
+STATE_REMOVE = """DELETE FROM kept WHERE rowid IN (
+    SELECT rowid FROM kept WHERE kind = ? AND at < ? LIMIT ?)"""
 WRITE_BEHIND_S = 300                # so long what can wait does
 STATE_WAITING, STATE_WAITING_BYTES = 50_000, 16 << 20    # not written yet; the oldest go beyond it
 STATE_RETRY_S = (1, 60)             # the first and longest pause after a failed write
@@ -1831,7 +1860,9 @@ COMMIT_S = 2                        # so long an answer waits for the disk
 STATE_STOP_S = 3                    # and the end of the process
 LOCKED_S = 1                        # and a write for another program's lock
 CHECKED_BYTES = 64 << 20            # a file up to this size is checked whole at the start
+REMOVED_AT_ONCE = 2000              # rows that became old; a start or a stop may wait for them
 SET_ASIDE_KEPT = 3                  # damaged files; the oldest is removed
+SALVAGED_AT_ONCE = 5000             # rows of one of them
 SALVAGE_TRIES = 1000                # bad pages of one of them, behind which reading goes on
 
 
@@ -1930,17 +1961,22 @@ class State:
         except (OSError, sqlite3.Error) as again:
             self._failed(again)
 
-    def rows(self, kind: str, limit: int = -1) -> list[StateRow]:
+    def rows(self, kind: str, limit: int = -1, most_bytes: float = math.inf) -> list[StateRow]:
         """The rows of a kind, or the newest of them, the oldest first; damaged ones left out."""
         if self._db is None:
             return []
         try:
             found = self._db.execute("SELECT kind, key, at, value, crc FROM kept WHERE kind = ? "
                                      "ORDER BY at DESC, rowid DESC LIMIT ?", (kind, limit))
-            read = [(StateRow(*row[:4]), row[4]) for row in found]
+            read = []
+            for row in found:
+                read.append((StateRow(*row[:4]), row[4]))
+                most_bytes -= _row_bytes(read[-1][0])
+                if most_bytes < 0:
+                    break
         except sqlite3.Error as error:
             self._opened_badly(error)
-            return self.rows(kind, limit) if self._is_damage(error) and self._db else []
+            return self.rows(kind, limit, most_bytes) if self._is_damage(error) and self._db else []
         good = [row for row, crc in read if self.is_good(row, crc)]
         if len(good) < len(read):
             self._told.append(("STATE_DAMAGED", f"{len(read) - len(good)} rows of {kind} in "
@@ -2043,8 +2079,9 @@ class State:
         removals, self._removals = self._removals, {}
         durable, loop = self.durable, asyncio.get_running_loop()
         try:
+            left: dict[str, float] = {}
             if batch or removals or self.failing_since is not None:
-                await loop.run_in_executor(self._writer, self._write, batch, removals)
+                left = await loop.run_in_executor(self._writer, self._write, batch, removals)
         except asyncio.CancelledError:
             self._merge_back(batch, removals)
             raise
@@ -2053,6 +2090,9 @@ class State:
             self._failed(error)
         else:
             self._durable_written = durable
+            self._removals = left | self._removals
+            if left:
+                self._due.set()
             self._works()
             for tell in self.when_written:
                 tell()
@@ -2158,11 +2198,13 @@ class State:
                                                 uri=True)) as db:
             return ask(db)
 
-    def _write(self, batch: dict[tuple, StateRow], removals: dict[str, float]) -> None:
+    def _write(self, batch: dict[tuple, StateRow],
+               removals: dict[str, float]) -> dict[str, float]:
+        """Write rows, and remove old ones. Returns the removals that go on."""
         if self._db is not None and not self._is_there():
             self._close()
         try:
-            self._write_to(self._db or self._connect(), batch, removals)
+            return self._write_to(self._db or self._connect(), batch, removals)
         except sqlite3.DatabaseError as error:
             if self._db is not None and "full" in str(error):
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")      # that has most of it
@@ -2170,18 +2212,21 @@ class State:
                 self._set_aside(error)
             else:
                 raise
-            self._write_to(self._db or self._connect(), batch, removals)
+            return self._write_to(self._db or self._connect(), batch, removals)
 
     def _write_to(self, db: sqlite3.Connection, batch: dict[tuple, StateRow],
-                  removals: dict[str, float]) -> None:
-        self._db = db
+                  removals: dict[str, float]) -> dict[str, float]:
+        self._db, left = db, {}
         try:
             db.execute("BEGIN IMMEDIATE")
             db.executemany("DELETE FROM kept WHERE kind = ? AND key = ?", [
                 row[:2] for row in batch.values() if row.text is None])
-            db.executemany(STATE_PUT, [(*row, row.crc) for row in batch.values()
-                                       if row.text is not None])
-            db.executemany("DELETE FROM kept WHERE kind = ? AND at < ?", removals.items())
+            db.executemany(STATE_PUT, ((*row, row.crc) for row in batch.values()
+                                       if row.text is not None))
+            for kind, at in removals.items():
+                gone = db.execute(STATE_REMOVE, (kind, at, REMOVED_AT_ONCE)).rowcount
+                if gone == REMOVED_AT_ONCE:
+                    left[kind] = at
             db.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -2189,6 +2234,7 @@ class State:
             raise
         self.writes += 1
         self.bytes_written += sum(map(_row_bytes, batch.values()))
+        return left
 
     def _is_there(self) -> bool:
         """Whether the file is still the one that was opened."""
@@ -2265,7 +2311,6 @@ class State:
         Raises: OSError, sqlite3.Error.
         """
         self._close()
-        rows, why = list(_salvaged(self.path)), " ".join(str(error).split())
         name = f"{self.path}.damaged-{int(self.clock())}"
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -2277,13 +2322,16 @@ class State:
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, old + suffix))
-        text = (f"The state file was damaged ({kept(why, 100)}): it is now {name}, and "
-                f"{len(rows)} values of it are kept")
+        self._db, self._renewed = self._connect(), True
+        rows, values = _salvaged(name), 0
+        while batch := {row[:2]: row for row in islice(rows, SALVAGED_AT_ONCE)}:
+            self._write_to(self._db, batch, {})
+            values += len(batch)
+        why = kept(" ".join(str(error).split()), 100)
+        text = (f"The state file was damaged ({why}): it is now {name}, and "
+                f"{values} values of it are kept")
         log.error("%s", text)
-        self._told.append(("STATE_DAMAGED", text, {"file": name, "values": len(rows)}))
-        self._db = self._connect()
-        self._renewed = True
-        self._write_to(self._db, {row[:2]: row for row in rows}, {})
+        self._told.append(("STATE_DAMAGED", text, {"file": name, "values": values}))
 
     def _lock(self) -> None:
         """See that no other board has the file. Raises: StateInUse.
@@ -6173,6 +6221,10 @@ class Board:
             for subscription in listeners:
                 subscription.offer(event)
 
+    def first_number(self, topic: str) -> int:
+        """The number after which the events of this run begin."""
+        return 0 if topic in CHANGING else self.stores[topic].before
+
     def _last_number(self, topic: str) -> int:
         return self.changes[topic] if topic in self.changes else self.stores[topic].total
 
@@ -6983,8 +7035,8 @@ class Board:
             "errorRate": round(self.total_call_errors / total, 6) if total else 0.0,
             "connectionCount": self.online, "peakConnections": self.peak_connections,
             "uptimeSeconds": int(self.mono() - self._started_mono), "totalMessages": total,
-            "totalConnections": self.total_connections, "errorCount": self.errors.total,
-            "securityEventCount": self.security.total, "systemEventCount": self.system.total,
+            "totalConnections": self.total_connections, "errorCount": self.errors.count,
+            "securityEventCount": self.security.count, "systemEventCount": self.system.count,
             "refusedConnections": self.total_refused, **self._charging(), **machine,
         }
 
@@ -7083,6 +7135,19 @@ ROWS: dict[str, dict[str, str]] = {
         "vendor_error_code": "text?", "info": "text?", "problems": "{Problem}", "since": "time?",
         "status_mono": "mono", "released_mono": "mono", "interrupted": "key?"},
     "Problem": {"text": "text?", "mono": "mono"},
+    "LoggedMessage": {
+        "identity": "text", "protocol": "text", "direction": "text", "type": "text",
+        "method": "text", "message_id": "text", "payload": "text", "timestamp": "time",
+        "response_ms": "number?", "error_code": "text?", "error_description": "text?"},
+    "Event": {
+        "kind": "text", "identity": "text", "message": "text", "details": "object",
+        "timestamp": "time", "severity": "text?", "kind_name": "text", "prefix": "text"},
+    "ProxyEvent": {
+        "kind": "text", "identity": "text", "from_protocol": "text", "to_protocol": "text",
+        "direction": "text", "method": "text", "timestamp": "time", "message_id": "text",
+        "to_method": "text?", "payload": "text?", "translated": "text?", "latency_ms": "number?",
+        "error": "text?"},
+    "Sample": {"timestamp": "time", "values": "object"},
 }
 
 
@@ -7092,7 +7157,7 @@ class Progress:
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Progress, Register, Track, Point, Reading, Base, EventSequence, Series, Station,
-    StationClock, Connector, Problem)}
+    StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -7112,6 +7177,7 @@ FIELD_KINDS: dict[str, Callable[[Any], bool]] = {
     "number": _is_number, "time": _is_time, "mono": _is_time,
     "id": lambda value: type(value) in (int, str), "key": lambda value: type(value) is str,
     "scalar": lambda value: value is None or type(value) is str or _is_number(value),
+    "object": lambda value: type(value) is dict,
 }
 BRACKETS: dict[str, Any] = {"[": list, "(": list, "{": dict}
 
@@ -7237,6 +7303,7 @@ class Keeper:
 
     def __init__(self, board: Board):
         self.board, self.state = board, board.state
+        self.history = History(board)
         self._run = 0                                # how many runs there were before
         self._changed: dict[Any, None] = {}          # records, to be put when their time comes
         self._urgent: dict[Any, None] = {}           # and with the next write
@@ -7253,11 +7320,12 @@ class Keeper:
         if not self.state:
             return
         board, most = self.board, self.board.config.store
+        self.history.restore()                       # before anything else is an event
         for row in self.state.rows("approval", most.max_connections):
             board.approval_known(row.key)
             self._approved.add(row.key)
         self._restore_counters({row.key: row.value for row in self.state.rows("counter")})
-        for station in self._read("station", most.max_connections, self._station_of):
+        for station in read_rows(board, "station", most.max_connections, self._station_of):
             board.restore_station(station)
         self._restore_transactions(most.max_transactions)
         board.on_change |= {"transactions": self.transaction_changed,
@@ -7274,25 +7342,8 @@ class Keeper:
             self.board.transaction_id_used(last_id)
             self._last_id = last_id
         elif last_id is not None:
-            self._report_skipped("counter", [f"transaction_id is {shown(last_id)}"])
+            report_skipped(self.board, "counter", [f"transaction_id is {shown(last_id)}"])
         self._run = run + 1 if type(run) is int and 0 <= run < 999_999 else 0
-
-    def _read(self, kind: str, limit: int, record_of: Callable[[StateRow], Any]) -> list:
-        """The records of the newest rows of a kind; what cannot be read is said, and left out."""
-        records, skipped = [], []
-        for row in self.state.rows(kind, limit):
-            try:
-                records.append(record_of(row))
-            except BoardError as error:
-                skipped.append(f"{row.key}: {error}")
-        if skipped:
-            self._report_skipped(kind, skipped)
-        return records
-
-    def _report_skipped(self, kind: str, reasons: list[str]) -> None:
-        text = kept(f"{len(reasons)} rows of {kind} are not understood and left out: {reasons[0]}")
-        log.error("%s", shown(text, TEXT_KEPT))
-        self.board.system_event("STATE_SKIPPED", "", text, {"kind": kind, "rows": len(reasons)})
 
     def _station_of(self, row: StateRow) -> Station:
         station = unpacked("Station", row.value, self._ahead_s(row.at))
@@ -7310,18 +7361,20 @@ class Keeper:
         return self.board.ahead_s + max(0.0, written_at - self.board.clock())
 
     def _restore_transactions(self, limit: int) -> None:
-        progress = dict(self._read("progress", limit, self._progress_of))
-        transactions = self._read("transaction", limit, lambda row: _transaction_of(
-            row, progress.get(row.key), self.board.ahead_s))
+        board = self.board
+        progress = dict(read_rows(board, "progress", limit, self._progress_of))
+        transactions = read_rows(board, "transaction", limit, lambda row: _transaction_of(
+            row, progress.get(row.key), board.ahead_s))
         transactions.sort(key=attrgetter("key"))
         running = {t.key: t for t in transactions if t.status == "active"}
-        for key, series in self._read("curve", len(running), _series_of) if running else ():
+        for key, series in read_rows(board, "curve", len(running),
+                                     _series_of) if running else ():
             if key in running:
                 running[key].series = series
         for transaction in transactions:
-            self.board.restore_transaction(transaction)
+            board.restore_transaction(transaction)
         by_key = {t.key: t for t in transactions}
-        for station in self.board.stations.values():
+        for station in board.stations.values():
             for connector in station.connectors.values():        # as a key so far
                 connector.interrupted = by_key.get(str(connector.interrupted))
 
@@ -7467,6 +7520,7 @@ class Keeper:
         before = self.board.clock() - 86400 * self.board.config.state.transactions_days
         for kind in ("transaction", "progress", "curve"):
             self.state.remove_before(kind, before)
+        self.history.clean()
 
     # Rows
 
@@ -7548,6 +7602,27 @@ class Keeper:
             self._put(station)
 
 
+def read_rows(board: Board, kind: str, limit: int, record_of: Callable[[StateRow], Any],
+              most_bytes: float = math.inf) -> list:
+    """The records of the newest rows of a kind; what cannot be read is said, and left out."""
+    records, skipped = [], []
+    for row in board.state.rows(kind, limit, most_bytes):
+        try:
+            records.append(record_of(row))
+        except BoardError as error:
+            skipped.append(f"{row.key}: {error}")
+    if skipped:
+        report_skipped(board, kind, skipped)
+    return records
+
+
+def report_skipped(board: Board, kind: str, reasons: list[str]) -> None:
+    """Say that rows of a kind are left out."""
+    text = kept(f"{len(reasons)} rows of {kind} are not understood and left out: {reasons[0]}")
+    log.error("%s", shown(text, TEXT_KEPT))
+    board.system_event("STATE_SKIPPED", "", text, {"kind": kind, "rows": len(reasons)})
+
+
 def _crc(row: dict) -> int:
     return zlib.crc32(to_json(row).encode())
 
@@ -7579,6 +7654,140 @@ def _transaction_of(row: StateRow, progress: Progress | None, ahead_s: float) ->
 
 def _series_of(row: StateRow) -> tuple[str, Series]:
     return row.key, unpacked("Series", row.value, 0.0)
+
+
+# The records of the Board's stores, on disk for `history_days`: {topic: their class}. The topic
+# is the kind of their rows, the number their key.
+HISTORY: dict[str, type] = {"messages": LoggedMessage, "errors": Event, "security": Event,
+                            "system": Event, "proxy": ProxyEvent, "telemetry": Sample}
+HISTORY_LOOK_S = 1                  # so often it looks whether there is something to put
+HISTORY_AT_ONCE, HISTORY_BYTES = 2000, STATE_WAITING_BYTES // 16     # of each store, in one write
+NUMBERS_AHEAD = 1_000_000           # numbers that a run may give before it says so on disk
+
+
+class History:
+    """Keeps on disk what the Board's stores drop, with `history_days`.
+
+    What waits to be put waits in the stores. So a message costs nothing as it comes, and a disk
+    that fails costs no memory; what a store drops before the disk works again is lost.
+    """
+
+    def __init__(self, board: Board):
+        self.board, self.state = board, board.state
+        self.days = board.config.state.history_days if board.state else 0
+        self._put = dict.fromkeys(HISTORY, 0)        # {topic: number of the last record put}
+        self._writing = self._written = self._put    # being written, and on disk
+        self._ahead: dict[str, int] = {}             # {topic: up to here numbers are used up}
+        self._put_mono = board.mono()
+
+    def restore(self) -> None:
+        """Fill the stores with what earlier runs had last."""
+        if not self.days:
+            return
+        ahead: dict[str, int] = {}
+        for row in self.state.rows("numbers"):
+            with contextlib.suppress(BoardError):
+                ahead = unpacked("{integer}", row.value, 0.0)
+        for topic in HISTORY:
+            store = self.board.stores[topic]
+            records = read_rows(self.board, topic, store.limit, functools.partial(
+                _history_record, topic), math.inf if store.max_bytes is None else store.max_bytes)
+            records.sort(key=NUMBER_OF)
+            last = max(ahead.get(topic, 0), *(record.number for record in records[-1:]), 0)
+            store.restore(records, last)
+            self._put[topic] = last
+        self._written = dict(self._put)
+        self._use_up(NUMBERS_AHEAD)
+        self.state.sources.append(self._put_all)
+        self.state.before_write.append(self._write_begins)
+        self.state.when_written.append(self._write_ends)
+
+    async def run(self) -> None:
+        """Put what came, when it is much or has waited for WRITE_BEHIND_S, until cancelled."""
+        while self.days:
+            await asyncio.sleep(HISTORY_LOOK_S)
+            if self._is_due() and self.state.failing_since is None and self._put == self._written:
+                await self.put()
+
+    def _is_due(self) -> bool:
+        if self.board.mono() - self._put_mono >= WRITE_BEHIND_S:
+            return True
+        for topic in HISTORY:
+            store, most = self.board.stores[topic], HISTORY_AT_ONCE
+            if store.max_bytes is not None and store.bytes > store.max_bytes // 2:
+                most = len(store)        # so many large ones fit into it
+            if store.total - self._put[topic] >= max(1, min(most, store.limit) // 4):
+                return True
+        return False
+
+    async def put(self) -> None:
+        """Put what came since the last time, as much as one write should have."""
+        self._put_mono = self.board.mono()
+        for topic in HISTORY:
+            store, size = self.board.stores[topic], 0
+            records, lost = store.since(self._put[topic])
+            if self._put[topic] >= store.before:
+                self.state.lost += lost
+            for index, record in enumerate(records[:HISTORY_AT_ONCE]):
+                self._put[topic], size = record.number, size + record.size
+                self.state.put(topic, f"{record.number:015}", packed(HISTORY[topic].__name__,
+                               record, 0.0), record.timestamp)
+                if size > HISTORY_BYTES:
+                    break
+                if index % ROWS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        if any(self._ahead[topic] - self.board.stores[topic].total < NUMBERS_AHEAD // 2
+               for topic in HISTORY):
+            self._use_up(NUMBERS_AHEAD)
+        self.clean()
+        self.state.write_soon()
+
+    async def put_last(self) -> None:
+        """Put all that came, at the end."""
+        if not self.days:
+            return
+        for _ in range(2):               # twice as much as there can be, but for a flood
+            if self.state.failing_since is None:
+                await self.put()
+        self._use_up(0)
+
+    def clean(self) -> None:
+        """Remove what is older than `history_days`."""
+        before = self.board.clock() - 86400 * self.days
+        for topic in HISTORY if self.state else ():
+            self.state.remove_before(topic, before)
+
+    def _use_up(self, ahead: int) -> None:
+        """Let the next run number its records behind those that this one may give."""
+        self._ahead = {topic: self.board.stores[topic].total + ahead for topic in HISTORY}
+        self.state.put("numbers", "", self._ahead, durable=True)
+
+    def _put_all(self) -> None:
+        """The file is new: put again what is in memory."""
+        for topic in HISTORY:
+            records = self.board.stores[topic].records
+            self._put[topic] = records[0].number - 1 if records else self._put[topic]
+        self._written, self._put_mono = dict(self._put), -math.inf
+        self._use_up(NUMBERS_AHEAD)
+
+    def _write_begins(self) -> None:
+        self._writing = dict(self._put)
+
+    def _write_ends(self) -> None:
+        self._written = self._writing
+
+
+def _history_record(topic: str, row: StateRow) -> Any:
+    """The record of a row, with its number. Raises: WrongType, WrongValue, MissingField."""
+    record = unpacked(HISTORY[topic].__name__, row.value, 0.0)
+    if not re.fullmatch("[0-9]{15}", row.key):
+        raise WrongValue("its number is none")
+    record.number = int(row.key)
+    if isinstance(record, LoggedMessage):
+        record.size = sys.getsizeof(record.payload)
+    elif isinstance(record, ProxyEvent):
+        record.size = len(record.payload or "") + len(record.translated or "")
+    return record
 
 
 # --- Incoming calls -----------------------------------------------------------------------
@@ -13283,7 +13492,7 @@ def get_metrics(api: "Api") -> None:
     metric("ocppboard_records", "gauge", "Records kept.",
            [(f'{{store="{name}"}}', len(store)) for name, store in board.stores.items()])
     metric("ocppboard_records_total", "counter", "Records ever.",
-           [(f'{{store="{name}"}}', store.total) for name, store in board.stores.items()])
+           [(f'{{store="{name}"}}', store.count) for name, store in board.stores.items()])
     metric("ocppboard_transactions_active", "gauge", "Transactions under way.",
            [("", sum(t.status == "active" for t in board.transactions.records))])
     stations = [(f'{{identity="{_label(s.identity)}"}}', s) for s in board.stations.values()]
@@ -13434,7 +13643,7 @@ def _resume_from(api: "Api", board: Board, topics: tuple) -> tuple[dict | None, 
     epoch, *numbers = text.split(".")
     if epoch != board.epoch or len(numbers) != len(topics) or not all(
             re.fullmatch("[0-9]{1,15}", number) for number in numbers):
-        return dict.fromkeys(topics, 0), True
+        return {topic: board.first_number(topic) for topic in topics}, True
     return dict(zip(topics, map(int, numbers), strict=True)), False
 
 
@@ -18021,8 +18230,8 @@ class LoadStation:
     def send(self, now_texts: list[bytes]) -> None:
         """Send the next Call; `now_texts` are time and register, masked."""
         self._id += 1
-        place = self._id % self._session if self._session else 2
-        self.is_durable, self._starts = place < 2, place == 1
+        in_session = self._id % self._session if self._session else 2
+        self.is_durable, self._starts = in_session < 2, in_session == 1
         if self.is_durable:
             self._send_durable(*(text.translate(MASKED).decode() for text in now_texts))
             return
@@ -18033,12 +18242,13 @@ class LoadStation:
         self.socket.send(frame)
 
     def _send_durable(self, at: str, wh: str) -> None:
-        call = [2, str(self._id), "StopTransaction", {
-            "transactionId": self._transaction_id, "meterStop": int(wh), "timestamp": at}]
+        action, payload = "StopTransaction", {
+            "transactionId": self._transaction_id, "meterStop": int(wh), "timestamp": at}
         if self._starts:
-            call[2:] = "StartTransaction", {
+            action, payload = "StartTransaction", {
                 "connectorId": 1, "idTag": "BENCH", "meterStart": int(wh), "timestamp": at}
-        self.socket.send(self._codec.frame(TEXT_FRAME, to_json(call).encode()))
+        call = to_json([2, str(self._id), action, payload])
+        self.socket.send(self._codec.frame(TEXT_FRAME, call.encode()))
 
     def answer(self) -> str:
         """The CallResult to the Call under way; "" while it is not there as a whole."""
@@ -18449,6 +18659,7 @@ class Daemon:
         vars(IOLoop.current())["time"] = time.monotonic
         self.spawn("state", self.state.run())
         self.spawn("keeper", self.keeper.run())
+        self.spawn("history", self.keeper.history.run())
         self._sample()
         for periodic in self._periodic:
             periodic.start()
@@ -18508,6 +18719,7 @@ class Daemon:
         for server in self._servers:
             await server.close_all_connections()
         await self.keeper.put_changed()
+        await self.keeper.history.put_last()
         await self.state.stop()
 
     def station_urls(self) -> list[str]:

@@ -564,7 +564,7 @@ async def test_an_answer_does_not_wait_for_what_stands_there_already(tmp_path):
 async def test_who_begins_to_wait_while_it_is_written_waits_no_longer(tmp_path, monkeypatch):
     state, is_slow = state_of(tmp_path / "s.db"), threading.Event()
     write = state._write
-    monkeypatch.setattr(state, "_write", lambda *batch: (is_slow.wait(), write(*batch)))
+    monkeypatch.setattr(state, "_write", lambda *batch: is_slow.wait() and write(*batch))
     writer = asyncio.create_task(state.run())
     state.put("t", "a", 1, durable=True)
     await turn()                                         # it is being written
@@ -762,7 +762,7 @@ async def test_a_disk_that_hangs_fails_and_costs_the_answers_no_more(tmp_path, m
     monkeypatch.setattr(ocppboard, "COMMIT_S", 0.05)
     state, hangs = state_of(tmp_path / "s.db"), threading.Event()
     write = state._write
-    monkeypatch.setattr(state, "_write", lambda *batch: (hangs.wait(), write(*batch)))
+    monkeypatch.setattr(state, "_write", lambda *batch: hangs.wait() and write(*batch))
     writer = asyncio.create_task(state.run())
     state.put("t", "a", 1, durable=True)
     assert await state.committed() is False and state.told == ["STATE_FAILING"]
@@ -3828,6 +3828,8 @@ class KeptBench(Bench):
         """All that has changed comes to the disk."""
         async def write():
             await self.keeper.put_changed()
+            if self.keeper.history.days:
+                await self.keeper.history.put()
             await self.state.write()
         asyncio.run(write())
 
@@ -4100,6 +4102,197 @@ def test_old_transactions_are_removed_but_none_that_runs(tmp_path):
     asyncio.run(bench.state.write())
     bench.restart()
     assert len(statuses(bench)) == 2 and statuses(bench)[running] == "active"
+    closed(bench.state)
+
+
+def jsons(store):
+    return [record.json() for record in store.records]
+
+
+@pytest.fixture
+def history_bench(tmp_path):
+    bench = KeptBench(tmp_path, state_history_days=7)
+    yield bench
+    closed(bench.state)
+
+
+def all_kinds(bench):
+    """A record of each kind that the history keeps."""
+    board = bench.board
+    bench.call("DataTransfer", {"vendorId": "v", "data": '"é" \\ud800'})
+    bench.receive([2, "2", "NoSuchAction", {}])
+    board.error("BAD_MESSAGE", bench.station, "an error", {"raw": "x", "more": [1, None, {}]})
+    board.security_event("AUTH_FAILED", "CP-9", "a wrong password", "low", {"ip": "192.0.2.9"})
+    board.relayed(ocppboard.ProxyEvent(
+        "translation", "CP-1", "ocpp1.6", "ocpp2.0.1", "UP", "StartTransaction", bench.clock.now,
+        "7", "TransactionEvent", '{"a":1}', '{"b":2}', 1.25))
+    board.sampled({"messagesPerSecond": 0.5, "host": {"cpuPercent": 1.5}})
+
+
+def test_the_last_records_of_each_kind_are_there_after_a_restart(history_bench):
+    bench = history_bench
+    all_kinds(bench)
+    before = {topic: jsons(bench.board.stores[topic]) for topic in ocppboard.HISTORY}
+    assert all(before.values())
+    sizes = bench.board.messages.bytes, bench.board.proxy.bytes
+    bench.write()
+    bench.restart()
+    for topic, texts in before.items():
+        assert jsons(bench.board.stores[topic])[:len(texts)] == texts
+    assert (bench.board.messages.bytes, bench.board.proxy.bytes) == sizes
+    assert bench.board.sample({})["errorCount"] == 0, "since the start"
+    newest = bench.board.messages.records[-1]
+    assert bench.board.messages.get(newest.number) is newest
+
+
+def test_no_number_is_given_twice_whatever_was_written_last(history_bench):
+    bench, given = history_bench, set[int]()
+    for number in range(4):
+        asyncio.run(bench.state.write())                 # as the loop does at once
+        for _ in range(3):
+            bench.call("Heartbeat", {})
+        numbers = {r.number for r in bench.board.messages.records if r.number not in given
+                   or r.number > bench.board.messages.before}
+        assert not given & {n for n in numbers if n > bench.board.messages.before}
+        given |= numbers
+        if number % 2:
+            bench.write()                                # the others are lost
+        bench.restart()
+    records = bench.board.messages.records
+    assert len(records) == 12 and all(bench.board.messages.get(r.number) is r for r in records)
+
+
+@with_loop
+async def test_after_an_end_in_order_the_numbers_go_on_without_a_gap(tmp_path):
+    bench = KeptBench(tmp_path, state_history_days=7)
+    bench.link.receive('[2,"1","Heartbeat",{}]')
+    await bench.keeper.history.put_last()
+    await bench.state.stop()
+    unlock(bench.state)
+    bench.start()
+    bench.link = bench.connect()
+    bench.link.receive('[2,"2","Heartbeat",{}]')
+    assert [r.number for r in bench.board.messages.records] == [1, 2, 3, 4]
+    closed(bench.state)
+
+
+def test_restored_records_keep_to_the_bounds_of_their_stores(tmp_path):
+    bench = KeptBench(tmp_path, state_history_days=7, store_max_message_bytes=1_048_576,
+                      store_max_messages=50)
+    for _ in range(4):
+        bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 200_000})
+        bench.write()
+    for _ in range(30):
+        bench.call("Heartbeat", {})
+    bench.write()
+    bench.restart()
+    store = bench.board.messages
+    assert len(store) == 50 and store.bytes <= 1_048_576
+    bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 900_000})
+    bench.write()
+    bench.restart()
+    assert bench.board.messages.bytes <= 1_048_576 and len(bench.board.messages) > 10
+    closed(bench.state)
+
+
+def test_old_records_are_removed_from_the_history(history_bench):
+    bench = history_bench
+    all_kinds(bench)
+    bench.write()
+    bench.clock.now += 8 * 86400
+    bench.call("Heartbeat", {})
+    bench.write()
+    bench.restart()
+    assert [r.method for r in bench.board.messages.records] == ["Heartbeat"] * 2
+    assert not bench.board.security.records
+
+
+def test_many_old_rows_go_a_slice_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "REMOVED_AT_ONCE", 3)
+    state, left = state_of(tmp_path / "s.db"), list[int]()
+    for number in range(10):
+        state.put("t", str(number), number, at=NOW - number)
+    state.remove_before("t", NOW)
+    for _ in range(4):
+        asyncio.run(state.write())
+        left.append(len(state.rows("t")))
+    assert left == [7, 4, 1, 1]
+    closed(state)
+
+
+def test_a_disk_that_fails_costs_the_history_no_memory(tmp_path):
+    bench = KeptBench(tmp_path, state_history_days=7, store_max_messages=40)
+    bench.write()
+    refuse_writes(bench.state)
+    bench.call("Heartbeat", {})
+    bench.write()
+    waiting = len(bench.state._pending)
+    assert bench.state.failing_since is not None
+
+    async def look():
+        looking = asyncio.create_task(bench.keeper.history.run())
+        await asyncio.sleep(0.05)
+        looking.cancel()
+    ocppboard_look, ocppboard.HISTORY_LOOK_S = ocppboard.HISTORY_LOOK_S, 0
+    try:
+        for _ in range(100):
+            bench.call("Heartbeat", {})
+        asyncio.run(look())
+        assert len(bench.state._pending) == waiting
+        refuse_writes(bench.state, 0)
+        asyncio.run(bench.state.write())
+        asyncio.run(look())
+        asyncio.run(bench.state.write())
+    finally:
+        ocppboard.HISTORY_LOOK_S = ocppboard_look
+    assert bench.state.lost == 200 - 40, "what the store has dropped meanwhile"
+    last = bench.board.messages.total
+    bench.restart()
+    assert [r.number for r in bench.board.messages.records] == list(range(last - 39, last + 1))
+    closed(bench.state)
+
+
+def test_damaged_and_strange_rows_of_the_history_are_left_out_and_that_is_said(history_bench):
+    bench = history_bench
+    for _ in range(3):
+        bench.call("Heartbeat", {})
+    bench.write()
+    bench.state._db.execute("UPDATE kept SET value = replace(value, 'Heartbeat', 'x') "
+                            "WHERE kind = 'messages' AND key LIKE '%1'")
+    bench.state.put("messages", "odd", {"identity": 7})
+    bench.state.put("numbers", "", {"messages": "many"})
+    asyncio.run(bench.state.write())
+    bench.restart()
+    assert [r.number for r in bench.board.messages.records] == [2, 3, 4, 5, 6]
+    assert len(bench.skipped()) == 1 and "1 rows of messages" in bench.skipped()[0]
+
+
+def test_a_file_that_was_removed_gets_the_history_that_is_in_memory(history_bench):
+    bench = history_bench
+    bench.call("Heartbeat", {})
+    bench.write()
+    for path in bench.path.parent.glob("s.db*"):
+        if not path.name.endswith("-lock"):
+            path.unlink()
+    bench.call("Heartbeat", {})
+    bench.write()
+    bench.write()
+    bench.restart()
+    assert len(bench.board.messages) == 4
+
+
+def test_without_history_days_nothing_of_it_is_written_and_what_was_goes(tmp_path):
+    bench = KeptBench(tmp_path, state_history_days=1)
+    bench.call("Heartbeat", {})
+    bench.write()
+    bench.keys = {}
+    bench.restart()
+    assert not bench.board.messages.records and bench.board.messages.total == 0
+    bench.call("Heartbeat", {})
+    bench.clock.now += 1
+    bench.keeper.clean()
+    bench.write()
+    assert all(not bench.state.rows(topic) for topic in ocppboard.HISTORY)
     closed(bench.state)
 
 
