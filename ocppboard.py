@@ -1774,6 +1774,11 @@ class Store:
         """How many records came since the start."""
         return self.total - self.before
 
+    @property
+    def first(self) -> int:
+        """The number of the oldest record; of the next one when there is none."""
+        return self.records[0].number if self.records else self.total + 1
+
     def restore(self, records: Iterable[Any], last: int) -> None:
         """Take over the records of earlier runs, which numbered them up to `last`.
 
@@ -7467,13 +7472,7 @@ class Keeper:
             "text": json.dumps(text, ensure_ascii=False)[1:-1] if text else None}
 
     async def _ask(self, question: str, values: dict[str, Any]) -> list[tuple]:
-        """What the file says to it; [] where there is none, or it cannot be read."""
-        if not self.state:
-            return []
-        try:
-            return await self.state.query(lambda db: db.execute(question, values).fetchall())
-        except Unavailable:
-            return []
+        return await asked(self.state, lambda db: db.execute(question, values).fetchall())
 
     def _kept_transaction(self, columns: tuple) -> Transaction | None:
         """The transaction of two rows that were read together, unless it is damaged."""
@@ -7602,6 +7601,16 @@ class Keeper:
             self._put(station)
 
 
+async def asked(state: State, ask: Callable[[sqlite3.Connection], list]) -> list:
+    """What a function reads from the file; [] where there is none, or it cannot be read."""
+    if not state:
+        return []
+    try:
+        return await state.query(ask)
+    except Unavailable:
+        return []
+
+
 def read_rows(board: Board, kind: str, limit: int, record_of: Callable[[StateRow], Any],
               most_bytes: float = math.inf) -> list:
     """The records of the newest rows of a kind; what cannot be read is said, and left out."""
@@ -7662,7 +7671,16 @@ HISTORY: dict[str, type] = {"messages": LoggedMessage, "errors": Event, "securit
                             "system": Event, "proxy": ProxyEvent, "telemetry": Sample}
 HISTORY_LOOK_S = 1                  # so often it looks whether there is something to put
 HISTORY_AT_ONCE, HISTORY_BYTES = 2000, STATE_WAITING_BYTES // 16     # of each store, in one write
+HISTORY_PAGE, HISTORY_PAGE_BYTES = 10_000, 16 << 20      # of rows in one answer
 NUMBERS_AHEAD = 1_000_000           # numbers that a run may give before it says so on disk
+
+# Rows of a topic whose records are older than memory's, and match; see KEPT_MATCH.
+HISTORY_WORDS = " || char(10) || ".join(
+    f"coalesce(json_extract(value, '$.{name}'), '')" for name in (
+        "identity", "method", "message_id", "error_code", "error_description", "payload"))
+HISTORY_SLICE = f"AND key > :after ORDER BY key LIMIT {SLICE}"
+HISTORY_TEXT = ("(instr(lower(WORDS), lower(:text)) OR instr(WORDS, :text))"
+                .replace("WORDS", HISTORY_WORDS))
 
 
 class History:
@@ -7730,7 +7748,7 @@ class History:
                 self.state.lost += lost
             for index, record in enumerate(records[:HISTORY_AT_ONCE]):
                 self._put[topic], size = record.number, size + record.size
-                self.state.put(topic, f"{record.number:015}", packed(HISTORY[topic].__name__,
+                self.state.put(topic, _history_key(record.number), packed(HISTORY[topic].__name__,
                                record, 0.0), record.timestamp)
                 if size > HISTORY_BYTES:
                     break
@@ -7751,6 +7769,58 @@ class History:
                 await self.put()
         self._use_up(0)
 
+    # What is asked of the file: records of a topic with a number below `first`. `wanted` are
+    # attributes that must be equal, and a `text` that a message must have.
+
+    async def count(self, topic: str, first: int, wanted: dict[str, str]) -> int:
+        """How many match."""
+        found = await self._ask("SELECT count(*)", topic, first, wanted)
+        return found[0][0] if found else 0
+
+    async def page(self, topic: str, first: int, limit: int, offset: int,
+                   wanted: dict[str, str]) -> list:
+        """Those that match, the newest first; HISTORY_PAGE at most."""
+        if limit <= 0:
+            return []
+        records, _ = await self._records(
+            topic, first, wanted, "ORDER BY key DESC LIMIT :limit OFFSET :offset",
+            limit=min(limit, HISTORY_PAGE), offset=offset)
+        return records
+
+    async def slices(self, topic: str, first: int,
+                     wanted: dict[str, str]) -> AsyncIterator[list]:
+        """All that match, the oldest first, some at a time."""
+        records, after = await self._records(topic, first, wanted, HISTORY_SLICE, after="")
+        while after:
+            yield records
+            records, after = await self._records(topic, first, wanted, HISTORY_SLICE, after=after)
+
+    async def get(self, topic: str, number: int) -> Any:
+        """The record of that number, or None."""
+        found = await self.page(topic, number + 1, 1, 0, {})
+        return found[0] if found and found[0].number == number else None
+
+    async def _records(self, topic: str, first: int, wanted: dict[str, str], more: str,
+                       **values: Any) -> tuple[list, str]:
+        """(records; the key of the last row that was read, "" when there is none)."""
+        found = await self._ask("SELECT kind, key, at, value, crc", topic, first, wanted, more,
+                                lambda rows: [_history_records(topic, rows)], **values)
+        return found[0] if found else ([], "")
+
+    async def _ask(self, select: str, topic: str, first: int, wanted: dict[str, str],
+                   more: str = "", read: Callable[[Iterable], list] = list,
+                   **values: Any) -> list:
+        """What `read` makes, in the thread, of the rows that match."""
+        if not self.days:
+            return []
+        tests = [HISTORY_TEXT if name == "text" else f"json_extract(value, '$.{name}') = :{name}"
+                 for name in wanted]
+        question = f"{select} FROM kept WHERE kind = :topic AND key < :first"
+        if tests:
+            question += f" AND CASE WHEN json_valid(value) THEN {' AND '.join(tests)} END"
+        values |= wanted | {"topic": topic, "first": _history_key(first)}
+        return await asked(self.state, lambda db: read(db.execute(f"{question} {more}", values)))
+
     def clean(self) -> None:
         """Remove what is older than `history_days`."""
         before = self.board.clock() - 86400 * self.days
@@ -7765,8 +7835,7 @@ class History:
     def _put_all(self) -> None:
         """The file is new: put again what is in memory."""
         for topic in HISTORY:
-            records = self.board.stores[topic].records
-            self._put[topic] = records[0].number - 1 if records else self._put[topic]
+            self._put[topic] = self.board.stores[topic].first - 1
         self._written, self._put_mono = dict(self._put), -math.inf
         self._use_up(NUMBERS_AHEAD)
 
@@ -7775,6 +7844,26 @@ class History:
 
     def _write_ends(self) -> None:
         self._written = self._writing
+
+
+def _history_key(number: int) -> str:
+    return f"{number:015}"               # sorts as the numbers do
+
+
+def _history_records(topic: str, rows: Iterable[tuple]) -> tuple[list, str]:
+    """(records of rows, without damaged ones, as many as an answer may have; the last key)."""
+    records: list[Any] = []
+    key, size = "", 0
+    for *columns, crc in rows:
+        row = StateRow(*columns)
+        size += _row_bytes(row)
+        if size > HISTORY_PAGE_BYTES and key:
+            break
+        key = row.key
+        with contextlib.suppress(BoardError):
+            if State.is_good(row, crc):
+                records.append(_history_record(topic, row))
+    return records, key
 
 
 def _history_record(topic: str, row: StateRow) -> Any:
@@ -13082,9 +13171,26 @@ def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool
     return lambda record: read(record) == value
 
 
-def _page(store: Store, api: "Api", attributes: dict = FILTERED_BY) -> Page:
-    match = matcher(api.query, attributes)
-    return Page(*store.page(api.query["limit"], api.query["offset"], match))
+async def _page(topic: str, api: "Api", attributes: dict = FILTERED_BY) -> Page:
+    """The records of a topic that match: from memory, and behind them from the state file."""
+    store = api.board.stores[topic]
+    found = store.page(api.query["limit"], api.query["offset"], matcher(api.query, attributes))
+    return await _with_older(topic, api, store.first, Page(*found), attributes)
+
+
+async def _with_older(topic: str, api: "Api", first: int, recent: Page,
+                      attributes: dict = FILTERED_BY) -> Page:
+    """A page of records from `first` on, and what the state file has of those before it."""
+    history, wanted = api.daemon.keeper.history, _wanted(api.query, attributes)
+    older = await history.page(topic, first, api.query["limit"] - len(recent.items),
+                               max(0, api.query["offset"] - recent.total), wanted)
+    return Page(recent.items + older, recent.total + await history.count(topic, first, wanted))
+
+
+def _wanted(query: dict, attributes: dict = FILTERED_BY) -> dict[str, str]:
+    """The filters of a query by the names of attributes, and its text."""
+    return {attributes.get(name, name): value for name, value in query.items()
+            if (value is not None if name in attributes else name == "text" and value)}
 
 
 # The endpoints
@@ -13217,9 +13323,11 @@ async def _ask_to_boot(link: Link) -> None:
 async def get_messages(api: "Api") -> Page:
     """Messages, newest first."""
     if matcher(api.query) is None:
-        return _page(api.board.messages, api)
-    found, offset = await _found_messages(api), api.query["offset"]
-    return Page(found[offset:offset + api.query["limit"]], len(found))
+        return await _page("messages", api)
+    first, offset = api.board.messages.first, api.query["offset"]
+    found = await _found_messages(api)
+    return await _with_older("messages", api, first, Page(
+        found[offset:offset + api.query["limit"]], len(found)))
 
 
 async def _found_messages(api: "Api") -> list[LoggedMessage]:
@@ -13235,10 +13343,11 @@ async def _found_messages(api: "Api") -> list[LoggedMessage]:
     return found
 
 
-def get_message(api: "Api", number: str) -> str:
+async def get_message(api: "Api", number: str) -> str:
     """One message, by its id."""
     digits = re.fullmatch(r"(?:msg-)?([0-9]{1,15})", number)
-    record = digits and api.board.messages.get(int(digits[1]))
+    record = digits and (api.board.messages.get(int(digits[1])) or
+                         await api.daemon.keeper.history.get("messages", int(digits[1])))
     if not record:
         raise NotFound("Message not found: it was dropped for newer ones, or never was")
     return record.json()
@@ -13289,24 +13398,25 @@ async def get_report(api: "Api") -> dict | None:
     return None
 
 
-def get_security(api: "Api") -> Page:
+def get_security(api: "Api") -> Awaitable[Page]:
     """Security events, newest first."""
-    return _page(api.board.security, api)
+    return _page("security", api)
 
 
-def get_errors(api: "Api") -> Page:
+def get_errors(api: "Api") -> Awaitable[Page]:
     """What went wrong, newest first."""
-    return _page(api.board.errors, api)
+    return _page("errors", api)
 
 
-def get_system_events(api: "Api") -> Page:
+def get_system_events(api: "Api") -> Awaitable[Page]:
     """Events of the board, newest first."""
-    return _page(api.board.system, api, FILTERED_BY | {"type": "kind"})
+    return _page("system", api, FILTERED_BY | {"type": "kind"})
 
 
 def get_smart_charge(api: "Api") -> Page:
     """Smart charging sessions."""
-    return _page(api.board.smart_charge, api)
+    return Page(*api.board.smart_charge.page(api.query["limit"], api.query["offset"],
+                                             matcher(api.query)))
 
 
 def _controller(api: "Api") -> Controller:
@@ -13353,9 +13463,9 @@ def post_smart_charge_meter(api: "Api") -> dict:
     return {"success": True}
 
 
-def get_proxy(api: "Api") -> Page:
+def get_proxy(api: "Api") -> Awaitable[Page]:
     """Protocol proxy events."""
-    return _page(api.board.proxy, api, FILTERED_BY | {"type": "kind"})
+    return _page("proxy", api, FILTERED_BY | {"type": "kind"})
 
 
 def get_upstreams(api: "Api") -> list:
@@ -13374,10 +13484,11 @@ def get_telemetry(api: "Api") -> dict:
     return api.daemon.sample()
 
 
-def get_telemetry_history(api: "Api") -> Page:
+async def get_telemetry_history(api: "Api") -> Page:
     """The newest samples, oldest first."""
     kept = api.board.telemetry
-    samples, total = kept.page(api.query["limit"] or len(kept) or 1)
+    api.query |= {"limit": api.query["limit"] or len(kept) or 1, "offset": 0}
+    samples, total = await _page("telemetry", api)
     return Page(samples[::-1], total)
 
 
@@ -13397,9 +13508,15 @@ TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "starte
 
 async def get_messages_export(api: "Api") -> None:
     """All messages that match, oldest first, as a file."""
+    history, wanted, first = api.daemon.keeper.history, _wanted(api.query), api.board.messages.first
     found = await _found_messages(api)
-    write = _begin_export(api, "messages", len(found), MESSAGE_COLUMNS,
+    total = len(found) + await history.count("messages", first, wanted)
+    write = _begin_export(api, "messages", total, MESSAGE_COLUMNS,
                           lambda record: record.head() | {"payload": record.payload})
+    async for messages in history.slices("messages", first, wanted):
+        await write(messages)
+        if api.closed:
+            return
     await write(found[::-1])
 
 

@@ -12396,6 +12396,104 @@ async def test_a_2x_station_is_asked_for_each_connector_that_is_known():
     await asking
 
 
+async def written(site):
+    """All that came is on disk."""
+    await site.daemon.keeper.history.put()
+    await site.daemon.state.write()
+
+
+def with_history(folder, **keys):
+    return Site(state_path=str(folder / "s.db"), state_history_days=7, store_max_messages=7,
+                store_max_system_events=4, store_max_errors=2, store_max_security_events=2,
+                telemetry_history=3, telemetry_interval_ms=60_000, **keys)
+
+
+@with_loop
+async def test_lists_reach_what_memory_has_dropped_with_filters_and_pages(tmp_path):
+    seen: dict = {topic: {} for topic in ocppboard.HISTORY}
+
+    def follow(board):
+        for topic, records in seen.items():
+            store = board.stores[topic]
+            records |= {r.number: r for r in store.records if r.number > store.before}
+            board.listeners[topic].append(ocppboard.SimpleNamespace(offer=lambda event: seen[
+                event.topic].setdefault(event.number, event.record)))
+    for run in range(2):
+        async with with_history(tmp_path) as site:
+            follow(site.board)
+            for number in range(4):
+                identity = f"CP-{number % 2}"
+                socket_ = await site.station(identity)
+                for action, payload in (("Heartbeat", {}), ("NoSuch", {}), ("DataTransfer", {
+                        "vendorId": "Some'Vendor", "data": f"{run}-{number} É %_"})):
+                    await exchange(socket_, action, payload)
+                    await written(site)
+                await socket_.close()
+                site.board.security_event("ANOMALY", identity, "odd", "low", {"ip": "1"})
+                site.board.error("BAD_MESSAGE", site.board.stations[identity], "e", {})
+                site.board.relayed(ocppboard.ProxyEvent("refused", identity, "a", "b", "UP",
+                                                        "Heartbeat", site.board.clock()))
+                site.board.sampled({"number": number})
+                await written(site)
+            assert len(site.board.messages) <= 7
+            for path, topic, kind, queries in (
+                    ("messages", "messages", "type", (
+                        {}, {"identity": "CP-1"}, {"method": "NoSuch", "direction": "OUT"},
+                        {"type": "CALLERROR"}, {"text": "SOME'v"}, {"text": "-2 "}, {"text": "%_"},
+                        {"text": "nothing"}, {"messageId": "1", "text": "heart"},
+                        {"identity": ""})),
+                    ("system-events", "system", "kind", ({}, {"type": "STATION_CONNECTED"},
+                                                         {"identity": "CP-0"})),
+                    ("errors", "errors", "kind", ({}, {"category": "BAD_MESSAGE"})),
+                    ("security", "security", "kind", ({}, {"severity": "low"})),
+                    ("proxy", "proxy", "kind", ({}, {"type": "refused", "method": "Heartbeat"}))):
+                for query in queries:
+                    match = ocppboard.matcher(query, ocppboard.FILTERED_BY | {"type": kind})
+                    wanted = [json.loads(r.json()) for _, r in sorted(seen[topic].items())
+                              if match is None or match(r)][::-1]
+                    for more in ({"limit": 1000}, {"limit": 5, "offset": 4},
+                                 {"limit": 3, "offset": 20}):
+                        text = "&".join(f"{name}={quote(str(value))}"
+                                        for name, value in (query | more).items())
+                        _, got, headers = await site.fetch(f"/api/{path}?{text}")
+                        start = more.get("offset", 0)
+                        assert got == wanted[start:start + more["limit"]], (query, more)
+                        assert int(headers["X-Total-Count"]) == len(wanted), query
+            samples = await site.get("/api/telemetry/history?limit=1000")
+            assert len(await site.get("/api/telemetry/history")) == 3
+            assert samples == [r.view() for _, r in sorted(seen["telemetry"].items())]
+            oldest = seen["messages"][1]
+            assert await site.get("/api/messages/msg-1") == json.loads(oldest.json())
+            assert (await site.fetch("/api/messages/999999999"))[0] == 404
+            lines = (await site.get("/api/messages/export")).splitlines()
+            assert [json.loads(line) for line in lines] == [
+                json.loads(r.json()) for _, r in sorted(seen["messages"].items())]
+            lines = (await site.get("/api/messages/export?method=NoSuch&format=csv")).splitlines()
+            assert len(lines) == 1 + sum(r.method == "NoSuch" for r in seen["messages"].values())
+        unlock(site.daemon.state)
+
+
+@with_loop
+async def test_a_stream_of_an_earlier_run_gets_a_gap_and_what_this_run_has(tmp_path):
+    async with with_history(tmp_path) as site:
+        socket_ = await site.station()
+        await exchange(socket_, "Heartbeat", {})
+        events = await site.stream("/api/messages/stream")
+        name, _, last_id = await events.next()
+        assert name == "connected"
+        await socket_.close()
+    unlock(site.daemon.state)
+    async with with_history(tmp_path) as site:
+        assert len(site.board.messages) == 2, "of the earlier run"
+        await exchange(await site.station(), *status_16("Available"))
+        events = await site.stream("/api/messages/stream", {"Last-Event-ID": last_id})
+        found = [await events.next() for _ in range(4)]
+        assert [name for name, _, _ in found] == ["connected", "gap", "message", "message"]
+        assert found[1][1]["restarted"] is True and found[1][1]["lost"] == 0
+        assert [data["id"] for _, data, _ in found[2:]] == ["msg-3", "msg-4"]
+    unlock(site.daemon.state)
+
+
 @contextlib.asynccontextmanager
 async def killed_process(folder):
     """A daemon over the folder's state file that ends by `kill -9`: (its URL, a client)."""
