@@ -4409,6 +4409,39 @@ async def test_a_day_of_ten_stations_that_charge_writes_less_than_10_mb(tmp_path
     assert megabytes < 10
 
 
+@with_loop
+async def test_a_history_of_ten_messages_a_second_takes_what_the_readme_says(tmp_path):
+    """Meter values and their answers for ten minutes, times 144; and what they cost the loop."""
+    bench = KeptBench(tmp_path, state_history_days=7, ocpp_max_calls_per_second=0)
+    minutes, loop_s = 10, 0.0
+    await bench.state.write()
+    before = written_bytes()
+    for second in range(minutes * 60):
+        bench.clock.now += 1
+        for number in range(5):
+            bench.link.receive(json.dumps([2, f"{second}-{number}", "MeterValues", {
+                "connectorId": 1, "meterValue": [{
+                    "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": [
+                        sample(str(second)), sample("11000", POWER, "W"),
+                        *(sample("16.1", CURRENT, phase=phase) for phase in ocppboard.PHASES)]}]},
+            ], separators=(",", ":")))
+        if second % 2:
+            bench.board.sampled(bench.board.sample({}))
+        if second % 50 == 49:
+            began = time.process_time()
+            await bench.keeper.history.put()
+            loop_s += time.process_time() - began
+            await bench.state.write()
+    await bench.state.stop()
+    unlock(bench.state)
+    records = bench.board.messages.total
+    days = 86400 / (minutes * 60) / 1e6
+    print(f"a day: {(written_bytes() - before) * days:.0f} MB written, "
+          f"{bench.path.stat().st_size * days:.0f} MB on disk; the loop takes "
+          f"{loop_s / records * 1e6:.0f} µs a message")
+    assert records == 6000 and bench.path.stat().st_size / records < 1000
+
+
 def written_bytes():
     """What this process has given to the disk; 0 where the system does not say."""
     try:
