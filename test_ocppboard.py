@@ -13520,7 +13520,7 @@ async def test_a_station_that_charges_is_seen_to(site):
         outlet.phases, outlet.car_a, outlet.soc = 3, 16.0, 50.0
         for _ in range(3):
             await command("TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": 1})
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(3 * ocppboard.STREAM_PAUSE_S)        # or the page sees but the last
         await look.sees("Charging at 11 kW, the car is at 50 %.", ".why")
         await expect(look.page.get_by_role("img", name="Power")).to_have_count(1)
         path = await look.page.locator(".chart .line").first.get_attribute("d")
@@ -14126,7 +14126,7 @@ async def test_power_and_relay_show_what_their_endpoints_give(site):
         await look.sees("More now.", "tbody")
         for _ in range(3):
             await command("TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": 1})
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(3 * ocppboard.STREAM_PAUSE_S)        # or the page sees but the last
         await expect(look.page.locator(".chart .limit")).to_have_count(1)
         await expect(look.page.locator(".legend")).to_contain_text("SIM-1 1")
         await look.go("relay")
