@@ -16813,7 +16813,7 @@ const relayed = ({method, toMethod}) =>
 const versions = (from, to) => [...new Set([from, to])].join(' ⇒ ').replaceAll('ocpp', '');
 
 const RELAY_COLUMNS = [
-  {name: 'Time', width: '8.6rem', short: '8.2rem', leads: true, cell: one => clock(one.timestamp, true)},
+  {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
   {name: 'Station', width: '8rem', short: '5rem', cell: one => stationLink(one.identity)},
   {name: 'What', width: '7rem', short: '6.4rem',
     cell: one => pill(one.type, RELAY_TONES[one.type] ?? 'bad')},
