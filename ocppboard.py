@@ -18629,9 +18629,6 @@ def _processor() -> str:
 
 def bench(options: argparse.Namespace) -> int:
     """Run the bench, or the part of it that is asked for. Returns the exit status."""
-    # The daemon has no use for it, and it takes memory.
-    import tempfile
-
     if options.stations > BENCH_STATIONS:
         raise ConfigError(f"--stations: {BENCH_STATIONS} at most")
     seconds, pairs = (1.0, 1) if options.quick else (options.seconds, options.pairs)
