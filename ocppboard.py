@@ -21,7 +21,7 @@ Words, those of the standard:
     Exchange     ours: the Calls of one side of a connection, one at a time
     Link         ours: one live connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
-    Controller   ours: shares the site's power; a Ledger is its book of what an EVSE may draw
+    Controller   ours: shares the site's power; an Evse has what one may draw at worst
     upstream     the central system that the relay passes a station on to
     session      ours, UpstreamSession: one station's way upstream; its queue has QueuedCalls
     Translator   ours: stands between versions; its TransactionMapping has the ids of both sides
@@ -364,7 +364,7 @@ VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
 PROTOCOLS = ("ocpp2.1", "ocpp2.0.1", "ocpp1.6")
 PORT, KEPT = (0, 65535), (1, 10_000_000)
 WHEN_DOWN = ("answer", "close")
-STRATEGIES = ("equal_share", "priority", "time_of_use", "first_come")
+STRATEGIES = ("equal_share", "priority", "time_of_use", "first_come", "solar")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
 # ConnectorPhaseRotation, whose words these are).
@@ -423,6 +423,8 @@ SETTINGS = (
     Setting("smart_charge", "timezone", ""),
     Setting("smart_charge", "meter", False),
     Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
+    Setting("smart_charge", "solar_on_seconds", 60, (0, 900)),
+    Setting("smart_charge", "solar_off_seconds", 180, (0, 900)),
     Setting("proxy", "journal", ""),
     Setting("state", "path", ""),
     Setting("state", "transactions_days", 400, (1, 36_500)),
@@ -682,6 +684,8 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
         raise wrong("what the site can must be said, by either site_limit_a or site_limit_kw")
     if settings.strategy == "time_of_use" and not settings.window:
         raise wrong('strategy = "time_of_use" needs a [[smart_charge.window]]')
+    if settings.strategy == "solar" and not settings.meter:
+        raise wrong('strategy = "solar" needs meter = true: the site\'s meter tells what is left')
     if settings.fallback_a and settings.fallback_a < settings.minimum_a:
         raise wrong(f"fallback_a must be 0 or at least minimum_a ({settings.minimum_a} A), "
                     "or no car would charge at it")
@@ -1530,6 +1534,7 @@ class ChargeSession(Record):
     measured_a: float | None = None     # of the strongest phase
     min_a: int | None = None            # set on the board
     max_a: int | None = None
+    phases_set: int | None = None
     reason: str = ""                    # one sentence: why this much
     ended_at: float | None = None
     number: int = 0
@@ -1544,7 +1549,8 @@ class ChargeSession(Record):
             "connector": self.connector_id, "circuit": self.circuit, "phases": self.phases,
             "allocatedA": self.allocated_a, "targetA": self.target_a,
             "measuredA": self.measured_a, "priority": self.priority, "minA": self.min_a,
-            "maxA": self.max_a, "reason": self.reason, "endedAt": iso(self.ended_at),
+            "maxA": self.max_a, "phasesSet": self.phases_set, "reason": self.reason,
+            "endedAt": iso(self.ended_at),
         }
 
 
@@ -1685,6 +1691,8 @@ class Station(Record):
     seen_since_start: bool = True       # False: known from an earlier run alone
     booted_since_start: bool = False
     introduce_mono: float | None = None  # when it is asked to boot; inf: it was, or need not be
+    has_spoken: bool = False            # on its present, or its last, connection
+    boot_unanswered: bool = False       # upstream has yet to answer its BootNotification
     row_crc: int = 0                    # of what stands in the State
     changed: int = 0
 
@@ -6143,6 +6151,16 @@ class Rates:
         self._second = second
 
 
+class PowerController(Protocol):
+    """Whoever sets the limits of charging; what cars say of themselves goes there (K15)."""
+
+    def car_needs(self, station: Station, payload: dict) -> bool:
+        """Whether a limit by these needs follows."""
+
+    def car_schedule(self, station: Station, payload: dict) -> bool:
+        """Whether the car's schedule is within its limit."""
+
+
 class Board:
     """All that is known of the stations, and who follows it."""
 
@@ -6176,6 +6194,7 @@ class Board:
         self.changes = dict.fromkeys(CHANGING, 0)    # {topic: number of the last event}
         self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
         self.on_change: dict[str, Callable[[Any], None]] = {}    # {topic: who misses no change}
+        self.power: PowerController | None = None
         self.rates = Rates(self.mono)
         self.total_messages = self.total_call_errors = 0
         self.total_connections = self.total_refused = self.peak_connections = self.online = 0
@@ -6256,6 +6275,7 @@ class Board:
         station.protocol, station.remote_address = protocol, address
         station.connected_at, station.disconnected_at = now, None
         station.seen_since_start = True
+        station.has_spoken = station.boot_unanswered = False
         station.security_profile = security_profile
         station.pongs = False, station.pongs[0]
         self._gone.pop(identity, None)
@@ -6324,6 +6344,7 @@ class Board:
         """A BootNotification came, and was answered with this status."""
         station.info = {key: kept(value) for key, value in info.items() if value is not None}
         station.registration, station.booted_since_start = status, True
+        station.boot_unanswered = False
         for connector in station.connectors.values():
             connector.problems.clear()
             if connector.reading is not None:
@@ -6542,6 +6563,8 @@ class Board:
                                payload, now, response_ms, error_code, error_description,
                                sys.getsizeof(payload))
         self.messages.append(record)
+        if direction == "IN":
+            station.has_spoken = True
         self._count(station, now)
         if response_ms is not None and kind != "CALL":
             self.rates.answered(response_ms)
@@ -7025,6 +7048,7 @@ class Board:
     def registered(self, station: Station, status: str, heartbeat_s: float | None) -> None:
         """Upstream's answer to a BootNotification counts, not ours."""
         station.heartbeat_s = heartbeat_s or station.heartbeat_s
+        station.boot_unanswered = False
         if station.registration != status:
             station.registration = kept(status, 64)
             self.publish("connections", station)
@@ -8457,6 +8481,20 @@ def _constant(**answer: str) -> Callable:
     return lambda board, station, payload: dict(answer)
 
 
+def _car_needs(without_limit: str) -> Callable:
+    """A handler for what a car needs: where the limits are ours, one by it follows (K15.FR.03)."""
+    def on_car_needs(board: Board, station: Station, payload: dict) -> dict:
+        follows = board.power is not None and board.power.car_needs(station, payload)
+        return {"status": "Processing" if follows else without_limit}
+    return on_car_needs
+
+
+def on_notify_ev_charging_schedule(board: Board, station: Station, payload: dict) -> dict:
+    """K15.FR.10, K15.FR.11: what a car plans is within its limit, or it is sent again."""
+    fits = board.power is None or board.power.car_schedule(station, payload)
+    return {"status": "Accepted" if fits else "Rejected"}
+
+
 TRANSACTION_BEGINS: dict[str, Callable] = {
     "Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
 END_OF_TRANSACTION = frozenset(("StopTransaction", "TransactionEvent"))
@@ -8491,8 +8529,8 @@ CALLS_201 = {
     "NotifyChargingLimit": _constant(),
     "NotifyCustomerInformation": _constant(),
     "NotifyDisplayMessages": _constant(),
-    "NotifyEVChargingNeeds": _constant(status="Rejected"),   # K15: we work out no schedule for it
-    "NotifyEVChargingSchedule": _constant(status="Accepted"),
+    "NotifyEVChargingNeeds": _car_needs("Rejected"),
+    "NotifyEVChargingSchedule": on_notify_ev_charging_schedule,
     "NotifyEvent": on_notify_event,
     "NotifyMonitoringReport": _constant(),
     "NotifyReport": _constant(),
@@ -8510,7 +8548,7 @@ CALLS_21 = CALLS_201 | {
     "GetCertificateChainStatus": on_get_certificate_chain_status,
     "NotifyDERAlarm": _constant(),
     "NotifyDERStartStop": _constant(),
-    "NotifyEVChargingNeeds": _constant(status="NoChargingProfile"),
+    "NotifyEVChargingNeeds": _car_needs("NoChargingProfile"),
     "NotifyPriorityCharging": _constant(),
     "NotifySettlement": _constant(),
     "NotifyWebPaymentStarted": _constant(),
@@ -8756,6 +8794,8 @@ class Link:
         if self.upstream is not None:
             record = board.message(station, "IN", "CALL", call.action, message_id(call.id_text),
                                    without_secrets(call.action, call.payload, call.text))
+            if call.action == "BootNotification":
+                station.boot_unanswered = True
             self.upstream.station_called(call, frame or pack(call), started, record)
             return None
         reply = answer(board, station, protocol, call, violation if self._strict else None)
@@ -9017,14 +9057,16 @@ class Budget:
 
 
 # --- Smart charging -----------------------------------------------------------------------
-# `decide` is pure: circuits, sessions and the time in, amperes out. A Ledger keeps the books of
-# what an EVSE may draw at worst; the Controller lets a limit rise only where the worst of all
-# leaves room for it. Limits are A per phase, intervals seconds of a clock that never jumps.
+# Each second: `observe` what the stations said, `decide` (pure: circuits and sessions in, amperes
+# out), then the `commands` that lead there. Every EVSE counts at the worst that it may draw, and a
+# limit rises only where the sum of all worsts leaves room, in each phase of each circuit. Limits
+# are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
 
 CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
 PILOT_S = 6.0                           # a car has followed by then
 EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # so much later than we think it may expire
 VERIFY_S = 10.0                         # until we look whether a station has obeyed
+REFUSAL_S = 2.0                         # the end of a transaction comes by then, if that is why
 RAISE_EVERY_S = 30.0
 RETRY_S = 600.0                         # until a station that obeyed nothing is tried again
 FLOW_OLD_S = 900.0                      # a reading that says nothing of now
@@ -9033,19 +9075,22 @@ SLACK_A = 3                             # what a car must leave before others ge
 ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing is served last
 METER_WARN_S, METER_LOST_S = 15.0, 60.0
 START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
-HELD_MOST, MODELS_KEPT = 6, 200
+SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
+SENT_KEPT, MODELS_KEPT = 6, 200
 FALLBACK_START = "2020-01-01T00:00:00Z"
 STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
 GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
 GRAIN_A = 1e-6                          # sums of decimal amperes are this exact
+SURPLUS = "surplus"                     # what the sun leaves: the circuit that it makes
 
 
 class Circuit(NamedTuple):
-    """A piece of the site's wiring; the first of a list is the site itself."""
+    """A piece of the site's wiring; the first of a list is the one that all others hang at."""
 
     name: str
-    parent: str                         # "" of the site
+    parent: str                         # "" of the first
     limit_a: float                      # A per phase that may be used, the margin off
+    pooled: bool = False                # the limit is for the sum of the phases
 
 
 class Request(NamedTuple):
@@ -9058,124 +9103,133 @@ class Request(NamedTuple):
     maximum: float = 32
     priority: int = 1
     arrived: float = 0.0
+    turns: float = 0.0                  # that it has had, the present one included
+    on_turn: bool = False               # it charges, and the turns have not changed since it began
     waiting_since: float | None = 0.0   # None: it charges
-    turn_at: float = 0.0                # when it was given this turn, while it charges
-    charging_since: float = 0.0         # when it was given its first one in a row
     need: float | None = None           # A that its car takes, where that is known and less
     asleep: bool = False                # it had power and took none: it is served last
     load: float = 1.0                   # A that may flow in each phase for an ampere of its limit
-    kept: float = 0.0                   # A that are kept for it in any case: its fallback
+    reserved: float = 0.0               # A that are kept for it in any case: its fallback
 
 
 class Share(NamedTuple):
-    """What a session gets, and why."""
+    """How much a session gets, and why."""
 
     amps: int                           # A per phase, whole steps
     reason: str                         # one sentence without its amperes
+    held_by: str = ""                   # the circuit that keeps it from more
 
 
-def decide(circuits: list[Circuit], requests: list[Request], taken: dict, strategy: str,
+def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, strategy: str,
            now: float, step: int = 1, rotate_s: float = 900) -> dict[Any, Share]:
     """Share what the circuits can among the sessions: {id of the request: Share}.
 
-    `taken` is what flows besides, {(circuit, phase): A}, and counts upwards from there. No limit is
-    exceeded, unless by `taken` and what is kept alone; a session gets 0 or from its minimum to its
-    maximum; nothing is left that one could take. First as many as fit get their minimum: when not
-    all do, the turns change every `rotate_s`. Then who has least is raised first: amperes are
-    max-min fair under equal_share and time_of_use, amperes over priority under priority; under
-    first_come, which has no turns either, who came first takes what it can.
+    `other_load` is what flows besides, {(circuit, phase): A}, and counts upwards from there. No
+    limit is exceeded, unless by it and what is reserved alone; a session gets 0 or from its
+    minimum to its maximum; nothing is left that one could take. First as many as fit get their
+    minimum: when not all do, the turns change every `rotate_s`, and who had fewest is next. Then
+    who has least is raised first: amperes are max-min fair under equal_share, time_of_use and
+    solar, amperes over priority under priority; under first_come, which has no turns either, who
+    came first takes what it can. Under solar those with a priority come before all others.
     """
-    wiring = _Wiring(circuits, taken)
+    tree = CircuitTree(circuits, other_load)
     if strategy == "first_come":
         order = sorted(requests, key=lambda r: (r.asleep, r.arrived))
     else:
-        order = sorted(requests, key=lambda r: _place(r, strategy == "priority", now, rotate_s))
+        order = sorted(requests, key=lambda r: _place(r, strategy))
     # 1. who charges
     granted: dict = {}                  # {id: A}
-    held_by: dict = {}                  # {id: what kept it from more}
+    held_by: dict = {}                  # {id: the place that kept it from more}
     for request in order:
-        wiring.use(wiring.wire(request), request.kept)
-    empty = list(wiring.left)
+        tree.use(tree.path(request.circuit, request.phases), request.reserved)
+    empty = list(tree.left)
     for request in order:
         least = math.ceil(request.minimum / step) * step
         most = math.floor(request.maximum / step) * step
-        # What is kept for it costs nobody anything.
-        least = max(least, min(most, math.floor(request.kept / request.load / step) * step))
-        beyond = max(0.0, least * request.load - request.kept)
-        wire = wiring.wire(request)
+        # What is reserved for it costs nobody anything.
+        least = max(least, min(most, math.floor(request.reserved / request.load / step) * step))
+        beyond = max(0.0, least * request.load - request.reserved)
+        path = tree.path(request.circuit, request.phases)
         if not 0 < least <= most:
             held_by[request.id] = None
-        elif (full := wiring.full(wire, beyond)) is not None and beyond:
+        elif (full := tree.full(path, beyond)) is not None and beyond:
             held_by[request.id] = full
         else:
-            wiring.use(wire, beyond)
+            tree.use(path, beyond)
             granted[request.id] = least
     # 2. the rest: up to what the cars take, then up to what they might
     level = {"first_come": lambda amps, request: 0, "priority": lambda amps, request:
              amps / request.priority}.get(strategy, lambda amps, request: amps)
     charging = [request for request in order if request.id in granted]
     for needs in (True, False) if any(r.need is not None for r in charging) else (False,):
-        wiring.fill(charging, granted, held_by, step, level, needs)
+        tree.fill(charging, granted, held_by, step, level, needs)
     minutes = math.ceil((rotate_s - now % rotate_s) / 60)
-    return {r.id: Share(granted.get(r.id, 0), _reason(r, granted.get(r.id, 0), held_by.get(r.id),
-                                                     wiring, empty, strategy, step, minutes))
-            for r in requests}
+    return {r.id: _share(r, granted.get(r.id, 0), held_by.get(r.id), tree, empty, strategy, step,
+                         minutes) for r in requests}
 
 
-def _place(request: Request, weighted: bool, now: float, rotate_s: float) -> tuple:
+def _place(request: Request, strategy: str) -> tuple:
     """Where a session stands in the queue for the minimum.
 
     Who is on turn stays until the turns change, for all at the same time: then all compete for an
-    empty site, so that who waited longest fits, whatever it needs. Waiting counts by priority, if
+    empty site, so that who had fewest turns fits, whatever it needs. Turns count by priority, if
     that is the strategy; nobody waits for ever.
     """
-    charging = request.waiting_since is None
-    on_turn = charging and request.turn_at // rotate_s == now // rotate_s
-    rounds = 0 if charging else max(1, math.ceil((now - request.waiting_since) / rotate_s))
-    claim = (rounds + 1) * (request.priority if weighted else 1)
-    since = -request.charging_since if charging else request.waiting_since
-    return request.asleep, not on_turn, -claim, since, request.arrived
+    turns = request.turns / (request.priority if strategy == "priority" else 1)
+    since = math.inf if request.waiting_since is None else request.waiting_since
+    return (strategy == "solar" and request.priority == 1, request.asleep, not request.on_turn,
+            turns, since, request.arrived)
 
 
-class _Wiring:
-    """What is left of each phase of each circuit. A wire is all of them that a session loads."""
+class CircuitTree:
+    """What is left of each phase of each circuit. A path is all of them that a session loads."""
 
-    def __init__(self, circuits: list[Circuit], taken: dict):
+    def __init__(self, circuits: list[Circuit], other_load: dict):
         self.names = [circuit.name for circuit in circuits]
-        parents = {circuit.name: circuit.parent for circuit in circuits}
+        self.parents = {circuit.name: circuit.parent for circuit in circuits}
         index = {name: number for number, name in enumerate(self.names)}
         self.left = [circuit.limit_a for circuit in circuits for _ in PHASES]
-        self._lines = {}                # {circuit: the places in `left` of its L1 and its parents'}
+        self._pooled = {3 * index[c.name] for c in circuits if c.pooled}
+        self._paths: dict[tuple[str, tuple], list[int]] = {}
+        self._firsts: dict[str, list[int]] = {}      # {circuit: the places of L1, up to the root}
         for name in self.names:
-            line, one = [], name
-            while one:
-                line.append(3 * index[one])
-                one = parents[one]
-            self._lines[name] = line
-        for (name, phase), amps in taken.items():
-            for first in self._lines[name]:
-                self.left[first + phase] -= amps
+            firsts, above = [], name
+            while above:
+                firsts.append(3 * index[above])
+                above = self.parents[above]
+            self._firsts[name] = firsts
+        for (name, phase), amps in other_load.items():
+            self.use(self.path(name, (phase,)), amps)
 
-    def wire(self, request: Request) -> list[int]:
-        """The places in `left` that a session loads, its own circuit first."""
-        return [first + phase for first in self._lines[request.circuit] for phase in request.phases]
+    def path(self, circuit: str, phases: tuple) -> list[int]:
+        """The places in `left` that such a session loads, its own circuit first.
 
-    def full(self, wire: list[int], amps: float) -> int | None:
+        A pooled circuit has one place, which stands there once for each phase.
+        """
+        found = self._paths.get((circuit, phases))
+        if found is None:
+            found = self._paths[circuit, phases] = [
+                first if first in self._pooled else first + phase
+                for first in self._firsts[circuit] for phase in phases]
+        return found
+
+    def full(self, path: list[int], amps: float) -> int | None:
         """The first place that has less than that left; None if all have it."""
-        for place in wire:
-            if self.left[place] < amps - GRAIN_A:
+        for place in path:
+            wanted = amps * path.count(place) if place in self._pooled else amps
+            if self.left[place] < wanted - GRAIN_A:
                 return place
         return None
 
-    def use(self, wire: list[int], amps: float) -> None:
-        """Take it from all places of a wire."""
-        for place in wire:
+    def use(self, path: list[int], amps: float) -> None:
+        """Take it from all places of a path."""
+        for place in path:
             self.left[place] -= amps
 
     def fill(self, requests: list[Request], granted: dict, held_by: dict, step: int,
              level: Callable[[float, Request], float], needs: bool) -> None:
         """Raise whoever has the lowest level by a step, until nobody can take one more."""
-        rises = []                       # (request, its wire, A that it could take more)
+        rises = []                       # (request, its path, A that it could take more)
         wanted = [0.0] * len(self.left)
         for request in requests:
             most = request.maximum
@@ -9183,16 +9237,16 @@ class _Wiring:
                 most = min(most, max(request.need, request.minimum))
             rise = math.floor(most / step) * step - granted[request.id]
             if rise > 0:
-                wire = self.wire(request)
-                rises.append((request, wire, rise))
-                for place in wire:
+                path = self.path(request.circuit, request.phases)
+                rises.append((request, path, rise))
+                for place in path:
                     wanted[place] += rise * request.load
         # What all together cannot fill holds nobody back, and need not be looked at again.
         tight = {place for place, amps in enumerate(wanted) if amps > self.left[place] + GRAIN_A}
         heap = []
-        for number, (request, wire, rise) in enumerate(rises):
+        for number, (request, path, rise) in enumerate(rises):
             amps = granted[request.id]
-            bounds = [place for place in wire if place in tight]
+            bounds = [place for place in path if place in tight]
             if bounds:
                 heap.append((level(amps, request), number, request, bounds, amps + rise))
             else:
@@ -9210,44 +9264,52 @@ class _Wiring:
             self.use(bounds, step * request.load)
             granted[request.id] = amps = amps + step
             heapq.heapreplace(heap, (level(amps, request), number, request, bounds, most))
-        for request, wire, rise in rises:
+        for request, path, rise in rises:
             gained = granted[request.id] - before[request.id] if request.id in before else rise
-            self.use([place for place in wire if place not in tight], gained * request.load)
+            self.use([place for place in path if place not in tight], gained * request.load)
+
+    def above(self, circuit: str) -> list[str]:
+        """A circuit, and all that it hangs at."""
+        return [self.names[first // 3] for first in self._firsts[circuit]]
 
     def says(self, place: int) -> str:
         """A place in words."""
-        return f"{self.names[place // 3]} on {PHASES[place % 3]}"
+        name = self.names[place // 3]
+        return f"the {name}" if place in self._pooled else f"{name} on {PHASES[place % 3]}"
 
 
-def _reason(request: Request, amps: int, held_by: int | None, wiring: _Wiring, empty: list,
-            strategy: str, step: int, minutes: int) -> str:
-    """Why a session gets so much, in one sentence; `empty` is what was left before all of them."""
-    if not amps and held_by is None:
-        return f"It may have {request.maximum:g} A at most, which is under its minimum"
+def _share(request: Request, amps: int, held_by: int | None, tree: CircuitTree, empty: list,
+           strategy: str, step: int, minutes: int) -> Share:
+    """How much a session gets and why; `empty` is what was left before all of them."""
+    if held_by is None:
+        return Share(amps, f"The most that it may have is {request.maximum:g} A" if amps else
+                     f"It may have {request.maximum:g} A at most, which is under its minimum")
+    circuit, place = tree.names[held_by // 3], tree.says(held_by)
     if not amps and empty[held_by] < request.minimum * request.load - GRAIN_A:
-        return (f"Waits: {max(0.0, empty[held_by]):.1f} A of {wiring.says(held_by)} are all that "
-                "can be shared now, beside what is not under control")
-    if not amps:
+        text = (f"Waits: {max(0.0, empty[held_by]):.1f} A of {place} are all that can be shared "
+                "now, beside what is not under control")
+    elif not amps:
         waits = (f"Waits for its turn, the next change is in {minutes} min"
                  if strategy != "first_come" else "Waits until another one leaves")
-        return f"{waits}: no {request.minimum:g} A are left of {wiring.says(held_by)}"
-    if amps + step > request.maximum:
-        return f"The most that it may have is {request.maximum:g} A"
-    if request.need is not None and amps >= request.need:
-        return "The car takes no more"
-    words = {"priority": f"Its share by priority {request.priority}",
-             "first_come": "What those who came before leave"}
-    share = words.get(strategy, "An equal share")
-    return f"{share} of {wiring.says(held_by)}" if held_by is not None else share
+        text = f"{waits}: no {request.minimum:g} A are left of {place}"
+    elif amps + step > request.maximum:
+        return Share(amps, f"The most that it may have is {request.maximum:g} A")
+    elif request.need is not None and amps >= request.need:
+        return Share(amps, "The car takes no more")
+    else:
+        words = {"priority": f"Its share by priority {request.priority}",
+                 "first_come": "What those who came before leave"}
+        text = f"{words.get(strategy, 'An equal share')} of {place}"
+    return Share(amps, text, circuit)
 
 
 # How a limit is told
 
 
-class Dialect(NamedTuple):
+class ProfileVariant(NamedTuple):
     """One way to tell a station a limit; what one station refuses, another one insists on."""
 
-    purpose: str                        # STATION_MAX: the version's own word
+    purpose: str
     unit: str                           # A | W
     kind: str = "Absolute"              # a Relative one cannot expire: it counts from the plug
     highest: bool = True                # on the highest stack level that the station knows; else 0
@@ -9264,21 +9326,65 @@ class Dialect(NamedTuple):
 
 STATION_MAX = "ChargingStationMaxProfile"
 # From what the standard means to what some chargers want, the next when one is refused.
-LADDER = (
-    Dialect("TxProfile", "A"), Dialect("TxProfile", "W"),
-    Dialect("TxDefaultProfile", "A"), Dialect("TxDefaultProfile", "W"),
-    Dialect("TxProfile", "A", highest=False), Dialect("TxProfile", "W", highest=False),
-    Dialect("TxProfile", "W", phases=False),
-    Dialect(STATION_MAX, "A", whole=True), Dialect(STATION_MAX, "W", whole=True),
-    Dialect("TxProfile", "A", "Relative"), Dialect("TxProfile", "W", "Relative"),
+VARIANTS = (
+    ProfileVariant("TxProfile", "A"), ProfileVariant("TxProfile", "W"),
+    ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "W"),
+    ProfileVariant("TxProfile", "A", highest=False),
+    ProfileVariant("TxProfile", "W", highest=False),
+    ProfileVariant("TxProfile", "W", phases=False),
+    ProfileVariant(STATION_MAX, "A", whole=True), ProfileVariant(STATION_MAX, "W", whole=True),
+    ProfileVariant("TxProfile", "A", "Relative"), ProfileVariant("TxProfile", "W", "Relative"),
 )
-FALLBACKS = (                           # the same for what holds without us
-    Dialect("TxDefaultProfile", "A"), Dialect("TxDefaultProfile", "A", whole=True),
-    Dialect("TxDefaultProfile", "W"), Dialect("TxDefaultProfile", "W", whole=True),
-    Dialect("TxDefaultProfile", "A", highest=False),
-    Dialect("TxDefaultProfile", "W", highest=False),
+FALLBACK_VARIANTS = (                   # the same for what holds without us
+    ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "A", whole=True),
+    ProfileVariant("TxDefaultProfile", "W"), ProfileVariant("TxDefaultProfile", "W", whole=True),
+    ProfileVariant("TxDefaultProfile", "A", highest=False),
+    ProfileVariant("TxDefaultProfile", "W", highest=False),
 )
 FALLBACK_ID, LIMIT_ID = 77_000_000, 77_100_000       # of our profiles, and the EVSE added
+
+
+class Ladder:
+    """Which variant a station is told its limits in; the next where one is refused or disobeyed.
+
+    One refusal of what has worked before is forgiven, and one answer that does not come.
+    """
+
+    __slots__ = ("variants", "rung", "worked", "_refusals", "_unanswered")
+
+    def __init__(self, variants: tuple[ProfileVariant, ...]):
+        self.variants = variants
+        self.start(0)
+
+    def start(self, rung: int) -> None:
+        """Begin anew, at a rung that works for others of the model."""
+        self.rung, self.worked, self._refusals, self._unanswered = rung, False, 0, 0
+
+    def variant(self, suits: Callable[[ProfileVariant], bool]) -> ProfileVariant | None:
+        """The first that suits, from the rung on; None when the station has refused all."""
+        return next(filter(suits, self.variants[self.rung:]), None)
+
+    def accepted(self) -> None:
+        """The station took it."""
+        self.worked, self._refusals, self._unanswered = True, 0, 0
+
+    def refused(self, variant: ProfileVariant) -> bool:
+        """The station refused it. Returns whether the next one is to be tried."""
+        self._refusals += 1
+        return self._refusals > self.worked and self.leave(variant)
+
+    def unanswered(self, variant: ProfileVariant) -> bool:
+        """No answer came. Returns whether the next one is to be tried."""
+        self._unanswered += 1
+        return self._unanswered > 1 and self.leave(variant)
+
+    def leave(self, variant: ProfileVariant) -> bool:
+        """Go on to the next one, unless that is done already. Returns whether it went."""
+        rung = self.variants.index(variant) + 1
+        if rung <= self.rung:
+            return False
+        self.start(rung)
+        return True
 
 
 class Abilities(NamedTuple):
@@ -9289,139 +9395,51 @@ class Abilities(NamedTuple):
     profiles: int | None = None         # that it can keep
     evses: int | None = None
 
+    @property
+    def one_slot(self) -> bool:
+        """Whether it keeps one default: then the fallback is the second period of the limit."""
+        return self.stack_level == 0 or self.profiles == 1
+
+
+# What 2.x has no variable for, 1.6 has a key for; each is asked for its own.
+ABILITIES: dict[bool, tuple[tuple[str, str], ...]] = {
+    False: (("SmartChargingCtrlr", "ProfileStackLevel"), ("SmartChargingCtrlr", "RateUnit")),
+    True: (("SmartChargingCtrlr", "ProfileStackLevel"), ("SmartChargingCtrlr", "RateUnit"),
+           (LEGACY, "MaxChargingProfilesInstalled"), (LEGACY, "NumberOfConnectors"))}
+
+
+def abilities_in(answer: dict) -> Abilities:
+    """Of the answer to GetVariables."""
+    values = {lenient(lenient(result, "variable", dict, {}), "name", str):
+              result.get("attributeValue")
+              for result in _dicts(lenient(answer, "getVariableResult", list, []))}
+    stack_level, unit_text, profiles, evses = (values.get(name) for _, name in ABILITIES[True])
+    words = re.findall("[a-z]+", unit_text.lower()) if isinstance(unit_text, str) else []
+    units = tuple(unit for unit, names in (("A", ("a", "current")), ("W", ("w", "power")))
+                  if set(names) & set(words)) or ("A", "W")
+    return Abilities(_number(stack_level), units, _number(profiles), _number(evses))
+
 
 def _number(text: Any) -> int | None:
     return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,6}", text.strip()) else None
 
 
-def _units(text: Any) -> tuple:
-    """1.6 says Current and Power, 2.x A and W (9.1; SmartChargingCtrlr.RateUnit)."""
-    words = re.findall("[a-z]+", text.lower()) if isinstance(text, str) else []
-    return tuple(unit for unit, names in (("A", ("a", "current")), ("W", ("w", "power")))
-                 if set(names) & set(words)) or ("A", "W")
+# Upstream's profiles
 
 
-class Speech16:
-    """Smart charging in the words of 1.6 (3.13, 5.7, 5.16)."""
-
-    KEYS = ("ChargeProfileMaxStackLevel", "ChargingScheduleAllowedChargingRateUnit",
-            "MaxChargingProfilesInstalled", "NumberOfConnectors")
-    WORDS: ClassVar = {STATION_MAX: "ChargePointMaxProfile"}
-
-    @staticmethod
-    def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
-        return "SetChargingProfile", {"connectorId": evse_id, "csChargingProfiles": {
-            "chargingProfileId": id_} | profile | {"chargingSchedule": schedule}}
-
-    @staticmethod
-    def clear_profile(id_: int) -> tuple[str, dict]:
-        return "ClearChargingProfile", {"id": id_}
-
-    @staticmethod
-    def read_back(evse_id: int) -> tuple[str, dict]:
-        return "GetCompositeSchedule", {"connectorId": evse_id, "duration": 60}
-
-    @staticmethod
-    def schedule_in(answer: dict) -> Any:
-        return answer.get("chargingSchedule")
-
-    @staticmethod
-    def trigger(evse_id: int) -> tuple[str, dict]:
-        return "TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": evse_id}
-
-    @staticmethod
-    def ask_status() -> tuple[str, dict]:
-        return "TriggerMessage", {"requestedMessage": "StatusNotification"}
-
-    @classmethod
-    def ask_abilities(cls) -> tuple[str, dict]:
-        return "GetConfiguration", {"key": list(cls.KEYS)}
-
-    @classmethod
-    def abilities(cls, answer: dict) -> Abilities:
-        told = {lenient(one, "key", str): one.get("value") for one in lenient(
-            answer, "configurationKey", list, []) if isinstance(one, dict)}
-        stack, units, profiles, evses = (told.get(key) for key in cls.KEYS)
-        return Abilities(_number(stack), _units(units), _number(profiles), _number(evses))
-
-
-class Speech2x:
-    """Smart charging in the words of 2.0.1 and 2.1 (K01, K08, K10)."""
-
-    COMPONENT: ClassVar = {"name": "SmartChargingCtrlr"}
-    VARIABLES = ("ProfileStackLevel", "RateUnit")
-    WORDS: ClassVar[dict[str, str]] = {}
-
-    @staticmethod
-    def set_profile(evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple[str, dict]:
-        return "SetChargingProfile", {"evseId": evse_id, "chargingProfile": {
-            "id": id_} | profile | {"chargingSchedule": [{"id": 1} | schedule]}}
-
-    @staticmethod
-    def clear_profile(id_: int) -> tuple[str, dict]:
-        return "ClearChargingProfile", {"chargingProfileId": id_}
-
-    @staticmethod
-    def read_back(evse_id: int) -> tuple[str, dict]:
-        return "GetCompositeSchedule", {"evseId": evse_id, "duration": 60}
-
-    @staticmethod
-    def schedule_in(answer: dict) -> Any:
-        return answer.get("schedule")
-
-    @staticmethod
-    def trigger(evse_id: int) -> tuple[str, dict]:
-        return "TriggerMessage", {"requestedMessage": "MeterValues", "evse": {"id": evse_id}}
-
-    @staticmethod
-    def ask_status() -> tuple[str, dict]:
-        return "TriggerMessage", {"requestedMessage": "StatusNotification",
-                                  "evse": {"id": 1, "connectorId": 1}}       # F06.FR.12
-
-    @classmethod
-    def ask_abilities(cls) -> tuple[str, dict]:
-        return "GetVariables", {"getVariableData": [
-            {"component": cls.COMPONENT, "variable": {"name": name}} for name in cls.VARIABLES]}
-
-    @classmethod
-    def abilities(cls, answer: dict) -> Abilities:
-        told = {lenient(lenient(one, "variable", dict, {}), "name", str): one.get("attributeValue")
-                for one in lenient(answer, "getVariableResult", list, []) if isinstance(one, dict)}
-        stack, units = (told.get(name) for name in cls.VARIABLES)
-        return Abilities(_number(stack), _units(units))
-
-
-SPEECH = {"ocpp1.6": Speech16, "ocpp2.0.1": Speech2x, "ocpp2.1": Speech2x}
-
-
-# The books
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """A limit that was sent, and may hold in the station until it expires."""
-
-    amps: float
-    flow: float                         # A that it lets this car draw in one phase
-    widest: float                       # A that it lets any car draw in one phase
-    until: float
-    accepted_at: float | None = None    # when the station said so
-    stays: bool = True                  # when the transaction ends; a TxProfile does not (3.13.1)
-
-
-FOREIGN_KEPT = 50                   # profiles of the upstream system, of one station
+UPSTREAM_PROFILES_KEPT = 50             # of one station
 RECURS_S = {"Daily": 86400, "Weekly": 7 * 86400}
 
 
 @dataclass(slots=True)
 class Profile:
-    """A charging profile as whoever has to keep it reads it: limits from `start` on."""
+    """A charging profile as whoever has to keep it reads it: limits from `start` on, wall time."""
 
     id: int
     purpose: str
     stack_level: int
     evse_id: int                        # 0: all
-    start: float
+    start: float | None                 # None: when the transaction began (Relative)
     periods: list                       # [(seconds from start, A or W)]
     watts: bool = False
     duration: float = math.inf
@@ -9438,18 +9456,23 @@ class Profile:
         periods = sorted((required(p, "startPeriod", float), required(p, "limit", float))
                          for p in required(schedule, "chargingSchedulePeriod", list)
                          if isinstance(p, dict))
+        kind = profile.get("chargingProfileKind")
         recurs_s = RECURS_S.get(lenient(profile, "recurrencyKind", str, ""), math.inf)
         return cls(id_, required(profile, "chargingProfilePurpose", str),
-                   required(profile, "stackLevel", int), evse_id, times.get("start", now), periods,
+                   required(profile, "stackLevel", int), evse_id,
+                   None if kind == "Relative" else times.get("start", now), periods,
                    schedule.get("chargingRateUnit") == "W",
                    optional(schedule, "duration", float) or math.inf, profile.get("transactionId"),
                    (times.get("validFrom", 0.0), times.get("validTo", math.inf)),
-                   recurs_s if profile.get("chargingProfileKind") == "Recurring" else math.inf)
+                   recurs_s if kind == "Recurring" else math.inf)
 
-    def limit(self, now: float, evse_id: int, transaction_id: Any,
-              watts_per_a: float) -> float | None:
+    def limit(self, now: float, evse_id: int, transaction_id: Any, watts_per_a: float,
+              began_at: float | None = None) -> float | None:
         """A per phase that it allows at a time; None when it says nothing then (1.6 3.13)."""
-        elapsed = now - self.start
+        start = self.start
+        if start is None:
+            start = now if began_at is None else began_at
+        elapsed = now - start
         if elapsed >= 0 and self.recurs_s < math.inf:
             elapsed %= self.recurs_s
         if self.evse_id not in (0, evse_id) or not (
@@ -9463,15 +9486,15 @@ class Profile:
 
 
 def allowed_a(profiles: list[Profile], now: float, evse_id: int, transaction_id: Any,
-              watts_per_a: float = 1.0, sharers: int = 1) -> float:
+              watts_per_a: float = 1.0, sharers: int = 1, began_at: float | None = None) -> float:
     """A per phase that profiles together allow: the highest stack of each purpose; TxProfile goes
     before TxDefaultProfile, the station's maximum holds with both (1.6 3.13.4; 2.0.1 K01).
 
-    `sharers`: how many EVSEs have the station's maximum together.
+    `sharers`: how many EVSEs have the station's maximum together. Times are wall times.
     """
     best: dict = {}
     for profile in sorted(profiles, key=attrgetter("stack_level")):
-        limit = profile.limit(now, evse_id, transaction_id, watts_per_a)
+        limit = profile.limit(now, evse_id, transaction_id, watts_per_a, began_at)
         if limit is not None:
             best[profile.purpose] = limit
     maxima = [a / sharers for purpose, a in best.items() if not purpose.startswith("Tx")]
@@ -9484,9 +9507,164 @@ def with_profile(profiles: list[Profile], new: Profile) -> list[Profile]:
         new.purpose, new.stack_level, new.evse_id)] + [new]
 
 
+# What an EVSE may draw
+
+
 @dataclass(slots=True, eq=False)
-class Ledger:
-    """What one EVSE may draw at worst: the books that every raise is checked against.
+class SentLimit:
+    """A limit that was sent, and may hold in the station until it expires."""
+
+    amps: float
+    flow: float                         # A that it lets this car draw in one phase
+    widest: float                       # A that it lets any car draw in one phase
+    until_mono: float
+    accepted_mono: float | None = None  # when the station said so
+    outlives: bool = True               # the transaction; a TxProfile does not (1.6 3.13.1)
+    assumed: bool = False               # an earlier run's, or one that nobody knows
+
+
+@dataclass(slots=True, eq=False)
+class Meter:
+    """What flows at an EVSE as its station measures it, and what its car needs by that."""
+
+    flow: tuple = (0.0, 0.0, 0.0)       # A in the station's phases, read the worse way
+    worst_a: float | None = None        # the strongest of them; None: not known
+    least_a: float = 0.0                # the same, what is ambiguous read in the car's favour
+    read_mono: float = -math.inf
+    taken: tuple = ()                   # the reading's own times, to know a new one
+    phases: tuple | None = None         # of the station's, that the car uses, once that is known
+    candidate: tuple | None = None      # (phases, since when only these)
+    slack_since: float | None = None
+    need: float | None = None           # A that the car takes, where it takes less than it may
+    idle_since: float | None = None     # has power and takes none
+
+    def read(self, flow: tuple[list, list], at: float) -> None:
+        """What flows in each phase: read the worse way, and the better."""
+        worse, better = flow
+        self.flow, self.worst_a, self.least_a = tuple(worse), max(worse), max(better)
+        self.read_mono = at
+
+    def learn_phases(self, now: float) -> None:
+        """Which phases the car uses, where its meter tells them apart."""
+        used = tuple(p for p in range(3) if self.flow[p] >= 1.0)
+        if not used:
+            return
+        if self.phases is not None and not set(used) <= set(self.phases):
+            self.phases = None
+        if self.candidate is None or self.candidate[0] != used:
+            self.candidate = used, now
+        elif now - self.candidate[1] >= PHASES_S:
+            self.phases = used
+
+    def judge_need(self, allowed_a: float, settled: bool, minimum: float, now: float) -> None:
+        """What the car does not take for a while, others may have."""
+        drawn = self.worst_a or 0.0
+        if self.need is not None and drawn > self.need - 1:
+            self.need = self.slack_since = None
+        elif allowed_a - drawn > SLACK_A and settled:
+            self.slack_since = self.slack_since or now
+            if now - self.slack_since >= SETTLED_S:
+                self.need = math.ceil(drawn) + SLACK_A - 1
+        elif self.need is None:
+            self.slack_since = None
+        if drawn >= 1 or allowed_a < minimum:
+            self.idle_since = None
+        else:
+            self.idle_since = self.idle_since or now
+
+    def begin(self) -> None:
+        """Another car is there."""
+        self.read_mono, self.phases, self.candidate = -math.inf, None, None
+        self.need = self.slack_since = self.idle_since = None
+
+    def end(self) -> None:
+        """It has gone."""
+        self.flow, self.worst_a, self.least_a = (0.0, 0.0, 0.0), None, 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Fallback:
+    """The limit that lies in the station for when it does not hear from us."""
+
+    known_a: float | None = None        # that is known to hold
+    sent_a: float | None = None         # one that may hold as well
+    asked_a: float = 0.0                # the one that was sent last
+    wanted_a: float = 0.0
+    tried_mono: float = -math.inf
+    due: bool = False                   # to be sent again: the station was away
+    unread: bool = False                # it could not be read back while a car charged
+    accepted: bool = False              # the one that was sent last
+
+    @property
+    def most_a(self) -> float | None:
+        """The most that it may be; None: there may be none."""
+        return None if self.known_a is None else max(self.known_a, self.sent_a or 0.0)
+
+    @property
+    def least_a(self) -> float:
+        """The least that it may be; 0 where none is known."""
+        if self.known_a is None:
+            return 0.0
+        return self.known_a if self.sent_a is None else min(self.known_a, self.sent_a)
+
+    def send(self, amps: float, now: float) -> None:
+        """One is on its way."""
+        self.sent_a, self.asked_a = max(amps, self.sent_a or 0.0), amps
+        self.tried_mono, self.due, self.accepted = now, False, False
+
+    def holds(self) -> None:
+        """The one that was sent last is there."""
+        self.known_a, self.sent_a = self.asked_a, None
+
+    def is_due(self, now: float) -> bool:
+        """Whether one is to be sent; again at once only where the one before is there."""
+        return (self.due or self.known_a != self.wanted_a) and (
+            now - self.tried_mono > RETRY_S / 10 or self.known_a == self.asked_a != self.wanted_a)
+
+    def refused(self) -> None:
+        """The one that was sent is not there."""
+        self.sent_a, self.accepted = None, False
+
+    def lost(self) -> None:
+        """None is known to be there."""
+        self.known_a = self.sent_a = None
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A session's place among those that cannot all charge at once."""
+
+    waiting_since: float | None = None  # None: it charges
+    count: float = 0.0                  # of turns, this one included
+    slot: int = -1                      # in which it began; turns change from slot to slot
+
+    def decided(self, charges: bool, slot: int, now: float) -> None:
+        """It is to charge, or to wait."""
+        if not charges:
+            self.waiting_since = now if self.waiting_since is None else self.waiting_since
+        elif self.waiting_since is not None or self.slot != slot:
+            self.waiting_since, self.slot, self.count = None, slot, self.count + 1
+
+
+class CarNeeds(NamedTuple):
+    """What a car has told of itself (K15)."""
+
+    maximum: float = math.inf           # A per phase
+    phases: int | None = None
+
+    @classmethod
+    def read(cls, payload: dict) -> "CarNeeds":
+        """Of NotifyEVChargingNeeds. What a car needs in direct current says nothing of phases."""
+        needs = lenient(payload, "chargingNeeds", dict, {})
+        maximum = lenient(lenient(needs, "acChargingParameters", dict, {}), "evMaxCurrent", float)
+        phases = {"AC_single_phase": 1, "AC_two_phase": 2, "AC_three_phase": 3}.get(
+            lenient(needs, "requestedEnergyTransfer", str, ""))
+        return cls(maximum if maximum and maximum > 0 else math.inf, phases)
+
+
+@dataclass(slots=True, eq=False)
+class Evse:
+    """What one EVSE may draw at worst, which every raise is checked against.
 
     A limit that was sent counts from then on; one that it replaces counts until the new one is
     confirmed, or the old one has expired. The fallback counts always: it holds when all else is
@@ -9495,184 +9673,210 @@ class Ledger:
 
     evse_id: int
     maximum: float                      # what the hardware can
-    held: list[Held] = field(default_factory=list)       # the newest last; a few at most
-    confirmed: Held | None = None       # the newest that is known to hold
-    fallback: float | None = None       # that is known to hold without us
-    fallback_sent: float | None = None  # one that may hold as well
-    fallback_wanted: float = 0.0
-    fallback_tried_at: float = -math.inf
-    fallback_due: bool = False          # to be sent again: the station was away
-    fallback_unread: bool = False       # it could not be read back while a car charged
-    fallback_accepted: bool = False     # the one that was sent last
+    meter: Meter = field(default_factory=Meter)
+    fallback: Fallback = field(default_factory=Fallback)
+    turn: Turn = field(default_factory=Turn)
+    sent: list[SentLimit] = field(default_factory=list)  # the newest last; SENT_KEPT at most
+    confirmed: SentLimit | None = None  # the newest that is known to hold
     transaction: Transaction | None = None
     session: ChargeSession | None = None
     state: str | None = None            # what the station says of the charging
-    # The meter
-    measured_a: float | None = None     # the strongest phase
-    measured: tuple = (0.0, 0.0, 0.0)   # of the station's phases
-    least_a: float = 0.0                # if what is ambiguous is read in the car's favour
-    measured_at: float = -math.inf
-    told_flow_at: float | None = None   # the reading's own time, to know a new one
-    phases: tuple | None = None         # of the station's, that the car uses, once that is known
-    phases_since: tuple | None = None   # (phases, since when only these)
-    slack_since: float | None = None
-    need: float | None = None
-    idle_since: float | None = None     # has power and takes none
-    # What was decided and done
+    needs: CarNeeds | None = None
     target: float = 0.0
     reason: str = ""
-    waiting_since: float | None = None
-    turn_at: float = 0.0
-    charging_since: float = 0.0
-    sent_at: float = -math.inf
-    changed_at: float = -math.inf
-    raised_at: float = -math.inf
-    verified_at: float = -math.inf      # when the newest limit was looked at last, or accepted
-    triggered_at: float = -math.inf
+    began_mono: float = -math.inf       # when the transaction was seen
+    sent_mono: float = -math.inf
+    changed_mono: float = -math.inf
+    raised_mono: float = -math.inf
+    verified_mono: float = -math.inf    # when the newest limit was looked at last, or accepted
+    triggered_mono: float = -math.inf
+    unknown_mono: float = -math.inf     # when we began not to know what holds
     strikes: int = 0                    # times that the newest limit was not obeyed
     resend: bool = False
-    doubted_at: float = -math.inf       # when we began not to know what holds
-    began_at: float = -math.inf         # when the transaction did
     read_back_due: bool = False
     clear_due: bool = False
+    row: tuple = (0.0, None)            # (limit, fallback) as the State has them, or is to have
 
     @property
-    def setpoint(self) -> float:
-        """What the station was told last, else what holds without that."""
-        return self.held[-1].amps if self.held else self.resting
+    def newest(self) -> SentLimit | None:
+        """The limit that was sent last."""
+        return self.sent[-1] if self.sent else None
 
     @property
-    def resting(self) -> float:
+    def is_unknown(self) -> bool:
+        """Whether nobody knows what holds: the worst is counted, and may not be so."""
+        return self.sent[-1].assumed if self.sent else self.fallback.known_a is None
+
+    @property
+    def fallback_a(self) -> float:
         """What it may draw when no limit of ours is alive."""
-        if self.fallback is None:
-            return self.maximum
-        return max(self.fallback, self.fallback_sent or 0.0)
+        most = self.fallback.most_a
+        return self.maximum if most is None else most
 
-    def worst(self, reachable: bool) -> float:
+    def drawn_a(self, now: float) -> float:
+        """What it has drawn just now, whole amperes of which we can be sure."""
+        fresh = self.meter.read_mono > now - SETTLED_S
+        return float(math.floor(self.meter.least_a)) if fresh else 0.0
+
+    def commanded_a(self, now: float) -> float:
+        """What the station was told last, else what holds without that, or flows."""
+        if self.is_unknown:
+            return self.drawn_a(now)
+        return self.sent[-1].amps if self.sent else self.fallback.least_a
+
+    def surely_a(self, now: float) -> float:
+        """A that may flow in a phase in any case: a limit up to it raises nothing."""
+        if any(limit.assumed for limit in self.sent) or self.is_unknown:
+            return self.drawn_a(now)
+        return min([limit.flow for limit in self.sent] or [self.fallback.least_a])
+
+    def worst_a(self, reachable: bool) -> float:
         """What it may draw at worst, A per phase.
 
         A limit under the fallback frees nothing: it ends with the transaction or a reboot, and
         the next car is there before the others have made room. So whatever is lost, the sum of
         all worsts holds.
         """
-        worst = max([self.resting, *(held.flow for held in self.held)])
-        if reachable and self.measured_at > self.verified_at:
-            worst = max(worst, self.measured_a or 0.0)
-        return min(worst, max(self.maximum, self.measured_a or 0.0))
+        worst = max([self.fallback_a, *[limit.flow for limit in self.sent]])
+        drawn = self.meter.worst_a or 0.0
+        if reachable and self.meter.read_mono > self.verified_mono:
+            worst = max(worst, drawn)
+        return min(worst, max(self.maximum, drawn))
 
-    def send(self, held: Held, now: float) -> None:
+    def send(self, limit: SentLimit, now: float) -> None:
         """A limit is on its way."""
-        amps = held.amps
-        if amps != self.setpoint or not self.held:
-            self.changed_at = now
-            if amps > self.setpoint:
-                self.raised_at = now
-        self.held = [*self.held, held]
-        if len(self.held) > HELD_MOST:   # answers do not come: one stands for two
-            first, second, *rest = self.held
-            self.held = [Held(max(first.amps, second.amps), max(first.flow, second.flow),
-                              max(first.widest, second.widest),
-                              max(first.until, second.until),
-                              stays=first.stays or second.stays), *rest]
-        self.sent_at, self.resend = now, False
+        before = self.commanded_a(now)
+        if limit.amps != before or not self.sent:
+            self.changed_mono = now
+            if limit.amps > before:
+                self.raised_mono = now
+        self.sent = [*self.sent, limit]
+        if len(self.sent) > SENT_KEPT:   # answers do not come: one stands for two
+            first, second, *rest = self.sent
+            self.sent = [SentLimit(max(first.amps, second.amps), max(first.flow, second.flow),
+                                   max(first.widest, second.widest),
+                                   max(first.until_mono, second.until_mono),
+                                   outlives=first.outlives or second.outlives,
+                                   assumed=first.assumed or second.assumed), *rest]
+        self.sent_mono, self.resend = now, False
 
-    def accepted(self, held: Held, now: float) -> None:
+    def accepted(self, limit: SentLimit, now: float) -> None:
         """The station took a limit. One that lowers nothing is confirmed by that."""
-        held.accepted_at = now
-        if held not in self.held:
+        limit.accepted_mono = now
+        if limit not in self.sent:
             return
-        others = [one for one in self.held if one is not held]
-        lowers = any(one.flow > held.flow for one in others)
-        if not lowers and self.confirmed in others and self.confirmed.flow == held.flow:
-            self.confirm(held)           # a renewal
-        elif not lowers and self.resting <= held.flow:
-            self.confirm(held)
-            self.verified_at = now
-        elif not any(one.flow == held.flow and one.accepted_at for one in others):
-            self.verified_at = now
+        others = [other for other in self.sent if other is not limit]
+        lowers = any(other.flow > limit.flow for other in others)
+        if not lowers and self.confirmed in others and self.confirmed.flow == limit.flow:
+            self.confirm(limit)          # a renewal
+        elif not lowers and self.fallback_a <= limit.flow:
+            self.confirm(limit)
+            self.verified_mono = now
+        elif not any(o.flow == limit.flow and o.accepted_mono is not None for o in others):
+            self.verified_mono = now
 
-    def refused(self, held: Held) -> None:
+    def refused(self, limit: SentLimit) -> None:
         """The station did not take a limit: what was before stands."""
-        self.held = [one for one in self.held if one is not held]
+        self.sent = [other for other in self.sent if other is not limit]
+        self.resend = bool(self.sent)
 
-    def confirm(self, held: Held) -> None:
+    def confirm(self, limit: SentLimit) -> None:
         """A limit holds for sure: all that were sent before it are gone."""
-        self.held = self.held[self.held.index(held):]
-        self.confirmed = held
+        self.sent = self.sent[self.sent.index(limit):]
+        self.confirmed = limit
+
+    def gone(self) -> None:
+        """No limit of ours is there any more."""
+        self.sent, self.confirmed = [], None
 
     def expire(self, now: float) -> None:
         """Limits whose time is over are gone: what comes after is a raise, not a renewal."""
-        left = [one for one in self.held if one.until > now]
-        if self.held and not left:
-            self.verified_at = now       # from here the fallback has to show
-        self.held = left
+        left = [limit for limit in self.sent if limit.until_mono > now]
+        if not left:
+            self.verified_mono = now     # from here the fallback has to show
+        self.sent = left
         if self.confirmed not in left:
             self.confirmed = None
 
-    def begin(self, transaction: Transaction, now: float) -> None:
-        """A transaction begins."""
-        self.transaction, self.waiting_since, self.turn_at = transaction, now, 0.0
-        self.began_at, self.measured_at = now, -math.inf
-        self.phases = self.phases_since = self.need = self.slack_since = self.idle_since = None
-        self.strikes, self.target, self.state = 0, 0.0, None
-        self.changed_at = self.raised_at = -math.inf
-        for held in self.held:
-            if held.accepted_at is None:             # an earlier run's: nobody knows when it ends
-                held.until, self.read_back_due = math.inf, True
+    def unknown(self, most: float, until_mono: float, now: float) -> None:
+        """Nobody knows what holds: an earlier run's limit, until it has expired."""
+        self.sent = [SentLimit(most, most, self.maximum, until_mono, assumed=True)]
+        self.confirmed, self.unknown_mono, self.read_back_due = None, now, True
+
+    def begin(self, transaction: Transaction, turns: float, now: float) -> None:
+        """A transaction begins; `turns` is what the others have had."""
+        self.transaction, self.began_mono, self.state = transaction, now, None
+        self.turn = Turn(now, turns)
+        self.meter.begin()
+        self.strikes, self.target, self.needs = 0, 0.0, None
+        self.changed_mono = self.raised_mono = -math.inf
+        for limit in self.sent:
+            if limit.assumed:            # nobody knows when it ends
+                limit.until_mono, self.read_back_due = math.inf, True
 
     def end(self) -> None:
         """The transaction has ended."""
-        self.transaction, self.clear_due, self.resend = None, bool(self.held), False
-        self.fallback_due = self.fallback_due or self.fallback_unread
-        self.measured, self.measured_a, self.least_a = (0.0, 0.0, 0.0), None, 0.0
-        self.held, self.confirmed = [held for held in self.held if held.stays], None
-        for held in self.held:           # the next car may use other phases
-            held.flow = held.widest
+        self.transaction, self.clear_due, self.resend = None, bool(self.sent), False
+        self.fallback.due = self.fallback.due or self.fallback.unread
+        self.meter.end()
+        self.sent, self.confirmed = [limit for limit in self.sent if limit.outlives], None
+        for limit in self.sent:          # the next car may use other phases
+            limit.flow = limit.widest
 
-    def take(self, flow: tuple[list, list], at: float) -> None:
-        """A meter was read: what flows in each phase, read the worse and the better way."""
-        worse, better = flow
-        self.measured, self.measured_a, self.least_a = tuple(worse), max(worse), max(better)
-        self.measured_at = at
+    def obeys(self, limit: SentLimit) -> None:
+        """The newest limit shows."""
+        self.confirm(limit)
+        self.strikes = 0
+
+    def strike(self, now: float) -> int:
+        """The newest limit does not show. Returns how often that was so."""
+        self.strikes, self.verified_mono, self.resend = self.strikes + 1, now, True
+        return self.strikes
 
 
 @dataclass(slots=True, eq=False)
-class Steered:
-    """A station as the controller knows it; also one that is named in a circuit and never came."""
+class SiteStation:
+    """A station as the controller knows it; also one that is named and has not come."""
 
     identity: str
     circuit: str
     settings: Any                       # its [stations] entry
     station: Station | None = None
     link: Any = None                    # the connection it was last seen on
-    ledgers: dict[int, Ledger] = field(default_factory=dict)         # {evse_id: …}
+    evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
     busy: "Command | None" = None       # one at a time is under way to a station
     abilities: Abilities | None = None  # None: not asked yet
     model: tuple = ()                   # vendor, model, firmware: what one takes, others do
-    rung: int = 0                       # of LADDER
-    fallback_rung: int = 0              # of FALLBACKS
+    limits: Ladder = field(default_factory=lambda: Ladder(VARIANTS))
+    fallbacks: Ladder = field(default_factory=lambda: Ladder(FALLBACK_VARIANTS))
     reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
     triggers: bool = True               # whether it sends its meter values when it is asked to
-    status_asked: bool = False          # it had told of no connector
-    misses: int = 0                     # limits and fallbacks in a row that were not answered
-    silent: int = 0                     # the same of its own schedule
-    refusals: int = 0                   # limits in a row that were refused
-    worked: bool = False                # whether this rung has worked
+    unread: int = 0                     # questions in a row for its schedule, not answered
+    unasked: int = 0                    # the same for its abilities
     uncontrollable: str = ""            # why, if it is
     disobeyed: bool = False             # it took limits and did not keep them: its word is no proof
-    retry_at: float = math.inf
+    retry_mono: float = math.inf
+    refusals: deque = field(default_factory=lambda: deque(maxlen=8))     # (when to judge, Command,
+                                                                         # its answer)
 
     @property
     def online(self) -> bool:
         return bool(self.station and self.station.link)
 
     @property
-    def steerable(self) -> bool:
-        return self.online and self.settings.managed and not self.uncontrollable
+    def ready(self) -> bool:
+        """Whether it has spoken on this connection, and its boot has been answered."""
+        station = self.station
+        return bool(station and station.link and station.has_spoken and not station.boot_unanswered
+                    and station.registration in (None, "Accepted"))
 
     @property
-    def speech(self) -> Any:
-        return SPEECH[self.station.protocol]
+    def steerable(self) -> bool:
+        return self.ready and self.settings.managed and not self.uncontrollable
+
+    @property
+    def protocol(self) -> str:
+        return self.station.protocol if self.station else ""
 
     @property
     def all_phases(self) -> tuple:
@@ -9685,52 +9889,136 @@ class Steered:
             return (0, 1, 2)
         return tuple(GRID.index(rotation[phase]) for phase in phases)
 
+    def phases_of(self, evse: Evse) -> tuple:
+        """The site's phases that its car may load."""
+        known = evse.meter.phases if self.online and evse.transaction else None
+        return self.on_grid(known or self.all_phases)
+
+    def phase_count(self, evse: Evse) -> int | None:
+        """How many phases its car uses; None: not known."""
+        if evse.meter.phases is not None:
+            return len(evse.meter.phases)
+        said = evse.session.phases_set if evse.session else None
+        if said is None and evse.needs:
+            said = evse.needs.phases
+        if said is not None:
+            return min(said, self.settings.phases)
+        return 1 if self.settings.phases == 1 else None
+
+    def flow(self, evse: Evse) -> tuple:
+        """What is measured in each phase of the site."""
+        if not evse.meter.worst_a:
+            return NO_CURRENT
+        rotation, flow = self.settings.phase_rotation or GRID, [0.0] * 3
+        for phase, amps in enumerate(evse.meter.flow):
+            flow[GRID.index(rotation[phase])] += amps
+        return tuple(flow)
+
+    def worst(self, evse: Evse, now: float) -> float:
+        """What an EVSE counts for, A per phase: what is not managed, as measured."""
+        drawn = evse.meter.worst_a or 0.0
+        if not self.settings.managed:
+            charges = evse.transaction or evse.state == "Charging"
+            known = self.online and (not charges or evse.meter.read_mono > now - FLOW_OLD_S)
+            return drawn if known else evse.maximum
+        if self.uncontrollable:
+            return max(evse.maximum, drawn)
+        return evse.worst_a(self.online)
+
+    def worst_of_phases(self, evse: Evse, now: float) -> tuple:
+        """The same for each phase of the site. What its car does not use, the next one may."""
+        worst, flow = self.worst(evse, now), self.flow(evse)
+        if not worst and flow is NO_CURRENT:            # most are so, on a large site
+            return NO_CURRENT
+        used, may = self.phases_of(evse), self.on_grid(self.all_phases)
+        rest = min(worst, evse.fallback_a) if self.settings.managed else 0.0
+        return tuple(worst if phase in used else max(rest, amps) if phase in may else amps
+                     for phase, amps in enumerate(flow))
+
+    def load(self, evse: Evse) -> float:
+        """A that may flow in one phase for each ampere that the station is told.
+
+        A limit in watts is for all phases together: who uses one, draws it all there.
+        """
+        variant = self.limit_variant() if self.abilities else None
+        in_watts = variant is not None and variant.unit == "W"
+        return float(self.settings.phases) if in_watts and self.phase_count(evse) is None else 1.0
+
+    def limit_variant(self) -> ProfileVariant | None:
+        """How it is told a limit; None when it has refused all that suits it."""
+        keeps_fallback = any(evse.fallback.known_a is not None for evse in self.evses.values())
+
+        def suits(variant: ProfileVariant) -> bool:
+            abilities = self.abilities or Abilities()
+            return (variant.unit in abilities.units
+                    and not (abilities.stack_level == 0 and not variant.highest)
+                    # A maximum of the station does not lift the fallback of a session.
+                    and not (variant.whole and (len(self.evses) > 1 or keeps_fallback)))
+        return self.limits.variant(suits)
+
+    def fallback_variant(self) -> ProfileVariant | None:
+        """The same for the fallback."""
+        units = (self.abilities or Abilities()).units
+        return self.fallbacks.variant(lambda variant: variant.unit in units)
+
     @property
     def one_slot(self) -> bool:
-        """Whether it keeps one default: then the fallback is the second period of the limit."""
-        abilities = self.abilities or Abilities()
-        return abilities.stack_level == 0 or abilities.profiles == 1
+        return self.abilities is not None and self.abilities.one_slot
 
-    def rung_in_use(self) -> int:
-        """The next rung of LADDER that suits it; past its end when it has refused all."""
-        return next((n for n in range(self.rung, len(LADDER)) if self._suits(LADDER[n])),
-                    len(LADDER))
+    def stack_level(self, highest: bool, least: int) -> int:
+        """The highest, so that no leftover of others lies above; the fallback's is one less, where
+        the limit may be of the same purpose."""
+        top = self.abilities.stack_level if self.abilities else None
+        if not highest or top == 0:
+            return 0
+        return least if top is None else top - 1 + least
 
-    def dialect(self) -> Dialect | None:
-        """How it is told a limit; None when it has refused all that suits it."""
-        rung = self.rung_in_use()
-        return LADDER[rung] if rung < len(LADDER) else None
+    def learn(self, model: tuple, remembered: tuple | None) -> None:
+        """It has said what it is: what others of the model take is tried first."""
+        limit, fallback, self.reads_back = remembered or (0, 0, None)
+        self.limits.start(limit)
+        self.fallbacks.start(fallback)
+        self.model, self.abilities = model, None
+        self.disobeyed, self.triggers = False, True
 
-    def fallback_dialect(self) -> Dialect | None:
-        """The same for the fallback."""
-        while self.fallback_rung < len(FALLBACKS) and (
-                FALLBACKS[self.fallback_rung].unit not in self.abilities.units):
-            self.fallback_rung += 1
-        return (FALLBACKS[self.fallback_rung] if self.fallback_rung < len(FALLBACKS) else None)
+    def try_again(self) -> None:
+        """One that obeyed nothing gets another chance; meanwhile it counts at its maximum."""
+        self.uncontrollable, self.retry_mono = "", math.inf
+        self.limits.start(0)
+        self.fallbacks.start(0)
+        self.reads_back, self.abilities, self.unasked = None, None, 0
+        for evse in self.evses.values():
+            evse.fallback.lost()
+            evse.fallback.tried_mono = -math.inf
 
-    def _suits(self, dialect: Dialect) -> bool:
-        abilities = self.abilities
-        return (dialect.unit in abilities.units
-                and not (abilities.stack_level == 0 and not dialect.highest)
-                # A maximum of the station does not lift the fallback of a session.
-                and not (dialect.whole and (len(self.ledgers) > 1 or any(
-                    ledger.fallback is not None for ledger in self.ledgers.values()))))
+
+NO_CURRENT = (0.0, 0.0, 0.0)
+
+
+class Answer(NamedTuple):
+    """What became of a Command."""
+
+    payload: dict
+    accepted: bool
+    unknown: bool                       # no answer came: the station may have done it
 
 
 @dataclass(slots=True, eq=False)
 class Command:
-    """One command that the controller wants sent, and what it is for."""
+    """A command to send, in the words of 2.0.1; `on_answer` takes what becomes of it."""
 
-    kind: str                           # abilities | status | fallback | limit | read_back | clear
-                                        # | trigger
-    steered: Steered
+    station: SiteStation
     action: str
     payload: dict
-    ledger: Ledger | None = None
-    held: Held | None = None
-    amps: float = 0.0
-    rung: int = 0
+    on_answer: Callable[["Command", Answer], None]
+    evse: Evse | None = None
+    limit: SentLimit | None = None
+    variant: ProfileVariant | None = None
     transaction: Transaction | None = None
+    durable: bool = False               # it raises something: not before the State has it
+
+
+# The site
 
 
 class Window(NamedTuple):
@@ -9751,112 +10039,435 @@ class Window(NamedTuple):
             before in self.days and clock < self.until)
 
 
-class Controller:
-    """The site's power controller: looks at the Board, decides, and says what to send.
+class SiteSettings:
+    """The site's limits, strategy and margin: as configured, and as REST has changed them.
 
-    `tick` is to be called each second; each Command that it returns is to be carried out, and its
-    outcome told to `answered`. No I/O; `clock` never jumps, the Board's clock may.
+    What was changed is kept in the State, with the configured value that it overrides: when that
+    changes, the change is dropped.
     """
 
-    def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic):
-        self.board, self.clock = board, clock
-        self.settings = settings = board.config.smart_charge
-        self.started_at = clock()
+    # JSON key of PATCH /api/smart-charge/config: the settings
+    PATCHED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "strategy": ("strategy",), "limitA": ("site_limit_a", "site_limit_kw"),
+        "limitKw": ("site_limit_a", "site_limit_kw"), "marginPercent": ("safety_margin_percent",)}
+
+    def __init__(self, board: Board):
+        self.board, self.now = board, board.config.smart_charge
+        self.configured = SimpleNamespace(**vars(self.now))
+        self.changed: set[str] = set()               # settings, since they were configured
         self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
-                        for w in settings.window]
-        self.zone = ZoneInfo(settings.timezone) if settings.timezone else None
-        self.patterns = {pattern: circuit.name for circuit in settings.circuit
-                         for pattern in circuit.stations}
-        self.steered: dict[str, Steered] = {}
-        self.foreign: dict[str, list[Profile]] = {}      # upstream's profiles, by station
-        self.models: OrderedDict = OrderedDict()     # {model: (rung, fallback rung, reads back)}
-        self.meter: list[float] | None = None        # of the site, A per phase
-        self.metered_at = self.meter_warned_at = -math.inf
-        self.other_load = [0.0] * 3                  # what the site draws besides, A per phase
-        self.overload_at: dict[str, float] = {}
-        self.quiet_until = -math.inf
-        self.absent_told = False
-        named = (*self.patterns, *board.config.stations)
-        self.named = {name for name in named if not re.search(r"[*?\[]", name)}
-        for name in sorted(self.named):
-            self._meet(name)
-        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
-        strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
-        self.settled_at = self.started_at + (
-            settings.limit_valid_seconds + EXPIRY_SLACK_S if strangers else 0)
-        self._check_fallbacks()
+                        for w in self.now.window]
+        self.zone = ZoneInfo(self.now.timezone) if self.now.timezone else None
+        self.parents = {SITE: ""} | {c.name: c.parent or SITE for c in self.now.circuit}
 
-    # What it is told
+    def restore(self) -> None:
+        """Take over what an earlier run changed."""
+        for names in dict.fromkeys(self.PATCHED.values()):
+            row = next((row for row in self.board.state.rows("smart_charge_setting")
+                        if row.key == names[0]), None)
+            if row is None:
+                continue
+            value = row.value if type(row.value) is dict else {}
+            configured = [getattr(self.configured, name) for name in names]
+            try:
+                changes = {name: _checked(self._setting(name), one, "state", name) for name, one in
+                           zip(names, lenient(value, "value", list, []), strict=True)}
+                if value.get("configured") != configured or not self._is_possible(changes):
+                    raise WrongValue("the configuration has changed")
+            except (ConfigError, BoardError, ValueError):
+                self.board.state.put("smart_charge_setting", names[0], None)
+                continue
+            self._set(changes)
 
-    @property
-    def limit_a(self) -> float:
-        """The site's limit, A per phase, before margin and windows."""
-        settings = self.settings
-        return settings.site_limit_a or settings.site_limit_kw * 1000 / (3 * settings.voltage)
+    @staticmethod
+    def _setting(name: str) -> Setting:
+        return next(s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
 
-    def view(self) -> dict:
-        """GET /api/smart-charge/config."""
-        settings, window = self.settings, self._window()
-        return {
-            "enabled": True, "strategy": settings.strategy, "limitA": round(self.limit_a, 3),
-            "limitKw": round(self.limit_a * 3 * settings.voltage / 1000, 3),
-            "marginPercent": settings.safety_margin_percent, "minimumA": settings.minimum_a,
-            "stepA": settings.step_a, "fallbackA": settings.fallback_a,
-            "limitValidSeconds": settings.limit_valid_seconds,
-            "raiseAPer30s": settings.raise_a_per_30s, "rotateMinutes": settings.rotate_minutes,
-            "voltage": settings.voltage,
-            "windowFactor": window.factor if window else 1.0,
-            "meter": self._meter_view() if settings.meter else None,
-            "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
-                          "limit": LADDER[rung].text(), "fallback": FALLBACKS[fallback].text()
-                          if fallback < len(FALLBACKS) else None, "readsBack": reads_back}
-                         for (vendor, model, firmware), (rung, fallback, reads_back)
-                         in self.models.items()],
-        }
+    def _is_possible(self, changes: dict) -> bool:
+        return (changes.get("strategy") != "time_of_use" or bool(self.windows)) and (
+            changes.get("strategy") != "solar" or self.now.meter) and (
+            not {"site_limit_a", "site_limit_kw"} & set(changes)
+            or changes["site_limit_a"] >= 1 or changes["site_limit_kw"] >= 0.1)
 
-    # JSON key of PATCH /api/smart-charge/config: the setting
-    PATCHED: ClassVar = {"strategy": "strategy", "limitA": "site_limit_a",
-                         "limitKw": "site_limit_kw", "marginPercent": "safety_margin_percent"}
+    def _set(self, changes: dict) -> None:
+        for name, value in changes.items():
+            setattr(self.now, name, value)
+            self.changed.discard(name)
+            if value != getattr(self.configured, name):
+                self.changed.add(name)
 
-    def configure(self, body: dict) -> None:
-        """Change limit, strategy or margin until the next start.
+    def change(self, body: dict) -> dict:
+        """Change limit, strategy or margin. Returns the changes.
 
         Raises: BadRequest, and nothing is changed.
         """
-        changes = self._read_changes(body, {key: next(
-            s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
-            for key, name in self.PATCHED.items()})
+        changes = read_changes(body, {key: self._setting(
+            "site_limit_kw" if key == "limitKw" else names[0])
+            for key, names in self.PATCHED.items()})
         if {"limitA", "limitKw"} <= set(changes):
             raise BadRequest("limitA and limitKw are two words for one limit: give one")
         if changes.get("limitA", 1) < 1 or changes.get("limitKw", 1) < 0.1:
             raise BadRequest("a limit must be at least 1 A, or 0.1 kW")
         if changes.get("strategy") == "time_of_use" and not self.windows:
             raise BadRequest("time_of_use needs a [[smart_charge.window]] in the configuration")
-        before = {key: self.view()[key] for key in changes}
-        self.quiet_until = self.clock() + 2 * VERIFY_S           # until the cars have followed
-        if {"limitA", "limitKw"} & set(changes):
-            self.settings.site_limit_a = self.settings.site_limit_kw = 0.0
+        if changes.get("strategy") == "solar" and not self.now.meter:
+            raise BadRequest("solar needs smart_charge.meter in the configuration")
         for key, value in changes.items():
-            setattr(self.settings, self.PATCHED[key], value)
-        self._happened("SMART_CHARGE_CONFIG", "", "Changed on the board: " + ", ".join(
+            names = self.PATCHED[key]
+            values = [value] if len(names) == 1 else (
+                [value, 0.0] if key == "limitA" else [0.0, value])
+            self._set(dict(zip(names, values, strict=True)))
+            self.board.state.put("smart_charge_setting", names[0], {
+                "value": values, "configured": [getattr(self.configured, n) for n in names]})
+        self.board.state.write_soon()
+        return changes
+
+    @property
+    def limit_a(self) -> float:
+        """The site's limit, A per phase, before margin and windows."""
+        return self.now.site_limit_a or self.now.site_limit_kw * 1000 / (3 * self.now.voltage)
+
+    def window(self) -> Window | None:
+        """The window that it is the time of."""
+        if self.now.strategy != "time_of_use":
+            return None
+        when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
+        return next((window for window in self.windows if window.holds(when)), None)
+
+    def limits(self) -> dict[str, float]:
+        """{circuit: A per phase, before margin and windows}."""
+        return {SITE: self.limit_a} | {c.name: c.limit_a for c in self.now.circuit}
+
+    def circuits(self, factor: float | None = None) -> list[Circuit]:
+        """The circuits, with what of them may be used.
+
+        A limit in kW that was set on the board is what a grid operator's dimming asks for: it is
+        taken as told, without the margin, where the minimum of one car fits only so.
+        """
+        if factor is None:
+            window = self.window()
+            factor = window.factor if window else 1.0
+        share = 1 - self.now.safety_margin_percent / 100
+        whole = self.limit_a * factor
+        dimmed = "site_limit_kw" in self.changed and self.now.site_limit_kw
+        fits_only_so = dimmed and whole * share < self.now.minimum_a <= whole + GRAIN_A
+        return [Circuit(SITE, "", whole if fits_only_so else whole * share)] + [
+            Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.now.circuit]
+
+    def least_circuits(self) -> list[Circuit]:
+        """The circuits at the smallest that the windows make of them."""
+        windows = self.windows if self.now.strategy == "time_of_use" else []
+        return self.circuits(min([1.0, *(window.factor for window in windows)]))
+
+    def view(self) -> dict:
+        """Of GET /api/smart-charge/config."""
+        now, window = self.now, self.window()
+        return {
+            "strategy": now.strategy, "limitA": round(self.limit_a, 3),
+            "limitKw": round(self.limit_a * 3 * now.voltage / 1000, 3),
+            "marginPercent": now.safety_margin_percent, "minimumA": now.minimum_a,
+            "stepA": now.step_a, "fallbackA": now.fallback_a,
+            "limitValidSeconds": now.limit_valid_seconds, "raiseAPer30s": now.raise_a_per_30s,
+            "rotateMinutes": now.rotate_minutes, "voltage": now.voltage,
+            "windowFactor": window.factor if window else 1.0,
+            "setOnBoard": sorted({key for key, names in self.PATCHED.items()
+                                  if set(names) & self.changed and not (
+                                      key == "limitA" and now.site_limit_kw)
+                                  and not (key == "limitKw" and now.site_limit_a)})}
+
+
+def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
+    """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
+    if not body:
+        raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
+    for key in body:
+        if key not in settings:
+            raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
+    try:
+        return {key: value if value is None and settings[key].section == "session"
+                else _checked(settings[key], value, "body", key)
+                for key, value in body.items()}
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+
+
+class SiteMeter:
+    """The site's own meter: what the site draws besides the cars, and what the sun leaves."""
+
+    def __init__(self, settings: SiteSettings, now: float):
+        self.settings, self.started_mono = settings, now
+        self.amps: list[float] | None = None         # drawn from the grid, A per phase
+        self.read_mono = -math.inf
+        self.warned_s = 0.0                          # of silence
+        self.other_load = [0.0] * 3                  # A per phase, besides the cars
+        self._surplus: deque = deque(maxlen=1000)    # (when, A of all phases that the cars may have
+                                                     # without drawing from the grid)
+
+    def read(self, body: dict, now: float) -> bool:
+        """Take a reading, {"L1": A, …}; negative is fed in. Returns whether it was lost before.
+
+        Raises: BadRequest.
+        """
+        amps: list[Any] = [body.get(phase) for phase in PHASES]
+        most = 10 * self.settings.limit_a
+        if set(body) != set(PHASES) or not all(
+                type(a) in (int, float) and abs(a) <= most for a in amps):
+            raise BadRequest('the body must be {"L1": A, "L2": A, "L3": A}, none of them beyond '
+                             "ten times the site's limit")
+        back = self.amps is not None and self.is_lost(now)
+        self.amps, self.read_mono, self.warned_s = amps, now, 0.0
+        return back
+
+    def is_lost(self, now: float) -> bool:
+        """Whether it has been silent for too long."""
+        return now - self.read_mono > METER_LOST_S
+
+    def judge(self, facts: "list[Fact]", now: float) -> None:
+        """What the site draws besides the cars.
+
+        While limits and meters are on their way it counts at least what is left when all cars draw
+        what they may: then nothing is freed, but a rise is seen at once.
+        """
+        flow, most, known, settled = [0.0] * 3, [0.0] * 3, [0.0] * 3, True
+        for fact in facts:
+            evse, online = fact.evse, fact.station.online
+            # What an unreachable station draws is not known: it is not taken off.
+            fresh = not evse.transaction or (
+                online and evse.meter.read_mono > evse.changed_mono + PILOT_S)
+            for phase in range(3):
+                drawn = min(fact.flow[phase], fact.worst[phase]) if online else 0.0
+                flow[phase] += drawn
+                most[phase] += fact.worst[phase]
+                known[phase] += drawn if fresh else 0.0
+            settled &= fresh
+        amps = self.amps or [0.0] * 3
+        over = any(a > self.settings.limit_a for a in amps)
+        for phase, drawn in enumerate(amps):
+            if settled:
+                self.other_load[phase] = max(0.0, drawn - flow[phase])
+            else:
+                least = drawn - (flow[phase] if over else most[phase])
+                self.other_load[phase] = max(0.0, min(max(self.other_load[phase], least),
+                                                      drawn - known[phase]))
+        self._surplus.append((now, sum(flow) - sum(amps)))
+
+    def surplus(self, on_s: float, off_s: float, now: float) -> tuple[float, float, float]:
+        """A of all phases that the sun leaves to the cars: now, the least of the last `on_s`, and
+        the most of the last `off_s`; 0 for the times that no reading covers."""
+        if self.is_lost(now) or not self._surplus:
+            return 0.0, 0.0, 0.0
+        while len(self._surplus) > 1 and self._surplus[1][0] < now - max(on_s, off_s):
+            self._surplus.popleft()
+        lately = [amps for at, amps in self._surplus if at >= now - on_s]
+        covered = self._surplus[0][0] <= now - on_s
+        return (max(0.0, self._surplus[-1][1]),
+                max(0.0, min(lately)) if covered and lately else 0.0,
+                max(0.0, *(amps for at, amps in self._surplus if at >= now - off_s), 0.0))
+
+    def silence(self, now: float) -> tuple[float, str] | None:
+        """(seconds, text) of a silence that is to be told now."""
+        age = now - max(self.read_mono, self.started_mono)
+        lost_a = self.settings.now.meter_lost_a
+        for seconds, text in ((METER_LOST_S, f"is lost: the cars share {lost_a:g} A"),
+                              (METER_WARN_S, "is silent")):
+            if age > seconds > self.warned_s:
+                self.warned_s = seconds
+                return age, text
+        return None
+
+    def view(self, now: float) -> dict:
+        """Of GET /api/smart-charge/config."""
+        age = now - self.read_mono
+        return {"amps": dict(zip(PHASES, self.amps, strict=True)) if self.amps else None,
+                "ageSeconds": round(age, 1) if self.amps else None,
+                "otherLoadA": dict(zip(PHASES, (round(a, 1) for a in self.other_load),
+                                       strict=True)),
+                "surplusA": round(self._surplus[-1][1], 1) if self._surplus else None,
+                "status": "ok" if age < METER_WARN_S else "late" if age < METER_LOST_S else "lost"}
+
+
+class Fact(NamedTuple):
+    """An EVSE as a tick has found it."""
+
+    station: SiteStation
+    evse: Evse
+    worst: tuple                        # A that it may draw in each phase of the site
+    flow: tuple                         # A that it draws
+    load: float                         # A in a phase for each ampere of a limit
+
+    @property
+    def id(self) -> tuple[str, int]:
+        return self.station.identity, self.evse.evse_id
+
+    def path(self, tree: CircuitTree) -> list[int]:
+        """The places that its car may load."""
+        return tree.path(self.station.circuit, self.station.phases_of(self.evse))
+
+    def whole_path(self, tree: CircuitTree) -> list[int]:
+        """The places that any car there may load."""
+        return tree.path(self.station.circuit, self.station.on_grid(self.station.all_phases))
+
+
+class Uncontrolled(NamedTuple):
+    """A station that takes power which nobody steers."""
+
+    identity: str
+    circuit: str
+    amps: float                         # A per phase that it counts for
+    reason: str                         # half a sentence
+    advice: str                         # what to do
+    phases: tuple
+
+
+class Controller:
+    """The site's power controller: looks at the Board, decides, and says what to send.
+
+    `tick` is to be called each second; each Command that it returns is to be carried out, and its
+    outcome told to `answered`. No I/O.
+    """
+
+    def __init__(self, board: Board):
+        self.board, self.now = board, board.mono
+        self.settings: Any = board.config.smart_charge
+        self.site = SiteSettings(board)
+        self.started_mono = self.now()
+        self.meter = SiteMeter(self.site, self.started_mono)
+        self.patterns = {pattern: circuit.name for circuit in self.settings.circuit
+                         for pattern in circuit.stations}
+        self.stations: dict[str, SiteStation] = {}
+        self.elsewhere: set[str] = set()             # identities that are not at this site
+        self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
+        # {model: (rung for limits, for fallbacks, reads back)}
+        self.models: OrderedDict[tuple, tuple] = OrderedDict()
+        self.facts: list[Fact] = []                  # of the last tick
+        self.overload_mono: dict[str, float] = {}
+        self.quiet_until = -math.inf
+        self._absent_told = self._listed_told = False
+        self._failed_mono: dict[str, float] = {}     # stations that could not be looked at
+        named = (*self.patterns, *board.config.stations)
+        self.named = {name for name in named if not re.search(r"[*?\[]", name)}
+        for name in sorted(self.named):
+            self._meet(name)
+        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
+        strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
+        self.settled_mono = self.started_mono + (
+            self.settings.limit_valid_seconds + EXPIRY_SLACK_S if strangers else 0)
+        self._check_fallbacks()
+        board.power = self
+
+    # What outlives a restart
+
+    def restore(self) -> None:
+        """Take over what an earlier run has sent and learnt; before the first tick."""
+        board = self.board
+        self.site.restore()
+        self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
+        for model, rungs in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
+            self.models[model] = rungs
+        for identity, evse_id, row in read_rows(board, "charging_limit",
+                                                board.config.store.max_connections, _limits_of):
+            if identity in self.elsewhere:
+                continue
+            station = self.stations.get(identity) or self._meet(identity)
+            evse = station.evses.get(evse_id) or self._add_evse(station, evse_id)
+            self._restore_evse(evse, *row)
+        if board.state.rows("charging_run"):         # what is out there stands in the rows
+            self.settled_mono = self.started_mono
+        for identity in self.elsewhere & set(self.stations):
+            del self.stations[identity]
+        board.state.sources.append(self._put_all)
+        self._put_all()
+
+    def _restore_evse(self, evse: Evse, limit: float, fallback: float | None) -> None:
+        now = self.now()
+        evse.row = limit, fallback
+        evse.fallback.known_a, evse.fallback.due = fallback, True
+        if limit > 0:
+            evse.unknown(min(limit, evse.maximum), self._latest(now), now)
+
+    def _put_all(self) -> None:
+        """Put all there is, for a file that is new."""
+        self.board.state.put("charging_run", "", True)
+        for identity in self.elsewhere:
+            self.board.state.put("elsewhere", identity, True)
+        for model, rungs in self.models.items():
+            self.board.state.put("charging_model", to_json(model), rungs)
+        for station, evse in self._each():
+            if any(evse.row):
+                self._put_row(station, evse)
+
+    def _put_row(self, station: SiteStation, evse: Evse, durable: bool = False) -> None:
+        limit, fallback = evse.row
+        self.board.state.put("charging_limit", f"{evse.evse_id} {station.identity}",
+                             {"limit": round(limit, 3), "fallback": fallback}, durable=durable)
+
+    def _latest(self, now: float) -> float:
+        """When a limit that was sent up to now has expired."""
+        return now + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
+
+    def _record_bounds(self, station: SiteStation) -> bool:
+        """Have the State know an upper bound of all that may hold. Returns whether it rises."""
+        any_rises = False
+        for evse in station.evses.values():
+            before_limit, before_fallback = evse.row
+            limit, most = max([sent.flow for sent in evse.sent], default=0.0), evse.fallback.most_a
+            if limit > before_limit:     # up to where the ramp goes, in one write
+                limit = max(limit, evse.target * station.load(evse))
+            rises = limit > before_limit or (before_fallback is not None and (
+                most is None or most > before_fallback))
+            if (limit, most) != evse.row:
+                evse.row = limit, most
+                self._put_row(station, evse, rises)
+            any_rises |= rises
+        return any_rises
+
+    # What it is told
+
+    def view(self) -> dict:
+        """GET /api/smart-charge/config."""
+        return {"enabled": True, **self.site.view(),
+                "meter": self.meter.view(self.now()) if self.settings.meter else None,
+                "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
+                              "limit": VARIANTS[rung].text(),
+                              "fallback": FALLBACK_VARIANTS[fallback].text()
+                              if fallback < len(FALLBACK_VARIANTS) else None,
+                              "readsBack": reads_back}
+                             for (vendor, model, firmware), (rung, fallback, reads_back)
+                             in self.models.items()],
+                "elsewhere": sorted(self.elsewhere), "warning": self._warning()}
+
+    def _warning(self) -> str | None:
+        """What is unsafe about the configuration."""
+        if self.board.config.ocpp.accept != "any":
+            return None
+        return ("Anybody who can connect can take power away from the cars: name the stations in "
+                '[stations."…"] and set ocpp.accept = "listed"')
+
+    def configure(self, body: dict) -> None:
+        """Change limit, strategy or margin. Raises: BadRequest, and nothing is changed."""
+        before = self.site.view()
+        changes = self.site.change(body)
+        self.quiet_until = self.now() + 2 * VERIFY_S             # until the cars have followed
+        self._log_event("SMART_CHARGE_CONFIG", "", "Changed on the board: " + ", ".join(
             f"{key} {value}" for key, value in changes.items()),
-            {"before": before, "after": changes})
+            {"before": {key: before[key] for key in changes}, "after": changes})
 
     SESSION_SETTINGS: ClassVar = {
         "priority": Setting("session", "priority", 1, (1, 100)),
         "minA": Setting("session", "minA", 6, (6, 80)),
         "maxA": Setting("session", "maxA", 32, (0, 1000)),
+        "phases": Setting("session", "phases", 3, (1, 3)),
     }
 
     def configure_session(self, session: ChargeSession, body: dict) -> None:
-        """Change priority, minA or maxA of a session; null gives the usual back.
+        """Change priority, minA, maxA or phases of a session; null gives the usual back.
 
         Raises: BadRequest, Conflict (it has ended).
         """
         if session.ended_at is not None:
             raise Conflict("The session has ended")
-        changes = self._read_changes(body, self.SESSION_SETTINGS)
-        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a"}
+        changes = read_changes(body, self.SESSION_SETTINGS)
+        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a", "phases": "phases_set"}
         minimum = changes.get("minA", session.min_a) or self.settings.minimum_a
         if (changes.get("maxA") or math.inf) < minimum:
             raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
@@ -9865,562 +10476,612 @@ class Controller:
         self.board.charge_updated(session, **{
             fields[key]: usual.get(key) if value is None else value
             for key, value in changes.items()})
-        self._happened("SMART_CHARGE_SESSION", session.identity,
-                       f"sc-{session.number} changed on the board: " + ", ".join(
-                           f"{key} {value}" for key, value in changes.items()),
-                       {"sessionId": f"sc-{session.number}", "after": changes})
+        self._log_event("SMART_CHARGE_SESSION", session.identity,
+                        f"sc-{session.number} changed on the board: " + ", ".join(
+                            f"{key} {value}" for key, value in changes.items()),
+                        {"sessionId": f"sc-{session.number}", "after": changes})
 
-    @staticmethod
-    def _read_changes(body: dict, settings: dict) -> dict:
-        """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
-        if not body:
-            raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
-        for key in body:
-            if key not in settings:
-                raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
-        try:
-            return {key: value if value is None and settings[key].section == "session"
-                    else _checked(settings[key], value, "body", key)
-                    for key, value in body.items()}
-        except ConfigError as error:
-            raise BadRequest(str(error)) from None
+    def set_elsewhere(self, identity: str, elsewhere: bool) -> None:
+        """A station that the configuration does not name is not at this site, or is after all.
+
+        It counts for nothing then, and gets no limit. Raises: Conflict (it is named).
+        """
+        if identity in self.named:
+            raise Conflict("The configuration names this station: take it out there")
+        if elsewhere == (identity in self.elsewhere):
+            return
+        if elsewhere:
+            self.elsewhere.add(identity)
+            if station := self.stations.pop(identity, None):
+                self._end_sessions(station)
+                for evse_id in station.evses:
+                    self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
+        else:
+            self.elsewhere.discard(identity)
+        self.board.state.put("elsewhere", identity, True if elsewhere else None)
+        self.board.state.write_soon()
+        self._log_event("SMART_CHARGE_STATION", identity, "It is not at this site" if elsewhere
+                        else "It is at this site", {"elsewhere": elsewhere})
 
     def take_meter(self, body: dict) -> None:
-        """What the site's own meter says: {"L1": A, "L2": A, "L3": A}, drawn from the grid.
+        """What the site's own meter says: {"L1": A, "L2": A, "L3": A}; negative is fed in.
 
         Raises: BadRequest, Conflict (no meter is configured).
         """
         if not self.settings.meter:
             raise Conflict("smart_charge.meter is false: no meter of the site is configured")
-        amps = [body.get(phase) for phase in PHASES]
-        if set(body) != set(PHASES) or not all(
-                type(a) in (int, float) and abs(a) <= 10 * self.limit_a for a in amps):
-            raise BadRequest('the body must be {"L1": A, "L2": A, "L3": A}, none of them beyond '
-                             "ten times the site's limit")
-        now = self.clock()
-        if now - self.metered_at > METER_LOST_S and self.meter:
-            self._happened("SMART_CHARGE_METER", "", "The site's meter is back", {})
-        self.meter, self.metered_at, self.meter_warned_at = amps, now, -math.inf
-        self._judge_other_load(now)
-
-    def _meter_view(self) -> dict:
-        age = self.clock() - self.metered_at
-        return {"amps": dict(zip(PHASES, self.meter, strict=True)) if self.meter else None,
-                "ageSeconds": round(age, 1) if self.meter else None,
-                "otherLoadA": dict(zip(PHASES, (round(a, 1) for a in self.other_load),
-                                       strict=True)),
-                "status": "ok" if age < METER_WARN_S else "late" if age < METER_LOST_S else "lost"}
+        now = self.now()
+        if self.meter.read(body, now):
+            self._log_event("SMART_CHARGE_METER", "", "The site's meter is back", {})
+        self.meter.judge(self._look_at_all(now), now)
 
     def circuits(self) -> list[dict]:
         """GET /api/smart-charge/circuits."""
-        now = self.clock()
+        facts, limits = self._look_at_all(self.now()), self.site.limits()
 
-        def told(steered: Steered, ledger: Ledger) -> list[float]:
-            amps = ledger.session.allocated_a if ledger.session else 0.0
-            used = self._wire(steered, ledger).phases
-            return [amps if phase in used else 0.0 for phase in range(3)]
-        sums = {"allocatedA": self._sums(told), "measuredA": self._sums(self._flow),
-                "worstA": self._sums(lambda *evse: self._worst_of_phases(*evse, now))}
-        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
+        def allocated(fact: Fact) -> tuple:
+            amps = fact.evse.session.allocated_a if fact.evse.session else 0.0
+            used = fact.station.phases_of(fact.evse)
+            return tuple(amps if phase in used else 0.0 for phase in range(3))
+        sums = {"allocatedA": self._sums(facts, allocated),
+                "measuredA": self._sums(facts, attrgetter("flow")),
+                "worstA": self._sums(facts, attrgetter("worst"))}
+        uncontrolled, tree = self.uncontrolled(facts), CircuitTree(self.site.circuits(), {})
         return [{"name": c.name, "parent": c.parent or None, "limitA": round(limits[c.name], 3),
                  "usableA": round(c.limit_a, 3), "stations": sorted(
-                     s.identity for s in self.steered.values() if s.circuit == c.name),
+                     s.identity for s in self.stations.values() if s.circuit == c.name),
                  **{kind: dict(zip(PHASES, (round(a, 1) for a in of[c.name]), strict=True))
-                    for kind, of in sums.items()}} for c in self._circuits()]
+                    for kind, of in sums.items()},
+                 "overLimit": max(sums["measuredA"][c.name]) > limits[c.name] + OVER_A,
+                 "uncontrolled": [
+                     {"identity": u.identity, "amps": round(u.amps, 1), "reason": u.reason,
+                      "advice": u.advice} for u in uncontrolled
+                     if c.name in tree.above(u.circuit)]} for c in self.site.circuits()]
 
-    def _sums(self, amps_of: Callable[[Steered, Ledger], list[float]]) -> dict:
+    def _sums(self, facts: list[Fact], amps_of: Callable[[Fact], tuple]) -> dict:
         """{circuit: [A in each phase]} of all EVSEs below it."""
-        parents = {c.name: c.parent for c in self._circuits()}
+        parents = self.site.parents
         sums = {name: [0.0] * 3 for name in parents}
-        for steered, ledger in self._each():
-            amps, name = amps_of(steered, ledger), steered.circuit
+        for fact in facts:
+            amps, name = amps_of(fact), fact.station.circuit
             while name and any(amps):
                 sums[name] = [a + b for a, b in zip(sums[name], amps, strict=True)]
                 name = parents[name]
         return sums
 
+    def uncontrolled(self, facts: list[Fact]) -> list[Uncontrolled]:
+        """Who takes power, or may, without being under control; who takes most first."""
+        found: dict[str, Uncontrolled] = {}
+        for fact in facts:
+            amps = max(fact.worst)
+            if amps < 1 or fact.station.steerable:
+                continue
+            reason, advice = self._why_uncontrolled(fact.station, fact.evse)
+            before = found.get(fact.station.identity)
+            found[fact.station.identity] = Uncontrolled(
+                fact.station.identity, fact.station.circuit, amps + (before.amps if before else 0),
+                reason, advice, tuple(p for p in range(3) if fact.worst[p] >= 1))
+        return sorted(found.values(), key=lambda u: -u.amps)
+
+    def _why_uncontrolled(self, station: SiteStation, evse: Evse) -> tuple[str, str]:
+        named = station.identity in self.named
+        if not station.settings.managed:
+            return "is left alone (managed = false)", "It counts as measured"
+        if station.uncontrollable:
+            return station.uncontrollable, ("Look at its own load management and its firmware; "
+                                            "`max_a` says what its hardware can")
+        if station.station is None:
+            return "has not connected since the start", (
+                "Connect it, or take it out of the configuration" if named else
+                "Connect it, or say that it is not at this site")
+        if not station.online:
+            return "is offline", ("Its connection is to be looked at" if named or evse.transaction
+                                  else "Connect it, or say that it is not at this site")
+        return "is not accepted yet", ("Approve it, or say that it is not at this site")
+
     # Each second
 
     def tick(self) -> list[Command]:
         """Look, decide, and say what to send now."""
-        now = self.clock()
-        self._look(now)
-        self._watch_meter(now)
-        self._verify(now)
-        self._decide(now)
-        self._want_fallbacks(now)
-        commands = self._commands(now)
-        self._tell(now)
+        now = self.now()
+        self.observe(now)
+        facts = self.facts = self._look_at_all(now)
+        self._give_shares(facts, now)
+        self._want_fallbacks(facts)
+        commands = self.commands(facts, now)
+        self._tell(facts, now)
         return commands
 
-    # 1. look
+    # 1. observe
 
-    def _meet(self, identity: str) -> Steered:
+    def _meet(self, identity: str) -> SiteStation:
         settings = self.board.config.station(identity) or STATION_DEFAULTS
         fit = best_fit(identity, self.patterns)
-        steered = Steered(identity, self.patterns[fit] if fit else SITE, settings)
-        self.steered[identity] = steered
-        self._ledger(steered, 1)         # until it says how many it has
-        return steered
+        station = SiteStation(identity, self.patterns[fit] if fit else SITE, settings)
+        self.stations[identity] = station
+        self._add_evse(station, 1)       # until it says how many it has
+        return station
 
-    def _ledger(self, steered: Steered, evse_id: int) -> Ledger:
-        ledger = steered.ledgers[evse_id] = Ledger(evse_id, float(steered.settings.max_a))
-        return ledger
+    @staticmethod
+    def _add_evse(station: SiteStation, evse_id: int) -> Evse:
+        evse = station.evses[evse_id] = Evse(evse_id, float(station.settings.max_a))
+        return evse
 
-    def _look(self, now: float) -> None:
-        """See what the stations told since."""
+    def _each(self) -> list[tuple[SiteStation, Evse]]:
+        """Every EVSE, with its station."""
+        return [(station, evse) for station in self.stations.values()
+                for evse in station.evses.values()]
+
+    def _look_at_all(self, now: float) -> list[Fact]:
+        """What each EVSE may draw, and draws."""
+        return [Fact(station, evse, station.worst_of_phases(evse, now), station.flow(evse),
+                     station.load(evse) if evse.transaction else 1.0)
+                for station in self.stations.values() for evse in station.evses.values()]
+
+    def observe(self, now: float) -> None:
+        """See what the stations have said since, and whether they obey."""
         stations = self.board.stations
-        for _, ledger in self._each():
-            ledger.expire(now)
-        for identity in [i for i, s in self.steered.items() if s.station and i not in stations]:
+        for identity in [i for i, s in self.stations.items() if s.station and i not in stations]:
             self._forget(identity)
-        for identity, station in stations.items():
-            steered = self.steered.get(identity) or self._meet(identity)
-            if steered.station is not station or steered.link is not station.link:
-                self._reconnected(steered, station, now)
-            model = tuple(station.info.get(key) or "" for key in ("vendor", "model", "firmware"))
-            if model != steered.model and model[0]:
-                if steered.uncontrollable:           # another firmware
-                    self._try_again(steered, now)
-                steered.model, steered.abilities = model, None
-                steered.disobeyed, steered.triggers = False, True
-                steered.worked, steered.refusals = False, 0
-                steered.rung, steered.fallback_rung, steered.reads_back = self.models.get(
-                    model, (0, 0, None))
-            self._look_at_evses(steered, now)
+        for _, evse in self._each():
+            if evse.sent:
+                evse.expire(now)
+        for identity, station in list(stations.items()):
+            known = self.stations.get(identity)
+            if known is None:
+                if identity in self.elsewhere or not _counts(station):
+                    continue
+                known = self._meet(identity)
+            try:
+                self._observe(known, station, now)
+            except Exception:            # one station's trouble must not stop the others
+                self._failed(known, now)
+        if self.settings.meter and (silence := self.meter.silence(now)):
+            self._log_event("SMART_CHARGE_METER", "", f"The site's meter {silence[1]}",
+                            {"ageSeconds": round(silence[0])})
+
+    def _failed(self, station: SiteStation, now: float) -> None:
+        station.busy = None
+        if now - self._failed_mono.get(station.identity, -math.inf) > RETRY_S:
+            self._failed_mono[station.identity] = now
+            log.exception("Smart charging failed on %s", shown(station.identity))
+        self._give_up(station, "could not be looked at: the board's log says why")
+
+    def _observe(self, known: SiteStation, station: Station, now: float) -> None:
+        if known.station is not station or known.link is not station.link:
+            self._reconnected(known, station, now)
+        model = tuple(station.info.get(key) or "" for key in ("vendor", "model", "firmware"))
+        if model != known.model and model[0]:
+            if known.uncontrollable:     # another firmware
+                self._try_again(known, now)
+            known.learn(model, self.models.get(model))
+        self._observe_evses(known, station, now)
+        while known.refusals and known.refusals[0][0] <= now:
+            self._judge_refusal(*known.refusals.popleft()[1:])
+        if known.uncontrollable and known.ready and now >= known.retry_mono and (
+                not known.disobeyed or any(e.transaction for e in known.evses.values())):
+            self._try_again(known, now)
+        for evse in known.evses.values():
+            if evse.transaction:
+                self._judge_need(known, evse, now)
+                if known.steerable:
+                    self._verify(known, evse, now)
 
     def _forget(self, identity: str) -> None:
         """A station's record was removed: it is gone, but counts until its limits have expired."""
-        steered = self.steered[identity]
-        latest = self.clock() + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
-        for ledger in steered.ledgers.values():
-            for held in ledger.held:
-                held.until = min(held.until, latest)
-            if ledger.session:
-                self.board.charge_ended(ledger.session)
-                ledger.session = None
-        if not any(ledger.held for ledger in steered.ledgers.values()):
-            del self.steered[identity]
+        station, latest = self.stations[identity], self._latest(self.now())
+        self._end_sessions(station)
+        for evse in station.evses.values():
+            for limit in evse.sent:
+                limit.until_mono = min(limit.until_mono, latest)
+        if not any(evse.sent for evse in station.evses.values()):
+            del self.stations[identity]
+            for evse_id in station.evses:
+                self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
             if identity in self.named:
                 self._meet(identity)
 
-    def _reconnected(self, steered: Steered, station: Station, now: float) -> None:
-        first = steered.station is None
-        steered.station, steered.link, steered.misses = station, station.link, 0
-        steered.status_asked, steered.busy = False, None
+    def _end_sessions(self, station: SiteStation) -> None:
+        for evse in station.evses.values():
+            if evse.session:
+                self.board.charge_ended(evse.session)
+                evse.session = None
+
+    def _reconnected(self, known: SiteStation, station: Station, now: float) -> None:
+        first = known.station is None
+        known.station, known.link, known.busy = station, station.link, None
+        known.refusals.clear()
         if station.link is None:
             return
-        if steered.uncontrollable:
-            steered.retry_at = min(steered.retry_at, now + VERIFY_S)
-        for ledger in steered.ledgers.values():
-            ledger.resend, ledger.fallback_due = bool(ledger.held), True
-            if first:
-                self._doubt(ledger, now)
+        if known.uncontrollable:
+            known.retry_mono = min(known.retry_mono, now + VERIFY_S)
+        for evse in known.evses.values():
+            evse.resend, evse.fallback.due = bool(evse.sent), True
+            if first and not evse.sent and evse.fallback.known_a is None:
+                self._forget_limits(evse, now)
 
-    def _doubt(self, ledger: Ledger, now: float) -> None:
-        """Nobody knows what holds there: an earlier run's limit, until it has expired."""
-        most = ledger.maximum
-        until = now + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
-        ledger.held = [Held(most, most, most, until)]
-        ledger.confirmed, ledger.doubted_at = None, now
-        ledger.read_back_due = True
+    def _forget_limits(self, evse: Evse, now: float) -> None:
+        evse.unknown(evse.maximum, self._latest(now), now)
 
-    def _look_at_evses(self, steered: Steered, now: float) -> None:
-        told: dict[int, list] = {}
-        for (evse_id, _), connector in steered.station.connectors.items():
+    def _observe_evses(self, known: SiteStation, station: Station, now: float) -> None:
+        said: dict[int, list[Connector]] = {}
+        for (evse_id, _), connector in station.connectors.items():
             if evse_id:
-                told.setdefault(evse_id, []).append(connector)
-        evses = (steered.abilities and steered.abilities.evses) or 0
-        for evse_id in {*told, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(steered.ledgers):
-            self._doubt(self._ledger(steered, evse_id), now)
-        if told and 1 not in told and evses == 0:
-            steered.ledgers.pop(1, None)             # it was assumed
-        for evse_id, connectors in told.items():
-            ledger = steered.ledgers[evse_id]
-            transaction = max((c.transaction for c in connectors if c.transaction),
-                              key=lambda t: t.number, default=None)
-            if transaction is not ledger.transaction:
-                self._changed_transaction(steered, ledger, transaction, now)
-            state = (transaction and transaction.charging_state) or next(
-                (c.status for c in connectors if c.status != "Available"), None)
-            if state == "Charging" and ledger.state != "Charging":
-                ledger.resend = bool(ledger.held)    # some forget it while nothing flows
-            ledger.state = state
-            reading = transaction.reading if transaction else max(
-                filter(None, (c.reading for c in connectors)), key=lambda r: r.flow_mono,
-                default=None)
-            if reading and reading.flow_mono != ledger.told_flow_at:
-                self._read(steered, ledger, reading, now)
+                said.setdefault(evse_id, []).append(connector)
+        evses = (known.abilities and known.abilities.evses) or 0
+        if len(known.evses) < max(len(said), evses) or said.keys() - known.evses.keys():
+            for evse_id in {*said, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(known.evses):
+                self._forget_limits(self._add_evse(known, evse_id), now)
+        if said and 1 not in said and evses == 0:
+            known.evses.pop(1, None)                 # it was assumed
+        for evse_id, connectors in said.items():
+            self._observe_evse(known, known.evses[evse_id], connectors, now)
 
-    def _changed_transaction(self, steered: Steered, ledger: Ledger,
-                             transaction: Transaction | None, now: float) -> None:
-        if ledger.session:
-            self.board.charge_ended(ledger.session)
-            ledger.session = None
-        if ledger.transaction:
-            ledger.end()
+    def _observe_evse(self, known: SiteStation, evse: Evse, connectors: list[Connector],
+                      now: float) -> None:
+        transaction = max((c.transaction for c in connectors if c.transaction),
+                          key=attrgetter("number"), default=None)
+        if transaction is not evse.transaction:
+            self._change_transaction(known, evse, transaction, now)
+        state = (transaction and transaction.charging_state) or next(
+            (c.status for c in connectors if c.status != "Available"), None)
+        if state == "Charging" and evse.state != "Charging":
+            evse.resend = bool(evse.sent)            # some forget it while nothing flows
+        evse.state = state
+        reading = transaction.reading if transaction else max(
+            filter(None, (c.reading for c in connectors)), key=attrgetter("flow_mono"),
+            default=None)
+        if reading and (reading.flow_mono, reading.ended_mono) != evse.meter.taken:
+            self._read(known, evse, reading, now)
+
+    def _change_transaction(self, known: SiteStation, evse: Evse,
+                            transaction: Transaction | None, now: float) -> None:
+        if evse.session:
+            self.board.charge_ended(evse.session)
+            evse.session = None
+        if evse.transaction:
+            evse.end()
         if transaction is None:
             return
-        ledger.begin(transaction, now)
-        if steered.settings.managed:
-            ledger.session = self.board.charge_started(
-                transaction, steered.circuit, self.settings.strategy, steered.settings.priority,
-                steered.settings.phases)
+        evse.begin(transaction, min((e.turn.count for _, e in self._each() if e.session),
+                                    default=0.0), now)
+        self._bind_profiles(known.identity, evse, transaction)
+        if known.settings.managed:
+            evse.session = self.board.charge_started(
+                transaction, known.circuit, self.settings.strategy, known.settings.priority,
+                known.settings.phases)
 
-    def _read(self, steered: Steered, ledger: Ledger, reading: Reading, now: float) -> None:
-        """A meter was read. How old that is, is known by the Board's monotonic clock."""
-        ledger.told_flow_at = reading.flow_mono
-        age = max(0.0, self.board.mono() - reading.flow_mono)
-        flow = reading.flow(steered.settings.phases, self.settings.voltage)
-        if flow is None or age > FLOW_OLD_S:
+    def _read(self, known: SiteStation, evse: Evse, reading: Reading, now: float) -> None:
+        """A meter was read, or a state has ended the flow."""
+        evse.meter.taken = reading.flow_mono, reading.ended_mono
+        at = min(now, max(reading.flow_mono, reading.ended_mono))
+        flow = reading.flow(known.settings.phases, self.settings.voltage)
+        if flow is None or now - at > FLOW_OLD_S:
             return
-        ledger.take(flow, now - age)
-        if not ledger.transaction:
+        evse.meter.read(flow, at)
+        if evse.transaction and all(
+                phase in reading.current_a for phase in PHASES[:known.settings.phases]):
+            evse.meter.learn_phases(now)
+
+    def _judge_need(self, known: SiteStation, evse: Evse, now: float) -> None:
+        """What the car does not take: by its meter, or because it is suspended and silent."""
+        suspended = evse.state == "SuspendedEV"
+        reading = evse.transaction.reading if evse.transaction else None
+        apart = reading is not None and all(
+            phase in reading.current_a for phase in PHASES[:known.settings.phases])
+        fresh = evse.meter.read_mono >= now - 1
+        # One phase or all? Then its need cannot be told, unless nothing flows.
+        if suspended or (fresh and (apart or known.settings.phases == 1)):
+            allowed = evse.confirmed.amps if evse.confirmed else 0.0
+            evse.meter.judge_need(allowed, now - evse.changed_mono > SETTLED_S,
+                                  self.settings.minimum_a, now)
+
+    # Accepted is not obeyed: the meter, or the station's own schedule, has to show it
+
+    def _verify(self, station: SiteStation, evse: Evse, now: float) -> None:
+        newest = evse.newest
+        if newest is None:
+            self._verify_fallback(station, evse, now)
             return
-        apart = all(phase in reading.current_a for phase in PHASES[:steered.settings.phases])
-        if apart:
-            self._read_phases(ledger, now)
-        # What it needs: what it does not take for a while, others may have
-        told = ledger.confirmed.amps if ledger.confirmed else 0.0
-        if not apart and steered.settings.phases > 1:
-            return                       # one phase or all? Its need cannot be told
-        if ledger.need is not None and ledger.measured_a > ledger.need - 1:
-            ledger.need = ledger.slack_since = None
-        elif told - ledger.measured_a > SLACK_A and now - ledger.changed_at > SETTLED_S:
-            ledger.slack_since = ledger.slack_since or now
-            if now - ledger.slack_since >= SETTLED_S:
-                ledger.need = math.ceil(ledger.measured_a) + SLACK_A - 1
-        elif ledger.need is None:
-            ledger.slack_since = None
-        if ledger.measured_a >= 1 or told < self.settings.minimum_a:
-            ledger.idle_since = None
-        else:
-            ledger.idle_since = ledger.idle_since or now
+        if newest.accepted_mono is None:
+            return
+        seen = evse.meter.read_mono >= evse.verified_mono + PILOT_S
+        if seen and evse.meter.least_a > newest.flow + tolerance(newest.flow):
+            if now - evse.verified_mono >= VERIFY_S:
+                self._disobeyed(station, evse, now, f"draws {evse.meter.least_a:.1f} A")
+        elif evse.confirmed is not newest and (seen or self._trusted(station, evse, now)):
+            evse.obeys(newest)
+            station.disobeyed = station.disobeyed and not seen
+
+    def _verify_fallback(self, station: SiteStation, evse: Evse, now: float) -> None:
+        """A car that has no limit of ours must not draw more than the fallback."""
+        most, drawn = evse.fallback_a, evse.meter.least_a
+        since = max(evse.began_mono, evse.verified_mono, evse.fallback.tried_mono)
+        if drawn > most + tolerance(most) and evse.meter.read_mono >= since + VERIFY_S:
+            self._error("LIMIT_NOT_OBEYED", station,
+                        f"EVSE {evse.evse_id} draws {drawn:.1f} A against a fallback of "
+                        f"{most:g} A", {"evse": evse.evse_id, "limitA": most})
+            evse.fallback.lost()
+            evse.fallback.tried_mono = now
 
     @staticmethod
-    def _read_phases(ledger: Ledger, now: float) -> None:
-        """Which phases the car uses, where its meter tells them apart."""
-        used = tuple(p for p in range(3) if ledger.measured[p] >= 1.0)
-        if not used:
-            return
-        if ledger.phases is not None and not set(used) <= set(ledger.phases):
-            ledger.phases = None
-        if ledger.phases_since is None or ledger.phases_since[0] != used:
-            ledger.phases_since = used, now
-        elif now - ledger.phases_since[1] >= PHASES_S:
-            ledger.phases = used
-
-    # The site's own meter
-
-    def _judge_other_load(self, now: float) -> None:
-        """What the site draws besides the cars.
-
-        While limits and meters are on their way it counts at least what is left when all cars draw
-        what they may: then nothing is freed, but a rise is seen at once.
-        """
-        flow, most, known, settled = [0.0] * 3, [0.0] * 3, [0.0] * 3, True
-        for steered, ledger in self._each():
-            worst, measured = (self._worst_of_phases(steered, ledger, now),
-                               self._flow(steered, ledger))
-            # What an unreachable station draws is not known: it is not taken off.
-            fresh = not ledger.transaction or (
-                steered.online and ledger.measured_at > ledger.changed_at + PILOT_S)
-            for phase in range(3):
-                drawn = min(measured[phase], worst[phase]) if steered.online else 0.0
-                flow[phase] += drawn
-                most[phase] += worst[phase]
-                known[phase] += drawn if fresh else 0.0
-            settled &= fresh
-        over = any(a > self.limit_a for a in self.meter)
-        for phase, amps in enumerate(self.meter):
-            if settled:
-                self.other_load[phase] = max(0.0, amps - flow[phase])
-            else:
-                least = amps - (flow[phase] if over else most[phase])
-                self.other_load[phase] = max(0.0, min(max(self.other_load[phase], least),
-                                                      amps - known[phase]))
-
-    def _watch_meter(self, now: float) -> None:
-        if not self.settings.meter:
-            return
-        age = now - max(self.metered_at, self.started_at)
-        for seconds, text in ((METER_WARN_S, "is silent"), (
-                METER_LOST_S, f"is lost: the cars share {self.settings.meter_lost_a:g} A")):
-            if age > seconds and self.meter_warned_at < seconds:
-                self.meter_warned_at = seconds
-                self._happened("SMART_CHARGE_METER", "", f"The site's meter {text}",
-                               {"ageSeconds": round(age)})
-
-    # 2. verify
-
-    def _verify(self, now: float) -> None:
-        """Accepted is not obeyed: the meter, or the station's own schedule, has to show it."""
-        for steered, ledger in self._each():
-            if steered.uncontrollable and steered.online and now >= steered.retry_at and (
-                    ledger.transaction or not steered.disobeyed):
-                self._try_again(steered, now)
-            if not steered.steerable or not ledger.transaction:
-                continue
-            if not ledger.held:
-                self._verify_fallback(steered, ledger, now)
-                continue
-            held = ledger.held[-1]
-            if held.accepted_at is None:
-                continue
-            seen = ledger.measured_at >= ledger.verified_at + PILOT_S
-            if seen and ledger.least_a > held.flow + tolerance(held.flow):
-                if now - ledger.verified_at >= VERIFY_S:
-                    self._disobeyed(steered, ledger, now, f"draws {ledger.least_a:.1f} A")
-            elif ledger.confirmed is not held and (seen or self._trusted(steered, ledger, now)):
-                ledger.confirm(held)
-                ledger.strikes = 0
-                steered.disobeyed = steered.disobeyed and not seen
-
-    def _verify_fallback(self, steered: Steered, ledger: Ledger, now: float) -> None:
-        """A car that has no limit of ours must not draw more than the fallback."""
-        most = ledger.resting + tolerance(ledger.resting)
-        since = max(ledger.began_at, ledger.verified_at, ledger.fallback_tried_at)
-        if ledger.least_a > most and ledger.measured_at >= since + VERIFY_S:
-            self.board.error("LIMIT_NOT_OBEYED", steered.station,
-                             f"EVSE {ledger.evse_id} draws {ledger.least_a:.1f} A against a "
-                             f"fallback of {ledger.resting:g} A",
-                             {"evse": ledger.evse_id, "limitA": ledger.resting})
-            ledger.fallback = ledger.fallback_sent = None
-            ledger.fallback_tried_at = now
-
-    def _trusted(self, steered: Steered, ledger: Ledger, now: float) -> bool:
+    def _trusted(station: SiteStation, evse: Evse, now: float) -> bool:
         """Whether a station without a meter has had its time: its word is all that there is."""
-        return (ledger.measured_a is None and not ledger.read_back_due and steered.busy is None
-                and now - ledger.verified_at >= 2 * VERIFY_S)
+        return (evse.meter.worst_a is None and not evse.read_back_due and station.busy is None
+                and now - evse.verified_mono >= 2 * VERIFY_S)
 
-    def _disobeyed(self, steered: Steered, ledger: Ledger, now: float, what: str) -> None:
-        """Once more, then another dialect, then none is left."""
-        amps = ledger.held[-1].amps
-        ledger.strikes, ledger.verified_at, ledger.resend = ledger.strikes + 1, now, True
-        self.board.error("LIMIT_NOT_OBEYED", steered.station,
-                         f"EVSE {ledger.evse_id} {what} against a limit of {amps:g} A",
-                         {"evse": ledger.evse_id, "limitA": amps, "strikes": ledger.strikes,
-                          "dialect": (steered.dialect() or LADDER[-1]).text()})
-        if ledger.strikes > 1:
-            steered.disobeyed = True
-            self._next_rung(steered, steered.rung_in_use(), "obeys no kind of limit")
+    def _disobeyed(self, station: SiteStation, evse: Evse, now: float, how: str) -> None:
+        """Once more, then another variant, then none is left."""
+        amps, variant = evse.sent[-1].amps, station.limit_variant()
+        strikes = evse.strike(now)
+        self._error("LIMIT_NOT_OBEYED", station,
+                    f"EVSE {evse.evse_id} {how} against a limit of {amps:g} A",
+                    {"evse": evse.evse_id, "limitA": amps, "strikes": strikes,
+                     "dialect": (variant or VARIANTS[-1]).text()})
+        if strikes > 1:
+            station.disobeyed = True
+            if variant:
+                station.limits.leave(variant)
+            self._check_variants(station, "obeys no kind of limit")
 
-    def _next_rung(self, steered: Steered, rung: int, why: str) -> None:
-        if rung >= steered.rung:
-            steered.rung, steered.worked, steered.refusals = rung + 1, False, 0
-        if steered.abilities and steered.dialect() is None:
-            steered.uncontrollable, steered.retry_at = why, self.clock() + RETRY_S
-            self._happened("SMART_CHARGE_UNCONTROLLABLE", steered.identity,
-                           f"It {why}: counted at {steered.settings.max_a} A, its hardware's most",
-                           {"maxA": steered.settings.max_a})
+    def _check_variants(self, station: SiteStation, why: str) -> None:
+        """Give up a station that has no variant left."""
+        if station.abilities and station.limit_variant() is None:
+            self._give_up(station, why)
 
-    def _try_again(self, steered: Steered, now: float) -> None:
-        """A station that obeyed nothing gets another chance; meanwhile it counts at its maximum."""
-        steered.uncontrollable, steered.retry_at = "", math.inf
-        steered.rung = steered.fallback_rung = steered.misses = 0
-        steered.reads_back, steered.abilities = None, None
-        for ledger in steered.ledgers.values():
-            ledger.fallback, ledger.fallback_sent = None, None
-            ledger.fallback_tried_at = -math.inf
-            self._doubt(ledger, now)
+    def _give_up(self, station: SiteStation, why: str) -> None:
+        station.retry_mono = self.now() + RETRY_S
+        if station.uncontrollable != why:
+            station.uncontrollable = why
+            self._log_event("SMART_CHARGE_UNCONTROLLABLE", station.identity,
+                            f"It {why}: counted at {station.settings.max_a} A, its hardware's most",
+                            {"maxA": station.settings.max_a}, logging.WARNING)
 
-    # 3. decide
+    def _try_again(self, station: SiteStation, now: float) -> None:
+        station.try_again()
+        for evse in station.evses.values():
+            self._forget_limits(evse, now)
 
-    def _window(self) -> Window | None:
-        if self.settings.strategy != "time_of_use":
+    # 2. decide
+
+    def _give_shares(self, facts: list[Fact], now: float) -> None:
+        """Set the target of each session."""
+        requests: dict[tuple, tuple[Fact, Request]] = {}
+        for fact in facts:
+            evse, station = fact.evse, fact.station
+            if not evse.session:
+                continue
+            if not station.steerable:
+                evse.target = station.worst(evse, now)
+                evse.reason = (f"The station {station.uncontrollable}" if station.uncontrollable
+                               else "Offline: counted at what it may draw until it is back"
+                               if not station.online else
+                               "Waits until the station has spoken and is accepted")
+                continue
+            if request := self._request(fact, now):
+                requests[fact.id] = fact, request
+        circuits, chosen = self._sunny(requests, self.site.circuits(), now)
+        settings = self.settings
+        rotate_s = settings.rotate_minutes * 60
+        shares = decide(circuits, chosen, self._other_load(facts, now, set(requests)),
+                        settings.strategy, now, settings.step_a, rotate_s)
+        uncontrolled = self.uncontrolled(facts) if shares else []
+        tree = CircuitTree(circuits, {})
+        for id_, (fact, request) in requests.items():
+            share = shares.get(id_) or Share(0, "Waits for the sun: nothing is left over for "
+                                             f"{settings.solar_on_seconds} s")
+            fact.evse.target = share.amps
+            fact.evse.reason = share.reason + self._beside(share, request, uncontrolled, tree) + (
+                self._assumed(fact))
+            fact.evse.turn.decided(bool(share.amps), int(now // rotate_s), now)
+
+    @staticmethod
+    def _beside(share: Share, request: Request, uncontrolled: list[Uncontrolled],
+                tree: CircuitTree) -> str:
+        """Who has, without being under control, what a session might get instead."""
+        named = [f"{u.identity} {u.amps:g} A ({u.reason})" for u in uncontrolled
+                 if share.held_by in tree.above(u.circuit) and set(u.phases) & set(request.phases)]
+        return f"; not under control: {', '.join(named[:3])}" + (
+            f" and {len(named) - 3} more" if len(named) > 3 else "") if named else ""
+
+    @staticmethod
+    def _assumed(fact: Fact) -> str:
+        return ("" if fact.load == 1 else "; limited in watts, and its meter does not say how many "
+                "phases its car uses: counted as if all ran through one, say it with `phases`")
+
+    def _request(self, fact: Fact, now: float) -> Request | None:
+        station, evse, settings = fact.station, fact.evse, self.settings
+        session = evse.session
+        if session is None:
             return None
-        when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
-        return next((window for window in self.windows if window.holds(when)), None)
+        maximum = evse.maximum if session.max_a is None else min(evse.maximum, session.max_a)
+        minimum = session.min_a or settings.minimum_a
+        if now < self.settled_mono:
+            known = max(evse.confirmed.amps if evse.confirmed else evse.drawn_a(now),
+                        evse.fallback.wanted_a)
+            if known < minimum:
+                evse.target = 0.0
+                evse.reason = ("Waits until limits that an earlier run may have set have expired, "
+                               f"{math.ceil((self.settled_mono - now) / 10) * 10} s")
+                return None
+            maximum = min(maximum, known)
+        if evse.needs:
+            maximum = min(maximum, evse.needs.maximum)
+        idle_s = now - evse.meter.idle_since if evse.meter.idle_since is not None else 0.0
+        asleep = idle_s > ASLEEP_S and idle_s % ASLEEP_RETRY_S >= ASLEEP_S
+        slot = int(now // (settings.rotate_minutes * 60))
+        return Request(
+            fact.id, station.circuit, station.phases_of(evse), minimum,
+            min(maximum, self._upstream_a(station, evse)), session.priority, session.started_at,
+            evse.turn.count, evse.turn.waiting_since is None and evse.turn.slot == slot,
+            evse.turn.waiting_since, evse.meter.need, asleep, fact.load,
+            max(evse.fallback.known_a or 0.0, evse.fallback.sent_a or 0.0))
 
-    def _circuits(self, factor: float | None = None) -> list[Circuit]:
-        """The circuits, with what of them may be used."""
-        if factor is None:
-            window = self._window()
-            factor = window.factor if window else 1.0
-        share = 1 - self.settings.safety_margin_percent / 100
-        return [Circuit(SITE, "", self.limit_a * factor * share)] + [
-            Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.settings.circuit]
+    def _sunny(self, requests: dict[tuple, tuple[Fact, Request]], circuits: list[Circuit],
+               now: float) -> tuple[list[Circuit], list[Request]]:
+        """Under solar: the circuits below what the sun leaves, and the requests that it can serve.
 
-    def _each(self) -> list[tuple[Steered, Ledger]]:
-        """Every EVSE, with its station."""
-        return [(steered, ledger) for steered in self.steered.values()
-                for ledger in steered.ledgers.values()]
-
-    def _worst(self, steered: Steered, ledger: Ledger, now: float) -> float:
-        """What an EVSE counts for, A per phase: what is not managed, as measured."""
-        if not steered.settings.managed:
-            charges = ledger.transaction or ledger.state == "Charging"
-            known = steered.online and (not charges or ledger.measured_at > now - FLOW_OLD_S)
-            return ledger.measured_a or 0.0 if known else ledger.maximum
-        if steered.uncontrollable or steered.station is None:
-            return max(ledger.maximum, ledger.measured_a or 0.0)
-        return ledger.worst(steered.online)
-
-    def _worst_of_phases(self, steered: Steered, ledger: Ledger, now: float) -> list[float]:
-        """The same for each phase of the site. What its car does not use, the next one may."""
-        worst = self._worst(steered, ledger, now)
-        if not worst and not ledger.measured_a:      # most are so, on a large site
-            return [0.0, 0.0, 0.0]
-        used = self._wire(steered, ledger).phases
-        may = steered.on_grid(steered.all_phases)
-        rest = min(worst, ledger.resting) if steered.settings.managed else 0.0
-        return [worst if phase in used else max(rest, flow) if phase in may else flow
-                for phase, flow in enumerate(self._flow(steered, ledger))]
-
-    def _load(self, steered: Steered, ledger: Ledger) -> float:
-        """A that may flow in one phase for each ampere that the station is told.
-
-        A limit in watts is for all phases together: who uses one, draws it all there.
+        Those with a priority get their minimum in any case. Others begin when the surplus has been
+        there for a while, and end when it has not: contactors wear.
         """
-        dialect = steered.dialect() if steered.abilities else None
-        known = ledger.phases is not None or steered.settings.phases == 1
-        watts = dialect is not None and dialect.unit == "W"
-        return float(steered.settings.phases) if watts and not known else 1.0
+        chosen = [request for _, request in requests.values()]
+        if self.settings.strategy != "solar":
+            return circuits, chosen
+        surplus, steady, lately = self.meter.surplus(
+            self.settings.solar_on_seconds, self.settings.solar_off_seconds, now)
+        firm, served = 0.0, []
+        for request in sorted(chosen, key=lambda r: (
+                r.priority == 1, r.waiting_since is not None, r.turns, r.arrived)):
+            cost = request.minimum * request.load * len(request.phases)
+            if request.priority > 1 or firm + cost <= (
+                    lately if request.waiting_since is None else steady) + GRAIN_A:
+                firm += cost
+                served.append(request)
+        sun = Circuit(SURPLUS, "", max(surplus, firm), pooled=True)
+        return [sun, circuits[0]._replace(parent=SURPLUS), *circuits[1:]], served
 
-    def _flow(self, steered: Steered, ledger: Ledger) -> list[float]:
-        """What is measured in each phase of the site."""
-        rotation, flow = steered.settings.phase_rotation or GRID, [0.0] * 3
-        if not ledger.measured_a:
-            return flow
-        for phase, amps in enumerate(ledger.measured):
-            flow[GRID.index(rotation[phase])] += amps
-        return flow
-
-    def _wire(self, steered: Steered, ledger: Ledger) -> Request:
-        """Where an EVSE hangs."""
-        phases = ledger.phases if steered.online and ledger.transaction else None
-        return Request((steered.identity, ledger.evse_id), steered.circuit,
-                       steered.on_grid(phases or steered.all_phases))
-
-    def _taken(self, now: float, without: set) -> dict:
+    def _other_load(self, facts: list[Fact], now: float, without: set) -> dict:
         """What flows at worst besides the sessions that are decided upon: {(circuit, phase): A}.
 
         A station that is new to us lets nobody rise, but takes nothing away from others before it
         had the time to tell what holds there: it has drawn that before, too.
         """
-        taken: dict = {}
-        for steered, ledger in self._each():
-            if without and ledger.doubted_at > now - VERIFY_S:
+        load: dict = {}
+        for fact in facts:
+            if fact.worst is NO_CURRENT or (without and fact.evse.unknown_mono > now - VERIFY_S):
                 continue
-            request = self._wire(steered, ledger)
-            worst = self._worst_of_phases(steered, ledger, now)
-            for phase, amps in enumerate(worst):
-                if amps and not (request.id in without and phase in request.phases):
-                    key = steered.circuit, phase
-                    taken[key] = taken.get(key, 0.0) + amps
+            decided_on = fact.station.phases_of(fact.evse) if fact.id in without else ()
+            for phase, amps in enumerate(fact.worst):
+                if amps and phase not in decided_on:
+                    key = fact.station.circuit, phase
+                    load[key] = load.get(key, 0.0) + amps
         if self.settings.meter:
-            lost = now - self.metered_at > METER_LOST_S
+            most = max(0.0, self.site.circuits()[0].limit_a - self.settings.meter_lost_a)
             for phase in range(3):
-                other = (max(0.0, self._circuits()[0].limit_a - self.settings.meter_lost_a)
-                         if lost else self.other_load[phase])
-                taken[SITE, phase] = taken.get((SITE, phase), 0.0) + other
-        return taken
+                other = most if self.meter.is_lost(now) else self.meter.other_load[phase]
+                load[SITE, phase] = load.get((SITE, phase), 0.0) + other
+        return load
 
-    def _decide(self, now: float) -> None:
-        """Set the target of each session."""
-        requests, ledgers = [], {}
-        for steered, ledger in self._each():
-            if not ledger.session:
-                continue
-            if not steered.steerable:
-                ledger.target = self._worst(steered, ledger, now)
-                ledger.reason = (f"The station {steered.uncontrollable}" if steered.uncontrollable
-                                 else "Offline: counted at what it may draw until it is back")
-                continue
-            request = self._request(steered, ledger, now)
-            if request:
-                requests.append(request)
-                ledgers[request.id] = ledger
-        settings = self.settings
-        rotate_s = settings.rotate_minutes * 60
-        shares = decide(self._circuits(), requests, self._taken(now, set(ledgers)),
-                        settings.strategy, now, settings.step_a, rotate_s)
-        for id_, share in shares.items():
-            ledger = ledgers[id_]
-            ledger.target, ledger.reason = share.amps, share.reason
-            if not share.amps:
-                ledger.waiting_since = now if ledger.waiting_since is None else ledger.waiting_since
-            elif ledger.waiting_since is not None:
-                ledger.waiting_since, ledger.turn_at, ledger.charging_since = None, now, now
-            elif ledger.turn_at // rotate_s != now // rotate_s:
-                ledger.turn_at = now
+    # Upstream's profiles, and what cars say of themselves
 
-    def _request(self, steered: Steered, ledger: Ledger, now: float) -> Request | None:
-        session, settings = ledger.session, self.settings
-        maximum = ledger.maximum if session.max_a is None else min(ledger.maximum, session.max_a)
-        minimum = session.min_a or settings.minimum_a
-        if now < self.settled_at:
-            known = ledger.confirmed.amps if ledger.confirmed else 0.0
-            if max(known, ledger.fallback_wanted) < minimum:
-                ledger.target = 0.0
-                ledger.reason = ("Waits until limits that an earlier run may have set have expired,"
-                                 f" {math.ceil((self.settled_at - now) / 10) * 10} s")
-                return None
-            maximum = min(maximum, max(known, ledger.fallback_wanted))
-        idle = ledger.idle_since is not None and now - ledger.idle_since > ASLEEP_S
-        retried = idle and (now - ledger.idle_since) % ASLEEP_RETRY_S < ASLEEP_S
-        wire = self._wire(steered, ledger)
-        maximum = min(maximum, self._foreign_a(steered, ledger, now))
-        return wire._replace(
-            minimum=minimum, maximum=maximum, priority=session.priority,
-            arrived=session.started_at, waiting_since=ledger.waiting_since, turn_at=ledger.turn_at,
-            charging_since=ledger.charging_since, need=ledger.need, asleep=idle and not retried,
-            load=self._load(steered, ledger),
-            kept=max(ledger.fallback or 0.0, ledger.fallback_sent or 0.0))
-
-    def _foreign_a(self, steered: Steered, ledger: Ledger, now: float) -> float:
+    def _upstream_a(self, station: SiteStation, evse: Evse) -> float:
         """What the profiles of the upstream system allow: one more limit, below ours."""
-        profiles = self.foreign.get(steered.identity)
-        if not profiles or ledger.transaction is None:
+        profiles, transaction = self.upstream_profiles.get(station.identity), evse.transaction
+        if not profiles or transaction is None:
             return math.inf
-        here = ledger.transaction.id
-        for profile in profiles:         # it came with the command that started a transaction
-            if profile.purpose == "TxProfile" and profile.transaction_id is None and (
-                    profile.evse_id in (0, ledger.evse_id)):
-                profile.transaction_id = here
-        phases = len(ledger.phases) if ledger.phases else steered.settings.phases
-        sharers = sum(1 for other in steered.ledgers.values() if other.transaction)
-        return allowed_a(profiles, now, ledger.evse_id, here, self.settings.voltage * phases,
-                         sharers)
+        board = self.board
+        began_at = board.clock() - (board.mono() - max(transaction.started_mono, evse.began_mono
+                                                       - FLOW_OLD_S))
+        phases = station.phase_count(evse) or station.settings.phases
+        sharers = sum(1 for other in station.evses.values() if other.transaction)
+        return allowed_a(profiles, board.clock(), evse.evse_id, transaction.id,
+                         self.settings.voltage * phases, sharers, began_at)
 
     def manages(self, identity: str) -> bool:
         """Whether the limits of this station are ours to set."""
-        steered = self.steered.get(identity)
-        return steered is not None and steered.settings.managed
+        station = self.stations.get(identity)
+        return station is not None and station.settings.managed
 
-    def keep_foreign(self, identity: str, profile: Profile) -> None:
+    def keep_profile(self, identity: str, profile: Profile) -> None:
         """Upstream has set a profile: it counts, and is not sent to the station."""
-        kept_ = with_profile(self.foreign.get(identity, []), profile)
-        self.foreign[identity] = kept_[-FOREIGN_KEPT:]
-        if len(self.foreign) > self.board.config.store.max_connections:
-            del self.foreign[next(iter(self.foreign))]
+        station = self.stations.get(identity)
+        if profile.purpose == "TxProfile" and profile.transaction_id is None and station:
+            running = [e.transaction.id for e in station.evses.values()
+                       if e.transaction and profile.evse_id in (0, e.evse_id)]
+            if len(running) == 1:        # else it came with the command that starts one
+                profile.transaction_id = running[0]
+        profiles = with_profile(self.upstream_profiles.get(identity, []), profile)
+        self.upstream_profiles[identity] = profiles[-UPSTREAM_PROFILES_KEPT:]
+        if len(self.upstream_profiles) > self.board.config.store.max_connections:
+            del self.upstream_profiles[next(iter(self.upstream_profiles))]
 
-    def clear_foreign(self, identity: str, wanted: dict) -> bool:
+    def _bind_profiles(self, identity: str, evse: Evse, transaction: Transaction) -> None:
+        """A TxProfile that came with the command to start a transaction is for this one."""
+        for profile in self.upstream_profiles.get(identity, ()):
+            if profile.purpose == "TxProfile" and profile.transaction_id is None and (
+                    profile.evse_id in (0, evse.evse_id)):
+                profile.transaction_id = transaction.id
+
+    def clear_profiles(self, identity: str, wanted: dict) -> bool:
         """Upstream clears the profiles whose attributes are all as wanted; False: there is none."""
-        profiles = self.foreign.get(identity, [])
+        profiles = self.upstream_profiles.get(identity, [])
         left = [p for p in profiles
                 if any(getattr(p, name) != value for name, value in wanted.items())]
         if profiles:
-            self.foreign[identity] = left
+            self.upstream_profiles[identity] = left
         return len(left) < len(profiles)
 
-    # 4. the fallbacks
+    def car_needs(self, station: Station, payload: dict) -> bool:
+        """A car says what it needs; a TxProfile follows. False: its limits are not ours (K15)."""
+        evse = self._steered(station, payload)
+        if evse is None:
+            return False
+        evse.needs, evse.resend = CarNeeds.read(payload), True
+        return True
 
-    def _least_circuits(self) -> list[Circuit]:
-        """The circuits at the smallest that the windows make of them."""
-        windows = self.windows if self.settings.strategy == "time_of_use" else []
-        return self._circuits(min([1.0, *(window.factor for window in windows)]))
+    def car_schedule(self, station: Station, payload: dict) -> bool:
+        """Whether a car's own schedule stays within its limit; if not, that is sent again (K15)."""
+        evse = self._steered(station, payload)
+        if evse is None:
+            return True
+        schedule = lenient(payload, "chargingSchedule", dict, {})
+        per_a = 1.0
+        if schedule.get("chargingRateUnit") == "W":
+            known = self.stations[station.identity]
+            per_a = self.settings.voltage * (known.phase_count(evse) or known.settings.phases)
+        limits = [lenient(period, "limit", float, math.inf) / per_a for period in _dicts(
+            lenient(schedule, "chargingSchedulePeriod", list, []))]
+        allowed = evse.commanded_a(self.now())
+        if all(amps <= allowed + ROUNDED_A for amps in limits):
+            return True
+        evse.resend = True
+        return False
+
+    def _steered(self, station: Station, payload: dict) -> Evse | None:
+        known = self.stations.get(station.identity)
+        evse = known and known.evses.get(lenient(payload, "evseId", int, 0))
+        return evse if known and known.steerable and evse and evse.transaction else None
+
+    def hand_sent(self, identity: str, action: str, payload: dict) -> str | None:
+        """What is to be said of a charging profile that somebody sends by hand; None: nothing.
+
+        Raises: Conflict: it would take the place of one of ours (K01.FR.06, K01.FR.39).
+        """
+        station = self.stations.get(identity)
+        profile = payload.get("csChargingProfiles", payload.get("chargingProfile"))
+        if action != "SetChargingProfile" or not isinstance(profile, dict) or (
+                station is None or not station.settings.managed):
+            return None
+        purpose, level = profile.get("chargingProfilePurpose"), profile.get("stackLevel")
+        place = payload.get("connectorId", payload.get("evseId", 0))
+        ours = [(variant.purpose, station.stack_level(variant.highest, least))
+                for variant, least in ((station.limit_variant(), 1),
+                                       (station.fallback_variant(), 0))
+                if variant]
+        instead = "the power controller sets this station's limits"
+        session = next((evse.session for evse in station.evses.values() if evse.session
+                        and place in (0, evse.evse_id)), None)
+        if session:
+            instead += (f'; PATCH /api/smart-charge/sc-{session.number} with {{"maxA": …}} '
+                        "limits this session")
+        if (purpose, level) in ours:
+            raise Conflict(f"A {kept(purpose, 40)} of stack level {level} would take the place of "
+                           f"the board's own: {instead}")
+        if purpose in ("TxProfile", "TxDefaultProfile"):
+            return f"It lies below the board's own limits and has no effect: {instead}"
+        return None
+
+    # The fallbacks
 
     def _check_fallbacks(self) -> None:
         """Raises: ConfigError when the fallbacks of the stations named exceed a circuit."""
-        circuits, fallback_a = self._least_circuits(), self.settings.fallback_a
-        parents = {c.name: c.parent for c in circuits}
+        circuits, fallback_a = self.site.least_circuits(), self.settings.fallback_a
         counts: Counter = Counter()
-        for steered in self.steered.values():
-            name = steered.circuit if steered.settings.managed else ""
+        for station in self.stations.values():
+            name = station.circuit if station.settings.managed else ""
             while name:
                 counts[name] += 1
-                name = parents[name]
+                name = self.site.parents[name]
         for circuit in circuits:
             total = counts[circuit.name] * fallback_a
             if total > circuit.limit_a + GRAIN_A:
@@ -10430,385 +11091,418 @@ class Controller:
                     f"fallback_a of {fallback_a} A make {total} A, and only "
                     f"{circuit.limit_a:.1f} A of it may be used")
 
-    def _want_fallbacks(self, now: float) -> None:
+    def _want_fallbacks(self, facts: list[Fact]) -> None:
         """Who may keep the fallback: all, until a circuit is full; then others pause without us."""
-        fallback_a = self.settings.fallback_a
+        fallback_a = float(self.settings.fallback_a)
         if not fallback_a:
             return
-        wiring, waiting = _Wiring(self._least_circuits(), {}), []
-        for steered, ledger in self._each():
-            wire = wiring.wire(Request(None, steered.circuit, steered.on_grid(steered.all_phases)))
-            if not steered.settings.managed:
+        tree, waiting = CircuitTree(self.site.least_circuits(), {}), []
+        for fact in facts:
+            station, fallback = fact.station, fact.evse.fallback
+            if not station.settings.managed:
                 continue
-            if steered.uncontrollable or steered.station is None:
-                wiring.use(wire, ledger.maximum if steered.station else fallback_a)
-                continue
-            holding = max(ledger.fallback or 0.0, ledger.fallback_sent or 0.0)
-            if holding:
-                fits = wiring.full(wire, fallback_a) is None
-                wiring.use(wire, max(holding, fallback_a if fits else 0.0))
-                ledger.fallback_wanted = fallback_a if fits else 0.0
+            path = fact.whole_path(tree)
+            holding = max(fallback.known_a or 0.0, fallback.sent_a or 0.0)
+            if station.uncontrollable or station.station is None:
+                tree.use(path, fact.evse.maximum if station.station else fallback_a)
+            elif holding:
+                fits = tree.full(path, fallback_a) is None
+                tree.use(path, max(holding, fallback_a if fits else 0.0))
+                fallback.wanted_a = fallback_a if fits else 0.0
             else:
-                waiting.append((ledger, wire))
-        for ledger, wire in waiting:
-            fits = wiring.full(wire, fallback_a) is None
-            ledger.fallback_wanted = fallback_a if fits else 0.0
+                waiting.append((fallback, path))
+        for fallback, path in waiting:
+            fits = tree.full(path, fallback_a) is None
+            fallback.wanted_a = fallback_a if fits else 0.0
             if fits:
-                wiring.use(wire, fallback_a)
-        for steered in self.steered.values():
-            dialect = steered.fallback_dialect() if steered.abilities else None
-            if dialect and dialect.whole:            # one for all
-                wanted = min(one.fallback_wanted for one in steered.ledgers.values())
-                for one in steered.ledgers.values():
-                    one.fallback_wanted = wanted
+                tree.use(path, fallback_a)
+        for station in self.stations.values():
+            self._want_one_for_all(station)
 
-    # 5. act
+    @staticmethod
+    def _want_one_for_all(station: SiteStation) -> None:
+        variant = station.fallback_variant() if station.abilities else None
+        if variant and variant.whole:
+            wanted = min(evse.fallback.wanted_a for evse in station.evses.values())
+            for evse in station.evses.values():
+                evse.fallback.wanted_a = wanted
 
-    def _commands(self, now: float) -> list[Command]:
+    # 3. commands
+
+    def commands(self, facts: list[Fact], now: float) -> list[Command]:
         """What to send: to each station one command at most, reductions before raises."""
-        wiring = _Wiring(self._circuits(), self._taken(now, set()))
+        tree = CircuitTree(self.site.circuits(), self._other_load(facts, now, set()))
+        free = [fact for fact in facts if fact.station.steerable and not fact.station.busy]
         commands = []
         for choose in (self._urgent, self._raise, self._upkeep):
-            for steered, ledger in self._each():
-                if steered.busy or not steered.steerable:
+            for fact in free:
+                if fact.station.busy:
                     continue
-                command = choose(steered, ledger, now, wiring)
+                try:
+                    command = choose(fact, now, tree)
+                except Exception:        # one station's trouble must not stop the others
+                    self._failed(fact.station, now)
+                    continue
                 if command:
-                    steered.busy = command
+                    fact.station.busy = command
+                    command.durable = self._record_bounds(fact.station)
                     commands.append(command)
         return commands
 
-    def _urgent(self, steered: Steered, ledger: Ledger, now: float,
-                wiring: _Wiring) -> Command | None:
-        """What makes the site safer."""
-        if steered.abilities is None:
-            return Command("abilities", steered, *steered.speech.ask_abilities())
-        if not steered.station.connectors and not steered.status_asked:      # since our start
-            steered.status_asked = True
-            return Command("status", steered, *steered.speech.ask_status())
-        told = ledger.held[-1] if ledger.held else None
-        read_back = ledger.read_back_due and steered.reads_back is not False and (
-            now - ledger.verified_at >= PILOT_S)     # not before the car can have followed
-        if ledger.transaction and read_back and told and told.accepted_at is None:
-            return self._read_back(steered, ledger)  # before an earlier run's limit is replaced
-        if ledger.transaction and now - ledger.changed_at >= CHANGE_S:
-            amps = min(ledger.target, ledger.setpoint)
-            flow = amps * self._load(steered, ledger)
-            # While it is not known which phases a car uses, watts may let it draw more in one
-            # than it does: then what it has is less.
-            is_less = flow <= amps or not ledger.measured_a or flow <= ledger.measured_a or (
-                now - ledger.began_at > 2 * PHASES_S)
-            if is_less and (amps < ledger.setpoint or (told and told.flow > flow + GRAIN_A)) and (
-                    self._fits(steered, ledger, flow, now, wiring)):
-                return self._limit(steered, ledger, amps, now)
-        if (ledger.fallback_due or ledger.fallback != ledger.fallback_wanted) and (
-                now - ledger.fallback_tried_at > RETRY_S / 10):
-            wire = wiring.wire(Request(None, steered.circuit, steered.on_grid(steered.all_phases)))
-            rise = max(0.0, ledger.fallback_wanted - self._worst(steered, ledger, now))
-            if not rise or wiring.full(wire, rise) is None:
-                wiring.use(wire, rise)
-                return self._fallback(steered, ledger, now)
-        return self._read_back(steered, ledger) if read_back else None
-
     @staticmethod
-    def _read_back(steered: Steered, ledger: Ledger) -> Command:
-        ledger.read_back_due = False
-        return Command("read_back", steered, *steered.speech.read_back(ledger.evse_id), ledger,
-                       ledger.held[-1] if ledger.held else None)
+    def _admitted(fact: Fact, path: list[int], flow: float, now: float, tree: CircuitTree) -> bool:
+        """Whether a limit may be sent that lets so much flow in a phase; if so, it is taken.
 
-    def _raise(self, steered: Steered, ledger: Ledger, now: float,
-               wiring: _Wiring) -> Command | None:
-        """More, as far as the worst of all together leaves room, and the ramp allows."""
-        before, settings = ledger.setpoint, self.settings
-        if not ledger.transaction or ledger.target <= before or (
-                now - ledger.changed_at < CHANGE_S):
-            return None
-        minimum = ledger.session.min_a or settings.minimum_a
-        if before < minimum:
-            amps = float(min(ledger.target, math.ceil(minimum / settings.step_a) * settings.step_a))
-        elif now - ledger.raised_at >= RAISE_EVERY_S:
-            ramp = max(settings.step_a,
-                       settings.raise_a_per_30s // settings.step_a * settings.step_a)
-            amps = min(ledger.target, before + ramp)
-        else:
-            return None
-        load, least = self._load(steered, ledger), max(minimum, before + settings.step_a)
-        while amps >= least:
-            if self._fits(steered, ledger, amps * load, now, wiring):
-                return self._limit(steered, ledger, amps, now)
-            amps -= settings.step_a
-        return None
-
-    def _fits(self, steered: Steered, ledger: Ledger, flow: float, now: float,
-              wiring: _Wiring) -> bool:
-        """Whether the books have room for so much in a phase; if so, it is taken.
-
-        Also less may be more: in watts, when it is not known any more which phases a car uses.
+        It may where it surely raises nothing, or where there is room for it beside the worst of
+        all others: what an EVSE counts for is no measure of what it has, while that is not known.
         """
-        rise = flow - self._worst(steered, ledger, now)
-        wire = wiring.wire(self._wire(steered, ledger))
-        if rise > GRAIN_A and wiring.full(wire, rise) is not None:
+        if flow > fact.evse.surely_a(now) + GRAIN_A and any(
+                tree.left[place] + fact.worst[place % 3] < flow - GRAIN_A for place in path):
             return False
-        wiring.use(wire, max(0.0, rise))
+        for place in path:
+            tree.left[place] -= max(0.0, flow - fact.worst[place % 3])
         return True
 
-    def _upkeep(self, steered: Steered, ledger: Ledger, now: float,
-                wiring: _Wiring) -> Command | None:
-        """Renewals, and what has time."""
-        settings = self.settings
-        told = ledger.held[-1] if ledger.held else None
-        due_s = CHANGE_S if ledger.resend else settings.limit_valid_seconds / 3
-        if ledger.transaction and told and now - ledger.sent_at >= due_s:
-            flow = told.amps * self._load(steered, ledger)
-            if self._fits(steered, ledger, flow, now, wiring):
-                return self._limit(steered, ledger, told.amps, now)
-        if not ledger.transaction and ledger.clear_due:
-            ledger.clear_due = False
-            if steered.one_slot:
-                ledger.fallback_due, ledger.fallback_tried_at = True, -math.inf
-                return None              # the fallback takes its place
-            return Command("clear", steered, *steered.speech.clear_profile(
-                LIMIT_ID + ledger.evse_id), ledger)
-        unseen = (steered.triggers and ledger.transaction and told and told.accepted_at is not None
-                  and ledger.measured_at < ledger.verified_at + PILOT_S
-                  and now - ledger.verified_at >= VERIFY_S
-                  and ledger.confirmed is not told)
-        if unseen and now - ledger.triggered_at >= VERIFY_S:
-            ledger.triggered_at = now
-            return Command("trigger", steered, *steered.speech.trigger(ledger.evse_id), ledger)
+    def _urgent(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
+        """What makes the site safer."""
+        station, evse = fact.station, fact.evse
+        if station.abilities is None:
+            asked = ABILITIES[station.protocol == "ocpp1.6"]
+            return Command(station, "GetVariables", {"getVariableData": [
+                {"component": {"name": component}, "variable": {"name": name}}
+                for component, name in asked]}, self._abilities_answered)
+        newest = evse.newest
+        read_back = evse.read_back_due and station.reads_back is not False and (
+            now - evse.verified_mono >= PILOT_S)     # not before the car can have followed
+        if evse.transaction and read_back and newest and newest.assumed:
+            return self._read_back(fact)             # before an earlier run's limit is replaced
+        if evse.transaction and now - evse.changed_mono >= CHANGE_S and (
+                command := self._reduction(fact, now, tree)):
+            return command
+        fallback = evse.fallback
+        if fallback.is_due(now):
+            if self._admitted(fact, fact.whole_path(tree), fallback.wanted_a, now, tree):
+                return self._fallback(fact, fallback.wanted_a, now)
+            if fallback.known_a is None:             # first something that is known
+                return self._fallback(fact, 0.0, now)
+        return self._read_back(fact) if read_back else None
+
+    def _reduction(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
+        """Less, or something that is known where nothing was."""
+        evse, load, path = fact.evse, fact.load, fact.path(tree)
+        commanded, newest = evse.commanded_a(now), evse.newest
+        amps = min(evse.target, commanded)
+        if evse.is_unknown:
+            least = max(evse.target and self.settings.minimum_a, amps)
+            if least > evse.target or not self._admitted(fact, path, least * load, now, tree):
+                least = 0.0
+            return self._limit(fact, least, now)
+        # While it is not known which phases a car uses, watts may let it draw more in one than it
+        # does: then what it has is less.
+        is_less = load == 1 or not evse.meter.worst_a or amps * load <= evse.meter.worst_a or (
+            now - evse.began_mono > 2 * PHASES_S)
+        if is_less and (amps < commanded or (newest and newest.flow > amps * load + GRAIN_A)) and (
+                self._admitted(fact, path, amps * load, now, tree)):
+            return self._limit(fact, amps, now)
         return None
 
-    def _limit(self, steered: Steered, ledger: Ledger, amps: float, now: float) -> Command | None:
-        """SetChargingProfile with the limit of a session."""
-        dialect = steered.dialect()
-        if dialect is None:              # what its model takes does not suit this one
-            self._next_rung(steered, len(LADDER), "takes no kind of limit")
+    def _raise(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
+        """More, as far as the worst of all together leaves room, and the ramp allows."""
+        evse, settings = fact.evse, self.settings
+        before = evse.commanded_a(now)
+        if not evse.transaction or not evse.session or evse.target <= before or (
+                now - evse.changed_mono < CHANGE_S):
             return None
-        expires = dialect.kind == "Absolute"
-        valid_s = self.settings.limit_valid_seconds
-        profile = {"stackLevel": self._stack(steered, dialect.highest, 1),
-                   "chargingProfilePurpose": dialect.purpose, "chargingProfileKind": dialect.kind}
-        if dialect.purpose == "TxProfile":
-            profile["transactionId"] = ledger.transaction.id
-        schedule = self._schedule(steered, ledger, dialect, amps)
-        if expires:                      # its start lies behind, for clocks that are a little off
-            skew_s = steered.station.clock_skew_s or 0.0
-            ends_s = int(valid_s + START_EARLY_S)
-            start = {"startSchedule": wire_time(self.board.clock() + skew_s - START_EARLY_S)}
-            schedule = start | {"duration": ends_s} | schedule
-        until = now + valid_s + EXPIRY_SLACK_S if expires else math.inf
-        id_ = LIMIT_ID + ledger.evse_id
-        if expires and dialect.purpose == "TxDefaultProfile" and steered.one_slot:
-            id_ = FALLBACK_ID + ledger.evse_id
-            del schedule["duration"]
-            period, = schedule["chargingSchedulePeriod"]
-            factor = self.settings.voltage if dialect.unit == "W" else 1
-            schedule["chargingSchedulePeriod"] = [period, period | {
-                "startPeriod": ends_s, "limit": round(factor * min(
-                    ledger.fallback_wanted, ledger.fallback or 0.0), 1)}]
-        widest = amps * (1 if dialect.unit == "A" else steered.settings.phases)
-        held = Held(amps, amps * self._load(steered, ledger), widest, until,
-                    stays=dialect.purpose != "TxProfile")
-        ledger.send(held, now)
-        evse_id = 0 if dialect.whole else ledger.evse_id
-        return Command("limit", steered, *self._profile(steered, evse_id, id_, profile, schedule),
-                       ledger, held, amps, steered.rung_in_use(), ledger.transaction)
+        minimum, step = evse.session.min_a or settings.minimum_a, settings.step_a
+        if before < minimum:
+            amps = float(min(evse.target, math.ceil(minimum / step) * step))
+        elif now - evse.raised_mono >= RAISE_EVERY_S:
+            ramp = max(step, settings.raise_a_per_30s // step * step)
+            amps = min(evse.target, before + ramp)
+        else:
+            return None
+        path, least = fact.path(tree), max(minimum, before + step)
+        while amps >= least:
+            if self._admitted(fact, path, amps * fact.load, now, tree):
+                return self._limit(fact, amps, now)
+            amps -= step
+        return None
 
-    def _fallback(self, steered: Steered, ledger: Ledger, now: float) -> Command | None:
-        """SetChargingProfile with what holds without us."""
-        dialect, amps = steered.fallback_dialect(), ledger.fallback_wanted
-        if dialect is None:              # it counts at its maximum until it takes one
-            if now - ledger.fallback_tried_at > RETRY_S:
-                steered.fallback_rung = 0
+    def _upkeep(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
+        """Renewals, and what has time."""
+        station, evse, newest = fact.station, fact.evse, fact.evse.newest
+        if evse.transaction and (newest or evse.needs):
+            due_s = CHANGE_S if evse.resend else self.settings.limit_valid_seconds / 3
+            amps = newest.amps if newest else evse.commanded_a(now)
+            if now - evse.sent_mono >= due_s and (newest or evse.resend) and self._admitted(
+                    fact, fact.path(tree), amps * fact.load, now, tree):
+                return self._limit(fact, amps, now)
+        if not evse.transaction and evse.clear_due:
+            evse.clear_due = False
+            if station.one_slot:         # the fallback takes its place
+                evse.fallback.due, evse.fallback.tried_mono = True, -math.inf
+                return None
+            return Command(station, "ClearChargingProfile", {
+                "chargingProfileId": LIMIT_ID + evse.evse_id}, self._clear_answered, evse)
+        unseen = (station.triggers and evse.transaction and newest
+                  and newest.accepted_mono is not None and evse.confirmed is not newest
+                  and evse.meter.read_mono < evse.verified_mono + PILOT_S
+                  and now - evse.verified_mono >= VERIFY_S)
+        if unseen and now - evse.triggered_mono >= VERIFY_S:
+            evse.triggered_mono = now
+            return Command(station, "TriggerMessage", {
+                "requestedMessage": "MeterValues", "evse": {"id": evse.evse_id}},
+                self._trigger_answered, evse)
+        return None
+
+    def _read_back(self, fact: Fact) -> Command:
+        fact.evse.read_back_due = False
+        return Command(fact.station, "GetCompositeSchedule", {
+            "evseId": fact.evse.evse_id, "duration": 60}, self._read_back_answered, fact.evse,
+            fact.evse.newest)
+
+    def _limit(self, fact: Fact, amps: float, now: float) -> Command | None:
+        """SetChargingProfile with the limit of a session."""
+        station, evse = fact.station, fact.evse
+        variant = station.limit_variant()
+        if variant is None or evse.transaction is None:  # its model's rung does not suit this one
+            self._check_variants(station, "takes no kind of limit")
             return None
-        ledger.fallback_tried_at, ledger.fallback_due = now, False
-        ledger.fallback_accepted = False
-        for one in steered.ledgers.values() if dialect.whole else [ledger]:
-            one.fallback_sent = max(amps, one.fallback_sent or 0.0)
-        profile = {"stackLevel": self._stack(steered, dialect.highest, 0),
-                   "chargingProfilePurpose": dialect.purpose, "chargingProfileKind": "Absolute"}
-        if dialect.unit == "W":          # all of it may flow in one phase
-            schedule = {"chargingRateUnit": "W", "chargingSchedulePeriod": [
+        profile = {"id": LIMIT_ID + evse.evse_id,
+                   "stackLevel": station.stack_level(variant.highest, 1),
+                   "chargingProfilePurpose": variant.purpose, "chargingProfileKind": variant.kind}
+        if variant.purpose == "TxProfile":
+            profile["transactionId"] = evse.transaction.id
+        schedule, until_mono = self._schedule(station, evse, variant, amps), math.inf
+        if variant.kind == "Absolute":   # its start lies behind, for clocks that are a little off
+            starts_at, lasts_s, until_mono = self._time(station, now)
+            schedule = {"startSchedule": wire_time(starts_at), "duration": lasts_s} | schedule
+            if variant.purpose == "TxDefaultProfile" and station.one_slot:
+                profile["id"] = FALLBACK_ID + evse.evse_id
+                del schedule["duration"]
+                period, = schedule["chargingSchedulePeriod"]
+                factor = self.settings.voltage if variant.unit == "W" else 1
+                schedule["chargingSchedulePeriod"] = [period, period | {
+                    "startPeriod": lasts_s, "limit": round(factor * min(
+                        evse.fallback.wanted_a, evse.fallback.known_a or 0.0), 1)}]
+        widest = amps * (1 if variant.unit == "A" else station.settings.phases)
+        limit = SentLimit(amps, amps * fact.load, widest, until_mono,
+                          outlives=variant.purpose != "TxProfile")
+        evse.send(limit, now)
+        return Command(station, "SetChargingProfile", {
+            "evseId": 0 if variant.whole else evse.evse_id,
+            "chargingProfile": profile | {"chargingSchedule": [{"id": 1} | schedule]}},
+            self._limit_answered, evse, limit, variant, evse.transaction)
+
+    def _time(self, station: SiteStation, now: float) -> tuple[float, int, float]:
+        """(start of a limit, its seconds, when it has expired) for a station's clock.
+
+        A clock that is off may be set at any time: the start is never later than now, by either
+        clock, and the end never earlier.
+        """
+        skew_s = (station.station.clock_skew_s if station.station else None) or 0.0
+        off_s = math.ceil(abs(skew_s))
+        starts_at = self.board.clock() + min(0.0, skew_s) - START_EARLY_S
+        if off_s > SKEW_MOST_S:          # then by its clock alone
+            starts_at, off_s = self.board.clock() + skew_s - START_EARLY_S, 0
+        valid_s = self.settings.limit_valid_seconds + off_s
+        return starts_at, int(valid_s + START_EARLY_S), now + valid_s + EXPIRY_SLACK_S
+
+    def _fallback(self, fact: Fact, amps: float, now: float) -> Command | None:
+        """SetChargingProfile with what holds without us."""
+        station, evse = fact.station, fact.evse
+        variant = station.fallback_variant()
+        if variant is None:              # it counts at its maximum until it takes one
+            if now - evse.fallback.tried_mono > RETRY_S:
+                station.fallbacks.start(0)
+            return None
+        for other in station.evses.values() if variant.whole else ():
+            other.fallback.sent_a = max(amps, other.fallback.sent_a or 0.0)
+        evse.fallback.send(amps, now)
+        if variant.unit == "W":          # all of it may flow in one phase
+            schedule: dict = {"chargingRateUnit": "W", "chargingSchedulePeriod": [
                 {"startPeriod": 0, "limit": round(amps * self.settings.voltage, 1)}]}
         else:
-            schedule = self._schedule(steered, ledger, dialect, amps)
-        schedule = {"startSchedule": FALLBACK_START} | schedule
-        evse_id = 0 if dialect.whole else ledger.evse_id
-        return Command("fallback", steered, *self._profile(
-            steered, evse_id, FALLBACK_ID + evse_id, profile, schedule), ledger, None, amps,
-            steered.fallback_rung)
+            schedule = self._schedule(station, evse, variant, amps)
+        place = 0 if variant.whole else evse.evse_id
+        return Command(station, "SetChargingProfile", {"evseId": place, "chargingProfile": {
+            "id": FALLBACK_ID + place, "stackLevel": station.stack_level(variant.highest, 0),
+            "chargingProfilePurpose": variant.purpose, "chargingProfileKind": "Absolute",
+            "chargingSchedule": [{"id": 1, "startSchedule": FALLBACK_START} | schedule]}},
+            self._fallback_answered, evse, variant=variant)
 
-    @staticmethod
-    def _stack(steered: Steered, highest: bool, least: int) -> int:
-        """The stack level: the highest, so that no leftover of others lies above; the fallback's is
-        one less, where the limit may be of the same purpose."""
-        top = steered.abilities.stack_level
-        if not highest or top == 0:
-            return 0
-        return least if top is None else top - 1 + least
-
-    def _schedule(self, steered: Steered, ledger: Ledger, dialect: Dialect, amps: float) -> dict:
+    def _schedule(self, station: SiteStation, evse: Evse, variant: ProfileVariant,
+                  amps: float) -> dict:
         period: dict = {"startPeriod": 0, "limit": float(amps)}
-        if dialect.unit == "W":
-            phases = len(ledger.phases) if ledger.phases and ledger.transaction else (
-                steered.settings.phases)
+        if variant.unit == "W":
+            phases = (evse.transaction and station.phase_count(evse)) or station.settings.phases
             period["limit"] = round(amps * self.settings.voltage * phases, 1)
-            if dialect.phases:
+            if variant.phases:
                 period["numberPhases"] = phases
-        return {"chargingRateUnit": dialect.unit, "chargingSchedulePeriod": [period]}
+        return {"chargingRateUnit": variant.unit, "chargingSchedulePeriod": [period]}
 
-    @staticmethod
-    def _profile(steered: Steered, evse_id: int, id_: int, profile: dict, schedule: dict) -> tuple:
-        word = steered.speech.WORDS.get(profile["chargingProfilePurpose"])
-        if word:
-            profile["chargingProfilePurpose"] = word
-        return steered.speech.set_profile(evse_id, id_, profile, schedule)
+    def steps(self, command: Command) -> Steps:
+        """A command as the station's version has it: what to ask it, and what that comes to."""
+        translator = Translator(command.station.protocol, "ocpp2.0.1", int, self.board.clock)
+        return translator.down(command.action, command.payload)
 
     async def carry_out(self, command: Command) -> None:
-        """Send a command and take its outcome."""
+        """Send a command and take its outcome; a raise waits until the State has it."""
+        link, state = command.station.link, self.board.state
+        waits = state.committed() if command.durable else None
+        if waits is not None:
+            await waits                  # with a disk that fails, the cars charge all the same
+
+        async def ask(action: str, payload: dict) -> dict:
+            return (await link.call(action, payload))[0]
         try:
-            payload, _ = await command.steered.link.call(command.action, command.payload)
+            payload = await carry(self.steps(command), ask)
         except BoardError as error:
             self.answered(command, {}, error)
         else:
-            self.answered(command, payload)
+            self.answered(command, payload or {})
+
+    # What becomes of a command
 
     def answered(self, command: Command, payload: dict, error: BoardError | None = None) -> None:
-        """What became of a command: an answer, or the error that came instead."""
-        now, steered = self.clock(), command.steered
-        if steered.busy is command:
-            steered.busy = None
-        unknown = isinstance(error, (NoAnswer, Conflict, Busy))
-        if command.kind != "read_back":
-            steered.misses = steered.misses + 1 if isinstance(error, NoAnswer) else 0
-        accepted = error is None and payload.get("status") == "Accepted"
-        getattr(self, f"_{command.kind}_answered")(command, payload, accepted, unknown, now)
+        """An answer to a command, or the error that came instead."""
+        if command.station.busy is command:
+            command.station.busy = None
+        answer = Answer(payload, error is None and payload.get("status") == "Accepted",
+                        isinstance(error, (NoAnswer, Conflict, Busy)))
+        command.on_answer(command, answer)
+        self._record_bounds(command.station)
 
-    def _abilities_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                            now: float) -> None:
-        steered = command.steered
-        if not unknown or steered.misses > 1:        # what it does not say, it may have
-            steered.abilities = steered.speech.abilities(payload)
-            if steered.dialect() is None:            # its model's rung is none for it
-                steered.rung = 0
+    def _abilities_answered(self, command: Command, answer: Answer) -> None:
+        station = command.station
+        station.unasked += 1
+        if not answer.unknown or station.unasked > 1:    # what it does not say, it may have
+            station.abilities, station.unasked = abilities_in(answer.payload), 0
+            if station.limit_variant() is None:          # its model's rung is none for it
+                station.limits.start(0)
 
-    def _limit_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                        now: float) -> None:
-        steered, ledger = command.steered, command.ledger
-        if accepted:
-            ledger.accepted(command.held, now)
-            steered.worked, steered.refusals = True, 0
-            if ledger.held and ledger.confirmed is not command.held:
-                ledger.read_back_due = steered.reads_back is not False
-            self._remember(steered)
-        elif unknown:
-            ledger.resend = True
-            if steered.misses > 1:
-                steered.misses = 0
-                self._next_rung(steered, command.rung, "does not answer to any kind of limit")
+    def _limit_answered(self, command: Command, answer: Answer) -> None:
+        station, evse, limit, variant = (command.station, command.evse, command.limit,
+                                         command.variant)
+        if evse is None or limit is None or variant is None:
+            return
+        if answer.accepted:
+            evse.accepted(limit, self.now())
+            station.limits.accepted()
+            if evse.sent and evse.confirmed is not limit:
+                evse.read_back_due = station.reads_back is not False
+            self._remember(station)
+        elif answer.unknown:
+            evse.resend = True
+            if station.limits.unanswered(variant):
+                self._check_variants(station, "does not answer to any kind of limit")
         else:
-            ledger.refused(command.held)
-            ledger.resend = bool(ledger.held)
-            if ledger.transaction is not command.transaction:
-                return                   # it has ended meanwhile: that may be why
-            self._refused(steered, "limit", LADDER[command.rung], payload)
-            steered.refusals += 1
-            if steered.refusals > steered.worked:    # what has worked gets a second try
-                self._next_rung(steered, command.rung, "refuses every kind of limit")
+            evse.refused(limit)
+            station.refusals.append((self.now() + REFUSAL_S, command, answer))
 
-    def _refused(self, steered: Steered, what: str, dialect: Dialect, payload: dict) -> None:
-        self.board.error("PROFILE_REFUSED", steered.station,
-                         f"It refused a {what} ({dialect.text()})",
-                         {"dialect": dialect.text(),
-                          "status": kept(payload.get("status", "CALLERROR"))})
+    def _judge_refusal(self, command: Command, answer: Answer) -> None:
+        """A limit was refused, and not because its transaction has ended."""
+        station, evse, variant = command.station, command.evse, command.variant
+        if evse is None or variant is None or evse.transaction is not command.transaction:
+            return
+        self._tell_refusal(station, "limit", variant, answer)
+        if station.limits.refused(variant):
+            self._check_variants(station, "refuses every kind of limit")
 
-    def _fallback_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                           now: float) -> None:
-        steered, ledger = command.steered, command.ledger
-        if accepted:
-            ledger.fallback_unread, ledger.fallback_accepted = bool(ledger.transaction), True
-            if steered.one_slot and not ledger.transaction:          # it took the limit's place
-                ledger.held, ledger.confirmed = [], None
-            if steered.reads_back is False or ledger.transaction:
-                self._fallback_holds(steered, ledger, command.amps)
+    def _tell_refusal(self, station: SiteStation, what: str, variant: ProfileVariant,
+                      answer: Answer) -> None:
+        self._error("PROFILE_REFUSED", station, f"It refused a {what} ({variant.text()})",
+                    {"dialect": variant.text(),
+                     "status": kept(answer.payload.get("status", "CALLERROR"))})
+
+    def _fallback_answered(self, command: Command, answer: Answer) -> None:
+        station, evse, variant = command.station, command.evse, command.variant
+        if evse is None or variant is None:
+            return
+        if answer.accepted:
+            station.fallbacks.accepted()
+            evse.fallback.unread, evse.fallback.accepted = bool(evse.transaction), True
+            if station.one_slot and not evse.transaction:        # it took the limit's place
+                evse.gone()
+            if station.reads_back is False or evse.transaction:
+                self._fallback_holds(station, evse)
             else:
-                ledger.read_back_due = True
-        elif unknown:
-            ledger.fallback_due = True
+                evse.read_back_due = True
+        elif answer.unknown:
+            evse.fallback.due = True
         else:
-            self._refused(steered, "fallback", FALLBACKS[command.rung], payload)
-            self._next_fallback(steered, ledger, command.rung)
+            self._tell_refusal(station, "fallback", variant, answer)
+            self._next_fallback(station, evse, variant)
 
-    def _next_fallback(self, steered: Steered, ledger: Ledger, rung: int) -> None:
-        if steered.fallback_rung == rung:
-            steered.fallback_rung += 1
-        ledger.fallback_sent, ledger.fallback_accepted = None, False
-        if steered.reads_back is False:
-            ledger.fallback = None
-        ledger.read_back_due = ledger.fallback is not None       # is the one before still there?
-        if steered.abilities and steered.fallback_dialect():
-            ledger.fallback_tried_at = -math.inf
+    def _next_fallback(self, station: SiteStation, evse: Evse,
+                       variant: ProfileVariant | None) -> None:
+        if variant:
+            station.fallbacks.leave(variant)
+        evse.fallback.refused()
+        if station.reads_back is False:
+            evse.fallback.lost()
+        evse.read_back_due = evse.fallback.known_a is not None   # is the one before still there?
+        if station.abilities and station.fallback_variant():
+            evse.fallback.tried_mono = -math.inf
         else:
-            ledger.fallback_tried_at = self.clock()
-            self._happened("SMART_CHARGE_NO_FALLBACK", steered.identity,
-                           "It keeps no limit that holds without the board: without a transaction "
-                           f"it counts at {ledger.maximum:g} A", {})
+            evse.fallback.tried_mono = self.now()
+            self._log_event("SMART_CHARGE_NO_FALLBACK", station.identity,
+                            "It keeps no limit that holds without the board: without a transaction "
+                            f"it counts at {evse.maximum:g} A", {}, logging.WARNING)
 
-    def _fallback_holds(self, steered: Steered, ledger: Ledger, amps: float) -> None:
-        ledger.fallback, ledger.fallback_sent = amps, None
-        self._remember(steered)
+    def _fallback_holds(self, station: SiteStation, evse: Evse) -> None:
+        evse.fallback.holds()
+        self._remember(station)
 
-    def _read_back_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                            now: float) -> None:
+    def _read_back_answered(self, command: Command, answer: Answer) -> None:
         """What the station says that holds now, against what we told it."""
-        steered, ledger = command.steered, command.ledger
-        amps, flow = self._read_schedule(steered, ledger, steered.speech.schedule_in(payload))
-        if unknown:
-            steered.silent += 1
-            ledger.read_back_due = steered.silent < 2
-            ledger.fallback_due = not ledger.read_back_due
-            if steered.silent >= 2:
-                steered.reads_back, steered.silent = False, 0
+        station, evse, now = command.station, command.evse, self.now()
+        if evse is None:
             return
-        steered.silent = 0
-        if not accepted or amps is None:
-            steered.reads_back = False
-            if ledger.fallback_accepted and ledger.fallback_sent is not None:
-                self._fallback_holds(steered, ledger, ledger.fallback_wanted)
+        if answer.unknown:
+            station.unread += 1
+            evse.read_back_due = station.unread < 2
+            evse.fallback.due = not evse.read_back_due
+            if station.unread >= 2:
+                station.reads_back, station.unread = False, 0
             return
-        steered.reads_back = True
-        told = ledger.held[-1] if ledger.held else None
-        if told is not None and told is command.held and told.accepted_at is not None:
-            if not ledger.transaction:
-                return                   # it has ended; what is left of it is cleared, or expires
-            if flow > told.flow + tolerance(told.flow):
-                if ledger.measured_a is None:        # else the meter has the last word
-                    self._disobeyed(steered, ledger, now, f"says that {amps:g} A hold")
-            elif ledger.measured_a is None and now - told.accepted_at >= PILOT_S:
-                ledger.confirm(told)
-        elif told is None or (told.accepted_at is None and told is command.held):
-            self._read_first(steered, ledger, amps, flow, now)
+        station.unread = 0
+        amps, flow = self._read_schedule(station, evse, answer.payload.get("schedule"))
+        station.reads_back = answer.accepted and amps is not None
+        if amps is None or not answer.accepted:
+            if evse.fallback.accepted and evse.fallback.sent_a is not None:
+                self._fallback_holds(station, evse)
+            return
+        newest = evse.newest
+        if newest is None or (newest.assumed and newest is command.limit):
+            self._read_first(station, evse, amps, flow)
+        elif newest is command.limit and newest.accepted_mono is not None and evse.transaction:
+            if flow > newest.flow + tolerance(newest.flow):
+                if evse.meter.worst_a is None:       # else the meter has the last word
+                    self._disobeyed(station, evse, now, f"says that {amps:g} A hold")
+            elif evse.meter.worst_a is None and now - newest.accepted_mono >= PILOT_S:
+                evse.confirm(newest)
 
-    def _read_first(self, steered: Steered, ledger: Ledger, amps: float, flow: float,
-                    now: float) -> None:
+    def _read_first(self, station: SiteStation, evse: Evse, amps: float, flow: float) -> None:
         """What holds in a station that has no limit of ours, as far as we know."""
-        known = [a for a in (ledger.fallback, ledger.fallback_sent) if a is not None]
-        if ledger.transaction:           # one of an earlier run
-            ledger.held = [Held(amps, flow, flow, math.inf, now)]    # nobody knows when it ends
-            ledger.confirmed = ledger.held[0]
+        fallback = evse.fallback
+        known = [a for a in (fallback.known_a, fallback.sent_a) if a is not None]
+        if evse.transaction:             # one of an earlier run; nobody knows when it ends
+            evse.sent = [SentLimit(amps, flow, flow, math.inf, self.now())]
+            evse.confirmed = evse.sent[0]
         elif known and flow <= max(known) + tolerance(max(known)):
-            ledger.held = []
-            if ledger.fallback_sent is not None and flow <= ledger.fallback_wanted + tolerance(
-                    ledger.fallback_wanted):
-                self._fallback_holds(steered, ledger, ledger.fallback_wanted)
-        elif ledger.held:
-            ledger.fallback_due = True               # an earlier run's, above it: look again later
+            evse.gone()
+            if fallback.sent_a is not None and (
+                    flow <= fallback.asked_a + tolerance(fallback.asked_a)):
+                self._fallback_holds(station, evse)
+        elif evse.sent:
+            fallback.due = True          # an earlier run's, above it: look again later
         else:
-            ledger.fallback = None
-            if ledger.fallback_sent is not None:
-                self._next_fallback(steered, ledger, steered.fallback_rung)
+            sent, fallback.known_a = fallback.sent_a, None
+            if sent is not None:
+                self._next_fallback(station, evse, station.fallback_variant())
 
-    def _read_schedule(self, steered: Steered, ledger: Ledger,
+    def _read_schedule(self, station: SiteStation, evse: Evse,
                        schedule: Any) -> tuple[float | None, float]:
         """(A that a composite schedule allows now, A that it lets flow in one phase); None, 0 if it
         does not tell."""
@@ -10819,109 +11513,176 @@ class Controller:
             return None, 0.0
         flow = limit
         if schedule.get("chargingRateUnit") == "W":
-            phases = len(ledger.phases) if ledger.phases else steered.settings.phases
+            known = station.phase_count(evse)
+            phases = known or station.settings.phases
             limit /= self.settings.voltage * phases
-            flow = limit if ledger.phases else limit * phases
-        return min(limit, ledger.maximum), min(flow, ledger.maximum)     # many tell of 1000 A
+            flow = limit if known else limit * phases
+        return min(limit, evse.maximum), min(flow, evse.maximum)         # many tell of 1000 A
 
-    def _clear_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                        now: float) -> None:
-        ledger = command.ledger
-        if unknown:
-            ledger.clear_due = ledger.transaction is None
-        elif ledger.transaction is None and payload.get("status") in ("Accepted", "Unknown"):
-            ledger.held, ledger.confirmed = [], None
+    def _clear_answered(self, command: Command, answer: Answer) -> None:
+        evse = command.evse
+        if evse is None or evse.transaction is not None:
+            return
+        if answer.unknown:
+            evse.clear_due = True
+        elif answer.payload.get("status") in ("Accepted", "Unknown"):
+            evse.gone()
 
-    def _status_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                         now: float) -> None:
-        """Its connectors are looked at when they come."""
-
-    def _trigger_answered(self, command: Command, payload: dict, accepted: bool, unknown: bool,
-                          now: float) -> None:
+    def _trigger_answered(self, command: Command, answer: Answer) -> None:
         """Its meter values are looked at when they come."""
-        command.steered.triggers = accepted or unknown
+        command.station.triggers = answer.accepted or answer.unknown
 
-    def _remember(self, steered: Steered) -> None:
+    def _remember(self, station: SiteStation) -> None:
         """What works with one station of a model is tried first with the others."""
-        if steered.model and steered.rung < len(LADDER):
-            rung, fallback_rung, _ = self.models.get(steered.model, (len(LADDER),) * 3)
-            self.models[steered.model] = (     # what the most willing one of them takes
-                min(rung, steered.rung), min(fallback_rung, steered.fallback_rung),
-                steered.reads_back)
-            self.models.move_to_end(steered.model)
-            if len(self.models) > MODELS_KEPT:
-                self.models.popitem(last=False)
+        if not station.model or station.limits.rung >= len(VARIANTS):
+            return
+        rung, fallback, _ = before = self.models.get(station.model, (len(VARIANTS),) * 3)
+        # what the most willing one of them takes
+        rungs = (min(rung, station.limits.rung), min(fallback, station.fallbacks.rung),
+                 station.reads_back)
+        self.models[station.model] = rungs
+        self.models.move_to_end(station.model)
+        if rungs != before:
+            self.board.state.put("charging_model", to_json(station.model), rungs)
+        if len(self.models) > MODELS_KEPT:
+            oldest, _ = self.models.popitem(last=False)
+            self.board.state.put("charging_model", to_json(oldest), None)
 
-    # 6. tell
+    # 4. tell
 
-    def _happened(self, kind: str, identity: str, text: str, details: dict) -> None:
+    def _log_event(self, kind: str, identity: str, text: str, details: dict,
+                   level: int = logging.INFO) -> None:
         self.board.system_event(kind, identity, text, details)
-        log.info("%s%s", f"{shown(identity)}: " if identity else "", text)
+        log.log(level, "%s%s", f"{shown(identity)}: " if identity else "", text)
 
-    def _tell(self, now: float) -> None:
+    def _error(self, kind: str, station: SiteStation, text: str, details: dict) -> None:
+        if station.station:
+            self.board.error(kind, station.station, text, details)
+
+    def _tell(self, facts: list[Fact], now: float) -> None:
         """Bring the records of the sessions up to date, and warn of circuits that draw too much."""
-        for steered, ledger in self._each():
-            if not ledger.session:
+        for fact in facts:
+            station, evse, session = fact.station, fact.evse, fact.evse.session
+            if not session:
                 continue
-            phases = len(ledger.phases or steered.all_phases)
-            told = next((h.amps for h in reversed(ledger.held) if h.accepted_at), ledger.resting)
-            if steered.uncontrollable:
-                told = ledger.maximum
-            measured = None if ledger.measured_a is None else round(ledger.measured_a, 1)
-            rising = ledger.target > told and steered.steerable and ledger.target >= 1
-            reason = ledger.reason + (f"; on its way to {ledger.target:g} A" if rising else "")
+            phases = station.phase_count(evse) or station.settings.phases
+            allocated = next((limit.amps for limit in reversed(evse.sent)
+                              if limit.accepted_mono is not None or limit.assumed), evse.fallback_a)
+            if station.uncontrollable:
+                allocated = evse.maximum
+            drawn = evse.meter.worst_a
+            rising = evse.target > allocated and station.steerable and evse.target >= 1
             self.board.charge_updated(
-                ledger.session, status=self._status(steered, ledger, now), allocated_a=told,
-                target_a=float(ledger.target), measured_a=measured, reason=reason, phases=phases,
-                strategy=self.settings.strategy,
-                allocated_kw=round(told * phases * self.settings.voltage / 1000, 3))
-        self._warn_of_overloads(now)
+                session, status=self._status(station, evse, session, now), allocated_a=allocated,
+                target_a=float(evse.target), measured_a=None if drawn is None else round(drawn, 1),
+                reason=evse.reason + (f"; on its way to {evse.target:g} A" if rising else ""),
+                phases=phases, strategy=self.settings.strategy,
+                allocated_kw=round(allocated * phases * self.settings.voltage / 1000, 3))
+        self._warn_of_overloads(facts, now)
         self._warn_of_absent(now)
 
-    def _status(self, steered: Steered, ledger: Ledger, now: float) -> str:
-        if not steered.online:
+    def _status(self, station: SiteStation, evse: Evse, session: ChargeSession,
+                now: float) -> str:
+        if not station.online:
             return "offline"
-        if steered.uncontrollable:
+        if station.uncontrollable:
             return "uncontrollable"
-        if not ledger.target:
+        if not evse.target:
             return "waiting"
-        told = ledger.confirmed.amps if ledger.confirmed else 0.0
-        minimum = ledger.session.min_a or self.settings.minimum_a
-        settled = now - ledger.changed_at > SETTLED_S and told >= minimum
-        if settled and ledger.measured_a is not None and ledger.measured_a < 1:
-            return "limited-by-station" if ledger.state == "SuspendedEVSE" else "paused"
-        reading = ledger.transaction.reading
-        if settled and reading and reading.offered_a is not None and reading.offered_a < told - 1:
+        allowed = evse.confirmed.amps if evse.confirmed else 0.0
+        settled = now - evse.changed_mono > SETTLED_S and allowed >= (
+            session.min_a or self.settings.minimum_a)
+        if settled and evse.meter.worst_a is not None and evse.meter.worst_a < 1:
+            return "limited-by-station" if evse.state == "SuspendedEVSE" else "paused"
+        reading = evse.transaction.reading if evse.transaction else None
+        if settled and reading and reading.offered_a is not None and (
+                reading.offered_a < allowed - 1):
             return "limited-by-station"
         return "active"
 
     def _warn_of_absent(self, now: float) -> None:
-        """Named stations that have not come take power from the others: that must be known."""
-        if self.absent_told or now < self.started_at + RETRY_S:
+        """Stations that have not come take power from the others: that must be known."""
+        absent = [s for s in self.stations.values() if s.station is None]
+        if not self._listed_told:
+            self._listed_told = True
+            if warning := self._warning():
+                log.warning("%s", warning)
+            if absent:
+                log.warning("Counted, though not under control until they connect: %s", ", ".join(
+                    f"{shown(s.identity)} {max(e.worst_a(False) for e in s.evses.values()):g} A"
+                    for s in absent[:20]))
+        if self._absent_told or now < self.started_mono + RETRY_S:
             return
-        self.absent_told = True
-        for steered in self.steered.values():
-            if steered.station is None:
-                self._happened("SMART_CHARGE_ABSENT", steered.identity,
-                               "It is named in the configuration and has not connected: it counts "
-                               f"at {steered.settings.max_a} A", {"maxA": steered.settings.max_a})
+        self._absent_told = True
+        for station in absent:
+            amps = sum(evse.worst_a(False) for evse in station.evses.values())
+            where = "is named in the configuration" if station.identity in self.named else (
+                "was here before the start")
+            self._log_event("SMART_CHARGE_ABSENT", station.identity,
+                            f"It {where} and has not connected: it counts at {amps:g} A",
+                            {"maxA": amps}, logging.WARNING)
 
-    def _warn_of_overloads(self, now: float) -> None:
+    def _warn_of_overloads(self, facts: list[Fact], now: float) -> None:
         if now < self.quiet_until:
             return
-        limits = {SITE: self.limit_a} | {c.name: c.limit_a for c in self.settings.circuit}
-        for name, amps in self._sums(self._flow).items():
-            most, told_at = max(amps), self.overload_at.get(name, -math.inf)
-            if most > limits[name] + 0.5 and now - told_at > COALESCE_S:
-                self.overload_at[name] = now
-                self._happened("SMART_CHARGE_OVERLOAD", "", f"The cars draw {most:.1f} A on "
-                               f"circuit {name}, which can {limits[name]:g} A",
-                               {"circuit": name, "measuredA": dict(zip(PHASES, amps, strict=True))})
+        limits = self.site.limits()
+        for name, amps in self._sums(facts, attrgetter("flow")).items():
+            most, told_mono = max(amps), self.overload_mono.get(name, -math.inf)
+            if most > limits[name] + OVER_A and now - told_mono > COALESCE_S:
+                self.overload_mono[name] = now
+                self._log_event("SMART_CHARGE_OVERLOAD", "", f"The cars draw {most:.1f} A on "
+                                f"circuit {name}, which can {limits[name]:g} A",
+                                {"circuit": name,
+                                 "measuredA": dict(zip(PHASES, amps, strict=True))},
+                                logging.WARNING)
+
+
+OVER_A = 0.5                            # that meters may be wrong by
+ROUNDED_A = 0.05                        # that a limit in watts may be off
 
 
 def tolerance(amps: float) -> float:
     """How far a car that obeys, or its meter, may be off a limit."""
     return max(1.0, amps * 0.06)
+
+
+def _counts(station: Station) -> bool:
+    """Whether a station that nobody has named takes part in the site.
+
+    Not before it has said a word; while it is not accepted only if it charges.
+    """
+    if not station.has_spoken:
+        return False
+    return station.registration in (None, "Accepted") or any(
+        connector.transaction or connector.status == "Charging" or (
+            connector.reading and any(connector.reading.current_a.values()))
+        for connector in station.connectors.values())
+
+
+def _model_of(row: StateRow) -> tuple[tuple, tuple]:
+    """Of a row of `charging_model`. Raises: WrongType, WrongValue."""
+    try:
+        model = tuple(json.loads(row.key))
+    except ValueError:
+        raise WrongValue("its key is no model") from None
+    value = row.value if type(row.value) is list and len(row.value) == 3 else [None] * 3
+    if len(model) != 3 or not all(type(part) is str for part in model) or not (
+            type(value[0]) is int and 0 <= value[0] < len(VARIANTS)
+            and type(value[1]) is int and 0 <= value[1] <= len(FALLBACK_VARIANTS)
+            and value[2] in (None, True, False)):
+        raise WrongValue(f"{shown(row.text)} are no rungs")
+    return model, tuple(value)
+
+
+def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:
+    """Of a row of `charging_limit`. Raises: WrongType, WrongValue."""
+    evse_id, _, identity = row.key.partition(" ")
+    value = row.value if type(row.value) is dict else {}
+    limit = unpacked("number", value.get("limit"), 0.0)
+    fallback = unpacked("number?", value.get("fallback"), 0.0)
+    if not evse_id.isdecimal() or not identity or limit < 0 or (fallback or 0) < 0:
+        raise WrongValue("it is no limit")
+    return identity, int(evse_id), (limit, fallback)
 
 
 # --- Relay --------------------------------------------------------------------------------
@@ -11101,7 +11862,7 @@ class Relay:
             return _result_of(call, ACCEPTED)
         if call.action == "ClearChargingProfile":
             wanted = payload | lenient(payload, "chargingProfileCriteria", dict, {})
-            cleared = controller.clear_foreign(session.identity, {
+            cleared = controller.clear_profiles(session.identity, {
                 name: wanted[key] for key, name in CLEARED_BY.items() if key in wanted})
             return _result_of(call, {"status": "Accepted" if cleared else "Unknown"})
         return None
@@ -11122,7 +11883,7 @@ class Relay:
         read = Profile.read(id_, evse_id, profile, schedule, self.board.clock())
         if known := session.known_upstream(read.transaction_id):
             read.transaction_id = known.station_id
-        controller.keep_foreign(session.identity, read)
+        controller.keep_profile(session.identity, read)
         self.board.system_event("PROXY_LIMIT", session.identity, "A charging profile of the "
                                 "upstream system counts as one more limit", {
                                     "id": read.id, "purpose": kept(read.purpose, 64),
@@ -13301,8 +14062,11 @@ async def post_call(api: "Api", identity: str) -> dict:
     action, payload = api.body.get("action"), api.body.get("payload", {})
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
-    result, response_ms = await _online(api, identity).call(action, payload)
-    return {"success": True, "result": result, "responseTime": round(response_ms, 3)}
+    link, controller = _online(api, identity), api.daemon.controller
+    warning = controller.hand_sent(identity, action, payload) if controller else None
+    result, response_ms = await link.call(action, payload)
+    return {"success": True, "result": result, "responseTime": round(response_ms, 3),
+            **({"warning": warning} if warning else {})}
 
 
 async def post_approve(api: "Api", identity: str) -> dict:
@@ -13451,6 +14215,16 @@ def patch_smart_charge_session(api: "Api", session: str) -> dict:
     controller.configure_session(found[0], api.body)
     api.daemon.steer()
     return found[0].view()
+
+
+def patch_smart_charge_station(api: "Api", identity: str) -> dict:
+    """Say whether a station that the configuration does not name is at this site."""
+    elsewhere = api.body.get("elsewhere")
+    if set(api.body) != {"elsewhere"} or not isinstance(elsewhere, bool):
+        raise BadRequest('the body must be {"elsewhere": true} or {"elsewhere": false}')
+    _controller(api).set_elsewhere(identity, elsewhere)
+    api.daemon.steer()
+    return {"success": True}
 
 
 def get_smart_charge_circuits(api: "Api") -> Page:
@@ -13838,6 +14612,8 @@ ROUTES = (
     Route("GET", "/api/smart-charge/circuits", get_smart_charge_circuits, "[Circuit]"),
     Route("POST", "/api/smart-charge/meter", post_smart_charge_meter, "Success", body="SiteMeter",
           errors=(409,)),
+    Route("PATCH", "/api/smart-charge/stations/:identity", patch_smart_charge_station, "Success",
+          body="SmartChargeStation", errors=(409,)),
     Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, "SmartCharge",
           body="SmartChargeSessionPatch", errors=(409,)),
     Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]",
@@ -13944,16 +14720,19 @@ SHAPES = {
         "allocatedKw": "number", "status": "string", "startedAt": "time", "updatedAt": "time",
         "transactionId": "id", "evse": "integer", "connector": "integer", "circuit": "string",
         "phases": "integer", "allocatedA": "number", "targetA": "number", "measuredA": "number?",
-        "priority": "integer", "minA": "integer?", "maxA": "integer?", "reason": "string",
-        "endedAt": "time?"},
+        "priority": "integer", "minA": "integer?", "maxA": "integer?", "phasesSet": "integer?",
+        "reason": "string", "endedAt": "time?"},
     "SmartChargeConfig": {"enabled": "boolean"},
     "SmartChargePatch": {},
     "SmartChargeSessionPatch": {},
+    "SmartChargeStation": {"elsewhere": "boolean"},
     "SiteMeter": dict.fromkeys(PHASES, "number"),
     "Circuit": {
         "name": "string", "parent": "string?", "limitA": "number", "usableA": "number",
         "stations": "[string]", "allocatedA": "object", "worstA": "object",
-        "measuredA": "object"},
+        "measuredA": "object", "overLimit": "boolean", "uncontrolled": "[Uncontrolled]"},
+    "Uncontrolled": {
+        "identity": "string", "amps": "number", "reason": "string", "advice": "string"},
     "ProxyEvent": {
         "id": "string", "type": "string", "identity": "string", "fromProtocol": "string",
         "toProtocol": "string", "direction": "string", "method": "string", "toMethod": "string?",
@@ -17781,7 +18560,7 @@ class SimulatedStation:
     def limit_a(self, outlet: Outlet) -> float:
         """The limit that the profiles set."""
         return min(OUTLET_MAX_A, allowed_a(self.profiles, self.clock(), outlet.number,
-                                           outlet.transaction_id))
+                                           outlet.transaction_id, began_at=outlet.started_at))
 
     def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int,
                      starting: bool = False) -> dict:
@@ -18753,6 +19532,8 @@ class Daemon:
         """
         self.state.open()
         self.keeper.restore()
+        if self.controller:
+            self.controller.restore()
         self.access.restore()
         for port, application in self._listeners():
             server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
@@ -18902,7 +19683,7 @@ class Daemon:
         if station.booted_since_start:
             station.introduce_mono = math.inf
         elif station.introduce_mono is None:
-            if (station.last_message_at or 0.0) >= station.connected_at:
+            if station.has_spoken:
                 station.introduce_mono = now + INTRODUCE_S
         elif now >= station.introduce_mono:
             station.introduce_mono = math.inf
