@@ -9710,8 +9710,8 @@ class Evse:
     @property
     def fallback_a(self) -> float:
         """What it may draw when no limit of ours is alive."""
-        most = self.fallback.most_a
-        return self.maximum if most is None else most
+        known, sent = self.fallback.known_a, self.fallback.sent_a
+        return self.maximum if known is None else known if sent is None else max(known, sent)
 
     def drawn_a(self, now: float) -> float:
         """What it has drawn just now, whole amperes of which we can be sure."""
@@ -9737,8 +9737,11 @@ class Evse:
         the next car is there before the others have made room. So whatever is lost, the sum of
         all worsts holds.
         """
-        worst = max([self.fallback_a, *[limit.flow for limit in self.sent]])
-        drawn = self.meter.worst_a or 0.0
+        worst, drawn = self.fallback_a, self.meter.worst_a or 0.0
+        for limit in self.sent:
+            worst = max(worst, limit.flow)
+        if not worst and not drawn:
+            return 0.0
         if reachable and self.meter.read_mono > self.verified_mono:
             worst = max(worst, drawn)
         return min(worst, max(self.maximum, drawn))
@@ -9844,6 +9847,8 @@ class SiteStation:
     station: Station | None = None
     link: Any = None                    # the connection it was last seen on
     evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
+    connectors: dict[int, list[Connector]] = field(default_factory=dict)     # the same of the Board
+    seen: tuple = ()                    # by which it is known that there are more
     busy: "Command | None" = None       # one at a time is under way to a station
     abilities: Abilities | None = None  # None: not asked yet
     model: tuple = ()                   # vendor, model, firmware: what one takes, others do
@@ -9907,8 +9912,6 @@ class SiteStation:
 
     def flow(self, evse: Evse) -> tuple:
         """What is measured in each phase of the site."""
-        if not evse.meter.worst_a:
-            return NO_CURRENT
         rotation, flow = self.settings.phase_rotation or GRID, [0.0] * 3
         for phase, amps in enumerate(evse.meter.flow):
             flow[GRID.index(rotation[phase])] += amps
@@ -9925,9 +9928,9 @@ class SiteStation:
             return max(evse.maximum, drawn)
         return evse.worst_a(self.online)
 
-    def worst_of_phases(self, evse: Evse, now: float) -> tuple:
+    def worst_of_phases(self, evse: Evse, flow: tuple, now: float) -> tuple:
         """The same for each phase of the site. What its car does not use, the next one may."""
-        worst, flow = self.worst(evse, now), self.flow(evse)
+        worst = self.worst(evse, now)
         if not worst and flow is NO_CURRENT:            # most are so, on a large site
             return NO_CURRENT
         used, may = self.phases_of(evse), self.on_grid(self.all_phases)
@@ -9975,9 +9978,9 @@ class SiteStation:
 
     def learn(self, model: tuple, remembered: tuple | None) -> None:
         """It has said what it is: what others of the model take is tried first."""
-        limit, fallback, self.reads_back = remembered or (0, 0, None)
-        self.limits.start(limit)
-        self.fallbacks.start(fallback)
+        limit, fallback, self.reads_back = remembered or (None, None, None)
+        self.limits.start(limit or 0)
+        self.fallbacks.start(fallback or 0)
         self.model, self.abilities = model, None
         self.disobeyed, self.triggers = False, True
 
@@ -10337,7 +10340,7 @@ class Controller:
         self.stations: dict[str, SiteStation] = {}
         self.elsewhere: set[str] = set()             # identities that are not at this site
         self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
-        # {model: (rung for limits, for fallbacks, reads back)}
+        # {model: (rung for limits, for fallbacks, reads back)}; None: not known
         self.models: OrderedDict[tuple, tuple] = OrderedDict()
         self.facts: list[Fact] = []                  # of the last tick
         self.overload_mono: dict[str, float] = {}
@@ -10428,10 +10431,9 @@ class Controller:
         return {"enabled": True, **self.site.view(),
                 "meter": self.meter.view(self.now()) if self.settings.meter else None,
                 "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
-                              "limit": VARIANTS[rung].text(),
-                              "fallback": FALLBACK_VARIANTS[fallback].text()
-                              if fallback < len(FALLBACK_VARIANTS) else None,
-                              "readsBack": reads_back}
+                              "limit": None if rung is None else VARIANTS[rung].text(),
+                              "fallback": None if fallback is None
+                              else FALLBACK_VARIANTS[fallback].text(), "readsBack": reads_back}
                              for (vendor, model, firmware), (rung, fallback, reads_back)
                              in self.models.items()],
                 "elsewhere": sorted(self.elsewhere), "warning": self._warning()}
@@ -10521,7 +10523,7 @@ class Controller:
 
         def allocated(fact: Fact) -> tuple:
             amps = fact.evse.session.allocated_a if fact.evse.session else 0.0
-            used = fact.station.phases_of(fact.evse)
+            used = fact.station.phases_of(fact.evse) if amps else ()
             return tuple(amps if phase in used else 0.0 for phase in range(3))
         sums = {"allocatedA": self._sums(facts, allocated),
                 "measuredA": self._sums(facts, attrgetter("flow")),
@@ -10544,7 +10546,7 @@ class Controller:
         sums = {name: [0.0] * 3 for name in parents}
         for fact in facts:
             amps, name = amps_of(fact), fact.station.circuit
-            while name and any(amps):
+            while name and amps is not NO_CURRENT and any(amps):
                 sums[name] = [a + b for a, b in zip(sums[name], amps, strict=True)]
                 name = parents[name]
         return sums
@@ -10553,8 +10555,8 @@ class Controller:
         """Who takes power, or may, without being under control; who takes most first."""
         found: dict[str, Uncontrolled] = {}
         for fact in facts:
-            amps = max(fact.worst)
-            if amps < 1 or fact.station.steerable:
+            amps = 0.0 if fact.worst is NO_CURRENT else max(fact.worst)
+            if amps < 1 or (fact.station.steerable and not fact.evse.is_unknown):
                 continue
             reason, advice = self._why_uncontrolled(fact.station, fact.evse)
             before = found.get(fact.station.identity)
@@ -10577,7 +10579,14 @@ class Controller:
         if not station.online:
             return "is offline", ("Its connection is to be looked at" if named or evse.transaction
                                   else "Connect it, or say that it is not at this site")
-        return "is not accepted yet", ("Approve it, or say that it is not at this site")
+        if not station.ready:
+            return "is not accepted yet", "Approve it, or say that it is not at this site"
+        if station.abilities and station.fallback_variant() is None:
+            return "keeps no limit without the board", (
+                "`max_a` says what its hardware can; a circuit of its own bounds it")
+        return "has yet to take a limit", ("Wait until it has answered" if named else
+                                           "Wait until it has answered, or say that it is not at "
+                                           "this site")
 
     # Each second
 
@@ -10614,18 +10623,23 @@ class Controller:
 
     def _look_at_all(self, now: float) -> list[Fact]:
         """What each EVSE may draw, and draws."""
-        return [Fact(station, evse, station.worst_of_phases(evse, now), station.flow(evse),
-                     station.load(evse) if evse.transaction else 1.0)
-                for station in self.stations.values() for evse in station.evses.values()]
+        facts = []
+        for station in self.stations.values():
+            for evse in station.evses.values():
+                flow = station.flow(evse) if evse.meter.worst_a else NO_CURRENT
+                facts.append(Fact(station, evse, station.worst_of_phases(evse, flow, now), flow,
+                                  station.load(evse) if evse.transaction else 1.0))
+        return facts
 
     def observe(self, now: float) -> None:
         """See what the stations have said since, and whether they obey."""
         stations = self.board.stations
         for identity in [i for i, s in self.stations.items() if s.station and i not in stations]:
             self._forget(identity)
-        for _, evse in self._each():
-            if evse.sent:
-                evse.expire(now)
+        for absent in self.stations.values():
+            if absent.station is None:   # an earlier run has told it a limit, perhaps
+                for evse in absent.evses.values():
+                    evse.expire(now)
         for identity, station in list(stations.items()):
             known = self.stations.get(identity)
             if known is None:
@@ -10650,7 +10664,8 @@ class Controller:
     def _observe(self, known: SiteStation, station: Station, now: float) -> None:
         if known.station is not station or known.link is not station.link:
             self._reconnected(known, station, now)
-        model = tuple(station.info.get(key) or "" for key in ("vendor", "model", "firmware"))
+        said = station.info.get
+        model = said("vendor") or "", said("model") or "", said("firmware") or ""
         if model != known.model and model[0]:
             if known.uncontrollable:     # another firmware
                 self._try_again(known, now)
@@ -10662,6 +10677,8 @@ class Controller:
                 not known.disobeyed or any(e.transaction for e in known.evses.values())):
             self._try_again(known, now)
         for evse in known.evses.values():
+            if evse.sent:
+                evse.expire(now)
             if evse.transaction:
                 self._judge_need(known, evse, now)
                 if known.steerable:
@@ -10674,6 +10691,7 @@ class Controller:
         for evse in station.evses.values():
             for limit in evse.sent:
                 limit.until_mono = min(limit.until_mono, latest)
+            evse.expire(self.now())
         if not any(evse.sent for evse in station.evses.values()):
             del self.stations[identity]
             for evse_id in station.evses:
@@ -10704,27 +10722,34 @@ class Controller:
         evse.unknown(evse.maximum, self._latest(now), now)
 
     def _observe_evses(self, known: SiteStation, station: Station, now: float) -> None:
-        said: dict[int, list[Connector]] = {}
-        for (evse_id, _), connector in station.connectors.items():
-            if evse_id:
-                said.setdefault(evse_id, []).append(connector)
         evses = (known.abilities and known.abilities.evses) or 0
-        if len(known.evses) < max(len(said), evses) or said.keys() - known.evses.keys():
+        seen = station, tuple(station.connectors), evses
+        if known.seen != seen:
+            known.seen, known.connectors = seen, {}
+            for (evse_id, _), connector in station.connectors.items():
+                if evse_id:
+                    known.connectors.setdefault(evse_id, []).append(connector)
+            said = known.connectors.keys()
             for evse_id in {*said, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(known.evses):
                 self._forget_limits(self._add_evse(known, evse_id), now)
-        if said and 1 not in said and evses == 0:
-            known.evses.pop(1, None)                 # it was assumed
-        for evse_id, connectors in said.items():
+            if said and 1 not in said and evses == 0:
+                known.evses.pop(1, None)             # it was assumed
+        for evse_id, connectors in known.connectors.items():
             self._observe_evse(known, known.evses[evse_id], connectors, now)
 
     def _observe_evse(self, known: SiteStation, evse: Evse, connectors: list[Connector],
                       now: float) -> None:
-        transaction = max((c.transaction for c in connectors if c.transaction),
-                          key=attrgetter("number"), default=None)
+        if len(connectors) == 1:
+            transaction = connectors[0].transaction
+        else:
+            transaction = max((c.transaction for c in connectors if c.transaction),
+                              key=attrgetter("number"), default=None)
         if transaction is not evse.transaction:
             self._change_transaction(known, evse, transaction, now)
-        state = (transaction and transaction.charging_state) or next(
-            (c.status for c in connectors if c.status != "Available"), None)
+        state = transaction.charging_state if transaction else None
+        for connector in connectors:
+            if state is None and connector.status != "Available":
+                state = connector.status
         if state == "Charging" and evse.state != "Charging":
             evse.resend = bool(evse.sent)            # some forget it while nothing flows
         evse.state = state
@@ -10937,7 +10962,8 @@ class Controller:
                     lately if request.waiting_since is None else steady) + GRAIN_A:
                 firm += cost
                 served.append(request)
-        sun = Circuit(SURPLUS, "", max(surplus, firm), pooled=True)
+        # What the site draws besides is off the surplus already.
+        sun = Circuit(SURPLUS, "", max(surplus, firm) + sum(self._house(now)), pooled=True)
         return [sun, circuits[0]._replace(parent=SURPLUS), *circuits[1:]], served
 
     def _other_load(self, facts: list[Fact], now: float, without: set) -> dict:
@@ -10955,12 +10981,15 @@ class Controller:
                 if amps and phase not in decided_on:
                     key = fact.station.circuit, phase
                     load[key] = load.get(key, 0.0) + amps
-        if self.settings.meter:
-            most = max(0.0, self.site.circuits()[0].limit_a - self.settings.meter_lost_a)
-            for phase in range(3):
-                other = most if self.meter.is_lost(now) else self.meter.other_load[phase]
-                load[SITE, phase] = load.get((SITE, phase), 0.0) + other
+        for phase, amps in enumerate(self._house(now)):
+            load[SITE, phase] = load.get((SITE, phase), 0.0) + amps
         return load
+
+    def _house(self, now: float) -> list[float]:
+        """What the site draws besides the cars, in each phase."""
+        if not self.settings.meter or not self.meter.is_lost(now):
+            return self.meter.other_load
+        return [max(0.0, self.site.circuits()[0].limit_a - self.settings.meter_lost_a)] * 3
 
     # Upstream's profiles, and what cars say of themselves
 
@@ -11132,7 +11161,10 @@ class Controller:
     def commands(self, facts: list[Fact], now: float) -> list[Command]:
         """What to send: to each station one command at most, reductions before raises."""
         tree = CircuitTree(self.site.circuits(), self._other_load(facts, now, set()))
-        free = [fact for fact in facts if fact.station.steerable and not fact.station.busy]
+        free = [fact for fact in facts if (
+            fact.evse.transaction or fact.evse.read_back_due or fact.evse.clear_due
+            or fact.station.abilities is None or fact.evse.fallback.is_due(now))
+            and not fact.station.busy and fact.station.steerable]
         commands = []
         for choose in (self._urgent, self._raise, self._upkeep):
             for fact in free:
@@ -11534,12 +11566,13 @@ class Controller:
 
     def _remember(self, station: SiteStation) -> None:
         """What works with one station of a model is tried first with the others."""
-        if not station.model or station.limits.rung >= len(VARIANTS):
+        if not station.model:
             return
-        rung, fallback, _ = before = self.models.get(station.model, (len(VARIANTS),) * 3)
-        # what the most willing one of them takes
-        rungs = (min(rung, station.limits.rung), min(fallback, station.fallbacks.rung),
-                 station.reads_back)
+        before = self.models.get(station.model, (None, None, None))
+        rungs = (*(min((rung for rung in (known, ladder.rung if ladder.worked else None)
+                        if rung is not None), default=None)      # of the most willing of them
+                   for known, ladder in zip(before, (station.limits, station.fallbacks),
+                                            strict=False)), station.reads_back)
         self.models[station.model] = rungs
         self.models.move_to_end(station.model)
         if rungs != before:
@@ -11667,11 +11700,14 @@ def _model_of(row: StateRow) -> tuple[tuple, tuple]:
         raise WrongValue("its key is no model") from None
     value = row.value if type(row.value) is list and len(row.value) == 3 else [None] * 3
     if len(model) != 3 or not all(type(part) is str for part in model) or not (
-            type(value[0]) is int and 0 <= value[0] < len(VARIANTS)
-            and type(value[1]) is int and 0 <= value[1] <= len(FALLBACK_VARIANTS)
-            and value[2] in (None, True, False)):
+            _is_rung(value[0], VARIANTS) and _is_rung(value[1], FALLBACK_VARIANTS)
+            and (value[2] is None or type(value[2]) is bool)):
         raise WrongValue(f"{shown(row.text)} are no rungs")
     return model, tuple(value)
+
+
+def _is_rung(value: Any, variants: tuple) -> bool:
+    return value is None or (type(value) is int and 0 <= value < len(variants))
 
 
 def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:

@@ -7114,7 +7114,10 @@ class World:
         heapq.heappush(self.due, (self.clock() + seconds, next(self.numbers), act, arguments))
 
     def carry_out(self, command):
-        station = self.stations[command.station.identity]
+        station = self.stations.get(command.station.identity)
+        if station is None:              # who is there, and does not answer
+            self.later(30, self.give_up, command)
+            return
         self.go_on(command, self.controller.steps(command), None, station, station.link)
 
     def go_on(self, command, steps, answer, station, link):
@@ -7821,6 +7824,567 @@ def test_what_stations_answer_in_nonsense_stops_nothing():
     world.run(900)
     assert {r["status"] for r in records(world)} <= {"uncontrollable", "waiting", "active"}
     assert len(world.sent) < 900, "and nobody is flooded"
+
+
+# What went wrong once, at a site or from outside
+
+
+def answers_of(station, **answers):
+    """Have a station answer some commands so: on_get_composite_schedule={…}"""
+    for name, answer in answers.items():
+        setattr(station, name, lambda payload, answer=answer: dict(answer))
+
+
+def told_a(world):
+    """A that the stations are allowed by what they have accepted, all together."""
+    return sum(min(32, station.limit_a(outlet)) for station in world.stations.values()
+               for outlet in station.outlets if outlet.transaction_id is not None)
+
+
+def newcomers(world, count, **options):
+    """Stations that nobody has named, and that do not say what holds there."""
+    found = []
+    for number in range(count):
+        station = world.add(f"NEW-{number}", options | {"protocol": PROTOCOLS[number % 3]})
+        answers_of(station, on_get_composite_schedule={"status": "Rejected"})
+        found.append(station)
+    return found
+
+
+def test_a_limit_under_what_a_newcomer_counts_for_is_no_reduction():
+    world = World({}, smart_charge_site_limit_kw=60, smart_charge_site_limit_a=0)
+    world.run(140)
+    stations = newcomers(world, 5)
+    while not all(s.profiles for s in stations):
+        world.step()
+    world.run(3)
+    for station in stations:
+        world.arrive(station, station.outlets[0], **CAR)
+        for _ in range(3):
+            world.step()
+            assert sum(s.outlets[0].current_a for s in stations) <= 82.6
+    for _ in range(400):
+        world.step()
+        assert told_a(world) <= 82.6
+    firsts = {next(amps for _, amps in limits_sent(world, s.identity) if amps) for s in stations}
+    assert firsts == {6}, "and the ramp holds from the first ampere on"
+    assert sum(s.outlets[0].current_a for s in stations) >= 80
+
+
+def test_a_charging_that_begins_before_the_fallback_is_stored_gets_no_more_than_there_is():
+    world = World({}, smart_charge_site_limit_a=87, smart_charge_raise_a_per_30s=1000,
+                  entries={"NEW-*": {"max_a": 100}})
+    world.run(140)
+    early, *others = newcomers(world, 4)
+    world.run(60)
+    for station in others:
+        world.arrive(station, station.outlets[0], **CAR)
+    world.run(60)
+    early.profiles.clear()               # it has lost its fallback, which nobody knows
+    world.arrive(early, early.outlets[0], **CAR)
+    for _ in range(300):
+        world.step()
+        limits = [limits_sent(world, s.identity)[-1:] for s in world.stations.values()]
+        assert sum(one[0][1] for one in limits if one) <= 87
+
+
+def test_who_never_says_a_word_takes_nothing_away():
+    world = world_of({}, {}, {}, smart_charge_site_limit_a=30)
+    outlets = charging(world)
+    world.run(300)
+    before = [outlet.current_a for outlet in outlets]
+    links = [Link(world.board, None, "ocpp1.6", lambda text: None, lambda code, reason: None)
+             for _ in range(2)]
+    for number, link in enumerate(links):
+        link.start(f"GHOST-{number}", "192.0.2.9", 0, ())
+    world.run(60)
+    assert [outlet.current_a for outlet in outlets] == before
+    assert "GHOST-0" not in world.controller.stations
+    links[0].receive('[2,"1","Heartbeat",{}]')       # from here on it counts, and is named
+    world.run(30)
+    site, = world.controller.circuits()
+    ghost, = site["uncontrolled"]
+    assert (ghost["identity"], ghost["amps"], ghost["reason"]) == (
+        "GHOST-0", 32, "has yet to take a limit")
+    assert "GHOST-0 32 A (has yet to take a limit)" in records(world)[0]["reason"]
+    links[0].end("gone")
+    world.run(200)
+    site, = world.controller.circuits()
+    ghost, = site["uncontrolled"]
+    assert (ghost["identity"], ghost["amps"]) == ("GHOST-0", 32)
+    assert (ghost["reason"], ghost["advice"]) == (
+        "is offline", "Connect it, or say that it is not at this site")
+    assert {record["reason"] for record in records(world)} == {
+        "Waits: 0.0 A of site on L1 are all that can be shared now, beside what is not under "
+        "control; not under control: GHOST-0 32 A (is offline)"}
+    world.controller.set_elsewhere("GHOST-0", True)
+    world.run(200)
+    assert [outlet.current_a for outlet in outlets] == before
+    links[0].start("GHOST-0", "192.0.2.9", 0, ())
+    links[0].ended = ""
+    links[0].receive('[2,"1","Heartbeat",{}]')
+    world.run(60)
+    assert [outlet.current_a for outlet in outlets] == before
+    assert not sent(world, "GetVariables", "GHOST-0"), "and it gets no limit"
+    with pytest.raises(ocppboard.Conflict, match="take it out there"):
+        world.controller.set_elsewhere("CP-1", True)
+
+
+def test_a_station_that_waits_to_be_accepted_counts_once_it_charges():
+    bench = Bench("ocpp1.6", ocpp_accept="ask", smart_charge_enabled=True,
+                  smart_charge_site_limit_a=32)
+    controller = ocppboard.Controller(bench.board)
+    assert bench.call("BootNotification", BOOT_16)["status"] == "Pending"
+    controller.tick()
+    assert not controller.stations
+    bench.call("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
+                                      "status": "Charging"})
+    assert controller.tick() == [], "it is not to be commanded"
+    uncontrolled, = controller.circuits()[0]["uncontrolled"]
+    assert (uncontrolled["amps"], uncontrolled["reason"]) == (32, "is not accepted yet")
+
+
+def test_nothing_is_sent_before_a_station_has_spoken_and_its_boot_is_answered():
+    bench = Bench("ocpp2.0.1", smart_charge_enabled=True, smart_charge_site_limit_a=32,
+                  stations={"CP-1": {}})
+    controller = ocppboard.Controller(bench.board)
+    for _ in range(10):
+        bench.clock.now += 1
+        assert controller.tick() == []
+    bench.station.boot_unanswered = True             # upstream is asked
+    bench.station.has_spoken = True
+    assert controller.tick() == []
+    bench.board.registered(bench.station, "Accepted", 60)
+    command, = controller.tick()
+    assert command.action == "GetVariables"
+
+
+def test_named_stations_that_have_not_come_are_told_with_what_to_do(caplog):
+    world = world_of({}, entries={"CP-9": {"max_a": 20}}, smart_charge_site_limit_a=40)
+    assert "Counted, though not under control until they connect: 'CP-9' 20 A" in caplog.text
+    charging(world)
+    world.run(300)
+    absent, = world.controller.circuits()[0]["uncontrolled"]
+    assert absent == {"identity": "CP-9", "amps": 20, "reason": "has not connected since the start",
+                      "advice": "Connect it, or take it out of the configuration"}
+    assert records(world)[0]["reason"].endswith(
+        "not under control: CP-9 20 A (has not connected since the start)")
+
+
+@pytest.mark.parametrize("ahead_s", [-1e6, 0, 1e6])
+def test_upstreams_profiles_count_whatever_the_clocks_say(ahead_s):
+    world = world_of({}, ahead_s=ahead_s)
+    world.run(200)
+    outlet, = charging(world)
+    world.run(100)
+    began = world.clock()
+
+    def profile(kind, periods, id_=5, **more):
+        schedule = {"chargingRateUnit": "A", "chargingSchedulePeriod": [
+            {"startPeriod": at, "limit": limit} for at, limit in periods]}
+        schedule |= {key: more.pop(key) for key in ("startSchedule", "duration") if key in more}
+        world.controller.keep_profile("CP-1", ocppboard.Profile.read(id_, 1, {
+            "chargingProfilePurpose": "TxDefaultProfile", "stackLevel": 1,
+            "chargingProfileKind": kind} | more, schedule, world.clock()))
+    profile("Absolute", [(0, 10), (120, 16)])
+    world.run(60)
+    assert outlet.current_a == 10
+    world.run(200)
+    assert outlet.current_a == 16, "its second period"
+    profile("Relative", [(0, 8), (900, 20)])         # from the start of the transaction
+    world.run(60)
+    assert outlet.current_a == 8
+    world.run(900 - (world.clock() - began))
+    world.run(200)
+    assert outlet.current_a == 20
+    day_ago = ocppboard.wire_time(world.clock() - 86_400 - 600)
+    profile("Recurring", [(0, 12), (1200, 7)], recurrencyKind="Daily", startSchedule=day_ago)
+    world.run(60)
+    assert outlet.current_a == 12
+    world.run(700)
+    assert outlet.current_a == 7
+    assert world.controller.clear_profiles("CP-1", {"id": 5})
+    world.run(300)
+    assert outlet.current_a == 32
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_car_that_is_suspended_and_says_no_more_gives_back_what_it_does_not_take(protocol):
+    world = world_of({"protocol": protocol}, {}, smart_charge_site_limit_a=20,
+                     smart_charge_safety_margin_percent=0)
+    first, second = charging(world)
+    world.run(200)
+    assert (first.current_a, second.current_a) == (10, 10)
+    quiet = world.stations["CP-1"]
+    first.car_a, quiet.interval = 0.0, 1e9
+    first.current_a, first.status = 0.0, "SuspendedEV"
+    if protocol == "ocpp1.6":
+        drive(quiet.tell_status(first))
+    else:
+        drive(quiet.call("TransactionEvent", {
+            "eventType": "Updated", "timestamp": quiet.now(), "seqNo": 99,
+            "triggerReason": "ChargingStateChanged", "evse": {"id": 1, "connectorId": 1},
+            "transactionInfo": {"transactionId": first.transaction_id,
+                                "chargingState": "SuspendedEV"}}))
+    world.run(190)
+    assert second.current_a >= 14
+
+
+def test_a_transaction_that_a_reboot_has_ended_holds_nothing():
+    world = world_of({"protocol": "ocpp2.0.1"}, {}, smart_charge_site_limit_a=20,
+                     smart_charge_safety_margin_percent=0)
+    first, second = charging(world)
+    world.run(200)
+    assert (first.current_a, second.current_a) == (10, 10)
+    station = world.stations["CP-1"]
+    station.forget()
+    first.transaction_id, first.status, first.current_a = None, "Available", 0.0
+    world.disconnect(station, 30)
+    world.run(300)
+    assert second.current_a == 20 and len(world.board.smart_charge) == 2
+    assert records(world)[0]["status"] == "ended"
+
+
+def meter_of(measurand, unit, *samples):
+    """A simulated station's meter that says no more than this: (phase, value of the outlet)."""
+    def sampled(outlet, kind=""):
+        return [{"measurand": measurand, "value": value(outlet), "phase": phase,
+                 "unitOfMeasure": {"unit": unit}} for phase, value in samples]
+    return sampled
+
+
+@pytest.mark.parametrize("sampled", [
+    meter_of("Power.Active.Import", "W", ("L1", lambda o: o.current_a * 230.0),
+             ("L2", lambda o: 0.0), ("L3", lambda o: 0.0)),
+    meter_of("Current.Import", "A", ("N", lambda o: o.current_a)),
+    meter_of("Current.Import", "A", ("L1", lambda o: o.current_a))])
+def test_one_phase_is_one_phase_however_the_meter_says_it(sampled):
+    world = world_of({"entry": {"managed": False}, "protocol": "ocpp2.0.1"}, {},
+                     smart_charge_site_limit_a=40, smart_charge_safety_margin_percent=0)
+    world.stations["CP-1"].sampled = sampled
+    outlets = charging(world, phases=1)
+    for outlet in outlets:
+        outlet.car_a = 32.0
+    for _ in range(300):
+        world.step()
+        assert world.currents()["site"][0] <= 40
+    assert world.currents()["site"][0] >= 38
+
+
+def test_a_limit_that_one_phase_breaks_is_not_obeyed():
+    world = world_of({"protocol": "ocpp2.0.1"}, {}, smart_charge_site_limit_a=63)
+    station = world.stations["CP-1"]
+    station.sampled = meter_of("Power.Active.Import", "W", ("L1", lambda o: o.current_a * 230.0),
+                           ("L2", lambda o: 0.0), ("L3", lambda o: 0.0))
+    outlet, _ = charging(world, phases=1)
+    world.run(300)
+    assert outlet.current_a == 30
+    station.faults.add("ignore")
+    station.profiles[-1].duration = math.inf
+    world.controller.configure({"limitA": 22})
+    world.run(60)
+    errors = [e.message for e in world.board.errors.records if e.kind == "LIMIT_NOT_OBEYED"]
+    assert errors[0] == "EVSE 1 draws 30.0 A against a limit of 10 A"
+
+
+@pytest.mark.parametrize("skew", [7200, 600, -600, -7200, 400 * 86_400, -400 * 86_400])
+def test_a_limit_begins_by_now_and_lasts_whenever_the_clock_is_set(skew):
+    world = world_of({"skew": skew, "protocol": "ocpp2.0.1"})
+    outlet, = charging(world)
+    world.run(120)
+    assert outlet.current_a >= 9
+    (_, payload) = sent(world)[-1]
+    _, schedule = profile_in(payload)
+    begins = ocppboard.parse_time(schedule["startSchedule"])[0]
+    ours, theirs = world.clock(), world.clock() + skew
+    assert begins <= theirs and begins + schedule["duration"] >= theirs + 60
+    if abs(skew) < 86_400:
+        assert begins <= ours and begins + schedule["duration"] >= ours + 60
+        assert 86_400 > schedule["duration"] >= 180
+        world.skews["CP-1"] = 0.0        # it is set right, and keeps the limit that it has
+        world.step()
+        assert outlet.current_a >= 9
+        limits = world.controller.stations["CP-1"].evses[1].sent
+        assert world.mono() + abs(skew) <= max(limit.until_mono for limit in limits)
+
+
+def test_dimming_by_the_grid_operator_leaves_one_car_its_minimum():
+    world = world_of({}, {}, smart_charge_site_limit_kw=22, smart_charge_site_limit_a=0)
+    outlets = charging(world)
+    world.run(200)
+    world.controller.configure({"limitKw": 4.2})
+    world.run(60)
+    assert sorted(o.current_a for o in outlets) == [0, 6]
+    assert world.controller.circuits()[0]["usableA"] == 6.087
+    world.controller.configure({"limitKw": 4.1})     # 5.9 A are none
+    world.run(60)
+    assert [o.current_a for o in outlets] == [0, 0]
+    world.controller.configure({"limitKw": 11})
+    assert world.controller.circuits()[0]["usableA"] == pytest.approx(15.942 * 0.95, abs=0.01)
+
+
+def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
+    world = world_of({"protocol": "ocpp2.0.1"}, {"entry": {"managed": False}})
+    charging(world)
+    world.run(60)
+
+    def sent_by_hand(purpose, level, identity="CP-1"):
+        return world.controller.hand_sent(identity, "SetChargingProfile", {
+            "evseId": 1, "chargingProfile": {"chargingProfilePurpose": purpose,
+                                             "stackLevel": level}})
+    for purpose, level in (("TxProfile", 9), ("TxDefaultProfile", 8)):
+        with pytest.raises(ocppboard.Conflict, match=(
+                f"A {purpose} of stack level {level} would take the place of the board.s own: .*"
+                'sc-1 with {"maxA": …}')):
+            sent_by_hand(purpose, level)
+    assert sent_by_hand("TxProfile", 3).startswith("It lies below the board's own limits and has")
+    assert sent_by_hand("ChargingStationMaxProfile", 3) is None, "that one counts"
+    assert sent_by_hand("TxProfile", 9, "CP-2") is None
+    assert sent_by_hand("TxProfile", 9, "CP-7") is None
+    assert world.controller.hand_sent("CP-1", "Reset", {"type": "Immediate"}) is None
+
+
+def test_what_a_car_needs_is_a_limit_and_its_schedule_is_held_against_it():
+    world = world_of({"protocol": "ocpp2.0.1"})
+    station, (outlet,) = world.stations["CP-1"], charging(world)
+    world.run(2)
+    needs = {"evseId": 1, "chargingNeeds": {
+        "requestedEnergyTransfer": "AC_three_phase", "acChargingParameters": {
+            "energyAmount": 20_000, "evMinCurrent": 6, "evMaxCurrent": 10, "evMaxVoltage": 230}}}
+    assert drive(station.call("NotifyEVChargingNeeds", needs)) == {"status": "Processing"}
+    world.run(120)
+    assert limits_sent(world)[-1][1] == 10 == outlet.current_a
+
+    def schedule(limit, unit="A"):
+        return drive(station.call("NotifyEVChargingSchedule", {
+            "timeBase": station.now(), "evseId": 1, "chargingSchedule": {
+                "id": 1, "chargingRateUnit": unit, "chargingSchedulePeriod": [
+                    {"startPeriod": 0, "limit": 6}, {"startPeriod": 600, "limit": limit}]}}))
+    assert schedule(10) == {"status": "Accepted"} == schedule(10 * 3 * 230, "W")
+    world.run(10)
+    world.sent.clear()
+    assert schedule(11) == {"status": "Rejected"}
+    world.run(8)
+    assert [amps for _, amps in limits_sent(world)] == [10], "it is told again"
+    assert drive(station.call("NotifyEVChargingNeeds", needs | {"evseId": 7})) == {
+        "status": "Rejected"}
+    world.leave(station, outlet)
+    world.run(5)
+    assert drive(station.call("NotifyEVChargingNeeds", needs)) == {"status": "Rejected"}
+
+
+def test_a_car_in_watts_whose_phases_its_meter_tells_counts_as_it_draws():
+    world = world_of({"protocol": "ocpp1.6", "faults": ["watts"]}, {},
+                     smart_charge_site_limit_a=24, smart_charge_safety_margin_percent=0)
+    outlets = charging(world)
+    world.run(300)
+    assert [o.current_a for o in outlets] == [12, 12]
+
+
+@pytest.mark.parametrize("limit", [24, 14])
+def test_a_car_in_watts_whose_phases_nobody_tells_says_how_they_can_be_told(limit):
+    world = world_of({"protocol": "ocpp2.0.1", "faults": ["watts"]}, {},
+                     smart_charge_site_limit_a=limit, smart_charge_safety_margin_percent=0)
+    world.stations["CP-1"].sampled = meter_of(
+        "Power.Active.Import", "W", (None, lambda o: o.current_a * 690.0))
+    outlets = charging(world)
+    world.run(300)
+    session = world.board.smart_charge.records[0]
+    assert outlets[0].current_a == (0 if limit == 14 else 6)
+    if limit == 24:
+        assert session.reason.endswith("counted as if all ran through one, say it with `phases`")
+    world.controller.configure_session(session, {"phases": 3})
+    world.run(300)
+    assert [o.current_a for o in outlets] == [limit / 2, limit / 2]
+    assert "phases" not in session.reason and session.view()["phasesSet"] == 3
+
+
+def test_an_exception_for_one_station_stops_no_other(caplog, monkeypatch):
+    world = world_of({}, {}, smart_charge_site_limit_a=63)
+    known, look = world.controller.stations["CP-1"], ocppboard.Controller._observe_evses
+
+    def fail(self, station, record, now):
+        if station is known:
+            raise ZeroDivisionError
+        look(self, station, record, now)
+    outlets = charging(world)
+    world.run(2)
+    monkeypatch.setattr(ocppboard.Controller, "_observe_evses", fail)
+    world.run(1)
+    assert known.uncontrollable == "could not be looked at: the board's log says why"
+    world.run(300)
+    assert outlets[1].current_a == 27, "59 less the 32 of who is not steered"
+    assert caplog.text.count("Smart charging failed on 'CP-1'") == 1
+    monkeypatch.undo()
+    world.run(700)
+    assert not known.uncontrollable, "it is tried again"
+
+
+def test_a_refusal_because_the_transaction_is_ending_is_no_refusal():
+    world = world_of({"protocol": "ocpp2.0.1"})
+    station, (outlet,) = world.stations["CP-1"], charging(world)
+    world.run(20)
+    answers_of(station, on_set_charging_profile={"status": "Rejected"})
+    world.sent.clear()
+    while not sent(world):
+        world.step()
+    world.run(2)
+    world.leave(station, outlet)
+    world.run(10)
+    assert not world.board.errors.records
+    assert world.controller.stations["CP-1"].limits.rung == 0
+
+
+# What outlives a restart
+
+
+def test_after_a_restart_nobody_waits_and_nothing_is_forgotten_that_may_hold():
+    world = World({"CP-1": {}, "CP-2": {}}, smart_charge_site_limit_a=40, state=KeptRows())
+    world.run(150)
+    outlets = charging(world)
+    world.run(300)
+    assert [o.current_a for o in outlets] == [19, 19]
+    world.restart()
+    world.stations["CP-2"].back_at = world.clock() + 60
+    for second in range(200):
+        world.step()
+        assert world.excess() <= 0
+        assert outlets[0].current_a == 19, "nobody waits"
+        if second == 20:
+            assert world.controller.circuits()[0]["worstA"]["L1"] == 38, "the other one may draw"
+    assert [o.current_a for o in outlets] == [19, 19]
+    for station, outlet in zip(world.stations.values(), outlets, strict=True):
+        world.leave(station, outlet)
+    world.run(30)
+    world.restart()
+    world.arrive(world.stations["CP-1"], outlets[0], **CAR)
+    world.run(30)
+    assert outlets[0].current_a == 6, "a new car begins at once"
+
+
+def test_what_was_set_and_learnt_is_there_after_a_restart_until_the_configuration_changes():
+    state = KeptRows()
+    world = World({"CP-1": {"faults": ["watts"], "protocol": "ocpp1.6"}}, state=state)
+    world.stations["CP-1"].configuration["ChargingScheduleAllowedChargingRateUnit"] = "nonsense"
+    world.run(180)
+    charging(world)
+    world.run(200)
+    world.controller.configure({"limitKw": 11, "strategy": "priority", "marginPercent": 1})
+    world.controller.set_elsewhere("GHOST", True)
+    dialects = world.controller.view()["dialects"]
+    assert ", W, " in dialects[0]["limit"]
+    world.restart()
+    view = world.controller.view()
+    assert (view["limitKw"], view["strategy"], view["marginPercent"]) == (11, "priority", 1)
+    assert view["setOnBoard"] == ["limitKw", "marginPercent", "strategy"]
+    assert view["dialects"] == dialects and view["elsewhere"] == ["GHOST"]
+    world.keys["smart_charge_site_limit_a"] = 50
+    world.restart()
+    view = world.controller.view()
+    assert (view["limitA"], view["strategy"]) == (50, "priority")
+    assert view["setOnBoard"] == ["marginPercent", "strategy"]
+
+
+def test_rows_of_nonsense_keep_nobody_from_starting():
+    state = KeptRows()
+    nonsense: list[Any] = [None, 3, "x", [], [1], [1, 2, 3], ["x", None, {}], {}, {"limit": -1},
+                {"limit": "x", "fallback": []}, {"value": 3}, {"value": ["x"], "configured": [1]},
+                {"value": [1e300, 0], "configured": [63.0, 0.0]}, [99, 0, None], True]
+    for number, value in enumerate(nonsense):
+        for kind, keys in (("charging_limit", ("1 CP-1", "x", "-1 CP", f"{number} X")),
+                           ("charging_model", ("x", "[]", '["a", "b", "c"]', f"[{number}]")),
+                           ("smart_charge_setting", ("strategy", "site_limit_a", "x"))):
+            for key in keys:
+                state.kept = {(kind, key): ocppboard.StateRow(kind, key, NOW, json.dumps(value))}
+                world = World({"CP-1": {}}, state=state)
+                world.run(3)
+                assert world.controller.site.limit_a in (63, 1)
+
+
+@with_loop
+async def test_a_raise_is_sent_when_the_state_has_it():
+    bench = Bench("ocpp2.0.1", smart_charge_enabled=True, smart_charge_site_limit_a=32)
+    controller = ocppboard.Controller(bench.board)
+    durable, calls = asyncio.get_running_loop().create_future(), []
+
+    class Quick:
+        async def call(self, action, payload):
+            calls.append(action)
+            return {"status": "Accepted"}, 1.0
+    bench.board.state = ocppboard.SimpleNamespace(committed=lambda: durable)
+    station = controller._meet("CP-1")
+    station.station, station.link = bench.station, Quick()
+    answers = []
+    command = ocppboard.Command(station, "SetChargingProfile", {}, lambda c, a: answers.append(a),
+                                durable=True)
+    task = asyncio.create_task(controller.carry_out(command))
+    await turn()
+    assert calls == []
+    durable.set_result(True)
+    await task
+    assert calls == ["SetChargingProfile"] and answers[0].accepted
+
+
+# Sun
+
+
+def sunny(*stations, **keys):
+    world = world_of(*stations, smart_charge_site_limit_a=40, smart_charge_meter="true",
+                     smart_charge_strategy="solar", smart_charge_safety_margin_percent=0, **keys)
+
+    def shine(house, seconds):
+        """`house`: A of each phase without the cars; negative is fed in."""
+        for _ in range(seconds):
+            drawn = world.currents()["site"]
+            world.controller.take_meter(dict(zip(("L1", "L2", "L3"), (
+                house + amps for amps in drawn), strict=True)))
+            world.step()
+    return world, shine
+
+
+def test_the_sun_is_shared_and_contactors_are_spared():
+    world, shine = sunny({}, {})
+    outlets = charging(world)
+    shine(2.0, 100)
+    assert [o.current_a for o in outlets] == [0, 0]
+    assert records(world)[0]["reason"] == "Waits for the sun: nothing is left over for 60 s"
+    shine(-8.0, 30)
+    assert [o.current_a for o in outlets] == [0, 0], "a gap in the clouds is no reason"
+    shine(-8.0, 60)
+    assert sorted(o.current_a for o in outlets) == [0, 8] or sorted(
+        o.current_a for o in outlets) == [0, 6]
+    shine(-8.0, 60)
+    assert sorted(o.current_a for o in outlets) == [0, 8]
+    shine(-20.0, 200)
+    assert [o.current_a for o in outlets] == [10, 10]
+    shine(1.0, 120)                      # a cloud: both stay at their minimum
+    assert [o.current_a for o in outlets] == [6, 6]
+    shine(1.0, 120)
+    assert [o.current_a for o in outlets] == [0, 0]
+    shine(-12.0, 30)
+    world.run(300)                       # the meter is silent: nobody knows of any sun
+    assert [o.current_a for o in outlets] == [0, 0]
+
+
+def test_who_has_a_priority_charges_without_the_sun_and_one_phase_may_have_that_of_three():
+    world, shine = sunny({"entry": {"priority": 2}}, {})
+    first, second = (station.outlets[0] for station in world.stations.values())
+    world.arrive(world.stations["CP-1"], first, **CAR)
+    shine(2.0, 100)
+    assert first.current_a == 6
+    world.leave(world.stations["CP-1"], first)
+    world.arrive(world.stations["CP-2"], second, **CAR | {"phases": 1})
+    shine(-7.0, 400)
+    assert second.current_a >= 18, "seven of each phase are some 21 of one"
+
+
+def test_solar_needs_a_meter():
+    world = world_of({})
+    with pytest.raises(ocppboard.BadRequest, match=r"solar needs smart_charge\.meter"):
+        world.controller.configure({"strategy": "solar"})
+    with pytest.raises(ConfigError, match=r"solar.*meter = true"):
+        config_of(smart_charge_enabled=True, smart_charge_site_limit_a=40,
+                  smart_charge_strategy="solar")
 
 
 # A storm: cars, links, faults, limits and restarts at random
