@@ -10611,6 +10611,13 @@ class Controller:
         self._add_evse(station, 1)       # until it says how many it has
         return station
 
+    def _known(self, station: Station) -> SiteStation | None:
+        """A station that takes part in the site."""
+        known = self.stations.get(station.identity)
+        if known is None and station.identity not in self.elsewhere and _counts(station):
+            known = self._meet(station.identity)
+        return known
+
     @staticmethod
     def _add_evse(station: SiteStation, evse_id: int) -> Evse:
         evse = station.evses[evse_id] = Evse(evse_id, float(station.settings.max_a))
@@ -10640,12 +10647,10 @@ class Controller:
             if absent.station is None:   # an earlier run has told it a limit, perhaps
                 for evse in absent.evses.values():
                     evse.expire(now)
-        for identity, station in list(stations.items()):
-            known = self.stations.get(identity)
+        for station in list(stations.values()):
+            known = self._known(station)
             if known is None:
-                if identity in self.elsewhere or not _counts(station):
-                    continue
-                known = self._meet(identity)
+                continue
             try:
                 self._observe(known, station, now)
             except Exception:            # one station's trouble must not stop the others
@@ -11067,9 +11072,13 @@ class Controller:
         return False
 
     def _steered(self, station: Station, payload: dict) -> Evse | None:
-        known = self.stations.get(station.identity)
-        evse = known and known.evses.get(lenient(payload, "evseId", int, 0))
-        return evse if known and known.steerable and evse and evse.transaction else None
+        """The EVSE that a car speaks of, where it charges and its limits are ours."""
+        known = self._known(station)
+        if known is None:
+            return None
+        self._observe(known, station, self.now())    # its transaction may be of just now
+        evse = known.evses.get(lenient(payload, "evseId", int, 0))
+        return evse if known.steerable and evse and evse.transaction else None
 
     def hand_sent(self, identity: str, action: str, payload: dict) -> str | None:
         """What is to be said of a charging profile that somebody sends by hand; None: nothing.

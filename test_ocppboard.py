@@ -13765,21 +13765,13 @@ def charging_point(version):
     return ChargePoint
 
 
-@pytest.mark.parametrize("version, protocol", [
-    (ocpp.v16, "ocpp1.6"), (ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
-@hurried(smart_charge_site_limit_a=20, stations={"CP-1": {}})
-async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version, protocol):
-    station = charging_point(version)("CP-1", await site.station("CP-1", protocol))
-    station.limits = []
-    site._open.callback(asyncio.create_task(station.start()).cancel)
-    call, now = version.call, ocppboard.iso(site.clock())
+async def begin_charging(station, version, now):
+    """A station of the `ocpp` package boots, and a car comes."""
+    call = version.call
     if version is ocpp.v16:
-        meter = [{"timestamp": now, "sampledValue": [
-            {"value": "6.0", "measurand": "Current.Import", "unit": "A", "phase": phase}
-            for phase in ("L1", "L2", "L3")]}]
         calls = [call.BootNotification("M", "V"),
                  call.StatusNotification(1, "NoError", "Preparing"),
-                 call.StartTransaction(1, "A", 100, now), call.MeterValues(1, meter)]
+                 call.StartTransaction(1, "A", 100, now)]
     else:
         calls = [call.BootNotification({"model": "M", "vendorName": "V"}, "PowerUp"),
                  call.StatusNotification(timestamp=now, connector_status="Occupied", evse_id=1,
@@ -13789,6 +13781,21 @@ async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version
                      transaction_info={"transactionId": "T"}, evse={"id": 1, "connector_id": 1})]
     for one in calls:
         assert await station.call(one) is not None
+
+
+@pytest.mark.parametrize("version, protocol", [
+    (ocpp.v16, "ocpp1.6"), (ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
+@hurried(smart_charge_site_limit_a=20, stations={"CP-1": {}})
+async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version, protocol):
+    station = charging_point(version)("CP-1", await site.station("CP-1", protocol))
+    station.limits = []
+    site._open.callback(asyncio.create_task(station.start()).cancel)
+    await begin_charging(station, version, ocppboard.iso(site.clock()))
+    if version is ocpp.v16:
+        meter = [{"timestamp": ocppboard.iso(site.clock()), "sampledValue": [
+            {"value": "6.0", "measurand": "Current.Import", "unit": "A", "phase": phase}
+            for phase in ("L1", "L2", "L3")]}]
+        assert await station.call(version.call.MeterValues(1, meter)) is not None
     # It says nothing of its abilities, and nothing of its schedule.
     await until(lambda: ("TxProfile", 19) in station.limits, 15)
     await until(lambda: ("TxDefaultProfile", 0) in station.limits, 5)
@@ -13802,6 +13809,43 @@ async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version
     assert status == 200 and record["maxA"] == 10
     await until(lambda: station.limits[-1] == ("TxProfile", 10), 5)
     assert not [e for e in site.board.errors.records if e.kind == "VALIDATION_FAILURE"]
+
+
+class ToldLimits(list):
+    """The limits of a station as (purpose, A); `tell` hears of each."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = tell
+
+    def append(self, item):
+        super().append(item)
+        self.tell(*item)
+
+
+@hurried(smart_charge_site_limit_a=40, ocpp_accept="any", stations={})
+async def test_five_stations_are_never_told_more_together_than_the_site_can(site):
+    """From the first connection on; a car draws what its station was told last."""
+    limits: dict[str, dict[str, float]] = {}
+    sums = []
+
+    def tell(identity, purpose, limit):
+        limits[identity][purpose] = limit
+        sums.append(sum(one.get("TxProfile", one.get("TxDefaultProfile", 0.0))
+                        for one in limits.values()))
+    for number in range(5):
+        version, protocol = ((ocpp.v16, "ocpp1.6"), (ocpp.v201, "ocpp2.0.1"))[number % 2]
+        identity = f"NEW-{number}"
+        limits[identity] = {}
+        station = charging_point(version)(identity, await site.station(identity, protocol))
+        station.limits = ToldLimits(functools.partial(tell, identity))
+        site._open.callback(asyncio.create_task(station.start()).cancel)
+        await begin_charging(station, version, ocppboard.iso(site.clock()))
+        await asyncio.sleep(0.3)         # six seconds of theirs
+    # 38 A are usable: all five have their minimum, some have more
+    await until(lambda: sum(one.get("TxProfile", 0) for one in limits.values()) >= 38, 60)
+    assert max(sums) <= 38 and all(one["TxProfile"] >= 6 for one in limits.values())
+    assert {one["TxDefaultProfile"] for one in limits.values()} == {0}
 
 
 SHARING = {"smart_charge_enabled": True, "smart_charge_site_limit_kw": 22}
