@@ -10888,7 +10888,7 @@ class Controller:
                                if not station.online else
                                "Waits until the station has spoken and is accepted")
                 continue
-            if request := self._request(fact, now):
+            if request := self.request(fact, now):
                 requests[fact.id] = fact, request
         circuits, chosen = self._sunny(requests, self.site.circuits(), now)
         settings = self.settings
@@ -10919,7 +10919,8 @@ class Controller:
         return ("" if fact.load == 1 else "; limited in watts, and its meter does not say how many "
                 "phases its car uses: counted as if all ran through one, say it with `phases`")
 
-    def _request(self, fact: Fact, now: float) -> Request | None:
+    def request(self, fact: Fact, now: float) -> Request | None:
+        """What a session may be given; None: nothing yet, and its reason says why."""
         station, evse, settings = fact.station, fact.evse, self.settings
         session = evse.session
         if session is None:
@@ -19445,6 +19446,52 @@ def bench_rows(runs: dict[str, list[dict]]) -> list[str]:
     return rows
 
 
+POWER_STATIONS, POWER_CARS, POWER_CIRCUITS = 1000, 200, 20
+
+
+def bench_power(seconds: int) -> str:
+    """How long the power controller takes for a second of a large site, and `decide` of that."""
+    config = read_config(environ={
+        "OCPPBOARD_CONFIG": os.devnull, "OCPPBOARD_SMART_CHARGE_ENABLED": "true",
+        "OCPPBOARD_SMART_CHARGE_SITE_LIMIT_A": "2000", "OCPPBOARD_STORE_MAX_CONNECTIONS": "2000",
+        "OCPPBOARD_OCPP_ACCEPT": "listed"})
+    config.smart_charge.circuit = [SimpleNamespace(
+        name=f"C-{n:02}", parent="", limit_a=120.0, stations=[f"BENCH-{n:02}-*"])
+        for n in range(POWER_CIRCUITS)]
+    now = [time.time()]
+    board = Board(config, lambda: now[0])
+    controller, links = Controller(board), []
+    controller.settled_mono = -math.inf
+    for number in range(POWER_STATIONS):
+        link = Link(board, None, "ocpp1.6", lambda text: None, lambda code, reason: None)
+        link.start(f"BENCH-{number % POWER_CIRCUITS:02}-{number}", "127.0.0.1", 0, ())
+        link.receive('[2,"1","StatusNotification",{"connectorId":1,"errorCode":"NoError",'
+                     '"status":"Available"}]')
+        links.append(link)
+    ticks, decisions = [], []
+    for second in range(seconds):
+        now[0] += 1
+        if second == seconds // 3:
+            for link in links[::POWER_STATIONS // POWER_CARS]:
+                link.receive(f'[2,"2","StartTransaction",{{"connectorId":1,"idTag":"A",'
+                             f'"meterStart":0,"timestamp":"{iso(now[0])}"}}]')
+        began = time.process_time()
+        commands = controller.tick()
+        ticks.append(time.process_time() - began)
+        for command in commands:
+            controller.answered(command, {"status": "Accepted"})
+    requests = [request for fact in controller.facts
+                if (request := controller.request(fact, board.mono()))]
+    for _ in range(20):
+        began = time.process_time()
+        decide(controller.site.circuits(), requests, {}, "equal_share", now[0])
+        decisions.append(time.process_time() - began)
+    lasting = sorted(ticks[seconds // 2:])
+    return (f"Smart charging with {POWER_STATIONS:,} stations and {len(requests)} cars on "
+            f"{POWER_CIRCUITS} circuits: {lasting[len(lasting) // 2] * 1000:.1f} ms a second, of "
+            f"which `decide` takes {sorted(decisions)[10] * 1000:.1f} ms.")
+
+
 def _processor() -> str:
     listed = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", listed.read_text() if listed.exists() else "")
@@ -19465,6 +19512,7 @@ def bench(options: argparse.Namespace) -> int:
         else:
             with tempfile.TemporaryDirectory(prefix="ocppboard-bench-") as folder:
                 print(asyncio.run(run_bench(folder, options.stations, seconds, pairs)))
+            print(f"\n{bench_power(60 if options.quick else 300)}")
     except (BenchError, OSError, WebSocketError, psutil.Error) as error:
         print(f"ocppboard: bench: {error or type(error).__name__}", file=sys.stderr)
         return 1
