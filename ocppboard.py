@@ -10669,8 +10669,7 @@ class Controller:
     def _observe(self, known: SiteStation, station: Station, now: float) -> None:
         if known.station is not station or known.link is not station.link:
             self._reconnected(known, station, now)
-        said = station.info.get
-        model = said("vendor") or "", said("model") or "", said("firmware") or ""
+        model = _model_in(station.info)
         if model != known.model and model[0]:
             if known.uncontrollable:     # another firmware
                 self._try_again(known, now)
@@ -10678,7 +10677,7 @@ class Controller:
         self._observe_evses(known, station, now)
         while known.refusals and known.refusals[0][0] <= now:
             self._judge_refusal(*known.refusals.popleft()[1:])
-        if known.uncontrollable and known.ready and now >= known.retry_mono and (
+        if known.uncontrollable and now >= known.retry_mono and known.ready and (
                 not known.disobeyed or any(e.transaction for e in known.evses.values())):
             self._try_again(known, now)
         for evse in known.evses.values():
@@ -10686,8 +10685,7 @@ class Controller:
                 evse.expire(now)
             if evse.transaction:
                 self._judge_need(known, evse, now)
-                if known.steerable:
-                    self._verify(known, evse, now)
+                self._verify(known, evse, now)
 
     def _forget(self, identity: str) -> None:
         """A station's record was removed: it is gone, but counts until its limits have expired."""
@@ -10810,6 +10808,8 @@ class Controller:
 
     def _verify(self, station: SiteStation, evse: Evse, now: float) -> None:
         newest = evse.newest
+        if not station.steerable:
+            return
         if newest is None:
             self._verify_fallback(station, evse, now)
             return
@@ -11273,29 +11273,32 @@ class Controller:
     def _upkeep(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
         """Renewals, and what has time."""
         station, evse, newest = fact.station, fact.evse, fact.evse.newest
-        if evse.transaction and (newest or evse.needs):
+        if evse.transaction:
             due_s = CHANGE_S if evse.resend else self.settings.limit_valid_seconds / 3
             amps = newest.amps if newest else evse.commanded_a(now)
-            if now - evse.sent_mono >= due_s and (newest or evse.resend) and self._admitted(
+            if (newest or evse.resend) and now - evse.sent_mono >= due_s and self._admitted(
                     fact, fact.path(tree), amps * fact.load, now, tree):
                 return self._limit(fact, amps, now)
-        if not evse.transaction and evse.clear_due:
+            return self._trigger(fact, now) if station.triggers and newest else None
+        if evse.clear_due:
             evse.clear_due = False
-            if station.one_slot:         # the fallback takes its place
-                evse.fallback.due, evse.fallback.tried_mono = True, -math.inf
-                return None
-            return Command(station, "ClearChargingProfile", {
-                "chargingProfileId": LIMIT_ID + evse.evse_id}, self._clear_answered, evse)
-        unseen = (station.triggers and evse.transaction and newest
-                  and newest.accepted_mono is not None and evse.confirmed is not newest
-                  and evse.meter.read_mono < evse.verified_mono + PILOT_S
-                  and now - evse.verified_mono >= VERIFY_S)
-        if unseen and now - evse.triggered_mono >= VERIFY_S:
-            evse.triggered_mono = now
-            return Command(station, "TriggerMessage", {
-                "requestedMessage": "MeterValues", "evse": {"id": evse.evse_id}},
-                self._trigger_answered, evse)
+            if not station.one_slot:
+                return Command(station, "ClearChargingProfile", {
+                    "chargingProfileId": LIMIT_ID + evse.evse_id}, self._clear_answered, evse)
+            evse.fallback.due, evse.fallback.tried_mono = True, -math.inf    # it takes its place
         return None
+
+    def _trigger(self, fact: Fact, now: float) -> Command | None:
+        """Ask for meter values, where none has shown the newest limit."""
+        evse, newest = fact.evse, fact.evse.sent[-1]
+        if newest.accepted_mono is None or evse.confirmed is newest or (
+                evse.meter.read_mono >= evse.verified_mono + PILOT_S
+                or now - max(evse.verified_mono, evse.triggered_mono) < VERIFY_S):
+            return None
+        evse.triggered_mono = now
+        return Command(fact.station, "TriggerMessage", {
+            "requestedMessage": "MeterValues", "evse": {"id": evse.evse_id}},
+            self._trigger_answered, evse)
 
     def _read_back(self, fact: Fact) -> Command:
         fact.evse.read_back_due = False
@@ -11700,6 +11703,10 @@ def _counts(station: Station) -> bool:
         connector.transaction or connector.status == "Charging" or (
             connector.reading and any(connector.reading.current_a.values()))
         for connector in station.connectors.values())
+
+
+def _model_in(info: dict) -> tuple[str, str, str]:
+    return info.get("vendor") or "", info.get("model") or "", info.get("firmware") or ""
 
 
 def _model_of(row: StateRow) -> tuple[tuple, tuple]:
