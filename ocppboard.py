@@ -9076,7 +9076,7 @@ ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing 
 METER_WARN_S, METER_LOST_S = 15.0, 60.0
 START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
 SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
-SENT_KEPT, MODELS_KEPT = 6, 200
+SENT_KEPT, MODELS_KEPT, SESSIONS_SET = 6, 200, 1000
 FALLBACK_START = "2020-01-01T00:00:00Z"
 STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
 GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
@@ -10340,6 +10340,7 @@ class Controller:
         self.stations: dict[str, SiteStation] = {}
         self.elsewhere: set[str] = set()             # identities that are not at this site
         self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
+        self.session_settings: dict[str, dict] = {}  # {station and transaction: what was set}
         # {model: (rung for limits, for fallbacks, reads back)}; None: not known
         self.models: OrderedDict[tuple, tuple] = OrderedDict()
         self.facts: list[Fact] = []                  # of the last tick
@@ -10367,8 +10368,10 @@ class Controller:
         self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
         for model, rungs in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
             self.models[model] = rungs
-        for identity, evse_id, row in read_rows(board, "charging_limit",
-                                                board.config.store.max_connections, _limits_of):
+        self.session_settings = dict(read_rows(board, "charging_session", SESSIONS_SET,
+                                               self._session_of))
+        for identity, evse_id, row in read_rows(
+                board, "charging_limit", 4 * board.config.store.max_connections, _limits_of):
             if identity in self.elsewhere:
                 continue
             station = self.stations.get(identity) or self._meet(identity)
@@ -10395,9 +10398,18 @@ class Controller:
             self.board.state.put("elsewhere", identity, True)
         for model, rungs in self.models.items():
             self.board.state.put("charging_model", to_json(model), rungs)
+        for key, values in self.session_settings.items():
+            self.board.state.put("charging_session", key, values)
         for station, evse in self._each():
             if any(evse.row):
                 self._put_row(station, evse)
+
+    def _session_of(self, row: StateRow) -> tuple[str, dict]:
+        """What was set of a session. Raises: WrongValue."""
+        try:
+            return row.key, read_changes(unpacked("object", row.value, 0.0), self.SESSION_SETTINGS)
+        except BadRequest as error:
+            raise WrongValue(str(error)) from None
 
     def _put_row(self, station: SiteStation, evse: Evse, durable: bool = False) -> None:
         limit, fallback = evse.row
@@ -10469,19 +10481,44 @@ class Controller:
         if session.ended_at is not None:
             raise Conflict("The session has ended")
         changes = read_changes(body, self.SESSION_SETTINGS)
-        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a", "phases": "phases_set"}
         minimum = changes.get("minA", session.min_a) or self.settings.minimum_a
         if (changes.get("maxA") or math.inf) < minimum:
             raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
+        self._set_of_session(session, changes)
+        key = f"{session.transaction_id} {session.identity}"
+        kept_ = {name: value for name, value in (
+            self.session_settings.get(key, {}) | changes).items() if value is not None}
+        self._keep_of_session(key, kept_)
+        self._log_event("SMART_CHARGE_SESSION", session.identity,
+                        f"sc-{session.number} changed on the board: " + ", ".join(
+                            f"{key} {value}" for key, value in changes.items()),
+                        {"sessionId": f"sc-{session.number}", "after": changes})
+
+    def _set_of_session(self, session: ChargeSession, changes: dict) -> None:
+        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a", "phases": "phases_set"}
         settings = self.board.config.station(session.identity) or STATION_DEFAULTS
         usual = {"priority": settings.priority}
         self.board.charge_updated(session, **{
             fields[key]: usual.get(key) if value is None else value
             for key, value in changes.items()})
-        self._log_event("SMART_CHARGE_SESSION", session.identity,
-                        f"sc-{session.number} changed on the board: " + ", ".join(
-                            f"{key} {value}" for key, value in changes.items()),
-                        {"sessionId": f"sc-{session.number}", "after": changes})
+
+    def _keep_of_session(self, key: str, values: dict) -> None:
+        """What was set of a session outlives a restart, and ends with it."""
+        before = self.session_settings.pop(key, None)
+        if values:
+            self.session_settings[key] = values
+        if values or before:
+            self.board.state.put("charging_session", key, values or None)
+            self.board.state.write_soon()
+        if len(self.session_settings) > SESSIONS_SET:
+            oldest = next(iter(self.session_settings))
+            self._keep_of_session(oldest, {})
+
+    def _end_session(self, evse: Evse) -> None:
+        if evse.session:
+            self.board.charge_ended(evse.session)
+            self._keep_of_session(f"{evse.session.transaction_id} {evse.session.identity}", {})
+            evse.session = None
 
     def set_elsewhere(self, identity: str, elsewhere: bool) -> None:
         """A station that the configuration does not name is not at this site, or is after all.
@@ -10495,8 +10532,8 @@ class Controller:
         if elsewhere:
             self.elsewhere.add(identity)
             if station := self.stations.pop(identity, None):
-                self._end_sessions(station)
-                for evse_id in station.evses:
+                for evse_id, evse in station.evses.items():
+                    self._end_session(evse)
                     self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
         else:
             self.elsewhere.discard(identity)
@@ -10690,8 +10727,8 @@ class Controller:
     def _forget(self, identity: str) -> None:
         """A station's record was removed: it is gone, but counts until its limits have expired."""
         station, latest = self.stations[identity], self._latest(self.now())
-        self._end_sessions(station)
         for evse in station.evses.values():
+            self._end_session(evse)
             for limit in evse.sent:
                 limit.until_mono = min(limit.until_mono, latest)
             evse.expire(self.now())
@@ -10701,12 +10738,6 @@ class Controller:
                 self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
             if identity in self.named:
                 self._meet(identity)
-
-    def _end_sessions(self, station: SiteStation) -> None:
-        for evse in station.evses.values():
-            if evse.session:
-                self.board.charge_ended(evse.session)
-                evse.session = None
 
     def _reconnected(self, known: SiteStation, station: Station, now: float) -> None:
         first = known.station is None
@@ -10764,9 +10795,7 @@ class Controller:
 
     def _change_transaction(self, known: SiteStation, evse: Evse,
                             transaction: Transaction | None, now: float) -> None:
-        if evse.session:
-            self.board.charge_ended(evse.session)
-            evse.session = None
+        self._end_session(evse)
         if evse.transaction:
             evse.end()
         if transaction is None:
@@ -10778,6 +10807,8 @@ class Controller:
             evse.session = self.board.charge_started(
                 transaction, known.circuit, self.settings.strategy, known.settings.priority,
                 known.settings.phases)
+            self._set_of_session(evse.session, self.session_settings.get(
+                f"{transaction.id} {known.identity}", {}))
 
     def _read(self, known: SiteStation, evse: Evse, reading: Reading, now: float) -> None:
         """A meter was read, or a state has ended the flow."""
@@ -10890,6 +10921,10 @@ class Controller:
                 continue
             if request := self.request(fact, now):
                 requests[fact.id] = fact, request
+        awake = [fact.evse.turn.count for fact, request in requests.values() if not request.asleep]
+        for fact, request in requests.values():
+            if request.asleep:           # it has no claim on the turns that it slept through
+                fact.evse.turn.count = max(fact.evse.turn.count, min(awake, default=0.0))
         circuits, chosen = self._sunny(requests, self.site.circuits(), now)
         settings = self.settings
         rotate_s = settings.rotate_minutes * 60
@@ -11648,20 +11683,19 @@ class Controller:
 
     def _warn_of_absent(self, now: float) -> None:
         """Stations that have not come take power from the others: that must be known."""
-        absent = [s for s in self.stations.values() if s.station is None]
+        absent = [(station, amps) for station in self.stations.values() if station.station is None
+                  and (amps := sum(evse.worst_a(False) for evse in station.evses.values())) >= 1]
         if not self._listed_told:
             self._listed_told = True
             if warning := self._warning():
                 log.warning("%s", warning)
             if absent:
                 log.warning("Counted, though not under control until they connect: %s", ", ".join(
-                    f"{shown(s.identity)} {max(e.worst_a(False) for e in s.evses.values()):g} A"
-                    for s in absent[:20]))
+                    f"{shown(station.identity)} {amps:g} A" for station, amps in absent[:20]))
         if self._absent_told or now < self.started_mono + RETRY_S:
             return
         self._absent_told = True
-        for station in absent:
-            amps = sum(evse.worst_a(False) for evse in station.evses.values())
+        for station, amps in absent:
             where = "is named in the configuration" if station.identity in self.named else (
                 "was here before the start")
             self._log_event("SMART_CHARGE_ABSENT", station.identity,

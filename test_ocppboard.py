@@ -8271,14 +8271,24 @@ def test_what_was_set_and_learnt_is_there_after_a_restart_until_the_configuratio
     world.run(200)
     world.controller.configure({"limitKw": 11, "strategy": "priority", "marginPercent": 1})
     world.controller.set_elsewhere("GHOST", True)
+    session = world.board.smart_charge.records[-1]
+    world.controller.configure_session(session, {"maxA": 9, "priority": 5, "minA": 7})
+    world.controller.configure_session(session, {"minA": None})
     dialects = world.controller.view()["dialects"]
     assert ", W, " in dialects[0]["limit"]
     world.restart()
+    world.run(30)
+    record, = records(world)
+    assert (record["maxA"], record["minA"], record["priority"]) == (9, None, 5)
+    assert world.stations["CP-1"].outlets[0].current_a <= 9
     view = world.controller.view()
     assert (view["limitKw"], view["strategy"], view["marginPercent"]) == (11, "priority", 1)
     assert view["setOnBoard"] == ["limitKw", "marginPercent", "strategy"]
     assert view["dialects"] == dialects and view["elsewhere"] == ["GHOST"]
     world.keys["smart_charge_site_limit_a"] = 50
+    world.leave(world.stations["CP-1"], world.stations["CP-1"].outlets[0])
+    world.run(2)
+    assert not state.rows("charging_session"), "it ends with its session"
     world.restart()
     view = world.controller.view()
     assert (view["limitA"], view["strategy"]) == (50, "priority")
@@ -8293,6 +8303,7 @@ def test_rows_of_nonsense_keep_nobody_from_starting():
     for number, value in enumerate(nonsense):
         for kind, keys in (("charging_limit", ("1 CP-1", "x", "-1 CP", f"{number} X")),
                            ("charging_model", ("x", "[]", '["a", "b", "c"]', f"[{number}]")),
+                           ("charging_session", ("1 CP-1", "x")),
                            ("smart_charge_setting", ("strategy", "site_limit_a", "x"))):
             for key in keys:
                 state.kept = {(kind, key): ocppboard.StateRow(kind, key, NOW, json.dumps(value))}
