@@ -12733,7 +12733,7 @@ class UpstreamSession:
             NotSupported, FormatViolation, NoAnswer, Disconnected.
         """
         call, translator = queued.read(), self._translator(queued.protocol)
-        self._follow_board(translator)
+        self._follow_board(translator, queued)
         if self._is_of_undelivered(call):
             raise NotSupported("the start of its transaction was not delivered")
         if queued.steps is None and translator.passes(queued.action, True):
@@ -12799,6 +12799,8 @@ class UpstreamSession:
                          error=f"{message.code}: {message.description}" if isinstance(
                              message, CallError) else None)
         if isinstance(message, CallError):
+            if action == "StatusNotification" != queued.action:
+                return {}        # it goes along with an event, which upstream has: no second time
             raise CallFailed(message.code, message.description, message.details)
         queued.reply_payload = message.payload
         return message.payload
@@ -12965,10 +12967,17 @@ class UpstreamSession:
 
     # Transactions that the station will not end
 
-    def _follow_board(self, translator: Translator) -> None:
-        """A transaction that we have ended upstream goes on, if it does so at the board."""
+    def _follow_board(self, translator: Translator, queued: QueuedCall) -> None:
+        """A transaction that we have ended upstream goes on, if it does so at the board, or now
+        that a 2.x station ends it itself: upstream is told that until it has taken it."""
+        ended_id = None
+        if queued.action == "TransactionEvent" and queued.ends is None and (
+                queued.read().payload.get("eventType") == "Ended"):
+            ended_id = lenient(queued.read().payload, "transactionInfo", dict, {}).get(
+                "transactionId")
         for mapping in translator.mappings.values():
-            if mapping.ended_by_us and self._status_of(mapping.station_id) == "active":
+            if mapping.ended_by_us and (mapping.station_id == ended_id or self._status_of(
+                    mapping.station_id) == "active"):
                 mapping.ended = mapping.ended_by_us = mapping.end_reported = False
 
     def _status_of(self, transaction_id: int | str) -> str:
@@ -12985,10 +12994,32 @@ class UpstreamSession:
             return []
         payload = queued.read().payload
         return [self._end_of(mapping, queued.protocol) for mapping in translator.open_mappings()
-                if self._is_over_by(mapping, payload) or (
-                    mapping.start_key and mapping.evse_id == lenient(
-                        payload, "connectorId", int, 0)
-                    and not translator.began_by(mapping, payload))]
+                if self._is_followed_by(translator, mapping, payload)
+                or self._is_over_by(mapping, payload)]
+
+    def _is_followed_by(self, translator: Translator, mapping: TransactionMapping,
+                        payload: dict) -> bool:
+        """Whether a start is of the next transaction at the same EVSE, by the station's words.
+
+        The board may take it for an older one that is told of afterwards, where a clock was set
+        in between; a 2.x station's own times tell. Then the board gives up the former here.
+        """
+        if mapping.start_key:            # a 1.6 station
+            return mapping.evse_id == lenient(payload, "connectorId", int, 0) and (
+                not translator.began_by(mapping, payload))
+        evse_id = lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
+        info = lenient(payload, "transactionInfo", dict, {})
+        try:
+            is_later = parse_time(mapping.started)[0] <= parse_time(payload.get("timestamp"))[0]
+        except WrongValue:
+            return False
+        if evse_id != mapping.evse_id or not is_later or (
+                info.get("transactionId") == mapping.station_id):
+            return False
+        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        if transaction is not None and transaction.status == "active":
+            self.board.transaction_stopped(transaction, None, None, None, "abandoned")
+        return True
 
     def _is_over_by(self, mapping: TransactionMapping, payload: dict) -> bool:
         """Whether the board gave a transaction up before the time of a start."""
@@ -13024,6 +13055,7 @@ class UpstreamSession:
                              register or mapping.register or 0)
         call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
         mapping.ended_by_us = True
+        self._keep_mappings()                    # after a restart, too, the station may go on
         self.board.system_event("PROXY_ENDED", self.identity, "A transaction that the station "
                                 "never ended is ended upstream", {
                                     "transactionId": mapping.station_id})

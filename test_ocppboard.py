@@ -11661,6 +11661,8 @@ WORLD_EVENTS = {
 PAIRINGS = [(station, upstream) for station in ("ocpp1.6", "ocpp2.0.1")
             for upstream in ("ocpp1.6", "ocpp2.0.1")]
 CHARGES = ("station comes", 1, "station starts", 1)
+GIVEN_UP = ("station comes", 1, "station starts", 0.015, "station starts at 2", 0.015,
+            "station reboots and resumes", "station comes", 700)     # the first, though it charges
 pairings = pytest.mark.parametrize("protocol, upstreams", PAIRINGS)
 
 
@@ -11698,6 +11700,29 @@ def test_a_start_is_one_transaction_though_the_board_is_killed_before_its_answer
 @pytest.mark.parametrize("world", [pair for pair in PAIRINGS if pair[0] != pair[1]], indirect=True)
 def test_a_transaction_that_a_reboot_cut_off_is_ended_when_another_one_begins(world):
     world.judge(*CHARGES, "station reboots", *CHARGES, "station stops", 1)
+
+
+@only("ocpp2.0.1", "ocpp1.6")
+def test_a_transaction_that_a_reboot_cut_off_is_ended_though_the_clock_was_set_meanwhile(world):
+    world.judge("station comes", 1, "board is killed", "station starts", "station comes",
+                "station reboots", "clock leaps", "station starts")
+
+
+@only("ocpp1.6", "ocpp2.0.1")
+def test_a_transaction_that_was_given_up_goes_on_after_a_kill(world):
+    world.judge("station comes", 1, "board is killed", "station comes", 1, "station starts",
+                "station reboots and resumes", 1, "upstream goes", 1, "station comes", 700,
+                "board is killed", "station reboots and resumes")
+
+
+@only("ocpp2.0.1", "ocpp1.6")
+def test_an_event_is_told_once_though_upstream_errs_on_the_status_that_goes_along(world):
+    world.judge(*GIVEN_UP, "upstream errs", "station meters", 30)
+
+
+@only("ocpp2.0.1", "ocpp1.6")
+def test_an_end_that_comes_after_ours_is_told_until_upstream_takes_it(world):
+    world.judge(*GIVEN_UP, "upstream errs", "station stops", 30)
 
 
 @only("ocpp1.6", "ocpp2.0.1")
