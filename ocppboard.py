@@ -2084,34 +2084,39 @@ class State:
             await self.write()
 
     async def write(self) -> None:
-        """Write all that waits, in one transaction."""
+        """Write all that waits, in one transaction; what fails waits for another try."""
         self._due.clear()
-        for put in self.before_write:
-            put()
-        batch, self._pending, self._pending_bytes = self._pending, OrderedDict(), 0
-        removals, self._removals = self._removals, {}
-        durable, loop = self.durable, asyncio.get_running_loop()
+        batch: OrderedDict[tuple[str, str], StateRow] = OrderedDict()
+        removals: dict[str, float] = {}
         try:
-            left: dict[str, float] = {}
+            for put in self.before_write:
+                put()
+            batch, self._pending, self._pending_bytes = self._pending, batch, 0
+            removals, self._removals = self._removals, removals
+            durable, left = self.durable, {}
             if batch or removals or self.failing_since is not None:
-                left = await loop.run_in_executor(self._writer, self._write, batch, removals)
+                left = await asyncio.get_running_loop().run_in_executor(
+                    self._writer, self._write, batch, removals)
+            self._written(durable, left)
         except asyncio.CancelledError:
             self._merge_back(batch, removals)
             raise
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:           # whatever it is: nothing else writes
             self._merge_back(batch, removals)
             self._failed(error)
-        else:
-            self._durable_written = durable
-            self._removals = left | self._removals
-            if left:
-                self._due.set()
-            self._works()
-            for tell in self.when_written:
-                tell()
-            self._renew()
         self._release()
         self._tell_all()
+
+    def _written(self, durable: int, left: dict[str, float]) -> None:
+        """The disk has what was put, so much of it durable; of removals some are `left`."""
+        self._durable_written = durable
+        self._removals = left | self._removals
+        if left:
+            self._due.set()
+        for tell in self.when_written:
+            tell()
+        self._works()
+        self._renew()
 
     def _renew(self) -> None:
         """Put all that is known, where the file is a new one or rows were dropped."""
@@ -2160,7 +2165,9 @@ class State:
             self._retry = min(self._retry + 1, 10)
             return
         self.failing_since, self._retry = self.clock(), 0
-        log.error("The state cannot be written, and a restart would forget it: %s", self.error)
+        is_known = isinstance(error, (OSError, sqlite3.Error))
+        log.error("The state cannot be written, and a restart would forget it: %s", self.error,
+                  exc_info=None if is_known else error)
         self._told.append(("STATE_FAILING", f"The state cannot be written: {self.error}", {}))
 
     def _works(self) -> None:
@@ -2241,7 +2248,7 @@ class State:
                 if gone == REMOVED_AT_ONCE:
                     left[kind] = at
             db.execute("COMMIT")
-        except sqlite3.Error:
+        except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise

@@ -602,6 +602,45 @@ async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing
     closed(state)
 
 
+@pytest.mark.parametrize("where", ["_write", "before_write", "when_written"])
+@with_loop
+async def test_an_unexpected_error_is_a_failure_too_and_tried_again(
+        tmp_path, monkeypatch, caplog, where):
+    state, broken = state_of(tmp_path / "s.db"), [True]
+    write = state._write
+
+    def fail(*batch):
+        if broken:
+            raise RuntimeError("unheard of")
+        return write(*batch) if batch else None
+    monkeypatch.setattr(state, where, fail if where == "_write" else [fail])
+    monkeypatch.setattr(ocppboard, "STATE_RETRY_S", (0.02, 0.05))
+    writer = asyncio.create_task(state.run())
+    state.put("t", "a", 1, durable=True)
+    await state.committed()
+    await asyncio.sleep(0.2)
+    assert state.told == ["STATE_FAILING"] and "unheard of" in state.error
+    assert ["RuntimeError" in str(record.exc_info) for record in caplog.records] == [True]
+    broken.clear()
+    await until(lambda: state.failing_since is None)
+    assert values(state) == {"a": 1} and state.told[1:] == ["STATE_WORKS"]
+    writer.cancel()
+    closed(state)
+
+
+@with_loop
+async def test_what_no_file_can_hold_leaves_no_transaction_open(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    state.put("t", "\ud800", 1)
+    await state.write()
+    assert state.failing_since is not None
+    state._pending.clear()
+    state.put("t", "a", 1)
+    await state.write()
+    assert values(state) == {"a": 1} and state.failing_since is None
+    closed(state)
+
+
 @with_loop
 async def test_a_failing_disk_costs_bounded_memory(tmp_path, monkeypatch):
     state = state_of(tmp_path / "s.db")
