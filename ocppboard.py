@@ -1864,6 +1864,8 @@ STATE_TABLE = """
 LOCK_MARK = b"ocppboard"             # in the file that is locked, once the state is ours
 STATE_PUT = """INSERT INTO kept VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
     SET at = excluded.at, value = excluded.value, crc = excluded.crc"""
+STATE_ROWS = """SELECT kind, key, at, value, crc FROM kept WHERE kind = ? AND (at, key) > (?, ?)
+    ORDER BY at, key"""
 STATE_REMOVE = """DELETE FROM kept WHERE rowid IN (
     SELECT rowid FROM kept WHERE kind = ? AND at < ? LIMIT ?)"""
 WRITE_BEHIND_S = 300                # so long what can wait does
@@ -1871,6 +1873,7 @@ STATE_WAITING, STATE_WAITING_BYTES = 50_000, 16 << 20    # not written yet; the 
 STATE_RETRY_S = (1, 60)             # the first and longest pause after a failed write
 COMMIT_S = 2                        # so long an answer waits for the disk
 STATE_STOP_S = 3                    # and the end of the process
+ROW_BYTES = 100                     # of memory, that a row takes beside key and text
 LOCKED_S = 1                        # and a write for another program's lock
 CHECKED_BYTES = 64 << 20            # a file up to this size is checked whole at the start
 REMOVED_AT_ONCE = 2000              # rows that became old; a start or a stop may wait for them
@@ -1974,29 +1977,46 @@ class State:
         except (OSError, sqlite3.Error) as again:
             self._failed(again)
 
-    def rows(self, kind: str, limit: int = -1, most_bytes: float = math.inf) -> list[StateRow]:
-        """The rows of a kind, or the newest of them, the oldest first; damaged ones left out."""
-        if self._db is None:
-            return []
-        try:
-            found = self._db.execute("SELECT kind, key, at, value, crc FROM kept WHERE kind = ? "
-                                     "ORDER BY at DESC, rowid DESC LIMIT ?", (kind, limit))
-            read = []
-            for row in found:
-                read.append((StateRow(*row[:4]), row[4]))
-                most_bytes -= _row_bytes(read[-1][0])
-                if most_bytes < 0:
+    def rows(self, kind: str, limit: int = -1,
+             most_bytes: float = math.inf) -> Iterator[StateRow]:
+        """The rows of a kind, or the newest of them, the oldest first; damaged ones left out.
+
+        A kind may be larger than memory: one row of it is there at a time.
+        """
+        after, bad = None, 0                     # (time, key) of the last one
+        while self._db is not None:
+            try:
+                after = after or self._before_newest(self._db, kind, limit, most_bytes)
+                for *columns, crc in self._db.execute(STATE_ROWS, (kind, *after)):
+                    row = StateRow(*columns)
+                    after = row.at, row.key
+                    if self.is_good(row, crc):
+                        yield row
+                    else:
+                        bad += 1
+                break
+            except sqlite3.Error as error:
+                self._opened_badly(error)        # then it goes on in a new file
+                if not self._is_damage(error):
                     break
-        except sqlite3.Error as error:
-            self._opened_badly(error)
-            return self.rows(kind, limit, most_bytes) if self._is_damage(error) and self._db else []
-        good = [row for row, crc in read if self.is_good(row, crc)]
-        if len(good) < len(read):
-            self._told.append(("STATE_DAMAGED", f"{len(read) - len(good)} rows of {kind} in "
-                               f"{self.path} are damaged and left out", {"kind": kind}))
+        if bad:
+            self._told.append(("STATE_DAMAGED", f"{bad} rows of {kind} in {self.path} are damaged "
+                               "and left out", {"kind": kind}))
             log.error("%s", self._told[-1][1])
         self._tell_all()
-        return good[::-1]
+
+    @staticmethod
+    def _before_newest(db: sqlite3.Connection, kind: str, limit: int,
+                       most_bytes: float) -> tuple[float, str]:
+        """(time, key) of the row before the newest."""
+        if limit >= 0:
+            for at, key, size in db.execute(
+                    "SELECT at, key, length(key) + length(value) FROM kept WHERE kind = ? "
+                    "ORDER BY at DESC, key DESC", (kind,)):
+                if limit == 0 or most_bytes < 0:
+                    return at, key
+                limit, most_bytes = limit - 1, most_bytes - (size or 0) - ROW_BYTES
+        return -math.inf, ""
 
     @staticmethod
     def is_good(row: StateRow, crc: Any) -> bool:
@@ -2393,7 +2413,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _row_bytes(row: StateRow) -> int:
-    return len(row.key) + len(row.text or "") + 100
+    return len(row.key) + len(row.text or "") + ROW_BYTES
 
 
 def _size_of(path: str) -> int | None:
@@ -11794,6 +11814,7 @@ STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": 
 KNOWN_S = 400 * 86400               # so long what a restart needs of a station is kept unused
 RELAY_BYTES = 64 << 20              # of frames that wait for upstream, of all stations
 SESSION_BYTES = 2 << 20             # and of one
+DROPPED_AT_ONCE = 500               # rows that are read at the start, until that is looked at
 
 
 class Relay:
@@ -11814,7 +11835,9 @@ class Relay:
         self.board.transaction_id_used(import_journal(
             self.board.config.proxy.journal, self.state, self.board.clock()))
         for kind, restore in RESTORED.items():
-            for row in self.state.rows(kind):
+            for number, row in enumerate(self.state.rows(kind)):
+                if number % DROPPED_AT_ONCE == 0:
+                    self._drop_beyond_bound()
                 try:
                     identity = row.value["identity"]
                     settings = self.board.config.upstream(identity)
