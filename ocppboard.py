@@ -13032,24 +13032,25 @@ class UpstreamSession:
         """Whether a start is of the next transaction at the same EVSE, by the station's words.
 
         The board may take it for an older one that is told of afterwards, where a clock was set
-        in between; a 2.x station's own times tell. Then the board gives up the former here.
+        in between: the station's own times tell. Then the board, too, gives up the former.
         """
         if mapping.start_key:            # a 1.6 station
-            return mapping.evse_id == lenient(payload, "connectorId", int, 0) and (
-                not translator.began_by(mapping, payload))
-        evse_id = lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
-        info = lenient(payload, "transactionInfo", dict, {})
+            evse_id, started = lenient(payload, "connectorId", int, 0), mapping.start_key[2]
+            is_same = translator.began_by(mapping, payload)
+        else:
+            evse_id = lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
+            started, info = mapping.started, lenient(payload, "transactionInfo", dict, {})
+            is_same = info.get("transactionId") == mapping.station_id
+        if is_same or evse_id != mapping.evse_id:
+            return False
         try:
-            is_later = parse_time(mapping.started)[0] <= parse_time(payload.get("timestamp"))[0]
+            is_later = parse_time(started)[0] <= parse_time(payload.get("timestamp"))[0]
         except WrongValue:
-            return False
-        if evse_id != mapping.evse_id or not is_later or (
-                info.get("transactionId") == mapping.station_id):
-            return False
+            is_later = False
         transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
-        if transaction is not None and transaction.status == "active":
+        if is_later and transaction is not None and transaction.status == "active":
             self.board.transaction_stopped(transaction, None, None, None, "abandoned")
-        return True
+        return is_later or bool(mapping.start_key)
 
     def _is_over_by(self, mapping: TransactionMapping, payload: dict) -> bool:
         """Whether the board gave a transaction up before the time of a start."""

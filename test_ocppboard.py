@@ -11757,10 +11757,14 @@ def test_a_transaction_that_a_reboot_cut_off_is_ended_when_another_one_begins(wo
     world.judge(*CHARGES, "station reboots", *CHARGES, "station stops", 1)
 
 
-@only("ocpp2.0.1", "ocpp1.6")
-def test_a_transaction_that_a_reboot_cut_off_is_ended_though_the_clock_was_set_meanwhile(world):
-    world.judge("station comes", 1, "board is killed", "station starts", "station comes",
-                "station reboots", "clock leaps", "station starts")
+@pytest.mark.parametrize("world, story", [
+    (("ocpp2.0.1", "ocpp1.6"), ("board is killed", "station starts", "station comes",
+                                "station reboots", "clock leaps", "station starts")),
+    (("ocpp1.6", "ocpp2.0.1"), ("station starts at 2", "clock leaps", 1, "station starts",
+                                "station reboots", "station starts", 1, "board is killed"))],
+    indirect=["world"])
+def test_a_transaction_that_a_reboot_cut_off_is_ended_though_a_clock_was_set(world, story):
+    world.judge("station comes", 1, *story)
 
 
 @only("ocpp1.6", "ocpp2.0.1")
