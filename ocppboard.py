@@ -12167,6 +12167,8 @@ SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not
 ATTEMPTS = {TELEMETRY: 3, EVENT: 3, TRANSACTION: 10}     # while upstream answers with its own error
 DISCONNECTS = {TELEMETRY: 5, EVENT: 5, TRANSACTION: 30}  # connections that may end over one message
 ANYTIME = {"timestamp": None}
+CONVERTER_FAULTS = (                # on a payload that nobody thought of
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 ANSWERS_KEPT = 50                   # of upstream, that a station may have missed: it asks again
 ANSWER_BYTES = 4096                 # of such an answer; a larger one is not kept
 ABANDONED_S = 600                   # until an abandoned transaction is ended upstream
@@ -12780,9 +12782,7 @@ class UpstreamSession:
         try:
             payload = await carry(queued.steps, functools.partial(self._ask_translated, queued),
                                   resumed)
-        except (BoardError, Disconnected):
-            raise
-        except Exception:
+        except CONVERTER_FAULTS:
             log.exception("The translation of %s of %s failed", queued.action,
                           shown(self.identity))
             raise BoardError("Internal error") from None
@@ -13153,6 +13153,7 @@ class UpstreamSession:
 
     async def _carry_down(self, call: Call, frame: str, websocket: WebSocket) -> None:
         started = self.relay.now()
+        text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
         try:
             if self.link is None:
                 raise Conflict("The station is offline")
@@ -13160,13 +13161,11 @@ class UpstreamSession:
             text = pack(reply) if reply else await self._command(self.link, call, frame)
         except BoardError as error:
             text = self._command_failed(call, error, (self.relay.now() - started) * 1000)
-        except Exception:
-            log.exception("A command of upstream, %s, failed", shown(call.action))
-            text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
-        finally:
+        finally:                         # what is unexpected is logged as the task's failure
             self.commands -= 1
+            if websocket is self.websocket:
+                websocket.write(text)
         if websocket is self.websocket:
-            websocket.write(text)
             self._report(self._translator(self.station_protocol).told())
 
     def _command_failed(self, call: Call, error: BoardError, latency_ms: float) -> str:
