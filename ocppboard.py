@@ -13041,7 +13041,7 @@ class UpstreamSession:
             evse_id = lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
             started, info = mapping.started, lenient(payload, "transactionInfo", dict, {})
             is_same = info.get("transactionId") == mapping.station_id
-        if is_same or evse_id != mapping.evse_id:
+        if is_same or not evse_id or evse_id != mapping.evse_id:     # 0: nobody has told it yet
             return False
         try:
             is_later = parse_time(started)[0] <= parse_time(payload.get("timestamp"))[0]

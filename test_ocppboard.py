@@ -10832,6 +10832,21 @@ async def test_starts_and_stops_outlive_a_while_in_which_upstream_can_store_noth
 
 
 @with_loop
+async def test_a_start_whose_evse_is_not_known_yet_ends_no_other_transaction():
+    central = Central(ocpp.v16, CENTRAL_16)
+    async with relaying(central, protocol="ocpp1.6") as (_, site):
+        station = await site.station("CP-1", "ocpp2.0.1")
+        for number in (1, 2):
+            answer = await exchange(station, "TransactionEvent", {
+                "eventType": "Started", "timestamp": AT(number), "triggerReason": "Authorized",
+                "seqNo": 0, "transactionInfo": {"transactionId": f"t-{number}"},
+                "idToken": {"idToken": "A", "type": "Central"}}, f"e-{number}")
+            assert answer[0] == 3
+        there = central.at["CP-1"]
+        assert len(there.of("StartTransaction")) == 2 and not there.of("StopTransaction")
+
+
+@with_loop
 async def test_two_boards_that_lead_to_each_other_do_not_go_round():
     async with relaying(Raw()) as (_, first), relaying(Raw()) as (_, second):
         first.daemon.config.proxy.upstream[0].url = second.url("")
