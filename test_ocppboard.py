@@ -11272,7 +11272,7 @@ class ChargingStation:
             call.session.at_risk |= not self.world.disk.is_good()
         if call.action == "StartTransaction":
             # Of an id that was given while the disk was bad, and lost with the board before it was
-            # written, nobody knows: with a clock that fell back it may be given again.
+            # written, nobody knows: with a clock that fell back it is given again.
             if any(session.id == payload["transactionId"] and not session.excused
                    for session in self.sessions):
                 self.world.wrong(f"two sessions of one id: {payload}")
@@ -11488,10 +11488,11 @@ class Received:
         self.forgetful = any(station.lost_on_bad_disk for station in scene.stations)
         self.steps, self.names = {}, {}      # {session: [(step, again)]}; {session: [id]}
         self.ended, self._owner, self._last_seq, self._seen = set(), {}, {}, set()
+        # An id that is lost so may be given again, and then nobody can tell the two apart.
+        sessions = [s for station in scene.stations for s in station.sessions]
+        self.lost_ids = {str(s.id) for s in sessions if s.excused} - {"None"}
         self.excused = {s for s, step in scene.central.refused if step == 0} | {
-            s.number for station in scene.stations for s in station.sessions if s.excused}
-        self.excused_ids = {str(s.id) for station in scene.stations for s in station.sessions
-                            if s.excused}        # what has no register is known by it
+            s.number for s in sessions if s.excused or str(s.id) in self.lost_ids}
         for call in scene.central.received.values():
             if event := call.event():
                 self._take(call, *event)
@@ -11503,7 +11504,7 @@ class Received:
             self.names.setdefault(told, []).append(id_)
         session = self._owner.get(key)
         if session is None:
-            if told not in self.excused and str(id_) not in self.excused_ids:
+            if told not in self.excused and str(id_) not in self.lost_ids:
                 self.wrong.append(f"of no transaction: {call.action} {call.payload}")
             return
         if told not in (session, None) and not self.forgetful:
