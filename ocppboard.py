@@ -1331,7 +1331,7 @@ class Series:
     __slots__ = ("start", "_numbers", "_step")
     FIELDS = ("power_w", "energy_wh", "soc")
     CURRENTS = (*PHASES, "")
-    WIDTH = 1 + len(FIELDS) + len(CURRENTS)              # seconds since start, …
+    WIDTH = 1 + len(FIELDS) + len(CURRENTS) + 1          # seconds since start, …, A allowed
 
     def __init__(self, start: float):
         self.start = start
@@ -1352,12 +1352,14 @@ class Series:
     @points.setter
     def points(self, points: list[list[float | None]]) -> None:
         """Raises: WrongType, where one has not WIDTH numbers, or too many."""
+        # Rows of before have no limit at their end.
+        points = [[*p, None] if len(p) == self.WIDTH - 1 else p for p in points]
         if len(points) > SERIES_KEPT or any(len(p) != self.WIDTH or p[0] is None for p in points):
             raise WrongType("a curve has other points")
         self._numbers = array("f", (math.nan if n is None else n for p in points for n in p))
 
     def add(self, at: float, power_w: float | None, energy_wh: float | None, soc: float | None,
-            current_a: dict) -> None:
+            current_a: dict, allowed_a: float | None = None) -> None:
         """Keep a reading in the place of its time, unless it is too near another one."""
         since, numbers, width = at - self.start, self._numbers, self.WIDTH
         place = len(numbers)
@@ -1366,7 +1368,7 @@ class Series:
         if (place and since - numbers[place - width] <= self._step) or (
                 place < len(numbers) and numbers[place] - since <= self._step):
             return
-        known = (power_w, energy_wh, soc, *map(current_a.get, self.CURRENTS))
+        known = (power_w, energy_wh, soc, *map(current_a.get, self.CURRENTS), allowed_a)
         numbers[place:place] = array("f", [
             since, *[math.nan if value is None else value for value in known]])
         if len(self) > SERIES_KEPT:
@@ -1381,10 +1383,10 @@ class Series:
                 for n in range(0, len(self._numbers), self.WIDTH)]
 
     def _point(self, numbers: array) -> dict:
-        power_w, energy_wh, soc, *currents = [
+        power_w, energy_wh, soc, *currents, allowed_a = [
             None if math.isnan(n) else round(n, 3) for n in numbers[1:]]
         return {"timestamp": iso(self.start + round(numbers[0], 3)), "powerW": power_w,
-                "energyWh": energy_wh, "soc": soc,
+                "energyWh": energy_wh, "soc": soc, "allowedA": allowed_a,
                 "currentA": {phase: a for phase, a in zip(self.CURRENTS, currents, strict=True)
                              if a is not None}}
 
@@ -1416,6 +1418,7 @@ class Transaction(Record):
     reading: Reading | None = None
     series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
+    charge: "ChargeSession | None" = None            # the power controller's
     soc: float | None = None
     reason: str | None = None
     charging_state: str | None = None
@@ -6972,7 +6975,9 @@ class Board:
         at = at_mono + self.ahead_s
         if transaction.series is None:
             transaction.series = Series(at)
-        transaction.series.add(at, reading.power_w, energy_wh, reading.soc, reading.current_a)
+        charge = transaction.charge
+        transaction.series.add(at, reading.power_w, energy_wh, reading.soc, reading.current_a,
+                               charge.allocated_a if charge and not charge.ended_at else None)
 
     def charging_state(self, transaction: Transaction, state: str, at_mono: float) -> None:
         """A transaction's state changes; from the times of some on, nothing flows."""
@@ -7046,6 +7051,7 @@ class Board:
                                 now, now)
         self.smart_charge.make_room(lambda record: record.ended_at is not None)
         self.smart_charge.append(session)
+        transaction.charge = session
         self.publish("smart-charge", session)
         return session
 
@@ -14835,7 +14841,7 @@ SHAPES = {
         "missingEvents": "integer", "notDurable": "boolean", "meter": "Meter?"},
     "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
     "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
-                    "soc": "number?", "currentA": "object"},
+                    "soc": "number?", "currentA": "object", "allowedA": "number?"},
     "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
               "protocols": "[string]", "accept": "string", "validated": "boolean",
               "actions": "object", "commands": "object", "smartCharging": "SiteLimit?",

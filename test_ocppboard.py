@@ -429,7 +429,7 @@ def test_a_series_keeps_the_whole_of_a_long_charging():
     points = series.view()
     assert ocppboard.SERIES_KEPT / 2 < len(points) <= ocppboard.SERIES_KEPT
     assert points[0] == {"timestamp": "2026-09-21T13:33:20.000Z", "powerW": 0, "energyWh": 0,
-                         "soc": None, "currentA": {"L1": 16.1}}
+                         "soc": None, "currentA": {"L1": 16.1}, "allowedA": None}
     times = [ocppboard.parse_time(p["timestamp"])[0] - NOW for p in points]
     steps = [b - a for a, b in itertools.pairwise(times)]
     assert max(steps) < 2 * min(steps) and times[-1] > 49_000, "evenly, to the end"
@@ -443,6 +443,13 @@ def test_a_late_reading_comes_to_its_place_in_a_series():
     for second in (0, 60, 30, 90, 30):
         series.add(NOW + second, float(second), None, None, {})
     assert [point["powerW"] for point in series.view()] == [0, 30, 60, 90]
+
+
+def test_a_series_keeps_what_was_allowed_and_reads_rows_that_have_it_not():
+    series = ocppboard.Series(NOW)
+    series.add(NOW, 2300.0, None, None, {"L1": 10.0}, 16.0)
+    series.points = [*series.points, [1.0, 1380.0, None, None, 6.0, None, None, None]]
+    assert [point["allowedA"] for point in series.view()] == [16, None]
 
 
 def energy_of(start, *registers, stop=None, step_s=60):
@@ -13997,6 +14004,23 @@ async def test_the_power_controller_can_be_told_by_rest(site):
             ("/api/smart-charge/x", "PATCH", {"maxA": 10}, 404),
             ("/api/smart-charge/meter", "POST", {"L1": 1, "L2": 1, "L3": 1}, 409)]:
         assert (await site.fetch(path, method, body))[0] == code, path
+
+
+@live(**SHARING)
+async def test_a_transaction_shows_what_it_was_allowed_over_time(site):
+    station = await site.station()
+    await exchange(station, "BootNotification", BOOT_16)
+    await exchange(station, "StartTransaction", START_16)
+    site.daemon.steer()
+    session, transaction = site.board.smart_charge.records[0], site.board.transactions.records[0]
+    site.board.charge_updated(session, allocated_a=9.0)
+    await exchange(station, "MeterValues", {
+        "connectorId": 1, "transactionId": transaction.id, "meterValue": [{
+            "timestamp": iso_now(), "sampledValue": [
+                {"value": "8.5", "measurand": "Current.Import", "phase": "L1"}]}]})
+    await until(lambda: transaction.series)
+    found = await site.get(f"/api/connections/CP-1/transactions/{transaction.id}")
+    assert found["series"][-1]["allowedA"] == 9
 
 
 @live(**SHARING)
