@@ -10481,7 +10481,9 @@ class Controller:
                               else FALLBACK_VARIANTS[fallback].text(), "readsBack": reads_back}
                              for (vendor, model, firmware), (rung, fallback, reads_back)
                              in self.models.items()],
-                "elsewhere": sorted(self.elsewhere), "warning": self._warning()}
+                "elsewhere": sorted(self.elsewhere), "leftAlone": sorted(
+                    s.identity for s in self.stations.values() if not s.settings.managed),
+                "warning": self._warning()}
 
     def _warning(self) -> str | None:
         """What is unsafe about the configuration."""
@@ -10607,7 +10609,8 @@ class Controller:
                  "overLimit": max(sums["measuredA"][c.name]) > limits[c.name] + OVER_A,
                  "uncontrolled": [
                      {"identity": u.identity, "amps": round(u.amps, 1), "reason": u.reason,
-                      "advice": u.advice} for u in uncontrolled
+                      "advice": u.advice, "named": u.identity in self.named}
+                     for u in uncontrolled
                      if c.name in tree.above(u.circuit)]} for c in self.site.circuits()]
 
     def _sums(self, facts: list[Fact], amps_of: Callable[[Fact], tuple]) -> dict:
@@ -14887,7 +14890,8 @@ SHAPES = {
         "stations": "[string]", "allocatedA": "object", "worstA": "object",
         "measuredA": "object", "overLimit": "boolean", "uncontrolled": "[Uncontrolled]"},
     "Uncontrolled": {
-        "identity": "string", "amps": "number", "reason": "string", "advice": "string"},
+        "identity": "string", "amps": "number", "reason": "string", "advice": "string",
+        "named": "boolean"},
     "ProxyEvent": {
         "id": "string", "type": "string", "identity": "string", "fromProtocol": "string",
         "toProtocol": "string", "direction": "string", "method": "string", "toMethod": "string?",
