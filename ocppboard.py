@@ -15215,7 +15215,7 @@ code { overflow-wrap: anywhere }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
 .info { color: var(--info) } .nowrap { white-space: nowrap }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.grow { flex: 1 1 auto; min-width: 0 } h1.grow, h2.grow { min-width: min-content }
+.grow { flex: 1 1 auto; min-width: 0 } h1.grow, h2.grow, h3.grow { min-width: min-content }
 .short { width: 10.5rem } .tight { gap: .35rem } .one-line { flex-wrap: nowrap }
 .grow.cut { flex: 1 1 0; min-width: 0 }
 h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
@@ -15291,7 +15291,7 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .url code { background: var(--well); padding: .2rem .5rem; border-radius: 6px; color: var(--ink) }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
-.list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
+.flush > li { padding: .5rem 0 } .list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
 .why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
 .why p { overflow-wrap: anywhere }
 
@@ -15351,6 +15351,8 @@ td { height: var(--row); padding: 0 .6rem; overflow: hidden; text-overflow: elli
 th:first-child, td:first-child { padding-left: 1rem }
 th:last-child, td:last-child { padding-right: 1rem }
 td.num, th.num { text-align: right }
+.wraps td { white-space: normal; overflow-wrap: anywhere; padding-block: .4rem; height: auto;
+  vertical-align: top }
 tr.spacer td { padding: 0; border: 0 }
 tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-bg) }
 tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
@@ -15370,10 +15372,11 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
 @media (max-width: 44rem) {
   .phase { grid-template-columns: 1.6rem minmax(0, 1fr) } .phase .small { grid-column: 2 }
 }
-.load { height: .8rem } .load .drawn { background: var(--c0) }
-.load .drawn.warn { background: var(--warn) } .load .drawn.bad { background: var(--bad) }
-.load .told { background: var(--c0); opacity: .4 } .load .held { background: var(--dim);
-  opacity: .35 }
+.dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px; flex: none;
+  margin-right: .35rem; background: currentColor }
+.load { height: .8rem } .drawn { background: var(--good) } .drawn.warn { background: var(--warn) }
+.drawn.bad { background: var(--bad) } .allowed { background: var(--good); opacity: .4 }
+.held { background: var(--dim); opacity: .35 }
 
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
@@ -15395,12 +15398,13 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
 .chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round;
   vector-effect: non-scaling-stroke }
 .chart .limit { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 5 4 }
+.chart .most { stroke-dasharray: 5 3 } .chart .edged { stroke: var(--card); stroke-width: 1 }
 .chart .at { stroke: var(--dim); stroke-width: 1 }
 .legend { display: flex; gap: .2rem .9rem; flex-wrap: wrap; font-size: .82rem; color: var(--dim);
   min-height: 1.35rem }
-.legend i { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px;
-  margin-right: .35rem;
-  vertical-align: -1px }
+.legend .dot { vertical-align: -1px }
+.legend .most { background: none; height: 0; border-radius: 0; border-top: 2px dashed;
+  vertical-align: .25em }
 .legend b { font-weight: 600; color: var(--ink) }
 .spark path { fill: none; stroke: var(--accent); stroke-width: 1.5;
   vector-effect: non-scaling-stroke }
@@ -15420,7 +15424,8 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   .tile dd { font-size: 1.25rem }
   .filters { display: grid; grid-template-columns: 1fr 1fr; flex: 1 1 100% }
   .filters > * { width: 100% } .filters input[type=search] { grid-column: 1 / -1 }
-  .grid.tall { height: calc(100vh - 12rem) }
+  .grid.tall { height: calc(100vh - 12rem) } .grid.wraps { max-height: none }
+  .scrolls { max-height: 32rem }
   table.plain, .plain tbody, .plain tr, .plain td { display: block } .plain thead { display: none }
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
   .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
@@ -15646,6 +15651,7 @@ const state = {
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
   upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds
+  colours: new Map(),                              // {identity: colour}
   findings: new Map(),                             // {identity + message id: [error]}
   list: null,                                      // the messages on screen
   answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
@@ -15955,7 +15961,7 @@ const on = {
   },
   system(event) {
     if (onTop(state.system, event)) touch('system');
-    if (event.type === 'SMART_CHARGE_CONFIG') askPower();
+    if (['SMART_CHARGE_CONFIG', 'SMART_CHARGE_STATION'].includes(event.type)) askPower();
   },
   connection(station) {
     if (station.status === 'forgotten') state.stations.delete(station.identity);
@@ -15966,8 +15972,8 @@ const on = {
     const key = keyOf(one), {meter} = one;
     state.transactions.set(key, one);
     bound(state.transactions, EVENTS_KEPT);
-    if (meter && one.status === 'active')
-      extend(state.series.get(key), [{...meter, energyWh: one.energyWh}]);
+    if (meter && one.status === 'active') extend(state.series.get(key),
+      [{...meter, energyWh: one.energyWh, allowedA: chargeOf(one)?.allocatedA}]);
     touch('transactions');
   },
   'smart-charge'(record) {
@@ -16062,8 +16068,8 @@ function look() {
 function watch() {
   if (!state.session || document.hidden) return;
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
-  if (state.route.screen === 'power' && state.power?.enabled && Date.now() - powerAsked > POWER_MS)
-    askPower();
+  if (['power', 'overview', 'stations'].includes(state.route.screen) && state.power?.enabled
+    && Date.now() - powerAsked > POWER_MS) askPower();
   if (['relay', 'overview'].includes(state.route.screen) && state.about?.relay
     && Date.now() - relayAsked > RELAY_MS) askRelay();
   touch('tick');
@@ -16084,6 +16090,8 @@ const facts = pairs => h('dl.facts', pairs.filter(Boolean).map(([name, value]) =
 const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading …');
 const scrolls = (label, ...content) =>
   h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
+// A text of the board, with its `names`.
+const coded = text => text.split('`').map((part, n) => n % 2 ? h('code', part) : part);
 const typing = (where, name) => event => { where[name] = event.target.value; touch('ui'); };
 const remembered = (name, initial) => {
   state.ui[name] ??= initial;
@@ -16174,13 +16182,14 @@ function headCell(id, column) {
 }
 
 // `key(row)` names a row, `row(row)` gives its properties and what it opens, `end()` is called near
-// the last one. Rows that came on top since it was drawn do not move what is looked at.
+// the last one. Rows that came on top since it was drawn do not move what is looked at. One
+// that `wraps` has few rows, all on the page, with all of their text.
 /**
  * @param {string} id
  * @param {{columns: any[], rows: any[], key: (one: any) => any, row?: (one: any) => any,
- *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean}} look
+ *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean, wraps?: boolean}} look
  */
-function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside}) {
+function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, wraps}) {
   if (!rows.length) return blank;
   const slim = narrow();
   const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
@@ -16191,8 +16200,10 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
     after.push(() => { view.node.scrollTop = view.top; });
   }
   Object.assign(view, {drawn: view.top, newest: key(rows[0])});
-  const first = Math.max(0, Math.min(Math.floor(view.top / height) - 10, rows.length - 1));
-  const last = Math.min(rows.length, first + Math.ceil(view.height / height) + 20);
+  const first = wraps ? 0
+    : Math.max(0, Math.min(Math.floor(view.top / height) - 10, rows.length - 1));
+  const last = wraps ? rows.length
+    : Math.min(rows.length, first + Math.ceil(view.height / height) + 20);
   const onscroll = ({target}) => {
     Object.assign(view, {top: target.scrollTop, height: target.clientHeight});
     if (Math.abs(view.top - view.drawn) > height * 4) touch('scroll');
@@ -16213,7 +16224,7 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
     return h('tr' + (open ? '.open' : ''), {key: key(one), ...props,
       onpointerdown: open && (event => press(event, open))}, cells);
   };
-  return h('div.grid' + (tall ? '.tall' : ''),
+  return h('div.grid' + (tall ? '.tall' : '') + (wraps ? '.wraps' : ''),
     {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
       h('colgroup', shown.map(one => h('col',
@@ -16246,6 +16257,13 @@ const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
 // Lines over time, or areas on top of each other. A value that is null is a break in the line.
 
 const COLOURS = [0, 1, 2, 3, 4, 5, 6, 7].map(n => `var(--c${n})`);
+// A station has one colour all over the page, by the order in which they come to be drawn.
+function colourOf(identity) {
+  const {colours} = state;
+  if (!colours.has(identity)) colours.set(identity, COLOURS[colours.size % COLOURS.length]);
+  return colours.get(identity);
+}
+const dot = colour => h('span.dot', {style: {color: colour}, 'aria-hidden': 'true'});
 const TICKS = [1, 2, 2.5, 5, 10];
 const LEGEND = 16;
 const highest = values => values.reduce(
@@ -16297,9 +16315,10 @@ function marksTo(top) {
   return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
 }
 
-// `lines` are {name, points: [[ms, value], …]}; `least` is what the scale reaches at least.
-function chart(id, {lines, label, format = digits, height = 170, least = 1, areas, limit, from,
-    till}) {
+// `lines` are {name, points: [[ms, value], …]}, and `most` where it is a limit; `least` is what the
+// scale reaches at least.
+function chart(id, {lines, label, format = digits, height = 170, least = 1, areas = false,
+    limit = null, from, till}) {
   const name = `chart ${id}`, width = state.ui[name] || 600;
   till ??= highest(lines.map(line => line.points.at(-1)?.[0] ?? 0));
   from ??= Math.min(...lines.map(line => line.points[0][0]));
@@ -16329,6 +16348,8 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
   });
   return h('figure.chart', {key: id, made},
     h('figcaption.legend', legend(lines, said),
+      limit != null && h('span', {key: ' limit'}, mark({colour: 'var(--bad)', most: true}),
+        'Limit ', h('b', format(limit))),
       hover && h('span', {key: ' at'}, clock(new Date(hover).toISOString()))),
     h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: point,
       onpointerdown: point, onpointerleave: leave,
@@ -16345,8 +16366,10 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
     hover && h('line.at', {key: 'at', x1: x(hover), x2: x(hover), y1: 4, y2: bottom})));
 }
 
+const mark = ({colour, most}) =>
+  h('i.dot', {class: most && 'most', style: {color: colour}, 'aria-hidden': 'true'});
 const legend = (lines, said) => [lines.slice(0, LEGEND).map((line, n) => h('span', {key: line.name},
-  h('i', {style: {background: line.colour}}), line.name, ' ', h('b', said[n]))),
+  mark(line), line.name, ' ', h('b', said[n]))),
 lines.length > LEGEND && h('span', {key: ' more'}, `and ${lines.length - LEGEND} more`)];
 
 function timeMarks(from, till, count) {
@@ -16355,23 +16378,25 @@ function timeMarks(from, till, count) {
     .map(at => [at, format.format(at)]);
 }
 
-function linePath({name, colour, points}, x, y, most, shown) {
+function linePath({name, colour, most, points}, x, y, width, shown) {
   let path = '', pen = 'M';
-  for (const [at, value] of thinned(points.filter(([at]) => shown(at)), most)) {
-    if (value != null) path += `${pen}${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
+  for (const [at, value] of thinned(points.filter(([at]) => shown(at)), width)) {
+    const [right, up] = [x(at), y(value)].map(one => one.toFixed(1));
+    if (value != null) path += most && pen === 'L' ? `H${right}V${up}` : `${pen}${right} ${up}`;
     pen = value == null ? 'M' : 'L';
   }
-  return h('path.line', {key: 'line ' + name, style: {stroke: colour}, d: path});
+  return h('path.line', {key: 'line ' + name, class: most && 'most', style: {stroke: colour},
+    d: path});
 }
 
 function areaPath({name, colour, band}, x, y) {
   const edge = side => band.map(one => `${x(one[0]).toFixed(1)} ${y(one[side]).toFixed(1)}`);
-  return h('path', {key: 'area ' + name, style: {fill: colour}, opacity: .78,
+  return h('path.edged', {key: 'area ' + name, style: {fill: colour}, opacity: .78,
     d: `M${edge(2).join('L')}L${edge(1).reverse().join('L')}Z`});
 }
 
 // The meter of a transaction over time: asked for once, then the stream adds to it.
-const SERIES_KEPT = 60;
+const SERIES_KEPT = 80;
 function seriesOf(transaction) {
   const key = keyOf(transaction);
   if (state.series.has(key)) return state.series.get(key);
@@ -16388,20 +16413,24 @@ function seriesOf(transaction) {
 }
 const pointsOf = (series, value) => series.map(one => [ms(one.timestamp), value(one)]);
 const PHASES = ['L1', 'L2', 'L3', ''];
+const allowed = points => ({name: 'Allowed', colour: 'var(--ink)', most: true, points});
 
 function meterCharts(transaction) {
   const series = seriesOf(transaction);
   if (series.length < 2) return empty('The charts begin with the second meter value.');
   const part = (title, props, lines) => lines.length > 0 && h('div', {key: title}, h('h3', title),
     chart(`${title} ${keyOf(transaction)}`, {label: title, ...props, lines}));
-  const line = (name, value) => ({name, points: pointsOf(series, value)});
+  const colour = colourOf(transaction.identity);
+  const line = (name, value) => ({name, colour, points: pointsOf(series, value)});
   const of = (field, name) => series.some(one => one[field] != null)
     ? [line(name, one => one[field])] : [];
   const phases = PHASES.filter(phase => series.some(one => one.currentA[phase] != null));
   return h('div.stack', {key: 'charts'},
     part('Power', {format: power, least: 1000}, of('powerW', 'Power')),
     part('Current', {format: amperes, least: 6, height: 130},
-      phases.map(phase => line(phase || 'Current', one => one.currentA[phase]))),
+      [...phases.map((phase, n) => ({...line(phase || 'Current', one => one.currentA[phase]),
+        colour: COLOURS[n]})),
+      ...of('allowedA', 'Allowed').map(({points}) => allowed(points))]),
     part('Energy', {format: energy, least: 10, height: 110}, of('energyWh', 'Energy')),
     part('State of charge', {format: percent, least: 100, height: 110}, of('soc', 'SoC')));
 }
@@ -16421,8 +16450,12 @@ const isOnline = ({identity}) => online(state.stations.get(identity) || {});
 const flow = one => isOnline(one) ? one.powerW || 0 : 0;
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
-const chargeAt = (station, connector) => [...state.charges.values()].find(one =>
-  one.identity === station.identity && one.evse === connector.evse && one.status !== 'ended');
+// The sessions of smart charging that go on.
+const charges = () => [...state.charges.values()].filter(one => one.status !== 'ended');
+const chargeAt = (station, connector) => charges().find(one =>
+  one.identity === station.identity && one.evse === connector.evse);
+const chargeOf = ({identity, id}) => charges().find(one =>
+  one.identity === identity && one.transactionId === id);
 
 function nameOf(station, {evse, connector}) {
   if (evse === 0) return 'Station';
@@ -16524,14 +16557,22 @@ function connectorPills(station) {
 // What a clock is off, in words.
 const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead' : 'behind'}`;
 
-// What needs attention, the worst first: {rank, tone, where it leads, text}.
+// Who takes power that smart charging cannot steer. A circuit has also those below it, the site all.
+const uncontrolled = () => state.circuits.find(one => !one.parent)?.uncontrolled || [];
+const nameOfCircuit = ({name}) => name === 'site' ? 'The site' : `Circuit ${name}`;
+
+// What needs attention, the worst first: {rank, tone, where it leads, text, more, act}.
 const HOUR = 3600e3, DAY = 24 * HOUR;
 const sessionsAway = upstream =>
   upstream.sessions.filter(one => one.lastError && one.status !== 'idle');
 
 function attention() {
-  const found = [...state.stations.values()].flatMap(attentionTo), wrong = new Map();
+  const loose = new Map(uncontrolled().map(one => [one.identity, one])), wrong = new Map();
+  const found = [...state.circuits.filter(one => one.overLimit).map(overLimit),
+    ...[...loose.values()].map(notSteered),
+    ...[...state.stations.values()].flatMap(one => attentionTo(one, loose))];
   const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
+  if (state.power?.warning) add(3, 'warn', 'help', state.power.warning);
   for (const error of state.errors) {
     if (ms(error.timestamp) < now() - HOUR) break;
     wrong.set(error.identity, [...wrong.get(error.identity) || [], error]);
@@ -16563,11 +16604,39 @@ function attention() {
   return found.sort((a, b) => a.rank - b.rank);
 }
 
-function attentionTo(station) {
+function overLimit(circuit) {
+  const {limitA, measuredA} = circuit;
+  const over = Object.entries(measuredA).filter(([, amps]) => amps > limitA);
+  return {rank: -2, tone: 'bad', where: 'power', text: [`${nameOfCircuit(circuit)} is over its limit `
+    + `of ${amperes(limitA)}: ${over.map(([phase, amps]) => `${phase} ${amperes(amps)}`).join(', ')}`],
+  more: 'Less is sent to its cars at once. If it stays so, look for one that does not obey, and '
+    + 'unplug it.'};
+}
+
+// Somebody who is left alone on purpose is no alarm.
+function notSteered({identity, amps, reason, advice, named}) {
+  const asConfigured = state.power?.leftAlone.includes(identity);
+  return {rank: asConfigured ? 5 : -1, tone: asConfigured ? 'warn' : 'bad',
+    where: state.stations.has(identity) ? to('stations', identity) : 'power',
+    text: [`${identity} is not under control and counts for ${amperes(amps)}: it ${reason}`],
+    more: coded(advice + '.'), act: !named && notHere(identity)};
+}
+const notHere = identity => button('Not at this site', async () => {
+  if (await confirmed(`${identity} is not at this site?`, 'It counts for nothing then, and gets no '
+    + 'limit: if it does draw from this site, the limit of the site is no longer safe.',
+  'Not at this site')) setElsewhere(identity, true);
+});
+const setElsewhere = (identity, elsewhere) => attempt(async () => {
+  await ask('PATCH', path('smart-charge', 'stations', identity), {elsewhere});
+  await askPower();
+});
+
+function attentionTo(station, loose) {
   const found = [], {identity, clockSkewSeconds: skew} = station;
   const add = (rank, tone, ...text) => found.push({rank, tone, where: to('stations', identity),
     text: [identity, ...text]});
   if (!online(station)) {
+    if (loose.has(identity)) return found;
     const busy = station.connectors.some(one => transactionAt(station, one)?.status === 'active');
     add(busy ? 2 : 4, busy ? 'bad' : 'warn',
       station.seenSinceStart ? ` has been offline for ${duration(since(station.disconnectedAt))}`
@@ -16676,6 +16745,8 @@ const FORMS = [
     wrong: (one, station) => one.purpose === 'TxProfile' ? !one.target ? 'A TxProfile is of one '
       + 'connector.' : !runningAt(station, one.target) && 'No transaction runs there.'
       : one.purpose.endsWith('MaxProfile') && one.target && 'It is of the whole station.',
+    note: (one, station) => noEffect(station, one.purpose, one.target,
+      one.unit === 'A' ? one.limit : null),
     v16: (one, station) => ['SetChargingProfile', {connectorId: one.target, csChargingProfiles: {
       chargingProfileId: profileId(one), ...profile(one, station),
       chargingSchedule: schedule(one)}}],
@@ -16745,6 +16816,7 @@ async function command(identity, action, payload, shown = payload) {
     const {data, text} = await ask('POST', path('connections', identity, 'call'),
       {action, payload});
     Object.assign(entry, {result: data.result, responseTime: data.responseTime,
+      warning: data.warning,
       raw: text.slice(text.indexOf('"result":') + 9, text.lastIndexOf(',"responseTime"'))});
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -16823,6 +16895,7 @@ function usualForm(station, form) {
     command(station.identity, ...(is16(station) ? form.v16 : form.v2x)(values, station));
   };
   return h('form.form', {key: form.name, onsubmit: send}, fields.map(one => one.view),
+    form.note?.(values, station),
     h('div.bar.whole', sendButton(station, !missing && !wrong),
       wrong && h('span.bad.small', wrong)));
 }
@@ -16843,6 +16916,7 @@ function freeForm(station) {
       h('option', {key: name, value: name}))),
     h('label.whole', 'Payload, JSON', h('textarea.mono', {value: text, spellcheck: 'false',
       'aria-invalid': String(!!problem), oninput: typing(values, 'payload')})),
+    action === 'SetChargingProfile' && noEffectOf(station, payload),
     h('div.bar.whole', sendButton(station, action && !problem),
       h('span.bad.small', {role: 'status'}, problem)));
 }
@@ -16858,6 +16932,32 @@ function objectIn(text) {
   }
 }
 
+// The power controller's own limits lie above what is sent by hand: the session's is to be set.
+const isSteered = ({identity}) => state.power?.enabled
+  && !state.power.leftAlone.includes(identity)
+  && state.circuits.some(one => one.stations.includes(identity));
+function noEffect(station, purpose, evse, amps) {
+  if (!isSteered(station) || !['TxProfile', 'TxDefaultProfile'].includes(purpose)) return null;
+  const going = charges().filter(one => one.identity === station.identity
+    && (!evse || one.evse === evse));
+  return h('div.stack.tight.whole', {key: 'no effect'},
+    h('p.warn', '▲ This has no effect: the power controller sets the limits of this station. '
+      + (going.length ? 'Limit the session instead:'
+        : 'When a car charges, its session can be limited.')),
+    going.map(one => h('div.bar', {key: one.sessionId},
+      amps != null && button(`At most ${amperes(amps)} for the car at ${one.evse}`,
+        () => changeSession(one.sessionId, {maxA: amps}), {disabled: !isMost(one, amps)}),
+      h('p.small', one.maxA != null && `now at most ${amperes(one.maxA)}, `,
+        link(to('power', one.sessionId), 'its session')))));
+}
+const isMost = ({minA}, amps) => amps === 0
+  || Number.isInteger(amps) && amps >= (minA ?? state.power.minimumA);
+function noEffectOf(station, payload) {
+  const {csChargingProfiles, chargingProfile, connectorId, evseId} = payload ?? {};
+  const profile = csChargingProfiles ?? chargingProfile;
+  return noEffect(station, profile?.chargingProfilePurpose, connectorId ?? evseId, null);
+}
+
 const GOOD = /^(Accepted|Unlocked|Scheduled)$/;
 function answersOf(identity) {
   const answers = state.answers.get(identity) || [];
@@ -16868,6 +16968,7 @@ function answersOf(identity) {
       h('div.bar', h('b', one.action), clock(one.at), answerPill(one),
         one.responseTime != null && h('span.dim', millis(one.responseTime))),
       h('code.dim.small', JSON.stringify(one.shown)), one.failed && h('p.bad', one.failed),
+      one.warning && h('p.warn', '▲ ', one.warning),
       one.raw && one.raw !== '{}' && pretty(one.raw)))));
 }
 
@@ -17041,7 +17142,7 @@ function overview() {
   const numbers = panel('tiles', ['telemetry', 'transactions'], tiles);
   const news = h('div.cols', {key: 'news'},
     panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
-      'upstreams', 'tick'], attentionCard),
+      'upstreams', 'circuits', 'tick'], attentionCard),
     panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
@@ -17089,7 +17190,8 @@ function attentionCard() {
       : h('ul.list.scrolls', {tabindex: 0, 'aria-label': 'What needs attention'},
         found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
         h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
-        h('a.grow', {href: '#/' + one.where}, one.text))),
+        h('div.grow', h('a', {href: '#/' + one.where, class: one.rank < 0 && 'bad'}, one.text),
+          one.more && h('p.small', one.more)), one.act)),
       found.length > ATTENTION_SHOWN && h('li.dim', {key: 'more'},
         `and ${found.length - ATTENTION_SHOWN} more`)));
 }
@@ -17299,7 +17401,7 @@ const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
 
 function stationCommands(one) {
   return [h('div.cols',
-    panel('form', ['connections', 'transactions'], () => card('Commands', {key: 'form'},
+    panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () => card('Commands', {key: 'form'},
       h('div.in.stack', commandForm(one)))),
     panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
         answersOf(one.identity)))),
@@ -17541,14 +17643,20 @@ function transactionDetail(one) {
 
 // Power
 
-const SERIES_SHOWN = 50;                           // under SERIES_KEPT
+const SERIES_SHOWN = 50;                           // with CARS_SHOWN under SERIES_KEPT
 function powerScreen() {
   const picked = state.charges.get(state.route.id);
-  return [heading('Power'), panel('power', ['transactions', 'telemetry', 'hover', 'circuits'],
-    powerCard),
-  panel('circuits', ['circuits', 'ui'], circuitsCard),
-  split(panel('charges', ['smart-charge', 'tick'], chargesCard), picked
-    && panel('charge', ['smart-charge', 'ui', 'tick'], () => chargeDetail(picked)))];
+  const drawn = panel('power', ['transactions', 'telemetry', 'hover', 'circuits'], powerCard);
+  const cars = panel('cars', ['transactions', 'smart-charge', 'hover', 'tick'], carsCard);
+  const site = panel('circuits', ['circuits', 'ui'], circuitsCard);
+  const sessions = split(h('div.stack',
+    panel('charges', ['smart-charge', 'tick'], chargesCard),
+    panel('ended', ['smart-charge', 'tick'], endedCard)),
+  picked && panel('charge', ['smart-charge', 'transactions', 'hover', 'ui', 'tick'],
+    () => chargeDetail(picked)));
+  const others = panel('elsewhere', ['circuits'], elsewhereCard);
+  return [heading('Power'),
+    ...narrow() ? [sessions, site, cars, drawn] : [drawn, site, cars, sessions], others];
 }
 
 // What circuits carry changes all the time, and goes by no stream.
@@ -17572,13 +17680,14 @@ function powerCard() {
   const past = newestFirst(state.transactions).filter(one => ms(one.stoppedAt) > from);
   const shown = [...going, ...past].slice(0, SERIES_SHOWN), places = new Map();
   for (const one of shown.reverse()) {             // what ended stands before what goes on
-    const name = `${one.identity} ${one.evse}`;
+    const name = `${one.identity} ${one.evse}`, line = places.get(name)
+      || {name, colour: colourOf(one.identity), points: []};
     const points = pointsOf(seriesOf(one), point => point.powerW);
     if (points.length && one.stoppedAt) points.push([ms(one.stoppedAt), 0]);
-    places.set(name, [...places.get(name) || [], ...points].sort(([a], [b]) => a - b));
+    places.set(name, {...line, points: [...line.points, ...points].sort(([a], [b]) => a - b)});
   }
-  const lines = [...places].map(([name, points]) => ({name, points}))
-    .filter(line => line.points.length).sort((a, b) => a.name < b.name ? -1 : 1);
+  const lines = [...places.values()].filter(line => line.points.length)
+    .sort((a, b) => a.name < b.name ? -1 : 1);
   const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
   const {limitKw} = state.about?.smartCharging || {}, left = going.length - SERIES_SHOWN;
   return card([h('h2.grow', 'Charging power by connector, the last hour'),
@@ -17600,49 +17709,81 @@ function circuitsCard() {
     for (const child of under(one.name)) place(child, deep + 1);
   };
   for (const one of under(null)) place(one, 0);
-  const {meter, windowFactor} = power;
+  const {meter, windowFactor, strategy} = power;
   return card([h('h2.grow', 'Circuits'),
     windowFactor < 1 && pill(`window: ${percent(windowFactor * 100)} of the limit`, 'info'),
     meter && pill(`site meter ${meter.status}`, meter.status === 'ok' ? 'good' : 'bad'),
-    h('b', power.strategy.replaceAll('_', ' '))], {key: 'circuits'},
-  h('div.in.stack', rows.map(one => circuitView(one, depth[one.name])), limitForm(power)));
+    h('b', strategy.replaceAll('_', ' '))], {key: 'circuits'},
+  h('div.in.stack', h('p.legend', LOADS.map(([name, text]) =>
+    h('span', {key: name}, h('i.dot', {class: name, 'aria-hidden': 'true'}), text))),
+  rows.map(one => circuitView(one, depth[one.name])), meter && meterView(meter), looseView(),
+  limitForm(power)));
+}
+
+const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
+  ['held', 'counted: may be drawn, is not free for others']];
+const perPhase = amps => Object.entries(amps).map(([phase, a]) => `${phase} ${amperes(a)}`)
+  .join(', ');
+const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.small',
+  h('b', 'Site meter: '), `${perPhase(amps)}, ${duration(ageSeconds)} ago; besides the cars `
+  + `${perPhase(otherLoadA)}; surplus for the cars ${amperes(surplusA)}, all phases together`)
+  : h('p.warn', 'The site\'s meter has not told anything yet: POST /api/smart-charge/meter');
+
+function looseView() {
+  const found = uncontrolled().map(notSteered);
+  return found.length > 0 && h('div', h('h3', 'Not under control'), h('ul.list.flush',
+    found.map(({tone, text, more, act}, n) => h('li', {key: n},
+      h('div.grow', h('p', {class: tone}, text), h('p.small', more)), act))));
+}
+
+function elsewhereCard() {
+  const {elsewhere = []} = state.power || {};
+  return elsewhere.length > 0 && card('Not at this site', {key: 'elsewhere'}, h('ul.list',
+    elsewhere.map(identity => h('li', {key: identity}, h('span.grow', stationLink(identity)),
+      button('It is at this site', () => setElsewhere(identity, false))))));
 }
 
 const circuitView = (one, deep) => h('div.circuit', {key: one.name,
     style: {'margin-left': deep * 1.2 + 'rem'}},
-  h('div.bar', h('b.grow.cut', one.name === 'site' ? 'The site' : one.name),
+  h('div.bar', h('h3.grow', nameOfCircuit(one)), one.overLimit && pill('over its limit', 'bad'),
     h('span.dim.small', `${amperes(one.limitA)} a phase, ${amperes(one.usableA)} to be used`)),
   Object.keys(one.measuredA).map(phase => phaseView(one, phase)));
 
 function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase) {
   const [drawn, told, worst] = [measuredA, allocatedA, worstA].map(one => one[phase]);
   const part = amps => Math.min(100, amps / limitA * 100);
-  const text = `draws ${amperes(drawn)}, told ${amperes(told)}`
+  const text = `draws ${amperes(drawn)}, allowed ${amperes(told)}`
     + (worst > told + 1 ? `, counted ${amperes(worst)}` : '');
   const over = drawn > limitA ? 'bad' : worst > usableA + 0.1 ? 'warn' : '';
   return h('div.phase', {key: phase}, h('span.dim', phase),
     h('div.meter.load', {role: 'img', 'aria-label': `${name} ${phase}: ${text}`},
       h('i.drawn', {class: over, style: {width: part(drawn) + '%'}}),
-      h('i.told', {style: {width: Math.max(0, part(told) - part(drawn)) + '%'}}),
+      h('i.allowed', {style: {width: Math.max(0, part(told) - part(drawn)) + '%'}}),
       h('i.held', {style: {width: Math.max(0, part(worst) - part(Math.max(told, drawn))) + '%'}})),
     h('span.small', {class: over || 'dim'}, text));
 }
 
 /** @type {Record<string, [string, object]>} */
 const LIMITS = {limitA: ['Limit, A a phase', {min: 1, step: 'any'}],
+  limitKw: ['or limit, kW', {min: 0.1, step: 'any'}],
   marginPercent: ['Margin, %', {min: 0, max: 50, step: 'any'}]};
-const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come'];
+const ONE_LIMIT = ['limitA', 'limitKw'];
+const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come', 'solar'];
 function limitForm(power) {
   const typed = remembered('limits', {});
   const value = name => String(typed[name] ?? power[name]);
   const changes = Object.fromEntries(Object.keys(typed).filter(name => typed[name] !== ''
     && value(name) !== String(power[name])).map(name =>
     [name, name === 'strategy' ? typed[name] : Number(typed[name])]));
+  const type = name => event => {
+    if (ONE_LIMIT.includes(name)) for (const one of ONE_LIMIT) delete typed[one];
+    typing(typed, name)(event);
+  };
   const send = async event => {
     event.preventDefault();
     const text = Object.entries(changes).map(([name, to]) => `${name}: ${power[name]} ⇒ ${to}`);
     if (!await confirmed('Change what the site shares?', text.join(', ')
-      + '. It holds until the board starts anew.', 'Change it')) return;
+      + '. It holds until the configured value changes.', 'Change it')) return;
     await attempt(async () => {
       state.power = (await ask('PATCH', '/api/smart-charge/config', changes)).data;
       state.ui.limits = {};
@@ -17651,12 +17792,14 @@ function limitForm(power) {
     });
     touch('ui');
   };
+  const field = (name, label, input) => h('label', {key: name}, h('span.dim.small', label,
+    power.setOnBoard.includes(name) && h('b.info', ' · set on the board')), input);
   return h('form.form', {onsubmit: send},
-    Object.entries(LIMITS).map(([name, [label, props]]) => h('label', {key: name}, label,
-      h('input', {type: 'number', ...props, value: value(name), oninput: typing(typed, name)}))),
-    h('label', {key: 'strategy'}, 'Strategy', h('select', {value: value('strategy'),
-      oninput: typing(typed, 'strategy')}, STRATEGIES.map(one =>
-      h('option', {key: one, value: one}, one.replaceAll('_', ' '))))),
+    Object.entries(LIMITS).map(([name, [label, props]]) => field(name, label,
+      h('input', {type: 'number', ...props, value: value(name), oninput: type(name)}))),
+    field('strategy', 'Strategy', h('select', {value: value('strategy'),
+      oninput: type('strategy')}, STRATEGIES.filter(one => one !== 'solar' || power.meter)
+      .map(one => h('option', {key: one, value: one}, one.replaceAll('_', ' '))))),
     h('div.bar', h('button.btn.main-act', {disabled: !Object.keys(changes).length}, 'Change'),
       Object.keys(typed).length > 0 && button('Leave it', () => {
         state.ui.limits = {};
@@ -17664,82 +17807,131 @@ function limitForm(power) {
       })));
 }
 
-const SESSION_FIELDS = {priority: 'Priority', minA: 'Least, A', maxA: 'Most, A; 0 pauses'};
+// Each session's chart: what its car draws, below what it is allowed.
+const CARS_SHOWN = 12;
+function carsCard() {
+  const going = charges().filter(transactionOf).sort(byStation);
+  return going.length > 0 && card([h('h2.grow', 'Each car, drawn and allowed'),
+    going.length > CARS_SHOWN && h('span.dim.small', `the first ${CARS_SHOWN}; the others are with `
+      + 'their sessions')], {key: 'cars'}, h('div.in.sides', going.slice(0, CARS_SHOWN).map(one =>
+    h('div', {key: one.sessionId}, h('h3', dot(colourOf(one.identity)),
+      link(to('power', one.sessionId), one.identity), h('span.dim', ` ${one.evse}`)),
+    carChart('car', one)))));
+}
+const transactionOf = ({identity, transactionId}) =>
+  state.transactions.get(keyOf({identity, id: transactionId}));
+const byStation = (a, b) => a.identity < b.identity ? -1 : a.identity > b.identity ? 1
+  : a.evse - b.evse;
+
+function carChart(id, one) {
+  const series = seriesOf(transactionOf(one)), from = now() - HOUR;
+  if (!series.length) return h('p.dim', 'Its chart begins with its first meter value.');
+  const drawn = ({currentA}) => Object.keys(currentA).length
+    ? highest(Object.values(currentA)) : null;
+  const limits = [...pointsOf(series, point => point.allowedA), [now(), one.allocatedA]];
+  return chart(`${id} ${one.sessionId}`, {label: `${one.identity} ${one.evse}`, format: amperes,
+    least: 6, height: 130, from: Math.max(from, ms(series[0].timestamp)), till: now(),
+    lines: [{name: 'Drawn', colour: colourOf(one.identity), points: pointsOf(series, drawn)},
+      allowed(limits)]});
+}
+
+const changeSession = (sessionId, changes) => attempt(async () => {
+  const {data} = await ask('PATCH', path('smart-charge', sessionId), changes);
+  state.charges.set(sessionId, data);
+  const typed = remembered('charge ' + sessionId, {});
+  for (const [name, sent] of Object.entries(changes))        // what was typed since stays
+    if (typed[name] === String(sent ?? '')) delete typed[name];
+  notice('Changed');
+  touch('smart-charge');
+});
+
+// What may be set: its label, and where the session tells it.
+const SESSION_FIELDS = {priority: ['Priority', 'priority'], minA: ['Least, A', 'minA'],
+  maxA: ['Most, A; 0 pauses', 'maxA'], phases: ['Phases its car uses', 'phasesSet']};
 function chargeDetail({sessionId}) {
   const one = state.charges.get(sessionId), typed = remembered('charge ' + sessionId, {});
-  const value = name => typed[name] ?? String(one[name] ?? '');
-  const changed = Object.keys(typed).filter(name => typed[name] !== String(one[name] ?? ''));
-  const change = changes => attempt(async () => {
-    const {data} = await ask('PATCH', path('smart-charge', sessionId), changes);
-    state.charges.set(sessionId, data);
-    for (const [name, sent] of Object.entries(changes))      // what was typed since stays
-      if (typed[name] === String(sent ?? '')) delete typed[name];
-    notice('Changed');
-    touch('smart-charge');
-  });
+  const told = name => String(one[SESSION_FIELDS[name][1]] ?? '');
+  const changed = Object.keys(typed).filter(name => typed[name] !== told(name));
   const send = event => {
     event.preventDefault();
-    change(Object.fromEntries(changed.map(name =>
+    changeSession(sessionId, Object.fromEntries(changed.map(name =>
       [name, typed[name] === '' ? null : Number(typed[name])])));
   };
   return aside(`Session ${sessionId}`, () => go('power'),
+    h('p', chargePill(one), ' ', coded(one.reason)),
     facts([['Station', stationLink(one.identity)], ['EVSE', digits(one.evse)],
-      ['Status', pill(one.status, CHARGE_TONES[one.status] ?? 'bad')],
-      ['Circuit', one.circuit], ['Phases', digits(one.phases)],
-      ['Told', amperes(one.allocatedA)], ['To get', amperes(one.targetA)],
-      ['Draws', amperes(one.measuredA)], ['Since', clock(one.startedAt)]]),
-    h('p', one.reason),
+      ['Allowed', amperes(one.allocatedA)], ['To get', amperes(one.targetA)],
+      ['Draws', amperes(one.measuredA)], ['Circuit', one.circuit],
+      ['Phases', digits(one.phases)], ['Since', clock(one.startedAt)],
+      one.endedAt && ['Ended', clock(one.endedAt)]]),
+    one.status !== 'ended' && transactionOf(one) && carChart('session', one),
     one.status !== 'ended' && h('form.form', {onsubmit: send},
-      Object.entries(SESSION_FIELDS).map(([name, label]) => h('label', {key: name}, label,
-        h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual', value: value(name),
-          oninput: typing(typed, name)}))),
+      Object.entries(SESSION_FIELDS).map(([name, [label]]) => h('label', {key: name}, label,
+        h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual',
+          value: typed[name] ?? told(name), oninput: typing(typed, name)}))),
       h('div.bar.whole', h('button.btn.main-act', {disabled: !changed.length}, 'Change'),
-        one.maxA === 0 ? button('Go on', () => change({maxA: null}))
-          : button('Pause', () => change({maxA: 0})))),
+        one.maxA === 0 ? button('Go on', () => changeSession(sessionId, {maxA: null}))
+          : button('Pause', () => changeSession(sessionId, {maxA: 0})))),
     link(to('transactions', keyOf({identity: one.identity, id: one.transactionId})),
       'Its transaction'));
 }
 
 const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''};
+const CHARGES_SHOWN = 200;
 function chargesCard() {
-  const charges = newestFirst(state.charges), on = state.about?.smartCharging;
-  if (!charges.length) return card('Smart charging', {key: 'charges'}, empty(on
+  const going = charges().sort(byStation), on = state.about?.smartCharging;
+  if (!state.charges.size) return card('Smart charging', {key: 'charges'}, empty(on
     ? 'It is on, and no car charges.'
     : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
       + 'set by hand, among the commands of each station.'));
-  const going = charges.filter(one => one.status !== 'ended');
-  const kilowatts = sum(going.map(one => one.allocatedKw));
+  const kilowatts = sum(going.map(one => one.allocatedKw)), left = going.length - CHARGES_SHOWN;
   return card([h('h2.grow', 'Smart charging'), !on && pill('switched off', 'warn'),
-    h('b', `${power(kilowatts * 1000)} allocated`)], {key: 'charges'},
-  h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allocated: ' + going.map(one =>
-    `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')}, going.map((one, n) =>
-    h('i', {key: one.sessionId, title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
-      style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
-        background: COLOURS[n % 8]}})))),
-  grid('charges', {rows: sorted('charges', CHARGE_COLUMNS, charges), columns: CHARGE_COLUMNS,
-    key: one => one.sessionId, label: 'Smart charging sessions',
-    beside: state.charges.has(state.route.id),
-    row: one => ({open: to('power', one.sessionId),
-      class: state.route.id === one.sessionId && 'picked'})}));
+    left > 0 && h('span.dim.small', `and ${left} more`),
+    h('b', `${power(kilowatts * 1000)} allowed`)], {key: 'charges'},
+  going.length > 0 && h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allowed: '
+    + going.map(one => `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')},
+  going.map(one => h('i', {key: one.sessionId,
+    title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
+    style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
+      background: colourOf(one.identity)}})))),
+  chargeGrid('charges', 'Smart charging sessions', CHARGE_COLUMNS, going.slice(0, CHARGES_SHOWN),
+    {wraps: true, blank: empty('No car charges.')}));
 }
 
+function endedCard() {
+  const rows = newestFirst(state.charges).filter(one => one.status === 'ended');
+  return rows.length > 0 && card([h('h2.grow', 'Ended'), counted(plural(rows.length, 'session'))],
+    {key: 'ended'}, chargeGrid('ended', 'Ended sessions', ENDED_COLUMNS, rows, {}));
+}
+
+const chargeGrid = (id, label, columns, rows, look) => grid(id, {rows: sorted(id, columns, rows),
+  columns, key: one => one.sessionId, label, beside: state.charges.has(state.route.id),
+  row: one => ({open: to('power', one.sessionId),
+    class: state.route.id === one.sessionId && 'picked'}), ...look});
+
+const chargeName = one => [dot(colourOf(one.identity)), stationLink(one.identity),
+  one.evse != null && h('span.dim', ` ${one.evse}`)];
+const chargePill = one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad');
+const chargeAllowed = one =>
+  (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000);
 const CHARGE_COLUMNS = [
-  {name: 'Station', width: '9rem', short: '6.5rem', sort: one => one.identity,
-    cell: one => [stationLink(one.identity), one.evse != null && h('span.dim', ` ${one.evse}`)]},
-  {name: 'Status', width: '9.5rem', short: '6.4rem', sort: one => one.status,
-    cell: one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad')},
-  {name: 'Allocated', width: '9rem', short: '8rem', num: true, sort: one => one.allocatedKw,
-    down: true,
-    cell: one =>
-    (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000)},
-  {name: 'Measured', width: '6rem', num: true, wide: true, spare: true,
-    cell: one => amperes(one.measuredA)},
-  {name: 'Why', wide: true, cell: one => h('span', {title: plain(one.reason || '')}, one.reason
-      || DASH)},
+  {name: 'Why, and which', slim: true, cell: one => [h('p', coded(one.reason || DASH)),
+    h('div.bar.small', h('span', chargeName(one)), chargePill(one), chargeAllowed(one))]},
+  {name: 'Station', width: '14%', wide: true, sort: one => one.identity, cell: chargeName},
+  {name: 'Status', width: '9.5rem', wide: true, sort: one => one.status, cell: chargePill},
+  {name: 'Allowed', width: '8.5rem', num: true, wide: true, sort: one => one.allocatedKw,
+    down: true, cell: chargeAllowed},
+  {name: 'Drawn', width: '5rem', num: true, wide: true, cell: one => amperes(one.measuredA)},
+  {name: 'Why', wide: true, cell: one => coded(one.reason || DASH)},
   {name: 'Since', width: '6.5rem', num: true, wide: true, spare: true, down: true,
     sort: one => one.startedAt, cell: one => clock(one.startedAt)},
-  {name: 'Changed', width: '6.5rem', num: true, wide: true, spare: true, down: true,
-    sort: one => one.updatedAt, cell: one => ago(one.updatedAt)},
+];
+const ENDED_COLUMNS = [
+  {name: 'Station', cell: chargeName, sort: one => one.identity},
+  {name: 'Began', width: '9rem', num: true, wide: true, down: true, sort: one => one.startedAt,
+    cell: one => clock(one.startedAt)},
+  {name: 'Ended', width: '9rem', num: true, down: true, sort: one => one.endedAt,
+    cell: one => clock(one.endedAt)},
 ];
 
 // Relay

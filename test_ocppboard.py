@@ -15168,6 +15168,159 @@ async def test_the_power_screen_shows_circuits_and_changes_limits(site):
         assert not await violations(look)
 
 
+@live(**SHARING, stations={"GONE-1": {"max_a": 16}, "ALONE-1": {"managed": False}})
+async def test_who_takes_power_without_control_stands_on_top_with_what_to_do(site):
+    ghost = await site.station("GHOST-1")
+    await exchange(ghost, "BootNotification", BOOT_16)
+    await ghost.close()
+    alone = await site.station("ALONE-1")
+    await exchange(alone, "BootNotification", BOOT_16)
+    await exchange(alone, "StartTransaction", START_16)
+    await exchange(alone, "MeterValues", {"connectorId": 1, "meterValue": [{
+        "timestamp": iso_now(), "sampledValue": [
+            {"value": "50", "measurand": "Current.Import", "phase": "L1"}]}]})
+    async with looking(site) as look:
+        lines = look.page.locator(".card", has_text="Needs attention").locator("li")
+        await expect(lines.nth(0)).to_contain_text("The site is over its limit of 31.9 A: L1 50 A")
+        loose = lines.nth(1)
+        await expect(loose).to_contain_text(
+            "GHOST-1 is not under control and counts for 32 A: it is offline")
+        await expect(loose).to_contain_text("say that it is not at this site.")
+        await expect(lines.nth(2)).to_contain_text("GONE-1 is not under control and counts for "
+                                                   "16 A: it has not connected since the start")
+        await expect(lines.nth(2)).to_contain_text("take it out of the configuration.")
+        for n in range(3):
+            await expect(lines.nth(n).locator("a.bad")).to_have_count(1)
+        await expect(lines.locator("a.bad")).to_have_count(3)      # who is left alone is no alarm
+        await look.sees("ALONE-1 is not under control and counts for 50 A: it is left alone",
+                        ".scrolls")
+        await expect(lines.filter(has_text="Anybody who can connect")).to_have_count(1)
+        await expect(lines.nth(2).get_by_role("button")).to_have_count(0)       # it is named
+        assert not await violations(look)
+        await loose.get_by_role("button", name="Not at this site").click()
+        dialog = look.page.get_by_role("dialog")
+        await dialog.get_by_role("button", name="Not at this site").click()
+        await expect(lines.filter(has_text="GHOST-1 is not under control")).to_have_count(0)
+        assert site.daemon.controller.elsewhere == {"GHOST-1"}
+        await look.go("power")
+        await look.sees("GONE-1 is not under control", ".card:has-text('Circuits')")
+        title = look.page.get_by_role("heading", name="Not at this site")
+        await expect(look.page.locator(".card").filter(has=title)).to_contain_text("GHOST-1")
+        await look.click("It is at this site")
+        await expect(title).to_have_count(0)
+        assert not site.daemon.controller.elsewhere
+
+
+@live(**SHARING, smart_charge_meter="true")
+async def test_the_page_says_what_was_set_on_the_board_and_what_the_sun_leaves(site):
+    async with looking(site) as look:
+        await look.go("power")
+        card = look.page.locator(".card", has_text="Circuits")
+        await expect(card).to_contain_text("The site's meter has not told anything yet")
+        await expect(card).not_to_contain_text("set on the board")
+        await site.fetch("/api/smart-charge/meter", "POST", {"L1": -8, "L2": -2.5, "L3": 0})
+        await look.page.get_by_label("limit, kW").fill("11")
+        await look.page.get_by_label("Strategy").select_option("solar")
+        await card.get_by_role("button", name="Change").click()
+        await look.click("Change it")
+        await expect(card.get_by_label("limit, kW · set on the board")).to_have_value("11")
+        await expect(card.get_by_label("Strategy · set on the board")).to_have_value("solar")
+        await expect(card.get_by_text("set on the board")).to_have_count(2)
+        await expect(card).to_contain_text("surplus for the cars 10.5 A, all phases together")
+
+
+@live(**SHARING)
+async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reasons(site):
+    await simulated(site, "ocpp1.6")
+    fill(site)
+    async with looking(site) as look:
+        await look.go("power")
+        options = look.page.get_by_label("Strategy").locator("option")
+        assert "solar" not in await options.all_inner_texts(), "there is no meter"
+        going = look.page.get_by_role("region", name="Smart charging sessions")
+        ended = look.page.get_by_role("region", name="Ended sessions")
+        await expect(going.locator("tr.open")).to_have_count(2)
+        await expect(ended.locator("tr.open")).to_have_count(1)
+        assert (await going.bounding_box())["y"] < (await ended.bounding_box())["y"]
+        reason = "Waits: 0 A of site can be shared now; " + "not under control: X 32 A " * 12 + "END"
+        later = Told(sessionId="sc-7", identity="SIM-9", strategy="equal_share", allocatedKw=8.0,
+                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(), evse=1,
+                     reason=reason)
+        site.board.smart_charge.append(later)
+        site.board.publish("smart-charge", later)
+        for width in (1440, 390):
+            await look.page.set_viewport_size({"width": width, "height": 844})
+            cell = going.locator("td", has_text=reason)
+            await expect(cell).to_be_visible()
+            assert await cell.evaluate("one => one.scrollWidth <= one.clientWidth "
+                                       "&& one.scrollHeight <= one.clientHeight + 1"), width
+        assert (await going.locator("tr.open", has_text="SIM-9").inner_text()).startswith("Waits")
+        page = "document.documentElement.scrollWidth"
+        assert await look.page.evaluate(page) <= 390
+
+
+@live(**SHARING)
+async def test_a_station_has_one_colour_and_its_limit_is_a_line_in_its_chart(site):
+    _, command = await simulated(site, "ocpp1.6")
+    await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
+    await until(lambda: site.board.smart_charge.records)
+    site.board.charge_updated(site.board.smart_charge.records[0], allocated_a=13.0)
+    for _ in range(3):
+        await command("TriggerMessage", {"requestedMessage": "MeterValues", "connectorId": 1})
+        await asyncio.sleep(3 * ocppboard.STREAM_PAUSE_S)
+    async with looking(site) as look:
+        await look.go("power")
+        cars = look.page.locator(".card", has_text="Each car, drawn and allowed")
+        await expect(cars.locator("path.line")).to_have_count(2)
+        await expect(cars.locator("path.line.most")).to_have_count(1)
+        await expect(cars.locator(".legend")).to_contain_text("Allowed")
+        for word in ("drawn", "allowed", "counted"):
+            await look.sees(word, ".card:has-text('Circuits') .legend")
+        colours = await look.page.locator(".dot").evaluate_all(
+            "all => all.filter(one => /SIM-1|Drawn/.test(one.parentNode.textContent))"
+            ".map(one => getComputedStyle(one).color)")
+        assert len(colours) == 4 and len(set(colours)) == 1
+        bar = look.page.locator(".meter.thick i")
+        await expect(bar).to_have_css("background-color", colours[0])
+
+
+@live(**SHARING)
+async def test_a_limit_by_hand_on_a_steered_station_is_said_to_have_no_effect_before_it_is_sent(
+        site):
+    _, command = await simulated(site, "ocpp1.6")
+    await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
+    await until(lambda: site.board.smart_charge.records)
+    session = site.board.smart_charge.records[0]
+    async with looking(site, expected=["status of 409"]) as look:
+        await look.go("stations/SIM-1/commands")
+        await look.click("Set a limit")
+        await look.sees("This has no effect: the power controller sets the limits", "form")
+        await look.page.get_by_label("Limit", exact=True).fill("9")
+        await look.click("At most 9 A for the car at 1")
+        await look.sees("now at most 9 A", "form")
+        assert session.max_a == 9
+        await look.page.get_by_label("Limit", exact=True).fill("9.5")
+        await expect(look.page.get_by_role("button", name="At most 9.5 A")).to_be_disabled()
+        await look.click("Send")
+        await look.sees("It lies below the board's own limits and has no effect", ".list .warn")
+        assert not await violations(look)
+        await look.page.get_by_label("Purpose").select_option("ChargePointMaxProfile")
+        await expect(look.page.get_by_text("This has no effect")).to_have_count(0)
+        await look.click("Any command")
+        await look.page.get_by_label("Action to send").fill("SetChargingProfile")
+        await look.page.get_by_label("Payload, JSON").fill(json.dumps({
+            "connectorId": 1, "csChargingProfiles": PROFILE | {"chargingSchedule": SCHEDULE}}))
+        await look.sees("This has no effect: the power controller sets the limits", "form")
+        await look.page.get_by_role("link", name="its session").click()
+        session_view = look.page.get_by_role("region", name="Session sc-1")
+        await session_view.get_by_label("Phases its car uses").fill("1")
+        await session_view.get_by_role("button", name="Change", exact=True).click()
+        await until(lambda: session.phases_set == 1)
+        await session_view.get_by_label("Phases its car uses").fill("")
+        await session_view.get_by_role("button", name="Change", exact=True).click()
+        await until(lambda: session.phases_set is None)
+
+
 @live(telemetry_interval_ms=200)
 async def test_the_page_says_that_the_state_is_not_written_and_who_was_not_seen(site):
     station = ocppboard.Station("OLD-1", "ocpp1.6", "192.0.2.1", site.board.clock() - 86400)
