@@ -16315,8 +16315,8 @@ function marksTo(top) {
   return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
 }
 
-// `lines` are {name, points: [[ms, value], …]}, and `most` where it is a limit; `least` is what the
-// scale reaches at least.
+// `lines` are {name, points: [[ms, value], …]}; `steps` are held until the next one, `most` are such
+// that are a limit; `least` is what the scale reaches at least.
 function chart(id, {lines, label, format = digits, height = 170, least = 1, areas = false,
     limit = null, from, till}) {
   const name = `chart ${id}`, width = state.ui[name] || 600;
@@ -16378,11 +16378,11 @@ function timeMarks(from, till, count) {
     .map(at => [at, format.format(at)]);
 }
 
-function linePath({name, colour, most, points}, x, y, width, shown) {
+function linePath({name, colour, most, steps, points}, x, y, width, shown) {
   let path = '', pen = 'M';
   for (const [at, value] of thinned(points.filter(([at]) => shown(at)), width)) {
     const [right, up] = [x(at), y(value)].map(one => one.toFixed(1));
-    if (value != null) path += most && pen === 'L' ? `H${right}V${up}` : `${pen}${right} ${up}`;
+    if (value != null) path += steps && pen === 'L' ? `H${right}V${up}` : `${pen}${right} ${up}`;
     pen = value == null ? 'M' : 'L';
   }
   return h('path.line', {key: 'line ' + name, class: most && 'most', style: {stroke: colour},
@@ -16413,7 +16413,8 @@ function seriesOf(transaction) {
 }
 const pointsOf = (series, value) => series.map(one => [ms(one.timestamp), value(one)]);
 const PHASES = ['L1', 'L2', 'L3', ''];
-const allowed = points => ({name: 'Allowed', colour: 'var(--ink)', most: true, points});
+const allowed = points =>
+  ({name: 'Allowed', colour: 'var(--ink)', most: true, steps: true, points});
 
 function meterCharts(transaction) {
   const series = seriesOf(transaction);
@@ -16429,7 +16430,7 @@ function meterCharts(transaction) {
     part('Power', {format: power, least: 1000}, of('powerW', 'Power')),
     part('Current', {format: amperes, least: 6, height: 130},
       [...phases.map((phase, n) => ({...line(phase || 'Current', one => one.currentA[phase]),
-        colour: COLOURS[n]})),
+        colour: COLOURS[n], steps: true})),
       ...of('allowedA', 'Allowed').map(({points}) => allowed(points))]),
     part('Energy', {format: energy, least: 10, height: 110}, of('energyWh', 'Energy')),
     part('State of charge', {format: percent, least: 100, height: 110}, of('soc', 'SoC')));
@@ -17649,14 +17650,13 @@ function powerScreen() {
   const drawn = panel('power', ['transactions', 'telemetry', 'hover', 'circuits'], powerCard);
   const cars = panel('cars', ['transactions', 'smart-charge', 'hover', 'tick'], carsCard);
   const site = panel('circuits', ['circuits', 'ui'], circuitsCard);
-  const sessions = split(h('div.stack',
-    panel('charges', ['smart-charge', 'tick'], chargesCard),
-    panel('ended', ['smart-charge', 'tick'], endedCard)),
-  picked && panel('charge', ['smart-charge', 'transactions', 'hover', 'ui', 'tick'],
-    () => chargeDetail(picked)));
+  const sessions = panel('charges', ['smart-charge', 'tick'], chargesCard);
+  const ended = panel('ended', ['smart-charge', 'tick'], endedCard);
   const others = panel('elsewhere', ['circuits'], elsewhereCard);
-  return [heading('Power'),
-    ...narrow() ? [sessions, site, cars, drawn] : [drawn, site, cars, sessions], others];
+  return [heading('Power'), split(h('div.stack',
+    narrow() ? [sessions, site, cars, drawn] : [drawn, site, sessions, cars], ended, others),
+  picked && panel('charge', ['smart-charge', 'transactions', 'hover', 'ui', 'tick'],
+    () => chargeDetail(picked)))];
 }
 
 // What circuits carry changes all the time, and goes by no stream.
@@ -17831,8 +17831,8 @@ function carChart(id, one) {
   const limits = [...pointsOf(series, point => point.allowedA), [now(), one.allocatedA]];
   return chart(`${id} ${one.sessionId}`, {label: `${one.identity} ${one.evse}`, format: amperes,
     least: 6, height: 130, from: Math.max(from, ms(series[0].timestamp)), till: now(),
-    lines: [{name: 'Drawn', colour: colourOf(one.identity), points: pointsOf(series, drawn)},
-      allowed(limits)]});
+    lines: [{name: 'Drawn', colour: colourOf(one.identity), steps: true,
+      points: pointsOf(series, drawn)}, allowed(limits)]});
 }
 
 const changeSession = (sessionId, changes) => attempt(async () => {
@@ -17917,11 +17917,12 @@ const chargeAllowed = one =>
 const CHARGE_COLUMNS = [
   {name: 'Why, and which', slim: true, cell: one => [h('p', coded(one.reason || DASH)),
     h('div.bar.small', h('span', chargeName(one)), chargePill(one), chargeAllowed(one))]},
-  {name: 'Station', width: '14%', wide: true, sort: one => one.identity, cell: chargeName},
-  {name: 'Status', width: '9.5rem', wide: true, sort: one => one.status, cell: chargePill},
+  {name: 'Station', width: '10rem', wide: true, sort: one => one.identity, cell: chargeName},
+  {name: 'Status', width: '9.3rem', wide: true, sort: one => one.status, cell: chargePill},
   {name: 'Allowed', width: '8.5rem', num: true, wide: true, sort: one => one.allocatedKw,
     down: true, cell: chargeAllowed},
-  {name: 'Drawn', width: '5rem', num: true, wide: true, cell: one => amperes(one.measuredA)},
+  {name: 'Drawn', width: '5rem', num: true, wide: true, spare: true,
+    cell: one => amperes(one.measuredA)},
   {name: 'Why', wide: true, cell: one => coded(one.reason || DASH)},
   {name: 'Since', width: '6.5rem', num: true, wide: true, spare: true, down: true,
     sort: one => one.startedAt, cell: one => clock(one.startedAt)},
@@ -18376,13 +18377,14 @@ function header() {
   return panel('header', ['live'], () => {
     const {status, since: from} = state.live;
     const said = {on: 'live', connecting: 'connecting …'}[status];
-    return h('header.head', h('a.brand', {href: '#/overview'},
+    return h('header.head', h('a.brand', {href: '#/overview', 'aria-label': 'ocppboard'},
       h('svg', {viewBox: '0 0 16 16', 'aria-hidden': 'true'},
         h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
-        h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})), 'ocppboard'),
+        h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})),
+      h('span', {class: status === 'on' ? '' : 'wide'}, 'ocppboard')),
     h('span', {class: 'live ' + status, role: 'status'}, said
-      || ['reconnecting', h('span.wide', ', no connection'), ' since ',
-        clock(new Date(from + state.clockOff).toISOString())]),
+      || h('span', 'reconnecting', h('span.wide', ', no connection'), ' since ',
+        clock(new Date(from + state.clockOff).toISOString()))),
     h('span.grow'),
     h('select', {'aria-label': 'Colours', value: theme(),
       onchange: event => setTheme(event.target.value)},

@@ -14756,6 +14756,11 @@ def test_the_page_comes_back_after_a_restart_of_the_board():
                 await look.go("stations")
                 await look.sees("CP-OLD", "tbody")
             await look.sees("reconnecting, no connection since", ".live.off")
+            await look.page.set_viewport_size({"width": 390, "height": 844})
+            await look.sees("reconnecting", ".live.off")
+            log_out = await look.page.get_by_role("button", name="Log out").bounding_box()
+            assert log_out["x"] + log_out["width"] <= 390
+            await look.page.set_viewport_size({"width": 1440, "height": 900})
             second = await stack.enter_async_context(Site(server_port=first.port))
             await look.sees("The session has ended")
             await look.page.get_by_label("Token").fill("t0ken")
