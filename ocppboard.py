@@ -15292,6 +15292,7 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
 .flush > li { padding: .5rem 0 } .list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
+.beside { display: flex; gap: .2rem .6rem; align-items: baseline }
 .why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
 .why p { overflow-wrap: anywhere }
 
@@ -15430,7 +15431,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
   .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
   .plain td:empty { display: none }
-  .btn, select, input { min-height: 2.5rem } .wide { display: none } }
+  .beside { flex-wrap: wrap } .btn, select, input { min-height: 2.5rem } .wide { display: none } }
 @media (min-width: 44.01rem) { .slim { display: none } }
 @media (prefers-reduced-motion: reduce) { * { transition: none; animation: none;
   scroll-behavior: auto } }
@@ -17191,11 +17192,13 @@ function attentionCard() {
       : h('ul.list.scrolls', {tabindex: 0, 'aria-label': 'What needs attention'},
         found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
         h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
-        h('div.grow', h('a', {href: '#/' + one.where, class: one.rank < 0 && 'bad'}, one.text),
-          one.more && h('p.small', one.more)), one.act)),
+        saying(one, h('a', {href: '#/' + one.where, class: one.rank < 0 && 'bad'}, one.text)))),
       found.length > ATTENTION_SHOWN && h('li.dim', {key: 'more'},
         `and ${found.length - ATTENTION_SHOWN} more`)));
 }
+
+const saying = ({more, act}, ...text) => h('div.grow.beside',
+  h('div.grow', text, more && h('p.small', more)), act);
 
 function chargingCard() {
   const going = running().sort((a, b) => flow(b) - flow(a));
@@ -17732,8 +17735,7 @@ const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.smal
 function looseView() {
   const found = uncontrolled().map(notSteered);
   return found.length > 0 && h('div', h('h3', 'Not under control'), h('ul.list.flush',
-    found.map(({tone, text, more, act}, n) => h('li', {key: n},
-      h('div.grow', h('p', {class: tone}, text), h('p.small', more)), act))));
+    found.map((one, n) => h('li', {key: n}, saying(one, h('p', {class: one.tone}, one.text))))));
 }
 
 function elsewhereCard() {
@@ -17744,7 +17746,7 @@ function elsewhereCard() {
 }
 
 const circuitView = (one, deep) => h('div.circuit', {key: one.name,
-    style: {'margin-left': deep * 1.2 + 'rem'}},
+    style: {'margin-left': deep * (narrow() ? .3 : 1.2) + 'rem'}},
   h('div.bar', h('h3.grow', nameOfCircuit(one)), one.overLimit && pill('over its limit', 'bad'),
     h('span.dim.small', `${amperes(one.limitA)} a phase, ${amperes(one.usableA)} to be used`)),
   Object.keys(one.measuredA).map(phase => phaseView(one, phase)));
@@ -17877,16 +17879,20 @@ function chargeDetail({sessionId}) {
 }
 
 const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''};
-const CHARGES_SHOWN = 200;
+const CHARGES_SHOWN = 50;                          // unless all are wanted: that takes its time
 function chargesCard() {
   const going = charges().sort(byStation), on = state.about?.smartCharging;
   if (!state.charges.size) return card('Smart charging', {key: 'charges'}, empty(on
     ? 'It is on, and no car charges.'
     : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
       + 'set by hand, among the commands of each station.'));
-  const kilowatts = sum(going.map(one => one.allocatedKw)), left = going.length - CHARGES_SHOWN;
+  const kilowatts = sum(going.map(one => one.allocatedKw)), {allCharges} = state.ui;
+  const rows = sorted('charges', CHARGE_COLUMNS, going);
   return card([h('h2.grow', 'Smart charging'), !on && pill('switched off', 'warn'),
-    left > 0 && h('span.dim.small', `and ${left} more`),
+    going.length > CHARGES_SHOWN && button(`All ${going.length}`, () => {
+      state.ui.allCharges = !allCharges;
+      touch('ui');
+    }, {'aria-pressed': String(!!allCharges)}),
     h('b', `${power(kilowatts * 1000)} allowed`)], {key: 'charges'},
   going.length > 0 && h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allowed: '
     + going.map(one => `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')},
@@ -17894,18 +17900,20 @@ function chargesCard() {
     title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
     style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
       background: colourOf(one.identity)}})))),
-  chargeGrid('charges', 'Smart charging sessions', CHARGE_COLUMNS, going.slice(0, CHARGES_SHOWN),
+  chargeGrid('charges', 'Smart charging sessions', CHARGE_COLUMNS,
+    allCharges ? rows : rows.slice(0, CHARGES_SHOWN),
     {wraps: true, blank: empty('No car charges.')}));
 }
 
 function endedCard() {
   const rows = newestFirst(state.charges).filter(one => one.status === 'ended');
   return rows.length > 0 && card([h('h2.grow', 'Ended'), counted(plural(rows.length, 'session'))],
-    {key: 'ended'}, chargeGrid('ended', 'Ended sessions', ENDED_COLUMNS, rows, {}));
+    {key: 'ended'}, chargeGrid('ended', 'Ended sessions', ENDED_COLUMNS,
+    sorted('ended', ENDED_COLUMNS, rows), {}));
 }
 
-const chargeGrid = (id, label, columns, rows, look) => grid(id, {rows: sorted(id, columns, rows),
-  columns, key: one => one.sessionId, label, beside: state.charges.has(state.route.id),
+const chargeGrid = (id, label, columns, rows, look) => grid(id, {rows, columns, label,
+  key: one => one.sessionId, beside: state.charges.has(state.route.id),
   row: one => ({open: to('power', one.sessionId),
     class: state.route.id === one.sessionId && 'picked'}), ...look});
 

@@ -15265,6 +15265,21 @@ async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reaso
 
 
 @live(**SHARING)
+async def test_the_power_screen_shows_fifty_sessions_or_all(site):
+    for number in range(60):
+        site.board.smart_charge.append(Told(
+            sessionId=f"sc-{number}", identity=f"CP-{number}", strategy="equal_share",
+            allocatedKw=4.14, status="active", startedAt=iso_now(-60), updatedAt=iso_now(), evse=1,
+            reason="A share."))
+    async with looking(site) as look:
+        await look.go("power")
+        rows = look.page.get_by_role("region", name="Smart charging sessions").locator("tr.open")
+        await expect(rows).to_have_count(50)
+        await look.click("All 60")
+        await expect(rows).to_have_count(60)
+
+
+@live(**SHARING)
 async def test_a_station_has_one_colour_and_its_limit_is_a_line_in_its_chart(site):
     _, command = await simulated(site, "ocpp1.6")
     await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
