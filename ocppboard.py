@@ -15291,7 +15291,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .url code { background: var(--well); padding: .2rem .5rem; border-radius: 6px; color: var(--ink) }
 .list > li { padding: .5rem 1rem; border-top: 1px solid var(--line); display: flex; gap: .6rem;
   align-items: baseline; min-width: 0; overflow-wrap: anywhere }
-.flush > li { padding: .5rem 0 } .list > li:first-child { border-top: 0 } .scrolls { max-height: 22rem; overflow: auto }
+.flush > li { padding: .5rem 0 } .list > li:first-child { border-top: 0 }
+.scrolls { max-height: 22rem; overflow: auto }
 .beside { display: flex; gap: .2rem .6rem; align-items: baseline }
 .why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
 .why p { overflow-wrap: anywhere }
@@ -15570,6 +15571,8 @@ const power = w => scaled(w, ['W', 'kW', 'MW']);
 const energy = wh => scaled(wh, ['Wh', 'kWh', 'MWh']);
 const bytes = n => scaled(n, ['B', 'kB', 'MB', 'GB']);
 const amperes = a => a == null ? DASH : digits(a, 1) + ' A';
+const perPhase = amps => Object.entries(amps).map(([phase, a]) => `${phase} ${amperes(a)}`)
+  .join(', ');
 const percent = (part, most = 0) => part == null ? DASH : digits(part, most) + ' %';
 const millis = ms => ms == null ? DASH : ms >= 1000 ? digits(ms / 1000, 1) + ' s'
   : digits(ms, ms < 1 ? 2 : ms < 10 ? 1 : 0) + ' ms';
@@ -16188,7 +16191,8 @@ function headCell(id, column) {
 /**
  * @param {string} id
  * @param {{columns: any[], rows: any[], key: (one: any) => any, row?: (one: any) => any,
- *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean, wraps?: boolean}} look
+ *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean,
+ *   wraps?: boolean}} look
  */
 function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, wraps}) {
   if (!rows.length) return blank;
@@ -16316,8 +16320,8 @@ function marksTo(top) {
   return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
 }
 
-// `lines` are {name, points: [[ms, value], …]}; `steps` are held until the next one, `most` are such
-// that are a limit; `least` is what the scale reaches at least.
+// `lines` are {name, points: [[ms, value], …]}: with `steps` a value holds until the next, with
+// `most` it is a limit. `least` is what the scale reaches at least.
 function chart(id, {lines, label, format = digits, height = 170, least = 1, areas = false,
     limit = null, from, till}) {
   const name = `chart ${id}`, width = state.ui[name] || 600;
@@ -16559,7 +16563,7 @@ function connectorPills(station) {
 // What a clock is off, in words.
 const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead' : 'behind'}`;
 
-// Who takes power that smart charging cannot steer. A circuit has also those below it, the site all.
+// Who takes power that smart charging cannot steer. The site has all, a circuit those below it.
 const uncontrolled = () => state.circuits.find(one => !one.parent)?.uncontrolled || [];
 const nameOfCircuit = ({name}) => name === 'site' ? 'The site' : `Circuit ${name}`;
 
@@ -16609,8 +16613,8 @@ function attention() {
 function overLimit(circuit) {
   const {limitA, measuredA} = circuit;
   const over = Object.entries(measuredA).filter(([, amps]) => amps > limitA);
-  return {rank: -2, tone: 'bad', where: 'power', text: [`${nameOfCircuit(circuit)} is over its limit `
-    + `of ${amperes(limitA)}: ${over.map(([phase, amps]) => `${phase} ${amperes(amps)}`).join(', ')}`],
+  return {rank: -2, tone: 'bad', where: 'power', text: [`${nameOfCircuit(circuit)} is over its `
+    + `limit of ${amperes(limitA)}: ${perPhase(Object.fromEntries(over))}`],
   more: 'Less is sent to its cars at once. If it stays so, look for one that does not obey, and '
     + 'unplug it.'};
 }
@@ -17405,8 +17409,8 @@ const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
 
 function stationCommands(one) {
   return [h('div.cols',
-    panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () => card('Commands', {key: 'form'},
-      h('div.in.stack', commandForm(one)))),
+    panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () =>
+      card('Commands', {key: 'form'}, h('div.in.stack', commandForm(one)))),
     panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
         answersOf(one.identity)))),
   ...messageList('command messages')];
@@ -17725,8 +17729,6 @@ function circuitsCard() {
 
 const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
   ['held', 'counted: may be drawn, is not free for others']];
-const perPhase = amps => Object.entries(amps).map(([phase, a]) => `${phase} ${amperes(a)}`)
-  .join(', ');
 const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.small',
   h('b', 'Site meter: '), `${perPhase(amps)}, ${duration(ageSeconds)} ago; besides the cars `
   + `${perPhase(otherLoadA)}; surplus for the cars ${amperes(surplusA)}, all phases together`)

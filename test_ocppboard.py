@@ -8028,7 +8028,7 @@ def test_named_stations_that_have_not_come_are_told_with_what_to_do(caplog):
     world.run(300)
     absent, = world.controller.circuits()[0]["uncontrolled"]
     assert absent == {"identity": "CP-9", "amps": 20, "reason": "has not connected since the start",
-                      "advice": "Connect it, or take it out of the configuration"}
+                      "advice": "Connect it, or take it out of the configuration", "named": True}
     assert records(world)[0]["reason"].endswith(
         "not under control: CP-9 20 A (has not connected since the start)")
 
@@ -15247,7 +15247,7 @@ async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reaso
         await expect(going.locator("tr.open")).to_have_count(2)
         await expect(ended.locator("tr.open")).to_have_count(1)
         assert (await going.bounding_box())["y"] < (await ended.bounding_box())["y"]
-        reason = "Waits: 0 A of site can be shared now; " + "not under control: X 32 A " * 12 + "END"
+        reason = "Waits: 0 A of site can be shared; " + "not under control: X 32 A " * 12 + "END"
         later = Told(sessionId="sc-7", identity="SIM-9", strategy="equal_share", allocatedKw=8.0,
                      status="active", startedAt=iso_now(-60), updatedAt=iso_now(), evse=1,
                      reason=reason)
