@@ -15383,7 +15383,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
 .split.both { grid-template-columns: minmax(0, 1fr) minmax(20rem, 36%) }
-.aside { align-self: start; position: sticky; top: 4.25rem; max-height: calc(100vh - 5.5rem);
+.aside { scroll-margin-top: 7rem; align-self: start; position: sticky; top: 4.25rem; max-height: calc(100vh - 5.5rem);
   overflow: auto }
 .json { margin: 0; padding: .7rem .9rem; background: var(--well); border-radius: 8px;
   overflow: auto;
@@ -18284,6 +18284,7 @@ function arrive() {
     query: Object.fromEntries(new URLSearchParams(fields)), message: null};
   const other = screen !== before.screen || ofStation && id !== before.id;
   if (other || state.route.tab !== before.tab) enter();
+  else if (id && id !== before.id) after.push(showAside);
   follows(ofStation);
   const message = ofStation ? state.route.query.message : screen === 'messages' && id;
   if (message) showMessage(message, before.message);
@@ -18305,6 +18306,12 @@ function enter() {
     document.querySelector('.nav [aria-current]')?.scrollIntoView({block: 'nearest',
         inline: 'center'});
   });
+}
+
+// Where it is not beside the list it stands above it, out of sight of who has scrolled down.
+function showAside() {
+  const aside = document.querySelector('.aside');
+  if (aside?.getBoundingClientRect().top < 0) aside.scrollIntoView();
 }
 
 // Open the list of messages that the screen shows; while one types, it waits a moment.

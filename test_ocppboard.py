@@ -15262,6 +15262,11 @@ async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reaso
         assert (await going.locator("tr.open", has_text="SIM-9").inner_text()).startswith("Waits")
         page = "document.documentElement.scrollWidth"
         assert await look.page.evaluate(page) <= 390
+        await look.page.evaluate("scrollTo(0, 400)")
+        await going.locator("tr.open", has_text="SIM-9").click(position={"x": 200, "y": 200})
+        opened = look.page.get_by_role("region", name="Session sc-7")
+        await expect(opened.get_by_role("heading")).to_be_in_viewport()
+        await expect(opened.get_by_text("Waits: 0 A of site")).to_be_in_viewport()
 
 
 @live(**SHARING)
