@@ -17690,7 +17690,9 @@ function powerCard() {
     const name = `${one.identity} ${one.evse}`, line = places.get(name)
       || {name, colour: colourOf(one.identity), points: []};
     const points = pointsOf(seriesOf(one), point => point.powerW);
-    if (points.length && one.stoppedAt) points.push([ms(one.stoppedAt), 0]);
+    const ended = one.stoppedAt || !isOnline(one)
+      && state.stations.get(one.identity)?.disconnectedAt;
+    if (points.length && ended) points.push([ms(ended), 0]);
     places.set(name, {...line, points: [...line.points, ...points].sort(([a], [b]) => a - b)});
   }
   const lines = [...places.values()].filter(line => line.points.length)
@@ -17833,10 +17835,12 @@ function carChart(id, one) {
   const drawn = ({currentA}) => Object.keys(currentA).length
     ? highest(Object.values(currentA)) : null;
   const limits = [...pointsOf(series, point => point.allowedA), [now(), one.allocatedA]];
+  const flows = pointsOf(series, drawn);
+  if (!isOnline(one)) flows.push([now(), null]);
   return chart(`${id} ${one.sessionId}`, {label: `${one.identity} ${one.evse}`, format: amperes,
     least: 6, height: 130, from: Math.max(from, ms(series[0].timestamp)), till: now(),
-    lines: [{name: 'Drawn', colour: colourOf(one.identity), steps: true,
-      points: pointsOf(series, drawn)}, allowed(limits)]});
+    lines: [{name: 'Drawn', colour: colourOf(one.identity), steps: true, points: flows},
+      allowed(limits)]});
 }
 
 const changeSession = (sessionId, changes) => attempt(async () => {

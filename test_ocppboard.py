@@ -15286,7 +15286,7 @@ async def test_the_power_screen_shows_fifty_sessions_or_all(site):
 
 @live(**SHARING)
 async def test_a_station_has_one_colour_and_its_limit_is_a_line_in_its_chart(site):
-    _, command = await simulated(site, "ocpp1.6")
+    station, command = await simulated(site, "ocpp1.6")
     await command("RemoteStartTransaction", {"idTag": "REMOTE", "connectorId": 1})
     await until(lambda: site.board.smart_charge.records)
     site.board.charge_updated(site.board.smart_charge.records[0], allocated_a=13.0)
@@ -15307,6 +15307,10 @@ async def test_a_station_has_one_colour_and_its_limit_is_a_line_in_its_chart(sit
         assert len(colours) == 4 and len(set(colours)) == 1
         bar = look.page.locator(".meter.thick i")
         await expect(bar).to_have_css("background-color", colours[0])
+        await expect(cars.locator(".legend")).to_contain_text(re.compile(r"Drawn [\d.]+ A"))
+        station.url = "ws://127.0.0.1:9/"
+        await site.fetch("/api/connections/SIM-1/disconnect", "POST")
+        await expect(cars.locator(".legend")).to_contain_text("Drawn –")
 
 
 @live(**SHARING)
