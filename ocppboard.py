@@ -15383,7 +15383,8 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
 .split.both { grid-template-columns: minmax(0, 1fr) minmax(20rem, 36%) }
-.aside { scroll-margin-top: 7rem; align-self: start; position: sticky; top: 4.25rem; max-height: calc(100vh - 5.5rem);
+.aside { scroll-margin-top: 7rem; align-self: start; position: sticky; top: 4.25rem;
+  max-height: calc(100vh - 5.5rem);
   overflow: auto }
 .json { margin: 0; padding: .7rem .9rem; background: var(--well); border-radius: 8px;
   overflow: auto;
