@@ -100,7 +100,7 @@ from tornado import gen
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop, PeriodicCallback
-from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
+from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
 from tornado.tcpclient import TCPClient
@@ -142,6 +142,7 @@ FILES_SPARE = 20            # files kept free for what is not a connection
 SLICE, SLICE_BYTES = 100, 256 * 1024    # of records, written before the loop gets its turn
 
 RECENT_IN_OVERVIEW, RECENT_IN_DETAIL = 10, 50
+HANDSHAKES, HANDSHAKE_S = 500, 20   # of TLS under way at a time, and how long each may take
 LOGIN_FAILURES, LOGIN_WINDOW_S = 10, 300    # failures from one address, and how long each counts
 ENTRY_FAILURES = 50         # of all stations with one password, from one address
 STREAM_PAUSE_S = 0.1        # between two writes of a stream; what comes meanwhile goes out together
@@ -356,7 +357,7 @@ class Setting(NamedTuple):
     key: str
     default: Any
     allowed: tuple | None = None     # (least, most) of a number; or the words to choose from
-    built: bool = True               # False: only its default is accepted, the feature is to come
+    many: bool = False               # a text, or a list of texts
 
 
 MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
@@ -373,8 +374,8 @@ ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
 SETTINGS = (
     Setting("server", "address", ""),
     Setting("server", "port", 9000, PORT),
-    Setting("server", "tls_certificate", "", built=False),
-    Setting("server", "tls_private_key", "", built=False),
+    Setting("server", "tls_certificate", "", many=True),
+    Setting("server", "tls_private_key", "", many=True),
     Setting("server", "trust_proxy", False),
     Setting("auth", "mode", "token", MODES),
     Setting("auth", "token", ""),
@@ -396,8 +397,8 @@ SETTINGS = (
     Setting("store", "max_proxy_events", 1000, KEPT),
     Setting("ocpp", "path", "/ocpp"),
     Setting("ocpp", "port", 0, PORT),
-    Setting("ocpp", "tls_port", 0, PORT, built=False),
-    Setting("ocpp", "client_ca", "", built=False),
+    Setting("ocpp", "tls_port", 0, PORT),
+    Setting("ocpp", "client_ca", ""),
     Setting("ocpp", "protocols", list(PROTOCOLS), PROTOCOLS),
     Setting("ocpp", "accept", "any", ACCEPT),
     Setting("ocpp", "heartbeat_interval_seconds", 300, (10, 86400)),
@@ -438,6 +439,7 @@ STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "phases", 3, (1, 3)),
     Setting("stations", "phase_rotation", "", ROTATIONS),
     Setting("stations", "managed", True),
+    Setting("stations", "certificate_cn", ""),
 )
 CIRCUIT_SETTINGS = (                                   # of one [[smart_charge.circuit]]
     Setting("smart_charge.circuit", "name", ""),
@@ -603,7 +605,7 @@ def _apply_environment(config: Config, environ: Mapping[str, str]) -> None:
 
 def _from_text(setting: Setting, text: str, name: str) -> Any:
     kind = type(setting.default)
-    if kind is list:
+    if kind is list or (setting.many and "," in text):
         return [part.strip() for part in text.split(",") if part.strip()]
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -621,11 +623,12 @@ def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
     shown = "" if secret else f", not {value!r}"
     if kind is float and type(value) is int:
         value = float(value)
+    if setting.many and type(value) is list:
+        kind = list
     fits = type(value) is kind and (kind is not list or all(type(v) is str for v in value))
     if not fits:
-        raise ConfigError(f"{source}: {where} must be {TYPE_WORDS[kind]}{shown}")
-    if not setting.built and value != setting.default:
-        raise ConfigError(f"{source}: {where} is not available in this version")
+        or_list = f" or {TYPE_WORDS[list]}" if setting.many else ""
+        raise ConfigError(f"{source}: {where} must be {TYPE_WORDS[kind]}{or_list}{shown}")
     if kind in (int, float) and allowed and not allowed[0] <= value <= allowed[1]:
         raise ConfigError(f"{source}: {where} must be from {allowed[0]} to {allowed[1]}{shown}")
     words = value if kind is list else [value] if kind is str else []
@@ -648,6 +651,9 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"{source}: ocpp.path must start with / and not lie in /api: {path!r}")
     if config.ocpp.port and config.ocpp.port == config.server.port:
         raise ConfigError(f"{source}: ocpp.port is server.port; 0 serves both on one port")
+    if config.ocpp.tls_port and config.ocpp.tls_port in (config.server.port, config.ocpp.port):
+        raise ConfigError(f"{source}: ocpp.tls_port needs a port of its own")
+    _check_tls(config, source)
     for where, text in [("auth.password", config.auth.password)] + [
             (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
         if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
@@ -661,6 +667,27 @@ def _check_together(config: Config) -> None:
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
+
+
+def _check_tls(config: Config, source: str) -> None:
+    """What no single key of TLS can tell."""
+    certificates, keys = files_of(config.server.tls_certificate), files_of(
+        config.server.tls_private_key)
+    if len(keys) > len(certificates) or 0 < len(keys) < len(certificates):
+        raise ConfigError(f"{source}: server.tls_private_key must have as many files as "
+                          f"server.tls_certificate, {len(certificates)} and not {len(keys)}")
+    for key in ("tls_port", "client_ca"):
+        if config.ocpp.__dict__[key] and not certificates:
+            raise ConfigError(f"{source}: ocpp.{key} needs server.tls_certificate")
+    for pattern, entry in config.stations.items():
+        if entry.certificate_cn and not config.ocpp.client_ca:
+            raise ConfigError(f'{source}: stations."{pattern}".certificate_cn needs '
+                              "ocpp.client_ca")
+
+
+def files_of(value: str | list[str]) -> list[str]:
+    """The files of a setting that has one or a list."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
@@ -2692,6 +2719,211 @@ def pack(message: Call | CallResult | CallError) -> str:
         return f'[2,{message.id_text},"{message.action}",{message.text}]'
     return (f"[4,{message.id_text},{to_json(message.code)},{to_json(message.description)},"
             f"{message.text}]")
+
+
+# --- Certificates -------------------------------------------------------------------------
+# What X.509 certificates say, read from their DER, and TLS made of the configured files. Which
+# station a certificate lets in is for Access to say.
+
+# The four of A00.FR.318 and those that browsers prefer; of TLS 1.3, all. AES128-GCM-SHA256 and
+# AES256-GCM-SHA384 are TLS_RSA_…: without forward secrecy, hence the last.
+CIPHERS = ("ECDHE+AESGCM:ECDHE+CHACHA20:AES128-GCM-SHA256:AES256-GCM-SHA384:"
+           "!aNULL:!eNULL:!PSK:!DSS")
+ENDS_SOON_S = 30 * 86400            # before a certificate's end it is told, and renewed
+PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\\s]+)"
+                             "-----END CERTIFICATE-----")
+UTC_TIME, CONTEXT_0 = 0x17, 0xA0    # tags of DER
+COMMON_NAME = bytes.fromhex("550403")       # 2.5.4.3
+DER_TEXTS = {0x0C: "utf-8", 0x13: "ascii", 0x16: "ascii"}   # UTF8String, PrintableString, IA5String
+
+
+class Certificate(NamedTuple):
+    """What we need to know of a certificate."""
+
+    names: tuple[str, ...]              # its subject's common names
+    ends_at: float                      # UTC seconds
+
+
+def der(data: bytes) -> list[tuple[int, bytes]]:
+    """The elements of DER that stand in a row: (tag, content). Raises: ValueError (X.690 8.1)."""
+    found, at = [], 0
+    while at < len(data):
+        if len(data) < at + 2 or data[at] & 0x1F == 0x1F:
+            raise ValueError("no DER")
+        tag, size, at = data[at], data[at + 1], at + 2
+        if size >= 0x80:                 # so many bytes tell the length
+            digits, at = data[at:at + (size & 0x7F)], at + (size & 0x7F)
+            size = int.from_bytes(digits, "big")
+            if not 1 <= len(digits) <= 4:
+                raise ValueError("no DER")
+        if at + size > len(data):
+            raise ValueError("DER that is cut off")
+        found.append((tag, data[at:at + size]))
+        at += size
+    return found
+
+
+def read_certificates(pem: str) -> list[Certificate]:
+    """The certificates of a PEM text, in their order (RFC 5280 4.1). Raises: ValueError."""
+    return [_read_certificate(base64.b64decode(text)) for text in PEM_CERTIFICATE.findall(pem)]
+
+
+def _read_certificate(data: bytes) -> Certificate:
+    try:
+        fields = [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
+        _serial, _algorithm, _issuer, validity, subject, *_ = fields
+        (_, _), (kind, ends) = der(validity)
+        year = "%y" if kind == UTC_TIME else "%Y"
+        ends_at = datetime.strptime(ends.decode("ascii"), f"{year}%m%d%H%M%SZ")
+        return Certificate(common_names(subject), ends_at.replace(tzinfo=UTC).timestamp())
+    except IndexError:
+        raise ValueError("no certificate") from None
+
+
+def common_names(subject: bytes) -> tuple[str, ...]:
+    """The common names of a Name's content. Raises: ValueError, also for one in an odd coding."""
+    names = []
+    for _, attributes in der(subject):
+        for _, attribute in der(attributes):
+            (_, kind), (tag, text) = der(attribute)
+            if kind == COMMON_NAME:
+                if tag not in DER_TEXTS:
+                    raise ValueError("a common name is no UTF-8")
+                names.append(text.decode(DER_TEXTS[tag]))
+    return tuple(names)
+
+
+class ServerTls:
+    """The TLS of our listeners, of the configured files. `renew` loads them anew.
+
+    A context serves the handshakes to come: connections that are open keep theirs.
+    """
+
+    def __init__(self, config: Config):
+        """Raises: ConfigError."""
+        self.certificates = files_of(config.server.tls_certificate)
+        self.keys = files_of(config.server.tls_private_key)
+        self.client_ca = config.ocpp.client_ca
+        self.ends: dict[str, float] = {}             # {file: UTC seconds}
+        self._stamps = self._look()
+        self._load()
+
+    def _look(self) -> list:
+        """By which a file that has changed is known."""
+        stamps = []
+        for file in (*self.certificates, *self.keys, *filter(None, [self.client_ca])):
+            with contextlib.suppress(OSError):
+                status = os.stat(file)
+                stamps.append((file, status.st_mtime_ns, status.st_size, status.st_ino))
+        return stamps
+
+    def renew(self) -> bool:
+        """Load the files anew if they have changed. Returns whether they were.
+
+        Raises: ConfigError, once for each change; then the former ones stay.
+        """
+        stamps = self._look()
+        if stamps == self._stamps:
+            return False
+        self._stamps = stamps
+        self._load()
+        return True
+
+    def _load(self) -> None:
+        contexts = self._context(), self._context()
+        if self.client_ca:
+            self._ask_for_certificates(contexts[1])
+        ends = {file: self._end(file)
+                for file in (*self.certificates, *filter(None, [self.client_ca]))}
+        (self.context, self.station_context), self.ends = contexts, ends
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2         # A00.FR.313
+        context.set_ciphers(CIPHERS)
+        context.options |= (ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION      # A00.FR.321
+                            | ssl.OP_CIPHER_SERVER_PREFERENCE)
+        for number, certificate in enumerate(self.certificates):
+            key = self.keys[number] if self.keys else certificate
+            _readable("server.tls_certificate", certificate)
+            _readable("server.tls_private_key", key)
+            try:                         # without `password`, OpenSSL would ask the terminal
+                # Alone first: next to a pair of another kind a key that does not fit goes unseen.
+                for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+                    one.load_cert_chain(certificate, key, password="")
+            except (OSError, ValueError) as error:
+                raise ConfigError("server.tls_certificate: " + _load_trouble(
+                    error, certificate, key)) from None
+        return context
+
+    def _ask_for_certificates(self, context: ssl.SSLContext) -> None:
+        """Ask stations for a certificate, and let those in that have none."""
+        _readable("ocpp.client_ca", self.client_ca)
+        try:
+            context.load_verify_locations(self.client_ca)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"ocpp.client_ca: {self.client_ca} has no certificate: "
+                              f"{_without_place(error)}") from None
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN    # the CA may be an intermediate one
+
+    def _end(self, file: str) -> float:
+        try:
+            pem = Path(file).read_text("ascii", "replace")
+            return min(certificate.ends_at for certificate in read_certificates(pem))
+        except ValueError:
+            return math.inf              # OpenSSL has read it, and knows better
+
+
+def _readable(where: str, file: str) -> None:
+    try:
+        Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where}: {file} cannot be read: {error.strerror}") from None
+
+
+def _load_trouble(error: Exception, certificate: str, key: str) -> str:
+    reason = getattr(error, "reason", None) or ""
+    if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+        return f"{key} is not the key of {certificate}"
+    if not read_certificates(Path(certificate).read_text("ascii", "replace")):
+        return f"{certificate} has no certificate in PEM"
+    return f"{certificate} and {key} cannot be used: {_without_place(error)}; the key must be in " \
+           "PEM, and have no passphrase"
+
+
+def _without_place(error: Exception) -> str:
+    """An error of OpenSSL without the line of its source."""
+    text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    return re.sub(r" ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
+
+
+TLS_REASONS = {                          # part of OpenSSL's reason: what to tell
+    "NO_SHARED_CIPHER": "no cipher suite in common, or none for our kind of certificate",
+    "NO_SUITABLE_SIGNATURE_ALGORITHM": "no signature algorithm in common",
+    "UNSUPPORTED_PROTOCOL": "speaks no TLS 1.2 or newer",
+    "VERSION_TOO_LOW": "speaks no TLS 1.2 or newer",
+    "WRONG_VERSION_NUMBER": "speaks no TLS 1.2 or newer",
+    "ALERT_UNKNOWN_CA": "does not trust our certificate: it needs the CA",
+    "ALERT_BAD_CERTIFICATE": "does not take our certificate: does it know the CA, and the time?",
+    "ALERT_CERTIFICATE_EXPIRED": "says that our certificate has expired: does it know the time?",
+    "ALERT_CERTIFICATE_UNKNOWN": "does not trust our certificate: it needs the CA",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "cannot use our kind of certificate: RSA and ECDSA, both help",
+}
+
+
+def tls_trouble(error: Exception) -> str:
+    """Why a TLS handshake failed, in words for whoever installs the station."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused: {error.verify_message}"
+    if isinstance(error, TimeoutError):
+        return f"did not end its handshake within {HANDSHAKE_S} s"
+    reason = getattr(error, "reason", None) or ""
+    if isinstance(error, (StreamClosedError, ssl.SSLEOFError, ssl.SSLZeroReturnError)) or (
+            not isinstance(error, ssl.SSLError)):
+        return "hung up during its handshake: does it trust our certificate, has it the CA?"
+    return next((text for word, text in TLS_REASONS.items() if word in reason),
+                _without_place(error))
 
 
 # --- WebSocket ----------------------------------------------------------------------------
@@ -13715,13 +13947,23 @@ class Access:
 
     # Stations
 
-    async def station_profile(self, identity: str, authorization: str, address: str) -> int:
-        """The security profile of a station that wants in: 0, or 1 with its HTTP Basic password.
+    async def station_profile(self, identity: str, authorization: str, address: str,
+                              secure: bool = False, certificate: dict | None = None) -> int:
+        """The security profile of a station that wants in.
 
-        Raises: Refused with 401 or 429.
-        Spec: OCPP 1.6 security extension 3.3; 2.0.1 A00.FR.201 to 207.
+        0, or 1 with its HTTP Basic password, 2 with that over TLS (`secure`), 3 with its
+        `certificate`, as Python's ssl tells of one that a CA of ours has signed.
+
+        Raises: Refused with 401, 403 or 429.
+        Spec: OCPP 1.6 security extension 3; 2.0.1 A00.
         """
         settings = self.config.station(identity)
+        wanted = settings.certificate_cn if settings else ""
+        if certificate:
+            check_certificate(certificate, wanted or identity, self.board.clock())
+            return 3
+        if wanted:
+            raise Refused(403, "a client certificate is needed", "AUTH_FAILED")
         if settings is None or not settings.password:
             return 0
         # One bad charger must not lock out a site; but an entry for many has one password.
@@ -13737,7 +13979,7 @@ class Access:
         if await self._station_hashing.matches(_readings(given), settings.password):
             self._failures.clear(key)
             self._entry_failures.clear(entry)
-            return 1
+            return 2 if secure else 1
         self.board.security_event("AUTH_FAILED", identity, "Wrong password of a station",
                                   "high" if attempt == LOGIN_FAILURES else "medium",
                                   {"ip": address, "attempt": attempt})
@@ -13767,6 +14009,23 @@ class Hashing:
                 self._thread, lambda: any(password_matches(g, configured) for g in readings))
         finally:
             self._waiting -= 1
+
+
+def check_certificate(certificate: dict, name: str, now: float) -> None:
+    """See that a client certificate is of whom it should be, and has not ended since it was shown
+    (TLS may resume a session without it).
+
+    Raises: Refused.
+    Spec: 2.0.1 A00.FR.403 to 407.
+    """
+    common = [value for rdn in certificate.get("subject", ()) for key, value in rdn
+              if key == "commonName"]
+    others = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+    if len(common) > 1 or name not in common + others:
+        raise Refused(403, f"its certificate is of {' and '.join(map(kept, common)) or 'nobody'}, "
+                      f"not of {kept(name)}", "AUTH_FAILED")
+    if ssl.cert_time_to_seconds(certificate["notAfter"]) <= now:
+        raise Refused(403, f"its certificate ended at {certificate['notAfter']}", "AUTH_FAILED")
 
 
 def _digest(session_id: str) -> str:
@@ -13932,8 +14191,9 @@ class StationUpgrade(RequestHandler):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
             admission = admit(config, self.request.path, headers)
             authorization = headers.get("Authorization", "")
-            profile = await daemon.access.station_profile(admission.identity, authorization,
-                                                          address)
+            profile = await daemon.access.station_profile(
+                admission.identity, authorization, address, self.request.protocol == "https",
+                self._certificate())
             daemon.make_room(admission.identity)
         except (Refused, TooMany) as error:
             self._refuse(error)
@@ -13950,13 +14210,21 @@ class StationUpgrade(RequestHandler):
             daemon.relay.attach(link, authorization)
         websocket.start(link.receive, functools.partial(daemon.socket_closed, link))
 
+    def _certificate(self) -> dict | None:
+        """The client certificate that the station has shown, verified; None or {} without."""
+        stream = getattr(self.request.connection, "stream", None)
+        connection = stream and stream.socket
+        return connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
+
     def _refuse(self, error: BoardError) -> None:
         config = self.daemon.config
         identity = identity_of(self.request.path, config.ocpp.path)
+        scheme = "wss" if self.request.protocol == "https" else "ws"
         host = kept(self.request.host, 100)
         if not self.here:
-            host = f"{host.rpartition(':')[0] or host}:{self.daemon.ocpp_port}"
-        advice = (f"ws://{host}{config.ocpp.path.rstrip('/')}/"
+            scheme, port = self.daemon.station_ports[-1 if scheme == "wss" else 0]
+            host = f"{host.rpartition(':')[0] or host}:{port}"
+        advice = (f"{scheme}://{host}{config.ocpp.path.rstrip('/')}/"
                   f"{quote(kept(identity, IDENTITY_LENGTH), safe='') or '<identity>'}")
         self.daemon.knocked(self.request.remote_ip or "", self.request.path, {
             name: kept(value) for name in SHOWN_HEADERS
@@ -19860,11 +20128,20 @@ class BoundedServer(HTTPServer):
     """An HTTP server that closes new connections before the process runs out of files.
 
     Beyond that no accept works, and the loop would do nothing but fail to. `strangers` is told
-    (address, first bytes) of who speaks no HTTP, and gives what they are answered: Tornado would
-    wait for the end of a line until it is tired.
+    (address, first bytes) of who speaks no HTTP, or none over TLS where `tls` is set, and gives
+    what they are answered: Tornado would wait for the end of a line until it is tired. `tls_failed`
+    is told (address, error) of handshakes. At most HANDSHAKES are under way: beyond it, who has
+    most of them loses the oldest.
     """
 
-    strangers: Callable[[str, bytes], bytes]         # set before it listens
+    strangers: Callable[[str, bytes], bytes]         # these are set before it listens
+    tls_failed: Callable[[str, Exception], Any]
+    tls: ssl.SSLContext | None
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        self.tls = None
+        self._handshakes: dict[asyncio.Task, str] = {}           # with the network it comes from
+        super().initialize(*args, **kwargs)
 
     def handle_stream(self, stream: IOStream, address: tuple) -> None:
         # The lowest free number is given out: it tells how many are open.
@@ -19894,14 +20171,48 @@ class BoundedServer(HTTPServer):
             stream.close()
         else:
             http = first[:1].isupper() or first[:1] in (b"\r", b"\n")      # RFC 9112 2.2
-            if first and not http:
-                with contextlib.suppress(OSError):
-                    stream.socket.recv(BODY_BYTES)       # unread, it would make the end a reset
-                    stream.socket.send(self.strangers(address[0], first))
-            if http:
+            if self.tls and first[:1] == bytes((TLS_HANDSHAKE,)):
+                self._begin_handshake(stream, address, self.tls)
+            elif http and not self.tls:
                 super().handle_stream(stream, address)
             else:
+                if first:
+                    with contextlib.suppress(OSError):
+                        stream.socket.recv(BODY_BYTES)   # unread, it would make the end a reset
+                        stream.socket.send(self.strangers(address[0], first))
                 stream.close()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        super().stop()
+        for task in self._handshakes:
+            task.cancel()
+
+    def _begin_handshake(self, stream: IOStream, address: tuple, tls: ssl.SSLContext) -> None:
+        if len(self._handshakes) >= HANDSHAKES:
+            (most, _), = Counter(self._handshakes.values()).most_common(1)
+            oldest = next(task for task, network in self._handshakes.items() if network == most)
+            del self._handshakes[oldest]
+            oldest.cancel()
+        task = asyncio.create_task(self._shake_hands(stream, address, tls))
+        self._handshakes[task] = _network(address[0])
+        task.add_done_callback(lambda task: self._handshakes.pop(task, None))
+
+    async def _shake_hands(self, stream: IOStream, address: tuple, tls: ssl.SSLContext) -> None:
+        """Put TLS on a connection whose first byte has come, then serve it."""
+        secure: IOStream = stream
+        try:
+            secure = SSLIOStream(
+                tls.wrap_socket(stream.socket, server_side=True, do_handshake_on_connect=False),
+                max_buffer_size=self.max_buffer_size, read_chunk_size=self.read_chunk_size)
+            async with asyncio.timeout(HANDSHAKE_S):     # Tornado 6.2 cannot close it cancelled
+                await asyncio.shield(secure.wait_for_handshake())
+        except (OSError, asyncio.CancelledError) as error:
+            secure.close()
+            if isinstance(error, OSError):
+                self.tls_failed(address[0], error)
+        else:
+            super().handle_stream(secure, address)
 
 
 def file_limit() -> int:
@@ -19909,6 +20220,15 @@ def file_limit() -> int:
     if sys.platform == "win32":
         return 1 << 30
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Listener(NamedTuple):
+    """A port, and what is served there."""
+
+    port: int
+    rules: list
+    tls: bool
+    for_stations: bool
 
 
 class Daemon:
@@ -19928,8 +20248,11 @@ class Daemon:
                               "fastjsonschema")
         self.sockets: dict[Link, WebSocket] = {}
         self.streams: set[Api] = set()
+        self.tls = ServerTls(config) if config.server.tls_certificate else None
         self.board_port = self.ocpp_port = 0             # once they are bound
-        self._servers: list[HTTPServer] = []
+        self.station_ports: list[tuple[str, int]] = []   # (ws or wss, port)
+        self._servers: list[BoundedServer] = []
+        self._tls_servers: dict[BoundedServer, bool] = {}        # whether it is for stations
         self._tasks: set[asyncio.Task] = set()
         self._process = psutil.Process()
         self._lag_s, self._last_turn = 0.0, time.monotonic()
@@ -19938,6 +20261,9 @@ class Daemon:
         self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
                           PeriodicCallback(self._turn, 1000),
                           PeriodicCallback(self.keeper.clean, 3_600_000)]
+        if self.tls:
+            self._periodic += [PeriodicCallback(self.renew_tls, 10_000),
+                               PeriodicCallback(self._tell_ends, 86_400_000)]
         if self.controller:
             self._periodic.append(PeriodicCallback(self.steer, 1000))
         self.relay = None
@@ -19957,21 +20283,8 @@ class Daemon:
         if self.controller:
             self.controller.restore()
         self.access.restore()
-        for port, application in self._listeners():
-            server = BoundedServer(application, xheaders=self.config.server.trust_proxy,
-                                idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
-                                max_body_size=16 * BODY_BYTES)
-            server.strangers = self._stranger
-            try:
-                sockets = bind_sockets(port, self.config.server.address or None)
-            except (OSError, UnicodeError) as error:     # in use, not allowed, no such address
-                raise ConfigError(f"cannot listen on port {port} of "
-                                  f"{self.config.server.address or 'all addresses'}: "
-                                  f"{getattr(error, 'strerror', '') or 'no address'}") from None
-            server.add_sockets(sockets)
-            self._servers.append(server)
-            self.ocpp_port = sockets[0].getsockname()[1]
-            self.board_port = self.board_port or self.ocpp_port
+        for listener in self._listeners():
+            self._listen(listener)
         if self.relay:
             self.relay.start()
         # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
@@ -19984,15 +20297,72 @@ class Daemon:
             periodic.start()
         self.board.system_event("STARTED", "", f"ocppboard {VERSION} listens",
                                 {"port": self.board_port, "ocppPort": self.ocpp_port})
+        self._tell_ends()
 
-    def _listeners(self) -> list[tuple[int, Application]]:
-        """(port, application) of each listener: the board's first, the stations' last."""
-        ocpp, board = self._ocpp_rules(), self._board_rules()
-        if not self.config.ocpp.port:
-            return [(self.config.server.port, self._application(ocpp + board))]
-        strayed = Rule(IsUpgrade(), StationUpgrade, {"daemon": self, "here": False})
-        return [(self.config.server.port, self._application([strayed, *board])),
-                (self.config.ocpp.port, self._application(ocpp))]
+    def _listeners(self) -> list[Listener]:
+        """The board's first; then those that serve nothing but OCPP."""
+        config, ocpp, board = self.config, self._ocpp_rules(), self._board_rules()
+        if config.ocpp.port:             # stations have no business at the board's
+            strayed = Rule(IsUpgrade(), StationUpgrade, {"daemon": self, "here": False})
+            first = Listener(config.server.port, [strayed, *board], bool(self.tls), False)
+        else:
+            first = Listener(config.server.port, ocpp + board, bool(self.tls), True)
+        more = [Listener(config.ocpp.port, ocpp, False, True)] if config.ocpp.port else []
+        more += [Listener(config.ocpp.tls_port, ocpp, True, True)] if config.ocpp.tls_port else []
+        return [first, *more]
+
+    def _listen(self, listener: Listener) -> None:
+        """Bind a port and serve it. Raises: ConfigError."""
+        server = BoundedServer(self._application(listener.rules),
+                               xheaders=self.config.server.trust_proxy,
+                               idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
+                               max_body_size=16 * BODY_BYTES)
+        server.strangers = functools.partial(self._stranger, listener)
+        server.tls_failed = self._tls_failed
+        try:
+            sockets = bind_sockets(listener.port, self.config.server.address or None)
+        except (OSError, UnicodeError) as error:         # in use, not allowed, no such address
+            raise ConfigError(f"cannot listen on port {listener.port} of "
+                              f"{self.config.server.address or 'all addresses'}: "
+                              f"{getattr(error, 'strerror', '') or 'no address'}") from None
+        if self.tls and listener.tls:
+            self._tls_servers[server] = listener.for_stations
+            server.tls = self.tls.station_context if listener.for_stations else self.tls.context
+        server.add_sockets(sockets)
+        self._servers.append(server)
+        port = sockets[0].getsockname()[1]
+        self.board_port = self.board_port or port
+        if listener.for_stations:
+            self.station_ports.append(("wss" if listener.tls else "ws", port))
+            self.ocpp_port = self.ocpp_port or port
+
+    def renew_tls(self) -> None:
+        """Take up certificates whose files have changed; connections that are open stay."""
+        if self.tls is None:
+            return
+        try:
+            if not self.tls.renew():
+                return
+        except (ConfigError, OSError) as error:
+            log.error("The certificates stay as they were: %s", error)
+            self.board.system_event("CERTIFICATES_BAD", "",
+                                    f"The certificates stay as they were: {error}", {})
+            return
+        for server, for_stations in self._tls_servers.items():
+            server.tls = self.tls.station_context if for_stations else self.tls.context
+        log.info("Certificates have been loaded anew")
+        self.board.system_event("CERTIFICATES_LOADED", "", "Certificates have been loaded anew", {})
+        self._tell_ends()
+
+    def _tell_ends(self) -> None:
+        """Warn of certificates that end soon, or have."""
+        now = self.board.clock()
+        for file, ends_at in (self.tls.ends if self.tls else {}).items():
+            if ends_at - now < ENDS_SOON_S:
+                text = f"{file} {'ends' if now < ends_at else 'has ended'} at {iso(ends_at)}"
+                log.warning("The certificate in %s", text)
+                self.board.system_event("CERTIFICATE_ENDS", "", f"The certificate in {text}",
+                                        {"file": file, "endsAt": iso(ends_at)})
 
     def _application(self, rules: list) -> Application:
         return Application(rules, default_handler_class=Api,
@@ -20044,7 +20414,7 @@ class Daemon:
     def station_urls(self) -> list[str]:
         """What stations connect to, but for their identity at the end."""
         path = self.config.ocpp.path.rstrip("/")
-        return [f"ws://{address}:{self.ocpp_port}{path}/"
+        return [f"{scheme}://{address}:{port}{path}/" for scheme, port in self.station_ports
                 for address in _addresses(self.config.server.address)]
 
     def spawn(self, name: str, coroutine: Any) -> asyncio.Task:
@@ -20169,16 +20539,27 @@ class Daemon:
             raise Refused(503, f"{most} stations are connected (store.max_connections)")
         stranger.end("makes room for a station that the configuration names", 1013)
 
-    def _stranger(self, address: str, first: bytes) -> bytes:
-        """Keep that somebody spoke no HTTP on a plain port. Returns what it is answered."""
-        advice = f"{self.station_urls()[0]}<identity>"
+    def _stranger(self, listener: Listener, address: str, first: bytes) -> bytes:
+        """Keep that somebody did not speak as a port does. Returns what it is answered."""
+        advice, answer = f"{self.station_urls()[0]}<identity>", ""
         if first[0] == TLS_HANDSHAKE:
             reason = f"speaks TLS: use wss, or give it ws://; this port is plain: {advice}"
-            self.knocked(address, "", {}, Refused(400, reason), advice)
-            return TLS_ALERT
-        self.knocked(address, "", {}, Refused(
-            400, f"speaks no HTTP: {first.hex()}; a station connects by WebSocket"), advice)
-        return b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        elif listener.tls and first[:1].isupper():
+            reason = f"speaks no TLS: this port is wss and https alone: {advice}"
+            answer = "This port speaks TLS: the URL begins with https:// or wss://\n"
+        else:
+            reason = f"speaks no HTTP: {first.hex()}; a station connects by WebSocket"
+        self.knocked(address, "", {}, Refused(400, reason), advice)
+        return TLS_ALERT if first[0] == TLS_HANDSHAKE else (
+            "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+            f"Content-Length: {len(answer)}\r\n\r\n{answer}").encode()
+
+    def _tls_failed(self, address: str, error: Exception) -> None:
+        """Keep why a TLS handshake came to nothing."""
+        category = ("AUTH_FAILED" if isinstance(error, ssl.SSLCertVerificationError)
+                    else "POLICY_REJECTION")
+        self.knocked(address, "", {}, Refused(400, f"TLS: {tls_trouble(error)}", category),
+                     f"{self.station_urls()[0]}<identity>")
 
     def knocked(self, address: str, path: str, headers: dict, error: BoardError, advice: str,
                 identity: str = "") -> None:
@@ -20286,7 +20667,8 @@ def tell_start(daemon: Daemon) -> None:
     for name in config.ignored:
         log.warning("%s is of no section and ignored", name)
     with contextlib.suppress(OSError):                   # nobody reads it, or the disk is full
-        print(f"The board: http://{host}:{daemon.board_port}/{token}", flush=True)
+        scheme = "https" if daemon.tls else "http"
+        print(f"The board: {scheme}://{host}:{daemon.board_port}/{token}", flush=True)
 
 
 def _addresses(address: str) -> list[str]:

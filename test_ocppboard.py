@@ -309,7 +309,15 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[[proxy.upstream]]\nurl = "ws://a"\n[[proxy.upstream]]\nurl = "ws://b"',
      ['"*" stands in two [[proxy.upstream]]']),
     ('[[proxy.upstream]]\nurl = "ws://a"\nqueue = 0', ["must be from 1 to 100000"]),
-    ('[server]\ntls_certificate = "a.pem"', ["server.tls_certificate is not available"]),
+    ("[server]\ntls_certificate = 3", ["must be a text or a list of texts, not 3"]),
+    ('[server]\ntls_certificate = ["a", 3]', ["must be a list of texts or a list of texts"]),
+    ('[server]\ntls_certificate = ["a", "b"]\ntls_private_key = "c"',
+     ["as many files", "2 and not 1"]),
+    ('[server]\ntls_private_key = "c"', ["as many files", "0 and not 1"]),
+    ("[ocpp]\ntls_port = 1", ["ocpp.tls_port needs server.tls_certificate"]),
+    ('[ocpp]\nclient_ca = "a"', ["ocpp.client_ca needs server.tls_certificate"]),
+    ('[ocpp]\ntls_port = 9000', ["ocpp.tls_port needs a port of its own"]),
+    ('[stations."A"]\ncertificate_cn = "a"', ['"A".certificate_cn needs ocpp.client_ca']),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
 def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
@@ -982,6 +990,124 @@ def test_no_frame_does_more_than_to_be_refused(frame):
     for read in (unpack, ocppboard.unpack_mended):
         with contextlib.suppress(ocppboard.BadFrame):
             read(frame)
+
+
+# --- Certificates -------------------------------------------------------------------------
+
+
+class Pki:
+    """A folder with authorities, servers' and stations' certificates: NAME.pem and NAME.key."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("ca", "stranger"):
+            self.openssl("req", "-x509", *EC_KEY, "-nodes", "-keyout", f"{name}.key", "-out",
+                         f"{name}.pem", "-subj", f"/CN={name}", "-days", "3650")
+        here = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+        self.make("rsa", "/CN=127.0.0.1", RSA_KEY, extensions=here)
+        self.make("ecdsa", "/CN=127.0.0.1", extensions=here)
+        self.make("CP-1", "/O=Site/CN=CP-1")
+        self.make("CP-RSA", "/O=Site/CN=CP-RSA", RSA_KEY)
+        self.make("expired", "/O=Site/CN=CP-1", days=0)
+        self.make("foreign", "/O=Site/CN=CP-1", by="stranger")
+        self.make("two-names", "/CN=CP-1/CN=CP-2")
+        self.make("serial", "/CN=SN 4711", extensions="subjectAltName=DNS:CP-3,IP:10.0.0.1")
+        self.make("for-servers", "/CN=CP-1", extensions="extendedKeyUsage=serverAuth")
+
+    def openssl(self, *words, text=None):
+        return subprocess.run(["openssl", *words], cwd=self.folder, check=True, text=True,
+                              capture_output=True, input=text).stdout
+
+    def make(self, name, subject, key=None, by="ca", days=3650, extensions=""):
+        self.openssl("req", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key", "-out",
+                     f"{name}.csr", "-subj", subject)
+        (self.folder / "extensions").write_text(extensions + "\n")
+        self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey",
+                     f"{by}.key", "-CAcreateserial", "-days", str(days), "-out", f"{name}.pem",
+                     "-extfile", "extensions")
+
+    def __getitem__(self, name):
+        return str(self.folder / name)
+
+    def settings(self, *kinds, **keys):
+        """The settings of a board with certificates of these kinds, or of both."""
+        kinds = kinds or ("rsa", "ecdsa")
+        return {"server_tls_certificate": ",".join(self[f"{kind}.pem"] for kind in kinds),
+                "server_tls_private_key": ",".join(self[f"{kind}.key"] for kind in kinds),
+                "ocpp_client_ca": self["ca.pem"], "ocpp_tls_port": free_port()} | keys
+
+    def trust(self, shows="", suite=""):
+        """The TLS of a station that trusts the CA and shows this certificate."""
+        context = ssl.create_default_context(cafile=self["ca.pem"])
+        if shows:
+            context.load_cert_chain(self[f"{shows}.pem"], self[f"{shows}.key"])
+        if suite:
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(suite)
+        return context
+
+
+EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+RSA_KEY = ("-newkey", "rsa:2048")
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    return Pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.mark.parametrize("name, names", [
+    ("ca", ("ca",)), ("rsa", ("127.0.0.1",)), ("two-names", ("CP-1", "CP-2")),
+    ("serial", ("SN 4711",))])
+def test_names_and_end_of_a_certificate_are_read(pki, name, names):
+    pem = Path(pki[f"{name}.pem"]).read_text()
+    certificate, = ocppboard.read_certificates(pem)
+    ends = pki.openssl("x509", "-in", f"{name}.pem", "-noout", "-enddate").strip()
+    assert certificate.names == names
+    assert certificate.ends_at == ssl.cert_time_to_seconds(ends.partition("=")[2])
+    assert ocppboard.read_certificates(f"chain\n{pem}\nof\n{pem}") == [certificate] * 2
+    assert ocppboard.read_certificates("none") == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_what_is_no_certificate_is_refused_with_a_value_error(pki, data):
+    good = ssl.PEM_cert_to_DER_cert(Path(pki["CP-1.pem"]).read_text())
+    at = data.draw(st.integers(0, len(good) - 1))
+    bad = good[:at] + data.draw(st.binary(max_size=3)) + good[at + data.draw(st.integers(0, 3)):]
+    with contextlib.suppress(ValueError):
+        ocppboard.read_certificates(ssl.DER_cert_to_PEM_cert(bad))
+    for odd in (bad, data.draw(st.binary(max_size=20))):
+        with contextlib.suppress(ValueError):
+            ocppboard.der(odd)
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"server_tls_certificate": "none.pem"}, "tls_certificate: none.pem cannot be read: No such"),
+    ({"server_tls_private_key": "none.key"}, "tls_private_key: none.key cannot be read: No such"),
+    ({"server_tls_private_key": "ecdsa.key"}, "ecdsa.key is not the key of "),
+    ({"server_tls_certificate": "rsa.pem,ecdsa.pem", "server_tls_private_key": "rsa.key,rsa.key"},
+     "rsa.key is not the key of ecdsa.pem"),
+    ({"server_tls_certificate": "rsa.key"}, "rsa.key has no certificate in PEM"),
+    ({"server_tls_private_key": "rsa.pem"}, "the key must be in PEM, and have no passphrase"),
+    ({"server_tls_private_key": "locked.key"}, "the key must be in PEM, and have no passphrase"),
+    ({"ocpp_client_ca": "none.pem"}, "ocpp.client_ca: none.pem cannot be read: No such"),
+    ({"ocpp_client_ca": "rsa.key"}, "ocpp.client_ca: rsa.key has no certificate"),
+])
+def test_certificates_that_cannot_be_used_end_the_start_with_one_line(pki, monkeypatch, files,
+                                                                      words):
+    monkeypatch.chdir(pki.folder)
+    pki.openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", "rsa.key", "-out", "locked.key")
+    keys = {"server_tls_certificate": "rsa.pem", "server_tls_private_key": "rsa.key"} | files
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        ocppboard.Daemon(config_of(**keys))
+    assert "\n" not in str(error.value) and "_ssl" not in str(error.value)
+
+
+def test_a_certificate_may_stand_in_one_file_with_its_key(pki, tmp_path):
+    both = tmp_path / "both.pem"
+    both.write_text(Path(pki["rsa.key"]).read_text() + Path(pki["rsa.pem"]).read_text())
+    assert ocppboard.ServerTls(config_of(server_tls_certificate=both)).ends
 
 
 # --- WebSocket ----------------------------------------------------------------------------
@@ -12237,6 +12363,51 @@ async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
     assert "wrong" not in str([e.details for e in board.security.records])
 
 
+SHOWN: dict[str, Any] = {
+    "subject": ((("organizationName", "Site"),), (("commonName", "CP-1"),)),
+    "subjectAltName": (("DNS", "CP-3"), ("URI", "CP-4")), "notAfter": "Sep 22 00:00:00 2026 GMT"}
+
+
+@pytest.mark.parametrize("identity, stations, changed, reason", [
+    ("CP-1", {}, {}, ""), ("CP-3", {}, {}, ""), ("CP-2", {}, {}, "is of CP-1, not of CP-2"),
+    ("CP-4", {}, {}, "not of CP-4"), ("Site", {}, {}, "not of Site"),
+    ("CP-9", {"CP-9": {"certificate_cn": "CP-1"}}, {}, ""),
+    ("CP-1", {"CP-1": {"certificate_cn": "SN 4711"}}, {}, "is of CP-1, not of SN 4711"),
+    ("CP-1", {"CP-*": {"password": "x"}}, {}, ""),
+    ("CP-1", {}, {"notAfter": "Sep 21 13:33:20 2026 GMT"}, "ended at Sep 21"),
+    ("CP-1", {}, {"subject": ()}, "is of nobody, not of CP-1"),
+    ("CP-1", {}, {"subject": ((("commonName", "CP-1"),), (("commonName", "CP-2"),))},
+     "is of CP-1 and CP-2"),
+])
+@with_loop
+async def test_a_certificate_lets_in_the_station_that_it_names(identity, stations, changed, reason):
+    access, _, _ = access_of(stations=stations)
+    enters = access.station_profile(identity, "", "192.0.2.1", True, SHOWN | changed)
+    if not reason:
+        assert await enters == 3
+        return
+    with pytest.raises(ocppboard.Refused, match=re.escape(reason)) as error:
+        await enters
+    assert (error.value.http_status, error.value.category) == (403, "AUTH_FAILED")
+
+
+@with_loop
+async def test_a_station_whose_certificate_is_named_needs_one():
+    access, _, _ = access_of(stations={"CP-1": {"certificate_cn": "CP-1", "password": "x"}})
+    certificate: dict | None
+    for certificate in (None, {}):
+        with pytest.raises(ocppboard.Refused, match="a client certificate is needed"):
+            await access.station_profile("CP-1", basic("CP-1", "x"), "192.0.2.1", True, certificate)
+
+
+@pytest.mark.parametrize("secure, profile", [(False, 1), (True, 2)])
+@with_loop
+async def test_a_password_over_tls_is_profile_2(secure, profile):
+    access, _, _ = access_of(stations={"CP-1": {"password": "x"}})
+    assert await access.station_profile("CP-1", basic("CP-1", "x"), "192.0.2.1", secure) == profile
+    assert await access.station_profile("CP-2", basic("CP-2", "x"), "192.0.2.1", secure) == 0
+
+
 @pytest.fixture
 def login_again(tmp_path):
     """Restart an Access over one state file, with these settings."""
@@ -12397,7 +12568,8 @@ class Site:
             body = json.dumps(body)
         if method == "POST" and body is None:
             body = ""
-        answer = await self.client.fetch(f"http://127.0.0.1:{self.port}{path}", method=method,
+        scheme = "https" if self.daemon.tls else "http"
+        answer = await self.client.fetch(f"{scheme}://127.0.0.1:{self.port}{path}", method=method,
                                          body=body, headers=headers, raise_error=False,
                                          follow_redirects=False, **options)
         text = answer.body.decode()
@@ -15803,6 +15975,251 @@ async def test_a_background_task_that_fails_is_logged_by_name(site, caplog):
     site.daemon.spawn("the task", fail())
     await until(lambda: "oops" in caplog.text)
     assert "The task the task failed" in caplog.text
+
+
+# Over TLS
+
+
+class SecureSite(Site):
+    """A Site with a wss listener for the stations, next to https and a plain one."""
+
+    def __init__(self, pki, *kinds, **keys):
+        super().__init__(**(pki.settings(*kinds) | {"ocpp_port": free_port()} | keys))
+        self.pki = pki
+        self.tls_port = self.keys["ocpp_tls_port"]
+
+    async def secure_station(self, identity="CP-1", shows="", **options):
+        """A station on the wss listener, which shows this certificate."""
+        return await self._open.enter_async_context(websockets.connect(
+            f"wss://127.0.0.1:{self.tls_port}/ocpp/{identity}", ssl=options.pop(
+                "ssl", None) or self.pki.trust(shows),
+            subprotocols=[websockets.Subprotocol("ocpp1.6")], **options))
+
+    async def fetch(self, path, *arguments, **options):
+        return await super().fetch(path, *arguments, ca_certs=self.pki["ca.pem"], **options)
+
+
+@pytest.mark.parametrize("kinds", [("rsa",), ("ecdsa",), ("rsa", "ecdsa")])
+@with_loop
+async def test_stations_come_over_wss_and_over_ws_side_by_side(pki, kinds, caplog):
+    async with SecureSite(pki, *kinds, stations={"CP-P*": {"password": "x"}}) as site:
+        password = {"additional_headers": {"Authorization": basic("CP-P", "x")}}
+        await site.station("CP-0")
+        await site.station("CP-P1", additional_headers={"Authorization": basic("CP-P1", "x")})
+        await site.secure_station("CP-T")
+        await site.secure_station("CP-P", **password)
+        await site.secure_station("CP-1", "CP-1")
+        station = await site.secure_station("CP-RSA", "CP-RSA")
+        assert (await exchange(station, "Heartbeat", {}))[0] == 3
+        long = {"vendorId": "v", "data": "x" * 90_000}
+        assert (await exchange(station, "DataTransfer", long))[0] == 3
+        seen = {c["identity"]: c["securityProfile"] for c in await site.get("/api/connections")}
+        assert seen == {"CP-0": 0, "CP-P1": 1, "CP-T": 0, "CP-P": 2, "CP-1": 3, "CP-RSA": 3}
+        urls = (await site.get("/api/about"))["stationUrls"]
+        assert urls == [f"ws://127.0.0.1:{site.ocpp_port}/ocpp/",
+                        f"wss://127.0.0.1:{site.tls_port}/ocpp/"]
+    assert_quiet(caplog)
+
+
+SUITES = ("ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384", "AES128-GCM-SHA256",
+          "AES256-GCM-SHA384")
+
+
+@pytest.mark.parametrize("arguments, agreed", [
+    *((("-tls1_2", "-cipher", suite), f"TLSv1.2, Cipher is {suite}\n") for suite in SUITES),
+    (("-tls1_3",), "TLSv1.3, Cipher is TLS_"),
+    (("-tls1_1", "-cipher", "ALL:@SECLEVEL=0"), ""), (("-tls1_2", "-cipher", "AES128-SHA"), ""),
+    (("-tls1_2", "-cipher", "DHE-RSA-AES128-GCM-SHA256"), "")])
+@with_loop
+async def test_the_suites_that_the_standard_asks_for_are_there_and_no_old_ones(
+        pki, arguments, agreed):
+    async with SecureSite(pki) as site:
+        done = await asyncio.to_thread(
+            subprocess.run, ["openssl", "s_client", "-connect", f"127.0.0.1:{site.tls_port}",
+                             "-CAfile", pki["ca.pem"], "-verify_return_error", *arguments],
+            input="", text=True, capture_output=True)
+        if agreed:
+            assert agreed in done.stdout and done.returncode == 0
+            assert "Verify return code: 0" in done.stdout and "Compression: NONE" in done.stdout
+        else:
+            assert done.returncode != 0 and "Cipher is (NONE)" in done.stdout
+            await until(lambda: site.board.knocking)
+            knock, = site.board.knocking.values()
+            assert re.search(r"TLS: (speaks no TLS 1.2 or newer|no cipher suite)", knock.reason)
+
+
+@pytest.mark.parametrize("identity, shows, reason", [
+    ("CP-1", "expired", "its certificate is refused: certificate has expired"),
+    ("CP-1", "foreign", "its certificate is refused: unable to get local issuer certificate"),
+    ("CP-1", "for-servers", "its certificate is refused: un"),   # unsuitable, or unsupported
+    ("CP-2", "CP-1", "its certificate is of CP-1, not of CP-2"),
+    ("CP-2", "two-names", "its certificate is of CP-1 and CP-2, not of CP-2"),
+    ("CP-9", "", "a client certificate is needed")])
+@with_loop
+async def test_a_wrong_certificate_is_refused_and_the_reason_is_on_record(
+        pki, identity, shows, reason, caplog):
+    async with SecureSite(pki, stations={"CP-9": {"certificate_cn": "CP-9"}}) as site:
+        with pytest.raises((OSError, EOFError, websockets.InvalidHandshake)):
+            await site.secure_station(identity, shows)
+        knock, = await site.get("/api/knocking")
+        assert reason in knock["reason"] and knock["ip"] == "127.0.0.1", knock
+        assert knock["url"].startswith("ws")
+        event, = await site.get("/api/security")
+        assert event["category"] == "AUTH_FAILED" and reason in event["message"]
+        assert not site.board.stations
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_a_station_that_does_not_trust_us_is_told_of(pki, caplog):
+    async with SecureSite(pki) as site:
+        for _ in range(3):
+            await asyncio.to_thread(subprocess.run, [
+                "openssl", "s_client", "-connect", f"127.0.0.1:{site.tls_port}", "-CAfile",
+                pki["stranger.pem"], "-verify_return_error"], input=b"", capture_output=True)
+        with pytest.raises(ssl.SSLCertVerificationError):        # it does not say why it hangs up
+            await site.secure_station(ssl=ssl.create_default_context())
+        await until(lambda: len(site.board.knocking) == 2)
+        gone, knock = await site.get("/api/knocking")
+        assert knock["count"] == 3 and knock["reason"] == (
+            "TLS: does not trust our certificate: it needs the CA")
+        assert "hung up" in gone["reason"] and "the CA?" in gone["reason"]
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_the_stations_listeners_serve_nothing_but_ocpp(pki):
+    async with SecureSite(pki) as site:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", site.tls_port, ssl=pki.trust())
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+        writer.close()
+        with pytest.raises(websockets.InvalidStatus) as error:   # at https, where the board is
+            await websockets.connect(f"wss://127.0.0.1:{site.port}/ocpp/CP-1", ssl=pki.trust(),
+                                     subprotocols=[websockets.Subprotocol("ocpp1.6")])
+        assert f"wss://127.0.0.1:{site.tls_port}/ocpp/CP-1" in error.value.response.body.decode()
+
+
+@with_loop
+async def test_who_speaks_no_tls_is_told_at_once_and_shown(pki):
+    async with SecureSite(pki) as site:
+        for port in (site.port, site.tls_port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(2):
+                answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 400 ") and b"wss://" in answer
+            writer.close()
+        knock, = await site.get("/api/knocking")
+        assert knock["count"] == 2 and "speaks no TLS" in knock["reason"]
+
+
+@with_loop
+async def test_stations_come_over_wss_on_the_boards_own_port(pki):
+    async with SecureSite(pki, ocpp_port=0) as site:
+        site.tls_port = site.port
+        await site.secure_station("CP-1", "CP-1")
+        await site.secure_station("CP-2")
+        seen = [(c["identity"], c["securityProfile"]) for c in await site.get("/api/connections")]
+        assert seen == [("CP-1", 3), ("CP-2", 0)]
+
+
+@with_loop
+async def test_certificates_are_replaced_while_a_hundred_stations_are_connected(pki, tmp_path):
+    for kind in ("rsa", "ecdsa"):
+        for end in ("pem", "key"):
+            shutil.copy(pki[f"{kind}.{end}"], tmp_path / f"own-{kind}.{end}")
+    files = {"server_tls_certificate": tmp_path / "own-rsa.pem",
+             "server_tls_private_key": tmp_path / "own-rsa.key"}
+    async with SecureSite(pki, **files) as site:
+        trust = pki.trust()
+        stations = [await site.secure_station(f"CP-{n}", ssl=trust) for n in range(100)]
+        shutil.copy(pki["ecdsa.pem"], tmp_path / "own-rsa.pem")
+        site.daemon.renew_tls()          # the key does not fit yet
+        assert site.board.system.records[-1].kind == "CERTIFICATES_BAD"
+        await site.secure_station("CP-old", ssl=pki.trust(suite="AES128-GCM-SHA256"))
+        count = len(site.board.system)
+        site.daemon.renew_tls()
+        assert len(site.board.system) == count, "told once"
+        shutil.copy(pki["ecdsa.key"], tmp_path / "own-rsa.key")
+        site.daemon.renew_tls()
+        assert site.board.system.records[-1].kind == "CERTIFICATES_LOADED"
+        with pytest.raises(OSError):
+            await site.secure_station("CP-old", ssl=pki.trust(suite="AES128-GCM-SHA256"))
+        await site.secure_station("CP-new", ssl=pki.trust(suite="ECDHE-ECDSA-AES128-GCM-SHA256"))
+        for station in stations:
+            assert (await exchange(station, "Heartbeat", {}))[0] == 3
+        assert site.daemon.board.online == 102
+
+
+@with_loop
+async def test_the_end_of_a_certificate_is_told_before_and_after(pki, tmp_path):
+    async with SecureSite(pki) as site:
+        assert not [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
+        end = ocppboard.read_certificates(Path(pki["rsa.pem"]).read_text())[0].ends_at
+        for now, word in ((end - 29 * 86400, "ends at"), (end + 1, "has ended at")):
+            site.board.clock = lambda now=now: now
+            site.daemon._tell_ends()
+            texts = [e.message for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
+            assert f"{pki['rsa.pem']} {word} {ocppboard.iso(end)}" in "".join(texts)
+
+
+@with_loop
+async def test_slow_handshakes_end_and_cost_nobody_else_a_place(pki, monkeypatch, caplog):
+    monkeypatch.setattr(ocppboard, "HANDSHAKES", 50)
+    async with SecureSite(pki) as site:
+        open_ = []
+        for _ in range(300):
+            open_.append(await asyncio.open_connection("127.0.0.1", site.tls_port))
+            open_[-1][1].write(CLIENT_HELLO[:7])
+        await site.secure_station("CP-1", "CP-1")
+        server, = (s for s in site.daemon._servers if s._handshakes)
+        assert len(server._handshakes) <= 50
+        async with asyncio.timeout(5):
+            assert await open_[0][0].read() == b"", "the oldest has made room"
+        for _, writer in open_:
+            writer.close()
+        await until(lambda: not server._handshakes)
+        monkeypatch.setattr(ocppboard, "HANDSHAKE_S", 0.1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.tls_port)
+        writer.write(CLIENT_HELLO[:7])
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+        assert any("did not end its handshake" in k.reason for k in site.board.knocking.values())
+        station = await site.secure_station("CP-1", "CP-1")
+        assert (await exchange(station, "Heartbeat", {}))[0] == 3
+    assert_quiet(caplog)
+
+
+@pytest.mark.parametrize("last", ["close", "abort", "garbage"])
+@with_loop
+async def test_a_handshake_that_breaks_off_leaves_neither_a_trace_nor_a_socket(pki, last, caplog):
+    async with SecureSite(pki) as site:
+        files = len(os.listdir("/proc/self/fd"))
+        for cut in (1, 5, 6, 100, len(CLIENT_HELLO)):
+            _, writer = await asyncio.open_connection("127.0.0.1", site.tls_port)
+            writer.write(CLIENT_HELLO[:cut])
+            await asyncio.sleep(0.02)
+            if last == "garbage":
+                writer.write(os.urandom(2000))
+                await asyncio.sleep(0.02)
+            if last == "abort":
+                abort(writer)
+            writer.close()
+        await until(lambda: not any(s._handshakes for s in site.daemon._servers))
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+        station = await site.secure_station("CP-1", "CP-1")
+        assert (await exchange(station, "Heartbeat", {}))[0] == 3
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_the_board_is_seen_over_https_with_a_cookie_for_https_alone(pki):
+    async with SecureSite(pki, "ecdsa") as site:
+        status, _, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"})
+        assert status == 200 and "Secure" in headers["Set-Cookie"]
 
 
 # Documents
