@@ -145,6 +145,7 @@ RECENT_IN_OVERVIEW, RECENT_IN_DETAIL = 10, 50
 HANDSHAKES, HANDSHAKE_S = 500, 20   # of TLS under way at a time, and how long each may take
 LOGIN_FAILURES, LOGIN_WINDOW_S = 10, 300    # failures from one address, and how long each counts
 ENTRY_FAILURES = 50         # of all stations with one password, from one address
+TURN_S, TURNS_WAIT_S = 1.0, 10      # beyond those one guess each second; none waits longer
 STREAM_PAUSE_S = 0.1        # between two writes of a stream; what comes meanwhile goes out together
 IDLE_HTTP_S = 75            # an HTTP connection without a request is closed
 COALESCE_S = 60             # the same refusal within this time is counted, not recorded again
@@ -440,6 +441,7 @@ STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "phase_rotation", "", ROTATIONS),
     Setting("stations", "managed", True),
     Setting("stations", "certificate_cn", ""),
+    Setting("stations", "any_user_name", False),
 )
 CIRCUIT_SETTINGS = (                                   # of one [[smart_charge.circuit]]
     Setting("smart_charge.circuit", "name", ""),
@@ -8942,6 +8944,75 @@ class Upstream(Protocol):
         """The connection is over."""
 
 
+SECURITY_SETTINGS = {                   # (component, variable), in 1.6 ("", key), in lower case
+    ("", "authorizationkey"): "password", ("", "securityprofile"): "profile",
+    ("securityctrlr", "basicauthpassword"): "password",
+    ("ocppcommctrlr", "networkconfigurationpriority"): "priority"}
+GUARDED = frozenset(("ChangeConfiguration", "SetNetworkProfile", "SetVariables"))
+
+
+class SecuritySetting(NamedTuple):
+    """What a command changes of how a station comes in, and what the station answered to it."""
+
+    what: str                           # password, profile, priority (of slots), or slot
+    value: Any
+    status: str = ""
+
+
+def security_settings(action: str, payload: dict, result: dict) -> list[SecuritySetting]:
+    """What a command changes of how a station comes in: mostly nothing.
+
+    Spec: 1.6 security extension 2.1, 2.2; 2.0.1 A01, A05, B09.
+    """
+    if action == "ChangeConfiguration":
+        changes = [("", payload.get("key"), payload.get("value"), result.get("status"))]
+    elif action == "SetVariables":
+        statuses = {_variable_name(one): one.get("attributeStatus")
+                    for one in _objects(result.get("setVariableResult"))}
+        changes = [(*(name := _variable_name(one)), one.get("attributeValue"), statuses.get(name))
+                   for one in _objects(payload.get("setVariableData"))
+                   if one.get("attributeType", "Actual") == "Actual"]
+    else:
+        return _network_profile(payload, result) if action == "SetNetworkProfile" else []
+    found = [(SECURITY_SETTINGS.get((component, str(name).lower())), value, status)
+             for component, name, value, status in changes]
+    return [SecuritySetting(what, value, str(status or ""))
+            for what, value, status in found if what and isinstance(value, str)]
+
+
+def _network_profile(payload: dict, result: dict) -> list[SecuritySetting]:
+    data, slot = payload.get("connectionData"), payload.get("configurationSlot")
+    if not isinstance(data, dict) or type(slot) is not int:
+        return []
+    status = str(result.get("status") or "")
+    found = [SecuritySetting("slot", (slot, data.get("securityProfile")), status)]
+    password = data.get("basicAuthPassword")         # 2.1: used when the slot is
+    if isinstance(password, str) and password:
+        later = "RebootRequired" if status == "Accepted" else status
+        found.append(SecuritySetting("password", password, later))
+    return found
+
+
+def _objects(value: Any) -> list[dict]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _variable_name(item: dict) -> tuple[str, str]:
+    component, variable = (inner.get("name") if isinstance(inner := item.get(word), dict) else ""
+                           for word in ("component", "variable"))
+    return str(component).lower(), str(variable).lower()
+
+
+class Guard(Protocol):
+    """Whoever needs to know of commands in GUARDED, whoever sends them."""
+
+    async def before(self, station: Station, call: Call) -> None:
+        """Take note of one that is to be sent."""
+
+    def answered(self, station: Station, call: Call, result: dict) -> None:
+        """The station has answered it, in time or late."""
+
+
 class Link:
     """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
 
@@ -8951,6 +9022,7 @@ class Link:
         self.write, self.close = write, close
         self.station: Station                        # set by `start`
         self.upstream: Upstream | None = None        # of a station that goes on to one
+        self.guard: Guard | None = None
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
         self._strict = board.config.ocpp.validate == "strict"
@@ -9187,6 +9259,8 @@ class Link:
         if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
+            if pending and self.guard and action in GUARDED:
+                self.guard.answered(station, pending.call, message.payload)
             text = without_secrets(action, message.payload, message.text)
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_texts(text, secrets_told), response_ms)
@@ -9250,6 +9324,8 @@ class Link:
         self._write(frame)
 
     async def _exchange(self, call: Call, frame: str = "") -> Pending:
+        if self.guard and call.action in GUARDED:
+            await self.guard.before(self.station, call)
         try:
             return await self.exchange.call(call, frame,
                                             self.board.config.ocpp.call_timeout_seconds)
@@ -13771,11 +13847,16 @@ class Session:
 
 
 class Failures:
-    """Failed attempts by key, within `LOGIN_WINDOW_S`. The longest quiet keys are forgotten."""
+    """Failed attempts by key, within `LOGIN_WINDOW_S`. The longest quiet keys are forgotten.
+
+    From `most` on each attempt waits for its turn: who guesses is slowed, and who shares the
+    guesser's address gets in all the same.
+    """
 
     def __init__(self, clock: Callable[[], float], most: int = LOGIN_FAILURES):
         self._clock, self._most = clock, most
         self._times: OrderedDict[Any, deque] = OrderedDict()
+        self._turns: OrderedDict[Any, float] = OrderedDict()     # when the next one has its turn
 
     def count(self, key: Any) -> int:
         """The failures that still count."""
@@ -13786,7 +13867,7 @@ class Failures:
 
     def add(self, key: Any) -> int:
         """One more failure. Returns how many count."""
-        self._times.setdefault(key, deque(maxlen=self._most)).append(self._clock())
+        self._times.setdefault(key, deque(maxlen=FAILURES_COUNTED)).append(self._clock())
         self._times.move_to_end(key)
         if len(self._times) > ADDRESSES_KEPT:
             self._times.popitem(last=False)
@@ -13795,6 +13876,47 @@ class Failures:
     def clear(self, key: Any) -> None:
         """A success: what failed before counts no more."""
         self._times.pop(key, None)
+
+    async def turn(self, key: Any) -> None:
+        """Wait for a turn, where many have failed. Raises: TooMany, where too many wait."""
+        if self.count(key) < self._most:
+            return
+        now = self._clock()
+        turn = max(now, self._turns.pop(key, now))
+        if turn - now <= TURNS_WAIT_S:
+            self._turns[key] = turn + TURN_S
+            if len(self._turns) > ADDRESSES_KEPT:
+                self._turns.popitem(last=False)
+            await asyncio.sleep(turn - now)
+        else:
+            self._turns[key] = turn
+            raise TooMany("Too many failed logins", TURNS_WAIT_S)
+
+
+@dataclass(slots=True)
+class Credentials:
+    """How a station comes in, where that is no longer as configured. Passwords are hashes."""
+
+    password: str = ""                  # counts instead of the configured one
+    offered: str = ""                   # was sent to the station, which has not confirmed it
+    former: str = ""                    # counted before; "" is the configured one
+    floor: int = 0                      # below this security profile it is not let in
+    raised: int = 0                     # what it was told to go up to, until it has
+    slots: dict[str, int] = field(default_factory=dict)      # {configuration slot: its profile}
+
+    @classmethod
+    def read(cls, row: Any) -> "Credentials":
+        """Those of a row of the State. Raises: ValueError."""
+        kinds = {"password": str, "offered": str, "former": str, "floor": int, "raised": int,
+                 "slots": dict}
+        if type(row) is not dict or any(type(row.get(name)) is not kind
+                                        for name, kind in kinds.items()):
+            raise ValueError("no credentials")
+        return cls(**{name: row[name] for name in kinds})
+
+    def row(self) -> dict:
+        """What stands in the State."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Access:
@@ -13810,6 +13932,9 @@ class Access:
         self._fingerprint = ""                           # a hash of them
         self._failures = Failures(time.monotonic)
         self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
+        self._proven: OrderedDict = OrderedDict()        # the same of right ones, and of passwords
+        self._pepper = secrets.token_bytes(16)           # for their digests
+        self.credentials: dict[str, Credentials] = {}    # {identity: …}
         self._entry_failures = Failures(time.monotonic, ENTRY_FAILURES)
         self._hashing, self._station_hashing = Hashing(), Hashing()
 
@@ -13828,6 +13953,11 @@ class Access:
             self._fingerprint = hash_password(self._credentials)
             state.put("credentials", "fingerprint", self._fingerprint)
             state.remove_before("login", math.inf)
+        for row in state.rows("station_credentials", CREDENTIALS_KEPT):
+            try:
+                self.credentials[row.key] = Credentials.read(row.value)
+            except ValueError:
+                log.error("How %s comes in is not understood in the state", shown(row.key))
         state.sources.append(self.put_all)
 
     def _restore_sessions(self) -> None:
@@ -13843,6 +13973,12 @@ class Access:
         self.board.state.put("credentials", "fingerprint", self._fingerprint)
         for session in self._sessions.values():
             self._put(session)
+        for identity in self.credentials:
+            self._put_credentials(identity)
+
+    def _put_credentials(self, identity: str) -> None:
+        known = self.credentials.get(identity)
+        self.board.state.put("station_credentials", identity, known and known.row(), durable=True)
 
     def _put(self, session: Session) -> None:
         self.board.state.put("login", session.digest, True, session.expires_at, durable=True)
@@ -13852,7 +13988,7 @@ class Access:
     def session(self, session_id: str | None, bearer: str | None, address: str) -> Session:
         """The session of a request: of its cookie, or of its bearer token.
 
-        Raises: Unauthorized, Forbidden (past its time), TooMany (wrong tokens from this address).
+        Raises: Unauthorized, Forbidden (past its time).
         """
         if self.config.auth.mode == "none":
             return Session("anonymous", None)
@@ -13865,21 +14001,33 @@ class Access:
             raise Forbidden("Session expired")
         return found
 
+    async def turn(self, bearer: str | None, address: str) -> None:
+        """Wait until a request's bearer may be looked at: only if it is a guess, after many.
+
+        Raises: TooMany.
+        """
+        if self.config.auth.mode == "token" and bearer and _digest(bearer) not in self._sessions:
+            mark = self._mark(_network(address), bearer.encode("utf-8", "replace"))
+            if mark not in self._proven and mark not in self._stale:
+                await self._failures.turn(_network(address))
+
+    def _mark(self, whose: Any, secret: bytes) -> tuple:
+        """By which a secret is known again that was right, or wrong, before."""
+        return whose, hmac.digest(self._pepper, secret, "sha256")
+
     def _bearer_session(self, bearer: bytes, address: str) -> Session:
         """The session of a request that carries the token itself.
 
         The same wrong token again is no new guess: a client left running with the token of an
-        earlier start must not lock its address out.
+        earlier start must not slow its address down.
         """
-        stale = (_network(address), hashlib.sha256(bearer).digest())
-        if stale in self._stale:
+        mark = self._mark(_network(address), bearer)
+        if mark in self._stale:
             raise Unauthorized()
-        self._admit(address)
         if hmac.compare_digest(bearer, self._token):
+            _keep_mark(self._proven, mark)
             return Session(self.config.auth.username, None)
-        self._stale[stale] = None
-        if len(self._stale) > ADDRESSES_KEPT:
-            self._stale.popitem(last=False)
+        _keep_mark(self._stale, mark)
         self._failed(address, self._failures.add(_network(address)), "Invalid token provided")
         raise Unauthorized()
 
@@ -13893,7 +14041,7 @@ class Access:
         given = [text for name in names if isinstance(text := body.get(name), str)]
         if len(given) < len(names):
             raise BadRequest(f"{' and '.join(names)} must be given as text")
-        self._admit(address)
+        await self._failures.turn(_network(address))
         self._hashing.admit()
         attempt = self._failures.add(_network(address))      # before the wait: many try at once
         if mode == "token":
@@ -13933,16 +14081,15 @@ class Access:
         self.board.system_event("LOGIN", "", f"{session.user} logged in", {"ip": address})
         return session
 
-    def _admit(self, address: str) -> None:
-        if self._failures.count(_network(address)) >= LOGIN_FAILURES:
-            raise TooMany("Too many failed logins", LOGIN_WINDOW_S)
-
-    def _failed(self, address: str, attempt: int, text: str) -> None:
-        self.board.security_event("AUTH_FAILED", "UNKNOWN", text, "medium",
-                                  {"ip": address, "attempt": attempt})
-        if attempt == LOGIN_FAILURES:
+    def _failed(self, address: str, attempt: int, text: str, identity: str = "UNKNOWN") -> None:
+        """Keep a failed login: the first ones, and then one in a while."""
+        if attempt <= LOGIN_FAILURES or attempt % 50 == 0:
             self.board.security_event(
-                "RATE_LIMIT", "UNKNOWN", f"{attempt} failed logins: no more for a while", "high",
+                "AUTH_FAILED", identity, text, "high" if attempt >= LOGIN_FAILURES and (
+                    identity != "UNKNOWN") else "medium", {"ip": address, "attempt": attempt})
+        if attempt == LOGIN_FAILURES and identity == "UNKNOWN":
+            self.board.security_event(
+                "RATE_LIMIT", identity, f"{attempt} failed logins: from here on slowly", "high",
                 {"ip": address})
 
     # Stations
@@ -13957,6 +14104,19 @@ class Access:
         Raises: Refused with 401, 403 or 429.
         Spec: OCPP 1.6 security extension 3; 2.0.1 A00.
         """
+        profile = await self._profile(identity, authorization, address, secure, certificate)
+        if (known := self.credentials.get(identity)) is None:
+            return profile
+        if profile < known.floor:        # 2.0.1 A05.FR.07
+            raise Refused(403, f"it has reached security profile {known.floor}, and comes with "
+                               f"{profile}", "AUTH_FAILED")
+        if 0 < known.raised <= profile:
+            known.floor, known.raised = known.raised, 0
+            self._put_credentials(identity)
+        return profile
+
+    async def _profile(self, identity: str, authorization: str, address: str, secure: bool,
+                       certificate: dict | None) -> int:
         settings = self.config.station(identity)
         wanted = settings.certificate_cn if settings else ""
         if certificate:
@@ -13964,26 +14124,142 @@ class Access:
             return 3
         if wanted:
             raise Refused(403, "a client certificate is needed", "AUTH_FAILED")
-        if settings is None or not settings.password:
-            return 0
-        # One bad charger must not lock out a site; but an entry for many has one password.
-        key, entry = (_network(address), identity), (_network(address), id(settings))
-        if self._failures.count(key) >= LOGIN_FAILURES or (
-                self._entry_failures.count(entry) >= ENTRY_FAILURES):
-            raise Refused(429, "too many wrong passwords", "")
-        given = _basic_password(identity, authorization)
-        if given is None:
+        known = self.credentials.get(identity) or Credentials()
+        configured = settings.password if settings else ""
+        password = known.password or configured
+        user, given = _basic_credentials(identity, authorization)
+        if password and given is None:
             raise Refused(401, "a password is needed (HTTP Basic)", "AUTH_FAILED")
+        if given is None or not (password or known.offered):
+            return 0
+        if user != identity and not (settings and settings.any_user_name):       # A00.FR.204
+            if not password:
+                return 0
+            raise Refused(401, f"the user name is {kept(user, 60)!r}, not the identity",
+                          "AUTH_FAILED")
+        # One bad charger must not slow down a site; but an entry for many has one password.
+        key, entry = (_network(address), identity), (_network(address), id(settings))
+        if (mark := self._mark(key, given)) not in self._proven:
+            await self._failures.turn(key)
+            await self._entry_failures.turn(entry)
         self._station_hashing.admit()
         attempt, _ = self._failures.add(key), self._entry_failures.add(entry)
-        if await self._station_hashing.matches(_readings(given), settings.password):
+        found = await self._station_hashing.first_match(
+            _readings(given), [password, known.offered, known.former or configured])
+        if found == 1:                   # the station has taken it, whatever we heard of it
+            self._take_over(identity, known)
+        if found in (0, 1):
             self._failures.clear(key)
             self._entry_failures.clear(entry)
+            _keep_mark(self._proven, mark)
             return 2 if secure else 1
-        self.board.security_event("AUTH_FAILED", identity, "Wrong password of a station",
-                                  "high" if attempt == LOGIN_FAILURES else "medium",
-                                  {"ip": address, "attempt": attempt})
-        raise Refused(401, "wrong password", "")
+        if not password:                 # no password counts as yet, so none is wrong
+            return 0
+        text = "Wrong password of a station" if found is None else (
+            "The password that counted before the last change")
+        self._failed(address, attempt, text, identity)
+        raise Refused(401, "wrong password" if found is None else
+                      "the password from before the last change: an operator can give it back", "")
+
+    # What commands change of it
+
+    def check_command(self, identity: str, action: str, payload: dict) -> None:
+        """See that a command of ours may set the password that is in it, if any is.
+
+        Raises: WrongValue (2.0.1 A00.FR.205; 1.6 security extension 2.1), Conflict.
+        """
+        for setting in security_settings(action, payload, {}):
+            if setting.what == "password":
+                self._check_password(identity, action, setting.value)
+
+    def _check_password(self, identity: str, action: str, password: str) -> None:
+        size = len(password.encode("utf-8", "replace"))
+        if action == "ChangeConfiguration":
+            if not 16 <= size <= 20 and not re.fullmatch(r"(?:[0-9a-fA-F]{2}){16,20}", password):
+                raise WrongValue("An AuthorizationKey is 16 to 20 bytes, or 32 to 40 hexadecimal "
+                                 "digits that stand for them")
+        elif not 16 <= len(password) <= 64:
+            raise WrongValue("A BasicAuthPassword has 16 to 40 characters, some take up to 64")
+        if not self.board.state:
+            raise Conflict("Without a state file the board would forget the password at its end, "
+                           "and not let the station in: set state.path")
+        upstream = self.config.upstream(identity)
+        if upstream is not None and not upstream.password:
+            raise Conflict("The station's own password goes on to the upstream system, which would "
+                           "not know the new one: set the upstream's password")
+
+    async def before(self, station: Station, call: Call) -> None:
+        """Keep the password that a command gives a station before it is sent.
+
+        So it is known also if we do not live to see the answer, or the answer gets lost.
+        Raises: TooMany.
+        """
+        for setting in security_settings(call.action, call.payload, {}):
+            if setting.what == "password":
+                self._hashing.admit()
+                offered = await self._hashing.hash(canonical(setting.value))
+                if station.identity not in self.credentials and (
+                        len(self.credentials) >= CREDENTIALS_KEPT):
+                    raise Busy("Too many stations have credentials of their own")
+                self.credentials.setdefault(station.identity, Credentials()).offered = offered
+                self._put_credentials(station.identity)
+                if (waits := self.board.state.committed()) is not None:
+                    await waits
+
+    def answered(self, station: Station, call: Call, result: dict) -> None:
+        """Take over what a station has accepted (2.0.1 A01.FR.03, A05.FR.07)."""
+        for what, value, status in security_settings(call.action, call.payload, result):
+            known = self.credentials.get(station.identity) or Credentials()
+            accepted = status in ("Accepted", "RebootRequired")
+            if what == "password" and not accepted:
+                known.offered = ""                       # A01.FR.04
+            elif what == "password" and status == "Accepted" and station.security_profile:
+                self._take_over(station.identity, known)
+            elif what == "slot" and accepted:
+                slot, profile = value
+                known.slots = dict(list(known.slots.items())[-9:])
+                known.slots[str(slot)] = profile if profile in (0, 1, 2, 3) else 0
+            elif what == "priority" and accepted:
+                first = value.split(",")[0].strip()
+                self._raise(known, station, known.slots.get(first, 0))
+            elif what == "profile" and accepted and value in ("0", "1", "2", "3"):
+                self._raise(known, station, int(value))
+            if known != Credentials() or station.identity in self.credentials:
+                self.credentials[station.identity] = known
+                self._put_credentials(station.identity)
+
+    def _raise(self, known: Credentials, station: Station, profile: int) -> None:
+        """A station was told another security profile; a lower one is the operator's wish."""
+        known.raised = profile if profile > station.security_profile else 0
+        known.floor = min(known.floor, profile) if profile else known.floor
+
+    def _take_over(self, identity: str, known: Credentials) -> None:
+        if known.offered:
+            known.former, known.password, known.offered = known.password, known.offered, ""
+            self.credentials[identity] = known
+            self._put_credentials(identity)
+            self.board.system_event("PASSWORD_CHANGED", identity,
+                                    "From here on the new password of the station counts", {})
+
+    def reset_credentials(self, identity: str) -> bool:
+        """Let a station in as the configuration says, again. Returns whether that is a change."""
+        known = self.credentials.pop(identity, None)
+        if known is not None:
+            self._put_credentials(identity)
+            self.board.system_event("CREDENTIALS_RESET", identity,
+                                    "The station is let in as the configuration says", {})
+        return known is not None
+
+
+FAILURES_COUNTED = 400              # of one key: one a second within LOGIN_WINDOW_S, and some
+CREDENTIALS_KEPT = 20_000           # stations that do not come in as configured
+
+
+def _keep_mark(marks: OrderedDict, mark: Any) -> None:
+    marks[mark] = None
+    marks.move_to_end(mark)
+    if len(marks) > ADDRESSES_KEPT:
+        marks.popitem(last=False)
 
 
 class Hashing:
@@ -14000,13 +14276,27 @@ class Hashing:
 
     async def matches(self, readings: list[bytes], configured: str) -> bool:
         """Whether one of the readings is the configured password."""
-        if not configured.startswith(HASH_PREFIX):
-            # All of them, so that the time does not tell which one was right.
-            return sum(password_matches(given, configured) for given in readings) > 0
+        return await self.first_match(readings, [configured]) is not None
+
+    async def first_match(self, readings: list[bytes], passwords: list[str]) -> int | None:
+        """The place of the first password, of those that are any, that is one of the readings."""
+        def look() -> int | None:
+            # All readings, so that the time does not tell which one was right.
+            return next((place for place, password in enumerate(passwords) if password and sum(
+                password_matches(given, password) for given in readings)), None)
+        if not any(password.startswith(HASH_PREFIX) for password in passwords):
+            return look()
+        return await self._in_thread(look)
+
+    async def hash(self, password: str) -> str:
+        """What is kept of a password."""
+        return await self._in_thread(hash_password, password)
+
+    async def _in_thread(self, work: Callable, *arguments: Any) -> Any:
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._thread, lambda: any(password_matches(g, configured) for g in readings))
+                self._thread, work, *arguments)
         finally:
             self._waiting -= 1
 
@@ -14035,7 +14325,7 @@ def _digest(session_id: str) -> str:
 def hash_password(password: str) -> str:
     """What stands in the configuration instead of a plain password."""
     salt = secrets.token_bytes(16)
-    key = _scrypt(password.encode(), salt, 16384, 8, 1)
+    key = _scrypt(password.encode("utf-8", "replace"), salt, 16384, 8, 1)
     return f"{HASH_PREFIX}16384$8$1${salt.hex()}${key.hex()}"
 
 
@@ -14062,29 +14352,38 @@ def _network(address: str) -> str:
     return str(ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
 
 
-def _basic_password(identity: str, authorization: str) -> bytes | None:
-    """The password of an HTTP Basic header. A colon may be in the identity and in the password."""
+def _basic_credentials(identity: str, authorization: str) -> tuple[str, bytes | None]:
+    """User name and password of an HTTP Basic header; None without. A colon may be in both."""
     scheme, _, text = authorization.partition(" ")
     if scheme.lower() != "basic":
-        return None
+        return "", None
     try:
         user_and_password = base64.b64decode(text.strip(), validate=True)
     except (binascii.Error, ValueError):
-        return None
+        return "", None
     user = identity.encode() + b":"
     if user_and_password.startswith(user):
-        return user_and_password[len(user):]
-    _, colon, password = user_and_password.partition(b":")
-    return password if colon else None
+        return identity, user_and_password[len(user):]
+    name, colon, password = user_and_password.partition(b":")
+    return name.decode("utf-8", "backslashreplace"), password if colon else None
+
+
+HEX_DIGITS = re.compile(rb"(?:[0-9a-fA-F]{2})+")
 
 
 def _readings(password: bytes) -> list[bytes]:
     """What a station may mean by a password: AuthorizationKey is set in hexadecimal (1.6 security
     extension 3.3), and some send its digits, some the bytes that they stand for."""
     readings = [password, password.hex().encode(), password.hex().upper().encode()]
-    with contextlib.suppress(ValueError):
-        readings.append(bytes.fromhex(password.decode("ascii")))
-    return readings
+    if HEX_DIGITS.fullmatch(password):
+        readings += [bytes.fromhex(password.decode()), password.lower()]
+    return list(dict.fromkeys(readings))
+
+
+def canonical(password: str) -> str:
+    """A password that is set, as `_readings` has it in any case of its hexadecimal digits."""
+    digits = HEX_DIGITS.fullmatch(password.encode("utf-8", "replace"))
+    return password.lower() if digits else password
 
 
 # --- OCPP endpoint ------------------------------------------------------------------------
@@ -14203,6 +14502,7 @@ class StationUpgrade(RequestHandler):
         websocket = accept_websocket(self, config.ocpp.max_frame_bytes, admission.offered)
         link = Link(daemon.board, daemon.schemas, admission.protocol, websocket.write,
                     websocket.close)
+        link.guard = daemon.access
         daemon.sockets[link] = websocket
         link.start(admission.identity, address, profile, admission.quirks)
         link.via = kept(headers.get(RELAY_HEADER, ""))
@@ -14488,6 +14788,7 @@ async def post_call(api: "Api", identity: str) -> dict:
     action, payload = api.body.get("action"), api.body.get("payload", {})
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
+    api.daemon.access.check_command(identity, action, payload)
     link, controller = _online(api, identity), api.daemon.controller
     warning = controller.hand_sent(identity, action, payload) if controller else None
     result, response_ms = await link.call(action, payload)
@@ -14510,6 +14811,14 @@ async def _ask_to_boot(link: Link) -> None:
         await link.call("TriggerMessage", {"requestedMessage": "BootNotification"})
     except BoardError as error:
         log.info("%s was not triggered to boot: %s", shown(link.station.identity), error)
+
+
+async def post_reset_credentials(api: "Api", identity: str) -> dict:
+    """Let a station in as the configuration says: forget its changed password and profile."""
+    if not api.daemon.access.reset_credentials(identity):
+        _station(api, identity)
+    await api.until_durable()
+    return {"success": True}
 
 
 async def get_messages(api: "Api") -> Page:
@@ -15016,6 +15325,8 @@ ROUTES = (
     Route("POST", "/api/connections/:identity/call", post_call, "CallAnswer", body="Command",
           errors=(409, 502, 503, 504)),
     Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
+    Route("POST", "/api/connections/:identity/credentials/reset", post_reset_credentials,
+          "Success"),
     Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
           "TransactionDetail"),
     Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
@@ -15277,12 +15588,13 @@ class Api(RequestHandler):
         for name, value in SAFE_HEADERS.items():
             self.set_header(name, value)
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """See, before its body is kept, whether the request is to be answered.
 
         A refusal waits for the body: an answer in the middle of it would be lost with a reset.
         """
         try:
+            await self.daemon.access.turn(self.bearer(), self.address)
             self.check()
         except TooLarge:
             raise
@@ -15316,10 +15628,12 @@ class Api(RequestHandler):
 
     def authenticate(self) -> Session:
         """The session of the request. Raises: Unauthorized, Forbidden, TooMany."""
+        return self.daemon.access.session(self.read_session_cookie(), self.bearer(), self.address)
+
+    def bearer(self) -> str | None:
+        """The bearer token of the request."""
         scheme, _, bearer = self.request.headers.get("Authorization", "").partition(" ")
-        return self.daemon.access.session(
-            self.read_session_cookie(), bearer.strip() if scheme.lower() == "bearer" else None,
-            self.address)
+        return bearer.strip() if scheme.lower() == "bearer" else None
 
     def read_session_cookie(self) -> str | None:
         """The session id; Tornado 6.2 takes quadratic time to take a hostile header apart."""

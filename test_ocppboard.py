@@ -12218,37 +12218,40 @@ async def test_credentials_are_checked_plain_or_hashed(password):
 
 
 @with_loop
-async def test_wrong_logins_are_slowed_then_refused_for_that_address_alone(monkeypatch):
+async def test_wrong_logins_are_slowed_for_that_address_and_the_right_one_gets_in(monkeypatch):
     access, board, _ = access_of(auth_token="t")
-    pauses = []
+    now, pauses, sleep = Clock(), [], asyncio.sleep
+    access._failures._clock = now
 
     async def no_sleep(seconds):
         pauses.append(seconds)
+        await sleep(0)
     monkeypatch.setattr(ocppboard.asyncio, "sleep", no_sleep)
-    for _ in range(ocppboard.LOGIN_FAILURES):
+    for number in range(40):
         with pytest.raises(ocppboard.Unauthorized):
-            await access.login({"token": "wrong"}, "2001:db8::1")
-    assert pauses[0] == 0.25 and pauses[-1] == 2.0 and pauses == sorted(pauses)
-    with pytest.raises(ocppboard.TooMany):
-        await access.login({"token": "t"}, "2001:db8::ffff")         # the same /64
+            await access.login({"token": "wrong"}, f"2001:db8::{number}")          # one /64
+        now.now += 1
+    assert pauses[0] == 0.25 and max(pauses) == 2.0
+    assert await access.login({"token": "t"}, "2001:db8::ffff")
     assert await access.login({"token": "t"}, "2001:db8:1::1")
     kinds = [e.kind for e in board.security.records]
-    assert kinds == ["AUTH_FAILED"] * 10 + ["RATE_LIMIT"]
-    now = time.monotonic()
-    monkeypatch.setattr(access._failures, "_clock", lambda: now + ocppboard.LOGIN_WINDOW_S + 1)
-    assert await access.login({"token": "t"}, "2001:db8::1")
+    assert kinds == ["AUTH_FAILED"] * 10 + ["RATE_LIMIT"], "guesses do not wash away the rest"
 
 
 @with_loop
-async def test_many_at_once_do_not_get_more_guesses():
+async def test_many_at_once_get_a_turn_a_second_and_ten_wait(monkeypatch):
+    monkeypatch.setattr(ocppboard, "TURN_S", 0.05)
+    monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", 0.5)
     access, _board, _ = access_of(auth_mode="credentials",
                                   auth_password=ocppboard.hash_password("s3cret"))
-    body = {"username": "admin", "password": "wrong"}
-    results = await asyncio.gather(*[access.login(body, "192.0.2.1") for _ in range(30)],
+    body, began = {"username": "admin", "password": "wrong"}, time.monotonic()
+    results = await asyncio.gather(*[access.login(body, "192.0.2.1") for _ in range(40)],
                                    return_exceptions=True)
-    kinds = [type(result) for result in results]
-    assert kinds.count(ocppboard.Unauthorized) == ocppboard.LOGIN_FAILURES
-    assert kinds.count(ocppboard.TooMany) == 30 - ocppboard.LOGIN_FAILURES
+    kinds = Counter(type(result) for result in results)
+    assert 10 <= kinds[ocppboard.Unauthorized] - ocppboard.LOGIN_FAILURES <= 13
+    assert kinds[ocppboard.TooMany] + kinds[ocppboard.Unauthorized] == 40
+    assert time.monotonic() - began >= 0.5
+    await access.login({"username": "admin", "password": "s3cret"}, "192.0.2.1")
 
 
 @with_loop
@@ -12267,14 +12270,18 @@ def test_addresses_are_told_apart_as_networks():
 
 
 @with_loop
-async def test_a_password_of_many_stations_is_not_guessed_through_their_names():
+async def test_a_password_of_many_stations_is_not_guessed_through_their_names(monkeypatch):
+    monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", -1)
     access, _, _ = access_of(stations={"CP-*": {"password": "x"}})
-    statuses = []
-    for number in range(60):
-        with pytest.raises(ocppboard.Refused) as error:
-            await access.station_profile(f"CP-{number}", basic("CP", "wrong"), "192.0.2.1")
-        statuses.append(error.value.http_status)
-    assert statuses == [401] * 50 + [429] * 10
+    assert await access.station_profile("CP-7", basic("CP-7", "x"), "192.0.2.1") == 1
+    for number in range(50):
+        with pytest.raises(ocppboard.Refused):
+            await access.station_profile(
+                f"CP-{number}", basic(f"CP-{number}", "wrong"), "192.0.2.1")
+    with pytest.raises(ocppboard.TooMany):
+        await access.station_profile("CP-99", basic("CP-99", "wrong"), "192.0.2.1")
+    assert await access.station_profile("CP-7", basic("CP-7", "x"), "192.0.2.1") == 1, (
+        "who has been right before does not wait")
 
 
 @with_loop
@@ -12293,18 +12300,30 @@ async def test_who_finds_the_queue_full_has_not_failed(monkeypatch):
     assert await access.station_profile("CP-1", basic("CP-1", "s3cret"), "192.0.2.1") == 1
 
 
-def test_a_wrong_bearer_counts_once_and_guesses_are_refused():
+@with_loop
+async def test_a_wrong_bearer_counts_once_and_guesses_are_slowed(monkeypatch):
+    monkeypatch.setattr(ocppboard, "TURN_S", 0.1)
+    monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", 0.25)
     access, board, _ = access_of(auth_token="t")
-    assert access.session(None, "t", "192.0.2.1").user == "admin"
     for _ in range(50):
+        await access.turn("of an earlier start", "192.0.2.1")
         with pytest.raises(ocppboard.Unauthorized):
             access.session(None, "of an earlier start", "192.0.2.1")
-    assert access.session(None, "t", "192.0.2.1"), "a client left running locks nobody out"
-    for number in range(9):
+    began = time.monotonic()
+    for number in range(14):
+        await access.turn(f"guess {number}", "192.0.2.1")
         with pytest.raises(ocppboard.Unauthorized):
             access.session(None, f"guess {number}", "192.0.2.1")
-    with pytest.raises(ocppboard.TooMany):
-        access.session(None, "t", "192.0.2.1")
+    assert time.monotonic() - began >= 0.3
+    await access.turn("t", "192.0.2.1")
+    assert access.session(None, "t", "192.0.2.1"), "the right one waits for its turn, and is let in"
+    waiting = [asyncio.create_task(access.turn(f"one more {n}", "192.0.2.1")) for n in range(9)]
+    await turn()
+    for known in ("t", "of an earlier start"):
+        async with asyncio.timeout(0.05):
+            await access.turn(known, "192.0.2.1")
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert ocppboard.TooMany in map(type, results)
     assert len(board.security) == 11
 
 
@@ -12351,16 +12370,32 @@ async def test_a_station_without_its_password_is_asked_for_it(header):
 
 
 @with_loop
-async def test_wrong_station_passwords_lock_that_station_out_and_no_other():
+async def test_wrong_station_passwords_slow_that_station_and_no_other(monkeypatch):
     access, board, _ = access_of(stations={"CP-*": {"password": "x"}})
-    for _ in range(10):
-        with pytest.raises(ocppboard.Refused):
-            await access.station_profile("CP-1", basic("CP-1", "wrong"), "192.0.2.1")
-    with pytest.raises(ocppboard.Refused) as error:
+    assert await access.station_profile("CP-3", basic("CP-3", "x"), "192.0.2.1") == 1
+    for identity in ("CP-1", "CP-3"):
+        for _ in range(10):
+            with pytest.raises(ocppboard.Refused):
+                await access.station_profile(identity, basic(identity, "wrong"), "192.0.2.1")
+    monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", -1)   # as if many were waiting
+    with pytest.raises(ocppboard.TooMany):
         await access.station_profile("CP-1", basic("CP-1", "x"), "192.0.2.1")
-    assert error.value.http_status == 429
-    assert await access.station_profile("CP-2", basic("CP-2", "x"), "192.0.2.1") == 1
+    for identity in ("CP-2", "CP-3"):
+        assert await access.station_profile(identity, basic(identity, "x"), "192.0.2.1") == 1
+    monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", 10)
+    assert await access.station_profile("CP-1", basic("CP-1", "x"), "192.0.2.1") == 1
     assert "wrong" not in str([e.details for e in board.security.records])
+
+
+@with_loop
+async def test_the_user_name_is_the_identity_unless_any_will_do():
+    access, _, _ = access_of(stations={"CP-1": {"password": "x"}, "CP-2": {
+        "password": "x", "any_user_name": True}})
+    for user in ("CP-1Invalid", "", "cp-1"):
+        with pytest.raises(ocppboard.Refused, match="not the identity") as error:
+            await access.station_profile("CP-1", basic(user, "x"), "192.0.2.1")
+        assert (error.value.http_status, error.value.category) == (401, "AUTH_FAILED")
+        assert await access.station_profile("CP-2", basic(user, "x"), "192.0.2.1") == 1
 
 
 SHOWN: dict[str, Any] = {
@@ -12454,6 +12489,298 @@ def test_logins_end_when_what_one_logs_in_with_changes(login_again, changed):
         with pytest.raises(ocppboard.Unauthorized):
             access.session(session.id, None, "192.0.2.1")
         end(access)
+
+
+# Passwords and profiles that were changed by commands
+
+
+NEW, HEX = "another-horse-battery", "00ff10AA" * 5
+
+
+@pytest.mark.parametrize("action, payload, told", [
+    ("ChangeConfiguration", {"key": "authorizationKEY", "value": HEX}, [("password", HEX)]),
+    ("ChangeConfiguration", {"key": "SecurityProfile", "value": "2"}, [("profile", "2")]),
+    ("ChangeConfiguration", {"key": "HeartbeatInterval", "value": "2"}, []),
+    ("ChangeConfiguration", {"key": ["AuthorizationKey"], "value": "2"}, []),
+    ("ChangeConfiguration", {}, []), ("Reset", {"key": "AuthorizationKey", "value": "x"}, []),
+    ("SetVariables", {"setVariableData": [
+        {"component": {"name": "OCPPCommCtrlr"}, "attributeValue": "1,0",
+         "variable": {"name": "NetworkConfigurationPriority"}},
+        {"component": {"name": "Other"}, "variable": {"name": "BasicAuthPassword"},
+         "attributeValue": "x"},
+        {"component": {"name": "SecurityCtrlr"}, "variable": {"name": "BasicAuthPassword"},
+         "attributeValue": NEW, "attributeType": "Target"},
+        {"component": {"name": "securityctrlr"}, "variable": {"name": "basicauthpassword"},
+         "attributeValue": NEW}]}, [("priority", "1,0"), ("password", NEW)]),
+    ("SetVariables", {"setVariableData": [3, {}, {"component": 3}]}, []),
+    ("SetVariables", {"setVariableData": 3}, []),
+    ("SetNetworkProfile", {"configurationSlot": 1, "connectionData": {
+        "securityProfile": 2, "basicAuthPassword": NEW}}, [("slot", (1, 2)), ("password", NEW)]),
+    ("SetNetworkProfile", {"configurationSlot": "1", "connectionData": 3}, []),
+])
+def test_what_a_command_changes_of_how_a_station_comes_in_is_seen(action, payload, told):
+    for result in ({}, {"status": 3}, {"setVariableResult": [3, {}]}):
+        found = ocppboard.security_settings(action, payload, result)
+        assert [(one.what, one.value) for one in found] == told
+
+
+@pytest.mark.parametrize("action, value, refused", [
+    ("ChangeConfiguration", "x" * 15, True), ("ChangeConfiguration", "x" * 16, False),
+    ("ChangeConfiguration", "x" * 20, False), ("ChangeConfiguration", "x" * 21, True),
+    ("ChangeConfiguration", "é" * 10, False), ("ChangeConfiguration", "é" * 11, True),
+    ("ChangeConfiguration", "0a" * 16, False), ("ChangeConfiguration", "0A" * 20, False),
+    ("ChangeConfiguration", "0a" * 21, True), ("ChangeConfiguration", "0a" * 16 + "0", True),
+    ("SetVariables", "x" * 15, True), ("SetVariables", "x" * 16, False),
+    ("SetVariables", "x" * 64, False), ("SetVariables", "x" * 65, True)])
+def test_a_password_of_a_wrong_length_is_not_sent(tmp_path, action, value, refused):
+    access, _, _ = access_of(state_path=tmp_path / "s.db")
+    access.board.state.path = "there"
+    payload = {"key": "AuthorizationKey", "value": value} if action == "ChangeConfiguration" else {
+        "setVariableData": [{"component": {"name": "SecurityCtrlr"}, "attributeValue": value,
+                             "variable": {"name": "BasicAuthPassword"}}]}
+    with pytest.raises(ocppboard.WrongValue) if refused else contextlib.nullcontext():
+        access.check_command("CP-1", action, payload)
+
+
+def test_a_password_that_could_not_be_kept_or_known_upstream_is_not_sent():
+    change = {"key": "AuthorizationKey", "value": HEX}
+    access, _, _ = access_of()
+    with pytest.raises(ocppboard.Conflict, match="set state"):
+        access.check_command("CP-1", "ChangeConfiguration", change)
+    access.check_command("CP-1", "ChangeConfiguration", {"key": "X", "value": "1"})
+    for password in ("", "theirs"):
+        access, _, _ = access_of(upstreams=[{"url": "ws://a", "password": password}])
+        access.board.state.path = "there"
+        with contextlib.nullcontext() if password else pytest.raises(
+                ocppboard.Conflict, match="goes on to the upstream"):
+            access.check_command("CP-1", "ChangeConfiguration", change)
+
+
+class Door:
+    """A board's Access over one state file, and a station that gets commands and comes in."""
+
+    def __init__(self, folder, protocol="ocpp1.6", **keys):
+        self.folder, self.protocol, self.keys = folder, protocol, keys
+        self.open()
+
+    def open(self):
+        self.access, self.board = self.start()
+        self.station = ocppboard.Station("CP-1", self.protocol, "192.0.2.1", NOW)
+
+    def start(self):
+        board = Board(config_of(**self.keys), Clock(), state=state_of(self.folder / "s.db"))
+        access = ocppboard.Access(board)
+        access.restore()
+        return access, board
+
+    async def again(self):
+        """The board starts anew."""
+        await self.board.state.write()
+        closed(self.board.state)
+        self.open()
+
+    async def comes(self, password=None, secure=False, certificate=None):
+        """The station's profile, or what it is refused with."""
+        header = basic("CP-1", password) if password else ""
+        try:
+            self.station.security_profile = await self.access.station_profile(
+                "CP-1", header, "192.0.2.1", secure, certificate)
+        except ocppboard.Refused as error:
+            return str(error)
+        return self.station.security_profile
+
+    async def told(self, action, payload, result):
+        """A command is sent and answered; `result` None: it never is."""
+        call = Call('"1"', action, payload, "{}")
+        writing = asyncio.create_task(self.access.before(self.station, call))
+        while not writing.done():
+            await self.board.state.write()
+            await asyncio.sleep(0.01)
+        await writing
+        if result is not None:
+            self.access.answered(self.station, call, result)
+
+    async def new_password(self, value, status):
+        await self.told("ChangeConfiguration", {"key": "AuthorizationKey", "value": value},
+                        status and {"status": status})
+
+    async def new_profile(self, value, status="Accepted"):
+        await self.told("ChangeConfiguration", {"key": "SecurityProfile", "value": value},
+                        {"status": status})
+
+
+@pytest.fixture
+def door(tmp_path):
+    doors = []
+
+    def make(**keys):
+        doors.append(Door(tmp_path, **keys))
+        return doors[-1]
+    yield make
+    for one in doors:
+        closed(one.board.state)
+
+
+OLD = {"stations": {"CP-1": {"password": "old-horse-battery"}}}
+FORMER = "the password from before the last change: an operator can give it back"
+
+
+@pytest.mark.parametrize("value, sent", [
+    (NEW[:20], NEW[:20]), (HEX, bytes.fromhex(HEX)), (HEX, HEX), (HEX, HEX.lower()),
+    (HEX, HEX.upper())])
+@with_loop
+async def test_a_password_that_the_station_accepted_counts_from_then_on(door, value, sent):
+    here = door(**OLD)
+    assert await here.comes("old-horse-battery") == 1
+    await here.new_password(value, "Accepted")
+    for _ in range(2):                   # the second time after a restart
+        assert await here.comes(sent) == 1
+        assert await here.comes("old-horse-battery") == FORMER
+        assert await here.comes("neither") == "wrong password"
+        assert await here.comes() == "a password is needed (HTTP Basic)"
+        await here.again()
+    assert here.access.reset_credentials("CP-1")
+    assert await here.comes("old-horse-battery") == 1
+    assert await here.comes(sent) == "wrong password"
+    await here.again()
+    assert await here.comes("old-horse-battery") == 1
+    kept = (here.folder / "s.db").read_bytes() + str(
+        [e.view() for e in here.board.security.records]).encode()
+    assert value.encode() not in kept and value.lower().encode() not in kept
+
+
+@pytest.mark.parametrize("status", ["Rejected", "NotSupported"])
+@with_loop
+async def test_a_password_that_the_station_refused_does_not_count(door, status):
+    here = door(**OLD)
+    assert await here.comes("old-horse-battery") == 1
+    await here.new_password(HEX, status)
+    assert await here.comes(HEX) == "wrong password"
+    assert await here.comes("old-horse-battery") == 1
+
+
+@pytest.mark.parametrize("status", [None, "RebootRequired"])
+@with_loop
+async def test_a_password_without_an_answer_counts_once_it_is_used(door, status):
+    here = door(**OLD)
+    assert await here.comes("old-horse-battery") == 1
+    await here.new_password(HEX, status)
+    await here.again()
+    assert await here.comes("old-horse-battery") == 1
+    assert await here.comes(HEX) == 1
+    assert await here.comes("old-horse-battery") == FORMER
+
+
+@with_loop
+async def test_in_profile_0_a_password_waits_until_it_is_used(door):
+    here = door()
+    assert await here.comes() == 0
+    await here.new_password(HEX, "Accepted")
+    await here.new_profile("1")
+    assert [await here.comes(), await here.comes("other"), await here.comes()] == [0, 0, 0]
+    assert await here.comes(bytes.fromhex(HEX)) == 1
+    await here.again()
+    assert "password is needed" in await here.comes()
+    assert await here.comes("other") == "wrong password"
+    assert await here.comes(bytes.fromhex(HEX)) == 1
+
+
+@with_loop
+async def test_below_a_profile_that_was_reached_nobody_is_let_in(door):
+    here = door(**OLD)
+    old = "old-horse-battery"
+    assert await here.comes(old, secure=True) == 2
+    assert await here.comes(old) == 1, "merely having come by wss binds nobody"
+    await here.new_profile("2", "Rejected")
+    assert [await here.comes(old, secure=True), await here.comes(old)] == [2, 1]
+    await here.new_profile("2")
+    assert [await here.comes(old), await here.comes(old, secure=True)] == [1, 2]
+    for _ in range(2):
+        assert "has reached security profile 2, and comes with 1" in await here.comes(old)
+        await here.again()
+    assert await here.comes(old, secure=True) == 2
+    await here.new_profile("3")
+    assert await here.comes(old, True) == 2
+    assert await here.comes(None, True, SHOWN) == 3
+    assert "profile 3, and comes with 2" in await here.comes(old, True)
+    here.access.reset_credentials("CP-1")
+    assert await here.comes(old) == 1
+
+
+@with_loop
+async def test_the_slots_of_2_x_tell_which_profile_a_station_goes_up_to(door):
+    here = door(protocol="ocpp2.0.1", **OLD)
+    old = "old-horse-battery"
+
+    async def priority(text, status="Accepted"):
+        names = {"component": {"name": "OCPPCommCtrlr"},
+                 "variable": {"name": "NetworkConfigurationPriority"}}
+        await here.told("SetVariables", {"setVariableData": [names | {"attributeValue": text}]},
+                        {"setVariableResult": [names | {"attributeStatus": status}]})
+    assert await here.comes(old) == 1
+    for slot in (1, 2):
+        await here.told("SetNetworkProfile", {"configurationSlot": slot, "connectionData": {
+            "securityProfile": slot}}, {"status": "Accepted"})
+    await priority("2,1", "Rejected")
+    await priority("1,2")
+    await priority("7")
+    assert [await here.comes(old, True), await here.comes(old)] == [2, 1]
+    await here.again()
+    await priority("2,1")
+    assert [await here.comes(old), await here.comes(old, True)] == [1, 2]
+    assert "has reached security profile 2" in await here.comes(old)
+
+
+def test_credentials_that_are_not_understood_are_told_and_left_out(tmp_path, caplog):
+    state = state_of(tmp_path / "s.db")
+    state.put("station_credentials", "CP-1", {"password": 3})
+    asyncio.run(state.write())
+    access = ocppboard.Access(Board(config_of(), Clock(), state=state))
+    access.restore()
+    assert access.credentials == {} and "How 'CP-1' comes in is not understood" in caplog.text
+    closed(state)
+
+
+@with_loop
+async def test_a_station_gets_a_new_password_by_rest_and_comes_back_with_it(tmp_path):
+    async with Site(state_path=tmp_path / "s.db", **OLD) as site:
+        def header(password):
+            return {"additional_headers": {"Authorization": basic("CP-1", password)}}
+        station = Talker(await site.station("CP-1", **header("old-horse-battery")))
+        change = {"key": "AuthorizationKey", "value": "short"}
+        command = {"action": "ChangeConfiguration", "payload": change}
+        status, body, _ = await site.fetch("/api/connections/CP-1/call", "POST", command)
+        assert status == 400 and "16 to 20 bytes" in body["error"] and not station.commands
+        change["value"] = HEX
+        assert (await site.fetch("/api/connections/CP-1/call", "POST", command))[0] == 200
+        await site.station("CP-1", **header(bytes.fromhex(HEX)))
+        with pytest.raises(websockets.InvalidStatus):
+            await site.station("CP-1", **header("old-horse-battery"))
+        assert FORMER in (await site.get("/api/knocking"))[0]["reason"]
+        reset = "/api/connections/CP-1/credentials/reset"
+        assert (await site.fetch(reset, "POST"))[:2] == (200, {"success": True})
+        assert (await site.fetch(reset.replace("CP-1", "CP-9"), "POST"))[0] == 404
+        await site.station("CP-1", **header("old-horse-battery"))
+        told = str([await site.get(f"/api/{name}") for name in (
+            "messages", "system-events", "security", "knocking")])
+        assert HEX not in told and HEX.lower() not in told
+
+
+@with_loop
+async def test_a_password_that_upstream_sets_counts_here_too(tmp_path):
+    central = Raw()
+    async with relaying(central, stations=["CP-1"], keys={
+            "state_path": tmp_path / "s.db", **OLD}.items()) as (upstream, site):
+        headers = {"Authorization": basic("CP-1", "old-horse-battery")}
+        Talker(await site.station("CP-1", additional_headers=headers))
+        await until(lambda: upstream.sockets)
+        await upstream.sockets[-1].send(json.dumps(
+            [2, "1", "ChangeConfiguration", {"key": "AuthorizationKey", "value": HEX}]))
+        known = site.daemon.access.credentials
+        await until(lambda: "CP-1" in known and known["CP-1"].password)
+        with pytest.raises(websockets.InvalidStatus):
+            await site.station("CP-1", additional_headers=headers)
+        await site.station("CP-1", additional_headers={"Authorization": basic("CP-1", HEX)})
 
 
 # --- HTTP ---------------------------------------------------------------------------------
@@ -13173,10 +13500,15 @@ async def test_a_wrong_login_is_401_and_on_record(site):
     found, = await site.get("/api/security?category=AUTH_FAILED&severity=medium")
     assert found["details"] == {"ip": "127.0.0.1", "attempt": 1} and "wrong" not in str(found)
     assert await site.get("/api/security?severity=high") == []
-    for _ in range(9):
-        site.daemon.access._failures.add("127.0.0.1")
-    status, body, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
-    assert status == 429 and int(headers["Retry-After"]) > 0 and "error" in body
+    for number in range(12):
+        assert (await site.fetch("/api/overview", token=f"guess {number}"))[0] == 401
+    assert (await site.fetch("/metrics"))[0] == 200, "whoever shares the address gets in"
+    site.daemon.access._failures._turns["127.0.0.1"] = time.monotonic() + 60     # many wait
+    assert (await site.fetch("/metrics"))[0] == 200
+    for path, method, body in (("/api/auth/login", "POST", {"token": "t0ken"}),
+                               ("/api/auth/session", "GET", None)):
+        status, body, headers = await site.fetch(path, method, body, token="a new guess")
+        assert status == 429 and int(headers["Retry-After"]) > 0 and "error" in body
 
 
 @live()
