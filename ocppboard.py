@@ -62,6 +62,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
@@ -400,6 +401,8 @@ SETTINGS = (
     Setting("ocpp", "port", 0, PORT),
     Setting("ocpp", "tls_port", 0, PORT),
     Setting("ocpp", "client_ca", ""),
+    Setting("ocpp", "ca_certificate", ""),
+    Setting("ocpp", "ca_private_key", ""),
     Setting("ocpp", "protocols", list(PROTOCOLS), PROTOCOLS),
     Setting("ocpp", "accept", "any", ACCEPT),
     Setting("ocpp", "heartbeat_interval_seconds", 300, (10, 86400)),
@@ -681,8 +684,10 @@ def _check_tls(config: Config, source: str) -> None:
     for key in ("tls_port", "client_ca"):
         if config.ocpp.__dict__[key] and not certificates:
             raise ConfigError(f"{source}: ocpp.{key} needs server.tls_certificate")
+    if bool(config.ocpp.ca_certificate) != bool(config.ocpp.ca_private_key):
+        raise ConfigError(f"{source}: ocpp.ca_certificate and ocpp.ca_private_key need each other")
     for pattern, entry in config.stations.items():
-        if entry.certificate_cn and not config.ocpp.client_ca:
+        if entry.certificate_cn and not (config.ocpp.client_ca or config.ocpp.ca_certificate):
             raise ConfigError(f'{source}: stations."{pattern}".certificate_cn needs '
                               "ocpp.client_ca")
 
@@ -1708,6 +1713,7 @@ class Station(Record):
     disconnected_at: float | None = None
     forgotten: bool = False             # its record is removed; this is the last that is told of it
     security_profile: int = 0
+    certificate_ends_at: float | None = None    # of the one that it has shown
     message_count: int = 0
     last_message_at: float | None = None
     error_count: int = 0
@@ -1758,7 +1764,8 @@ class Station(Record):
             "disconnectedAt": iso(self.disconnected_at),
             "status": "forgotten" if self.forgotten else "online" if self.link else "offline",
             "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
-            "securityProfile": self.security_profile, "errorCount": self.error_count,
+            "securityProfile": self.security_profile,
+            "certificateEndsAt": iso(self.certificate_ends_at), "errorCount": self.error_count,
             "evictedCount": self.evicted_count, "registration": self.registration,
             "seenSinceStart": self.seen_since_start,
             "station": dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info,
@@ -2724,8 +2731,8 @@ def pack(message: Call | CallResult | CallError) -> str:
 
 
 # --- Certificates -------------------------------------------------------------------------
-# What X.509 certificates say, read from their DER, and TLS made of the configured files. Which
-# station a certificate lets in is for Access to say.
+# What X.509 certificates and requests for them say, read from their DER; TLS made of the configured
+# files; a CA of the site's own. Which station a certificate lets in is for Access to say.
 
 # The four of A00.FR.318 and those that browsers prefer; of TLS 1.3, all. AES128-GCM-SHA256 and
 # AES256-GCM-SHA384 are TLS_RSA_…: without forward secrecy, hence the last.
@@ -2734,8 +2741,26 @@ CIPHERS = ("ECDHE+AESGCM:ECDHE+CHACHA20:AES128-GCM-SHA256:AES256-GCM-SHA384:"
 ENDS_SOON_S = 30 * 86400            # before a certificate's end it is told, and renewed
 PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\\s]+)"
                              "-----END CERTIFICATE-----")
+PEM_REQUEST = re.compile("-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----([A-Za-z0-9+/=\\s]+)"
+                         "-----END (?:NEW )?CERTIFICATE REQUEST-----")
+REQUEST_SIZE = 10_000               # characters of one; the standard allows 5500
 UTC_TIME, CONTEXT_0 = 0x17, 0xA0    # tags of DER
 COMMON_NAME = bytes.fromhex("550403")       # 2.5.4.3
+RSA, EC = bytes.fromhex("2a864886f70d010101"), bytes.fromhex("2a8648ce3d0201")
+CURVES = {bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2b81040022"),
+          bytes.fromhex("2b81040023")}      # P-256, P-384, P-521
+RSA_BITS = (2048, 8192)             # A00.FR.502; beyond it, it is work for nothing
+SIGNED_DAYS = 365                   # a certificate of our CA holds so long
+SIGN_S = 20                         # the program openssl takes some 10 ms
+# What a certificate of a type may be used for; without a type it is for both (2.0.1 A02).
+USES = {"ChargingStationCertificate": "clientAuth", "V2GCertificate": "serverAuth",
+        "V2G20Certificate": "serverAuth", "": "clientAuth,serverAuth"}
+EXTENSIONS = """basicConstraints=critical,CA:FALSE
+keyUsage=critical,digitalSignature{more}
+extendedKeyUsage={uses}
+subjectKeyIdentifier=hash
+authorityKeyIdentifier=keyid
+"""
 DER_TEXTS = {0x0C: "utf-8", 0x13: "ascii", 0x16: "ascii"}   # UTF8String, PrintableString, IA5String
 
 
@@ -2782,6 +2807,44 @@ def _read_certificate(data: bytes) -> Certificate:
         raise ValueError("no certificate") from None
 
 
+class SigningRequest(NamedTuple):
+    """What a PKCS #10 request asks for (RFC 2986)."""
+
+    pem: str
+    names: tuple[str, ...]              # its subject's common names
+    is_rsa: bool
+
+
+def read_request(pem: str) -> SigningRequest:
+    """A request in PEM, whose key is one that we sign. Raises: ValueError."""
+    found = PEM_REQUEST.search(pem) if len(pem) <= REQUEST_SIZE else None
+    if found is None:
+        raise ValueError("it is no certificate request in PEM")
+    data = base64.b64decode(found[1])
+    try:
+        _version, subject, public, *_ = [
+            content for _, content in der(der(der(data)[0][1])[0][1])]
+        (_, algorithm), (_, key) = der(public)
+        is_rsa = _check_key([content for _, content in der(algorithm)], key[1:])
+    except IndexError:
+        raise ValueError("it is no certificate request") from None
+    lines = re.findall(".{1,64}", base64.b64encode(data).decode())
+    written = ("-----BEGIN CERTIFICATE REQUEST-----", *lines, "-----END CERTIFICATE REQUEST-----")
+    return SigningRequest("\n".join((*written, "")), common_names(subject), is_rsa)
+
+
+def _check_key(algorithm: list[bytes], key: bytes) -> bool:
+    """Whether a public key is RSA; else it is EC. Raises: ValueError for one that is too weak."""
+    if algorithm[0] == RSA:
+        bits = int.from_bytes(der(der(key)[0][1])[0][1], "big").bit_length()
+        if not RSA_BITS[0] <= bits <= RSA_BITS[1]:
+            raise ValueError(f"its RSA key has {bits} bits")
+        return True
+    if algorithm[0] != EC or algorithm[1] not in CURVES:
+        raise ValueError("its key is neither RSA nor of P-256, P-384 or P-521")
+    return False
+
+
 def common_names(subject: bytes) -> tuple[str, ...]:
     """The common names of a Name's content. Raises: ValueError, also for one in an odd coding."""
     names = []
@@ -2805,8 +2868,9 @@ class ServerTls:
         """Raises: ConfigError."""
         self.certificates = files_of(config.server.tls_certificate)
         self.keys = files_of(config.server.tls_private_key)
-        self.client_ca = config.ocpp.client_ca
+        self.client_ca = config.ocpp.client_ca or config.ocpp.ca_certificate
         self.ends: dict[str, float] = {}             # {file: UTC seconds}
+        self.names: set[str] = set()                 # of our certificates
         self._stamps = self._look()
         self._load()
 
@@ -2835,9 +2899,12 @@ class ServerTls:
         contexts = self._context(), self._context()
         if self.client_ca:
             self._ask_for_certificates(contexts[1])
-        ends = {file: self._end(file)
-                for file in (*self.certificates, *filter(None, [self.client_ca]))}
-        (self.context, self.station_context), self.ends = contexts, ends
+        found = {file: self._read(file)
+                 for file in (*self.certificates, *filter(None, [self.client_ca]))}
+        self.context, self.station_context = contexts
+        self.ends = {file: min(one.ends_at for one in read) for file, read in found.items() if read}
+        self.names = {name for file in self.certificates for one in found[file][:1]
+                      for name in one.names}
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2847,15 +2914,10 @@ class ServerTls:
                             | ssl.OP_CIPHER_SERVER_PREFERENCE)
         for number, certificate in enumerate(self.certificates):
             key = self.keys[number] if self.keys else certificate
-            _readable("server.tls_certificate", certificate)
-            _readable("server.tls_private_key", key)
-            try:                         # without `password`, OpenSSL would ask the terminal
-                # Alone first: next to a pair of another kind a key that does not fit goes unseen.
-                for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
-                    one.load_cert_chain(certificate, key, password="")
-            except (OSError, ValueError) as error:
-                raise ConfigError("server.tls_certificate: " + _load_trouble(
-                    error, certificate, key)) from None
+            # Alone first: next to a pair of another kind a key that does not fit goes unseen.
+            for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+                load_pair(one, "server.tls_certificate", certificate,
+                          "server.tls_private_key", key)
         return context
 
     def _ask_for_certificates(self, context: ssl.SSLContext) -> None:
@@ -2869,12 +2931,92 @@ class ServerTls:
         context.verify_mode = ssl.CERT_OPTIONAL
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN    # the CA may be an intermediate one
 
-    def _end(self, file: str) -> float:
+    def _read(self, file: str) -> list[Certificate]:
         try:
-            pem = Path(file).read_text("ascii", "replace")
-            return min(certificate.ends_at for certificate in read_certificates(pem))
+            return read_certificates(_text_of(file))
         except ValueError:
-            return math.inf              # OpenSSL has read it, and knows better
+            return []                    # OpenSSL has read it, and knows better
+
+
+class Authority:
+    """A CA of the site's own, which signs the requests of its stations with the program openssl."""
+
+    def __init__(self, config: Config):
+        """Raises: ConfigError."""
+        self.certificate, self.key = config.ocpp.ca_certificate, config.ocpp.ca_private_key
+        load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "ocpp.ca_certificate", self.certificate,
+                  "ocpp.ca_private_key", self.key)
+        self.chain = _text_of(self.certificate)
+        try:
+            self.ends_at = read_certificates(self.chain)[0].ends_at
+        except (ValueError, IndexError):
+            raise ConfigError(
+                f"ocpp.ca_certificate: {self.certificate} is not understood") from None
+        if not shutil.which("openssl"):
+            raise ConfigError("ocpp.ca_certificate needs the program openssl")
+
+    def sign(self, request: SigningRequest, uses: str, now: float) -> str:
+        """The certificate of a request in PEM, and those between it and the root. Takes a while.
+
+        Subject and key are taken from the request, and nothing else.
+        Raises: ValueError, also where the request is not signed with its own key.
+        """
+        days = min(SIGNED_DAYS, int((self.ends_at - now) / 86400))
+        if days < 1:
+            raise ValueError("the CA's own certificate ends")
+        with tempfile.TemporaryDirectory() as folder:
+            asked, extensions = Path(folder, "request.pem"), Path(folder, "extensions")
+            asked.write_text(request.pem)
+            extensions.write_text(EXTENSIONS.format(
+                uses=uses, more=",keyEncipherment" if request.is_rsa else ""))
+            signed = openssl("x509", "-req", "-in", str(asked), "-CA", self.certificate, "-CAkey",
+                             self.key, "-passin", "pass:", "-sha256", "-days", str(days),
+                             "-set_serial", str(secrets.randbits(127) + 1), "-extfile",
+                             str(extensions))
+        found = PEM_CERTIFICATE.search(signed)
+        if not found:
+            raise ValueError("openssl has signed nothing")
+        return "\n".join([found[0], *self._intermediates(), ""])
+
+    def _intermediates(self) -> list[str]:
+        """Our own certificate and its chain, but for a root: that one the station has."""
+        return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)
+                if not _is_root(base64.b64decode(found[1]))]
+
+
+def _is_root(data: bytes) -> bool:
+    fields = [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
+    return fields[2] == fields[4]        # issuer and subject
+
+
+def openssl(*arguments: str) -> str:
+    """What the program openssl prints. Raises: ValueError, with its last line."""
+    program = shutil.which("openssl") or "openssl"
+    try:                                 # the arguments are ours: a station's text is in a file
+        done = subprocess.run([program, *arguments], stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, errors="replace", timeout=SIGN_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"openssl: {getattr(error, 'strerror', None) or 'takes too long'}"
+                         ) from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["failed"]
+        raise ValueError(f"openssl: {kept(lines[0], 200)}")
+    return done.stdout
+
+
+def _text_of(file: str) -> str:
+    return Path(file).read_text("ascii", "replace")
+
+
+def load_pair(context: ssl.SSLContext, where: str, certificate: str, where_key: str,
+              key: str) -> None:
+    """Put a certificate and its key into a context. Raises: ConfigError."""
+    _readable(where, certificate)
+    _readable(where_key, key)
+    try:                                 # without `password`, OpenSSL would ask the terminal
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {_load_trouble(error, certificate, key)}") from None
 
 
 def _readable(where: str, file: str) -> None:
@@ -2888,7 +3030,7 @@ def _load_trouble(error: Exception, certificate: str, key: str) -> str:
     reason = getattr(error, "reason", None) or ""
     if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         return f"{key} is not the key of {certificate}"
-    if not read_certificates(Path(certificate).read_text("ascii", "replace")):
+    if not PEM_CERTIFICATE.search(_text_of(certificate)):
         return f"{certificate} has no certificate in PEM"
     return f"{certificate} and {key} cannot be used: {_without_place(error)}; the key must be in " \
            "PEM, and have no passphrase"
@@ -3609,6 +3751,10 @@ REPORTING = {                            # where a 2.x station alerts of nothing
 
 # Whether a StatusNotification is triggered of one connector at a time (2.0.1 F06.FR.12).
 TRIGGERED_EACH = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
+# What has a station ask for a new certificate: (Action, requestedMessage).
+_SIGN_2 = "TriggerMessage", "SignChargingStationCertificate"
+SIGN_TRIGGERS = {"ocpp1.6": ("ExtendedTriggerMessage", "SignChargePointCertificate"),
+                 "ocpp2.0.1": _SIGN_2, "ocpp2.1": _SIGN_2}
 
 # Fields that only one version's body has: a station that sends them elsewhere mixes versions.
 TELLTALES = {
@@ -6463,6 +6609,8 @@ class Board:
         self.total_messages = self.total_call_errors = 0
         self.total_connections = self.total_refused = self.peak_connections = self.online = 0
         self.last_transaction_id = 0
+        # Signs a request with our CA, for these uses, and sends it with what goes back with it.
+        self.sign: Callable[[Station, SigningRequest, str, dict], Any] | None = None
         self._links_since, self._links_logged = self._started_mono, 0
 
     # Following
@@ -6529,7 +6677,7 @@ class Board:
     # Stations and their connections
 
     def connected(self, identity: str, protocol: str, address: str, link: Any,
-                  security_profile: int = 0) -> Any:
+                  security_profile: int = 0, certificate_ends_at: float | None = None) -> Any:
         """A station's connection is open. Returns the Link that it replaces, if it had one."""
         now = self.clock()
         station = self.stations.get(identity)
@@ -6541,6 +6689,7 @@ class Board:
         station.seen_since_start = True
         station.has_spoken = station.boot_unanswered = False
         station.security_profile = security_profile
+        station.certificate_ends_at = certificate_ends_at
         station.pongs = False, station.pongs[0]
         self._gone.pop(identity, None)
         self.total_connections += 1
@@ -8762,6 +8911,45 @@ def on_notify_ev_charging_schedule(board: Board, station: Station, payload: dict
     return {"status": "Accepted" if fits else "Rejected"}
 
 
+def on_sign_certificate_16(board: Board, station: Station, payload: dict) -> dict:
+    """1.6 security extension 4.6. It knows no types."""
+    return _sign_certificate(board, station, payload, USES["ChargingStationCertificate"], {})
+
+
+def on_sign_certificate(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 A02; the certificate comes by CertificateSigned, with the type (A02.FR.14)."""
+    told = {"certificateType": optional(payload, "certificateType", str),
+            "requestId": optional(payload, "requestId", int)}
+    return _sign_certificate(board, station, payload, USES.get(told["certificateType"] or ""),
+                             {name: value for name, value in told.items() if value is not None})
+
+
+def _sign_certificate(board: Board, station: Station, payload: dict, uses: str | None,
+                      told: dict) -> dict:
+    """Whether a request is signed; `told` goes back to the station with the certificate."""
+    text = required(payload, "csr", str)
+    if board.sign is None:               # we are no certificate authority
+        return {"status": "Rejected"}
+    entry = board.config.station(station.identity)
+    name = (entry and entry.certificate_cn) or station.identity
+    try:
+        if not station.security_profile:
+            raise ValueError("it has not shown who it is (security profile 0)")
+        if uses is None:
+            raise ValueError("certificates of this type are not signed here")
+        request = read_request(text)
+        if request.names != (name,):
+            raise ValueError(f"it is for {' and '.join(map(kept, request.names)) or 'nobody'}, "
+                             f"not for {name}")
+        board.sign(station, request, uses, told)
+    except (ValueError, Busy) as error:
+        board.security_event("POLICY_REJECTION", station.identity,
+                             f"A certificate request was refused: {kept(error)}", "medium",
+                             {"ip": station.remote_address})
+        return {"status": "Rejected"}
+    return {"status": "Accepted"}
+
+
 TRANSACTION_BEGINS: dict[str, Callable] = {
     "Started": Board.transaction_started, "Ended": Board.transaction_orphaned}
 END_OF_TRANSACTION = frozenset(("StopTransaction", "TransactionEvent"))
@@ -8776,7 +8964,7 @@ CALLS_16 = {
     "LogStatusNotification": _progress("logStatus"),
     "MeterValues": on_meter_values_16,
     "SecurityEventNotification": on_security_event_notification,
-    "SignCertificate": _constant(status="Rejected"),         # we are no certificate authority
+    "SignCertificate": on_sign_certificate_16,
     "SignedFirmwareStatusNotification": _progress("firmwareStatus"),
     "StartTransaction": on_start_transaction,
     "StatusNotification": on_status_notification_16,
@@ -8805,7 +8993,7 @@ CALLS_201 = {
     "ReportChargingProfiles": _constant(),
     "ReservationStatusUpdate": _constant(),
     "SecurityEventNotification": on_security_event_notification,
-    "SignCertificate": _constant(status="Rejected"),
+    "SignCertificate": on_sign_certificate,
     "StatusNotification": on_status_notification,
     "TransactionEvent": on_transaction_event,
 }
@@ -9031,9 +9219,10 @@ class Link:
         self.exchange = Exchange(self._write, self._keep_command)
 
     def start(self, identity: str, address: str, security_profile: int,
-              quirks: Iterable[str]) -> None:
+              quirks: Iterable[str], certificate_ends_at: float | None = None) -> None:
         """The connection is open: an older one of the same identity ends."""
-        replaced = self.board.connected(identity, self.protocol, address, self, security_profile)
+        replaced = self.board.connected(identity, self.protocol, address, self, security_profile,
+                                        certificate_ends_at)
         self.station = self.board.stations[identity]
         if self.station.budget:              # a new connection is no new allowance
             self._budget = self.station.budget
@@ -14490,9 +14679,10 @@ class StationUpgrade(RequestHandler):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
             admission = admit(config, self.request.path, headers)
             authorization = headers.get("Authorization", "")
+            certificate = self._certificate()
             profile = await daemon.access.station_profile(
                 admission.identity, authorization, address, self.request.protocol == "https",
-                self._certificate())
+                certificate)
             daemon.make_room(admission.identity)
         except (Refused, TooMany) as error:
             self._refuse(error)
@@ -14504,7 +14694,8 @@ class StationUpgrade(RequestHandler):
                     websocket.close)
         link.guard = daemon.access
         daemon.sockets[link] = websocket
-        link.start(admission.identity, address, profile, admission.quirks)
+        link.start(admission.identity, address, profile, admission.quirks,
+                   ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None)
         link.via = kept(headers.get(RELAY_HEADER, ""))
         if daemon.relay:
             daemon.relay.attach(link, authorization)
@@ -15397,7 +15588,8 @@ SHAPES = {
         "identity": "string", "remoteAddress": "string", "protocol": "string",
         "connectedAt": "time", "disconnectedAt": "time?", "status": "string",
         "messageCount": "integer",
-        "lastMessageAt": "time?", "securityProfile": "integer", "errorCount": "integer",
+        "lastMessageAt": "time?", "securityProfile": "integer", "certificateEndsAt": "time?",
+        "errorCount": "integer",
         "evictedCount": "integer", "registration": "string?", "seenSinceStart": "boolean",
         "station": "object",
         "connectors": "[Connector]", "clockSkewSeconds": "number?", "quirks": "[Quirk]"},
@@ -20536,6 +20728,9 @@ def file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station, in LOGIN_WINDOW_S
+
+
 class Listener(NamedTuple):
     """A port, and what is served there."""
 
@@ -20563,6 +20758,12 @@ class Daemon:
         self.sockets: dict[Link, WebSocket] = {}
         self.streams: set[Api] = set()
         self.tls = ServerTls(config) if config.server.tls_certificate else None
+        self.authority = Authority(config) if config.ocpp.ca_certificate else None
+        self.board.sign = self._sign if self.authority else None
+        self._signing: set[str] = set()                  # stations whose requests are being signed
+        self._signed = Failures(time.monotonic)          # requests of each station
+        self._signer = concurrent.futures.ThreadPoolExecutor(1, "certificates")
+        self._renewals: dict[str, float] = {}            # {identity: when it was asked for one}
         self.board_port = self.ocpp_port = 0             # once they are bound
         self.station_ports: list[tuple[str, int]] = []   # (ws or wss, port)
         self._servers: list[BoundedServer] = []
@@ -20577,7 +20778,8 @@ class Daemon:
                           PeriodicCallback(self.keeper.clean, 3_600_000)]
         if self.tls:
             self._periodic += [PeriodicCallback(self.renew_tls, 10_000),
-                               PeriodicCallback(self._tell_ends, 86_400_000)]
+                               PeriodicCallback(self._tell_ends, 86_400_000),
+                               PeriodicCallback(self.renew_stations, 3_600_000)]
         if self.controller:
             self._periodic.append(PeriodicCallback(self.steer, 1000))
         self.relay = None
@@ -20670,13 +20872,70 @@ class Daemon:
 
     def _tell_ends(self) -> None:
         """Warn of certificates that end soon, or have."""
-        now = self.board.clock()
-        for file, ends_at in (self.tls.ends if self.tls else {}).items():
+        now, ends = self.board.clock(), dict(self.tls.ends) if self.tls else {}
+        if self.authority:
+            ends[self.authority.certificate] = self.authority.ends_at
+        for file, ends_at in ends.items():
             if ends_at - now < ENDS_SOON_S:
                 text = f"{file} {'ends' if now < ends_at else 'has ended'} at {iso(ends_at)}"
                 log.warning("The certificate in %s", text)
                 self.board.system_event("CERTIFICATE_ENDS", "", f"The certificate in {text}",
                                         {"file": file, "endsAt": iso(ends_at)})
+
+    # Certificates of stations
+
+    def _sign(self, station: Station, request: SigningRequest, uses: str, told: dict) -> None:
+        """Begin to sign the request of a station, and send it the certificate.
+
+        Raises: ValueError, Busy.
+        """
+        link, identity = station.link, station.identity
+        if link is None or link.upstream is not None:
+            raise ValueError("its upstream system is asked")
+        ours = {"localhost", socket.gethostname(), *(self.tls.names if self.tls else ())}
+        if not ours.isdisjoint(request.names):           # it could pass for us
+            raise ValueError("that is a name of the board")
+        if (identity in self._signing or len(self._signing) >= SIGNING
+                or self._signed.count(identity) >= SIGNED_MOST):
+            raise Busy("too many requests")
+        self._signed.add(identity)
+        self._signing.add(identity)
+        self.spawn("certificate", self._sign_and_send(link, request, uses, told))
+
+    async def _sign_and_send(self, link: Link, request: SigningRequest, uses: str,
+                             told: dict) -> None:
+        identity, authority = link.station.identity, self.authority
+        try:
+            if authority is None:
+                raise ValueError("there is no CA")
+            chain = await asyncio.get_running_loop().run_in_executor(
+                self._signer, authority.sign, request, uses, self.board.clock())
+            answer, _ = await link.call("CertificateSigned", {"certificateChain": chain} | told)
+            taken = "taken" if answer.get("status") == "Accepted" else "refused"
+            self.board.system_event("CERTIFICATE_SIGNED", identity,
+                                    f"The station has {taken} a certificate of our CA", told)
+        except (ValueError, BoardError) as error:
+            self.board.system_event("CERTIFICATE_FAILED", identity,
+                                    f"No certificate for the station: {kept(error)}", told)
+        finally:
+            self._signing.discard(identity)
+
+    def renew_stations(self) -> None:
+        """Have stations whose certificates end soon ask for new ones, once a day."""
+        now, mono = self.board.clock(), time.monotonic()
+        self._renewals = {identity: at for identity, at in self._renewals.items()
+                          if mono - at < 86_400}
+        for link in self.sockets:
+            station, ends_at = link.station, link.station.certificate_ends_at
+            if link.ended or ends_at is None or ends_at - now > ENDS_SOON_S or (
+                    station.identity in self._renewals):
+                continue
+            self._renewals[station.identity] = mono
+            self.board.system_event("CERTIFICATE_ENDS", station.identity,
+                                    f"The station's certificate ends at {iso(ends_at)}",
+                                    {"endsAt": iso(ends_at)})
+            if self.authority and link.upstream is None:
+                self.spawn("renewal of a certificate", _ask_for_request(link))
 
     def _application(self, rules: list) -> Application:
         return Application(rules, default_handler_class=Api,
@@ -20894,6 +21153,15 @@ class Daemon:
         if controller := self.controller:
             for command in controller.tick():
                 self.spawn("smart charging", controller.carry_out(command))
+
+
+async def _ask_for_request(link: Link) -> None:
+    """Have a station send a SignCertificate (2.0.1 A02)."""
+    action, what = SIGN_TRIGGERS[link.protocol]
+    try:
+        await link.call(action, {"requestedMessage": what})
+    except BoardError as error:
+        log.info("%s was not asked for a new certificate: %s", shown(link.station.identity), error)
 
 
 def _log_request(handler: RequestHandler) -> None:

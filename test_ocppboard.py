@@ -317,6 +317,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ("[ocpp]\ntls_port = 1", ["ocpp.tls_port needs server.tls_certificate"]),
     ('[ocpp]\nclient_ca = "a"', ["ocpp.client_ca needs server.tls_certificate"]),
     ('[ocpp]\ntls_port = 9000', ["ocpp.tls_port needs a port of its own"]),
+    ('[ocpp]\nca_certificate = "a"', ["ca_certificate and ocpp.ca_private_key need each other"]),
     ('[stations."A"]\ncertificate_cn = "a"', ['"A".certificate_cn needs ocpp.client_ca']),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
@@ -1012,6 +1013,8 @@ class Pki:
         self.make("foreign", "/O=Site/CN=CP-1", by="stranger")
         self.make("two-names", "/CN=CP-1/CN=CP-2")
         self.make("serial", "/CN=SN 4711", extensions="subjectAltName=DNS:CP-3,IP:10.0.0.1")
+        self.make("middle", "/CN=middle", extensions="basicConstraints=critical,CA:TRUE\n"
+                                                      "subjectKeyIdentifier=hash")
         self.make("for-servers", "/CN=CP-1", extensions="extendedKeyUsage=serverAuth")
 
     def openssl(self, *words, text=None):
@@ -1025,6 +1028,17 @@ class Pki:
         self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey",
                      f"{by}.key", "-CAcreateserial", "-days", str(days), "-out", f"{name}.pem",
                      "-extfile", "extensions")
+
+    def request(self, subject="/CN=CP-1", key=None, *more):
+        """(a request in PEM, the file of its key)."""
+        name = f"asked-{time.monotonic_ns()}"
+        csr = self.openssl("req", "-new", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key",
+                           "-subj", subject, *more)
+        return csr, self[f"{name}.key"]
+
+    def own_ca(self, name="ca"):
+        return {"ocpp_ca_certificate": self[f"{name}.pem"],
+                "ocpp_ca_private_key": self[f"{name}.key"]}
 
     def __getitem__(self, name):
         return str(self.folder / name)
@@ -1108,6 +1122,101 @@ def test_a_certificate_may_stand_in_one_file_with_its_key(pki, tmp_path):
     both = tmp_path / "both.pem"
     both.write_text(Path(pki["rsa.key"]).read_text() + Path(pki["rsa.pem"]).read_text())
     assert ocppboard.ServerTls(config_of(server_tls_certificate=both)).ends
+
+
+@pytest.mark.parametrize("key, subject, names, is_rsa", [
+    (None, "/C=NL/O=Site/CN=CP-1", ("CP-1",), False), (None, "/O=Site", (), False),
+    (("-newkey", "rsa:2048"), "/CN=CP 1é", ("CP 1é",), True),
+    (("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-521"), "/CN=a/CN=b", ("a", "b"), False)])
+def test_a_request_is_read_and_its_lines_end_with_lf(pki, key, subject, names, is_rsa):
+    pem, _ = pki.request(subject, key, "-utf8")
+    found = ocppboard.read_request(pem.replace("\n", "\r\n"))
+    assert (found.pem, found.names, found.is_rsa) == (pem, names, is_rsa)
+    odd = pem.replace("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST")
+    assert ocppboard.read_request("x\n" + odd) == found
+
+
+@pytest.mark.parametrize("key, reason", [
+    (("-newkey", "rsa:1024"), "its RSA key has 1024 bits"),
+    (("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp224r1"), "neither RSA nor of P-256"),
+    (("-newkey", "ed25519"), "neither RSA nor of P-256")])
+def test_a_request_with_a_weak_or_unusual_key_is_refused(pki, key, reason):
+    with pytest.raises(ValueError, match=reason):
+        ocppboard.read_request(pki.request("/CN=CP-1", key)[0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_what_is_no_request_is_refused_with_a_value_error(pki, data):
+    good = base64.b64decode("".join(GOOD_REQUEST.splitlines()[1:-1]))
+    at = data.draw(st.integers(0, len(good) - 1))
+    bad = good[:at] + data.draw(st.binary(max_size=3)) + good[at + data.draw(st.integers(0, 3)):]
+    head, *_, foot = GOOD_REQUEST.splitlines()
+    for text in (bad, data.draw(st.binary(max_size=20))):
+        with contextlib.suppress(ValueError):
+            ocppboard.read_request(f"{head}\n{base64.encodebytes(text).decode()}{foot}\n")
+    for text in ("", "x" * 20_000, f"{head}\n!\n{foot}", f"{head}\nAAA\n{foot}"):
+        with pytest.raises(ValueError):
+            ocppboard.read_request(text)
+
+
+GOOD_REQUEST = """-----BEGIN CERTIFICATE REQUEST-----
+MIHLMHICAQAwEDEOMAwGA1UEAwwFQ1AtMSAwWTATBgcqhkjOPQIBBggqhkjOPQMB
+BwNCAAQ+eL0HhFwTLw5DqXy1bkbc+TlLrp5kQoSGi6N6J3Oo1BTvZb0aSqMKxkv5
+J1pZ3l3dJj3Zgk3cAFFz7kIqMGo8oAAwCgYIKoZIzj0EAwIDSQAwRgIhAK==
+-----END CERTIFICATE REQUEST-----
+"""
+
+
+@pytest.mark.parametrize("ca", ["ca", "middle"])
+@pytest.mark.parametrize("key, uses", [(None, "clientAuth"), (RSA_KEY, "serverAuth")])
+def test_a_signed_certificate_has_subject_and_key_of_the_request_and_nothing_else(
+        pki, tmp_path, ca, key, uses):
+    csr, _ = pki.request("/C=NL/O=Site/CN=CP-1", key, "-addext", "basicConstraints=CA:TRUE",
+                         "-addext", "subjectAltName=DNS:board.example")
+    authority = ocppboard.Authority(config_of(**pki.own_ca(ca)))
+    chain = authority.sign(ocppboard.read_request(csr), uses, time.time())
+    (tmp_path / "chain.pem").write_text(chain)
+    count = 1 if ca == "ca" else 2
+    assert chain.count("BEGIN CERTIFICATE") == count and "\r" not in chain and chain[-2] == "-"
+    text = pki.openssl("x509", "-noout", "-text", text=chain)
+    assert "board.example" not in text and "CA:FALSE" in text and "CA:TRUE" not in text
+    assert ("Client" if uses == "clientAuth" else "Server") in text and "ecdsa-with-SHA256" in text
+    assert text.count("Web ") == 1 and ("Key Encipherment" in text) == bool(key)
+    assert pki.openssl("x509", "-noout", "-subject", text=chain) == pki.openssl(
+        "req", "-noout", "-subject", text=csr)
+    assert pki.openssl("x509", "-noout", "-pubkey", text=chain) == pki.openssl(
+        "req", "-noout", "-pubkey", text=csr)
+    file = str(tmp_path / "chain.pem")
+    assert "OK" in pki.openssl("verify", "-CAfile", "ca.pem", "-untrusted", file, file)
+    certificate = ocppboard.read_certificates(chain)[0]
+    assert certificate.ends_at == pytest.approx(time.time() + 365 * 86400, abs=60)
+
+
+def test_a_request_that_is_not_signed_with_its_own_key_is_refused(pki):
+    one, other = (pki.request()[0] for _ in range(2))
+    data, theirs = (base64.b64decode("".join(pem.splitlines()[1:-1])) for pem in (one, other))
+    body = ocppboard.der(ocppboard.der(theirs)[0][1])[0][1]
+    at = data.index(ocppboard.der(ocppboard.der(data)[0][1])[0][1])
+    forged = base64.encodebytes(data[:at] + body + data[at + len(body):]).decode()
+    request = ocppboard.read_request(
+        f"-----BEGIN CERTIFICATE REQUEST-----\n{forged}-----END CERTIFICATE REQUEST-----\n")
+    authority = ocppboard.Authority(config_of(**pki.own_ca()))
+    with pytest.raises(ValueError, match="openssl: "):
+        authority.sign(request, "clientAuth", time.time())
+    with pytest.raises(ValueError, match="the CA's own certificate ends"):
+        authority.sign(ocppboard.read_request(one), "clientAuth", authority.ends_at - 3600)
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"ocpp_ca_certificate": "none"}, "ocpp.ca_certificate: none cannot be read"),
+    ({"ocpp_ca_private_key": "CP-1.key"}, "CP-1.key is not the key of"),
+    ({}, "needs the program openssl")])
+def test_a_ca_that_cannot_sign_ends_the_start(pki, monkeypatch, files, words):
+    monkeypatch.chdir(pki.folder)
+    monkeypatch.setattr(ocppboard.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        ocppboard.Daemon(config_of(**pki.own_ca() | files))
 
 
 # --- WebSocket ----------------------------------------------------------------------------
@@ -6511,6 +6620,53 @@ def test_a_handler_that_raises_is_answered_with_internal_error(monkeypatch, capl
     assertCallError(answer, "InternalError")
     assert "oops" not in answer[3] and "oops" in caplog.text
     assert bench.board.errors.records[-1].kind == "CALL_ERROR"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("subject, settings_, changed, reason", [
+    ("/O=Site/CN=CP-1", {}, {}, ""), ("/CN=SN 4711", {"certificate_cn": "SN 4711"}, {}, ""),
+    ("/CN=CP-1", {"certificate_cn": "SN 4711"}, {}, "it is for CP-1, not for SN 4711"),
+    ("/CN=CP-2", {}, {}, "it is for CP-2, not for CP-1"),
+    ("/CN=CP-1/CN=CP-2", {}, {}, "it is for CP-1 and CP-2, not for CP-1"),
+    ("/O=CP-1", {}, {}, "it is for nobody, not for CP-1"),
+    ("/CN=CP-1", {}, {"profile": 0}, "security profile 0"),
+    ("/CN=CP-1", {}, {"csr": "x"}, "it is no certificate request in PEM"),
+    ("/CN=CP-1", {}, {"busy": True}, "too many")])
+def test_a_certificate_request_of_a_known_station_for_itself_is_accepted(
+        pki, protocol, subject, settings_, changed, reason):
+    bench, signed = Bench(protocol, stations={"CP-1": settings_}), []
+
+    def sign(*arguments):
+        if "busy" in changed:
+            raise ocppboard.Busy("too many")
+        signed.append(arguments)
+    bench.board.sign = sign
+    bench.station.security_profile = changed.get("profile", 1)
+    csr = changed.get("csr") or pki.request(subject)[0]
+    answer = bench.call("SignCertificate", {"csr": csr})
+    assert answer == {"status": "Rejected" if reason else "Accepted"}
+    events = [e for e in bench.board.security.records if "request was refused" in e.message]
+    if reason:
+        assert not signed and len(events) == 1 and reason in events[0].message
+        return
+    (station, request, uses, told), = signed
+    assert station is bench.station and request.pem == csr and told == {} and not events
+    assert uses == ("clientAuth" if protocol == "ocpp1.6" else "clientAuth,serverAuth")
+
+
+def test_a_certificate_request_is_for_a_type_that_is_known(pki):
+    bench, signed = Bench("ocpp2.1"), []
+    bench.board.sign = lambda *arguments: signed.append(arguments[2:])
+    bench.station.security_profile, csr = 1, pki.request()[0]
+    for kind in ("ChargingStationCertificate", "V2GCertificate", "V2G20Certificate"):
+        told = {"certificateType": kind, "requestId": 7}
+        assert bench.call("SignCertificate", {"csr": csr} | told) == {"status": "Accepted"}
+        assert signed.pop() == (ocppboard.USES[kind], told)
+    assert bench.call("SignCertificate", {"csr": csr, "certificateType": "Other"}) == {
+        "status": "Rejected"}
+    bench.board.sign = None
+    assert bench.call("SignCertificate", {"csr": csr}) == {"status": "Rejected"}
+    assert not signed and len(bench.board.security) == 1
 
 
 # --- Outgoing calls -----------------------------------------------------------------------
@@ -16325,7 +16481,7 @@ class SecureSite(Site):
         return await self._open.enter_async_context(websockets.connect(
             f"wss://127.0.0.1:{self.tls_port}/ocpp/{identity}", ssl=options.pop(
                 "ssl", None) or self.pki.trust(shows),
-            subprotocols=[websockets.Subprotocol("ocpp1.6")], **options))
+            subprotocols=[options.pop("protocol", "ocpp1.6")], **options))
 
     async def fetch(self, path, *arguments, **options):
         return await super().fetch(path, *arguments, ca_certs=self.pki["ca.pem"], **options)
@@ -16552,6 +16708,120 @@ async def test_the_board_is_seen_over_https_with_a_cookie_for_https_alone(pki):
     async with SecureSite(pki, "ecdsa") as site:
         status, _, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"})
         assert status == 200 and "Secure" in headers["Set-Cookie"]
+
+
+
+# Certificates of stations
+
+
+def taking(status, chains):
+    """What a station does with CertificateSigned."""
+    async def answer(socket_, certificates=1):
+        while certificates:
+            _, id_, action, payload = json.loads(await socket_.recv())
+            if action == "CertificateSigned":
+                chains.append(payload)
+                certificates -= 1
+            await socket_.send(json.dumps([3, id_, {"status": status}]))
+    return answer
+
+
+@pytest.mark.parametrize("protocol, told", [
+    ("ocpp1.6", {}), ("ocpp2.0.1", {"certificateType": "ChargingStationCertificate"}),
+    ("ocpp2.0.1", {"certificateType": "V2GCertificate"}), ("ocpp2.1", {"requestId": 3})])
+@pytest.mark.parametrize("status", ["Accepted", "Rejected"])
+@with_loop
+async def test_a_station_gets_the_certificate_that_it_asked_for_and_comes_with_it(
+        pki, tmp_path, protocol, told, status):
+    async with SecureSite(pki, **pki.own_ca(), ocpp_client_ca="") as site:
+        station = await site.secure_station("CP-1", "CP-1", protocol=protocol)
+        csr, key = pki.request("/O=Site/CN=CP-1", RSA_KEY)
+        assert (await exchange(station, "SignCertificate", {"csr": csr} | told))[2] == {
+            "status": "Accepted"}
+        chains: list[dict] = []
+        await taking(status, chains)(station)
+        chain, = chains
+        (tmp_path / "new.pem").write_text(chain.pop("certificateChain"))
+        assert chain == told
+        trust = pki.trust()
+        trust.load_cert_chain(tmp_path / "new.pem", key)
+        if told.get("certificateType") != "V2GCertificate":
+            await site.secure_station("CP-1", ssl=trust)
+        view = await site.get("/api/connections/CP-1")
+        assert view["securityProfile"] == 3 and view["certificateEndsAt"] > iso_now()
+        await until(lambda: [e for e in site.board.system.records
+                             if e.kind == "CERTIFICATE_SIGNED"])
+        event = next(e for e in site.board.system.records if e.kind == "CERTIFICATE_SIGNED")
+        assert ("taken" if status == "Accepted" else "refused") in event.message
+
+
+@with_loop
+async def test_a_station_can_neither_pass_for_the_board_nor_keep_it_busy(pki, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SIGNED_MOST", 2)
+    async with SecureSite(pki, **pki.own_ca(),
+                          stations={"*": {"password": "x"}}) as site:
+        async def asks(identity, times=1):
+            station = await site.station(
+                identity, additional_headers={"Authorization": basic(identity, "x")})
+            csr = pki.request(f"/CN={identity}")[0]
+            for _ in range(times):
+                yield (await exchange(station, "SignCertificate", {"csr": csr}))[2]["status"]
+                if not site.daemon._signing:
+                    break
+                await taking("Accepted", [])(station)
+                await until(lambda: not site.daemon._signing)
+        for name in ("127.0.0.1", "localhost", socket.gethostname()):
+            assert [status async for status in asks(name)] == ["Rejected"]
+        assert [status async for status in asks("CP-1", 5)] == ["Accepted"] * 2 + ["Rejected"]
+        assert [status async for status in asks("CP-2")] == ["Accepted"]
+        reasons = [e.message for e in site.board.security.records]
+        assert sum("a name of the board" in reason for reason in reasons) == 3
+        assert sum("too many requests" in reason for reason in reasons) == 1
+
+
+@with_loop
+async def test_a_station_that_hangs_up_gets_no_certificate_and_that_is_told(pki, caplog):
+    async with SecureSite(pki, **pki.own_ca()) as site:
+        station = await site.secure_station("CP-1", "CP-1")
+        await exchange(station, "SignCertificate", {"csr": pki.request()[0]})
+        await station.close()
+        await until(lambda: not site.daemon._signing)
+        assert [e for e in site.board.system.records if e.kind == "CERTIFICATE_FAILED"]
+    assert_quiet(caplog)
+
+
+@with_loop
+async def test_the_requests_of_a_station_that_goes_on_are_its_upstreams(pki):
+    async with relaying(Raw(), keys=pki.own_ca().items(), stations=["CP-1"]) as (_, site):
+        station = Talker(await site.station("CP-1"))
+        site.board.stations["CP-1"].security_profile = 1
+        await station.say("SignCertificate", {"csr": pki.request()[0]})
+        assert not site.daemon._signing
+        events = str([e.message for e in site.board.security.records])
+        assert "its upstream system is asked" in events
+
+
+@pytest.mark.parametrize("protocol, command", [
+    ("ocpp1.6", ["ExtendedTriggerMessage", {"requestedMessage": "SignChargePointCertificate"}]),
+    ("ocpp2.0.1", ["TriggerMessage", {"requestedMessage": "SignChargingStationCertificate"}])])
+@with_loop
+async def test_a_station_whose_certificate_ends_soon_is_asked_for_a_request_once_a_day(
+        pki, protocol, command):
+    async with SecureSite(pki, **pki.own_ca()) as site:
+        station = await site.secure_station("CP-1", "CP-1", protocol=protocol)
+        await exchange(station, "Heartbeat", {})
+        ends_at = site.board.stations["CP-1"].certificate_ends_at
+        site.daemon.renew_stations()
+        for days in (29, 28.5):
+            site.board.clock = lambda days=days: ends_at - days * 86400
+            site.daemon.renew_stations()
+        _, id_, *asked = json.loads(await station.recv())
+        assert asked == command
+        await station.send(json.dumps([3, id_, {"status": "Rejected"}]))
+        assert (await exchange(station, "Heartbeat", {}))[0] == 3
+        ends = [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"
+                and e.identity == "CP-1"]
+        assert len(ends) == 1 and ocppboard.iso(ends_at) in ends[0].message
 
 
 # Documents
