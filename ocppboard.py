@@ -2983,6 +2983,81 @@ class Authority:
         return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)
                 if not _is_root(base64.b64decode(found[1]))]
 
+    @property
+    def root(self) -> str:
+        """What a station needs to know us by: the last certificate of the file, in PEM."""
+        return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)][-1] + "\n"
+
+
+AUTHORITY_DAYS, BOARD_DAYS = 7300, 825       # of a CA that is made here, and of its board's
+NEW_KEYS = {"rsa": ("rsa:2048",), "ecdsa": ("ec", "-pkeyopt", "ec_paramgen_curve:P-256")}
+REQUEST_SETTINGS = """[req]
+distinguished_name = name
+[name]
+[ca]
+basicConstraints = critical,CA:TRUE
+keyUsage = critical,keyCertSign,cRLSign
+subjectKeyIdentifier = hash
+[board]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature,keyEncipherment
+extendedKeyUsage = serverAuth
+subjectAltName = {names}
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+"""
+
+
+def make_certificates(folder: Path, names: list[str]) -> bool:
+    """Make certificates of the board for these names and addresses, and a CA if there is none.
+
+    In the folder: ca, rsa and ecdsa, each .pem and .key. The CA is RSA, which every station can
+    check. Returns whether it is new.
+    Raises: ConfigError.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Path(scratch, "settings")
+        settings.write_text(REQUEST_SETTINGS.format(names=",".join(
+            f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_new = not (folder / "ca.key").exists()
+            if is_new:
+                _new_pair(folder / "ca", "rsa:3072", settings, f"ocppboard of {names[0]}"[:64],
+                          "-x509", "-days", str(AUTHORITY_DAYS), "-extensions", "ca")
+            for kind, key in NEW_KEYS.items():
+                _new_board_pair(folder, Path(scratch), kind, key, settings, names[0])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"certificates in {folder}: {error}") from None
+    return is_new
+
+
+def _new_pair(stem: Path, *arguments: str | Path) -> None:
+    """Make a key and what is asked for it: `arguments` are its kind, settings, name and more."""
+    kind, settings, name, *more = arguments
+    openssl("req", "-new", "-config", str(settings), "-newkey", str(kind), *map(str, more), "-nodes",
+            "-sha256", "-subj", f"/CN={name}", "-keyout", f"{stem}.key", "-out", f"{stem}.pem")
+
+
+def _new_board_pair(folder: Path, scratch: Path, kind: str, key: tuple, settings: Path,
+                    name: str) -> None:
+    asked, stem, ca = scratch / kind, folder / f".new-{kind}", folder / "ca"
+    _new_pair(asked, key[0], settings, name, *key[1:])
+    openssl("x509", "-req", "-in", f"{asked}.pem", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key",
+            "-passin", "pass:", "-sha256", "-days", str(BOARD_DAYS), "-set_serial",
+            str(secrets.randbits(127) + 1), "-extfile", str(settings), "-extensions", "board",
+            "-out", f"{stem}.pem")
+    shutil.copyfile(f"{asked}.key", f"{stem}.key")
+    os.chmod(f"{stem}.key", 0o600)
+    for end in ("pem", "key"):           # a board that runs takes both up when they fit
+        os.replace(f"{stem}.{end}", folder / f"{kind}.{end}")
+
+
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ip_address(name))
+    return False
+
 
 def _is_root(data: bytes) -> bool:
     fields = [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
@@ -14914,6 +14989,7 @@ def get_about(api: "Api") -> dict:
         "smartCharging": {"limitKw": api.daemon.controller.view()["limitKw"]}
         if api.daemon.controller else None, "relay": api.daemon.relay is not None,
         "state": api.daemon.state.view(),
+        "ca": api.daemon.authority.root if api.daemon.authority else None,
     }
 
 
@@ -15619,7 +15695,7 @@ SHAPES = {
     "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
               "protocols": "[string]", "accept": "string", "validated": "boolean",
               "actions": "object", "commands": "object", "smartCharging": "SiteLimit?",
-              "relay": "boolean", "state": "StateFile"},
+              "relay": "boolean", "state": "StateFile", "ca": "string?"},
     "StateFile": {"path": "string?", "sizeBytes": "integer?", "writes": "integer",
                   "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
                   "failingSince": "time?", "error": "string?"},
@@ -17547,6 +17623,15 @@ const FORMS = [
       chargingRateUnit: one.unit}]},
   {name: 'Clear cache', fields: [], danger: () => 'The station forgets which cards it knows.',
     v16: () => ['ClearCache', {}], v2x: () => ['ClearCache', {}]},
+  {name: 'Install the CA', fields: [],
+    wrong: () => !state.about?.ca && 'The board has no CA of its own (ocpp.ca_certificate).',
+    v16: () => ['InstallCertificate', {certificateType: 'CentralSystemRootCertificate',
+      certificate: state.about.ca}],
+    v2x: () => ['InstallCertificate', {certificateType: 'CSMSRootCertificate',
+      certificate: state.about.ca}]},
+  {name: 'New certificate', fields: [],
+    v16: () => ['ExtendedTriggerMessage', {requestedMessage: 'SignChargePointCertificate'}],
+    v2x: () => ['TriggerMessage', {requestedMessage: 'SignChargingStationCertificate'}]},
 ];
 const FREE = 'Any command';
 const RISKY = new Set(('CertificateSigned ChangeAvailability ChangeConfiguration ClearCache '
@@ -21316,7 +21401,46 @@ def command_line() -> argparse.ArgumentParser:
     for name, kind in (("part", str), ("url", str), ("pid", int), ("rate", float)):
         measuring.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)   # of its processes
     commands.add_parser("hash-password", help="print what stands for a password in the config")
+    making = commands.add_parser(
+        "certificate", help="make a CA of the site, and certificates of the board, RSA and ECDSA")
+    making.add_argument("--folder", default="certificates", help="where they are put")
+    making.add_argument("--name", action="append", default=[],
+                        help="a name or address of the board; the first is its common name, the "
+                             "one that stands in the stations' URL")
     return parser
+
+
+GIVING_THE_CA = """\
+How a charger gets the CA, {ca}:
+1. While it still comes by ws://, the page can send it: Stations, Commands, "Install the CA".
+2. Or it has a page or an app of its own to upload a root certificate to.
+3. Then give it the URL wss://{name}:PORT/ocpp/; the name must be one of those above.
+4. Or have it go up by itself: ChangeConfiguration SecurityProfile 2 in 1.6; in 2.x
+   SetNetworkProfile with securityProfile 2, SetVariables NetworkConfigurationPriority, Reset.
+5. If it does not come, Security on the page says why.
+"""
+
+
+def certificate(options: argparse.Namespace) -> int:
+    """Make the certificates, and say what to do with them."""
+    folder = Path(options.folder).resolve()
+    host = socket.gethostname()
+    found = [*options.name, host, socket.getfqdn(), f"{host.partition('.')[0]}.local", "localhost",
+             *(a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values()
+               for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6))]
+    names = [name for name in dict.fromkeys(found) if re.fullmatch(r"[\w.:-]+", name)]
+    if wrong := [name for name in options.name if name not in names]:
+        raise ConfigError(f"--name must be a host's name or an address, not {wrong[0]!r}")
+    is_new = make_certificates(folder, names)
+    print(f"{'Made a CA and' if is_new else 'With the CA that was there, made'} certificates in "
+          f"{folder}, for {', '.join(names)}.\nKeep ca.key to yourself: who has it can pass for "
+          "the board and for each station. Into the configuration:\n\n[server]\n"
+          f"tls_certificate = {json.dumps([f'{folder}/{kind}.pem' for kind in NEW_KEYS])}\n"
+          f"tls_private_key = {json.dumps([f'{folder}/{kind}.key' for kind in NEW_KEYS])}\n"
+          f"[ocpp]\nca_certificate = {json.dumps(f'{folder}/ca.pem')}\n"
+          f"ca_private_key = {json.dumps(f'{folder}/ca.key')}\n")
+    print(GIVING_THE_CA.format(ca=folder / "ca.pem", name=names[0]), end="")
+    return 0
 
 
 def _at_least(least: float, kind: type) -> Callable[[str], Any]:
@@ -21375,7 +21499,8 @@ def let_output_go() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and do it. Returns the exit status: 2 for what the caller must mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = ("run", "simulate", "bench", "hash-password", "-h", "--help", "--version")
+    words = ("run", "simulate", "bench", "hash-password", "certificate",
+             "-h", "--help", "--version")
     if not arguments or arguments[0] not in words:
         arguments = ["run", *arguments]
     options = command_line().parse_args(arguments)
@@ -21391,6 +21516,8 @@ def main(arguments: list[str] | None = None) -> int:
                                         options.prefix, options.stay, options.fault))
         elif options.command == "bench":
             return bench(options)
+        elif options.command == "certificate":
+            return certificate(options)
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:

@@ -16711,6 +16711,45 @@ async def test_the_board_is_seen_over_https_with_a_cookie_for_https_alone(pki):
 
 
 
+def test_the_certificates_that_are_made_serve_a_board_and_its_stations(tmp_path):
+    made = ["certificate", "--folder", str(tmp_path / "c"), "--name", "board.example"]
+    status, out, err = run_ocppboard(*made)
+    assert (status, err) == (0, "") and "Made a CA" in out and "board.example, " in out
+    lines = out.splitlines()
+    start = lines.index("[server]")
+    told = tomllib.loads("\n".join(lines[start:lines.index("", start)]))
+    assert [line[:2] for line in lines if line[1:2] == "."] == ["1.", "2.", "3.", "4.", "5."]
+    pki_like = SimpleNamespace(trust=lambda *_: ssl.create_default_context(
+        cafile=tmp_path / "c" / "ca.pem"), settings=lambda *_: {})
+    keys = {f"{section}_{key}": ",".join(value) if isinstance(value, list) else value
+            for section, values in told.items() for key, value in values.items()}
+
+    async def use():
+        async with SecureSite(pki_like, ocpp_tls_port=free_port(), **keys) as site:
+            for suite in SUITES:
+                context = pki_like.trust()
+                context.maximum_version = ssl.TLSVersion.TLSv1_2
+                context.set_ciphers(suite)
+                await site.secure_station("CP-1", ssl=context)
+            about, _ = site.daemon.authority.root, await site.secure_station("CP-2")
+            assert about == (tmp_path / "c" / "ca.pem").read_text()
+    asyncio.run(use())
+    names = subprocess.run(
+        ["openssl", "x509", "-noout", "-subject", "-ext", "subjectAltName", "-in",
+         tmp_path / "c" / "rsa.pem"], capture_output=True, text=True).stdout
+    for word in ("CN = board.example", "DNS:localhost", "IP Address:127.0.0.1"):
+        assert word in names
+    assert all((tmp_path / "c" / f"{name}.key").stat().st_mode & 0o777 == 0o600
+               for name in ("ca", "rsa", "ecdsa"))
+    former = {p.name: p.read_text() for p in (tmp_path / "c").iterdir()}
+    assert "With the CA that was there" in run_ocppboard(*made)[1]
+    assert {p.name for p in (tmp_path / "c").iterdir()
+            if p.read_text() == former[p.name]} == {"ca.pem", "ca.key"}
+    assert len(former) == 6
+    status, out, err = run_ocppboard(*made, "--name", "a b")
+    assert (status, out) == (2, "") and "--name must be a host's name or an address" in err
+
+
 # Certificates of stations
 
 
@@ -16840,7 +16879,7 @@ def test_readme_names_every_setting_route_topic_and_command():
         assert f"`{topic}`" in README, topic
     for action in set().union(*CALLS.values()):
         assert action in README, action
-    for name in ("run", "simulate", "bench", "hash-password"):
+    for name in ("run", "simulate", "bench", "hash-password", "certificate"):
         assert f"`{name}`" in README
 
 
