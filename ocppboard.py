@@ -379,6 +379,7 @@ SETTINGS = (
     Setting("server", "tls_certificate", "", many=True),
     Setting("server", "tls_private_key", "", many=True),
     Setting("server", "trust_proxy", False),
+    Setting("server", "hosts", []),
     Setting("auth", "mode", "token", MODES),
     Setting("auth", "token", ""),
     Setting("auth", "username", "admin"),
@@ -3035,8 +3036,9 @@ def make_certificates(folder: Path, names: list[str]) -> bool:
 def _new_pair(stem: Path, *arguments: str | Path) -> None:
     """Make a key and what is asked for it: `arguments` are its kind, settings, name and more."""
     kind, settings, name, *more = arguments
-    openssl("req", "-new", "-config", str(settings), "-newkey", str(kind), *map(str, more), "-nodes",
-            "-sha256", "-subj", f"/CN={name}", "-keyout", f"{stem}.key", "-out", f"{stem}.pem")
+    openssl("req", "-new", "-config", str(settings), "-newkey", str(kind), *map(str, more),
+            "-nodes", "-sha256", "-subj", f"/CN={name}", "-keyout", f"{stem}.key", "-out",
+            f"{stem}.pem")
 
 
 def _new_board_pair(folder: Path, scratch: Path, kind: str, key: tuple, settings: Path,
@@ -14320,6 +14322,10 @@ class Access:
         self._failures.clear(_network(address))
         return self._new_session(address)
 
+    def knows_host(self, name: str) -> bool:
+        """Whether the board is known by this name."""
+        return is_known_host(name, self.config.server.hosts)
+
     def logout(self, session: Session) -> None:
         """Forget a session."""
         self._sessions.pop(session.digest, None)
@@ -14565,6 +14571,33 @@ class Hashing:
             self._waiting -= 1
 
 
+def is_known_host(name: str, hosts: Iterable[str]) -> bool:
+    """Whether a name is of this machine for sure: a page of elsewhere has none of these, whatever
+    address it has its own name stand for (DNS rebinding)."""
+    name, own = name.lower().rstrip("."), socket.gethostname().lower()
+    with contextlib.suppress(ValueError):
+        return bool(ip_address(name.strip("[]").partition("%")[0]))
+    return name.endswith((".local", ".localhost")) or name in {
+        "localhost", own, own.partition(".")[0], *(host.lower() for host in hosts)}
+
+
+def is_same_origin(origin: str, host: str, scheme: str, any_port: bool) -> bool:
+    """Whether an Origin is that of the page that we serve by this Host and scheme.
+
+    A reverse proxy may end TLS before us, and leave its port out of Host (`any_port`).
+    """
+    try:
+        theirs, ours = urlsplit(origin.lower()), urlsplit(f"//{host.lower()}")
+        port, our_port = theirs.port, ours.port
+    except ValueError:
+        return False
+    usual = {"http": 80, "https": 443}.get(theirs.scheme)
+    if usual is None or theirs.hostname is None or theirs.hostname != ours.hostname or (
+            scheme == "https" != theirs.scheme):
+        return False
+    return (any_port and our_port is None) or (port or usual) == (our_port or usual)
+
+
 def check_certificate(certificate: dict, name: str, now: float) -> None:
     """See that a client certificate is of whom it should be, and has not ended since it was shown
     (TLS may resume a session without it).
@@ -14752,6 +14785,8 @@ class StationUpgrade(RequestHandler):
                 raise Refused(404, f"stations connect to port {daemon.ocpp_port}")
             if daemon.board.epoch in headers.get(RELAY_HEADER, "").split(","):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
+            if self._is_of_a_page():
+                raise Refused(403, "a web page of elsewhere has opened this connection")
             admission = admit(config, self.request.path, headers)
             authorization = headers.get("Authorization", "")
             certificate = self._certificate()
@@ -14775,6 +14810,14 @@ class StationUpgrade(RequestHandler):
         if daemon.relay:
             daemon.relay.attach(link, authorization)
         websocket.start(link.receive, functools.partial(daemon.socket_closed, link))
+
+    def _is_of_a_page(self) -> bool:
+        """Whether a browser has opened it for a page that is not ours; chargers send any Origin."""
+        headers, request = self.request.headers, self.request
+        origin = headers.get("Origin", "")
+        return bool(origin) and headers.get("User-Agent", "").startswith("Mozilla/") and not (
+            is_same_origin(origin, request.host, request.protocol, self.daemon.proxied)
+            and self.daemon.access.knows_host(request.host_name))
 
     def _certificate(self) -> dict | None:
         """The client certificate that the station has shown, verified; None or {} without."""
@@ -14972,6 +15015,9 @@ def get_session(api: "Api") -> dict:
 async def post_logout(api: "Api") -> dict:
     """Destroy the session."""
     api.daemon.access.logout(api.authenticate())
+    for stream in api.daemon.streams:
+        if not stream.still_allowed():
+            stream.on_connection_close()
     await api.until_durable()
     api.clear_cookie(COOKIE, path="/")
     return {"success": True}
@@ -15332,12 +15378,16 @@ def _begin_export(api: "Api", name: str, total: int, columns: tuple,
     return lambda records: api.write_slices(records, line)
 
 
+# With these a spreadsheet takes a cell for a formula; full-width ones, too.
+FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
 def _csv_line(cells: Iterable[Any]) -> str:
     """One line of CSV (RFC 4180). A cell that a spreadsheet would take for a formula gets a '."""
     line = io.StringIO()
     csv.writer(line).writerow(
-        ["'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r")
-         else cell for cell in cells])
+        ["'" + cell if isinstance(cell, str) and cell[:1] in FORMULA_BEGINS else cell
+         for cell in cells])
     return line.getvalue().encode("utf-8", "backslashreplace").decode()      # lone surrogates
 
 
@@ -15881,6 +15931,10 @@ class Api(RequestHandler):
         if route is None or (method == "HEAD" and route.answer == SSE):
             raise MethodNotAllowed(", ".join(self.routes))
         self.route = route
+        if self.config.auth.mode == "none" and route.path != "/healthz" and not (
+                self.daemon.access.knows_host(self.request.host_name)):
+            raise Forbidden(f"Not known here by the name {kept(self.request.host_name, 100)}: "
+                            "server.hosts has the names of the board")
         if method not in ("GET", "HEAD") and not self.same_origin():
             self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
                                       "medium", {"ip": self.address})
@@ -15891,8 +15945,9 @@ class Api(RequestHandler):
 
     def same_origin(self) -> bool:
         """Whether the request's Origin, if it has one, is the host that it is sent to."""
-        origin = self.request.headers.get("Origin")
-        return origin is None or origin.lower().partition("://")[2] == self.request.host.lower()
+        origin, request = self.request.headers.get("Origin"), self.request
+        return origin is None or is_same_origin(origin, request.host, request.protocol,
+                                                self.daemon.proxied)
 
     def authenticate(self) -> Session:
         """The session of the request. Raises: Unauthorized, Forbidden, TooMany."""
@@ -16017,6 +16072,8 @@ class Api(RequestHandler):
         error = kwargs.get("exc_info", (None, None))[1]
         if not isinstance(error, BoardError):
             body = {"error": HTTP_WORDS.get(status_code, self._reason)}
+            if status_code == 405:       # TRACE and the like, before we are asked
+                self.set_header("Allow", ", ".join(self.routes))
         else:
             body = error.body()
             self.set_status(error.http_status)
@@ -20850,6 +20907,7 @@ class Daemon:
         self._signer = concurrent.futures.ThreadPoolExecutor(1, "certificates")
         self._renewals: dict[str, float] = {}            # {identity: when it was asked for one}
         self.board_port = self.ocpp_port = 0             # once they are bound
+        self.proxied = False             # whether a proxy may stand before the board's port
         self.station_ports: list[tuple[str, int]] = []   # (ws or wss, port)
         self._servers: list[BoundedServer] = []
         self._tls_servers: dict[BoundedServer, bool] = {}        # whether it is for stations
@@ -20933,6 +20991,7 @@ class Daemon:
         self._servers.append(server)
         port = sockets[0].getsockname()[1]
         self.board_port = self.board_port or port
+        self.proxied = self.config.server.trust_proxy or self.board_port not in (80, 443)
         if listener.for_stations:
             self.station_ports.append(("wss" if listener.tls else "ws", port))
             self.ocpp_port = self.ocpp_port or port

@@ -12647,6 +12647,30 @@ def test_logins_end_when_what_one_logs_in_with_changes(login_again, changed):
         end(access)
 
 
+@pytest.mark.parametrize("name, known", [
+    ("127.0.0.1", True), ("192.0.2.9", True), ("[::1]", True), ("[fe80::1%eth0]", True),
+    ("localhost", True), ("LOCALHOST.", True), ("raspberrypi.local", True),
+    (socket.gethostname(), True), ("Board.Example", True), ("evil.example", False), ("", False),
+    ("board.example.evil", False), ("local", False), ("127.0.0.1.nip.io", False)])
+def test_the_board_knows_the_names_that_no_page_of_elsewhere_can_have(name, known):
+    assert ocppboard.is_known_host(name, ["board.example"]) == known
+
+
+@pytest.mark.parametrize("origin, host, scheme, any_port, same", [
+    ("http://a:9000", "a:9000", "http", False, True), ("http://A", "a", "http", False, True),
+    ("http://a:80", "a", "http", False, True), ("https://a", "a:443", "https", False, True),
+    ("http://a:9001", "a:9000", "http", True, False),
+    ("http://b:9000", "a:9000", "http", True, False),
+    ("https://a:8443", "a", "http", True, True), ("https://a:8443", "a", "http", False, False),
+    ("https://a", "a", "http", False, True), ("http://a", "a", "https", True, False),
+    ("http://[::1]:9000", "[::1]:9000", "http", False, True),
+    ("null", "a", "http", True, False), ("", "a", "http", True, False),
+    ("file://a", "a", "http", True, False), ("http://a:x", "a", "http", True, False),
+    ("http://[", "a", "http", True, False), ("http://a@b", "a", "http", True, False)])
+def test_an_origin_is_ours_also_behind_a_proxy(origin, host, scheme, any_port, same):
+    assert ocppboard.is_same_origin(origin, host, scheme, any_port) == same
+
+
 # Passwords and profiles that were changed by commands
 
 
@@ -13675,6 +13699,90 @@ async def test_a_request_of_another_sites_page_changes_nothing(site):
         assert status == 403 and body["error"] == "Cross-origin request"
     own = {"Origin": f"http://127.0.0.1:{site.port}"}
     assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 200
+
+
+@live(auth_mode="none", server_hosts="board.example")
+async def test_without_a_login_a_page_that_rebinds_its_name_is_refused(site):
+    for host in (f"127.0.0.1:{site.port}", "localhost", "pi.local", "board.example:80"):
+        assert (await site.fetch("/api/overview", token=None, headers={"Host": host}))[0] == 200
+    for path in ("/api/overview", "/", "/metrics", "/api/stream"):
+        status, body, _ = await site.fetch(path, token=None, headers={
+            "Host": "evil.example:9000", "X-Forwarded-Host": "localhost"})
+        assert status == 403 and "server.hosts" in body["error"]
+    assert (await site.fetch("/healthz", token=None, headers={"Host": "evil.example"}))[0] == 200
+
+
+@live()
+async def test_with_a_login_any_name_will_do(site):
+    assert (await site.fetch("/api/overview", headers={"Host": "evil.example"}))[0] == 200
+
+
+@pytest.mark.parametrize("origin, agent, host, status", [
+    ("https://evil.example", "Mozilla/5.0 (X11)", "", 403),
+    ("http://evil.example:9000", "Mozilla/5.0 (X11)", "evil.example:9000", 403),
+    ("null", "Mozilla/5.0 (X11)", "", 403),
+    ("https://evil.example", "Charger/1.0", "", 101), ("http://HERE", "Mozilla/5.0", "", 101),
+    ("", "Mozilla/5.0 (compatible; charger)", "", 101)])
+@live()
+async def test_a_page_of_elsewhere_cannot_pass_for_a_station(site, origin, agent, host, status):
+    here = f"127.0.0.1:{site.port}"
+    headers = {"User-Agent": agent, "Host": host or here} | (
+        {"Origin": origin.replace("HERE", here)} if origin else {})
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in (UPGRADE | headers).items())
+    writer.write(f"GET /ocpp/CP-1 HTTP/1.1\r\n{lines}\r\n".encode())
+    assert (await reader.readline()).startswith(f"HTTP/1.1 {status}".encode())
+    writer.close()
+    assert ("web page" in str([k.reason for k in site.board.knocking.values()])) == (status == 403)
+
+
+@live(server_trust_proxy="true", stations={"CP-1": {"password": "x"}})
+async def test_behind_a_proxy_that_ends_tls_urls_and_profiles_are_those_of_wss(site):
+    proxy = {"X-Forwarded-Proto": "https", "Host": "board.example"}
+    async with websockets.connect(
+            site.url(), subprotocols=[websockets.Subprotocol("ocpp1.6")], additional_headers={
+                "X-Forwarded-Proto": "https", "Authorization": basic("CP-1", "x")}) as station:
+        await exchange(station, "Heartbeat", {})
+        assert site.board.stations["CP-1"].security_profile == 2
+    status, text, _ = await site.fetch("/ocpp/CP-1", headers=proxy)
+    assert status == 426 and "wss://board.example/ocpp/CP-1" in text
+    own = proxy | {"Origin": "https://board.example:8443"}
+    assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 200
+    own["Origin"] = "http://board.example"
+    assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 403
+
+
+@live()
+async def test_a_stream_ends_when_its_session_logs_out(site):
+    _, session, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    _, other, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    streams = []
+    for one in (session, other):
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(b"GET /api/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+                     + one["sessionId"].encode() + b"\r\n\r\n")
+        await reader.readuntil(b"event: connected")
+        streams.append((reader, writer))
+    assert (await site.fetch("/api/auth/logout", "POST", token=session["sessionId"]))[0] == 200
+    async with asyncio.timeout(5):
+        assert (await streams[0][0].readuntil(b"\r\n0\r\n\r\n"))
+    assert len(site.daemon.streams) == 1
+    for _, writer in streams:
+        writer.close()
+
+
+@live()
+async def test_every_405_says_what_is_allowed(site):
+    for method in ("TRACE", "DELETE", "BREW"):
+        status, body, headers = await site.fetch("/api/overview", method, token=None,
+                                                 allow_nonstandard_methods=True)
+        assert (status, headers["Allow"]) == (405, "GET") and body["error"]
+
+
+def test_no_cell_of_csv_is_a_formula():
+    for begin in "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20":          # the last four are full-width
+        line = ocppboard._csv_line([f"{begin}1", "x", 5])
+        assert next(csv.reader(io.StringIO(line, newline=""))) == [f"'{begin}1", "x", "5"]
 
 
 @live(auth_mode="none")
