@@ -105,7 +105,13 @@ from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, Strea
 from tornado.netutil import bind_sockets
 from tornado.routing import Matcher, PathMatches, Rule
 from tornado.tcpclient import TCPClient
-from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+from tornado.web import (
+    Application,
+    HTTPError,
+    RedirectHandler,
+    RequestHandler,
+    stream_request_body,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -380,6 +386,8 @@ SETTINGS = (
     Setting("server", "tls_private_key", "", many=True),
     Setting("server", "trust_proxy", False),
     Setting("server", "hosts", []),
+    Setting("server", "base_path", ""),
+    Setting("server", "frame_origins", []),
     Setting("auth", "mode", "token", MODES),
     Setting("auth", "token", ""),
     Setting("auth", "username", "admin"),
@@ -659,6 +667,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"{source}: ocpp.port is server.port; 0 serves both on one port")
     if config.ocpp.tls_port and config.ocpp.tls_port in (config.server.port, config.ocpp.port):
         raise ConfigError(f"{source}: ocpp.tls_port needs a port of its own")
+    _check_paths(config.server, source)
     _check_tls(config, source)
     for where, text in [("auth.password", config.auth.password)] + [
             (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
@@ -673,6 +682,16 @@ def _check_together(config: Config) -> None:
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
+
+
+def _check_paths(server: SimpleNamespace, source: str) -> None:
+    if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)*", server.base_path):
+        raise ConfigError(f'{source}: server.base_path must be as "/board", or "": '
+                          f"{server.base_path!r}")
+    for origin in server.frame_origins:
+        if origin != "self" and not re.fullmatch(r"https?://[A-Za-z0-9.*:\[\]-]+", origin):
+            raise ConfigError(f'{source}: server.frame_origins must be as "https://home.example", '
+                              f'or "self": {origin!r}')
 
 
 def _check_tls(config: Config, source: str) -> None:
@@ -14705,7 +14724,7 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
     Raises: Refused with the HTTP status and why.
     Spec: OCPP-J 1.6 3.1 to 3.4; 2.0.1 part 4, 3.1 and 3.2.
     """
-    quirks = []
+    quirks, path = [], path.removeprefix(config.server.base_path)
     if path.startswith("/api/"):
         raise Refused(404, "this is the path of the board, not of stations")
     identity = identity_of(path, config.ocpp.path)
@@ -14827,7 +14846,8 @@ class StationUpgrade(RequestHandler):
 
     def _refuse(self, error: BoardError) -> None:
         config = self.daemon.config
-        identity = identity_of(self.request.path, config.ocpp.path)
+        identity = identity_of(self.request.path.removeprefix(config.server.base_path),
+                               config.ocpp.path)
         scheme = "wss" if self.request.protocol == "https" else "ws"
         host = kept(self.request.host, 100)
         if not self.here:
@@ -15019,7 +15039,7 @@ async def post_logout(api: "Api") -> dict:
         if not stream.still_allowed():
             stream.on_connection_close()
     await api.until_durable()
-    api.clear_cookie(COOKIE, path="/")
+    api.clear_cookie(COOKIE, path=api.base_path)
     return {"success": True}
 
 
@@ -15475,7 +15495,7 @@ def _label(text: str) -> str:
 
 def get_openapi(api: "Api") -> dict:
     """This description."""
-    return openapi()
+    return openapi(api.config.server.base_path)
 
 
 # Streams
@@ -15810,7 +15830,7 @@ _TYPES: dict[str, dict] = {"time": {"type": "string", "format": "date-time"},
                            "id": {"type": ["string", "integer"]}}
 
 
-def openapi() -> dict:
+def openapi(base_path: str = "") -> dict:
     """The OpenAPI 3.1 description of ROUTES."""
     paths: dict = {}
     for route in ROUTES:
@@ -15819,6 +15839,7 @@ def openapi() -> dict:
     return {
         "openapi": "3.1.0",
         "info": {"title": "ocppboard", "version": VERSION, "license": {"name": "MIT"}},
+        "servers": [{"url": base_path or "/"}],
         "security": [{"cookie": []}, {"bearer": []}],
         "paths": paths,
         "components": {
@@ -15877,9 +15898,9 @@ def _schema(kind: str) -> dict:
 COOKIE = "board-session"
 SESSION_COOKIE = re.compile(rf"(?:^|;)\s*{COOKIE}=([\w-]{{20,100}})(?:;|$)")
 SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'",
 }
 
 
@@ -15897,6 +15918,11 @@ class Api(RequestHandler):
         self.query: dict = {}
 
     @property
+    def base_path(self) -> str:
+        """Where the page is, as the browser sees it."""
+        return self.config.server.base_path + "/"
+
+    @property
     def address(self) -> str:
         """The client's address."""
         return self.request.remote_ip or ""
@@ -15905,6 +15931,17 @@ class Api(RequestHandler):
         self.clear_header("Server")
         for name, value in SAFE_HEADERS.items():
             self.set_header(name, value)
+        self.set_framing()
+
+    def set_framing(self) -> None:
+        """Say who may show this in a frame: mostly nobody."""
+        origins = ["'self'" if origin == "self" else origin
+                   for origin in self.settings["frame_origins"]]
+        policy = self._headers["Content-Security-Policy"]
+        framing = " ".join(origins) or "'none'"
+        self.set_header("Content-Security-Policy", f"{policy}; frame-ancestors {framing}")
+        if not origins:
+            self.set_header("X-Frame-Options", "DENY")
 
     async def prepare(self) -> None:
         """See, before its body is kept, whether the request is to be answered.
@@ -16056,7 +16093,7 @@ class Api(RequestHandler):
 
     def set_session_cookie(self, session: Session) -> None:
         """Give the browser its session."""
-        self.set_cookie(COOKIE, session.id, path="/", httponly=True, samesite="Lax",
+        self.set_cookie(COOKIE, session.id, path=self.base_path, httponly=True, samesite="Lax",
                         secure=self.request.protocol == "https",
                         max_age=2 * self.config.auth.session_ttl_seconds)    # to be told of its end
 
@@ -16612,7 +16649,7 @@ async function ask(method, path, body) {
   if (answer.ok && data !== null)
     return {data, text, total: +(answer.headers.get('X-Total-Count') || 0)};
   const said = data?.message || data?.error || `HTTP ${answer.status}`;
-  const ended = answer.status === 401 && path !== '/api/auth/login' || said === 'Session expired';
+  const ended = answer.status === 401 && path !== 'api/auth/login' || said === 'Session expired';
   if (ended) signedOut();
   throw new Failure(said, answer.status, data);
 }
@@ -16626,7 +16663,7 @@ function encoded(text) {
     return encodeURIComponent(text.replace(/[\ud800-\udfff]/g, '\ufffd'));
   }
 }
-const path = (...parts) => '/api/' + parts.map(encoded).join('/');
+const path = (...parts) => 'api/' + parts.map(encoded).join('/');
 
 // Do what was clicked; what goes wrong is told.
 async function attempt(work) {
@@ -16661,7 +16698,7 @@ async function load(lists = true) {
   const turn = ++loading;
   waiting ??= [];
   try {
-    const got = await Promise.all(Object.values(SOURCES).map(one => ask('GET', '/api/' + one)));
+    const got = await Promise.all(Object.values(SOURCES).map(one => ask('GET', 'api/' + one)));
     if (turn !== loading) return;
     const all = Object.fromEntries(Object.keys(SOURCES).map((name, n) => [name, got[n].data]));
     Object.assign(state, all, {loaded: true, series: new Map(), findings: new Map(),
@@ -16736,7 +16773,7 @@ async function loadOlder(list) {
   const limit = list.asked ? PAGE : FIRST_PAGE;
   const offset = Math.max(list.asked, list.rows.length + list.held.rows.length);
   await attempt(async () => {
-    const {text, total} = await ask('GET', '/api/messages?'
+    const {text, total} = await ask('GET', 'api/messages?'
       + query({...list.filter, limit, offset}));
     const first = [...list.rows, ...list.held.rows].find(row => row.number)?.number ?? Infinity;
     const found = rowsIn(text), older = found.reverse().filter(row => row.number < first);
@@ -16906,7 +16943,7 @@ function extend(series, points) {
 }
 
 const refreshKnocking = () => attempt(async () => {
-  state.knocking = await get('/api/knocking');
+  state.knocking = await get('api/knocking');
   touch('knocking');
 });
 
@@ -16920,7 +16957,7 @@ async function connect() {
   heard = Date.now();
   try {
     const {signal} = mine, at = query({lastEventId: lastId});
-    const answer = await fetch(`/api/stream?${at}`, {signal});
+    const answer = await fetch(`api/stream?${at}`, {signal});
     if (answer.ok) await readEvents(answer.body.getReader());
   } catch (error) {                                // the network went, or we did
     if (!(error instanceof TypeError || error instanceof DOMException)) throw error;
@@ -18049,7 +18086,7 @@ const choice = (name, label, options) => h('select', {'aria-label': label,
 options.map(one => Array.isArray(one) ? one : [one, one]).map(([value, text]) =>
   h('option', {key: value, value}, text)));
 const downloads = (file, fields) => ['ndjson', 'csv'].map(format => h('a.btn', {key: format,
-  download: true, href: `/api/${file}/export?` + query({...fields, format})},
+  download: true, href: `api/${file}/export?` + query({...fields, format})},
     format.toUpperCase()));
 const contains = (words, text = '') =>
   words.join('\n').toLowerCase().includes(text.toLowerCase());
@@ -18590,7 +18627,7 @@ async function askPower() {
   powerAsked = Date.now();
   try {
     const [power, circuits] = await Promise.all(['config', 'circuits'].map(one =>
-      get('/api/smart-charge/' + one)));
+      get('api/smart-charge/' + one)));
     Object.assign(state, {power, circuits});
     if (state.about?.smartCharging) state.about.smartCharging.limitKw = power.limitKw;
     touch('circuits');
@@ -18708,7 +18745,7 @@ function limitForm(power) {
     if (!await confirmed('Change what the site shares?', text.join(', ')
       + '. It holds until the configured value changes.', 'Change it')) return;
     await attempt(async () => {
-      state.power = (await ask('PATCH', '/api/smart-charge/config', changes)).data;
+      state.power = (await ask('PATCH', 'api/smart-charge/config', changes)).data;
       state.ui.limits = {};
       notice('Changed: less is sent at once, more when there is room');
       askPower();
@@ -18892,7 +18929,7 @@ let relayAsked = 0;
 async function askRelay() {
   relayAsked = Date.now();
   try {
-    state.upstreams = await get('/api/proxy/upstreams');
+    state.upstreams = await get('api/proxy/upstreams');
     touch('upstreams');
   } catch (error) {                                // the stream tells that the board is away
     if (!(error instanceof Failure)) throw error;
@@ -19129,7 +19166,7 @@ function help() {
 function apiCard() {
   const line = at => ([method, {summary}]) => h('tr', {key: method + at},
     h('td', h('code', `${method.toUpperCase()} ${at}`)), h('td', summary));
-  return card([h('h2.grow', 'API'), h('a', {href: '/api/openapi.json'}, 'OpenAPI')], {key: 'api'},
+  return card([h('h2.grow', 'API'), h('a', {href: 'api/openapi.json'}, 'OpenAPI')], {key: 'api'},
     state.api ? plainTable('API', [], Object.entries(state.api.paths).flatMap(([at, methods]) =>
       Object.entries(methods).map(line(at)))) : empty('Loading …'));
 }
@@ -19210,7 +19247,7 @@ function arrive() {
   const message = ofStation ? state.route.query.message : screen === 'messages' && id;
   if (message) showMessage(message, before.message);
   if (screen === 'help' && !state.api) attempt(async () => {
-    state.api = await get('/api/openapi.json');
+    state.api = await get('api/openapi.json');
     touch('api');
   });
   document.title = `${ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
@@ -19261,7 +19298,7 @@ async function showMessage(id, before) {
   if (call && answer) return;
   try {
     const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
-    const {identity, messageId} = row, both = await ask('GET', '/api/messages?'
+    const {identity, messageId} = row, both = await ask('GET', 'api/messages?'
       + query({identity, messageId}));
     const others = rowsIn(both.text).filter(one => one.direction !== row.direction
       && asks(one) !== asks(row));                 // newest first
@@ -19430,7 +19467,7 @@ function step(by) {
 async function signIn() {
   let session;
   try {
-    session = await get('/api/auth/session');
+    session = await get('api/auth/session');
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     return null;
@@ -19443,7 +19480,7 @@ async function signIn() {
 
 async function logIn(fields) {
   try {
-    state.session = (await ask('POST', '/api/auth/login', fields)).data;
+    state.session = (await ask('POST', 'api/auth/login', fields)).data;
     state.problem = '';
     begin();
   } catch (error) {
@@ -19463,7 +19500,7 @@ function signedOut(text = ENDED) {
 }
 
 async function logOut() {
-  await attempt(() => ask('POST', '/api/auth/logout'));
+  await attempt(() => ask('POST', 'api/auth/logout'));
   lastId = '';
   state.loaded = false;
   signedOut('');
@@ -19528,7 +19565,7 @@ PAGE_HEADERS = {
     "Content-Security-Policy": (
         f"default-src 'none'; script-src {_source(SCRIPT)}; style-src {_source(STYLE)}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"),
+        "require-trusted-types-for 'script'; trusted-types 'none'"),
 }
 
 
@@ -19536,6 +19573,7 @@ def get_page(api: Api) -> None:
     """The page; it logs in by itself, with the token of its fragment or what is typed in."""
     for name, value in PAGE_HEADERS.items():
         api.set_header(name, value)
+    api.set_framing()
     if api.check_etag_header():
         api.set_status(304)
         api.finish()
@@ -21084,12 +21122,14 @@ class Daemon:
     def _application(self, rules: list) -> Application:
         return Application(rules, default_handler_class=Api,
                            default_handler_args={"daemon": self, "routes": {}},
-                           log_function=_log_request)
+                           log_function=_log_request,
+                           frame_origins=self.config.server.frame_origins)
 
     def _ocpp_rules(self) -> list:
         arguments = {"daemon": self}
         path = self.config.ocpp.path.rstrip("/")
-        looked_at = [Rule(PathMatches(re.escape(path) + "/.*"), StationUpgrade, arguments)]
+        looked_at = [Rule(PathMatches(self._below_base(re.escape(path)) + "/.*"), StationUpgrade,
+                          arguments)]
         return [Rule(IsUpgrade(), StationUpgrade, arguments)] + (looked_at if path else [])
 
     def _board_rules(self) -> list:
@@ -21098,9 +21138,18 @@ class Daemon:
             paths.setdefault(route.path, {})[route.method] = route
         # A named path with more in it goes before one with a name in that place.
         ordered = sorted(paths.items(), key=lambda item: item[0].count(":"))
-        return [Rule(PathMatches(re.sub(r":(\w+)", r"(?P<\1>[^/]+)", re.escape(path)
-                                        .replace(r"\:", ":"))), Api,
-                     {"daemon": self, "routes": routes}) for path, routes in ordered]
+        rules = [Rule(PathMatches(self._below_base(re.sub(
+            r":(\w+)", r"(?P<\1>[^/]+)", re.escape(path).replace(r"\:", ":")))), Api,
+            {"daemon": self, "routes": routes}) for path, routes in ordered]
+        if base := self.config.server.base_path:         # the page's own paths are relative
+            rules.append(Rule(PathMatches(re.escape(base)), RedirectHandler,
+                              {"url": base + "/", "permanent": False}))
+        return rules
+
+    def _below_base(self, pattern: str) -> str:
+        """A path's pattern, with the base path or without: some proxies take it off."""
+        base = self.config.server.base_path
+        return f"(?:{re.escape(base)})?{pattern}" if base else pattern
 
     async def stop(self) -> None:
         """Close everything: stations are told that we go away (1001)."""
@@ -21394,7 +21443,8 @@ def tell_start(daemon: Daemon) -> None:
         log.warning("%s is of no section and ignored", name)
     with contextlib.suppress(OSError):                   # nobody reads it, or the disk is full
         scheme = "https" if daemon.tls else "http"
-        print(f"The board: {scheme}://{host}:{daemon.board_port}/{token}", flush=True)
+        print(f"The board: {scheme}://{host}:{daemon.board_port}{config.server.base_path}/{token}",
+              flush=True)
 
 
 def _addresses(address: str) -> list[str]:

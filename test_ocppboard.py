@@ -314,6 +314,8 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[server]\ntls_certificate = ["a", "b"]\ntls_private_key = "c"',
      ["as many files", "2 and not 1"]),
     ('[server]\ntls_private_key = "c"', ["as many files", "0 and not 1"]),
+    ('[server]\nbase_path = "/a/"', ['base_path must be as "/board", or "": \'/a/\'']),
+    ('[server]\nframe_origins = ["https://a", "b; x"]', ["frame_origins must be as", "'b; x'"]),
     ("[ocpp]\ntls_port = 1", ["ocpp.tls_port needs server.tls_certificate"]),
     ('[ocpp]\nclient_ca = "a"', ["ocpp.client_ca needs server.tls_certificate"]),
     ('[ocpp]\ntls_port = 9000', ["ocpp.tls_port needs a port of its own"]),
@@ -13771,6 +13773,41 @@ async def test_a_stream_ends_when_its_session_logs_out(site):
         writer.close()
 
 
+@live(server_base_path="/my/board")
+async def test_the_board_is_served_below_a_sub_path_and_without_it(site):
+    for base in ("/my/board", ""):
+        assert (await site.fetch(f"{base}/api/overview"))[0] == 200
+        assert (await site.fetch(f"{base}/api/connections/x"))[0] == 404
+        assert (await site.fetch(f"{base}/", token=None))[0] == 200
+        assert (await site.fetch(f"{base}/ocpp/CP-1", token=None))[0] == 426
+        async with websockets.connect(f"ws://127.0.0.1:{site.port}{base}/ocpp/CP-1",
+                                      subprotocols=[websockets.Subprotocol("ocpp1.6")]):
+            assert "CP-1" in site.board.stations
+    status, _, headers = await site.fetch("/my/board", token=None)
+    assert (status, headers["Location"]) == (302, "/my/board/")
+    for path in ("/my/board/api", "/my/boardapi/overview", "/other/api/overview"):
+        assert (await site.fetch(path))[0] == 404
+    _, _, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
+    assert "Path=/my/board/;" in headers["Set-Cookie"]
+    assert (await site.get("/api/openapi.json"))["servers"] == [{"url": "/my/board"}]
+    with pytest.raises(websockets.InvalidStatus) as error:
+        await websockets.connect(f"ws://127.0.0.1:{site.port}/my/board/ocpp")
+    assert "must end in the station's identity" in error.value.response.body.decode()
+
+
+@pytest.mark.parametrize("origins, policy", [
+    ("", "frame-ancestors 'none'"),
+    ("self,https://home.example:8123", "frame-ancestors 'self' https://home.example:8123")])
+@with_loop
+async def test_who_may_show_the_board_in_a_frame(origins, policy):
+    async with Site(server_frame_origins=origins) as site:
+        for path in ("/", "/api/overview", "/none"):
+            _, _, headers = await site.fetch(path)
+            assert headers["Content-Security-Policy"].endswith(policy)
+            assert headers["Content-Security-Policy"].count("frame-ancestors") == 1
+            assert ("X-Frame-Options" in headers) == (not origins)
+
+
 @live()
 async def test_every_405_says_what_is_allowed(site):
     for method in ("TRACE", "DELETE", "BREW"):
@@ -15100,6 +15137,19 @@ async def looking(site, at="/#token=t0ken", expected=(), width=1440, height=900,
         await browser.close()
         wrong = [text for text in look.wrong if not any(word in text for word in expected)]
         assert not wrong, wrong
+
+
+@live(server_base_path="/my/board")
+async def test_the_page_works_below_a_sub_path(site):
+    await site.station("CP-1")
+    async with looking(site, "/my/board/#token=t0ken") as look:
+        await look.go("stations")
+        await look.sees("CP-1")
+        asked = await look.page.evaluate(
+            "performance.getEntriesByType('resource').map(one => new URL(one.name).pathname)")
+        assert asked and all(path.startswith("/my/board/api/") for path in asked)
+        await look.click("Log out")
+        await look.sees("Log in")
 
 
 @live()
