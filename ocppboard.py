@@ -393,6 +393,8 @@ SETTINGS = (
     Setting("auth", "username", "admin"),
     Setting("auth", "password", ""),
     Setting("auth", "session_ttl_seconds", 86400, (60, 31_536_000)),
+    Setting("auth", "viewer_token", ""),
+    Setting("auth", "viewer_password", ""),
     Setting("sse", "heartbeat_ms", 15000, (100, 3_600_000)),
     Setting("sse", "queue", 1000, (1, 1_000_000)),
     Setting("telemetry", "interval_ms", 2000, (100, 3_600_000)),
@@ -484,6 +486,10 @@ SITE = "site"                        # the circuit that all others hang at
 ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
+
+
+SECRET_KEYS = ("password", "token", "viewer_password", "viewer_token")
+VIEWER = "viewer"                    # the user name of who sees all and changes nothing
 
 
 class Config(SimpleNamespace):
@@ -633,7 +639,7 @@ def _from_text(setting: Setting, text: str, name: str) -> Any:
 def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
     """The value, if it is of the setting's type and among what is allowed."""
     kind, allowed = type(setting.default), setting.allowed
-    secret = setting.key in ("password", "token")
+    secret = setting.key in SECRET_KEYS
     shown = "" if secret else f", not {value!r}"
     if kind is float and type(value) is int:
         value = float(value)
@@ -656,8 +662,7 @@ def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
 def _check_together(config: Config) -> None:
     """What no single key can tell."""
     source = config.source or "configuration"
-    if config.auth.mode == "credentials" and not config.auth.password:
-        raise ConfigError(f'{source}: auth.mode = "credentials" needs auth.password')
+    _check_auth(config.auth, source)
     if not config.ocpp.protocols:
         raise ConfigError(f"{source}: ocpp.protocols must name at least one version")
     path = config.ocpp.path
@@ -669,7 +674,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"{source}: ocpp.tls_port needs a port of its own")
     _check_paths(config.server, source)
     _check_tls(config, source)
-    for where, text in [("auth.password", config.auth.password)] + [
+    for where, text in [("auth.password", config.auth.password),
+                        ("auth.viewer_password", config.auth.viewer_password)] + [
             (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
         if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
             raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
@@ -682,6 +688,16 @@ def _check_together(config: Config) -> None:
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
+
+
+def _check_auth(auth: SimpleNamespace, source: str) -> None:
+    if auth.mode == "credentials" and not auth.password:
+        raise ConfigError(f'{source}: auth.mode = "credentials" needs auth.password')
+    if auth.viewer_password and auth.username == VIEWER:
+        raise ConfigError(f'{source}: auth.username must not be "{VIEWER}": that is whose '
+                          "auth.viewer_password is")
+    if auth.viewer_token and auth.viewer_token == auth.token:
+        raise ConfigError(f"{source}: auth.viewer_token is auth.token")
 
 
 def _check_paths(server: SimpleNamespace, source: str) -> None:
@@ -14126,9 +14142,11 @@ class Session:
     id: str = ""                        # "" of one from an earlier run: its digest alone is known
     digest: str = ""
     ends_mono: float = math.inf         # its end by the monotonic clock, which counts
+    is_viewer: bool = False             # sees all, changes nothing
 
     def view(self) -> dict:
-        return {"user": {"name": self.user}, "expiresAt": iso(self.expires_at)}
+        role = {"role": VIEWER} if self.is_viewer else {}
+        return {"user": {"name": self.user}, "expiresAt": iso(self.expires_at)} | role
 
 
 class Failures:
@@ -14213,7 +14231,9 @@ class Access:
         self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
         self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
         self._sessions: OrderedDict[str, Session] = OrderedDict()    # {digest of its id: …}
-        self._credentials = "\0".join((auth.mode, auth.username, auth.password, auth.token))
+        self._viewer_token = auth.viewer_token.encode("utf-8", "surrogateescape")
+        self._credentials = "\0".join((auth.mode, auth.username, auth.password, auth.token, *filter(
+            None, (auth.viewer_token, auth.viewer_password))))
         self._fingerprint = ""                           # a hash of them
         self._failures = Failures(time.monotonic)
         self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
@@ -14249,9 +14269,10 @@ class Access:
         now, longest_s = self.board.clock(), self.config.auth.session_ttl_seconds
         for row in self.board.state.rows("login", SESSIONS_KEPT):
             if row.at > now:
+                is_viewer = row.value == VIEWER
                 self._sessions[row.key] = Session(
-                    self.config.auth.username, row.at, "", row.key,
-                    self.board.mono() + min(row.at - now, longest_s))
+                    VIEWER if is_viewer else self.config.auth.username, row.at, "", row.key,
+                    self.board.mono() + min(row.at - now, longest_s), is_viewer)
 
     def put_all(self) -> None:
         """Put all logins into the State, for a file that is new."""
@@ -14266,7 +14287,8 @@ class Access:
         self.board.state.put("station_credentials", identity, known and known.row(), durable=True)
 
     def _put(self, session: Session) -> None:
-        self.board.state.put("login", session.digest, True, session.expires_at, durable=True)
+        self.board.state.put("login", session.digest, VIEWER if session.is_viewer else True,
+                             session.expires_at, durable=True)
 
     # The board's users
 
@@ -14309,9 +14331,11 @@ class Access:
         mark = self._mark(_network(address), bearer)
         if mark in self._stale:
             raise Unauthorized()
-        if hmac.compare_digest(bearer, self._token):
+        if role := self._role_of_token(bearer):
             _keep_mark(self._proven, mark)
-            return Session(self.config.auth.username, None)
+            is_viewer = role == VIEWER
+            return Session(VIEWER if is_viewer else self.config.auth.username, None,
+                           is_viewer=is_viewer)
         _keep_mark(self._stale, mark)
         self._failed(address, self._failures.add(_network(address)), "Invalid token provided")
         raise Unauthorized()
@@ -14330,16 +14354,16 @@ class Access:
         self._hashing.admit()
         attempt = self._failures.add(_network(address))      # before the wait: many try at once
         if mode == "token":
-            right = hmac.compare_digest(given[0].encode("utf-8", "replace"), self._token)
+            role = self._role_of_token(given[0].encode("utf-8", "replace"))
         else:
-            right = mode == "none" or await self._right_credentials(*given)
-        if not right:
+            role = "admin" if mode == "none" else await self._role_of(*given)
+        if not role:
             self._failed(address, attempt, "Invalid token provided" if mode == "token"
                          else "Invalid username or password")
             await asyncio.sleep(min(2.0, 0.25 * attempt))    # slows whoever tries many
             raise Unauthorized("Invalid credentials")
         self._failures.clear(_network(address))
-        return self._new_session(address)
+        return self._new_session(address, role == VIEWER)
 
     def knows_host(self, name: str) -> bool:
         """Whether the board is known by this name."""
@@ -14350,17 +14374,26 @@ class Access:
         self._sessions.pop(session.digest, None)
         self.board.state.put("login", session.digest, None, durable=True)
 
-    async def _right_credentials(self, username: str, password: str) -> bool:
-        auth = self.config.auth
-        right = await self._hashing.matches([password.encode("utf-8", "replace")], auth.password)
-        return hmac.compare_digest(username.encode("utf-8", "replace"),
-                                   auth.username.encode()) and right
+    def _role_of_token(self, token: bytes) -> str:
+        """admin, viewer, or "" for a token that is neither's."""
+        is_viewer = hmac.compare_digest(token, self._viewer_token) and bool(self._viewer_token)
+        return "admin" if hmac.compare_digest(token, self._token) else VIEWER if is_viewer else ""
 
-    def _new_session(self, address: str) -> Session:
+    async def _role_of(self, username: str, password: str) -> str:
+        """admin, viewer, or "" for a user name and password that are neither's."""
+        auth = self.config.auth
+        is_viewer = bool(auth.viewer_password) and username == VIEWER
+        right = await self._hashing.matches([password.encode("utf-8", "replace")],
+                                            auth.viewer_password if is_viewer else auth.password)
+        named = is_viewer or hmac.compare_digest(username.encode("utf-8", "replace"),
+                                                 auth.username.encode())
+        return "" if not (named and right) else VIEWER if is_viewer else "admin"
+
+    def _new_session(self, address: str, is_viewer: bool = False) -> Session:
         lasts_s = self.config.auth.session_ttl_seconds
         now, id_, state = self.board.clock(), secrets.token_urlsafe(32), self.board.state
-        session = Session(self.config.auth.username, now + lasts_s, id_, _digest(id_),
-                          self.board.mono() + lasts_s)
+        session = Session(VIEWER if is_viewer else self.config.auth.username, now + lasts_s, id_,
+                          _digest(id_), self.board.mono() + lasts_s, is_viewer)
         self._sessions[session.digest] = session
         self._put(session)
         state.remove_before("login", now)
@@ -15871,7 +15904,8 @@ def _operation(route: Route) -> dict:
 
 
 HTTP_WORDS = {
-    400: "Bad request", 401: "Unauthorized", 403: "Session expired, or of another site",
+    400: "Bad request", 401: "Unauthorized",
+    403: "Session expired, or of another site, or of a viewer",
     404: "Not found", 405: "Method not allowed", 409: "The station is offline",
     413: "Body too large", 429: "Too many failed logins", 500: "Internal server error",
     502: "The station answered CALLERROR", 503: "Too many at a time", 504: "No answer in time"}
@@ -15972,12 +16006,14 @@ class Api(RequestHandler):
                 self.daemon.access.knows_host(self.request.host_name)):
             raise Forbidden(f"Not known here by the name {kept(self.request.host_name, 100)}: "
                             "server.hosts has the names of the board")
-        if method not in ("GET", "HEAD") and not self.same_origin():
+        if route.method != "GET" and not self.same_origin():
             self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
                                       "medium", {"ip": self.address})
             raise Forbidden("Cross-origin request")
         if not route.public:
-            self.authenticate()
+            session = self.authenticate()
+            if session.is_viewer and route.method != "GET" and route.act != post_logout:
+                raise Forbidden("A viewer changes nothing")
         self.query = self.read_query()
 
     def same_origin(self) -> bool:
@@ -21395,7 +21431,7 @@ def tell_check(config: Config) -> None:
     for setting in SETTINGS:
         value = config.__dict__[setting.section].__dict__[setting.key]
         if value != setting.default:
-            shown_value = HIDDEN if setting.key in ("password", "token") else repr(value)
+            shown_value = HIDDEN if setting.key in SECRET_KEYS else repr(value)
             print(f"  {setting.section}.{setting.key} = {shown_value}")
     for circuit in config.smart_charge.circuit:
         print(f'  circuit "{circuit.name}" at "{circuit.parent or SITE}": {circuit.limit_a:g} A, '

@@ -273,6 +273,10 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ("[sse]\nheartbeat_ms = 0", ["sse.heartbeat_ms must be from 100"]),
     ('[auth]\nmode = "tokn"', ["token | credentials | none", "did you mean token?"]),
     ('[auth]\nmode = "credentials"', ["needs auth.password"]),
+    ('[auth]\nmode = "credentials"\npassword = "a"\nviewer_password = "b"\nusername = "viewer"',
+     ['auth.username must not be "viewer"']),
+    ('[auth]\ntoken = "12345"\nviewer_token = "12345"', ["auth.viewer_token is auth.token"]),
+    ("[auth]\nviewer_token = 12345", ["auth.viewer_token must be a text"]),
     ("[auth]\npassword = 12345", ["auth.password must be a text"]),
     ('[auth]\npassword = "scrypt$1$2"', ["auth.password is not a hash"]),
     ('[ocpp]\nprotocols = ["ocpp2.0"]', ["did you mean ocpp2.0.1?"]),
@@ -12634,8 +12638,20 @@ def test_a_login_is_kept_over_a_restart_until_its_end(login_again, tmp_path):
     end(access)
 
 
+def test_a_viewer_is_one_after_a_restart_too(login_again):
+    start, end = login_again
+    access = start(auth_token="t", auth_viewer_token="see")
+    viewer, admin = access._new_session("192.0.2.1", True), access._new_session("192.0.2.1")
+    end(access)
+    access = start(auth_token="t", auth_viewer_token="see")
+    assert access.session(viewer.id, None, "192.0.2.1").view()["role"] == "viewer"
+    assert access.session(admin.id, None, "192.0.2.1").view()["user"] == {"name": "admin"}
+    end(access)
+
+
 @pytest.mark.parametrize("changed", [
-    {"auth_token": "other"}, {"auth_username": "eve", "auth_token": "t"},
+    {"auth_token": "t", "auth_viewer_token": "see"}, {"auth_token": "other"},
+    {"auth_username": "eve", "auth_token": "t"},
     {"auth_mode": "credentials", "auth_password": "p", "auth_token": "t"}])
 def test_logins_end_when_what_one_logs_in_with_changes(login_again, changed):
     start, end = login_again
@@ -13701,6 +13717,34 @@ async def test_a_request_of_another_sites_page_changes_nothing(site):
         assert status == 403 and body["error"] == "Cross-origin request"
     own = {"Origin": f"http://127.0.0.1:{site.port}"}
     assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 200
+
+
+@pytest.mark.parametrize("keys, given, wrong", [
+    ({"auth_viewer_token": "see"}, {"token": "see"}, {"token": ""}),
+    ({"auth_mode": "credentials", "auth_password": "x", "auth_viewer_password":
+      ocppboard.hash_password("see")}, {"username": "viewer", "password": "see"},
+     {"username": "admin", "password": "see"})])
+@with_loop
+async def test_a_viewer_sees_all_and_changes_nothing(keys, given, wrong):
+    async with Site(**keys) as site:
+        await site.station("CP-1")
+        assert (await site.fetch("/api/auth/login", "POST", wrong, None))[0] == 401
+        status, body, _ = await site.fetch("/api/auth/login", "POST", given, None)
+        assert (status, body["user"], body["role"]) == (200, {"name": "viewer"}, "viewer")
+        tokens = [body["sessionId"], *filter(None, [given.get("token")])]
+        for token in tokens:
+            for route in ROUTES:
+                path = re.sub(r":\w+", "CP-1", route.path)
+                if route.method == "GET" and route.answer != ocppboard.SSE:
+                    assert (await site.fetch(path, token=token))[0] in (200, 404), path
+                elif route.method != "GET" and not route.public and "logout" not in path:
+                    status, told, _ = await site.fetch(path, route.method, token=token,
+                                                       allow_nonstandard_methods=True)
+                    assert (status, told["error"]) == (403, "A viewer changes nothing"), path
+        assert "CP-1" in site.board.stations
+        session = await site.fetch("/api/auth/session", token=tokens[0])
+        assert session[1]["role"] == "viewer"
+        assert (await site.fetch("/api/auth/logout", "POST", token=tokens[0]))[0] == 200
 
 
 @live(auth_mode="none", server_hosts="board.example")
