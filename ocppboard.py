@@ -14886,7 +14886,9 @@ class StationUpgrade(RequestHandler):
         if not self.here:
             scheme, port = self.daemon.station_ports[-1 if scheme == "wss" else 0]
             host = f"{host.rpartition(':')[0] or host}:{port}"
-        advice = (f"{scheme}://{host}{config.ocpp.path.rstrip('/')}/"
+        base = config.server.base_path
+        base = base if base and self.request.path.startswith(base + "/") else ""
+        advice = (f"{scheme}://{host}{base}{config.ocpp.path.rstrip('/')}/"
                   f"{quote(kept(identity, IDENTITY_LENGTH), safe='') or '<identity>'}")
         self.daemon.knocked(self.request.remote_ip or "", self.request.path, {
             name: kept(value) for name in SHOWN_HEADERS
@@ -19150,11 +19152,22 @@ function security() {
 }
 
 const KNOCKS_SHOWN = 50;
+const LAGS_BEHIND = /before the last change|has reached security profile/;
+
+// A station goes on with a password or security profile that commands have changed.
+async function letIn(one) {
+  const identity = decodeURIComponent(one.url.split('/').pop());
+  const text = 'The password and the security profile that commands gave it are forgotten: what '
+    + 'the configuration says counts again.';
+  if (await confirmed(`Let in ${identity}`, text, 'Let in'))
+    await attempt(() => ask('POST', path('connections', identity, 'credentials', 'reset')));
+}
 function knockingCard() {
   const line = (one, n) => h('tr', {key: n}, h('td.nowrap', one.ip), h('td', h('code', one.path)),
     h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
     h('td.nowrap', ago(one.lastAt)),
-    h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url))));
+    h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url)),
+      LAGS_BEHIND.test(one.reason) && button('Let in as configured …', () => letIn(one))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', 'who was refused, and what would work')],
     {key: 'knocking'}, state.knocking.length

@@ -13836,7 +13836,8 @@ async def test_the_board_is_served_below_a_sub_path_and_without_it(site):
     assert (await site.get("/api/openapi.json"))["servers"] == [{"url": "/my/board"}]
     with pytest.raises(websockets.InvalidStatus) as error:
         await websockets.connect(f"ws://127.0.0.1:{site.port}/my/board/ocpp")
-    assert "must end in the station's identity" in error.value.response.body.decode()
+    told = error.value.response.body.decode()
+    assert "must end in the station's identity" in told and "/my/board/ocpp/<identity>" in told
 
 
 @pytest.mark.parametrize("origins, policy", [
@@ -15194,6 +15195,40 @@ async def test_the_page_works_below_a_sub_path(site):
         assert asked and all(path.startswith("/my/board/api/") for path in asked)
         await look.click("Log out")
         await look.sees("Log in")
+
+
+@with_loop
+async def test_the_ca_is_sent_and_a_certificate_asked_for_on_the_page(pki):
+    async with Site(**pki.own_ca()) as site:
+        station = Talker(await site.station("CP-1"))
+        await station.say("Heartbeat", {})
+        async with looking(site) as look:
+            await look.go("stations/CP-1/commands")
+            for name in ("Install the CA", "New certificate"):
+                await look.click(name)
+                await look.click("Send")
+        await until(lambda: len(station.commands) >= 2)
+        ca, trigger = station.commands[-2:]
+        assert ca[2:] == ["InstallCertificate", {
+            "certificateType": "CentralSystemRootCertificate",
+            "certificate": Path(pki["ca.pem"]).read_text()}]
+        assert trigger[2:] == ["ExtendedTriggerMessage", {
+            "requestedMessage": "SignChargePointCertificate"}]
+
+
+@live(**OLD)
+async def test_a_station_that_lags_behind_is_let_in_again_on_the_page(site):
+    site.daemon.access.credentials["CP-1"] = ocppboard.Credentials(floor=2)
+    headers = {"Authorization": basic("CP-1", "old-horse-battery")}
+    with pytest.raises(websockets.InvalidStatus):
+        await site.station("CP-1", additional_headers=headers)
+    async with looking(site) as look:
+        await look.go("security")
+        await look.sees("has reached security profile 2, and comes with 1")
+        await look.click("Let in as configured …")
+        await look.click("Let in")
+        await until(lambda: not site.daemon.access.credentials)
+        await site.station("CP-1", additional_headers=headers)
 
 
 @live()
