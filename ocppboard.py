@@ -14457,8 +14457,7 @@ class Access:
         if user != identity and not (settings and settings.any_user_name):       # A00.FR.204
             if not password:
                 return 0
-            raise Refused(401, f"the user name is {kept(user, 60)!r}, not the identity",
-                          "AUTH_FAILED")
+            raise Refused(401, "the user name is not the identity", "AUTH_FAILED")
         # One bad charger must not slow down a site; but an entry for many has one password.
         key, entry = (_network(address), identity), (_network(address), id(settings))
         if (mark := self._mark(key, given)) not in self._proven:
@@ -14573,6 +14572,12 @@ class Access:
         return known is not None
 
 
+def _matches_one(readings: list[bytes], password: str) -> bool:
+    matches = (password_matches(given, password) for given in readings)
+    # Of a plain one all are tried, so that the time does not tell which one was right.
+    return any(matches) if password.startswith(HASH_PREFIX) else sum(matches) > 0
+
+
 FAILURES_COUNTED = 400              # of one key: one a second within LOGIN_WINDOW_S, and some
 CREDENTIALS_KEPT = 20_000           # stations that do not come in as configured
 
@@ -14603,9 +14608,8 @@ class Hashing:
     async def first_match(self, readings: list[bytes], passwords: list[str]) -> int | None:
         """The place of the first password, of those that are any, that is one of the readings."""
         def look() -> int | None:
-            # All readings, so that the time does not tell which one was right.
-            return next((place for place, password in enumerate(passwords) if password and sum(
-                password_matches(given, password) for given in readings)), None)
+            return next((place for place, password in enumerate(passwords)
+                         if password and _matches_one(readings, password)), None)
         if not any(password.startswith(HASH_PREFIX) for password in passwords):
             return look()
         return await self._in_thread(look)
@@ -15083,7 +15087,7 @@ def get_about(api: "Api") -> dict:
     ocpp = api.config.ocpp
     return {
         "version": VERSION, "startedAt": iso(api.board.started_at),
-        "stationUrls": api.daemon.station_urls(), "protocols": ocpp.protocols,
+        "stationUrls": api.station_urls(), "protocols": ocpp.protocols,
         "accept": ocpp.accept, "validated": api.daemon.schemas is not None,
         "actions": {protocol: sorted(RECEIVED[protocol]) for protocol in ocpp.protocols},
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
@@ -15957,6 +15961,14 @@ class Api(RequestHandler):
     def base_path(self) -> str:
         """Where the page is, as the browser sees it."""
         return self.config.server.base_path + "/"
+
+    def station_urls(self) -> list[str]:
+        """What stations connect to; first, where a proxy says that it speaks TLS, what it has."""
+        urls = self.daemon.station_urls()
+        if self.daemon.tls or self.request.protocol != "https" or self.config.ocpp.port:
+            return urls
+        path = self.config.ocpp.path.rstrip("/")
+        return [f"wss://{self.request.host}{self.config.server.base_path}{path}/", *urls]
 
     @property
     def address(self) -> str:

@@ -13792,6 +13792,8 @@ async def test_behind_a_proxy_that_ends_tls_urls_and_profiles_are_those_of_wss(s
         assert site.board.stations["CP-1"].security_profile == 2
     status, text, _ = await site.fetch("/ocpp/CP-1", headers=proxy)
     assert status == 426 and "wss://board.example/ocpp/CP-1" in text
+    urls = (await site.fetch("/api/about", headers=proxy))[1]["stationUrls"]
+    assert urls == ["wss://board.example/ocpp/", f"ws://127.0.0.1:{site.ocpp_port}/ocpp/"]
     own = proxy | {"Origin": "https://board.example:8443"}
     assert (await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None, own))[0] == 200
     own["Origin"] = "http://board.example"
