@@ -21486,6 +21486,9 @@ def tell_start(daemon: Daemon) -> None:
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))
+    if daemon.authority:
+        log.info("Requests of stations are signed with the CA in %s (program openssl)",
+                 daemon.authority.certificate)
     if daemon.state:
         log.info("What outlives a restart is kept in %s", daemon.state.path)
     else:

@@ -16797,6 +16797,40 @@ async def test_a_wrong_certificate_is_refused_and_the_reason_is_on_record(
     assert_quiet(caplog)
 
 
+@pytest.mark.parametrize("profile, identity, shows, password", [
+    (2, "CP-P1", "", "x"), (3, "CP-1", "CP-1", ""), (3, "CP-RSA", "CP-RSA", "")])
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+@with_loop
+async def test_a_station_of_the_ocpp_package_boots_over_tls(
+        pki, kind, profile, identity, shows, password):
+    async with SecureSite(pki, kind, stations={"CP-P*": {"password": "x"}}) as site:
+        headers = {"Authorization": basic(identity, password)} if password else {}
+        socket_ = await site.secure_station(identity, shows, additional_headers=headers)
+        station = charge_point(ocpp.v16)(identity, socket_)
+        task = asyncio.create_task(station.start())
+        assert (await station.call(ocpp.v16.call.BootNotification("M", "V"))).status == "Accepted"
+        assert site.board.stations[identity].security_profile == profile
+        assert (await site.fetch(f"/api/connections/{identity}/call", "POST", {
+            "action": "ClearCache"}))[1]["result"] == {"status": "Accepted"}
+        task.cancel()
+        wrong = {"Authorization": basic(identity, "wrong")} if password else {}
+        with pytest.raises((OSError, EOFError, websockets.InvalidHandshake)):
+            await site.secure_station(identity, "" if password else "foreign",
+                                      additional_headers=wrong)
+
+
+@with_loop
+async def test_guessed_certificates_wash_no_record_away(pki, caplog):
+    async with SecureSite(pki) as site:
+        for _ in range(30):
+            for shows in ("foreign", "expired"):
+                with pytest.raises((OSError, EOFError, websockets.InvalidHandshake)):
+                    await site.secure_station("CP-1", shows)
+        assert len(site.board.security) <= 2 and len(site.board.knocking) == 2
+        assert sum(knock.count for knock in site.board.knocking.values()) == 60
+    assert_quiet(caplog)
+
+
 @with_loop
 async def test_a_station_that_does_not_trust_us_is_told_of(pki, caplog):
     async with SecureSite(pki) as site:
