@@ -9310,7 +9310,7 @@ class Guard(Protocol):
         """Take note of one that is to be sent."""
 
     def answered(self, station: Station, call: Call, result: dict) -> None:
-        """The station has answered it, in time or late."""
+        """The station has answered it, in time or late; a CALLERROR has no result."""
 
 
 class Link:
@@ -9557,11 +9557,12 @@ class Link:
         action = pending.call.action if pending else ""
         secrets_told = hidden_texts(action, pending.call.payload) if pending else ()
         response_ms = (time.monotonic() - pending.sent_mono) * 1000 if pending else None
+        if pending and self.guard and action in GUARDED:
+            self.guard.answered(station, pending.call,
+                                message.payload if isinstance(message, CallResult) else {})
         if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
-            if pending and self.guard and action in GUARDED:
-                self.guard.answered(station, pending.call, message.payload)
             text = without_secrets(action, message.payload, message.text)
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_texts(text, secrets_told), response_ms)

@@ -6707,6 +6707,35 @@ async def test_a_command_is_sent_and_its_answer_returned():
     assert call.response_ms == answer.response_ms == response_ms >= 0
 
 
+@pytest.mark.parametrize("kind, result", [(3, {"status": "Accepted"}), (4, {})])
+@pytest.mark.parametrize("late", [False, True])
+@with_loop
+async def test_who_guards_the_door_knows_of_passwords_before_and_after_they_are_sent(
+        kind, result, late, monkeypatch):
+    bench, seen = Bench(), []
+
+    async def before(station, call):
+        seen.append((station, call.payload, len(bench.sent)))
+    bench.link.guard = SimpleNamespace(before=before, answered=lambda station, call, told: (
+        seen.append((station, call.payload, told))))
+    if late:
+        monkeypatch.setattr(bench.board.config.ocpp, "call_timeout_seconds", 0.01)
+    payload = {"key": "AuthorizationKey", "value": "x" * 16}
+    command = Command(bench, "ChangeConfiguration", payload)
+    _, id_, *_ = await command.sent()
+    if late:
+        with pytest.raises(ocppboard.NoAnswer):
+            await command.task
+    bench.receive([3, id_, result] if kind == 3 else [4, id_, "InternalError", "", {}])
+    assert seen == [(bench.station, payload, 0), (bench.station, payload, result)]
+    if not late:
+        await asyncio.gather(command.task, return_exceptions=True)
+    other = Command(bench)
+    bench.receive([3, (await other.sent())[1], {"status": "Accepted"}])
+    await other.task
+    assert len(seen) == 2, "other commands are none of its business"
+
+
 @pytest.mark.parametrize("frame", ['[4,"%s"]', '[4,"%s",null]', '[4, "%s", "", null, null]'])
 @with_loop
 async def test_an_error_without_a_code_ends_the_command_that_waits(frame):
