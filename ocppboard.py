@@ -11020,7 +11020,7 @@ class Controller:
             station = self.stations.get(identity) or self._meet(identity)
             evse = station.evses.get(evse_id) or self._add_evse(station, evse_id)
             self._restore_evse(evse, *row)
-        if board.state.rows("charging_run"):         # what is out there stands in the rows
+        if any(board.state.rows("charging_run")):    # what is out there stands in the rows
             self.settled_mono = self.started_mono
         for identity in self.elsewhere & set(self.stations):
             del self.stations[identity]

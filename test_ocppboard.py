@@ -8674,6 +8674,28 @@ def test_what_was_set_and_learnt_is_there_after_a_restart_until_the_configuratio
     assert view["setOnBoard"] == ["marginPercent", "strategy"]
 
 
+@with_loop
+async def test_the_first_start_waits_for_what_may_be_out_there_and_the_next_knows_it(tmp_path):
+    waits = []
+    for _ in range(2):
+        state = state_of(tmp_path / "o.db")
+        board = Board(config_of(smart_charge_enabled=True, smart_charge_site_limit_a=32), Clock(),
+                      state=state)
+        controller = ocppboard.Controller(board)
+        controller.restore()
+        waits.append(controller.settled_mono - controller.started_mono)
+        if len(waits) == 1:
+            evse = controller._meet("CP-1").evses[1]
+            evse.fallback.send(0.0, 1.0)
+            evse.fallback.holds()
+            evse.send(ocppboard.SentLimit(16.0, 16.0, 16.0, math.inf), 1.0)
+            assert controller._record_bounds(controller.stations["CP-1"])
+        await state.write()
+        closed(state)
+    assert waits == [131, 0]
+    assert controller.stations["CP-1"].evses[1].worst_a(True) == 16, "not the 32 of its hardware"
+
+
 def test_rows_of_nonsense_keep_nobody_from_starting():
     state = KeptRows()
     nonsense: list[Any] = [None, 3, "x", [], [1], [1, 2, 3], ["x", None, {}], {}, {"limit": -1},
