@@ -9,6 +9,7 @@ the edges run over a loopback socket, against stations and clients that are not 
 
 import ast
 import asyncio
+import atexit
 import base64
 import bisect
 import concurrent.futures
@@ -15171,8 +15172,9 @@ def test_the_page_has_a_key_for_every_event():
 class Look:
     """A page of a real browser, and what went wrong in it."""
 
-    FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-component-update "
-             "--disable-background-networking --disable-sync").split()
+    FLAGS = ("--headless=new --remote-debugging-port=0 --no-sandbox --disable-gpu --disable-quic "
+             "--no-first-run --disable-component-update --disable-background-networking "
+             "--disable-sync --hide-scrollbars about:blank").split()
 
     def __init__(self, page, site):
         self.page, self.site = page, site
@@ -15216,23 +15218,44 @@ def browser_path():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@functools.cache
+def running_browser(path):
+    """Where the one browser of all tests listens; it ends with them."""
+    folder = tempfile.mkdtemp(prefix="ocppboard-browser-")
+    process = subprocess.Popen([path, *Look.FLAGS, f"--user-data-dir={folder}"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def end():
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+    atexit.register(end)
+    listening, deadline = Path(folder, "DevToolsActivePort"), time.monotonic() + 60
+    while not listening.exists() or listening.read_text().count("\n") < 1:
+        assert process.poll() is None and time.monotonic() < deadline, "the browser does not start"
+        time.sleep(0.05)
+    return f"http://127.0.0.1:{listening.read_text().splitlines()[0]}"
+
+
 @contextlib.asynccontextmanager
 async def looking(site, at="/#token=t0ken", expected=(), width=1440, height=900, **options):
     """Open the board in a browser; in the end nothing may have gone wrong but what is expected."""
     async with async_playwright() as playwright:
-        path = browser_path()
-        if not path and not os.path.exists(playwright.chromium.executable_path):
+        path = browser_path() or playwright.chromium.executable_path
+        if not os.path.exists(path):
             pytest.fail("no browser: apt install chromium, or: playwright install chromium",
                         pytrace=False)
-        browser = await playwright.chromium.launch(executable_path=path, args=Look.FLAGS)
+        browser = await playwright.chromium.connect_over_cdp(running_browser(path))
         context = await browser.new_context(viewport={"width": width, "height": height}, **options)
         context.set_default_timeout(10_000)
         look = Look(await context.new_page(), site)
         await look.page.goto(f"http://127.0.0.1:{site.port}{at}")
         if "token=" in at:
             await look.sees("live", ".live.on")
-        yield look
-        await browser.close()
+        try:
+            yield look
+        finally:
+            await context.close()
         wrong = [text for text in look.wrong if not any(word in text for word in expected)]
         assert not wrong, wrong
 
