@@ -21019,7 +21019,7 @@ class Daemon:
         self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
                           PeriodicCallback(self._turn, 1000),
                           PeriodicCallback(self.keeper.clean, 3_600_000)]
-        if self.tls:
+        if self.tls or self.authority:
             self._periodic += [PeriodicCallback(self.renew_tls, 10_000),
                                PeriodicCallback(self._tell_ends, 86_400_000),
                                PeriodicCallback(self.renew_stations, 3_600_000)]

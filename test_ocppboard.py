@@ -17000,6 +17000,19 @@ async def test_the_end_of_a_certificate_is_told_before_and_after(pki, tmp_path):
             assert f"{pki['rsa.pem']} {word} {ocppboard.iso(end)}" in "".join(texts)
 
 
+@pytest.mark.parametrize("with_ca", [False, True])
+@with_loop
+async def test_the_end_of_a_ca_is_looked_for_also_without_tls(pki, with_ca):
+    async with Site(**pki.own_ca() if with_ca else {}) as site:
+        looked_for = [one.callback for one in site.daemon._periodic]
+        assert (site.daemon._tell_ends in looked_for) == with_ca
+        site.daemon.renew_tls()
+        site.board.clock = lambda: 4e9
+        site.daemon._tell_ends()
+        told = [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
+        assert len(told) == with_ca
+
+
 @with_loop
 async def test_slow_handshakes_end_and_cost_nobody_else_a_place(pki, monkeypatch, caplog):
     monkeypatch.setattr(ocppboard, "HANDSHAKES", 50)
