@@ -8997,9 +8997,10 @@ class ForgetsItsLimits(ocppboard.Controller):
     (RaisesAtOnce, None), (TakesWattsForAmperes, None), (CountsNoNewcomers, None),
     (IsBlindToPhases, None), (ForgetsItsLimits, KeptRows)])
 def test_without_any_one_of_its_rules_the_storm_breaks_a_limit(careless, state):
-    seed = 6 if careless in (TakesWattsForAmperes, ForgetsItsLimits) else 1
-    times, most = Storm(seed, factory=careless, state=state and state()).rage(5000)
-    assert times > 0 and most >= 1
+    first = 6 if careless in (TakesWattsForAmperes, ForgetsItsLimits) else 1
+    storms = (Storm(seed, factory=careless, state=state and state())
+              for seed in range(first, first + 8))
+    assert any(storm.rage(5000)[1] >= 1 for storm in storms)
 
 
 # --- Relay --------------------------------------------------------------------------------
