@@ -87,7 +87,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
-from itertools import islice
+from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -483,6 +483,7 @@ LISTED = {("smart_charge", "circuit"): CIRCUIT_SETTINGS,
           ("proxy", "upstream"): UPSTREAM_SETTINGS}
 LISTED_MOST = 500                    # tables in such a list
 SITE = "site"                        # the circuit that all others hang at
+SURPLUS = "surplus"                  # what the sun leaves: the circuit that it makes
 ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
@@ -765,8 +766,8 @@ def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], Conf
     """The circuits make one tree below the site, and no station hangs in it twice."""
     parents = {circuit.name: circuit.parent or SITE for circuit in circuits}
     for circuit in circuits:
-        if circuit.name in ("", SITE) or len(circuit.name) > TEXT_KEPT:
-            raise wrong(f'a circuit needs a name, and not "{SITE}"')
+        if circuit.name in ("", SITE, SURPLUS) or len(circuit.name) > TEXT_KEPT:
+            raise wrong(f'a circuit needs a name, and not "{SITE}" or "{SURPLUS}"')
         if not circuit.limit_a:
             raise wrong(f'circuit "{circuit.name}" needs a limit_a')
         if circuit.parent and circuit.parent not in parents:
@@ -9724,7 +9725,6 @@ FALLBACK_START = "2020-01-01T00:00:00Z"
 STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
 GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
 GRAIN_A = 1e-6                          # sums of decimal amperes are this exact
-SURPLUS = "surplus"                     # what the sun leaves: the circuit that it makes
 
 
 class Circuit(NamedTuple):
@@ -10070,7 +10070,7 @@ def _number(text: Any) -> int | None:
 # Upstream's profiles
 
 
-UPSTREAM_PROFILES_KEPT = 50             # of one station
+UPSTREAM_PROFILES_KEPT, PERIODS_KEPT = 50, 1024      # of one station; of one schedule
 RECURS_S = {"Daily": 86400, "Weekly": 7 * 86400}
 
 
@@ -10099,6 +10099,8 @@ class Profile:
         periods = sorted((required(p, "startPeriod", float), required(p, "limit", float))
                          for p in required(schedule, "chargingSchedulePeriod", list)
                          if isinstance(p, dict))
+        if len(periods) > PERIODS_KEPT:
+            raise WrongValue(f"a schedule of more than {PERIODS_KEPT} periods is too much")
         kind = profile.get("chargingProfileKind")
         recurs_s = RECURS_S.get(lenient(profile, "recurrencyKind", str, ""), math.inf)
         return cls(id_, required(profile, "chargingProfilePurpose", str),
@@ -10325,6 +10327,7 @@ class Evse:
     session: ChargeSession | None = None
     state: str | None = None            # what the station says of the charging
     needs: CarNeeds | None = None
+    limited_by: str = ""                # who sets the most that it may have
     target: float = 0.0
     reason: str = ""
     began_mono: float = -math.inf       # when the transaction was seen
@@ -10385,9 +10388,10 @@ class Evse:
             worst = max(worst, limit.flow)
         if not worst and not drawn:
             return 0.0
-        if reachable and self.meter.read_mono > self.verified_mono:
+        # What disobeys is believed to go on so.
+        if self.strikes or (reachable and self.meter.read_mono > self.verified_mono):
             worst = max(worst, drawn)
-        return min(worst, max(self.maximum, drawn))
+        return min(worst, max(self.maximum, drawn, self.row[0], self.row[1] or 0.0))
 
     def send(self, limit: SentLimit, now: float) -> None:
         """A limit is on its way."""
@@ -10398,12 +10402,14 @@ class Evse:
                 self.raised_mono = now
         self.sent = [*self.sent, limit]
         if len(self.sent) > SENT_KEPT:   # answers do not come: one stands for two
-            first, second, *rest = self.sent
-            self.sent = [SentLimit(max(first.amps, second.amps), max(first.flow, second.flow),
-                                   max(first.widest, second.widest),
-                                   max(first.until_mono, second.until_mono),
-                                   outlives=first.outlives or second.outlives,
-                                   assumed=first.assumed or second.assumed), *rest]
+            at = next((n for n, (one, other) in enumerate(pairwise(self.sent[:-1]))
+                       if one.flow == other.flow), 0)
+            first, second = self.sent[at:at + 2]
+            self.sent[at:at + 2] = [SentLimit(
+                max(first.amps, second.amps), max(first.flow, second.flow),
+                max(first.widest, second.widest), max(first.until_mono, second.until_mono),
+                outlives=first.outlives or second.outlives,
+                assumed=first.assumed or second.assumed)]
         self.sent_mono, self.resend = now, False
 
     def accepted(self, limit: SentLimit, now: float) -> None:
@@ -10542,12 +10548,12 @@ class SiteStation:
         known = evse.meter.phases if self.online and evse.transaction else None
         return self.on_grid(known or self.all_phases)
 
-    def phase_count(self, evse: Evse) -> int | None:
-        """How many phases its car uses; None: not known."""
+    def phase_count(self, evse: Evse, by_the_car: bool = True) -> int | None:
+        """How many phases its car uses; None: not known, or known only `by_the_car`."""
         if evse.meter.phases is not None:
             return len(evse.meter.phases)
         said = evse.session.phases_set if evse.session else None
-        if said is None and evse.needs:
+        if said is None and evse.needs and by_the_car:
             said = evse.needs.phases
         if said is not None:
             return min(said, self.settings.phases)
@@ -10577,7 +10583,10 @@ class SiteStation:
         if not worst and flow is NO_CURRENT:            # most are so, on a large site
             return NO_CURRENT
         used, may = self.phases_of(evse), self.on_grid(self.all_phases)
-        rest = min(worst, evse.fallback_a) if self.settings.managed else 0.0
+        rest = 0.0
+        if self.settings.managed:
+            rest = min(worst, max([evse.fallback_a, *(limit.widest for limit in evse.sent
+                                                      if limit.outlives)]))
         return tuple(worst if phase in used else max(rest, amps) if phase in may else amps
                      for phase, amps in enumerate(flow))
 
@@ -10587,8 +10596,9 @@ class SiteStation:
         A limit in watts is for all phases together: who uses one, draws it all there.
         """
         variant = self.limit_variant() if self.abilities else None
-        in_watts = variant is not None and variant.unit == "W"
-        return float(self.settings.phases) if in_watts and self.phase_count(evse) is None else 1.0
+        if variant is None or variant.unit != "W" or self.phase_count(evse, False) is not None:
+            return 1.0
+        return float(self.settings.phases)
 
     def limit_variant(self) -> ProfileVariant | None:
         """How it is told a limit; None when it has refused all that suits it."""
@@ -10773,6 +10783,12 @@ class SiteSettings:
         """The site's limit, A per phase, before margin and windows."""
         return self.now.site_limit_a or self.now.site_limit_kw * 1000 / (3 * self.now.voltage)
 
+    @property
+    def configured_a(self) -> float:
+        """The same as it is configured."""
+        was = self.configured
+        return was.site_limit_a or was.site_limit_kw * 1000 / (3 * was.voltage)
+
     def window(self) -> Window | None:
         """The window that it is the time of."""
         if self.now.strategy != "time_of_use":
@@ -10855,7 +10871,7 @@ class SiteMeter:
         Raises: BadRequest.
         """
         amps: list[Any] = [body.get(phase) for phase in PHASES]
-        most = 10 * self.settings.limit_a
+        most = 10 * max(self.settings.limit_a, self.settings.configured_a)
         if set(body) != set(PHASES) or not all(
                 type(a) in (int, float) and abs(a) <= most for a in amps):
             raise BadRequest('the body must be {"L1": A, "L2": A, "L3": A}, none of them beyond '
@@ -10878,8 +10894,8 @@ class SiteMeter:
         for fact in facts:
             evse, online = fact.evse, fact.station.online
             # What an unreachable station draws is not known: it is not taken off.
-            fresh = not evse.transaction or (
-                online and evse.meter.read_mono > evse.changed_mono + PILOT_S)
+            fresh = not evse.transaction or (online and evse.meter.read_mono > max(
+                evse.changed_mono + PILOT_S, now - SETTLED_S))
             for phase in range(3):
                 drawn = min(fact.flow[phase], fact.worst[phase]) if online else 0.0
                 flow[phase] += drawn
@@ -10895,6 +10911,8 @@ class SiteMeter:
                 least = drawn - (flow[phase] if over else most[phase])
                 self.other_load[phase] = max(0.0, min(max(self.other_load[phase], least),
                                                       drawn - known[phase]))
+        if self._surplus and now - self._surplus[-1][0] < 1:             # one a second
+            self._surplus.pop()
         self._surplus.append((now, sum(flow) - sum(amps)))
 
     def surplus(self, on_s: float, off_s: float, now: float) -> tuple[float, float, float]:
@@ -10996,9 +11014,8 @@ class Controller:
         for name in sorted(self.named):
             self._meet(name)
         # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
-        strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
-        self.settled_mono = self.started_mono + (
-            self.settings.limit_valid_seconds + EXPIRY_SLACK_S if strangers else 0)
+        self.strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
+        self.settled_mono = self._latest(self.started_mono)
         self._check_fallbacks()
         board.power = self
 
@@ -11009,6 +11026,9 @@ class Controller:
         board = self.board
         self.site.restore()
         self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
+        for identity in self.elsewhere & self.named:             # the configuration goes before
+            board.state.put("elsewhere", identity, None)
+        self.elsewhere -= self.named
         for model, rungs in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
             self.models[model] = rungs
         self.session_settings = dict(read_rows(board, "charging_session", SESSIONS_SET,
@@ -11032,7 +11052,7 @@ class Controller:
         evse.row = limit, fallback
         evse.fallback.known_a, evse.fallback.due = fallback, True
         if limit > 0:
-            evse.unknown(min(limit, evse.maximum), self._latest(now), now)
+            evse.unknown(limit, self._latest(now), now)
 
     def _put_all(self) -> None:
         """Put all there is, for a file that is new."""
@@ -11127,7 +11147,7 @@ class Controller:
             raise Conflict("The session has ended")
         changes = read_changes(body, self.SESSION_SETTINGS)
         minimum = changes.get("minA", session.min_a) or self.settings.minimum_a
-        if (changes.get("maxA") or math.inf) < minimum:
+        if (changes.get("maxA", session.max_a) or math.inf) < minimum:
             raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
         self._set_of_session(session, changes)
         key = f"{session.transaction_id} {session.identity}"
@@ -11245,7 +11265,8 @@ class Controller:
             before = found.get(fact.station.identity)
             found[fact.station.identity] = Uncontrolled(
                 fact.station.identity, fact.station.circuit, amps + (before.amps if before else 0),
-                reason, advice, tuple(p for p in range(3) if fact.worst[p] >= 1))
+                reason, advice, tuple(p for p in range(3) if fact.worst[p] >= 1 or (
+                    before and p in before.phases)))
         return sorted(found.values(), key=lambda u: -u.amps)
 
     def _why_uncontrolled(self, station: SiteStation, evse: Evse) -> tuple[str, str]:
@@ -11262,6 +11283,8 @@ class Controller:
         if not station.online:
             return "is offline", ("Its connection is to be looked at" if named or evse.transaction
                                   else "Connect it, or say that it is not at this site")
+        if station.station.boot_unanswered:
+            return "waits for the upstream system's answer to its boot", "Look at the relay"
         if not station.ready:
             return "is not accepted yet", "Approve it, or say that it is not at this site"
         if station.abilities and station.fallback_variant() is None:
@@ -11338,6 +11361,9 @@ class Controller:
                 self._observe(known, station, now)
             except Exception:            # one station's trouble must not stop the others
                 self._failed(known, now)
+        if now < self.settled_mono and not self.strangers and all(
+                known.abilities for known in self.stations.values() if known.settings.managed):
+            self.settled_mono = now      # all who may draw are here, and count
         if self.settings.meter and (silence := self.meter.silence(now)):
             self._log_event("SMART_CHARGE_METER", "", f"The site's meter {silence[1]}",
                             {"ageSeconds": round(silence[0])})
@@ -11378,12 +11404,15 @@ class Controller:
             for limit in evse.sent:
                 limit.until_mono = min(limit.until_mono, latest)
             evse.expire(self.now())
-        if not any(evse.sent for evse in station.evses.values()):
-            del self.stations[identity]
-            for evse_id in station.evses:
-                self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
-            if identity in self.named:
-                self._meet(identity)
+        if any(evse.sent for evse in station.evses.values()):
+            return
+        if identity in self.named or station.uncontrollable or any(
+                evse.fallback.most_a for evse in station.evses.values()):
+            station.station = station.link = station.busy = None         # it may draw all the same
+            return
+        del self.stations[identity]
+        for evse_id in station.evses:
+            self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
 
     def _reconnected(self, known: SiteStation, station: Station, now: float) -> None:
         first = known.station is None
@@ -11403,7 +11432,7 @@ class Controller:
 
     def _observe_evses(self, known: SiteStation, station: Station, now: float) -> None:
         evses = (known.abilities and known.abilities.evses) or 0
-        seen = station, tuple(station.connectors), evses
+        seen = station, tuple(station.connectors), evses, now >= self.settled_mono
         if known.seen != seen:
             known.seen, known.connectors = seen, {}
             for (evse_id, _), connector in station.connectors.items():
@@ -11412,8 +11441,11 @@ class Controller:
             said = known.connectors.keys()
             for evse_id in {*said, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(known.evses):
                 self._forget_limits(self._add_evse(known, evse_id), now)
-            if said and 1 not in said and evses == 0:
-                known.evses.pop(1, None)             # it was assumed
+            first = known.evses.get(1)
+            if first and said and 1 not in said and evses == 0 and (
+                    now >= self.settled_mono) and not (
+                    first.transaction or first.sent or first.fallback.most_a):
+                del known.evses[1]                   # it was assumed
         for evse_id, connectors in known.connectors.items():
             self._observe_evse(known, known.evses[evse_id], connectors, now)
 
@@ -11444,6 +11476,9 @@ class Controller:
         self._end_session(evse)
         if evse.transaction:
             evse.end()
+            for limit in evse.sent:
+                if limit.assumed:        # one that was for that transaction has an end again
+                    limit.until_mono = min(limit.until_mono, self._latest(now))
         if transaction is None:
             return
         evse.begin(transaction, min((e.turn.count for _, e in self._each() if e.session),
@@ -11541,8 +11576,8 @@ class Controller:
         if station.uncontrollable != why:
             station.uncontrollable = why
             self._log_event("SMART_CHARGE_UNCONTROLLABLE", station.identity,
-                            f"It {why}: counted at {station.settings.max_a} A, its hardware's most",
-                            {"maxA": station.settings.max_a}, logging.WARNING)
+                            f"It {why}: counted at {station.settings.max_a} A at each EVSE, its "
+                            "hardware's most", {"maxA": station.settings.max_a}, logging.WARNING)
 
     def _try_again(self, station: SiteStation, now: float) -> None:
         station.try_again()
@@ -11567,10 +11602,12 @@ class Controller:
                 continue
             if request := self.request(fact, now):
                 requests[fact.id] = fact, request
-        awake = [fact.evse.turn.count for fact, request in requests.values() if not request.asleep]
-        for fact, request in requests.values():
-            if request.asleep:           # it has no claim on the turns that it slept through
-                fact.evse.turn.count = max(fact.evse.turn.count, min(awake, default=0.0))
+        competing = {id_ for id_, (_, r) in requests.items()
+                     if not r.asleep and r.minimum <= r.maximum}
+        least = min((requests[id_][0].evse.turn.count for id_ in competing), default=0.0)
+        for fact in facts:
+            if fact.evse.session and fact.id not in competing:   # no claim on what it left
+                fact.evse.turn.count = max(fact.evse.turn.count, least)
         circuits, chosen = self._sunny(requests, self.site.circuits(), now)
         settings = self.settings
         rotate_s = settings.rotate_minutes * 60
@@ -11582,8 +11619,9 @@ class Controller:
             share = shares.get(id_) or Share(0, "Waits for the sun: nothing is left over for "
                                              f"{settings.solar_on_seconds} s")
             fact.evse.target = share.amps
-            fact.evse.reason = share.reason + self._beside(share, request, uncontrolled, tree) + (
-                self._assumed(fact))
+            by = f": {fact.evse.limited_by}" if " may have " in share.reason else ""
+            fact.evse.reason = (share.reason + by + self._assumed(fact)
+                                + self._beside(share, request, uncontrolled, tree))
             fact.evse.turn.decided(bool(share.amps), int(now // rotate_s), now)
 
     @staticmethod
@@ -11606,8 +11644,12 @@ class Controller:
         session = evse.session
         if session is None:
             return None
-        maximum = evse.maximum if session.max_a is None else min(evse.maximum, session.max_a)
         minimum = session.min_a or settings.minimum_a
+        maximum, evse.limited_by = min(
+            (evse.maximum, "its hardware's most"),
+            (math.inf if session.max_a is None else session.max_a, "maxA of the session"),
+            (max(minimum, evse.needs.maximum) if evse.needs else math.inf, "what its car asks"),
+            (max(0.0, self._upstream_a(station, evse)), "the upstream system's profile"))
         if now < self.settled_mono:
             known = max(evse.confirmed.amps if evse.confirmed else evse.drawn_a(now),
                         evse.fallback.wanted_a)
@@ -11617,14 +11659,12 @@ class Controller:
                                f"{math.ceil((self.settled_mono - now) / 10) * 10} s")
                 return None
             maximum = min(maximum, known)
-        if evse.needs:
-            maximum = min(maximum, evse.needs.maximum)
         idle_s = now - evse.meter.idle_since if evse.meter.idle_since is not None else 0.0
         asleep = idle_s > ASLEEP_S and idle_s % ASLEEP_RETRY_S >= ASLEEP_S
         slot = int(now // (settings.rotate_minutes * 60))
         return Request(
-            fact.id, station.circuit, station.phases_of(evse), minimum,
-            min(maximum, self._upstream_a(station, evse)), session.priority, session.started_at,
+            fact.id, station.circuit, station.phases_of(evse), minimum, maximum,
+            session.priority, session.started_at,
             evse.turn.count, evse.turn.waiting_since is None and evse.turn.slot == slot,
             evse.turn.waiting_since, evse.meter.need, asleep, fact.load,
             max(evse.fallback.known_a or 0.0, evse.fallback.sent_a or 0.0))
@@ -11763,30 +11803,39 @@ class Controller:
         return evse if known.steerable and evse and evse.transaction else None
 
     def hand_sent(self, identity: str, action: str, payload: dict) -> str | None:
-        """What is to be said of a charging profile that somebody sends by hand; None: nothing.
+        """What is to be said of a command that somebody sends by hand; None: nothing.
 
-        Raises: Conflict: it would take the place of one of ours (K01.FR.06, K01.FR.39).
+        Raises: Conflict: its profile would take the place of one of ours, or lie above it
+            (K01.FR.06, K01.FR.39).
         """
         station = self.stations.get(identity)
-        profile = payload.get("csChargingProfiles", payload.get("chargingProfile"))
-        if action != "SetChargingProfile" or not isinstance(profile, dict) or (
-                station is None or not station.settings.managed):
+        if station is None or not station.settings.managed:
             return None
-        purpose, level = profile.get("chargingProfilePurpose"), profile.get("stackLevel")
-        place = payload.get("connectorId", payload.get("evseId", 0))
-        ours = [(variant.purpose, station.stack_level(variant.highest, least))
-                for variant, least in ((station.limit_variant(), 1),
-                                       (station.fallback_variant(), 0))
-                if variant]
+        if action == "ClearChargingProfile":         # ours may be among them
+            for evse in station.evses.values():
+                evse.fallback.lost()
+                evse.fallback.due, evse.fallback.tried_mono, evse.resend = True, -math.inf, True
+            return "The board sends its own limits again"
+        profile = payload.get("csChargingProfiles", payload.get("chargingProfile"))
+        if not isinstance(profile, dict):
+            return None
         instead = "the power controller sets this station's limits"
+        place = payload.get("connectorId", payload.get("evseId", 0))
         session = next((evse.session for evse in station.evses.values() if evse.session
                         and place in (0, evse.evse_id)), None)
         if session:
             instead += (f'; PATCH /api/smart-charge/sc-{session.number} with {{"maxA": …}} '
                         "limits this session")
-        if (purpose, level) in ours:
-            raise Conflict(f"A {kept(purpose, 40)} of stack level {level} would take the place of "
-                           f"the board's own: {instead}")
+        if action != "SetChargingProfile":           # it starts a transaction
+            raise Conflict(f"Its charging profile would lie above the board's own: {instead}")
+        purpose = profile.get("chargingProfilePurpose")
+        level = lenient(profile, "stackLevel", int, 0)
+        ours = {variant.purpose: station.stack_level(variant.highest, least)
+                for variant, least in ((station.fallback_variant(), 0),
+                                       (station.limit_variant(), 1)) if variant}
+        if purpose in ours and level >= ours[purpose]:
+            raise Conflict(f"A {purpose} of stack level {level} would take the place of the "
+                           f"board's own, or lie above it: {instead}")
         if purpose in ("TxProfile", "TxDefaultProfile"):
             return f"It lies below the board's own limits and has no effect: {instead}"
         return None
@@ -11904,11 +11953,25 @@ class Controller:
             return command
         fallback = evse.fallback
         if fallback.is_due(now):
-            if self._admitted(fact, fact.whole_path(tree), fallback.wanted_a, now, tree):
+            if self._fallback_fits(fact, now, tree):
                 return self._fallback(fact, fallback.wanted_a, now)
             if fallback.known_a is None:             # first something that is known
                 return self._fallback(fact, 0.0, now)
         return self._read_back(fact) if read_back else None
+
+    def _fallback_fits(self, fact: Fact, now: float, tree: CircuitTree) -> bool:
+        """Whether there is room for a fallback; one for the whole station, for all its EVSEs."""
+        path, amps, variant = (fact.whole_path(tree), fact.evse.fallback.wanted_a,
+                               fact.station.fallback_variant())
+        others = [max(0.0, amps - evse.worst_a(True)) for evse in fact.station.evses.values()
+                  if variant and variant.whole and evse is not fact.evse]
+        rise = sum(others) + max(0.0, amps - max(fact.worst))
+        if sum(others) and tree.full(path, rise) is not None:
+            return False
+        if not self._admitted(fact, path, amps, now, tree):
+            return False
+        tree.use(path, sum(others))
+        return True
 
     def _reduction(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
         """Less, or something that is known where nothing was."""
@@ -11933,7 +11996,7 @@ class Controller:
         """More, as far as the worst of all together leaves room, and the ramp allows."""
         evse, settings = fact.evse, self.settings
         before = evse.commanded_a(now)
-        if not evse.transaction or not evse.session or evse.target <= before or (
+        if not evse.transaction or not evse.session or evse.strikes or evse.target <= before or (
                 now - evse.changed_mono < CHANGE_S):
             return None
         minimum, step = evse.session.min_a or settings.minimum_a, settings.step_a
@@ -12251,8 +12314,8 @@ class Controller:
             return
         if answer.unknown:
             evse.clear_due = True
-        elif answer.payload.get("status") in ("Accepted", "Unknown"):
-            evse.gone()
+        elif answer.payload.get("status") == "Accepted":
+            evse.gone()                  # else what outlives the transaction counts on
 
     def _trigger_answered(self, command: Command, answer: Answer) -> None:
         """Its meter values are looked at when they come."""
@@ -12393,7 +12456,7 @@ def _model_of(row: StateRow) -> tuple[tuple, tuple]:
     """Of a row of `charging_model`. Raises: WrongType, WrongValue."""
     try:
         model = tuple(json.loads(row.key))
-    except ValueError:
+    except (ValueError, TypeError):
         raise WrongValue("its key is no model") from None
     value = row.value if type(row.value) is list and len(row.value) == 3 else [None] * 3
     if len(model) != 3 or not all(type(part) is str for part in model) or not (
@@ -12413,7 +12476,7 @@ def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:
     value = row.value if type(row.value) is dict else {}
     limit = unpacked("number", value.get("limit"), 0.0)
     fallback = unpacked("number?", value.get("fallback"), 0.0)
-    if not evse_id.isdecimal() or not identity or limit < 0 or (fallback or 0) < 0:
+    if not re.fullmatch("[0-9]{1,9}", evse_id) or not identity or limit < 0 or (fallback or 0) < 0:
         raise WrongValue("it is no limit")
     return identity, int(evse_id), (limit, fallback)
 
@@ -15305,7 +15368,7 @@ def get_smart_charge_config(api: "Api") -> dict:
 
 
 def patch_smart_charge_config(api: "Api") -> dict:
-    """Change strategy, limit or margin, until the next start."""
+    """Change strategy, limit or margin, until the configured value changes."""
     controller = _controller(api)
     controller.configure(api.body)
     api.daemon.steer()

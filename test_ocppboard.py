@@ -8514,14 +8514,124 @@ def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
                                              "stackLevel": level}})
     for purpose, level in (("TxProfile", 9), ("TxDefaultProfile", 8)):
         with pytest.raises(ocppboard.Conflict, match=(
-                f"A {purpose} of stack level {level} would take the place of the board.s own: .*"
-                'sc-1 with {"maxA": …}')):
+                f"A {purpose} of stack level {level} would take the place of the board.s own, or "
+                'lie above it: .*sc-1 with {"maxA": …}')):
             sent_by_hand(purpose, level)
+    with pytest.raises(ocppboard.Conflict, match="would take the place"):
+        sent_by_hand("TxDefaultProfile", 12)
+    with pytest.raises(ocppboard.Conflict, match="Its charging profile would lie above"):
+        world.controller.hand_sent("CP-1", "RequestStartTransaction", {"chargingProfile": {}})
     assert sent_by_hand("TxProfile", 3).startswith("It lies below the board's own limits and has")
     assert sent_by_hand("ChargingStationMaxProfile", 3) is None, "that one counts"
     assert sent_by_hand("TxProfile", 9, "CP-2") is None
     assert sent_by_hand("TxProfile", 9, "CP-7") is None
     assert world.controller.hand_sent("CP-1", "Reset", {"type": "Immediate"}) is None
+    world.stations["CP-1"].profiles.clear()
+    assert world.controller.hand_sent("CP-1", "ClearChargingProfile", {}) == (
+        "The board sends its own limits again")
+    world.run(30)
+    assert len(world.stations["CP-1"].profiles) == 2, "they are there again"
+
+
+def test_who_draws_against_its_limit_is_counted_so_and_not_raised():
+    world = world_of({}, {}, smart_charge_site_limit_a=40, smart_charge_safety_margin_percent=0)
+    outlets = charging(world)
+    liar = world.stations["CP-1"]
+    world.run(200)
+    liar.faults.add("ignore")
+    liar.profiles[-1].periods = [(0, 32.0)]
+    liar.profiles[-1].duration = math.inf
+    world.run(20)
+    before = outlets[1].current_a
+    for _ in range(300):
+        world.step()
+        assert outlets[1].current_a <= before, "nobody is raised beside it"
+    assert (outlets[0].current_a, outlets[1].current_a) == (32, 8)
+    world.disconnect(liar, 10_000)
+    world.run(600)
+    assert outlets[1].current_a == 8, "nor when it has gone: its word was worth nothing"
+
+
+def test_a_station_that_was_elsewhere_counts_once_the_configuration_names_it():
+    state = KeptRows()
+    world = World({"CP-1": {}}, state=state)
+    world.run(20)
+    world.controller.set_elsewhere("CP-1", True)
+    world.entries = {"CP-1": {}}
+    world.restart()
+    world.run(20)
+    assert world.controller.view()["elsewhere"] == [] and "CP-1" in world.controller.stations
+    assert not state.rows("elsewhere")
+
+
+def test_a_limit_of_an_earlier_run_counts_though_the_configuration_says_less_now():
+    world = World({"CP-1": {}, "CP-2": {}}, smart_charge_site_limit_a=40, state=KeptRows(),
+                  smart_charge_safety_margin_percent=0)
+    world.run(150)
+    outlet = world.stations["CP-1"].outlets[0]
+    world.arrive(world.stations["CP-1"], outlet, **CAR)
+    world.run(400)
+    assert outlet.current_a == 32
+    world.entries = {"CP-*": {"max_a": 10}}
+    world.restart()
+    world.stations["CP-1"].back_at = world.clock() + 100
+    other = world.stations["CP-2"].outlets[0]
+    world.arrive(world.stations["CP-2"], other, **CAR)
+    for _ in range(200):
+        world.step()
+        assert outlet.current_a + other.current_a <= 40
+
+
+def test_a_fallback_for_a_whole_station_has_room_for_all_its_evses():
+    world = World({"CP-1": {"outlets": 4}, "CP-2": {}}, smart_charge_site_limit_a=40,
+                  smart_charge_fallback_a=6, smart_charge_safety_margin_percent=0)
+    station = world.stations["CP-1"]
+
+    def keep(profile, schedule, outlet, *more, keep=station.keep_profile, **options):
+        if outlet and profile["chargingProfilePurpose"] == "TxDefaultProfile":
+            return {"status": "Rejected"}
+        return keep(profile, schedule, outlet, *more, **options)
+    station.keep_profile = keep
+    world.run(400)
+    other = world.stations["CP-2"].outlets[0]
+    world.arrive(world.stations["CP-2"], other, **CAR)
+    world.run(300)
+    for outlet in station.outlets:
+        world.arrive(station, outlet, **CAR)
+        for _ in range(8):
+            world.step()
+            assert world.excess() <= 0
+
+
+def test_what_paused_or_was_away_has_no_claim_on_the_turns_that_it_missed():
+    world = world_of({}, {}, {}, smart_charge_site_limit_a=8)
+    outlets = charging(world)
+    world.run(30)
+    paused = world.board.smart_charge.records[0]
+    world.controller.configure_session(paused, {"maxA": 0})
+    world.run(900 * 8)
+    world.controller.configure_session(paused, {"maxA": None})
+    turns: Counter[int] = Counter()
+    for _ in range(9):
+        world.run(900)
+        turns.update(n for n, outlet in enumerate(outlets) if outlet.current_a)
+        for outlet in outlets:
+            outlet.soc = 20.0
+    assert max(turns.values()) - min(turns.values()) <= 1, turns
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"maxA": 9, "minA": 10}, "at least 10 A"), ({"minA": 20}, "at least 20 A")])
+def test_the_least_of_a_session_is_not_above_its_most(body, words):
+    world = world_of({})
+    charging(world)
+    world.run(2)
+    session, = world.board.smart_charge.records
+    world.controller.configure_session(session, {"maxA": 10})
+    world.run(120)
+    assert session.reason == "The most that it may have is 10 A: maxA of the session"
+    with pytest.raises(ocppboard.BadRequest, match=words):
+        world.controller.configure_session(session, body)
 
 
 def test_what_a_car_needs_is_a_limit_and_its_schedule_is_held_against_it():
