@@ -143,6 +143,8 @@ ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
 STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
+TOKENS_KEPT = 10_000        # id tokens made on the board
+TOKENS_SHOWN = 200, 20      # unknown ones shown lately, and those of one station; the oldest goes
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
 FILES_SPARE = 20            # files kept free for what is not a connection
@@ -378,6 +380,8 @@ DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
 # ConnectorPhaseRotation, whose words these are).
 ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
+TOKEN_STATUSES = ("Accepted", "Blocked", "Expired", "Invalid")           # 1.6 7.2
+GROUP_LENGTH = 20                    # of 1.6's parentIdTag
 
 SETTINGS = (
     Setting("server", "address", ""),
@@ -457,6 +461,15 @@ STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "certificate_cn", ""),
     Setting("stations", "any_user_name", False),
 )
+TOKEN_SETTINGS = (                                     # of one [id_tokens."…"]
+    Setting("id_tokens", "name", ""),
+    Setting("id_tokens", "status", "Accepted", TOKEN_STATUSES),
+    Setting("id_tokens", "group", ""),
+    Setting("id_tokens", "master", False),
+    Setting("id_tokens", "expires", ""),
+    Setting("id_tokens", "stations", ["*"]),
+)
+NAMED = {"stations": STATION_SETTINGS, "id_tokens": TOKEN_SETTINGS}      # [section."name"]
 CIRCUIT_SETTINGS = (                                   # of one [[smart_charge.circuit]]
     Setting("smart_charge.circuit", "name", ""),
     Setting("smart_charge.circuit", "parent", ""),
@@ -494,10 +507,11 @@ VIEWER = "viewer"                    # the user name of who sees all and changes
 
 
 class Config(SimpleNamespace):
-    """The settings as `config.<section>.<key>`; `stations` is {pattern: its settings}."""
+    """The settings as `config.<section>.<key>`; of NAMED they are {name: its settings}."""
 
     source: str
-    stations: dict
+    stations: dict                      # by pattern
+    id_tokens: dict
     ignored: list                       # variables that look like ours and are of no section
 
     def station(self, identity: str) -> SimpleNamespace | None:
@@ -533,7 +547,7 @@ def read_config(path: str | None = None, environ: Mapping[str, str] | None = Non
     environ = os.environ if environ is None else environ
     source = find_config(path, environ) or ""
     data = _load_toml(source) if source else {}
-    config = Config(source=source, stations={}, ignored=[])
+    config = Config(source=source, stations={}, id_tokens={}, ignored=[])
     for setting in SETTINGS:
         section = config.__dict__.setdefault(setting.section, SimpleNamespace())
         setattr(section, setting.key, setting.default)
@@ -569,20 +583,20 @@ def _load_toml(source: str) -> dict:
 
 
 def _apply_file(config: Config, data: dict, source: str) -> None:
-    sections = sorted({s.section for s in SETTINGS} | {"stations"})
+    sections = sorted({s.section for s in SETTINGS} | NAMED.keys())
     for name, table in data.items():
         if name not in sections:
             raise ConfigError(f"{source}: unknown section [{name}]{_nearest(name, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: {name} must be a section, [{name}]")
-        if name != "stations":
+        if name not in NAMED:
             _apply_table(config.__dict__[name], name, SETTINGS, table, source, name)
             continue
-        for pattern, entry in table.items():
-            where = f'stations."{pattern}"'
+        for key, entry in table.items():
+            where = f'{name}."{key}"'
             if not isinstance(entry, dict):
-                raise ConfigError(f'{source}: {where} must be a section, [stations."{pattern}"]')
-            config.stations[pattern] = _entry(STATION_SETTINGS, entry, source, where)
+                raise ConfigError(f"{source}: {where} must be a section, [{where}]")
+            config.__dict__[name][key] = _entry(NAMED[name], entry, source, where)
 
 
 def _entry(settings: tuple, table: dict, source: str, where: str) -> SimpleNamespace:
@@ -680,6 +694,7 @@ def _check_together(config: Config) -> None:
             (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
         if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
             raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
+    _check_tokens(config.id_tokens, source)
     _check_smart_charge(config.smart_charge, source)
     for number, upstream in enumerate(config.proxy.upstream, 1):
         _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
@@ -732,6 +747,32 @@ def _check_tls(config: Config, source: str) -> None:
 def files_of(value: str | list[str]) -> list[str]:
     """The files of a setting that has one or a list."""
     return value if isinstance(value, list) else [value] if value else []
+
+
+def _check_tokens(tokens: dict[str, SimpleNamespace], source: str) -> None:
+    """What no single key of [id_tokens."…"] can tell."""
+    written = Counter(id_token.lower() for id_token in tokens)
+    for id_token, entry in tokens.items():
+        if fault := token_fault(id_token, entry.group, entry.master, entry.expires):
+            raise ConfigError(f'{source}: id_tokens."{id_token}": {fault}')
+        if written[id_token.lower()] > 1:
+            raise ConfigError(f'{source}: id_tokens."{id_token}" stands there twice: case does '
+                              "not tell id tokens apart")
+
+
+def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
+    """What is wrong with what is said of an id token; "" if nothing is."""
+    if not id_token.strip() or len(id_token) > TEXT_KEPT:
+        return f"an id token has 1 to {TEXT_KEPT} characters"
+    if len(group) > GROUP_LENGTH:
+        return f"group has {GROUP_LENGTH} characters at most"
+    if master and not group:
+        return "master needs a group"
+    try:
+        _ = expires and datetime.fromisoformat(expires)
+    except ValueError:
+        return f"expires must be a time or a day, as 2027-01-31T18:00:00Z, not {expires!r}"
+    return ""
 
 
 def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
@@ -1811,6 +1852,65 @@ class Station(Record):
             "quirks": [{"name": name, "count": count, "lastMessageId": message_id}
                        for name, (count, message_id) in self.quirks.items()],
         }
+
+
+@dataclass(slots=True, eq=False)
+class IdToken(Record):
+    """An id token that the site knows, or one that was shown lately and that it does not know."""
+
+    id_token: str                       # as it was written; case does not tell two apart
+    name: str = ""
+    status: str = "Accepted"            # one of TOKEN_STATUSES
+    group: str = ""
+    master: bool = False                # stops the transactions of its group, and starts none
+    expires_at: float | None = None
+    stations: tuple = ("*",)            # patterns of identities; "CP-1:2" is its EVSE 2 alone
+    source: str = ""                    # configuration | board; "": unknown
+    kind: str = ""                      # its type in 2.x, once that was told
+    used_at: float | None = None
+    used_by: str | None = None          # the station where it was shown last
+    answered: str | None = None         # and what that was answered
+    list_version: int = 0               # of local lists: since then it is as it is
+
+    @property
+    def key(self) -> str:
+        """By which it is known: case-insensitive (1.6 7.28; 2.0.1 part 2, IdTokenType)."""
+        return self.id_token.lower()
+
+    def evses_at(self, identity: str) -> frozenset[int] | None:
+        """The EVSEs of a station where it is for; None: all of them."""
+        if any(fnmatch.fnmatchcase(identity, pattern) for pattern in self.stations):
+            return None
+        parts = [pattern.rpartition(":") for pattern in self.stations]
+        return frozenset(int(evse) for station, _, evse in parts
+                         if evse.isascii() and evse.isdecimal() and len(evse) < 10
+                         and fnmatch.fnmatchcase(identity, station))
+
+    def take_use(self, other: "IdToken") -> None:
+        """Take over what is known of its use."""
+        self.kind, self.used_at = other.kind, other.used_at
+        self.used_by, self.answered = other.used_by, other.answered
+
+    def settings(self) -> tuple:
+        """What is said of it, not what became of it."""
+        return (self.id_token, self.name, self.status, self.group, self.master, self.expires_at,
+                self.stations)
+
+    def view(self) -> dict:
+        return {"idToken": self.id_token, "name": self.name, "status": self.status,
+                "group": self.group, "master": self.master, "expires": iso(self.expires_at),
+                "stations": list(self.stations), "source": self.source or None,
+                "type": self.kind or None, "lastUsedAt": iso(self.used_at),
+                "lastUsedBy": self.used_by, "lastAnswer": self.answered}
+
+
+class Grant(NamedTuple):
+    """What a station is to be told of an id token."""
+
+    status: str                         # in the words of 2.x
+    group: str = ""
+    expires_at: float | None = None
+    evses: tuple[int, ...] = ()         # where it may charge, if not everywhere at the station
 
 
 @dataclass(slots=True)
@@ -3832,7 +3932,9 @@ KNOWN_CODES = {"ocpp1.6": ERROR_CODES_16, "ocpp2.0.1": ERROR_CODES_2X, "ocpp2.1"
 BOOT_ANSWER = {                      # some clients read by place: the order is the schema's
     "ocpp1.6": ("status", "currentTime", "interval"),
     "ocpp2.0.1": (_BOOT_2X := ("currentTime", "interval", "status")), "ocpp2.1": _BOOT_2X}
-UNKNOWN_ID_TOKEN = {"ocpp1.6": "Invalid", "ocpp2.0.1": "Unknown", "ocpp2.1": "Unknown"}
+# Statuses of an id token that a version does not have (1.6 7.2; 2.0.1 part 2, 3.5).
+ID_TOKEN_STATUSES = {"ocpp1.6": {"Unknown": "Invalid", "NotAtThisLocation": "Invalid"},
+                     "ocpp2.0.1": {}, "ocpp2.1": {}}
 ASSUMED_PROTOCOL = "ocpp1.6"         # of a station that offers none (field experience: all are 1.6)
 
 # Statuses of a connector and charging states of a transaction.
@@ -6568,6 +6670,8 @@ def _with_comma(told: Any, quirks: list[str]) -> float:
 # counters, quirks and clock skew, which go with the next one. No I/O and no loop; time comes in
 # as `clock`, so that a test can move it.
 
+LIST_EPOCH = 1_577_836_800          # 2020-01-01: versions of local lists have 31 bits
+
 # What can be followed, and the name of its events. "error" is EventSource's own word.
 TOPICS = {
     "messages": "message", "telemetry": "telemetry", "security": "security",
@@ -6710,6 +6814,9 @@ class Board:
         self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
         self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
         self.approved: OrderedDict = OrderedDict()   # identities approved on the board
+        self.list_version = self.full_list_before = 0        # see `new_list_version`
+        self.tokens = {t.key: t for t in map(self._configured_token, config.id_tokens)}
+        self.shown_tokens: OrderedDict[str, IdToken] = OrderedDict()     # unknown, lately
         self.stores = {"messages": self.messages, "telemetry": self.telemetry,
                        "security": self.security, "smart-charge": self.smart_charge,
                        "proxy": self.proxy, "errors": self.errors, "system": self.system,
@@ -6896,6 +7003,132 @@ class Board:
         self.approved[identity] = None
         if len(self.approved) > self.config.store.max_connections:
             self.approved.popitem(last=False)
+
+    # Id tokens
+
+    def _configured_token(self, id_token: str) -> IdToken:
+        return _token_of(id_token, "configuration", vars(self.config.id_tokens[id_token]))
+
+    def new_list_version(self) -> int:
+        """A version of local lists that no earlier run gave: seconds since 2020, or more.
+
+        An id token changes at one, and a station's list is of one. A list from before
+        `full_list_before` may have tokens that are gone.
+        """
+        self.list_version = max(int(self.clock()) - LIST_EPOCH, self.list_version + 1)
+        return self.list_version
+
+    def grant(self, station: Station, id_token: str, kind: str = "", evse_id: int = 0,
+              starts: bool = False) -> Grant:
+        """Whether an id token may charge there. `starts`: it is to start a transaction."""
+        token = self.tokens.get(id_token.lower())
+        evses = token.evses_at(station.identity) if token else None
+        if not self.is_approved(station.identity):
+            status = "Unknown"
+        elif token is None:
+            status = "Accepted" if self._is_listed(id_token) else "Unknown"
+        else:
+            status = self._status_of(token, evses, evse_id, starts)
+        if id_token:
+            self._token_shown(station, token, id_token, kind, status)
+        if token is None:
+            return Grant(status)
+        return Grant(status, token.group, token.expires_at, tuple(sorted(evses or ())))
+
+    def _is_listed(self, id_token: str) -> bool:
+        """Whether the short form of the configuration accepts it."""
+        return self.config.ocpp.authorize == "any" or any(
+            fnmatch.fnmatchcase(id_token.lower(), pattern.lower())
+            for pattern in self.config.ocpp.id_tokens)
+
+    def _status_of(self, token: IdToken, evses: frozenset[int] | None, evse_id: int,
+                   starts: bool) -> str:
+        if token.status != "Accepted":
+            return token.status
+        if token.expires_at is not None and token.expires_at <= self.clock():
+            return "Expired"
+        if evses is not None and (not evses or (evse_id and evse_id not in evses)):
+            return "NotAtThisLocation"                   # 2.0.1 C01.FR.22
+        return "Invalid" if starts and token.master else "Accepted"      # C16.FR.03
+
+    def _token_shown(self, station: Station, token: IdToken | None, id_token: str, kind: str,
+                     status: str) -> None:
+        """Keep when and where it was shown; of a code that was typed in, only if it is known."""
+        if token is None:
+            if is_key_code({"type": kind}):
+                return
+            token = self.shown_tokens.pop(id_token.lower(), None) or IdToken(kept(id_token))
+            most, most_of_one = TOKENS_SHOWN
+            of_one = [key for key, t in self.shown_tokens.items() if t.used_by == station.identity]
+            if len(of_one) >= most_of_one or len(self.shown_tokens) >= most:
+                del self.shown_tokens[(of_one if len(of_one) >= most_of_one
+                                       else list(self.shown_tokens))[0]]
+            self.shown_tokens[token.key] = token
+            token.status = status
+        token.used_at, token.used_by, token.answered = self.clock(), station.identity, status
+        token.kind = kept(kind, 20) or token.kind
+        if token.source:
+            self._token_changed(token)
+
+    def _token_changed(self, token: IdToken) -> None:
+        if tell := self.on_change.get("id-tokens"):
+            tell(token)
+
+    def set_token(self, id_token: str, told: dict) -> IdToken:
+        """Add or change an id token. `told`: each of its settings. Raises: Busy."""
+        token = _token_of(id_token, "board", told)
+        token.list_version = self.new_list_version()
+        known = self.tokens.get(token.key) or self.shown_tokens.get(token.key)
+        if token.key not in self.tokens and (
+                sum(t.source == "board" for t in self.tokens.values()) >= TOKENS_KEPT):
+            raise Busy(f"There are {TOKENS_KEPT} id tokens on the board already")
+        if known is not None:
+            token.take_use(known)
+        self.shown_tokens.pop(token.key, None)
+        self.tokens[token.key] = token
+        self._token_changed(token)
+        return token
+
+    def remove_token(self, token: IdToken) -> None:
+        """Remove what the board knows of an id token; what the configuration says holds again.
+
+        Raises: Conflict, where that is all there is.
+        """
+        if token.source != "board":
+            raise Conflict("This id token stands in the configuration: remove it there, "
+                           "or set its status to Blocked")
+        del self.tokens[token.key]
+        configured = next((t for t in self.config.id_tokens if t.lower() == token.key), None)
+        if configured is not None:
+            self.tokens[token.key] = self._configured_token(configured)
+        self.full_list_before = self.new_list_version()
+        self._token_changed(token)
+
+    def restore_tokens(self, tokens: list[IdToken]) -> tuple[list[IdToken], list[IdToken]]:
+        """Take over what an earlier run knew of id tokens.
+
+        Returns: those that are new or other since; those that the configuration had then.
+        """
+        gone = []
+        for token in tokens:
+            now = self.tokens.get(token.key)
+            self.list_version = max(self.list_version, token.list_version)
+            if token.source == "board" or (now and now.settings() == token.settings()):
+                self.tokens[token.key] = token
+            elif now:
+                now.take_use(token)
+            else:
+                gone.append(token)
+        news = [token for token in self.tokens.values() if not token.list_version]
+        if news:
+            version = self.new_list_version()
+            for token in news:
+                token.list_version = version
+        if gone:
+            self.full_list_before = self.new_list_version()
+        return news, gone
+
+    # Connectors
 
     def connector(self, station: Station, evse_id: int, connector_id: int) -> Connector | None:
         """The record of a connector, made when it is first heard of; None beyond all reason."""
@@ -7618,6 +7851,13 @@ class Board:
             "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
+def _token_of(id_token: str, source: str, told: dict) -> IdToken:
+    """An id token as the configuration's words tell it."""
+    return IdToken(id_token, told["name"], told["status"], told["group"], told["master"],
+                   parse_time(told["expires"])[0] if told["expires"] else None,
+                   tuple(told["stations"]), source)
+
+
 NO_ERROR = re.compile(r"(0x)?0*|no.?error|none|ok", re.I)    # what vendors write, too
 
 
@@ -7706,6 +7946,10 @@ ROWS: dict[str, dict[str, str]] = {
         "to_method": "text?", "payload": "text?", "translated": "text?", "latency_ms": "number?",
         "error": "text?"},
     "Sample": {"timestamp": "time", "values": "object"},
+    "IdToken": {
+        "id_token": "text", "name": "text", "status": "text", "group": "text", "master": "flag",
+        "expires_at": "time?", "stations": "(text)", "source": "text", "kind": "text",
+        "used_at": "time?", "used_by": "text?", "answered": "text?", "list_version": "integer"},
 }
 
 
@@ -7715,7 +7959,7 @@ class Progress:
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Progress, Register, Track, Point, Reading, Base, EventSequence, Series, Station,
-    StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample)}
+    StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -7870,6 +8114,7 @@ class Keeper:
         self._approved: set[str] = set()             # as it stands in the file
         self._curves: dict[Transaction, float] = {}  # monotonic time of the last put
         self._last_id = 0
+        self._lists = (0, 0)                         # as they stand in the file
 
     # The start
 
@@ -7883,11 +8128,13 @@ class Keeper:
             board.approval_known(row.key)
             self._approved.add(row.key)
         self._restore_counters({row.key: row.value for row in self.state.rows("counter")})
+        self._restore_tokens()
         for station in read_rows(board, "station", most.max_connections, self._station_of):
             board.restore_station(station)
         self._restore_transactions(most.max_transactions)
         board.on_change |= {"transactions": self.transaction_changed,
-                            "connections": self.station_changed}
+                            "connections": self.station_changed,
+                            "id-tokens": self.token_changed}
         self.state.sources.append(self.put_all)
         self.state.before_write.append(self._put_urgent)
         self.state.when_written.append(self._written)
@@ -7902,6 +8149,17 @@ class Keeper:
         elif last_id is not None:
             report_skipped(self.board, "counter", [f"transaction_id is {shown(last_id)}"])
         self._run = run + 1 if type(run) is int and 0 <= run < 999_999 else 0
+        for name in ("list_version", "full_list_before"):
+            if type(value := counters.get(name)) is int and 0 < value < IDS_END:
+                setattr(self.board, name, max(value, getattr(self.board, name)))
+
+    def _restore_tokens(self) -> None:
+        board = self.board
+        news, gone = board.restore_tokens(read_rows(
+            board, "token", 2 * TOKENS_KEPT + len(board.config.id_tokens), _token_in))
+        self._changed |= dict.fromkeys(news)
+        for token in gone:
+            self.state.put("token", token.key, None)
 
     def _station_of(self, row: StateRow) -> Station:
         station = unpacked("Station", row.value, self._ahead_s(row.at))
@@ -7956,7 +8214,14 @@ class Keeper:
                                  and station.identity not in self._approved):
             self._announce(station)
 
-    def _announce(self, record: Transaction | Station) -> None:
+    def token_changed(self, token: IdToken) -> None:
+        """An id token has changed; that it was used is not urgent."""
+        self._changed[token] = None
+        known = self.board.tokens.get(token.key)
+        if known is not token or token.list_version > self._lists[0]:
+            self._announce(token)
+
+    def _announce(self, record: Transaction | Station | IdToken) -> None:
         if record not in self._urgent:
             self._urgent[record] = None
             self.state.announce()
@@ -7982,10 +8247,13 @@ class Keeper:
             record.row_crc = 0
             self._curves.pop(record, None)
             self._put(record)
+        for token in board.tokens.values():
+            self._put(token)
         for identity in board.approved:
             self.state.put("approval", identity, True)
         self.state.put("counter", "transaction_id", self._last_id)
         self.state.put("counter", "run", self._run)
+        self._put_lists()
 
     # What is asked of the file
 
@@ -8083,6 +8351,8 @@ class Keeper:
         for record in self._urgent:
             self._put(record)
         self._urgent.clear()
+        if self._lists != (self.board.list_version, self.board.full_list_before):
+            self._put_lists()
         first = self.board.transactions.first    # while the disk fails, older ones are let go
         self._being_written = [(t, status) for t, status in self._being_written + self._put_now
                                if t.number >= first]
@@ -8094,12 +8364,20 @@ class Keeper:
         for transaction, status in written:
             self.board.now_durable(transaction, status)
 
-    def _put(self, record: Transaction | Station) -> None:
+    def _put_lists(self) -> None:
+        self._lists = self.board.list_version, self.board.full_list_before
+        self.state.put("counter", "list_version", self._lists[0])
+        self.state.put("counter", "full_list_before", self._lists[1])
+
+    def _put(self, record: Transaction | Station | IdToken) -> None:
         self._changed.pop(record, None)
         if isinstance(record, Transaction):
             self._put_transaction(record)
-        else:
+        elif isinstance(record, Station):
             self._put_station(record)
+        else:
+            known = self.board.tokens.get(record.key)
+            self.state.put("token", record.key, known and packed("IdToken", known, 0.0))
 
     def _put_station(self, station: Station) -> None:
         identity, state, now = station.identity, self.state, self.board.clock()
@@ -8214,6 +8492,13 @@ def _transaction_of(row: StateRow, progress: Progress | None, ahead_s: float) ->
         transaction.register.begin(Point(transaction.started_mono, transaction.started_at,
                                          transaction.meter_start))
     return transaction
+
+
+def _token_in(row: StateRow) -> IdToken:
+    token = unpacked("IdToken", row.value, 0.0)
+    if token.key != row.key or token.status not in TOKEN_STATUSES:
+        raise WrongValue("it is another one")
+    return token
 
 
 def _series_of(row: StateRow) -> tuple[str, Series]:
@@ -8560,20 +8845,22 @@ def _told_time(board: Board, station: Station, payload: dict) -> float | None:
     return when
 
 
-def _token_status(board: Board, station: Station, id_token: str) -> str:
-    """Whether the id token may charge. Tokens are case-insensitive (1.6 7.28 CiString)."""
-    ocpp = board.config.ocpp
-    listed = ocpp.authorize == "any" or any(
-        fnmatch.fnmatchcase(id_token.lower(), pattern.lower()) for pattern in ocpp.id_tokens)
-    if listed and board.is_approved(station.identity):
-        return "Accepted"
-    return UNKNOWN_ID_TOKEN[station.protocol]
-
-
 def on_authorize_16(board: Board, station: Station, payload: dict) -> dict:
     """1.6 4.1."""
-    return {"idTagInfo": {"status": _token_status(board, station,
-                                                  _id_tag(board, station, payload))}}
+    return {"idTagInfo": _id_tag_info(board, station, _id_tag(board, station, payload))}
+
+
+def _id_tag_info(board: Board, station: Station, id_tag: str, evse_id: int = 0,
+                 starts: bool = False) -> dict:
+    """Whether an idTag may charge there (1.6 7.27)."""
+    return id_tag_info(station.protocol, board.grant(station, id_tag, "", evse_id, starts))
+
+
+def id_tag_info(protocol: str, grant: Grant) -> dict:
+    """A Grant in the words of 1.6; the order is the schema's."""
+    return (({"expiryDate": wire_time(grant.expires_at)} if grant.expires_at is not None else {})
+            | ({"parentIdTag": grant.group} if grant.group else {})
+            | {"status": ID_TOKEN_STATUSES[protocol].get(grant.status, grant.status)})
 
 
 def _id_tag(board: Board, station: Station, payload: dict) -> str:
@@ -8589,15 +8876,28 @@ def on_authorize(board: Board, station: Station, payload: dict) -> dict:
     return {"idTokenInfo": _id_token_info(board, station, required(payload, "idToken", dict))}
 
 
-def _id_token_info(board: Board, station: Station, id_token: dict) -> dict:
-    """Whether an IdToken may charge. Type NoAuthorization, a start button, has none (2.0.1 C02)."""
-    text = id_token.get("idToken")
+def _id_token_info(board: Board, station: Station, id_token: dict, evse_id: int = 0,
+                   starts: bool = False) -> dict:
+    """Whether an IdToken may charge there.
+
+    Type NoAuthorization, a start button, has none (2.0.1 C02).
+    """
     if id_token.get("type") == "NoAuthorization" and board.is_approved(station.identity):
         return {"status": "Accepted"}
-    status = _token_status(board, station, text if isinstance(text, str) else "")
-    if status != "Accepted" and is_key_code(id_token):
-        status = "Invalid"               # C04.FR.01
-    return {"status": status}
+    grant = board.grant(station, lenient(id_token, "idToken", str, ""),
+                        lenient(id_token, "type", str, ""), evse_id, starts)
+    if grant.status != "Accepted" and is_key_code(id_token):
+        grant = Grant("Invalid")         # C04.FR.01
+    return id_token_info(station.protocol, grant)
+
+
+def id_token_info(protocol: str, grant: Grant) -> dict:
+    """A Grant in the words of 2.x (2.0.1 C01.FR.06, C01.FR.20, C09.FR.12)."""
+    return ({"status": ID_TOKEN_STATUSES[protocol].get(grant.status, grant.status)}
+            | ({"cacheExpiryDateTime": wire_time(grant.expires_at)}
+               if grant.expires_at is not None else {})
+            | ({"groupIdToken": {"idToken": grant.group, "type": "Central"}} if grant.group else {})
+            | ({"evseId": list(grant.evses)} if grant.evses else {}))
 
 
 def evse_of_16(connector_id: int) -> tuple[int, int]:
@@ -8744,7 +9044,7 @@ def on_start_transaction(board: Board, station: Station, payload: dict,
     else:
         board.transaction_alive(station, transaction, board.mono())
     # Some clients take the second value for the id: the order is the schema's.
-    return {"idTagInfo": {"status": _token_status(board, station, id_tag)},
+    return {"idTagInfo": _id_tag_info(board, station, id_tag, evse_id, starts=True),
             "transactionId": transaction.id}
 
 
@@ -8798,8 +9098,8 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
         _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
                     "transactionData", transaction)
         board.transaction_stopped(transaction, stopped_at, meter_stop, reason)
-    return {"idTagInfo": {"status": "Accepted" if id_tag is None
-                          else _token_status(board, station, id_tag)}}
+    return {"idTagInfo": {"status": "Accepted"} if id_tag is None
+            else _id_tag_info(board, station, id_tag)}
 
 
 def _stopped_by_unknown_id(board: Board, station: Station, id_tag: str | None,
@@ -8888,7 +9188,10 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         ends = [i.end_wh for i in instants if i.end_wh is not None] or registers
         board.transaction_stopped(transaction, when, ends[-1] if ends else None,
                                   kept(info.get("stoppedReason") or "Local", 64))
-    return {"idTokenInfo": _id_token_info(board, station, id_token)} if id_token else {}
+    if not id_token:
+        return {}
+    starts = lenient(payload, "triggerReason", str) == "Authorized" and event_type != "Ended"
+    return {"idTokenInfo": _id_token_info(board, station, id_token, transaction.evse_id, starts)}
 
 
 def _shown_token(id_token: dict) -> str | None:
@@ -21529,8 +21832,9 @@ def tell_check(config: Config) -> None:
         print(f"  window {window.__dict__['from']} to {window.to}: {window.factor:g} of the limit")
     for upstream in config.proxy.upstream:
         print(f"  upstream {upstream.url} for {', '.join(upstream.stations)}")
-    for pattern in config.stations:
-        print(f'  stations."{pattern}"')
+    for section in NAMED:
+        for name in config.__dict__[section]:
+            print(f'  {section}."{name}"')
     for name in config.ignored:
         print(f"  {name} is of no section and ignored")
 

@@ -128,13 +128,16 @@ class Clock:
 
 
 def config_of(**keys):
-    """The defaults with some keys changed: `ocpp_accept="ask"`; stations={…} as in the file."""
-    stations, upstreams = keys.pop("stations", None), keys.pop("upstreams", ())
+    """The defaults with some keys changed: `ocpp_accept="ask"`; stations={…}, id_tokens={…} as in
+    the file."""
+    named = {section: keys.pop(section, None) or {} for section in ocppboard.NAMED}
+    upstreams = keys.pop("upstreams", ())
     environ = {f"OCPPBOARD_{key.upper()}": str(value) for key, value in keys.items()}
     config = read_config(environ={"OCPPBOARD_CONFIG": os.devnull} | environ)
-    for pattern, entry in (stations or {}).items():
-        values = {s.key: s.default for s in STATION_SETTINGS} | entry
-        config.stations[pattern] = ocppboard.SimpleNamespace(**values)
+    for section, entries in named.items():
+        for name, entry in entries.items():
+            values = {s.key: s.default for s in ocppboard.NAMED[section]} | entry
+            getattr(config, section)[name] = ocppboard.SimpleNamespace(**values)
     config.proxy.upstream = [
         ocppboard._entry(ocppboard.UPSTREAM_SETTINGS, entry, "", "[[proxy.upstream]]")
         for entry in upstreams]
@@ -326,6 +329,12 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[ocpp]\ntls_port = 9000', ["ocpp.tls_port needs a port of its own"]),
     ('[ocpp]\nca_certificate = "a"', ["ca_certificate and ocpp.ca_private_key need each other"]),
     ('[stations."A"]\ncertificate_cn = "a"', ['"A".certificate_cn needs ocpp.client_ca']),
+    ('[id_tokens."A"]\nstatus = "Blockd"', ['id_tokens."A".status', "did you mean Blocked?"]),
+    ('[id_tokens."A"]\nexpires = "soon"', ['id_tokens."A": expires must be a time or a day']),
+    ('[id_tokens."A"]\nmaster = true', ['id_tokens."A": master needs a group']),
+    ('[id_tokens."A"]\ngroup = "123456789012345678901"', ["group has 20 characters at most"]),
+    ('[id_tokens.""]\n', ["an id token has 1 to 255 characters"]),
+    ('[id_tokens."aB"]\n[id_tokens."Ab"]\n', ["stands there twice"]),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
 def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
@@ -370,11 +379,14 @@ def test_the_sample_config_shows_every_key_with_its_default():
     data = tomllib.loads(text)
     assert {(s, k): v for s, keys in data.items() for k, v in keys.items()} == {
         (s.section, s.key): s.default for s in SETTINGS}
-    assert read_config(str(HERE / "ocppboard.toml"), {}).stations == {}
+    config = read_config(str(HERE / "ocppboard.toml"), {})
+    assert config.stations == config.id_tokens == {}
     # What there may be many of stands as comments: nobody has a station of that name.
     text = re.sub(r"^#(?=\[|[a-z_]+ = )", "", text, flags=re.M)
     examples = tomllib.loads(text)
-    assert examples["stations"]["CP-001"] == {s.key: s.default for s in STATION_SETTINGS}
+    for section, settings_ in ocppboard.NAMED.items():
+        entry, = examples[section].values()
+        assert entry == {s.key: s.default for s in settings_}
     for (section, key), table in ocppboard.LISTED.items():
         entry, = examples[section][key]
         assert set(entry) == {s.key for s in table}
@@ -4310,6 +4322,36 @@ def test_an_approval_is_for_good(tmp_path):
     closed(bench.state)
 
 
+def test_id_tokens_of_the_board_go_before_the_configuration_over_a_restart(tmp_path):
+    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    bench = KeptBench(tmp_path, id_tokens={"A": {"name": "Ada"}, "B": {}, "C": {}})
+    board = bench.board
+    board.set_token("b", told | {"status": "Blocked", "expires": "2027-01-31"})
+    board.set_token("LEARNT", told | {"group": "G", "master": True, "stations": ["CP-1"]})
+    board.set_token("GONE", told)
+    board.remove_token(board.tokens["gone"])
+    with pytest.raises(ocppboard.Conflict):
+        board.remove_token(board.tokens["a"])
+    bench.call("Authorize", {"idTag": "a"})
+    version = board.list_version
+    bench.write()
+    bench.restart()
+    tokens = bench.board.tokens
+    assert {key: t.settings() for key, t in tokens.items()} == {
+        key: t.settings() for key, t in board.tokens.items()}
+    assert (tokens["b"].status, tokens["a"].used_by) == ("Blocked", "CP-1")
+    assert bench.board.list_version == version, "nothing has changed"
+    bench.keys = {"id_tokens": {"A": {"name": "Eve"}, "B": {}}}
+    bench.restart()
+    board = bench.board
+    assert "c" not in board.tokens and (board.tokens["a"].name, board.tokens["a"].used_by) == (
+        "Eve", "CP-1")
+    assert version < board.tokens["a"].list_version < board.full_list_before, "C has gone"
+    board.remove_token(board.tokens["b"])
+    assert board.tokens["b"].status == "Accepted", "as the configuration says"
+    closed(bench.state)
+
+
 def test_no_transaction_id_is_given_out_twice_whatever_the_clock_says(kept_bench):
     ids = [begins(kept_bench)]
     for set_back_s in (0, 86400, 10 * 365 * 86400):
@@ -4878,6 +4920,102 @@ def test_listed_id_tokens_are_accepted_in_any_case(protocol, token, unknown):
     for text, status in (("abCD", "Accepted"), ("12345678_dummy1", "Accepted"), ("X", unknown)):
         payload = json.loads(json.dumps(token).replace("{}", text))
         assert list(bench.call("Authorize", payload).values()) == [{"status": status}]
+
+
+ID_TOKENS = {"blocked": {"status": "Blocked"}, "OLD": {"expires": "2026-09-21T13:00:00Z"},
+             "NEW": {"expires": "2027-01-31T00:00:00Z"}, "G-1": {"group": "G", "name": "Ada"},
+             "MASTER": {"group": "G", "master": True}, "HERE": {"stations": ["CP-*"]},
+             "EVSE": {"stations": ["CP-1:2", "X"]}, "ELSEWHERE": {"stations": ["X", "CP-2:1"]}}
+GROUP_16 = {"parentIdTag": "G"}
+GROUP_2X = {"groupIdToken": {"idToken": "G", "type": "Central"}}
+
+
+@pytest.mark.parametrize("id_token, as_16, as_2x", [
+    ("Blocked", {"status": "Blocked"}, {"status": "Blocked"}),
+    ("OLD", {"status": "Expired", "expiryDate": "2026-09-21T13:00:00Z"},
+     {"status": "Expired", "cacheExpiryDateTime": "2026-09-21T13:00:00Z"}),
+    ("new", {"status": "Accepted", "expiryDate": "2027-01-31T00:00:00Z"},
+     {"status": "Accepted", "cacheExpiryDateTime": "2027-01-31T00:00:00Z"}),
+    ("G-1", {"status": "Accepted"} | GROUP_16, {"status": "Accepted"} | GROUP_2X),
+    ("MASTER", {"status": "Accepted"} | GROUP_16, {"status": "Accepted"} | GROUP_2X),
+    ("HERE", {"status": "Accepted"}, {"status": "Accepted"}),
+    ("EVSE", {"status": "Accepted"}, {"status": "Accepted", "evseId": [2]}),
+    ("ELSEWHERE", {"status": "Invalid"}, {"status": "NotAtThisLocation"}),
+    ("NOBODY", {"status": "Invalid"}, {"status": "Unknown"})])
+def test_an_id_token_is_answered_as_the_table_says(id_token, as_16, as_2x):
+    bench = Bench(ocpp_authorize="listed", id_tokens=ID_TOKENS)
+    assert bench.call("Authorize", {"idTag": id_token}) == {"idTagInfo": as_16}
+    for protocol in ("ocpp2.0.1", "ocpp2.1"):
+        bench = Bench(protocol, ocpp_authorize="listed", id_tokens=ID_TOKENS)
+        payload = {"idToken": {"idToken": id_token, "type": "ISO14443"}}
+        answer = bench.call("Authorize", payload)
+        assert answer == {"idTokenInfo": as_2x}
+        checker(protocol, "Authorize", "Response")(answer)
+        assert bench.call("TransactionEvent", {
+            "eventType": "Started", "timestamp": "2026-09-21T13:33:20Z", "seqNo": 0,
+            "triggerReason": "CablePluggedIn", "transactionInfo": {"transactionId": "T"},
+            } | payload) == answer
+
+
+def test_a_token_of_one_evse_is_refused_at_another():
+    for protocol, (status, start) in {
+            "ocpp1.6": ("Invalid", lambda n: ["StartTransaction", {
+                "connectorId": n, "idTag": "EVSE", "meterStart": 0,
+                "timestamp": "2026-09-21T13:33:20Z"}]),
+            "ocpp2.0.1": ("NotAtThisLocation", lambda n: ["TransactionEvent", {
+                "eventType": "Started", "timestamp": "2026-09-21T13:33:20Z", "seqNo": 0,
+                "triggerReason": "Authorized", "transactionInfo": {"transactionId": f"T{n}"},
+                "evse": {"id": n, "connectorId": 1},
+                "idToken": {"idToken": "EVSE", "type": "ISO14443"}}])}.items():
+        bench = Bench(protocol, id_tokens=ID_TOKENS)
+        statuses = [next(info["status"] for info in bench.call(*start(n)).values()
+                         if isinstance(info, dict)) for n in (1, 2)]
+        assert statuses == [status, "Accepted"]
+
+
+def test_a_master_pass_ends_transactions_and_begins_none():
+    bench = Bench(id_tokens=ID_TOKENS)
+    start = {"connectorId": 1, "meterStart": 0, "timestamp": "2026-09-21T13:33:20Z"}
+    assert bench.call("StartTransaction", start | {"idTag": "MASTER"})["idTagInfo"] == {
+        "status": "Invalid"} | GROUP_16
+    id_ = bench.call("StartTransaction", start | {"idTag": "G-1"})["transactionId"]
+    assert bench.call("StopTransaction", {
+        "transactionId": id_, "idTag": "MASTER", "meterStop": 1,
+        "timestamp": "2026-09-21T13:34:00Z"})["idTagInfo"] == {"status": "Accepted"} | GROUP_16
+
+
+def test_an_unknown_card_is_learnt_by_showing_it():
+    bench = Bench("ocpp2.1", ocpp_authorize="listed")
+    card = {"idToken": {"idToken": "04aB", "type": "ISO14443"}}
+    assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Unknown"
+    shown, = bench.board.shown_tokens.values()
+    assert (shown.id_token, shown.kind, shown.used_by, shown.answered) == (
+        "04aB", "ISO14443", "CP-1", "Unknown")
+    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    token = bench.board.set_token("04AB", told | {"name": "Ada"})
+    assert not bench.board.shown_tokens and token.kind == "ISO14443"
+    assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Accepted"
+    bench.board.set_token("04AB", told | {"status": "Blocked"})
+    assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Blocked"
+    bench.board.remove_token(bench.board.tokens["04ab"])
+    assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Unknown"
+
+
+def test_codes_that_are_typed_in_are_not_listed_and_nobody_washes_cards_away():
+    bench = Bench("ocpp2.0.1", ocpp_authorize="listed")
+    bench.call("Authorize", {"idToken": {"idToken": "1234", "type": "KeyCode"}})
+    assert not bench.board.shown_tokens
+    bench.call("Authorize", {"idToken": {"idToken": "CARD", "type": "ISO14443"}})
+    bench.link = bench.connect("ocpp2.0.1", identity="CP-2")
+    for n in range(100):
+        bench.call("Authorize", {"idToken": {"idToken": f"N-{n}", "type": "ISO14443"}})
+    most, most_of_one = ocppboard.TOKENS_SHOWN
+    assert len(bench.board.shown_tokens) == most_of_one + 1 and "card" in bench.board.shown_tokens
+    for n in range(100):
+        bench.link = bench.connect("ocpp2.0.1", identity=f"CQ-{n}")
+        for m in range(3):
+            bench.call("Authorize", {"idToken": {"idToken": f"{n}-{m}", "type": "ISO14443"}})
+    assert len(bench.board.shown_tokens) == most
 
 
 def test_a_16_charging_is_kept_from_start_to_stop():
