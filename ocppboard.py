@@ -1806,6 +1806,7 @@ class Station(Record):
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     seen_since_start: bool = True       # False: known from an earlier run alone
     booted_since_start: bool = False
+    asked: set[str] = field(default_factory=set)     # Actions that it was asked for since its boot
     introduce_mono: float | None = None  # when it is asked to boot; inf: it was, or need not be
     has_spoken: bool = False            # on its present, or its last, connection
     boot_unanswered: bool = False       # upstream has yet to answer its BootNotification
@@ -3981,8 +3982,19 @@ TELLTALES = {
                 "MeterValues": "connectorId"},
 }
 
-# Before the board's user approves a station it may tell what it likes but gets nothing
-# (2.0.1 B02.FR.09: SecurityError). A transaction is a fact and kept; its id token is refused.
+# Before the board's user approves a station it gets nothing, but what it tells is a fact and kept.
+# From 2.x on, once its boot was answered so, that is refused as well, but for what it was asked
+# for (2.0.1 B02.FR.09: SecurityError). 1.6 transactions are answered, their id token refused.
+WAITING = frozenset(("Pending", "Rejected"))
+REFUSED_WHILE_WAITING = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
+ASKED_FOR = {                            # what a command asks for; a TriggerMessage names it itself
+    "CustomerInformation": "NotifyCustomerInformation", "GetBaseReport": "NotifyReport",
+    "GetChargingProfiles": "ReportChargingProfiles", "GetDERControl": "ReportDERControl",
+    "GetDisplayMessages": "NotifyDisplayMessages", "GetLog": "LogStatusNotification",
+    "GetMonitoringReport": "NotifyMonitoringReport", "GetReport": "NotifyReport",
+    "PublishFirmware": "PublishFirmwareStatusNotification",
+    "UpdateFirmware": "FirmwareStatusNotification"}
+TRIGGERED_OTHERWISE = re.compile(r"Sign\w*Certificate")      # asks for a SignCertificate
 NEEDS_APPROVAL = frozenset("""
     Authorize BatterySwap DataTransfer Get15118EVCertificate GetCertificateChainStatus
     GetCertificateStatus NotifyEVChargingNeeds PullDynamicScheduleUpdate SignCertificate
@@ -4025,6 +4037,14 @@ EVENT_SEVERITY = {
     "FirmwareUpdated": "low", "SettingSystemTime": "low", "StartupOfTheDevice": "low",
     "ResetOrReboot": "low", "ReconfigurationOfSecurityParameters": "low",
 }
+
+
+def asked_for(action: str, payload: dict) -> str:
+    """The Action that a command asks the station for; "" where it asks for none."""
+    if action != "TriggerMessage":
+        return ASKED_FOR.get(action, "")
+    wanted = kept(payload.get("requestedMessage", ""), 64)
+    return "SignCertificate" if TRIGGERED_OTHERWISE.fullmatch(wanted) else wanted
 
 
 def error_code(protocol: str, code: str) -> str:
@@ -6978,6 +6998,7 @@ class Board:
         station.info = {key: kept(value) for key, value in info.items() if value is not None}
         station.registration, station.booted_since_start = status, True
         station.boot_unanswered = False
+        station.asked.clear()
         for connector in station.connectors.values():
             connector.problems.clear()
             if connector.reading is not None:
@@ -8743,7 +8764,10 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
             raise violation.error(f"{violation.pointer or '/'}: {violation.text}")
         if handler is None:
             raise _unknown_action(board, station, protocol, call.action)
-        if call.action in NEEDS_APPROVAL and not board.is_approved(station.identity):
+        if _has_to_wait(board, station, protocol, call.action):
+            if call.action not in NEEDS_APPROVAL:        # what it tells is a fact all the same
+                with contextlib.suppress(BoardError):
+                    handler(board, station, call.payload)
             raise SecurityError("This station is not approved yet")
         telltale = TELLTALES[protocol].get(call.action)
         if telltale is not None and telltale in call.payload:
@@ -8759,6 +8783,16 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
         log.exception("The handler of %s failed on a message of %s", call.action,
                       shown(station.identity))
         return refusal(protocol, call.id_text, BoardError("Internal error"))
+
+
+def _has_to_wait(board: Board, station: Station, protocol: str, action: str) -> bool:
+    """Whether a Call comes before its time (2.0.1 B02.FR.09, B03)."""
+    if action == "BootNotification" or action in station.asked:
+        return False
+    if action in NEEDS_APPROVAL and not board.is_approved(station.identity):
+        return True
+    return REFUSED_WHILE_WAITING[protocol] and station.booted_since_start and (
+        station.registration in WAITING)
 
 
 def refusal(protocol: str, id_text: str, error: BoardError) -> CallError:
@@ -9941,6 +9975,8 @@ class Link:
             raise
 
     def _keep_command(self, call: Call) -> LoggedMessage:
+        if (wanted := asked_for(call.action, call.payload)) in RECEIVED[self.protocol]:
+            self.station.asked.add(wanted)
         return self.board.message(self.station, "OUT", "CALL", call.action,
                                   message_id(call.id_text),
                                   without_secrets(call.action, call.payload, call.text))

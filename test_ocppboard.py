@@ -4904,12 +4904,29 @@ def test_with_ask_a_station_is_pending_until_it_is_approved():
     assert answer["status"] == "Pending" and answer["interval"] == 60
     refused = bench.receive([2, "2", "Authorize", {"idToken": {"idToken": "A", "type": "Central"}}])
     assertCallError(refused, "SecurityError")
-    bench.call("StatusNotification", {"timestamp": "2026-09-21T13:33:20Z", "evseId": 1,
-                                      "connectorStatus": "Available", "connectorId": 1})
+    status = ["StatusNotification", {"timestamp": "2026-09-21T13:33:20Z", "evseId": 1,
+                                     "connectorStatus": "Available", "connectorId": 1}]
+    assertCallError(bench.receive([2, "3", *status]), "SecurityError")
+    assert bench.station.connectors[1, 1].status == "Available", "it is a fact all the same"
+    for asked in ({"requestedMessage": "StatusNotification"}, {"requestedMessage": "Heartbeat"}):
+        bench.link._keep_command(Call('"9"', "TriggerMessage", asked, "{}"))
+    bench.call(*status)
+    bench.call("Heartbeat", {})
+    assert bench.call("BootNotification", boot)["status"] == "Pending"
+    assertCallError(bench.receive([2, "4", "Heartbeat", {}]), "SecurityError")
     bench.board.approve(bench.station)
     assert bench.call("BootNotification", boot)["status"] == "Accepted"
     bench.call("Authorize", {"idToken": {"idToken": "A", "type": "Central"}})
+    bench.call(*status)
     assert bench.board.is_approved("KNOWN")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_station_that_has_not_booted_may_tell_how_it_is(protocol):
+    bench = Bench(protocol, ocpp_accept="ask")
+    bench.call("Heartbeat", {})
+    bench.station.registration = "Pending"               # of an earlier run
+    bench.call("Heartbeat", {})
 
 
 @pytest.mark.parametrize("protocol, token, unknown", [
