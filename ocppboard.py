@@ -144,6 +144,8 @@ STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
 TOKENS_KEPT = 10_000        # id tokens made on the board
+TOKENS_AT_ONCE = 1000       # of them in one request
+PATTERNS_KEPT = 100         # of stations, of one id token
 TOKENS_SHOWN = 200, 20      # unknown ones shown lately, and those of one station; the oldest goes
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
@@ -762,8 +764,8 @@ def _check_tokens(tokens: dict[str, SimpleNamespace], source: str) -> None:
 
 def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
     """What is wrong with what is said of an id token; "" if nothing is."""
-    if not id_token.strip() or len(id_token) > TEXT_KEPT:
-        return f"an id token has 1 to {TEXT_KEPT} characters"
+    if not id_token.strip() or len(id_token) > TEXT_KEPT or not id_token.isprintable():
+        return f"an id token has 1 to {TEXT_KEPT} characters that can be printed"
     if len(group) > GROUP_LENGTH:
         return f"group has {GROUP_LENGTH} characters at most"
     if master and not group:
@@ -1526,6 +1528,7 @@ class Transaction(Record):
     began_unseen: bool = False          # its start did not come (yet)
     sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
+    token_name: str = ""                # that its id token has
     assumed_connector: bool = False     # only its EVSE was told
     reading: Reading | None = None
     series: Series | None = None
@@ -1547,6 +1550,7 @@ class Transaction(Record):
         return {
             "id": self.id, "identity": self.identity, "evse": self.evse_id,
             "connector": self.connector_id, "idToken": self.id_token,
+            "idTokenName": self.token_name,
             "startedAt": iso(self.started_at), "stoppedAt": iso(self.stopped_at),
             "meterStart": self.meter_start, "meterStop": self.meter_stop,
             "energyWh": self.energy_wh, "powerW": self.reading and self.reading.power_w,
@@ -1558,7 +1562,8 @@ class Transaction(Record):
 
     def mentions(self, text: str) -> bool:
         """Whether the text, given in lower case, stands anywhere in it in any case."""
-        words = (self.identity, str(self.id), self.id_token or "", self.reason or "")
+        words = (self.identity, str(self.id), self.id_token or "", self.token_name,
+                 self.reason or "")
         return text in "\n".join(words).lower()
 
     def latest_mono(self) -> float:
@@ -1892,15 +1897,15 @@ class IdToken(Record):
         self.kind, self.used_at = other.kind, other.used_at
         self.used_by, self.answered = other.used_by, other.answered
 
-    def settings(self) -> tuple:
-        """What is said of it, not what became of it."""
-        return (self.id_token, self.name, self.status, self.group, self.master, self.expires_at,
-                self.stations)
+    def settings(self) -> dict:
+        """What is said of it, not what became of it, in the words of the configuration."""
+        return {"name": self.name, "status": self.status, "group": self.group,
+                "master": self.master, "expires": iso(self.expires_at) or "",
+                "stations": list(self.stations)}
 
     def view(self) -> dict:
-        return {"idToken": self.id_token, "name": self.name, "status": self.status,
-                "group": self.group, "master": self.master, "expires": iso(self.expires_at),
-                "stations": list(self.stations), "source": self.source or None,
+        return {"idToken": self.id_token} | self.settings() | {
+                "expires": iso(self.expires_at), "source": self.source or None,
                 "type": self.kind or None, "lastUsedAt": iso(self.used_at),
                 "lastUsedBy": self.used_by, "lastAnswer": self.answered}
 
@@ -6888,6 +6893,8 @@ class Board:
 
     def publish(self, topic: str, record: Record) -> None:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
+        if isinstance(record, Transaction):
+            self._name_token(record)
         if topic in CHANGING:
             self.changes[topic] = record.changed = self.changes[topic] + 1
             if topic in self.on_change:
@@ -6896,6 +6903,12 @@ class Board:
             event = Published(topic, record.changed if topic in CHANGING else record.number, record)
             for subscription in listeners:
                 subscription.offer(event)
+
+    def _name_token(self, transaction: Transaction) -> None:
+        """Give a transaction the name that its id token has."""
+        if transaction.status == "active" or not transaction.token_name:
+            token = self.tokens.get((transaction.id_token or "").lower())
+            transaction.token_name = token.name if token else transaction.token_name
 
     def first_number(self, topic: str) -> int:
         """The number after which the events of this run begin."""
@@ -7101,7 +7114,7 @@ class Board:
         token.list_version = self.new_list_version()
         known = self.tokens.get(token.key) or self.shown_tokens.get(token.key)
         if token.key not in self.tokens and (
-                sum(t.source == "board" for t in self.tokens.values()) >= TOKENS_KEPT):
+                len(self.tokens) >= TOKENS_KEPT + len(self.config.id_tokens)):
             raise Busy(f"There are {TOKENS_KEPT} id tokens on the board already")
         if known is not None:
             token.take_use(known)
@@ -7912,13 +7925,14 @@ IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is 
 ROWS_AT_ONCE = 50                   # made, or read, before the loop gets its turn
 
 # {row: {attribute: kind}}. A kind is one of FIELD_KINDS or a row; "?" may be null, "[…]" is a list,
-# "(…)" a tuple, "{…}" an object of such values. Those, "flag" and "mono" may be missing, as a
-# class has defaults for them. "mono" is a monotonic time, which stands in the row as wall time.
+# "(…)" a tuple, "{…}" an object of such values. Those, "flag", "name" (a text) and "mono" may be
+# missing, as a class has defaults for them. "mono" is a monotonic time, which stands in the row as
+# wall time.
 ROWS: dict[str, dict[str, str]] = {
     "Transaction": {
         "id": "id", "identity": "text", "evse_id": "integer", "connector_id": "integer",
-        "id_token": "text?", "started_at": "time", "stopped_at": "time?", "status": "text",
-        "reason": "text?", "meter_start": "number?", "meter_stop": "number?",
+        "id_token": "text?", "token_name": "name", "started_at": "time", "stopped_at": "time?",
+        "status": "text", "reason": "text?", "meter_start": "number?", "meter_stop": "number?",
         "energy_wh": "number?", "estimated": "flag", "began_unseen": "flag",
         "assumed_connector": "flag", "start_key": "(scalar)?", "stop_key": "(scalar)?"},
     "Progress": {                        # of a transaction: what it needs to go on
@@ -7968,8 +7982,8 @@ ROWS: dict[str, dict[str, str]] = {
         "error": "text?"},
     "Sample": {"timestamp": "time", "values": "object"},
     "IdToken": {
-        "id_token": "text", "name": "text", "status": "text", "group": "text", "master": "flag",
-        "expires_at": "time?", "stations": "(text)", "source": "text", "kind": "text",
+        "id_token": "text", "name": "name", "status": "text", "group": "name", "master": "flag",
+        "expires_at": "time?", "stations": "(text)", "source": "text", "kind": "name",
         "used_at": "time?", "used_by": "text?", "answered": "text?", "list_version": "integer"},
 }
 
@@ -7995,7 +8009,8 @@ def _is_time(value: Any) -> bool:
 
 
 FIELD_KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: type(value) is str, "flag": lambda value: type(value) is bool,
+    "text": lambda value: type(value) is str, "name": lambda value: type(value) is str,
+    "flag": lambda value: type(value) is bool,
     "integer": lambda value: type(value) is int and abs(value) < 2**63,
     "number": _is_number, "time": _is_time, "mono": _is_time,
     "id": lambda value: type(value) in (int, str), "key": lambda value: type(value) is str,
@@ -8026,7 +8041,7 @@ def packed(kind: str, value: Any, ahead_s: float) -> Any:
     if isinstance(value, tuple):
         return list(fields.values())
     return {name: item for name, item in fields.items() if item is not None and item is not False
-            and (item or ROWS[kind][name][0] not in BRACKETS)}
+            and (item or (ROWS[kind][name][0] not in BRACKETS and ROWS[kind][name] != "name"))}
 
 
 def unpacked(kind: str, value: Any, ahead_s: float) -> Any:
@@ -8059,7 +8074,7 @@ def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
     for name, inner in fields.items():
         if inner[-1] == "?" or row.get(name) is not None:
             values[name] = unpacked(inner, row.get(name), ahead_s)
-        elif inner not in ("flag", "mono") and inner[-1] not in "])}":
+        elif inner not in ("flag", "name", "mono") and inner[-1] not in "])}":
             raise MissingField(f"{kind} has no {name}")
     taken = _parameters(cls) & values.keys()
     record = cls(**{name: values.pop(name) for name in taken})
@@ -8089,7 +8104,8 @@ KEPT_MATCH = """
         AND (:text IS NULL OR instr(lower(WORDS), lower(:text)) OR instr(WORDS, :text))
     END""".replace("WORDS", """json_array(
         json_extract(value, '$.identity'), CAST(json_extract(value, '$.id') AS TEXT),
-        json_extract(value, '$.id_token'), json_extract(value, '$.reason'))""")
+        json_extract(value, '$.id_token'), json_extract(value, '$.token_name'),
+        json_extract(value, '$.reason'))""")
 KEPT_COUNT = "SELECT count(*) FROM kept WHERE MATCH".replace("MATCH", KEPT_MATCH)
 KEPT_PAGE = """
     SELECT t.kind, t.key, t.at, t.value, t.crc, p.kind, p.key, p.at, p.value, p.crc
@@ -15662,16 +15678,86 @@ async def get_report(api: "Api") -> dict | None:
         by, start or 0.0, RUNNING_AT if end is None else end)
     lines = [{by: group, "sessions": sessions, "energyWh": round(wh, 3), "seconds": round(seconds)}
              for group, (sessions, wh, seconds) in sorted(groups.items())]
+    columns: tuple[str, ...] = (by, "sessions", "energyWh", "seconds")
+    if by == "token":
+        columns += ("name",)
+        for line in lines:
+            token = api.board.tokens.get(line[by].lower())
+            line["name"] = token.name if token else ""
     if api.query["format"] == "json":
         return {"by": by, "from": iso(start), "to": iso(end), "fromFile": from_file,
                 "sessions": sum(line["sessions"] for line in lines),
                 "energyWh": round(sum(line["energyWh"] for line in lines), 3), "lines": lines}
     api.set_header("Content-Type", "text/csv; charset=utf-8")
     api.set_header("Content-Disposition", 'attachment; filename="report.csv"')
-    columns = (by, "sessions", "energyWh", "seconds")
     api.finish("".join(_csv_line(cells) for cells in (
         columns, *(map(line.get, columns) for line in lines))))
     return None
+
+
+def get_id_tokens(api: "Api") -> Page:
+    """Id tokens: those that are known, then unknown ones that were shown lately."""
+    board, text = api.board, (api.query["text"] or "").lower()
+    found = [token for tokens in (sorted(board.tokens.values(), key=attrgetter("key")),
+                                  reversed(board.shown_tokens.values())) for token in tokens
+             if text in f"{token.key}\n{token.name.lower()}\n{token.group.lower()}"]
+    start = api.query["offset"]
+    return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
+
+
+async def post_id_tokens(api: "Api") -> dict:
+    """Add or change several id tokens: all of them, or none."""
+    entries = api.body.get("tokens")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadRequest("tokens must be a list of objects")
+    if len(entries) > TOKENS_AT_ONCE:
+        raise BadRequest(f"tokens must be {TOKENS_AT_ONCE} at most")
+    told = [(id_token, _told_token(api.board, id_token, entry)) for entry in entries
+            for id_token in [entry.pop("idToken", None)]]
+    for id_token, settings in told:
+        api.board.set_token(id_token, settings)
+    await api.until_durable()
+    return {"success": True}
+
+
+async def put_id_token(api: "Api", token: str) -> dict:
+    """Add an id token, or change what the body says of it."""
+    api.board.set_token(token, _told_token(api.board, token, api.body))
+    await api.until_durable()
+    return api.board.tokens[token.lower()].view()
+
+
+def _told_token(board: Board, id_token: Any, told: dict) -> dict:
+    """What an id token is to be: what is not told stays. Raises: BadRequest."""
+    if not isinstance(id_token, str):
+        raise BadRequest("idToken must be a text")
+    known = board.tokens.get(id_token.lower())
+    settings = known.settings() if known else {s.key: s.default for s in TOKEN_SETTINGS}
+    for key, value in told.items():
+        setting = next((s for s in TOKEN_SETTINGS if s.key == key), None)
+        if setting is None:
+            raise BadRequest(f"unknown field {shown(key)}{_nearest(key, settings)}")
+        try:
+            settings[key] = _checked(setting, "" if value is None else value, id_token, key)
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+    texts = (settings["name"], *settings["stations"])
+    fault = token_fault(id_token, settings["group"], settings["master"], settings["expires"])
+    if len(texts) > PATTERNS_KEPT or any(len(text) > TEXT_KEPT for text in texts):
+        fault = "name or stations are too long"
+    if fault:
+        raise BadRequest(f"{shown(id_token)}: {fault}")
+    return settings
+
+
+async def delete_id_token(api: "Api", token: str) -> dict:
+    """Remove an id token that was made or changed on the board."""
+    known = api.board.tokens.get(token.lower())
+    if known is None:
+        raise NotFound("Id token not found")
+    api.board.remove_token(known)
+    await api.until_durable()
+    return {"success": True}
 
 
 def get_security(api: "Api") -> Awaitable[Page]:
@@ -15787,9 +15873,9 @@ def get_healthz(api: "Api") -> dict:
 
 MESSAGE_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
                    "messageId", "responseTime", "errorCode", "errorDescription", "payload")
-TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "startedAt", "stoppedAt",
-                       "meterStart", "meterStop", "energyWh", "soc", "reason", "status",
-                       "estimated")
+TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "idTokenName",
+                       "startedAt", "stoppedAt", "meterStart", "meterStop", "energyWh", "soc",
+                       "reason", "status", "estimated")
 
 
 async def get_messages_export(api: "Api") -> None:
@@ -16141,6 +16227,11 @@ ROUTES = (
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
           (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/report", get_report, "Report", (FROM, TO, REPORT_BY, REPORT_FORMAT)),
+    Route("GET", "/api/id-tokens", get_id_tokens, "[IdToken]", (LIMIT_OR_ALL, OFFSET, TEXT)),
+    Route("POST", "/api/id-tokens", post_id_tokens, "Success", body="IdTokens", errors=(503,)),
+    Route("PUT", "/api/id-tokens/:token", put_id_token, "IdToken", body="IdTokenSettings",
+          errors=(503,)),
+    Route("DELETE", "/api/id-tokens/:token", delete_id_token, "Success", errors=(409,)),
     Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
     Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
           (*PAGING, IDENTITY, EVENT_TYPE)),
@@ -16197,7 +16288,8 @@ SHAPES = {
         "messageId": "string", "protocol": "string"},
     "Transaction": {
         "id": "id", "identity": "string", "evse": "integer", "connector": "integer",
-        "idToken": "string?", "startedAt": "time", "stoppedAt": "time?", "meterStart": "number?",
+        "idToken": "string?", "idTokenName": "string", "startedAt": "time",
+        "stoppedAt": "time?", "meterStart": "number?",
         "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
         "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
         "missingEvents": "integer", "notDurable": "boolean", "meter": "Meter?"},
@@ -16215,6 +16307,13 @@ SHAPES = {
                "sessions": "integer", "energyWh": "number", "lines": "[ReportLine]"},
     "ReportLine": {"sessions": "integer", "energyWh": "number", "seconds": "integer"},
     "SiteLimit": {"limitKw": "number"},
+    "IdToken": {
+        "idToken": "string", "name": "string", "status": "string", "group": "string",
+        "master": "boolean", "expires": "time?", "stations": "[string]", "source": "string?",
+        "type": "string?", "lastUsedAt": "time?", "lastUsedBy": "string?",
+        "lastAnswer": "string?"},
+    "IdTokens": {"tokens": "[object]"},
+    "IdTokenSettings": {},
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
         "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",

@@ -14737,6 +14737,58 @@ async def test_one_stream_serves_several_topics(site):
     assert (await everything.next())[0] == "telemetry"
 
 
+@live(id_tokens={"C-1": {"group": "G", "name": "Ada"}}, ocpp_authorize="listed")
+async def test_id_tokens_are_listed_learnt_changed_and_removed(site):
+    socket_ = await site.station()
+    await exchange(socket_, "Authorize", {"idTag": "CARD-9"})
+    known, shown = await site.get("/api/id-tokens")
+    for token in (known, shown):
+        conforms(token, "IdToken")
+    assert (known["idToken"], known["source"], known["lastUsedAt"]) == (
+        "C-1", "configuration", None)
+    assert (shown["idToken"], shown["source"], shown["lastUsedBy"], shown["lastAnswer"]) == (
+        "CARD-9", None, "CP-1", "Unknown")
+    status, token, _ = await site.fetch("/api/id-tokens/card-9", "PUT", {
+        "name": "Bob", "expires": "2099-12-31", "stations": ["CP-*"]})
+    assert status == 200 and token["expires"] == "2099-12-31T00:00:00.000Z"
+    answer = await exchange(socket_, "StartTransaction", {
+        "connectorId": 1, "idTag": "CARD-9", "meterStart": 0, "timestamp": "2026-09-21T13:33:20Z"})
+    assert answer[2]["idTagInfo"]["status"] == "Accepted"
+    assert [t["idTokenName"] for t in await site.get("/api/transactions?text=bob")] == ["Bob"]
+    await exchange(socket_, "StopTransaction", {"transactionId": answer[2]["transactionId"],
+                   "meterStop": 500, "timestamp": "2026-09-21T14:33:20Z"})
+    line, = (await site.get("/api/report?by=token"))["lines"]
+    assert (line["token"], line["name"]) == ("CARD-9", "Bob")
+    await site.fetch("/api/id-tokens/CARD-9", "PUT", {"status": "Blocked"})
+    assert [(t["name"], t["status"]) for t in await site.get("/api/id-tokens?text=card")] == [
+        ("Bob", "Blocked")]
+    assert (await site.fetch("/api/id-tokens", "POST", {"tokens": [
+        {"idToken": "X-1"}, {"idToken": "C-1", "name": "Eve"}]}))[0] == 200
+    assert [t["name"] for t in await site.get("/api/id-tokens")] == ["Eve", "Bob", ""]
+    assert (await site.fetch("/api/id-tokens/C-1", "DELETE"))[0] == 200
+    assert (await site.fetch("/api/id-tokens/C-1", "DELETE"))[0] == 409, "the configuration's"
+    assert (await site.fetch("/api/id-tokens/X-2", "DELETE"))[0] == 404
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"nmae": "A"}, "did you mean name?"), ({"name": 1}, "name must be a text"),
+    ({"status": "Fine"}, "Accepted | Blocked"), ({"expires": "soon"}, "expires must be a time"),
+    ({"master": True}, "master needs a group"), ({"name": "A" * 256}, "too long"),
+    ({"stations": ["A"] * 200}, "too long"), ({"group": "G" * 21}, "20 characters at most")])
+@live()
+async def test_a_wrong_id_token_is_told_and_none_of_its_list_is_taken(site, body, words):
+    for status, answer, _ in (
+            await site.fetch("/api/id-tokens/A", "PUT", body),
+            await site.fetch("/api/id-tokens", "POST", {"tokens": [
+                {"idToken": "B"}, {"idToken": "A"} | body]})):
+        assert status == 400 and words in answer["error"]
+    wrong: list[Any] = [None, 1, [1], [{}], [{"idToken": ""}], [{"idToken": "\ud800"}],
+                        [{"idToken": "A"}] * 1001]
+    for tokens in wrong:
+        assert (await site.fetch("/api/id-tokens", "POST", {"tokens": tokens}))[0] == 400
+    assert not await site.get("/api/id-tokens")
+
+
 @live()
 async def test_who_follows_the_stations_is_told_when_one_is_removed(site):
     await site.station()
@@ -15341,8 +15393,8 @@ async def test_the_report_counts_a_transaction_where_it_was_stopped(tmp_path):
         assert days["from"] == "2026-08-01T00:00:00.000Z"
         text = await site.get("/api/report?by=token&format=csv")
         assert list(csv.reader(io.StringIO(text))) == [
-            ["token", "sessions", "energyWh", "seconds"], ["", "3", "30000.0", "10800"],
-            ["'=1+1", "3", "30000.0", "10800"]]
+            ["token", "sessions", "energyWh", "seconds", "name"], ["", "3", "30000.0", "10800", ""],
+            ["'=1+1", "3", "30000.0", "10800", ""]]
         assert (await site.fetch("/api/report?from=yesterday"))[0] == 400
         assert (await site.fetch("/api/report?by=week"))[0] == 400
 
