@@ -1807,6 +1807,7 @@ class Station(Record):
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
     clock: StationClock = field(default_factory=StationClock)
     budget: Any = None                  # of its calls, over all of its connections
+    limits: dict[str, int] = field(default_factory=dict)     # of commands, as it told; see LIMITS
     heartbeat_s: float | None = None    # what it was told with its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     seen_since_start: bool = True       # False: known from an earlier run alone
@@ -4042,6 +4043,74 @@ EVENT_SEVERITY = {
     "FirmwareUpdated": "low", "SettingSystemTime": "low", "StartupOfTheDevice": "low",
     "ResetOrReboot": "low", "ReconfigurationOfSecurityParameters": "low",
 }
+
+
+class Split(NamedTuple):
+    """A command of which a station takes so much at a time, and how it is put together again."""
+
+    items: str                           # the list in it
+    answers: tuple[str, ...] = ()        # the lists of its answer; (): it cannot be split
+    most: str = ""                       # the variable that tells how many items
+    most_bytes: str = ""                 # and how many bytes
+
+    @classmethod
+    def by(cls, component: str, items: str, *answers: str, of: str) -> "Split":
+        """Where variables of a component tell it (2.0.1 part 2, appendices 3.1)."""
+        return cls(items, answers, f"{component}.ItemsPerMessage{of}",
+                   f"{component}.BytesPerMessage{of}")
+
+
+# Commands that are split, or refused (2.0.1 B05.FR.11, B06.FR.05, B08.FR.17, N06.FR.04, D01.FR.11;
+# 1.6 9.1.9, 9.3.2).
+_LOCAL_LIST = Split.by("LocalAuthListCtrlr", "localAuthorizationList", of="")
+_SPLITS_2X = {
+    "GetVariables": Split.by("DeviceDataCtrlr", "getVariableData", "getVariableResult",
+                             of=":GetVariables"),
+    "SetVariables": Split.by("DeviceDataCtrlr", "setVariableData", "setVariableResult",
+                             of=":SetVariables"),
+    "SetVariableMonitoring": Split.by("MonitoringCtrlr", "setMonitoringData",
+                                      "setMonitoringResult", of=":SetVariableMonitoring"),
+    "ClearVariableMonitoring": Split.by("MonitoringCtrlr", "id", "clearMonitoringResult",
+                                        of=":ClearVariableMonitoring"),
+    "GetReport": Split.by("DeviceDataCtrlr", "componentVariable", of=":GetReport"),
+    "GetMonitoringReport": Split.by("DeviceDataCtrlr", "componentVariable", of=":GetReport"),
+    "SendLocalList": _LOCAL_LIST}
+SPLITS: dict[str, dict[str, Split]] = {
+    "ocpp1.6": {"GetConfiguration": Split("key", ("configurationKey", "unknownKey"),
+                                          "DeviceDataCtrlr.ItemsPerMessage:GetVariables"),
+                "SendLocalList": _LOCAL_LIST},
+    "ocpp2.0.1": _SPLITS_2X, "ocpp2.1": _SPLITS_2X}
+STACK_LEVEL, PERIODS = ("SmartChargingCtrlr.ProfileStackLevel",
+                        "SmartChargingCtrlr.PeriodsPerSchedule")
+# What a station may tell of itself that limits a command; 1.6 has keys for some.
+LIMITS = frozenset((STACK_LEVEL, PERIODS, *(name for splits in SPLITS.values()
+                    for split in splits.values() for name in (split.most, split.most_bytes))))
+LIMIT_OF_KEY = {
+    "ChargeProfileMaxStackLevel": STACK_LEVEL, "ChargingScheduleMaxPeriods": PERIODS,
+    "GetConfigurationMaxKeys": "DeviceDataCtrlr.ItemsPerMessage:GetVariables",
+    "SendLocalListMaxLength": _LOCAL_LIST.most}
+# A ClearChargingProfile without a criterion is one for each purpose (2.0.1 K10.FR.02).
+_PURPOSES_201 = ("ChargingStationMaxProfile", "TxDefaultProfile", "TxProfile")
+CLEARED_EACH: dict[str, tuple[str, ...]] = {
+    "ocpp1.6": (), "ocpp2.0.1": _PURPOSES_201,
+    "ocpp2.1": (*_PURPOSES_201, "PriorityCharging", "LocalGeneration")}
+
+
+def limits_in(told: Iterable[tuple[dict, Any]]) -> dict[str, int]:
+    """The LIMITS among (component and variable, or key of 1.6; its value)."""
+    limits = {}
+    for entry, value in told:
+        name = LIMIT_OF_KEY.get(kept(entry.get("key", "")), "")
+        if not name:
+            component, variable = (lenient(entry, key, dict, {}) for key in (
+                "component", "variable"))
+            instance = lenient(variable, "instance", str, "")
+            name = (f"{lenient(component, 'name', str)}.{lenient(variable, 'name', str)}"
+                    f"{instance and ':'}{instance}")
+        with contextlib.suppress(ValueError, TypeError):
+            if name in LIMITS and 0 <= int(value) < 2**31:
+                limits[name] = int(value)
+    return limits
 
 
 def asked_for(action: str, payload: dict) -> str:
@@ -7175,6 +7244,12 @@ class Board:
             station.connectors[evse_id, connector_id] = connector
         return connector
 
+    def limits_told(self, station: Station, limits: dict[str, int]) -> None:
+        """The station told how much of something it takes."""
+        if any(station.limits.get(name) != limit for name, limit in limits.items()):
+            station.limits |= limits
+            self.publish("connections", station)
+
     def told(self, station: Station, **facts: str) -> None:
         """The station told something of itself beyond its BootNotification."""
         station.info |= {key: kept(value) for key, value in facts.items()}
@@ -7960,7 +8035,8 @@ ROWS: dict[str, dict[str, str]] = {
         "disconnected_at": "time?", "security_profile": "integer", "message_count": "integer",
         "last_message_at": "time?", "error_count": "integer", "evicted_count": "integer",
         "registration": "text?", "info": "{text}", "connector_list": "[Connector]",
-        "quirk_counts": "{integer}", "clock": "StationClock", "heartbeat_s": "number?",
+        "quirk_counts": "{integer}", "clock": "StationClock", "limits": "{integer}",
+        "heartbeat_s": "number?",
         "pongs": "(flag)"},
     "StationClock": {"shift_s": "number", "_recent": "[number]", "_given": "flag"},
     "Connector": {
@@ -9312,6 +9388,17 @@ def _read_alert(board: Board, station: Station, place: tuple[int, int], connecto
                               when)
 
 
+def on_notify_report(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 B07, B08. What limits commands is remembered."""
+    entries = lenient(payload, "reportData", list, [])
+    board.limits_told(station, limits_in(
+        (entry, value) for entry in entries if isinstance(entry, dict)
+        for attribute in lenient(entry, "variableAttribute", list, [])
+        if isinstance(attribute, dict) and attribute.get("type", "Actual") == "Actual"
+        for value in [attribute.get("value")]))
+    return {}
+
+
 def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
     """1.6 security extension A04; 2.0.1 A04."""
     kind = kept(required(payload, "type", str), 64)
@@ -9454,7 +9541,7 @@ CALLS_201 = {
     "NotifyEVChargingSchedule": on_notify_ev_charging_schedule,
     "NotifyEvent": on_notify_event,
     "NotifyMonitoringReport": _constant(),
-    "NotifyReport": _constant(),
+    "NotifyReport": on_notify_report,
     "PublishFirmwareStatusNotification": _progress("publishFirmwareStatus"),
     "ReportChargingProfiles": _constant(),
     "ReservationStatusUpdate": _constant(),
@@ -9917,6 +10004,8 @@ class Link:
         if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
+            if action in TELLS_LIMITS:
+                board.limits_told(station, limits_in(TELLS_LIMITS[action](message.payload)))
             text = without_secrets(action, message.payload, message.text)
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_texts(text, secrets_told), response_ms)
@@ -9943,8 +10032,10 @@ class Link:
     async def call(self, action: str, payload: dict) -> tuple[dict, float]:
         """Send a command and wait for its answer: (payload of the CALLRESULT, ms it took).
 
-        Raises: UnknownAction, FormatViolation (the payload does not fit the schema), Busy,
-            Conflict (offline), CallFailed (CALLERROR), NoAnswer.
+        What is too much for the station at a time goes in parts, their answers come as one.
+
+        Raises: UnknownAction, FormatViolation (the payload does not fit the schema, or the
+            station), Busy, Conflict (offline), CallFailed (CALLERROR), NoAnswer.
         """
         if action not in COMMANDS[self.protocol]:
             near = _nearest(action, COMMANDS[self.protocol])
@@ -9953,6 +10044,24 @@ class Link:
             await self.schemas.prepare(self.protocol, action)
             if violation := self.schemas.check(self.protocol, action, "Request", payload):
                 raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+        parts = parts_of(self.station, action, payload)
+        answers: list[dict] = []
+        ms = 0.0
+        for number, part in enumerate(parts.payloads, 1):
+            try:
+                answered, part_ms = await self._call(action, part)
+            except BoardError as error:
+                if answers:
+                    error.args = (f"{error} (part {number} of {len(parts.payloads)}; those before "
+                                  "it were answered)",)
+                raise
+            answers.append(answered)
+            ms += part_ms
+            if parts.stops and answered.get("status") != "Accepted":
+                break
+        return parts.put_together(answers), ms
+
+    async def _call(self, action: str, payload: dict) -> tuple[dict, float]:
         pending = await self._exchange(Call(f'"{uuid.uuid4()}"', action, payload,
                                             to_json(payload)))
         message = pending.message
@@ -9999,6 +10108,173 @@ class Link:
 
     def _write(self, text: str) -> Awaitable | None:
         return None if self.ended else self.write(text)
+
+
+class Parts(NamedTuple):
+    """A command as the station takes it: in one or several parts."""
+
+    payloads: list[dict]
+    answers: tuple[str, ...] = ()        # lists of their answers, to be put together
+    statuses: tuple[str, ...] = ()       # the first of these that was answered is that of all
+    stops: bool = False                  # where one is not Accepted, no other follows
+
+    def put_together(self, answers: list[dict]) -> dict:
+        """The answer to the whole."""
+        whole = answers[-1] if self.stops else answers[0]
+        for name in self.answers:
+            lists = [items for one in answers if isinstance(items := one.get(name), list)]
+            if len(answers) > 1 and lists:
+                whole = whole | {name: [item for items in lists for item in items]}
+        told = [answer.get("status") for answer in answers]
+        statuses = [status for status in self.statuses if status in told]
+        return whole | ({"status": statuses[0]} if statuses else {})
+
+
+FRAME_BYTES = 64                     # of a command beside its Action and its payload
+
+
+def parts_of(station: Station, action: str, payload: dict) -> Parts:
+    """A command in parts, where the station told how much it takes, or the standard wants it.
+
+    Raises: WrongValue, where it is too much and cannot be split.
+    """
+    if action == "ClearChargingProfile" and CLEARED_EACH[station.protocol] and not (
+            payload.get("chargingProfileId") is not None or payload.get("chargingProfileCriteria")):
+        return Parts([payload | {"chargingProfileCriteria": {"chargingProfilePurpose": purpose}}
+                      for purpose in CLEARED_EACH[station.protocol]],
+                     statuses=("Accepted", "Unknown"))
+    split = SPLITS[station.protocol].get(action)
+    items = payload.get(split.items) if split else None
+    if split is None or not isinstance(items, list):
+        return Parts([payload])
+    limits = station.limits
+    groups = _groups(items, limits.get(split.most) or math.inf,
+                     (limits.get(split.most_bytes) or math.inf) - FRAME_BYTES - len(action)
+                     - len(to_json(payload | {split.items: []})))
+    if len(groups) == 1:
+        return Parts([payload])
+    if action == "SendLocalList":
+        return _local_list_parts(payload, split.items, groups)
+    if not split.answers:
+        raise WrongValue(f"The station takes {len(groups[0])} of {split.items} at a time: "
+                         "ask for its report in parts")
+    return Parts([payload | {split.items: group} for group in groups], split.answers)
+
+
+def _groups(items: list, most: float, most_bytes: float) -> list[list]:
+    """Items in groups of so many and so many bytes; one that is too large is a group."""
+    groups: list[list] = [[]]
+    size = 0
+    for item in items:
+        item_bytes = len(to_json(item)) + 1
+        if groups[-1] and (len(groups[-1]) >= most or size + item_bytes > most_bytes):
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item_bytes
+    return groups
+
+
+def _local_list_parts(payload: dict, items: str, groups: list[list]) -> Parts:
+    """A local list in parts, each a version: the first Full, if it is one, the others Differential.
+
+    Spec: 1.6 5.15; 2.0.1 D01.FR.11, D01.FR.15, D01.FR.19.
+    """
+    name = "versionNumber" if "versionNumber" in payload else "listVersion"
+    last = payload.get(name)
+    if type(last) is not int or last < len(groups):
+        raise WrongValue(f"The list goes in {len(groups)} parts, each with a {name} of its own, up "
+                         f"to the one given: that must be {len(groups)} or more")
+    return Parts([payload | {items: group, name: last - len(groups) + number} | (
+        {"updateType": "Differential"} if number > 1 else {})
+        for number, group in enumerate(groups, 1)], stops=True)
+
+
+TELLS_LIMITS: dict[str, Callable[[dict], Iterable[tuple[dict, Any]]]] = {
+    "GetVariables": lambda answer: [
+        (one, one.get("attributeValue")) for one in _dicts(answer.get("getVariableResult"))
+        if one.get("attributeType", "Actual") == "Actual"],
+    "GetConfiguration": lambda answer: [
+        (one, one.get("value")) for one in _dicts(answer.get("configurationKey"))]}
+
+
+def check_command(station: Station, action: str, payload: dict) -> None:
+    """See whether the standard lets us send a command to this station, beyond its schema.
+
+    Raises: WrongValue, with the reason.
+    """
+    check = CHECKS[station.protocol].get(action)
+    if reason := check and check(station, payload):
+        raise WrongValue(f"{action}: {reason}")
+
+
+def _check_set_variables(station: Station, payload: dict) -> str:
+    """2.0.1 B05.FR.13."""
+    seen = Counter(to_json([one.get("component"), one.get("variable"),
+                            one.get("attributeType", "Actual")])
+                   for one in _dicts(payload.get("setVariableData")))
+    twice = next((name for name, count in seen.items() if count > 1), "")
+    return twice and f"the same variable twice: {kept(twice, 100)}"
+
+
+def _check_customer(station: Station, payload: dict) -> str:
+    """2.0.1 N09.FR.04, N09.FR.09."""
+    named = [name for name in ("idToken", "customerCertificate", "customerIdentifier")
+             if payload.get(name) is not None]
+    return "" if len(named) == 1 else ("one of idToken, customerCertificate and customerIdentifier "
+                                       "must say of whom")
+
+
+def _check_trigger(station: Station, payload: dict) -> str:
+    """2.0.1 F06.FR.13."""
+    evse = lenient(payload, "evse", dict, {})
+    return "" if payload.get("requestedMessage") != "StatusNotification" or (
+        evse.get("connectorId") is not None) else (
+        "a StatusNotification is of one connector: evse with id and connectorId must name it")
+
+
+def _check_profile_16(station: Station, payload: dict) -> str:
+    profile = lenient(payload, "csChargingProfiles", dict, {})
+    return _check_size(station, profile, [profile.get("chargingSchedule")])
+
+
+def _check_profile(station: Station, payload: dict) -> str:
+    """2.0.1 K01.FR.03, K01.FR.22."""
+    profile = lenient(payload, "chargingProfile", dict, {})
+    purpose = profile.get("chargingProfilePurpose")
+    if purpose == EXTERNAL:
+        return f"{EXTERNAL} is for what others limit: no central system sets it"
+    if purpose == "TxProfile" and not profile.get("transactionId"):
+        return "a TxProfile needs the transactionId that it is for"
+    return _check_size(station, profile, lenient(profile, "chargingSchedule", list, []))
+
+
+def _check_size(station: Station, profile: dict, schedules: list) -> str:
+    """Whether a charging profile is larger than the station told that it takes."""
+    most_level, most = station.limits.get(STACK_LEVEL), station.limits.get(PERIODS)
+    if most_level is not None and lenient(profile, "stackLevel", int, 0) > most_level:
+        return f"the highest stackLevel of this station is {most_level}"
+    longest = max((len(lenient(one, "chargingSchedulePeriod", list, []))
+                   for one in schedules if isinstance(one, dict)), default=0)
+    return f"this station takes {most} periods in a schedule, not {longest}" if (
+        most and longest > most) else ""
+
+
+def _check_clear(station: Station, payload: dict) -> str:
+    """2.0.1 K10.FR.06."""
+    criteria = lenient(payload, "chargingProfileCriteria", dict, {})
+    return f"{EXTERNAL} is for what others limit: no central system clears it" if (
+        criteria.get("chargingProfilePurpose") == EXTERNAL) else ""
+
+
+EXTERNAL = "ChargingStationExternalConstraints"
+_CHECKS_2X: dict[str, Callable[[Station, dict], str]] = {
+    "ClearChargingProfile": _check_clear, "CustomerInformation": _check_customer,
+    "SetChargingProfile": _check_profile, "SetVariables": _check_set_variables,
+    "TriggerMessage": _check_trigger}
+CHECKS: dict[str, dict[str, Callable[[Station, dict], str]]] = {
+    "ocpp1.6": {"SetChargingProfile": _check_profile_16},
+    "ocpp2.0.1": _CHECKS_2X, "ocpp2.1": _CHECKS_2X}
 
 
 INTRODUCE_S = 10                     # after its first message
@@ -15581,6 +15857,7 @@ async def post_call(api: "Api", identity: str) -> dict:
         raise BadRequest("action must be a text, payload an object")
     api.daemon.access.check_command(identity, action, payload)
     link, controller = _online(api, identity), api.daemon.controller
+    check_command(link.station, action, payload)
     warning = controller.hand_sent(identity, action, payload) if controller else None
     result, response_ms = await link.call(action, payload)
     return {"success": True, "result": result, "responseTime": round(response_ms, 3),
@@ -18232,6 +18509,8 @@ const FORMS = [
     v16: one => ['Reset', {type: one.reset}],
     v2x: one => ['Reset', {type: one.reset}]},
   {name: 'Trigger', fields: ['message', 'anywhere'],
+    wrong: (one, station) => !is16(station) && one.message === 'StatusNotification'
+      && !evseAt(one.anywhere) && 'A StatusNotification is of one connector.',
     v16: one => ['TriggerMessage', {requestedMessage: one.message,
       connectorId: evseAt(one.anywhere) || undefined}],
     v2x: one => ['TriggerMessage', {requestedMessage: one.message,
@@ -18260,8 +18539,9 @@ const FORMS = [
     danger: () => 'What limited the station, also for safety, does so no more.',
     v16: one => ['ClearChargingProfile', {connectorId: one.target || undefined,
       chargingProfilePurpose: one.purposes || undefined}],
-    v2x: one => ['ClearChargingProfile', {chargingProfileCriteria: {evseId: one.target || undefined,
-      chargingProfilePurpose: one.purposes || undefined}}]},
+    v2x: one => ['ClearChargingProfile', !one.target && !one.purposes ? {} : {
+      chargingProfileCriteria: {evseId: one.target || undefined,
+        chargingProfilePurpose: one.purposes || undefined}}]},
   {name: 'Limits in force', fields: ['target', 'seconds', 'unit'],
     v16: one => ['GetCompositeSchedule', {connectorId: one.target, duration: one.seconds,
       chargingRateUnit: one.unit}],

@@ -6955,6 +6955,170 @@ async def test_second_call_waits_for_the_first_answer():
     assert (await second.task)[0] == {"listVersion": 1}
 
 
+def limited(protocol, **limits):
+    """A Bench whose station told what it takes: ItemsPerMessage__GetVariables=…"""
+    bench = Bench(protocol)
+    bench.station.limits = {next(name for name in ocppboard.LIMITS if name.endswith(
+        key.replace("__", ":"))): limit for key, limit in limits.items()}
+    return bench
+
+
+async def answered_with(bench, action, payload, answer):
+    """(the payloads that are sent for a command, each answered with `answer(payload)`; what the
+    command returns)."""
+    command, sent = Command(bench, action, payload), []
+    while not command.task.done():
+        _, id_, _, part = await command.sent()
+        sent.append(part)
+        bench.receive([3, id_, answer(part)])
+        await turn()
+    return sent, (await command.task)[0]
+
+
+@pytest.mark.parametrize("protocol, action, limits, payload, items, answers, sizes", [
+    ("ocpp2.0.1", "ClearVariableMonitoring", {"ItemsPerMessage__ClearVariableMonitoring": 4},
+     {"id": [1, 2, 3, 4, 5]}, "id", ["clearMonitoringResult"], [4, 1]),
+    ("ocpp2.1", "GetVariables", {"ItemsPerMessage__GetVariables": 2},
+     {"getVariableData": [{"n": n} for n in range(4)]}, "getVariableData", ["getVariableResult"],
+     [2, 2]),
+    ("ocpp2.0.1", "SetVariables", {"BytesPerMessage__SetVariables": 600},
+     {"setVariableData": [{"n": "x" * 200}] * 5}, "setVariableData", ["setVariableResult"],
+     [2, 2, 1]),
+    ("ocpp1.6", "GetConfiguration", {"ItemsPerMessage__GetVariables": 2},
+     {"key": ["a", "b", "c"]}, "key", ["configurationKey", "unknownKey"], [2, 1]),
+    ("ocpp2.0.1", "GetVariables", {}, {"getVariableData": [{}] * 99}, "getVariableData",
+     ["getVariableResult"], [99])])
+@with_loop
+async def test_what_is_too_much_at_a_time_is_split_and_put_together(protocol, action, limits,
+                                                                    payload, items, answers, sizes):
+    bench = limited(protocol, **limits)
+    sent, whole = await answered_with(bench, action, payload, lambda part: dict.fromkeys(
+        answers, part[items]))
+    assert [len(part[items]) for part in sent] == sizes
+    assert whole == dict.fromkeys(answers, payload[items])
+
+
+@pytest.mark.parametrize("protocol, name", [("ocpp1.6", "listVersion"),
+                                            ("ocpp2.0.1", "versionNumber")])
+@with_loop
+async def test_a_long_local_list_goes_in_versions_and_stops_where_one_is_refused(protocol, name):
+    bench = limited(protocol, **{"LocalAuthListCtrlr.ItemsPerMessage": 2})
+    whole = {"updateType": "Full", name: 7, "localAuthorizationList": [{}] * 5}
+    sent, answer = await answered_with(bench, "SendLocalList", whole,
+                                       lambda part: {"status": "Accepted"})
+    assert answer == {"status": "Accepted"}
+    assert [(part["updateType"], part[name]) for part in sent] == [
+        ("Full", 5), ("Differential", 6), ("Differential", 7)]
+    sent, answer = await answered_with(bench, "SendLocalList", whole,
+                                       lambda part: {"status": "Failed"})
+    assert len(sent) == 1 and answer == {"status": "Failed"}
+    with pytest.raises(ocppboard.WrongValue, match="3 or more"):
+        await bench.link.call("SendLocalList", whole | {name: 2})
+
+
+@with_loop
+async def test_to_clear_every_limit_is_one_command_for_each_purpose():
+    for protocol in ("ocpp2.0.1", "ocpp2.1"):
+        every: list[dict] = [{}, {"chargingProfileCriteria": {}}]
+        for payload in every:
+            purposes = ocppboard.CLEARED_EACH[protocol]
+            sent, answer = await answered_with(
+                Bench(protocol), "ClearChargingProfile", payload,
+                lambda part: {"status": "Accepted" if "Tx" in str(part) else "Unknown"})
+            assert [part["chargingProfileCriteria"]["chargingProfilePurpose"]
+                    for part in sent] == list(purposes)
+            assert answer == {"status": "Accepted"}
+            for part in sent:
+                checker(protocol, "ClearChargingProfile", "Request")(part)
+    alone: list[tuple[str, dict]] = [("ocpp1.6", {}), ("ocpp2.0.1", {"chargingProfileId": 0})]
+    for protocol, whole in alone:
+        sent, _ = await answered_with(Bench(protocol), "ClearChargingProfile", whole,
+                                      lambda part: {"status": "Unknown"})
+        assert sent == [whole]
+
+
+@with_loop
+async def test_a_part_that_fails_says_that_those_before_it_were_answered():
+    bench = limited("ocpp2.0.1", ItemsPerMessage__GetVariables=1)
+    command = Command(bench, "GetVariables", {"getVariableData": [{}, {}]})
+    bench.receive([3, (await command.sent())[1], {"getVariableResult": []}])
+    bench.receive([4, (await command.sent())[1], "InternalError", "", {}])
+    with pytest.raises(ocppboard.CallFailed, match="part 2 of 2; those before"):
+        await command.task
+
+
+@pytest.mark.parametrize("protocol, action, answer", [
+    ("ocpp2.0.1", "GetVariables", {"getVariableResult": [
+        {"component": {"name": "DeviceDataCtrlr"}, "attributeValue": value, "variable": {
+            "name": "ItemsPerMessage", "instance": name}} for name, value in (
+                ("GetVariables", "4"), ("SetVariables", "many"), ("GetReport", "-1"),
+                ("Other", "5"))] + [{}]}),
+    ("ocpp1.6", "GetConfiguration", {"configurationKey": [
+        {"key": "GetConfigurationMaxKeys", "value": "4", "readonly": True}, {"key": "Other"}]})])
+@with_loop
+async def test_what_a_station_takes_is_learnt_from_what_it_tells(protocol, action, answer):
+    bench = Bench(protocol)
+    await answered_with(bench, action, {}, lambda part: answer)
+    assert bench.station.limits == {"DeviceDataCtrlr.ItemsPerMessage:GetVariables": 4}
+
+
+def test_a_report_tells_what_a_station_takes():
+    bench = Bench("ocpp2.1")
+    bench.call("NotifyReport", {"requestId": 1, "generatedAt": "2026-09-21T13:33:20Z", "seqNo": 0,
+               "reportData": [{"component": {"name": "SmartChargingCtrlr"},
+                               "variable": {"name": "ProfileStackLevel"},
+                               "variableAttribute": [{"type": "MaxSet", "value": "9"},
+                                                     {"value": "3"}]}, None]})
+    assert bench.station.limits == {ocppboard.STACK_LEVEL: 3}
+
+
+PROFILE = {"id": 1, "stackLevel": 0, "chargingProfileKind": "Absolute",
+           "chargingProfilePurpose": "TxDefaultProfile", "chargingSchedule": [{
+               "id": 1, "chargingRateUnit": "A", "chargingSchedulePeriod": [
+                   {"startPeriod": 0, "limit": 8}]}]}
+VARIABLE = {"component": {"name": "C"}, "variable": {"name": "V"}, "attributeValue": "1"}
+PERIOD = {"startPeriod": 0, "limit": 8}
+
+
+@pytest.mark.parametrize("action, good, bad, words", [
+    ("SetVariables", {"setVariableData": [VARIABLE, VARIABLE | {"attributeType": "Target"}]},
+     {"setVariableData": [VARIABLE, VARIABLE | {"attributeType": "Actual"}]}, "the same variable"),
+    ("CustomerInformation", {"customerIdentifier": "A"}, {}, "must say of whom"),
+    ("TriggerMessage", {"requestedMessage": "StatusNotification",
+                        "evse": {"id": 1, "connectorId": 1}},
+     {"requestedMessage": "StatusNotification", "evse": {"id": 1}}, "of one connector"),
+    ("TriggerMessage", {"requestedMessage": "Heartbeat"},
+     {"requestedMessage": "StatusNotification"}, "of one connector"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE}, {"chargingProfile": PROFILE | {
+        "chargingProfilePurpose": "ChargingStationExternalConstraints"}}, "what others limit"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE | {
+        "chargingProfilePurpose": "TxProfile", "transactionId": "T"}},
+     {"chargingProfile": PROFILE | {"chargingProfilePurpose": "TxProfile"}}, "transactionId"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE | {"stackLevel": 3}},
+     {"chargingProfile": PROFILE | {"stackLevel": 4}}, "highest stackLevel of this station is 3"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE | {"chargingSchedule": [{
+        "chargingSchedulePeriod": [PERIOD] * 2}]}}, {"chargingProfile": PROFILE | {
+            "chargingSchedule": [{"chargingSchedulePeriod": [PERIOD] * 3}]}}, "takes 2 periods"),
+    ("ClearChargingProfile", {"chargingProfileCriteria": {"chargingProfilePurpose": "TxProfile"}},
+     {"chargingProfileCriteria": {
+         "chargingProfilePurpose": "ChargingStationExternalConstraints"}}, "what others limit")])
+def test_a_command_that_the_standard_forbids_is_refused_with_the_reason(action, good, bad, words):
+    station = limited("ocpp2.0.1", ProfileStackLevel=3, PeriodsPerSchedule=2).station
+    ocppboard.check_command(station, action, good)
+    with pytest.raises(ocppboard.WrongValue, match=words):
+        ocppboard.check_command(station, action, bad)
+    with pytest.raises(ocppboard.WrongValue, match="highest"):
+        ocppboard.check_command(
+            limited("ocpp1.6", ProfileStackLevel=3).station, "SetChargingProfile",
+            {"csChargingProfiles": {"stackLevel": 4}})
+
+
+def test_a_report_of_more_than_a_station_takes_is_to_be_asked_for_in_parts():
+    station = limited("ocpp2.0.1", ItemsPerMessage__GetReport=2).station
+    with pytest.raises(ocppboard.WrongValue, match="2 of componentVariable at a time"):
+        ocppboard.parts_of(station, "GetReport", {"componentVariable": [{}] * 3})
+
+
 @with_loop
 async def test_a_command_without_answer_times_out_and_a_late_answer_is_recognised():
     bench = Bench()
