@@ -430,6 +430,10 @@ SETTINGS = (
     Setting("ocpp", "validate", "auto", VALIDATE),
     Setting("ocpp", "authorize", "any", AUTHORIZE),
     Setting("ocpp", "id_tokens", []),
+    Setting("tariff", "currency", "EUR"),
+    Setting("tariff", "per_kwh", 0.0, (0, 1_000_000)),
+    Setting("tariff", "per_hour", 0.0, (0, 1_000_000)),
+    Setting("tariff", "start_fee", 0.0, (0, 1_000_000)),
     Setting("smart_charge", "enabled", False),
     Setting("smart_charge", "strategy", "equal_share", STRATEGIES),
     Setting("smart_charge", "site_limit_a", 0.0, (0, 10_000)),
@@ -1505,6 +1509,20 @@ class Series:
                              if a is not None}}
 
 
+class Tariff(NamedTuple):
+    """What a charging costs, as it was when it began."""
+
+    currency: str
+    per_kwh: float
+    per_hour: float                     # from its start to its end
+    start_fee: float
+
+    def cost(self, energy_wh: float, seconds: float) -> float:
+        """The cost of a charging so far."""
+        return round(self.start_fee + self.per_kwh * energy_wh / 1000
+                     + self.per_hour * seconds / 3600, 2)
+
+
 @dataclass(slots=True, eq=False)
 class Transaction(Record):
     """A charging, from its start (or from when we first heard of it) to its stop."""
@@ -1529,6 +1547,9 @@ class Transaction(Record):
     sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
     token_name: str = ""                # that its id token has
+    tariff: Tariff | None = None
+    cost: float | None = None           # so far; what no meter told of costs nothing
+    cost_told: float | None = None      # to the station, last
     assumed_connector: bool = False     # only its EVSE was told
     reading: Reading | None = None
     series: Series | None = None
@@ -1557,6 +1578,7 @@ class Transaction(Record):
             "soc": self.soc, "reason": self.reason, "status": self.status,
             "chargingState": self.charging_state, "estimated": self.estimated,
             "missingEvents": self.sequence.missing if self.sequence else 0,
+            "cost": self.cost, "currency": self.tariff and self.tariff.currency,
             "notDurable": self.not_durable, "meter": self.reading and self.reading.view(),
         }
 
@@ -6911,6 +6933,8 @@ class Board:
         self.list_version = self.full_list_before = 0        # see `new_list_version`
         self.tokens = {t.key: t for t in map(self._configured_token, config.id_tokens)}
         self.shown_tokens: OrderedDict[str, IdToken] = OrderedDict()     # unknown, lately
+        tariff = Tariff(**vars(config.tariff))
+        self.tariff = tariff if any(tariff[1:]) else None
         self.stores = {"messages": self.messages, "telemetry": self.telemetry,
                        "security": self.security, "smart-charge": self.smart_charge,
                        "proxy": self.proxy, "errors": self.errors, "system": self.system,
@@ -6964,6 +6988,7 @@ class Board:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
         if isinstance(record, Transaction):
             self._name_token(record)
+            self._count_cost(record)
         if topic in CHANGING:
             self.changes[topic] = record.changed = self.changes[topic] + 1
             if topic in self.on_change:
@@ -6978,6 +7003,13 @@ class Board:
         if transaction.status == "active" or not transaction.token_name:
             token = self.tokens.get((transaction.id_token or "").lower())
             transaction.token_name = token.name if token else transaction.token_name
+
+    def _count_cost(self, transaction: Transaction) -> None:
+        """Work out what a transaction has cost up to now, or to its end."""
+        if transaction.tariff is not None and transaction.status != "orphan":
+            end = transaction.stopped_at or self.clock()
+            transaction.cost = transaction.tariff.cost(
+                transaction.energy_wh or 0.0, max(0.0, end - transaction.started_at))
 
     def first_number(self, topic: str) -> int:
         """The number after which the events of this run begin."""
@@ -7598,6 +7630,7 @@ class Board:
             key = gone.identity, gone.id
             if self.transaction_of.get(key) is gone:
                 del self.transaction_of[key]
+        transaction.tariff = self.tariff
         self.transactions.append(transaction)
         self.transaction_of[transaction.identity, transaction.id] = transaction
 
@@ -8009,7 +8042,10 @@ ROWS: dict[str, dict[str, str]] = {
         "id_token": "text?", "token_name": "name", "started_at": "time", "stopped_at": "time?",
         "status": "text", "reason": "text?", "meter_start": "number?", "meter_stop": "number?",
         "energy_wh": "number?", "estimated": "flag", "began_unseen": "flag",
-        "assumed_connector": "flag", "start_key": "(scalar)?", "stop_key": "(scalar)?"},
+        "assumed_connector": "flag", "start_key": "(scalar)?", "stop_key": "(scalar)?",
+        "tariff": "Tariff?", "cost": "number?"},
+    "Tariff": {"currency": "text", "per_kwh": "number", "per_hour": "number",
+               "start_fee": "number"},
     "Progress": {                        # of a transaction: what it needs to go on
         "register": "Register", "reading": "Reading?", "sequence": "EventSequence?",
         "charging_state": "text?", "soc": "number?", "state_mono": "mono", "started_mono": "mono",
@@ -8069,8 +8105,8 @@ class Progress:
 
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
-    Transaction, Progress, Register, Track, Point, Reading, Base, EventSequence, Series, Station,
-    StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken)}
+    Transaction, Tariff, Progress, Register, Track, Point, Reading, Base, EventSequence, Series,
+    Station, StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -8142,7 +8178,7 @@ def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
     """The record of a row, with the defaults of its class for what may be missing."""
     cls: Any = ROW_CLASSES[kind]
     fields = ROWS[kind]
-    if kind in ("Point", "Base", "Problem"):             # tuples stand as lists
+    if kind in ("Point", "Base", "Problem", "Tariff"):       # tuples stand as lists
         row = dict(zip(fields, row, strict=False)) if type(row) is list else None
     if type(row) is not dict:
         raise WrongType(f"{kind} is none")
@@ -8194,13 +8230,14 @@ KEPT_AFTER = """
     LEFT JOIN kept AS p ON p.kind = 'progress' AND p.key = t.key
     ORDER BY t.key""".replace("MATCH", KEPT_MATCH)
 KEPT_GROUPS = """
-    SELECT json_group_array(json_array(name, sessions, wh, seconds)) FROM (
+    SELECT json_group_array(json_array(name, sessions, wh, seconds, cost)) FROM (
         SELECT CASE :by WHEN 'month' THEN strftime('%Y-%m', at, 'unixepoch')
                         WHEN 'day' THEN strftime('%Y-%m-%d', at, 'unixepoch')
                         WHEN 'station' THEN json_extract(value, '$.identity')
                         ELSE coalesce(json_extract(value, '$.id_token'), '') END AS name,
             count(*) AS sessions, total(json_extract(value, '$.energy_wh')) AS wh,
-            total(at - json_extract(value, '$.started_at')) AS seconds
+            total(at - json_extract(value, '$.started_at')) AS seconds,
+            total(json_extract(value, '$.cost')) AS cost
         FROM kept WHERE kind = 'transaction' AND at >= :start AND at < :end AND json_valid(value)
             AND key NOT IN (SELECT value FROM json_each(:known)) GROUP BY name)"""
 GROUP_OF: dict[str, Callable[[Transaction], str]] = {
@@ -8432,8 +8469,8 @@ class Keeper:
         return None
 
     async def report(self, by: str, start: float, end: float) -> tuple[dict[str, list], bool]:
-        """({group: [sessions, Wh, seconds]} of the transactions that ended in that time; whether
-        those of the file are among them, or it could not be read)."""
+        """({group: [sessions, Wh, seconds, cost]} of the transactions that ended in that time;
+        whether those of the file are among them, or it could not be read)."""
         ended = [t for t in self.board.transactions.records
                  if t.status != "active" and start <= (t.stopped_at or 0) < end]
         unwritten = [t for t in ended if t.durable_as != t.status]
@@ -8442,10 +8479,11 @@ class Keeper:
             "known": to_json([t.key for t in unwritten if t.key])})
         groups = {name: figures for name, *figures in json.loads(found[0][0])} if found else {}
         for transaction in unwritten if found else ended:
-            figures = groups.setdefault(GROUP_OF[by](transaction), [0, 0.0, 0.0])
+            figures = groups.setdefault(GROUP_OF[by](transaction), [0, 0.0, 0.0, 0.0])
             figures[0] += 1
             figures[1] += transaction.energy_wh or 0.0
             figures[2] += (transaction.stopped_at or 0.0) - transaction.started_at
+            figures[3] += transaction.cost or 0.0
         return groups, bool(found)
 
     def clean(self) -> None:
@@ -8515,8 +8553,8 @@ class Keeper:
         at = RUNNING_AT if runs else transaction.stopped_at
         row = packed("Transaction", transaction, ahead_s)
         if runs:                         # these follow from its register
-            row.pop("energy_wh", None)
-            row.pop("estimated", None)
+            for name in ("energy_wh", "estimated", "cost"):
+                row.pop(name, None)
         crc = _crc(row)
         if crc != transaction.row_crc:
             transaction.row_crc = crc
@@ -9314,10 +9352,14 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
         ends = [i.end_wh for i in instants if i.end_wh is not None] or registers
         board.transaction_stopped(transaction, when, ends[-1] if ends else None,
                                   kept(info.get("stoppedReason") or "Local", 64))
-    if not id_token:
-        return {}
-    starts = lenient(payload, "triggerReason", str) == "Authorized" and event_type != "Ended"
-    return {"idTokenInfo": _id_token_info(board, station, id_token, transaction.evse_id, starts)}
+    # 5. what it cost (I03.FR.02), and who that was
+    told: dict[str, Any] = {}
+    if event_type == "Ended" and transaction.cost is not None:
+        told["totalCost"] = transaction.cost
+    if id_token:
+        starts = lenient(payload, "triggerReason", str) == "Authorized" and event_type != "Ended"
+        told["idTokenInfo"] = _id_token_info(board, station, id_token, transaction.evse_id, starts)
+    return told
 
 
 def _shown_token(id_token: dict) -> str | None:
@@ -9766,6 +9808,7 @@ class Link:
         self.guard: Guard | None = None
         self.via = ""                                # the boards whose relays it came through
         self.ended = ""                              # why, once it has
+        self.shows_costs, self.telling_costs = "CostUpdated" in COMMANDS[protocol], False
         self._strict = board.config.ocpp.validate == "strict"
         self._durable = DURABLE if board.state else frozenset()
         self._budget = Budget(board.config.ocpp.max_calls_per_second, time.perf_counter())
@@ -10300,6 +10343,31 @@ async def introduce(link: Link) -> None:
                 return
     except BoardError as error:
         log.info("%s was not asked what it is: %s", shown(link.station.identity), error)
+
+
+def costs_to_tell(link: Link) -> list[Transaction]:
+    """The running transactions whose cost the station is to be told (2.0.1 I02.FR.01)."""
+    if link.upstream is not None or not link.shows_costs or link.telling_costs:
+        return []
+    return [t for connector in link.station.connectors.values()
+            if (t := connector.transaction) and t.cost is not None and t.cost != t.cost_told]
+
+
+async def tell_costs(link: Link, transactions: list[Transaction]) -> None:
+    """Tell a station what its transactions have cost; one that knows no costs is left alone."""
+    link.telling_costs = True
+    try:
+        for transaction in transactions:
+            transaction.cost_told = transaction.cost
+            await link.call("CostUpdated", {"totalCost": transaction.cost,
+                                            "transactionId": transaction.id})
+    except CallFailed as error:
+        link.shows_costs = False
+        log.info("%s is not told costs: %s", shown(link.station.identity), error)
+    except BoardError as error:
+        log.info("%s was not told a cost: %s", shown(link.station.identity), error)
+    finally:
+        link.telling_costs = False
 
 
 TAKERS: dict[type, Callable] = {
@@ -15949,13 +16017,14 @@ async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
 
 
 async def get_report(api: "Api") -> dict | None:
-    """Sessions, energy and time of the transactions that ended from one time to another."""
+    """Sessions, energy, time and cost of the transactions that ended from one time to another."""
     by, start, end = (api.query[name] for name in ("by", "from", "to"))
     groups, from_file = await api.daemon.keeper.report(
         by, start or 0.0, RUNNING_AT if end is None else end)
-    lines = [{by: group, "sessions": sessions, "energyWh": round(wh, 3), "seconds": round(seconds)}
-             for group, (sessions, wh, seconds) in sorted(groups.items())]
-    columns: tuple[str, ...] = (by, "sessions", "energyWh", "seconds")
+    lines = [{by: group, "sessions": sessions, "energyWh": round(wh, 3), "seconds": round(seconds),
+              "cost": round(cost, 2)}
+             for group, (sessions, wh, seconds, cost) in sorted(groups.items())]
+    columns: tuple[str, ...] = (by, "sessions", "energyWh", "seconds", "cost")
     if by == "token":
         columns += ("name",)
         for line in lines:
@@ -15964,7 +16033,9 @@ async def get_report(api: "Api") -> dict | None:
     if api.query["format"] == "json":
         return {"by": by, "from": iso(start), "to": iso(end), "fromFile": from_file,
                 "sessions": sum(line["sessions"] for line in lines),
-                "energyWh": round(sum(line["energyWh"] for line in lines), 3), "lines": lines}
+                "energyWh": round(sum(line["energyWh"] for line in lines), 3),
+                "cost": round(sum(line["cost"] for line in lines), 2),
+                "currency": api.config.tariff.currency, "lines": lines}
     api.set_header("Content-Type", "text/csv; charset=utf-8")
     api.set_header("Content-Disposition", 'attachment; filename="report.csv"')
     api.finish("".join(_csv_line(cells) for cells in (
@@ -16152,7 +16223,7 @@ MESSAGE_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type
                    "messageId", "responseTime", "errorCode", "errorDescription", "payload")
 TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "idTokenName",
                        "startedAt", "stoppedAt", "meterStart", "meterStop", "energyWh", "soc",
-                       "reason", "status", "estimated")
+                       "reason", "status", "estimated", "cost", "currency")
 
 
 async def get_messages_export(api: "Api") -> None:
@@ -16569,7 +16640,8 @@ SHAPES = {
         "stoppedAt": "time?", "meterStart": "number?",
         "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
         "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
-        "missingEvents": "integer", "notDurable": "boolean", "meter": "Meter?"},
+        "missingEvents": "integer", "notDurable": "boolean", "cost": "number?",
+        "currency": "string?", "meter": "Meter?"},
     "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
     "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
                     "soc": "number?", "currentA": "object", "allowedA": "number?"},
@@ -16581,8 +16653,10 @@ SHAPES = {
                   "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
                   "failingSince": "time?", "error": "string?"},
     "Report": {"by": "string", "from": "time?", "to": "time?", "fromFile": "boolean",
-               "sessions": "integer", "energyWh": "number", "lines": "[ReportLine]"},
-    "ReportLine": {"sessions": "integer", "energyWh": "number", "seconds": "integer"},
+               "sessions": "integer", "energyWh": "number", "cost": "number",
+               "currency": "string", "lines": "[ReportLine]"},
+    "ReportLine": {"sessions": "integer", "energyWh": "number", "seconds": "integer",
+                   "cost": "number"},
     "SiteLimit": {"limitKw": "number"},
     "IdToken": {
         "idToken": "string", "name": "string", "status": "string", "group": "string",
@@ -19363,6 +19437,7 @@ const lasted = one => ((ms(one.stoppedAt) ?? now()) - ms(one.startedAt)) / 1000;
 const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
 const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
+const holder = one => one.idTokenName || one.idToken || '';
 const TRANSACTION_COLUMNS = [
   {name: 'Started', width: '9.5rem', short: '6.2rem', leads: true, down: true,
     sort: one => one.startedAt, cell: one => clock(one.startedAt)},
@@ -19373,8 +19448,8 @@ const TRANSACTION_COLUMNS = [
     h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)]},
   {name: 'Status', width: '6.6rem', wide: true, sort: one => one.status,
     cell: one => pill(one.status, STATUS_TONES[one.status])},
-  {name: 'Id token', width: '12%', wide: true, spare: true, sort: one => one.idToken || '',
-    cell: one => one.idToken || DASH},
+  {name: 'Id token', width: '12%', wide: true, spare: true, sort: holder,
+    cell: one => h('span', {title: one.idToken}, holder(one) || DASH)},
   {name: 'Energy', width: '7rem', short: '6rem', num: true, down: true,
     sort: one => one.energyWh || 0, cell: one => [estimate(one), energy(one.energyWh)]},
   {name: 'Power', width: '6.2rem', num: true, wide: true, spare: true, down: true,
@@ -19406,7 +19481,8 @@ function transactions() {
     panel('transactions', ['transactions', 'tick'], () => {
       const rows = newestFirst(state.transactions).filter(one => (!status || one.status === status)
         && (!identity || one.identity === identity)
-        && contains([one.identity, one.id, one.idToken || '', one.reason || ''], text));
+        && contains([one.identity, one.id, one.idToken || '', one.idTokenName,
+          one.reason || ''], text));
       return card([h('div.bar.filters', searchBox('text', 'Search station, id token, id …'),
         choice('status', 'Status', [['', 'every status'], ...Object.keys(STATUS_TONES)])),
       counted(`${plural(rows.length, 'transaction')}, `
@@ -19423,8 +19499,9 @@ function transactionDetail(one) {
     facts([['Station', stationLink(one.identity)],
       [place(state.stations.get(one.identity)), digits(one.evse)],
       ['Status', one.status === 'active' ? one.chargingState || 'active' : one.status],
-      ['Id token', one.idToken], ['Started', clock(one.startedAt)],
-        ['Stopped', clock(one.stoppedAt)],
+      ['Id token', one.idTokenName ? `${one.idTokenName} (${one.idToken})` : one.idToken],
+      one.cost !== null && ['Cost', `${one.cost.toFixed(2)} ${one.currency}`],
+      ['Started', clock(one.startedAt)], ['Stopped', clock(one.stoppedAt)],
       ['Duration', duration(lasted(one))], ['Energy', [estimate(one), energy(one.energyWh)]],
       ['Power', one.status === 'active' ? power(one.powerW) : DASH], ['State of charge',
         percent(one.soc)],
@@ -22072,6 +22149,8 @@ class Daemon:
         for link, websocket in list(self.sockets.items()):
             if link.station.introduce_mono != math.inf and not link.ended:
                 self._introduce(link, now)
+            if self.board.tariff and (due := costs_to_tell(link)):
+                self.spawn("costs", tell_costs(link, due))
             if interval:
                 self._keep_alive(link, websocket, now, interval)
 

@@ -4352,6 +4352,22 @@ def test_id_tokens_of_the_board_go_before_the_configuration_over_a_restart(tmp_p
     closed(bench.state)
 
 
+def test_a_charging_is_priced_by_the_tariff_of_its_start(tmp_path):
+    bench = KeptBench(tmp_path, tariff_per_kwh=0.5)
+    id_ = begins(bench, meterStart=0)
+    bench.write()
+    bench.keys = {"tariff_per_kwh": 9.0}
+    bench.restart()
+    bench.call("StopTransaction", {"transactionId": id_, "meterStop": 2000,
+                                   "timestamp": "2026-09-21T13:43:20Z"})
+    assert bench.transaction()["cost"] == 1.0
+    bench.restart()
+    assert bench.transaction()["cost"] == 1.0
+    groups, _ = asyncio.run(bench.keeper.report("station", 0.0, 1e11))
+    assert groups["CP-1"][3] == 1.0
+    closed(bench.state)
+
+
 def test_no_transaction_id_is_given_out_twice_whatever_the_clock_says(kept_bench):
     ids = [begins(kept_bench)]
     for set_back_s in (0, 86400, 10 * 365 * 86400):
@@ -4999,6 +5015,41 @@ def test_a_master_pass_ends_transactions_and_begins_none():
     assert bench.call("StopTransaction", {
         "transactionId": id_, "idTag": "MASTER", "meterStop": 1,
         "timestamp": "2026-09-21T13:34:00Z"})["idTagInfo"] == {"status": "Accepted"} | GROUP_16
+
+
+TARIFF = {"tariff_per_kwh": 0.4, "tariff_per_hour": 1.2, "tariff_start_fee": 0.5,
+          "tariff_currency": "CHF"}
+
+
+def cost_event(kind, wh=None, when="2026-09-21T13:33:20Z"):
+    """A TransactionEvent with a register."""
+    meter = [{"timestamp": when, "sampledValue": [{"value": wh}]}]
+    return ["TransactionEvent", {
+        "eventType": kind, "timestamp": when, "seqNo": 0, "triggerReason": "MeterValuePeriodic",
+        "transactionInfo": {"transactionId": "T"}, "evse": {"id": 1, "connectorId": 1}} | (
+            {} if wh is None else {"meterValue": meter})]
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_the_answer_to_the_end_tells_what_it_cost(protocol):
+    bench = Bench(protocol, **TARIFF)
+    assert bench.call(*cost_event("Started", 1000)) == {}
+    bench.clock.now += 1800
+    assert bench.call(*cost_event("Updated", 3000, "2026-09-21T14:03:20Z")) == {}
+    assert bench.transaction()["cost"] == 0.5 + 0.4 * 2 + 1.2 / 2
+    answer = bench.call(*cost_event("Ended", 4000, "2026-09-21T14:03:20Z"))
+    assert answer == {"totalCost": 2.3}
+    checker(protocol, "TransactionEvent", "Response")(answer)
+    assert bench.call(*cost_event("Ended", 4000, "2026-09-21T14:03:20Z")) == answer, "once more"
+    assert (bench.transaction()["cost"], bench.transaction()["currency"]) == (2.3, "CHF")
+
+
+def test_without_a_tariff_or_a_start_no_cost_is_told():
+    bench = Bench("ocpp2.0.1")
+    bench.call(*cost_event("Started", 0))
+    assert bench.call(*cost_event("Ended", 1000)) == {} and bench.transaction()["cost"] is None
+    bench = Bench("ocpp2.0.1", **TARIFF)
+    assert bench.call(*cost_event("Ended", 1000)) == {}, "only its end was seen"
 
 
 def test_an_unknown_card_is_learnt_by_showing_it():
@@ -7078,6 +7129,35 @@ PROFILE = {"id": 1, "stackLevel": 0, "chargingProfileKind": "Absolute",
                    {"startPeriod": 0, "limit": 8}]}]}
 VARIABLE = {"component": {"name": "C"}, "variable": {"name": "V"}, "attributeValue": "1"}
 PERIOD = {"startPeriod": 0, "limit": 8}
+
+
+@with_loop
+async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
+    bench = Bench("ocpp2.0.1", **TARIFF)
+    bench.call(*cost_event("Started", 0))
+    for wh, cost in ((1000, 0.9), (2000, 1.3)):
+        bench.call(*cost_event("Updated", wh))
+        due = ocppboard.costs_to_tell(bench.link)
+        task = asyncio.create_task(ocppboard.tell_costs(bench.link, due))
+        await turn()
+        _, id_, action, payload = json.loads(bench.sent[-1])
+        assert (action, payload) == ("CostUpdated", {"transactionId": "T", "totalCost": cost})
+        bench.call(*cost_event("Updated", wh + 100))
+        assert not ocppboard.costs_to_tell(bench.link), "one at a time"
+        bench.receive([3, id_, {}])
+        await task
+    bench.call(*cost_event("Updated", 3000))
+    task = asyncio.create_task(ocppboard.tell_costs(bench.link, ocppboard.costs_to_tell(
+        bench.link)))
+    await turn()
+    bench.receive([4, json.loads(bench.sent[-1])[1], "NotImplemented", "", {}])
+    await task
+    bench.call(*cost_event("Updated", 4000))
+    assert not ocppboard.costs_to_tell(bench.link), "it shows none"
+    old = Bench("ocpp1.6", **TARIFF)
+    old.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
+                                  "timestamp": "2026-09-21T13:33:20Z"})
+    assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_to_tell(old.link)
 
 
 @pytest.mark.parametrize("action, good, bad, words", [
@@ -15550,15 +15630,17 @@ async def test_the_report_counts_a_transaction_where_it_was_stopped(tmp_path):
             "2026-04", "2026-05", "2026-06", "2026-07", "2026-08", "2026-09"]
         assert report["fromFile"] and report["sessions"] == 6 and report["energyWh"] == 60_000
         assert (await site.get("/api/report?by=station"))["lines"] == [
-            {"station": f"CP-{n}", "sessions": 3, "energyWh": 30_000, "seconds": 10_800}
+            {"station": f"CP-{n}", "sessions": 3, "energyWh": 30_000, "seconds": 10_800,
+                 "cost": 0.0}
             for n in range(2)]
         days = await site.get("/api/report?by=day&from=2026-08-01&to=2026-09-21T13:33:20Z")
         assert [line["day"] for line in days["lines"]] == ["2026-08-22"]
         assert days["from"] == "2026-08-01T00:00:00.000Z"
         text = await site.get("/api/report?by=token&format=csv")
         assert list(csv.reader(io.StringIO(text))) == [
-            ["token", "sessions", "energyWh", "seconds", "name"], ["", "3", "30000.0", "10800", ""],
-            ["'=1+1", "3", "30000.0", "10800", ""]]
+            ["token", "sessions", "energyWh", "seconds", "cost", "name"],
+            ["", "3", "30000.0", "10800", "0.0", ""],
+            ["'=1+1", "3", "30000.0", "10800", "0.0", ""]]
         assert (await site.fetch("/api/report?from=yesterday"))[0] == 400
         assert (await site.fetch("/api/report?by=week"))[0] == 400
 
