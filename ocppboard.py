@@ -357,6 +357,22 @@ class BadFrame(BoardError):
         self.id_text, self.action = id_text, action
 
 
+class BrokenFrame(BadFrame):
+    """No JSON, or no Action: not even the frame of a CALL (2.0.1 part 4, 4.3)."""
+
+    ocpp_code = "RpcFrameworkError"
+
+
+class UnknownMessageType(BadFrame):
+    """A message of a type that the version does not have; `its_id` is its id as it stood there."""
+
+    ocpp_code = "MessageTypeNotSupported"
+
+    def __init__(self, text: str, its_id: str):
+        super().__init__(text)
+        self.its_id = its_id
+
+
 # --- Configuration ------------------------------------------------------------------------
 # SETTINGS is all there is. A key comes from the file, OCPPBOARD_SECTION_KEY overrides it, the
 # command line overrides both. What is wrong ends the start with one line that says what.
@@ -2762,7 +2778,7 @@ def unpack(frame: str) -> Message:
         if bare := _BARE.match(frame):               # some clients answer so
             return unpack(f"[{bare[1]},{bare[2]},null]")
         call = _CALL_ID.match(frame)
-        raise BadFrame("not an OCPP-J message: [type, id, …] expected", call[1] if call else "")
+        raise BrokenFrame("not an OCPP-J message: [type, id, …] expected", call[1] if call else "")
     kind, id_text, second = head.groups()
     if len(id_text) > MESSAGE_ID_LENGTH:
         raise BadFrame("the message id is too long")
@@ -2776,7 +2792,7 @@ def unpack(frame: str) -> Message:
         return CallResult(id_text, payload, text)
     if kind in ("4", "5"):
         return _unpack_error(frame, kind, id_text, second, head.end())
-    raise BadFrame(f"unknown message type {kind[:10]}")
+    raise UnknownMessageType(f"unknown message type {kind[:10]}", id_text)
 
 
 def _is_json(text: str) -> bool:
@@ -2790,12 +2806,12 @@ def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
                     head: re.Match) -> Call | Send:
     answer_to = id_text if kind == "2" else ""
     if second is None:
-        raise BadFrame("an Action and a payload expected", answer_to)
+        raise BrokenFrame("an Action and a payload expected", answer_to)
     try:
         # One text for all messages of an Action, which the records share.
         action = sys.intern(second[1:-1] if "\\" not in second else _read(second)[0])
     except ValueError:
-        raise BadFrame("the Action cannot be read", answer_to) from None
+        raise BrokenFrame("the Action cannot be read", answer_to) from None
     if len(action) > 64:
         raise BadFrame("the Action is too long", answer_to)
     payload, text = _payload(frame, head.end(), answer_to, action)
@@ -2829,24 +2845,48 @@ def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
         id_text, kept(code or UNKNOWN_ERROR, 64), kept(description), details, to_json(details))
 
 
-def _payload(frame: str, start: int, id_text: str, action: str = "") -> tuple[dict, str]:
+def _payload(frame: str, start: int, id_text: str, action: str = "",
+             end: re.Pattern = _TAIL) -> tuple[dict, str]:
     """The object that stands at `start` and ends the frame, as data and as one line of text."""
     try:
-        payload, end = _read(frame, start)
+        payload, stop = _read(frame, start)
     except (ValueError, RecursionError) as error:    # RecursionError: [[[[… without end
-        raise BadFrame(f"the payload is not JSON: {kept(error, 100)}", id_text, action) from None
-    if not _TAIL.match(frame, end):
-        raise BadFrame("the payload is not the end of the message", id_text, action)
+        raise BrokenFrame(f"the payload is not JSON: {kept(error, 100)}", id_text,
+                          action) from None
+    if not end.match(frame, stop):
+        raise BrokenFrame("the payload is not the end of the message", id_text, action)
     if payload is None:                              # null where {} was meant
         return {}, "{}"
     if type(payload) is not dict:
         raise BadFrame("the payload is not an object", id_text, action)
-    text = frame[start:end]
+    text = frame[start:stop]
     if text.count("{") + text.count("[") > NESTING and deeper(payload, NESTING):
         raise BadFrame("the payload is nested too deeply", id_text, action)
     if "\n" in text or "\r" in text:                 # only between values, so a space will do
         text = text.replace("\r", " ").replace("\n", " ")
     return payload, text
+
+
+def unsigned(call: Call, suffix: str) -> Call:
+    """The Call that a signed one holds; its signature is not looked at, as TLS does that already.
+
+    Raises: FormatViolation, SecurityError (what was signed is another Action).
+    Spec: 2.0.1 part 4, 7.1, 7.2; RFC 7515 7.2.2.
+    """
+    action = call.action.removesuffix(suffix)
+    try:
+        header, signed = (_from_base64url(call.payload[name]) for name in ("protected", "payload"))
+        named = _read(header)[0].get("OCPPAction")
+        payload, text = _payload(signed, 0, call.id_text, action, end=re.compile(r"\s*\Z"))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, BadFrame):
+        raise FormatViolation("the payload of a signed message is a flattened JWS") from None
+    if named != action:
+        raise SecurityError(f"the signature is that of {shown(named)}, not of {action}")
+    return Call(call.id_text, sys.intern(action), payload, text)
+
+
+def _from_base64url(text: str) -> str:
+    return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
 
 
 def deeper(value: Any, limit: int) -> bool:
@@ -3948,7 +3988,8 @@ COMMANDS = {"ocpp1.6": _COMMANDS_16, "ocpp2.0.1": _COMMANDS_201, "ocpp2.1": _COM
 
 # Error codes that are spelt otherwise than in 2.x. "Occurence" is the standard's own spelling.
 ERROR_CODES = {
-    "ocpp1.6": {"FormatViolation": "FormationViolation",
+    "ocpp1.6": {"RpcFrameworkError": "FormationViolation",       # the last of two is the way back
+                "FormatViolation": "FormationViolation",
                 "OccurrenceConstraintViolation": "OccurenceConstraintViolation"},
     "ocpp2.0.1": {},
     "ocpp2.1": {},
@@ -3958,6 +3999,13 @@ ERROR_CODES_16 = frozenset("""FormatViolation GenericError InternalError NotImpl
     TypeConstraintViolation""".split())              # in the spelling of 2.x
 ERROR_CODES_2X = ERROR_CODES_16 | {"MessageTypeNotSupported", "RpcFrameworkError"}
 KNOWN_CODES = {"ocpp1.6": ERROR_CODES_16, "ocpp2.0.1": ERROR_CODES_2X, "ocpp2.1": ERROR_CODES_2X}
+# A message of an unknown type is refused or ignored (1.6 and 2.1 part 4, 4.1.3; 2.0.1 4.3), and the
+# answer to a frame without a readable id has this one, if there is any (2.x part 4, 4.2.3).
+REFUSES_UNKNOWN_TYPE = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": False}
+UNREADABLE_ID = {"ocpp1.6": "", "ocpp2.0.1": '"-1"', "ocpp2.1": '"-1"'}
+# Whether "Heartbeat-Signed" is a Heartbeat whose payload is a JWS (2.x part 4, 7).
+SIGNED = "-Signed"
+KNOWS_SIGNED = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
 BOOT_ANSWER = {                      # some clients read by place: the order is the schema's
     "ocpp1.6": ("status", "currentTime", "interval"),
     "ocpp2.0.1": (_BOOT_2X := ("currentTime", "interval", "status")), "ocpp2.1": _BOOT_2X}
@@ -4141,6 +4189,14 @@ def asked_for(action: str, payload: dict) -> str:
         return ASKED_FOR.get(action, "")
     wanted = kept(payload.get("requestedMessage", ""), 64)
     return "SignCertificate" if TRIGGERED_OTHERWISE.fullmatch(wanted) else wanted
+
+
+def id_to_answer(protocol: str, frame: str, error: BadFrame) -> str:
+    """The id of the CALLERROR to a frame that is no message; "" where it gets none."""
+    if isinstance(error, UnknownMessageType):
+        return error.its_id if REFUSES_UNKNOWN_TYPE[protocol] else ""
+    needs_none = re.match(r"\s*\[\s*[3-9]", frame)
+    return error.id_text or ("" if needs_none else UNREADABLE_ID[protocol])
 
 
 def error_code(protocol: str, code: str) -> str:
@@ -9060,8 +9116,9 @@ def id_token_info(protocol: str, grant: Grant) -> dict:
     return ({"status": ID_TOKEN_STATUSES[protocol].get(grant.status, grant.status)}
             | ({"cacheExpiryDateTime": wire_time(grant.expires_at)}
                if grant.expires_at is not None else {})
-            | ({"groupIdToken": {"idToken": grant.group, "type": "Central"}} if grant.group else {})
-            | ({"evseId": list(grant.evses)} if grant.evses else {}))
+            | ({"evseId": list(grant.evses)} if grant.evses else {})
+            | ({"groupIdToken": {"idToken": grant.group, "type": "Central"}}
+               if grant.group else {}))
 
 
 def evse_of_16(connector_id: int) -> tuple[int, int]:
@@ -9476,7 +9533,10 @@ def _hash_data(told: dict) -> dict:
 
 def on_vat_number_validation(board: Board, station: Station, payload: dict) -> dict:
     """2.1 I11: there is no register to ask."""
-    return {"vatNumber": required(payload, "vatNumber", str)[:20], "status": "Rejected"}
+    evse_id = lenient(payload, "evseId", int)
+    return ({"vatNumber": required(payload, "vatNumber", str)[:20]}
+            | ({"evseId": evse_id} if evse_id is not None and evse_id >= 0 else {})
+            | {"status": "Rejected"})
 
 
 def _progress(name: str) -> Callable:
@@ -9602,7 +9662,7 @@ CALLS_21 = CALLS_201 | {
     "NotifyPriorityCharging": _constant(),
     "NotifySettlement": _constant(),
     "NotifyWebPaymentStarted": _constant(),
-    "OpenPeriodicEventStream": _constant(status="Accepted"),
+    "OpenPeriodicEventStream": _constant(status="Rejected"),     # nothing of ours reads it
     "PullDynamicScheduleUpdate": _constant(status="Rejected"),
     "ReportDERControl": _constant(),
     "VatNumberValidation": on_vat_number_validation,
@@ -9872,6 +9932,8 @@ class Link:
                 and message.action in RECEIVED[self.protocol]):
             return self._take_when_ready(message, text, started, self.schemas)
         if type(message) is Call:
+            if message.action.endswith(SIGNED) and KNOWS_SIGNED[self.protocol]:
+                return self._answer_signed(message, text, started)
             return self._answer(message, text, started)
         return TAKERS[type(message)](self, message, text)
 
@@ -9901,10 +9963,19 @@ class Link:
         await schemas.prepare(self.protocol, message.action)
         if self.ended:
             return
-        if isinstance(message, Send):
-            self._sent(message, frame)
-        elif flushed := self._answer(message, frame, started):
+        flushed = (self._sent(message, frame) if isinstance(message, Send)
+                   else self._answer(message, frame, started))
+        if flushed:
             await flushed
+
+    def _answer_signed(self, call: Call, frame: str, started: float) -> Awaitable | None:
+        """Answer the Call in a signed one: it "SHALL process it normally" (2.0.1 part 4, 7.2)."""
+        try:
+            return self._answer(unsigned(call, SIGNED), frame, started)
+        except BoardError as error:
+            self.board.message(self.station, "IN", "CALL", call.action, message_id(call.id_text),
+                               without_secrets("", call.payload, call.text))
+            return self._send_refusal(call.id_text, call.action, error)
 
     def _answer(self, call: Call, frame: str, started: float) -> Awaitable | None:
         """Answer a Call, keep both frames. Returns what to await if the socket is clogged.
@@ -9999,22 +10070,30 @@ class Link:
                                  "low", {"ip": station.remote_address})
         board.error("BAD_MESSAGE", station, str(error), {"raw": raw_without_secrets(raw)})
         board.count_unreadable(station)
-        if not error.id_text:
-            return None
-        reply = refusal(self.protocol, error.id_text, error)
-        board.message(station, "OUT", "CALLERROR", error.action, message_id(error.id_text), "{}",
-                      None, reply.code, reply.description)
+        if id_text := id_to_answer(self.protocol, raw, error):
+            return self._send_refusal(id_text, error.action, error)
+        return None
+
+    def _send_refusal(self, id_text: str, action: str, error: BoardError) -> Awaitable | None:
+        """Answer with a CALLERROR what never came to its handler."""
+        reply = refusal(self.protocol, id_text, error)
+        self.board.message(self.station, "OUT", "CALLERROR", action, message_id(id_text), "{}",
+                           None, reply.code, reply.description)
         return self._write(pack(reply))
 
-    def _sent(self, message: Send, frame: str) -> None:
+    def _sent(self, message: Send, frame: str) -> Awaitable | None:
         if message.action not in SENDS[self.protocol]:
             self.board.quirk(self.station, "unknown_send")
         elif self.schemas:
             self._violation(message, message.action, "Request")
         self.board.message(self.station, "IN", "SEND", message.action, message_id(message.id_text),
                            without_secrets(message.action, message.payload, message.text))
+        if REFUSES_UNKNOWN_TYPE[self.protocol]:
+            return self._send_refusal(message.id_text, message.action, UnknownMessageType(
+                "unknown message type 6", message.id_text))
         if self.upstream is not None:
             self.upstream.station_said(message, frame)
+        return None
 
     def _result_refused(self, message: CallResultError, frame: str) -> None:
         self.board.message(self.station, "IN", "CALLRESULTERROR", "", message_id(message.id_text),

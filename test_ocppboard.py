@@ -225,7 +225,7 @@ def test_every_error_knows_its_status_and_its_ocpp_code():
     assert len(kinds) > 15
     codes = {"NotImplemented", "InternalError", "FormatViolation", "OccurrenceConstraintViolation",
              "TypeConstraintViolation", "PropertyConstraintViolation", "SecurityError",
-             "NotSupported"}
+             "NotSupported", "RpcFrameworkError", "MessageTypeNotSupported"}
     for kind in kinds:
         assert 400 <= kind.http_status < 600 and kind.ocpp_code in codes
         assert kind.http_status in ocppboard.HTTP_WORDS or kind is ocppboard.Refused
@@ -7263,16 +7263,27 @@ async def test_a_command_that_the_version_does_not_have_is_refused():
         await Bench("ocpp2.0.1").link.call("RemoteStartTransaction", {})
 
 
-@pytest.mark.parametrize("frame, sent", [
-    ("not json", None), ('[3,"unknown",{}]', None), ("[2]", None), ('[7,"1","A",{}]', None),
-    ('[2,"1","Heartbeat",{}', "FormationViolation"), ('[2,"1","Nonsense",{}]', "NotImplemented"),
-    ('[2,"1","Reset",{}]', "NotImplemented"),
-])
-def test_what_cannot_be_answered_is_recorded_and_the_connection_stays(frame, sent):
-    bench = Bench()
+@pytest.mark.parametrize("frame, in_16, in_201, in_21", [
+    ("not json", None, "RpcFrameworkError -1", "RpcFrameworkError -1"),
+    ("[2]", None, "RpcFrameworkError -1", "RpcFrameworkError -1"),
+    ('[3,"unknown",{}]', None, None, None), ('[4,"1"', None, None, None),
+    ('[7,"1","A",{}]', None, "MessageTypeNotSupported 1", None),
+    ('[99,"1"', None, None, None),
+    ('[2,"1","Heartbeat",{}', "FormationViolation 1", "RpcFrameworkError 1",
+     "RpcFrameworkError 1"),
+    ('[2,"1",{}]', "FormationViolation 1", "RpcFrameworkError 1", "RpcFrameworkError 1"),
+    ('[2,"1","Heartbeat",[]]', "FormationViolation 1", "FormatViolation 1", "FormatViolation 1"),
+    ('[2,"1","Nonsense",{}]', "NotImplemented 1", "NotImplemented 1", "NotImplemented 1"),
+    ('[2,"1","Reset",{}]', "NotImplemented 1", "NotImplemented 1", "NotImplemented 1")])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_cannot_be_answered_is_recorded_and_the_connection_stays(protocol, frame, in_16,
+                                                                      in_201, in_21):
+    bench = Bench(protocol)
+    sent = {"ocpp1.6": in_16, "ocpp2.0.1": in_201, "ocpp2.1": in_21}[protocol]
     answer = bench.receive(frame)
     if sent:
-        assertCallError(answer, sent)
+        assertCallError(answer, sent.split()[0])
+        assert answer[1] == sent.split()[1]
     else:
         assert answer is None
     assert bench.board.errors.records and not bench.closed
@@ -7307,6 +7318,46 @@ def test_a_send_is_recorded_and_not_answered(protocol, quirks):
     record = bench.board.messages.records[-1]
     assert (record.type, record.method) == ("SEND", "NotifyPeriodicEventStream")
     assert list(bench.station.quirks) == quirks
+
+
+def test_a_send_is_of_an_unknown_type_in_201():
+    bench = Bench("ocpp2.0.1")
+    assertCallError(bench.receive([6, "1", "NotifyPeriodicEventStream", {"id": 1}]),
+                    "MessageTypeNotSupported")
+    assert [record.type for record in bench.board.messages.records] == ["SEND", "CALLERROR"]
+
+
+def signed(action, payload, named=None):
+    """A signed message's Action and its JWS."""
+    def part(value):
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+    return [f"{action}-Signed", {"payload": part(payload), "signature": "AA", "protected": part(
+        {"alg": "ES256", "OCPPAction": named or action, "OCPPMessageTypeId": 2})}]
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+def test_a_signed_message_is_understood_by_its_payload(protocol):
+    bench = Bench(protocol)
+    boot = {"reason": "PowerUp", "chargingStation": {"model": "é", "vendorName": "V"}}
+    answer = bench.receive([2, "1", *signed("BootNotification", boot)])
+    assert answer[:2] == [3, "1"] and answer[2]["status"] == "Accepted"
+    record = bench.board.messages.records[0].view()
+    assert (record["method"], record["payload"]) == ("BootNotification", boot)
+    assertCallError(bench.receive([2, "2", *signed("Heartbeat", {}, "Reset")]), "SecurityError")
+    for odd in ({}, {"payload": 1, "protected": "e30"}, {"payload": "e", "protected": "e30"},
+                {"payload": "W10", "protected": "e30"}, {"payload": "e30", "protected": "W10"},
+                {"payload": "e30=}", "protected": "e30"}, {"payload": "e30 e30"}):
+        assertCallError(bench.receive([2, "3", "Heartbeat-Signed", odd]), "FormatViolation")
+    assertCallError(bench.receive([2, "4", *signed("Nonsense", {})]), "NotImplemented")
+    assertCallError(Bench().receive([2, "5", *signed("Heartbeat", {})]), "NotImplemented")
+
+
+def test_a_periodic_event_stream_is_refused_and_a_vat_number_keeps_its_evse():
+    bench = Bench("ocpp2.1")
+    assert bench.call("OpenPeriodicEventStream", {"constantStreamData": {
+        "id": 1, "variableMonitoringId": 1, "params": {}}}) == {"status": "Rejected"}
+    told = {"vatNumber": "NL1", "evseId": 2}
+    assert bench.call("VatNumberValidation", told) == told | {"status": "Rejected"}
 
 
 def test_a_callresulterror_is_understood():
