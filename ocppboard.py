@@ -1823,6 +1823,73 @@ class StationClock:
 
 
 @dataclass(slots=True, eq=False)
+class IdToken(Record):
+    """An id token that the site knows, or one that was shown lately and that it does not know."""
+
+    id_token: str                       # as it was written; case does not tell two apart
+    name: str = ""
+    status: str = "Accepted"            # one of TOKEN_STATUSES
+    group: str = ""
+    master: bool = False                # stops the transactions of its group, and starts none
+    expires_at: float | None = None
+    stations: tuple = ("*",)            # patterns of identities; "CP-1:2" is its EVSE 2 alone
+    source: str = ""                    # configuration | board; "": unknown
+    kind: str = ""                      # its type in 2.x, once that was told
+    used_at: float | None = None
+    used_by: str | None = None          # the station where it was shown last
+    answered: str | None = None         # and what that was answered
+    list_version: int = 0               # of local lists: since then it is as it is
+
+    @property
+    def key(self) -> str:
+        """By which it is known: case-insensitive (1.6 7.28; 2.0.1 part 2, IdTokenType)."""
+        return self.id_token.lower()
+
+    def evses_at(self, identity: str) -> frozenset[int] | None:
+        """The EVSEs of a station where it is for; None: all of them."""
+        if any(fnmatch.fnmatchcase(identity, pattern) for pattern in self.stations):
+            return None
+        parts = [pattern.rpartition(":") for pattern in self.stations]
+        return frozenset(int(evse) for station, _, evse in parts
+                         if evse.isascii() and evse.isdecimal() and len(evse) < 10
+                         and fnmatch.fnmatchcase(identity, station))
+
+    def take_use(self, other: "IdToken") -> None:
+        """Take over what is known of its use."""
+        self.kind, self.used_at = other.kind, other.used_at
+        self.used_by, self.answered = other.used_by, other.answered
+
+    def settings(self) -> dict:
+        """What is said of it, not what became of it, in the words of the configuration."""
+        return {"name": self.name, "status": self.status, "group": self.group,
+                "master": self.master, "expires": iso(self.expires_at) or "",
+                "stations": list(self.stations)}
+
+    def view(self) -> dict:
+        return {"idToken": self.id_token} | self.settings() | {
+                "expires": iso(self.expires_at), "source": self.source or None,
+                "type": self.kind or None, "lastUsedAt": iso(self.used_at),
+                "lastUsedBy": self.used_by, "lastAnswer": self.answered}
+
+
+class LocalList(NamedTuple):
+    """The list of id tokens that a station keeps, as it took it last."""
+
+    version: int
+    sent_at: float
+    entries: int
+
+
+class Grant(NamedTuple):
+    """What a station is to be told of an id token."""
+
+    status: str                         # in the words of 2.x
+    group: str = ""
+    expires_at: float | None = None
+    evses: tuple[int, ...] = ()         # where it may charge, if not everywhere at the station
+
+
+@dataclass(slots=True, eq=False)
 class Station(Record):
     """A charging station, from its first connection until it is forgotten."""
 
@@ -1846,6 +1913,7 @@ class Station(Record):
     clock: StationClock = field(default_factory=StationClock)
     budget: Any = None                  # of its calls, over all of its connections
     limits: dict[str, int] = field(default_factory=dict)     # of commands, as it told; see LIMITS
+    local_list: LocalList | None = None
     heartbeat_s: float | None = None    # what it was told with its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     seen_since_start: bool = True       # False: known from an earlier run alone
@@ -1897,65 +1965,6 @@ class Station(Record):
             "quirks": [{"name": name, "count": count, "lastMessageId": message_id}
                        for name, (count, message_id) in self.quirks.items()],
         }
-
-
-@dataclass(slots=True, eq=False)
-class IdToken(Record):
-    """An id token that the site knows, or one that was shown lately and that it does not know."""
-
-    id_token: str                       # as it was written; case does not tell two apart
-    name: str = ""
-    status: str = "Accepted"            # one of TOKEN_STATUSES
-    group: str = ""
-    master: bool = False                # stops the transactions of its group, and starts none
-    expires_at: float | None = None
-    stations: tuple = ("*",)            # patterns of identities; "CP-1:2" is its EVSE 2 alone
-    source: str = ""                    # configuration | board; "": unknown
-    kind: str = ""                      # its type in 2.x, once that was told
-    used_at: float | None = None
-    used_by: str | None = None          # the station where it was shown last
-    answered: str | None = None         # and what that was answered
-    list_version: int = 0               # of local lists: since then it is as it is
-
-    @property
-    def key(self) -> str:
-        """By which it is known: case-insensitive (1.6 7.28; 2.0.1 part 2, IdTokenType)."""
-        return self.id_token.lower()
-
-    def evses_at(self, identity: str) -> frozenset[int] | None:
-        """The EVSEs of a station where it is for; None: all of them."""
-        if any(fnmatch.fnmatchcase(identity, pattern) for pattern in self.stations):
-            return None
-        parts = [pattern.rpartition(":") for pattern in self.stations]
-        return frozenset(int(evse) for station, _, evse in parts
-                         if evse.isascii() and evse.isdecimal() and len(evse) < 10
-                         and fnmatch.fnmatchcase(identity, station))
-
-    def take_use(self, other: "IdToken") -> None:
-        """Take over what is known of its use."""
-        self.kind, self.used_at = other.kind, other.used_at
-        self.used_by, self.answered = other.used_by, other.answered
-
-    def settings(self) -> dict:
-        """What is said of it, not what became of it, in the words of the configuration."""
-        return {"name": self.name, "status": self.status, "group": self.group,
-                "master": self.master, "expires": iso(self.expires_at) or "",
-                "stations": list(self.stations)}
-
-    def view(self) -> dict:
-        return {"idToken": self.id_token} | self.settings() | {
-                "expires": iso(self.expires_at), "source": self.source or None,
-                "type": self.kind or None, "lastUsedAt": iso(self.used_at),
-                "lastUsedBy": self.used_by, "lastAnswer": self.answered}
-
-
-class Grant(NamedTuple):
-    """What a station is to be told of an id token."""
-
-    status: str                         # in the words of 2.x
-    group: str = ""
-    expires_at: float | None = None
-    evses: tuple[int, ...] = ()         # where it may charge, if not everywhere at the station
 
 
 @dataclass(slots=True)
@@ -4009,6 +4018,15 @@ KNOWS_SIGNED = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
 BOOT_ANSWER = {                      # some clients read by place: the order is the schema's
     "ocpp1.6": ("status", "currentTime", "interval"),
     "ocpp2.0.1": (_BOOT_2X := ("currentTime", "interval", "status")), "ocpp2.1": _BOOT_2X}
+# Of a local list: where its version stands, how an id token is written in it, how long one may be,
+# and whether a master pass is known by its group (2.0.1 C16.FR.05).
+LIST_VERSION = {"ocpp1.6": "listVersion", "ocpp2.0.1": "versionNumber", "ocpp2.1": "versionNumber"}
+LISTED_AS = {"ocpp1.6": ("idTag", "idTagInfo"), "ocpp2.0.1": ("idToken", "idTokenInfo"),
+             "ocpp2.1": ("idToken", "idTokenInfo")}
+LISTED_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
+LISTS_MASTERS = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
+ID_TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress".split())
+ASSUMED_CARD = "ISO14443"      # of a card that no 2.x station has shown yet
 # Statuses of an id token that a version does not have (1.6 7.2; 2.0.1 part 2, 3.5).
 ID_TOKEN_STATUSES = {"ocpp1.6": {"Unknown": "Invalid", "NotAtThisLocation": "Invalid"},
                      "ocpp2.0.1": {}, "ocpp2.1": {}}
@@ -7200,14 +7218,36 @@ class Board:
     def _configured_token(self, id_token: str) -> IdToken:
         return _token_of(id_token, "configuration", vars(self.config.id_tokens[id_token]))
 
-    def new_list_version(self) -> int:
-        """A version of local lists that no earlier run gave: seconds since 2020, or more.
+    def new_list_version(self, versions: int = 1) -> int:
+        """A version of local lists that no earlier run gave, and those before it: seconds since
+        2020, or more.
 
         An id token changes at one, and a station's list is of one. A list from before
         `full_list_before` may have tokens that are gone.
         """
-        self.list_version = max(int(self.clock()) - LIST_EPOCH, self.list_version + 1)
+        self.list_version = max(int(self.clock()) - LIST_EPOCH, self.list_version) + versions
         return self.list_version
+
+    def is_list_current(self, station: Station) -> bool:
+        """Whether the station's local list is as the table of id tokens is."""
+        return station.local_list is not None and station.local_list.version >= max(
+            (token.list_version for token in self.tokens.values()), default=0) and (
+            station.local_list.version >= self.full_list_before)
+
+    def listed(self, station: Station, token: IdToken) -> Grant | None:
+        """What the station's local list is to have of an id token; None: nothing."""
+        evses = token.evses_at(station.identity)
+        if len(token.id_token) > LISTED_LENGTH[station.protocol] or evses == frozenset() or (
+                token.master and not LISTS_MASTERS[station.protocol]):
+            return None
+        return Grant(self._status_of(token, evses, 0, False), token.group, token.expires_at,
+                     tuple(sorted(evses or ())))
+
+    def local_list_sent(self, station: Station, version: int, entries: int) -> LocalList:
+        """The station has taken its local list."""
+        station.local_list = LocalList(version, self.clock(), entries)
+        self.publish("connections", station)
+        return station.local_list
 
     def grant(self, station: Station, id_token: str, kind: str = "", evse_id: int = 0,
               starts: bool = False) -> Grant:
@@ -8128,8 +8168,9 @@ ROWS: dict[str, dict[str, str]] = {
         "last_message_at": "time?", "error_count": "integer", "evicted_count": "integer",
         "registration": "text?", "info": "{text}", "connector_list": "[Connector]",
         "quirk_counts": "{integer}", "clock": "StationClock", "limits": "{integer}",
-        "heartbeat_s": "number?",
+        "local_list": "LocalList?", "heartbeat_s": "number?",
         "pongs": "(flag)"},
+    "LocalList": {"version": "integer", "sent_at": "time", "entries": "integer"},
     "StationClock": {"shift_s": "number", "_recent": "[number]", "_given": "flag"},
     "Connector": {
         "evse_id": "integer", "connector_id": "integer", "status": "text?", "error_code": "text?",
@@ -8162,7 +8203,8 @@ class Progress:
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Tariff, Progress, Register, Track, Point, Reading, Base, EventSequence, Series,
-    Station, StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken)}
+    Station, StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken,
+    LocalList)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -8234,7 +8276,7 @@ def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
     """The record of a row, with the defaults of its class for what may be missing."""
     cls: Any = ROW_CLASSES[kind]
     fields = ROWS[kind]
-    if kind in ("Point", "Base", "Problem", "Tariff"):       # tuples stand as lists
+    if issubclass(cls, tuple):                           # such a one stands as a list
         row = dict(zip(fields, row, strict=False)) if type(row) is list else None
     if type(row) is not dict:
         raise WrongType(f"{kind} is none")
@@ -10422,6 +10464,63 @@ async def introduce(link: Link) -> None:
                 return
     except BoardError as error:
         log.info("%s was not asked what it is: %s", shown(link.station.identity), error)
+
+
+async def send_local_list(link: Link) -> LocalList:
+    """Bring a station's local list up to date: what has changed, or all of it.
+
+    Raises: Conflict (it takes none), and what `Link.call` raises.
+    Spec: 1.6 3.5.2, 5.10, 5.15; 2.0.1 D01, D02.
+    """
+    board, station = link.board, link.station
+    if link.upstream is not None:
+        raise Conflict("The local list of this station is the upstream system's")
+    told, _ = await link.call("GetLocalListVersion", {})
+    version = lenient(told, LIST_VERSION[link.protocol], int, -1)
+    if version < 0:
+        raise Conflict("The station keeps no local list")        # 1.6 5.10
+    known, status = station.local_list, ""
+    if known is not None and known.version == version >= board.full_list_before:
+        changed = [t for t in board.tokens.values() if t.list_version > version]
+        if not changed:
+            return known
+        status = await _send_list(link, "Differential", changed)
+    if status != "Accepted":             # D01.FR.03
+        status = await _send_list(link, "Full", list(board.tokens.values()))
+    if status != "Accepted" or station.local_list is None:
+        raise Conflict(f"The station answered {kept(status, 64)} to its local list")
+    return station.local_list
+
+
+async def _send_list(link: Link, update: str, tokens: list[IdToken]) -> str:
+    """Send id tokens as an update of the local list. Returns the station's status."""
+    board, protocol = link.board, link.protocol
+    grants = [(token, board.listed(link.station, token)) for token in tokens]
+    entries = [_listed_entry(protocol, token, grant) for token, grant in grants if grant
+               or (update == "Differential" and len(token.id_token) <= LISTED_LENGTH[protocol])]
+    version = board.new_list_version(len(entries) + 1)           # each part has its own
+    answer, _ = await link.call("SendLocalList", {
+        LIST_VERSION[protocol]: version, "updateType": update} | (
+            {"localAuthorizationList": entries} if entries else {}))
+    status = kept(answer.get("status", ""), 64)
+    if status == "Accepted":
+        board.local_list_sent(link.station, version, sum(
+            board.listed(link.station, token) is not None for token in board.tokens.values()))
+    return status
+
+
+def _listed_entry(protocol: str, token: IdToken, grant: Grant | None) -> dict:
+    """An id token of a local list; one without a Grant is to be removed from it."""
+    name, info = LISTED_AS[protocol]
+    written, told = WRITTEN_AS[name]
+    return {name: written(token)} | ({info: told(protocol, grant)} if grant else {})
+
+
+WRITTEN_AS: dict[str, tuple[Callable[[IdToken], Any], Callable[[str, Grant], dict]]] = {
+    "idTag": (lambda token: token.id_token, id_tag_info),
+    "idToken": (lambda token: {"idToken": token.id_token, "type": token.kind
+                               if token.kind in ID_TOKEN_TYPES else ASSUMED_CARD},
+                id_token_info)}
 
 
 def costs_to_tell(link: Link) -> list[Transaction]:
@@ -16177,6 +16276,23 @@ def _told_token(board: Board, id_token: Any, told: dict) -> dict:
     return settings
 
 
+def get_local_lists(api: "Api") -> Page:
+    """The local list of each station, and whether it is as the id tokens are now."""
+    lists = [{"identity": identity, "online": bool(station.link),
+              "version": known and known.version, "entries": known and known.entries,
+              "sentAt": iso(known.sent_at if known else None),
+              "current": api.board.is_list_current(station)}
+             for identity, station in sorted(api.board.stations.items())
+             for known in [station.local_list]]
+    return Page(lists, len(lists))
+
+
+async def post_local_list(api: "Api", identity: str) -> dict:
+    """Send a station the id tokens: what has changed since the last time, or all."""
+    sent = await send_local_list(_online(api, identity))
+    return {"success": True, "version": sent.version, "entries": sent.entries}
+
+
 async def delete_id_token(api: "Api", token: str) -> dict:
     """Remove an id token that was made or changed on the board."""
     known = api.board.tokens.get(token.lower())
@@ -16619,6 +16735,9 @@ ROUTES = (
     Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
     Route("POST", "/api/connections/:identity/credentials/reset", post_reset_credentials,
           "Success"),
+    Route("POST", "/api/connections/:identity/local-list", post_local_list, "LocalListSent",
+          errors=(409, 502, 503, 504)),
+    Route("GET", "/api/local-lists", get_local_lists, "[LocalList]"),
     Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
           "TransactionDetail"),
     Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
@@ -16742,6 +16861,9 @@ SHAPES = {
         "master": "boolean", "expires": "time?", "stations": "[string]", "source": "string?",
         "type": "string?", "lastUsedAt": "time?", "lastUsedBy": "string?",
         "lastAnswer": "string?"},
+    "LocalList": {"identity": "string", "online": "boolean", "version": "integer?",
+                  "entries": "integer?", "sentAt": "time?", "current": "boolean"},
+    "LocalListSent": {"success": "boolean", "version": "integer", "entries": "integer"},
     "IdTokens": {"tokens": "[object]"},
     "IdTokenSettings": {},
     "Telemetry": {

@@ -4334,6 +4334,7 @@ def test_id_tokens_of_the_board_go_before_the_configuration_over_a_restart(tmp_p
         board.remove_token(board.tokens["a"])
     bench.call("Authorize", {"idTag": "a"})
     version = board.list_version
+    board.local_list_sent(bench.station, version, 3)
     bench.write()
     bench.restart()
     tokens = bench.board.tokens
@@ -4341,6 +4342,8 @@ def test_id_tokens_of_the_board_go_before_the_configuration_over_a_restart(tmp_p
         key: t.settings() for key, t in board.tokens.items()}
     assert (tokens["b"].status, tokens["a"].used_by) == ("Blocked", "CP-1")
     assert bench.board.list_version == version, "nothing has changed"
+    assert bench.station.local_list == (version, NOW, 3)
+    assert bench.board.is_list_current(bench.station)
     bench.keys = {"id_tokens": {"A": {"name": "Eve"}, "B": {}}}
     bench.restart()
     board = bench.board
@@ -7129,6 +7132,106 @@ PROFILE = {"id": 1, "stackLevel": 0, "chargingProfileKind": "Absolute",
                    {"startPeriod": 0, "limit": 8}]}]}
 VARIABLE = {"component": {"name": "C"}, "variable": {"name": "V"}, "attributeValue": "1"}
 PERIOD = {"startPeriod": 0, "limit": 8}
+
+
+class ListKeeper:
+    """A station that keeps a local list as the standard says; `entries` is its list."""
+
+    def __init__(self, protocol, most=math.inf, schemas=None, **keys):
+        self.bench, self.most = Bench(protocol, schemas, **keys), most
+        self.version, self.entries, self.updates = 0, {}, []
+        self.refuse, self.bench.station.limits = "", {ocppboard._LOCAL_LIST.most: most}
+
+    async def update(self):
+        """Let the board bring the list up to date."""
+        self.updates = []
+        task, seen = asyncio.create_task(ocppboard.send_local_list(self.bench.link)), 0
+        while not task.done():
+            await turn()
+            for frame in map(json.loads, self.bench.sent[seen:]):
+                self.bench.receive([3, frame[1], self.answer(*frame[2:])])
+            seen = len(self.bench.sent)
+            await asyncio.sleep(0.001)
+        self.bench.sent.clear()
+        return await task
+
+    def answer(self, action, payload):
+        protocol = self.bench.station.protocol
+        checker(protocol, action, "Request")(payload)
+        version, (name, info) = ocppboard.LIST_VERSION[protocol], ocppboard.LISTED_AS[protocol]
+        if action == "GetLocalListVersion":
+            return {version: self.version}
+        entries = payload.get("localAuthorizationList", [])
+        self.updates.append((payload["updateType"], len(entries)))
+        assert len(entries) <= self.most
+        if self.refuse in payload["updateType"] and self.refuse:
+            return {"status": "Failed"}
+        if payload["updateType"] == "Full":
+            self.entries = {}
+        elif payload[version] <= self.version:
+            return {"status": "VersionMismatch"}
+        self.version = payload[version]
+        for entry in entries:
+            key = entry[name] if name == "idTag" else entry[name]["idToken"]
+            self.entries.pop(key, None)
+            if info in entry:
+                self.entries[key] = entry[info]
+        return {"status": "Accepted"}
+
+
+LISTED_TOKENS = {"A": {"group": "G"}, "B": {"status": "Blocked"}, "ELSEWHERE": {"stations": ["X"]},
+                 "OLD": {"expires": "2026-01-01"}, "L" * 21: {},
+                 "M": {"master": True, "group": "G"}}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("most", [math.inf, 1, 2])
+@with_loop
+async def test_a_local_list_is_sent_whole_then_by_what_has_changed(protocol, most):
+    keeper = ListKeeper(protocol, most, SCHEMAS, id_tokens=LISTED_TOKENS)
+    board, station = keeper.bench.board, keeper.bench.station
+    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    assert not board.is_list_current(station)
+    sent = await keeper.update()
+    assert keeper.updates[0][0] == "Full" and {u for u, _ in keeper.updates[1:]} <= {"Differential"}
+    here = {"A", "B", "OLD"} | (set() if protocol == "ocpp1.6" else {"L" * 21, "M"})
+    assert set(keeper.entries) == here and sent.entries == len(here)
+    assert {key: keeper.entries[key]["status"] for key in "AB"} == {"A": "Accepted", "B": "Blocked"}
+    assert keeper.entries["OLD"]["status"] == "Expired" and board.is_list_current(station)
+    await keeper.update()
+    assert keeper.updates == [], "it is up to date"
+    board.set_token("NEW", told)
+    board.set_token("B", told | {"stations": ["X"]})
+    assert not board.is_list_current(station)
+    await keeper.update()
+    assert {u for u, _ in keeper.updates} == {"Differential"} and board.is_list_current(station)
+    assert set(keeper.entries) == here - {"B"} | {"NEW"}
+    board.remove_token(board.tokens["new"])
+    await keeper.update()
+    assert keeper.updates[0][0] == "Full" and "NEW" not in keeper.entries
+
+
+@with_loop
+async def test_a_list_that_is_not_ours_or_refused_is_sent_whole():
+    keeper = ListKeeper("ocpp2.0.1", id_tokens={"A": {}})
+    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    await keeper.update()
+    keeper.version += 1                                  # somebody else's
+    keeper.bench.board.set_token("B", told)
+    await keeper.update()
+    assert keeper.updates == [("Full", 2)]
+    keeper.refuse = "Differential"
+    keeper.bench.board.set_token("C", told)
+    await keeper.update()
+    assert keeper.updates == [("Differential", 1), ("Full", 3)]
+    keeper.refuse = "Full"
+    keeper.version = 0
+    with pytest.raises(ocppboard.Conflict, match="answered Failed"):
+        await keeper.update()
+    keeper = ListKeeper("ocpp1.6")
+    keeper.version = -1
+    with pytest.raises(ocppboard.Conflict, match="keeps no local list"):
+        await keeper.update()
 
 
 @with_loop
@@ -15063,6 +15166,24 @@ async def test_id_tokens_are_listed_learnt_changed_and_removed(site):
     assert (await site.fetch("/api/id-tokens/C-1", "DELETE"))[0] == 200
     assert (await site.fetch("/api/id-tokens/C-1", "DELETE"))[0] == 409, "the configuration's"
     assert (await site.fetch("/api/id-tokens/X-2", "DELETE"))[0] == 404
+
+
+@live(id_tokens={"C-1": {}})
+async def test_a_local_list_is_sent_and_its_state_shown(site):
+    assert (await site.fetch("/api/connections/CP-1/local-list", "POST"))[0] == 404
+    socket_ = await site.station()
+
+    async def station():
+        for answer in ({"listVersion": 0}, {"status": "Accepted"}):
+            frame = json.loads(await socket_.recv())
+            await socket_.send(json.dumps([3, frame[1], answer]))
+    task = asyncio.create_task(station())
+    status, sent, _ = await site.fetch("/api/connections/CP-1/local-list", "POST")
+    await task
+    assert status == 200 and sent["entries"] == 1
+    conforms(sent, "LocalListSent")
+    one, = await site.get("/api/local-lists")
+    assert (one["identity"], one["version"], one["current"]) == ("CP-1", sent["version"], True)
 
 
 @pytest.mark.parametrize("body, words", [
