@@ -16214,19 +16214,33 @@ async def get_report(api: "Api") -> dict | None:
                 "energyWh": round(sum(line["energyWh"] for line in lines), 3),
                 "cost": round(sum(line["cost"] for line in lines), 2),
                 "currency": api.config.tariff.currency, "lines": lines}
-    api.set_header("Content-Type", "text/csv; charset=utf-8")
-    api.set_header("Content-Disposition", 'attachment; filename="report.csv"')
-    api.finish("".join(_csv_line(cells) for cells in (
-        columns, *(map(line.get, columns) for line in lines))))
+    _write_csv(api, "report", columns, lines)
     return None
 
 
-def get_id_tokens(api: "Api") -> Page:
+def _write_csv(api: "Api", name: str, columns: tuple[str, ...], lines: list[dict]) -> None:
+    """Answer with a file of CSV."""
+    api.set_header("Content-Type", "text/csv; charset=utf-8")
+    api.set_header("Content-Disposition", f'attachment; filename="{name}.csv"')
+    api.finish("".join(_csv_line(cells) for cells in (
+        columns, *(map(line.get, columns) for line in lines))))
+
+
+TOKEN_COLUMNS = ("idToken", *(s.key for s in TOKEN_SETTINGS), "lastUsedAt", "lastUsedBy")
+
+
+def get_id_tokens(api: "Api") -> Page | None:
     """Id tokens: those that are known, then unknown ones that were shown lately."""
     board, text = api.board, (api.query["text"] or "").lower()
     found = [token for tokens in (sorted(board.tokens.values(), key=attrgetter("key")),
                                   reversed(board.shown_tokens.values())) for token in tokens
              if text in f"{token.key}\n{token.name.lower()}\n{token.group.lower()}"]
+    if api.query["format"] == "csv":
+        rows = [token.view() | {"stations": ", ".join(token.stations),
+                                "master": "true" if token.master else ""}
+                for token in found if token.source]
+        _write_csv(api, "id-tokens", TOKEN_COLUMNS, rows)
+        return None
     start = api.query["offset"]
     return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
 
@@ -16773,7 +16787,8 @@ ROUTES = (
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
           (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/report", get_report, "Report", (FROM, TO, REPORT_BY, REPORT_FORMAT)),
-    Route("GET", "/api/id-tokens", get_id_tokens, "[IdToken]", (LIMIT_OR_ALL, OFFSET, TEXT)),
+    Route("GET", "/api/id-tokens", get_id_tokens, "[IdToken]",
+          (LIMIT_OR_ALL, OFFSET, TEXT, REPORT_FORMAT)),
     Route("POST", "/api/id-tokens", post_id_tokens, "Success", body="IdTokens", errors=(503,)),
     Route("PUT", "/api/id-tokens/:token", put_id_token, "IdToken", body="IdTokenSettings",
           errors=(503,)),
@@ -17373,6 +17388,9 @@ label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size:
 .form { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
   align-items: end }
 .form .whole { grid-column: 1 / -1 } .form label > * { width: 100%; min-width: 0 }
+.form label.inline > input { width: auto; flex: none }
+.unseen { position: absolute; opacity: 0; width: 1px; height: 1px }
+label.btn:focus-within { outline: 2px solid currentColor }
 .tabs { display: flex; gap: .35rem; flex-wrap: wrap }
 dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card);
   color: var(--ink);
@@ -17702,6 +17720,7 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
+  tokens: [], lists: [],                           // id tokens, and the local lists of stations
   upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds
   colours: new Map(),                              // {identity: colour}
@@ -17794,7 +17813,8 @@ function dismiss(one) {
 const SOURCES = {about: 'about', stations: 'connections', transactions: 'transactions?limit=1000',
   samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
   system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
-  power: 'smart-charge/config', circuits: 'smart-charge/circuits',
+  power: 'smart-charge/config', circuits: 'smart-charge/circuits', tokens: 'id-tokens',
+  lists: 'local-lists',
   upstreams: 'proxy/upstreams', proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
 const AGAIN_MS = 3000;
 let waiting = null, loading = 0;
@@ -17996,6 +18016,7 @@ const on = {
     if (onTop(state.recent, row, RECENT)) touch('recent');
     if (state.list) { follow(state.list, row); touch('messages'); }
     if (row.method === 'NotifyReport') reported(row);
+    if (SHOWS_TOKEN.has(row.method)) tokenShown = true;
   },
   telemetry(one) {
     const last = state.samples.at(-1);
@@ -18123,6 +18144,8 @@ function watch() {
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
   if (['power', 'overview', 'stations'].includes(state.route.screen) && state.power?.enabled
     && Date.now() - powerAsked > POWER_MS) askPower();
+  if (state.route.screen === 'tokens' && tokenShown && Date.now() - tokensAsked > TOKENS_MS)
+    askTokens();
   if (['relay', 'overview'].includes(state.route.screen) && state.about?.relay
     && Date.now() - relayAsked > RELAY_MS) askRelay();
   touch('tick');
@@ -19605,7 +19628,14 @@ function messageDetail(picked) {
     facts([['Station', stationLink(picked.identity)], ['Protocol', picked.protocol],
       ['Record', picked.id], ['Took', took != null || answer ? millis(took)
         : unanswered(picked) ? h('span.bad', 'never answered') : 'no answer yet'],
-      ['Message id', h('code', picked.messageId)]]), [call, answer].filter(Boolean).map(frame));
+      ['Message id', h('code', picked.messageId)], holderIn(picked.raw)]),
+    [call, answer].filter(Boolean).map(frame));
+}
+
+// Whose id token stands in a message.
+function holderIn(raw) {
+  const text = /"idT(?:ag|oken)"\s*:\s*"([^"\\]*)"/.exec(raw)?.[1], known = text && tokenOf(text);
+  return known?.name && ['Id token', link(to('tokens', text), known.name)];
 }
 
 const frame = row => h('div.pair', {key: row.number},
@@ -19711,6 +19741,205 @@ function transactionDetail(one) {
       one.missingEvents > 0 && ['Events missing', digits(one.missingEvents)]].filter(Boolean)),
     meterCharts(one), link(to('messages', null, {identity: one.identity}),
       'Messages of this station'));
+}
+
+// Id tokens
+
+const TOKENS_MS = 2000, TOKENS_AT_ONCE = 1000;
+const SHOWS_TOKEN = new Set(['Authorize', 'StartTransaction', 'TransactionEvent']);
+let tokensAsked = 0, tokenShown = false;           // whether one may have been, since
+async function askTokens() {
+  tokensAsked = Date.now();
+  tokenShown = false;
+  await attempt(async () => {
+    const [tokens, lists] = await Promise.all(['id-tokens', 'local-lists'].map(one =>
+      get('/api/' + one)));
+    Object.assign(state, {tokens, lists});
+  });
+  touch('tokens');
+}
+const tokenCalled = text => state.tokens.find(one =>
+  one.idToken.toLowerCase() === text.toLowerCase());
+function tokenOf(text) {
+  const one = tokenCalled(text);
+  return one?.source ? one : null;
+}
+
+const TOKEN_TONES = {Accepted: 'good', Blocked: 'bad', Expired: 'warn', Invalid: 'bad'};
+const expired = one => one.expires && ms(one.expires) < now();
+const standing = one => one.status === 'Accepted' && expired(one) ? 'Expired' : one.status;
+const TOKEN_COLUMNS = [
+  {name: 'Id token', width: '26%', leads: true, sort: one => one.idToken.toLowerCase(),
+    cell: one => h('bdi', one.idToken)},
+  {name: 'Name', sort: one => one.name.toLowerCase(), cell: one => one.name || DASH},
+  {name: 'Status', width: '6.6rem', sort: standing,
+    cell: one => pill(standing(one), TOKEN_TONES[standing(one)])},
+  {name: 'Group', width: '16%', wide: true, spare: true, sort: one => one.group,
+    cell: one => [one.group || DASH, one.master && ' (master)']},
+  {name: 'Expires', width: '9rem', wide: true, spare: true, sort: one => one.expires || '',
+    cell: one => clock(one.expires)},
+  {name: 'Last use', width: '8rem', wide: true, down: true, sort: one => one.lastUsedAt || '',
+    cell: one => ago(one.lastUsedAt)},
+  {name: 'Where', width: '14%', wide: true, spare: true, sort: one => one.lastUsedBy || '',
+    cell: one => stationLink(one.lastUsedBy)},
+];
+
+function tokens() {
+  const {id} = state.route;
+  return [heading('Id tokens'), panel('shown', ['tokens', 'tick'], shownTokens),
+    split(panel('tokens', ['tokens', 'tick'], knownTokens),
+      id && panel('token', ['tokens', 'ui'], () => tokenDetail(id))),
+    panel('lists', ['tokens', 'ui'], listsCard)];
+}
+
+function shownTokens() {
+  const shown = state.tokens.filter(one => !one.source);
+  const line = one => h('tr', {key: one.idToken}, h('td', h('code', one.idToken)),
+    h('td', one.type || DASH), h('td', stationLink(one.lastUsedBy)),
+    h('td.nowrap', ago(one.lastUsedAt)), h('td', one.lastAnswer),
+    h('td', button('Learn it', () => go('tokens', one.idToken))));
+  return card([h('h2.grow', 'Shown lately, and unknown'),
+    h('span.dim.small', 'hold a card to a reader')], {key: 'shown'}, shown.length
+    ? plainTable('Shown lately', ['Id token', 'Type', 'Station', 'When', 'Answered', ''],
+      shown.map(line))
+    : empty('No unknown card was shown. Hold one to a reader of any station: it stands here, to be '
+      + 'given a name.'));
+}
+
+function knownTokens() {
+  const {id, query: {text}} = state.route, known = state.tokens.filter(one => one.source);
+  const rows = known.filter(one => contains([one.idToken, one.name, one.group], text));
+  const take = async ({target}) => {
+    const [file] = target.files;
+    if (file) await attempt(async () => importTokens(await file.text()));
+    target.value = '';
+  };
+  return card([h('div.bar.filters', searchBox('text', 'Search id token, name, group …')),
+    counted(plural(rows.length, 'id token')),
+    h('label.btn', 'Import CSV', h('input.unseen', {type: 'file', accept: '.csv,text/csv',
+      onchange: take})),
+    h('a.btn', {download: true, href: '/api/id-tokens?format=csv'}, 'Export CSV')],
+  {key: 'tokens'}, grid('tokens', {rows: sorted('tokens', TOKEN_COLUMNS, rows),
+    columns: TOKEN_COLUMNS, key: one => one.idToken, label: 'Id tokens', beside: !!id,
+    row: one => ({open: to('tokens', one.idToken, {text}),
+      class: one.idToken === id && 'picked'}),
+    blank: empty(known.length ? 'No id token is so.'
+      : 'No id token is known by name: learn one above, or import a list.')}));
+}
+
+// The rows of a CSV file (RFC 4180); spreadsheets of some countries separate by semicolons.
+function csvRows(text) {
+  const [head] = text.split('\n', 1), separator = head.includes(',') ? ',' : ';';
+  const rows = [];
+  let row = [], cell = '';
+  const ends = () => { row.push(cell.replace(/^'(?=[=+\-@\t\r])/, '').trim()); cell = ''; };
+  const parts = /"(?:[^"]|"")*"?|[^",;\r\n]+|[,;\n]/g;
+  for (const [part] of text.replace(/^\ufeff/, '').matchAll(parts)) {
+    if (part === separator) ends();
+    else if (part === '\n') { ends(); rows.push(row); row = []; }
+    else cell += part[0] === '"' ? part.slice(1, part.endsWith('"') && part.length > 1 ? -1
+      : undefined).replaceAll('""', '"') : part;
+  }
+  ends();
+  return [...rows, row].filter(one => one.some(Boolean));
+}
+
+/** @type {Record<string, (text: string) => any>} */
+const TOKEN_CELLS = {idToken: String, name: String, status: text => text || 'Accepted',
+  group: String, master: text => /^(true|1|yes)$/i.test(text), expires: String,
+  stations: text => text.split(/\s*,\s*/).filter(Boolean)};
+async function importTokens(text) {
+  const [head, ...rows] = csvRows(text);
+  const names = (head || []).map(one => Object.keys(TOKEN_CELLS).find(name =>
+    name.toLowerCase() === one.toLowerCase()));
+  if (!names.includes('idToken')) throw new Failure('The first line must name its columns, and one '
+    + `must be idToken; others are ${Object.keys(TOKEN_CELLS).slice(1).join(', ')}.`, 0);
+  const entries = rows.map(row => Object.fromEntries(names.map((name, n) =>
+    [name, name && TOKEN_CELLS[name](row[n] || '')]).filter(([name, value]) =>
+    name && (name !== 'stations' || value.length)))).filter(one => one.idToken);
+  for (let n = 0; n < entries.length; n += TOKENS_AT_ONCE)
+    await ask('POST', '/api/id-tokens', {tokens: entries.slice(n, n + TOKENS_AT_ONCE)});
+  notice(`${plural(entries.length, 'id token')} imported`);
+  await askTokens();
+}
+
+/** @type {Record<string, [string, object]>} */
+const TOKEN_FIELDS = {name: ['Name', {}], group: ['Group', {maxlength: 20}],
+  expires: ['Expires', {placeholder: '2027-01-31'}],
+  stations: ['Stations', {placeholder: '*', title: 'identities or patterns, with commas; "CP-1:2" '
+    + 'is EVSE 2 of CP-1'}]};
+function tokenDetail(id) {
+  const one = tokenCalled(id) || {idToken: id, name: '', status: 'Accepted', group: '',
+    master: false, expires: null, stations: ['*'], source: null};
+  const typed = remembered('token ' + one.idToken, {}), whole = {...one, expires: one.expires || '',
+    stations: one.stations.join(', '), status: one.source ? one.status : 'Accepted'};
+  const value = name => typed[name] ?? whole[name];
+  const changes = Object.fromEntries(Object.entries(typed).filter(([name, to]) =>
+    to !== whole[name]).map(([name, to]) =>
+    [name, typeof to === 'string' ? TOKEN_CELLS[name](to) : to]));
+  const change = (method, body, said) => attempt(async () => {
+    await ask(method, path('id-tokens', one.idToken), body);
+    state.ui['token ' + one.idToken] = {};
+    notice(said);
+    await askTokens();
+  });
+  const send = event => { event.preventDefault(); change('PUT', changes, 'Kept'); };
+  const remove = async () => {
+    if (await confirmed('Remove the id token?', 'What the configuration says of it holds again; '
+      + 'where it says nothing, it is unknown.', 'Remove it'))
+      change('DELETE', undefined, 'Removed');
+  };
+  return aside(one.idToken, () => go('tokens', null, state.route.query),
+    one.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
+      [one.source]], ['Type', one.type], ['Last use', ago(one.lastUsedAt)],
+    ['Where', stationLink(one.lastUsedBy)], ['Answered', one.lastAnswer]]),
+    h('form.form', {key: one.idToken, onsubmit: send},
+      Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
+        h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
+          oninput: typing(typed, name)}))),
+      h('label', {key: 'status'}, 'Status', h('select', {value: value('status'),
+        oninput: typing(typed, 'status')}, Object.keys(TOKEN_TONES).map(name =>
+        h('option', {key: name, value: name}, name)))),
+      h('label.inline', {key: 'master'}, h('input', {type: 'checkbox', checked: value('master'),
+        onchange: ({target}) => { typed.master = target.checked; touch('ui'); }}),
+      'Master pass: ends charging of its group, starts none'),
+      h('div.bar.whole', h('button.btn.main-act', {disabled: one.source
+        && !Object.keys(changes).length}, one.source ? 'Change' : 'Learn it'),
+      one.source && (one.status === 'Accepted'
+        ? button('Block it', () => change('PUT', {status: 'Blocked'}, 'Blocked'),
+          {class: 'danger'})
+        : button('Accept it', () => change('PUT', {status: 'Accepted'}, 'Accepted'))),
+      one.source === 'board' && button('Remove it', remove))),
+    one.source && link(to('transactions', null, {text: one.idToken}), 'Its transactions'));
+}
+
+function listsCard() {
+  const lists = state.lists.filter(one => one.online || one.version != null);
+  const late = lists.filter(one => one.online && !one.current);
+  const send = async identities => {
+    for (const identity of identities) {
+      state.ui.sendingList = identity;
+      touch('ui');
+      await attempt(async () => {
+        const {data} = await ask('POST', path('connections', identity, 'local-list'));
+        notice(`${plain(identity)} has ${plural(data.entries, 'id token')}`);
+      });
+    }
+    state.ui.sendingList = '';
+    await askTokens();
+  };
+  const line = ({identity, online, version, entries, sentAt, current}) => h('tr', {key: identity},
+    h('td', stationLink(identity)), h('td', version == null ? pill('not sent')
+      : current ? pill('up to date', 'good') : pill('outdated', 'warn')),
+    h('td.num', digits(entries)), h('td.num', version ?? DASH), h('td.nowrap', ago(sentAt)),
+    h('td', button(state.ui.sendingList === identity ? 'Sending …' : 'Send', () => send([identity]),
+      {disabled: !online || !!state.ui.sendingList})));
+  return card([h('h2.grow', 'Local lists'),
+    h('span.dim.small.wide', 'who may charge while the board is away'),
+    late.length > 1 && button(`Send to ${digits(late.length)}`, () =>
+      send(late.map(one => one.identity)), {disabled: !!state.ui.sendingList})], {key: 'lists'},
+  lists.length ? plainTable('Local lists', ['Station', 'State', 'Id tokens', 'Version', 'Sent', ''],
+    lists.map(line)) : empty('No station is online.'));
 }
 
 // Power
@@ -20329,6 +20558,7 @@ const SCREENS = {
   messages: ['Messages', () => [heading('Messages'), ...messageList('messages')], 'm',
     'M4 7h13l-3-3M20 17H7l3 3'],
   transactions: ['Transactions', transactions, 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
+  tokens: ['Id tokens', tokens, 'i', 'M3 5h18v14H3zM7 10h5M7 14h3M16 10v4'],
   power: ['Power', powerScreen, 'p', 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16'],
   relay: ['Relay', relay, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
   telemetry: ['Telemetry', telemetry, 'l', 'M3 12h4l3-8 4 16 3-8h4'],
@@ -20367,6 +20597,7 @@ function arrive() {
   follows(ofStation);
   const message = ofStation ? state.route.query.message : screen === 'messages' && id;
   if (message) showMessage(message, before.message);
+  if (screen === 'tokens' && other && state.loaded) askTokens();
   if (screen === 'help' && !state.api) attempt(async () => {
     state.api = await get('api/openapi.json');
     touch('api');
@@ -20564,7 +20795,7 @@ function closeOpen() {
   const {screen, id, query: fields, message} = state.route;
   if (message) closeMessage();
   else if (fields.event) filter({event: ''});
-  else if (id && (screen === 'transactions' || screen === 'relay')) go(screen, null, fields);
+  else if (id && ['transactions', 'tokens', 'relay'].includes(screen)) go(screen, null, fields);
 }
 
 // Open the message below (older) or above (newer) the one that is open, and bring it into sight.

@@ -16357,6 +16357,88 @@ async def test_a_station_is_approved_disconnected_and_forgotten_on_the_page(site
         assert not site.board.stations
 
 
+@live(ocpp_authorize="listed", ocpp_max_calls_per_second=0,
+      id_tokens={"FIXED": {"name": "Eve", "group": "G"}})
+async def test_a_card_is_learnt_changed_blocked_and_removed_on_the_page(site, tmp_path):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    async with looking(site) as look:
+        await look.go("tokens")
+        await look.sees("No unknown card was shown.")
+        await exchange(socket_, "Authorize", {"idTag": "04AB/1"})
+        await look.sees("04AB/1")
+        await look.click("Learn it")
+        name = look.page.get_by_label("Name", exact=True)
+        await name.fill("Ada")
+        await look.page.get_by_label("Group", exact=True).fill("G")
+        await look.page.locator(".aside").get_by_role("button", name="Learn it").click()
+        await look.sees("Ada", "tr.open")
+        token = site.board.tokens["04ab/1"]
+        assert (token.name, token.group, token.status) == ("Ada", "G", "Accepted")
+        await look.page.get_by_label("Master pass").check()
+        await look.page.get_by_label("Expires").fill("2099-12-31")
+        await look.click("Change")
+        await until(lambda: site.board.tokens["04ab/1"].master)
+        assert site.board.tokens["04ab/1"].view()["expires"] == "2099-12-31T00:00:00.000Z"
+        await look.click("Block it")
+        await look.sees("Blocked", "tr.picked .pill")
+        await look.click("Accept it")
+        await look.sees("Accepted", "tr.picked .pill")
+        await exchange(socket_, "Authorize", {"idTag": "04AB/1"}, "last")
+        await look.go("messages?type=CALL&text=last")
+        await look.page.locator("tr.open a").first.click()
+        await look.sees("Ada", ".aside")
+        await look.go("tokens/04AB%2F1")
+        await look.click("Remove it")
+        await look.page.get_by_role("dialog").get_by_role("button", name="Remove it").click()
+        await until(lambda: "04ab/1" not in site.board.tokens)
+        await look.go("tokens")
+        async with look.page.expect_download() as event:
+            await look.page.get_by_role("link", name="Export CSV").click()
+        exported = Path(await (await event.value).path()).read_text("utf-8")
+        assert list(csv.reader(io.StringIO(exported)))[1][:4] == ["FIXED", "Eve", "Accepted", "G"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("idToken,name,stations\r\nA-1,\"Ada, \"\"A\"\"\",\"CP-1, X*\"\r\nB-1,Bob,\r\n",
+     {"a-1": ('Ada, "A"', ("CP-1", "X*"), False), "b-1": ("Bob", ("*",), False)}),
+    ("\ufeffNAME;IdToken;master;group;other\n'=1+1;C;true;G;x\n;;;;\n",
+     {"c": ("=1+1", ("*",), True)}),
+    ("name\nA\n", "must be idToken"), ("idToken,status\nA,Fine\n", "Accepted | Blocked")])
+@live()
+async def test_id_tokens_are_imported_from_csv(site, tmp_path, text, expected):
+    file = tmp_path / "tokens.csv"
+    file.write_text(text, "utf-8")
+    async with looking(site, expected=["400 (Bad Request)"]) as look:
+        await look.go("tokens")
+        await look.page.set_input_files("input[type=file]", file)
+        if isinstance(expected, str):
+            await look.sees(expected)
+            assert not site.board.tokens
+        else:
+            await look.sees("imported")
+            assert {key: (t.name, t.stations, t.master)
+                    for key, t in site.board.tokens.items()} == expected
+
+
+@live(id_tokens={"A": {}})
+async def test_a_local_list_is_sent_from_the_page(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    async with looking(site) as look:
+        await look.go("tokens")
+        await look.sees("not sent")
+        await look.click("Send")
+        for answer in ({"listVersion": 0}, {"status": "Accepted"}):
+            frame = json.loads(await socket_.recv())
+            await socket_.send(json.dumps([3, frame[1], answer]))
+        await look.sees("up to date")
+        await site.fetch("/api/id-tokens/B", "PUT", {})
+        await look.go("overview")
+        await look.go("tokens")
+        await look.sees("outdated")
+
+
 @live(ocpp_max_calls_per_second=0)
 async def test_messages_are_followed_filtered_paused_paired_and_exported(site):
     socket_ = await site.station()
@@ -16631,8 +16713,8 @@ async def test_strangers_words_are_shown_as_text(site):
 
 SCREENS = ("overview", "stations", "stations/SIM-1", "stations/SIM-1/commands",
            "stations/SIM-1/configuration", "stations/SIM-1/messages", "stations/SIM-1/transactions",
-           "messages", "messages/msg-1", "transactions", "power", "relay", "telemetry", "security",
-           "events", "events/system", "help")
+           "messages", "messages/msg-1", "transactions", "tokens", "tokens/NEW", "power",
+           "relay", "telemetry", "security", "events", "events/system", "help")
 
 
 class Told(ocppboard.Record):
