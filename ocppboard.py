@@ -143,10 +143,11 @@ ADDRESSES_KEPT = 10_000     # addresses whose failed logins are remembered
 STREAMS_OPEN = 200          # SSE clients at a time
 QUEUE_BYTES = 4 << 20       # of message payloads that one of them has not read
 CALLS_WAITING = 50          # commands queued for one station
-TOKENS_KEPT = 10_000        # id tokens made on the board
+ID_TOKENS_KEPT = 10_000     # id tokens made on the board
 TOKENS_AT_ONCE = 1000       # of them in one request
 PATTERNS_KEPT = 100         # of stations, of one id token
 TOKENS_SHOWN = 200, 20      # unknown ones shown lately, and those of one station; the oldest goes
+PROFILES_KEPT = 100         # charging profiles of a station that we know of; the oldest goes
 LATE_CALLS_KEPT = 20        # timed-out commands of a station whose answer we would still recognise
 BODY_BYTES = 1024 * 1024    # of a REST request
 FILES_SPARE = 20            # files kept free for what is not a connection
@@ -1872,6 +1873,23 @@ class IdToken(Record):
                 "lastUsedBy": self.used_by, "lastAnswer": self.answered}
 
 
+class KnownProfile(NamedTuple):
+    """What of a charging profile on a station tells that another one must not stand beside it."""
+
+    purpose: str
+    evse_id: int
+    stack_level: int
+    transaction_id: str | None
+    valid: tuple[float, float]
+
+    def excludes(self, other: "KnownProfile") -> bool:
+        """Whether the standard lets no two such stand (2.0.1 K01.FR.06, K01.FR.39)."""
+        same_place = (self.transaction_id == other.transaction_id if self.purpose == "TxProfile"
+                      else self.evse_id == other.evse_id)
+        return (self.purpose, self.stack_level) == (other.purpose, other.stack_level) and (
+            same_place and self.valid[0] < other.valid[1] and other.valid[0] < self.valid[1])
+
+
 class LocalList(NamedTuple):
     """The list of id tokens that a station keeps, as it took it last."""
 
@@ -1913,6 +1931,7 @@ class Station(Record):
     clock: StationClock = field(default_factory=StationClock)
     budget: Any = None                  # of its calls, over all of its connections
     limits: dict[str, int] = field(default_factory=dict)     # of commands, as it told; see LIMITS
+    profiles: dict[int, KnownProfile] = field(default_factory=dict)      # by their ids
     local_list: LocalList | None = None
     heartbeat_s: float | None = None    # what it was told with its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
@@ -7311,8 +7330,8 @@ class Board:
         token.list_version = self.new_list_version()
         known = self.tokens.get(token.key) or self.shown_tokens.get(token.key)
         if token.key not in self.tokens and (
-                len(self.tokens) >= TOKENS_KEPT + len(self.config.id_tokens)):
-            raise Busy(f"There are {TOKENS_KEPT} id tokens on the board already")
+                len(self.tokens) >= ID_TOKENS_KEPT + len(self.config.id_tokens)):
+            raise Busy(f"There are {ID_TOKENS_KEPT} id tokens on the board already")
         if known is not None:
             token.take_use(known)
         self.shown_tokens.pop(token.key, None)
@@ -7377,6 +7396,18 @@ class Board:
         if any(station.limits.get(name) != limit for name, limit in limits.items()):
             station.limits |= limits
             self.publish("connections", station)
+
+    def profile_told(self, station: Station, id_: int, profile: KnownProfile) -> None:
+        """A charging profile stands on the station."""
+        station.profiles.pop(id_, None)
+        station.profiles[id_] = profile
+        if len(station.profiles) > PROFILES_KEPT:
+            del station.profiles[next(iter(station.profiles))]
+
+    def profiles_gone(self, station: Station, gone: Callable[[int, KnownProfile], bool]) -> None:
+        """Charging profiles were cleared."""
+        station.profiles = {id_: profile for id_, profile in station.profiles.items()
+                            if not gone(id_, profile)}
 
     def told(self, station: Station, **facts: str) -> None:
         """The station told something of itself beyond its BootNotification."""
@@ -8404,7 +8435,7 @@ class Keeper:
     def _restore_tokens(self) -> None:
         board = self.board
         news, gone = board.restore_tokens(read_rows(
-            board, "token", 2 * TOKENS_KEPT + len(board.config.id_tokens), _token_in))
+            board, "token", 2 * ID_TOKENS_KEPT + len(board.config.id_tokens), _token_in))
         self._changed |= dict.fromkeys(news)
         for token in gone:
             self.state.put("token", token.key, None)
@@ -9540,6 +9571,25 @@ def on_notify_report(board: Board, station: Station, payload: dict) -> dict:
     return {}
 
 
+def on_report_charging_profiles(board: Board, station: Station, payload: dict) -> dict:
+    """2.0.1 K09. Those that are known are not to be sent once more under another id."""
+    evse_id = lenient(payload, "evseId", int, 0)
+    for profile in _dicts(payload.get("chargingProfile")):
+        with contextlib.suppress(FormatViolation):
+            board.profile_told(station, *known_profile(evse_id, profile))
+    return {}
+
+
+def known_profile(evse_id: int, profile: dict) -> tuple[int, KnownProfile]:
+    """(id, what is known) of a charging profile of 2.x. Raises: FormatViolation."""
+    valid = [parse_time(profile[name])[0] if profile.get(name) else default for name, default in (
+        ("validFrom", -math.inf), ("validTo", math.inf))]
+    return required(profile, "id", int), KnownProfile(
+        kept(required(profile, "chargingProfilePurpose", str), 64), evse_id,
+        required(profile, "stackLevel", int), _text_or_none(profile.get("transactionId")),
+        (valid[0], valid[1]))
+
+
 def on_security_event_notification(board: Board, station: Station, payload: dict) -> dict:
     """1.6 security extension A04; 2.0.1 A04."""
     kind = kept(required(payload, "type", str), 64)
@@ -9687,7 +9737,7 @@ CALLS_201 = {
     "NotifyMonitoringReport": _constant(),
     "NotifyReport": on_notify_report,
     "PublishFirmwareStatusNotification": _progress("publishFirmwareStatus"),
-    "ReportChargingProfiles": _constant(),
+    "ReportChargingProfiles": on_report_charging_profiles,
     "ReservationStatusUpdate": _constant(),
     "SecurityEventNotification": on_security_event_notification,
     "SignCertificate": on_sign_certificate,
@@ -10168,8 +10218,8 @@ class Link:
         if isinstance(message, CallResult):
             if pending and self.schemas:
                 self._violation(message, action, "Response")
-            if action in TELLS_LIMITS:
-                board.limits_told(station, limits_in(TELLS_LIMITS[action](message.payload)))
+            if pending and (learn := LEARNT_FROM[self.protocol].get(action)):
+                learn(board, station, pending.call.payload, message.payload)
             text = without_secrets(action, message.payload, message.text)
             board.message(station, "IN", "CALLRESULT", action, id_,
                           without_texts(text, secrets_told), response_ms)
@@ -10354,12 +10404,43 @@ def _local_list_parts(payload: dict, items: str, groups: list[list]) -> Parts:
         for number, group in enumerate(groups, 1)], stops=True)
 
 
-TELLS_LIMITS: dict[str, Callable[[dict], Iterable[tuple[dict, Any]]]] = {
-    "GetVariables": lambda answer: [
+def _learn_from_variables(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    board.limits_told(station, limits_in(
         (one, one.get("attributeValue")) for one in _dicts(answer.get("getVariableResult"))
-        if one.get("attributeType", "Actual") == "Actual"],
-    "GetConfiguration": lambda answer: [
-        (one, one.get("value")) for one in _dicts(answer.get("configurationKey"))]}
+        if one.get("attributeType", "Actual") == "Actual"))
+
+
+def _learn_from_configuration(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    board.limits_told(station, limits_in(
+        (one, one.get("value")) for one in _dicts(answer.get("configurationKey"))))
+
+
+def _learn_profile(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    if answer.get("status") == "Accepted":
+        with contextlib.suppress(FormatViolation):
+            board.profile_told(station, *known_profile(
+                lenient(asked, "evseId", int, 0), lenient(asked, "chargingProfile", dict, {})))
+
+
+def _learn_cleared(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    """Accepted or Unknown: what was to be cleared is not there any more."""
+    id_, criteria = asked.get("chargingProfileId"), lenient(asked, "chargingProfileCriteria",
+                                                            dict, {})
+    wanted = tuple(criteria.get(name) for name in (
+        "chargingProfilePurpose", "evseId", "stackLevel"))
+    board.profiles_gone(station, lambda known_id, profile: known_id == id_ if id_ is not None
+                        else all(asked_for is None or asked_for == told
+                                 for asked_for, told in zip(wanted, profile[:3], strict=True)))
+
+
+Learner = Callable[[Board, Station, dict, dict], None]
+_LEARNT_2X: dict[str, Learner] = {
+    "GetVariables": _learn_from_variables, "SetChargingProfile": _learn_profile,
+    "ClearChargingProfile": _learn_cleared}
+# What is learnt of a station from its answer to a command.
+LEARNT_FROM: dict[str, dict[str, Learner]] = {
+    "ocpp1.6": {"GetConfiguration": _learn_from_configuration},
+    "ocpp2.0.1": _LEARNT_2X, "ocpp2.1": _LEARNT_2X}
 
 
 def check_command(station: Station, action: str, payload: dict) -> None:
@@ -10370,6 +10451,12 @@ def check_command(station: Station, action: str, payload: dict) -> None:
     check = CHECKS[station.protocol].get(action)
     if reason := check and check(station, payload):
         raise WrongValue(f"{action}: {reason}")
+
+
+def _check_accepted(station: Station, payload: dict) -> str:
+    """2.0.1 B02.FR.05."""
+    return "the station is not accepted yet: approve it first" if (
+        station.booted_since_start and station.registration in WAITING) else ""
 
 
 def _check_set_variables(station: Station, payload: dict) -> str:
@@ -10403,13 +10490,19 @@ def _check_profile_16(station: Station, payload: dict) -> str:
 
 
 def _check_profile(station: Station, payload: dict) -> str:
-    """2.0.1 K01.FR.03, K01.FR.22."""
+    """2.0.1 K01.FR.03, K01.FR.06, K01.FR.22, K01.FR.39."""
     profile = lenient(payload, "chargingProfile", dict, {})
     purpose = profile.get("chargingProfilePurpose")
     if purpose == EXTERNAL:
         return f"{EXTERNAL} is for what others limit: no central system sets it"
     if purpose == "TxProfile" and not profile.get("transactionId"):
         return "a TxProfile needs the transactionId that it is for"
+    with contextlib.suppress(FormatViolation):
+        id_, new = known_profile(lenient(payload, "evseId", int, 0), profile)
+        for other_id, other in station.profiles.items():
+            if other_id != id_ and new.excludes(other):
+                return (f"profile {other_id} of this station has that purpose and stackLevel "
+                        "already: give its id, or clear it first")
     return _check_size(station, profile, lenient(profile, "chargingSchedule", list, []))
 
 
@@ -10434,6 +10527,7 @@ def _check_clear(station: Station, payload: dict) -> str:
 EXTERNAL = "ChargingStationExternalConstraints"
 _CHECKS_2X: dict[str, Callable[[Station, dict], str]] = {
     "ClearChargingProfile": _check_clear, "CustomerInformation": _check_customer,
+    "RequestStartTransaction": _check_accepted, "RequestStopTransaction": _check_accepted,
     "SetChargingProfile": _check_profile, "SetVariables": _check_set_variables,
     "TriggerMessage": _check_trigger}
 CHECKS: dict[str, dict[str, Callable[[Station, dict], str]]] = {

@@ -4927,6 +4927,8 @@ def test_with_ask_a_station_is_pending_until_it_is_approved():
                                      "connectorStatus": "Available", "connectorId": 1}]
     assertCallError(bench.receive([2, "3", *status]), "SecurityError")
     assert bench.station.connectors[1, 1].status == "Available", "it is a fact all the same"
+    with pytest.raises(ocppboard.WrongValue, match="approve it first"):
+        ocppboard.check_command(bench.station, "RequestStartTransaction", {})
     for asked in ({"requestedMessage": "StatusNotification"}, {"requestedMessage": "Heartbeat"}):
         bench.link._keep_command(Call('"9"', "TriggerMessage", asked, "{}"))
     bench.call(*status)
@@ -7126,7 +7128,7 @@ def test_a_report_tells_what_a_station_takes():
     assert bench.station.limits == {ocppboard.STACK_LEVEL: 3}
 
 
-PROFILE = {"id": 1, "stackLevel": 0, "chargingProfileKind": "Absolute",
+PROFILE_2X = {"id": 1, "stackLevel": 0, "chargingProfileKind": "Absolute",
            "chargingProfilePurpose": "TxDefaultProfile", "chargingSchedule": [{
                "id": 1, "chargingRateUnit": "A", "chargingSchedulePeriod": [
                    {"startPeriod": 0, "limit": 8}]}]}
@@ -7272,15 +7274,15 @@ async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
      {"requestedMessage": "StatusNotification", "evse": {"id": 1}}, "of one connector"),
     ("TriggerMessage", {"requestedMessage": "Heartbeat"},
      {"requestedMessage": "StatusNotification"}, "of one connector"),
-    ("SetChargingProfile", {"chargingProfile": PROFILE}, {"chargingProfile": PROFILE | {
+    ("SetChargingProfile", {"chargingProfile": PROFILE_2X}, {"chargingProfile": PROFILE_2X | {
         "chargingProfilePurpose": "ChargingStationExternalConstraints"}}, "what others limit"),
-    ("SetChargingProfile", {"chargingProfile": PROFILE | {
+    ("SetChargingProfile", {"chargingProfile": PROFILE_2X | {
         "chargingProfilePurpose": "TxProfile", "transactionId": "T"}},
-     {"chargingProfile": PROFILE | {"chargingProfilePurpose": "TxProfile"}}, "transactionId"),
-    ("SetChargingProfile", {"chargingProfile": PROFILE | {"stackLevel": 3}},
-     {"chargingProfile": PROFILE | {"stackLevel": 4}}, "highest stackLevel of this station is 3"),
-    ("SetChargingProfile", {"chargingProfile": PROFILE | {"chargingSchedule": [{
-        "chargingSchedulePeriod": [PERIOD] * 2}]}}, {"chargingProfile": PROFILE | {
+     {"chargingProfile": PROFILE_2X | {"chargingProfilePurpose": "TxProfile"}}, "transactionId"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE_2X | {"stackLevel": 3}},
+     {"chargingProfile": PROFILE_2X | {"stackLevel": 4}}, "highest stackLevel of this station is"),
+    ("SetChargingProfile", {"chargingProfile": PROFILE_2X | {"chargingSchedule": [{
+        "chargingSchedulePeriod": [PERIOD] * 2}]}}, {"chargingProfile": PROFILE_2X | {
             "chargingSchedule": [{"chargingSchedulePeriod": [PERIOD] * 3}]}}, "takes 2 periods"),
     ("ClearChargingProfile", {"chargingProfileCriteria": {"chargingProfilePurpose": "TxProfile"}},
      {"chargingProfileCriteria": {
@@ -7294,6 +7296,40 @@ def test_a_command_that_the_standard_forbids_is_refused_with_the_reason(action, 
         ocppboard.check_command(
             limited("ocpp1.6", ProfileStackLevel=3).station, "SetChargingProfile",
             {"csChargingProfiles": {"stackLevel": 4}})
+
+
+@with_loop
+async def test_no_profile_is_sent_beside_one_of_its_place_and_level():
+    bench = Bench("ocpp2.0.1")
+
+    def check(evse_id=0, **changes):
+        ocppboard.check_command(bench.station, "SetChargingProfile", {
+            "evseId": evse_id, "chargingProfile": PROFILE_2X | changes})
+    profile = PROFILE_2X | {"id": 7, "validTo": "2026-10-01T00:00:00Z"}
+    for answer in ("Rejected", "Accepted"):
+        check()
+        await answered_with(bench, "SetChargingProfile", {"evseId": 0, "chargingProfile": profile},
+                            lambda part, answer=answer: {"status": answer})
+    with pytest.raises(ocppboard.WrongValue, match="profile 7 of this station has that purpose"):
+        check()
+    check(id=7)
+    check(1)
+    check(stackLevel=1)
+    check(validFrom="2026-10-02T00:00:00Z")
+    check(chargingProfilePurpose="ChargingStationMaxProfile")
+    bench.call("ReportChargingProfiles", {
+        "requestId": 1, "chargingLimitSource": "CSO", "evseId": 1, "chargingProfile": [
+            PROFILE_2X | {"id": 8, "chargingProfilePurpose": "TxProfile", "transactionId": "T"},
+            {"id": 9}]})
+    tx = {"chargingProfilePurpose": "TxProfile", "transactionId": "T"}
+    check(2, **tx | {"transactionId": "U"})
+    with pytest.raises(ocppboard.WrongValue, match="profile 8"):
+        check(2, **tx)
+    for asked in ({"chargingProfileCriteria": {"evseId": 1}}, {"chargingProfileId": 7}):
+        await answered_with(bench, "ClearChargingProfile", asked, lambda part: {
+            "status": "Unknown"})
+    check(2, **tx)
+    check()
 
 
 def test_a_report_of_more_than_a_station_takes_is_to_be_asked_for_in_parts():
