@@ -2006,6 +2006,16 @@ class Knock(Record):
                 "count": self.count, "firstAt": iso(self.first), "lastAt": iso(self.last)}
 
 
+def _network(address: str) -> str:
+    """What counts as one address: of IPv6 the /64, since a whole one is anybody's."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address                                   # a Unix socket, or a proxy's odd word
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return str(ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
+
+
 NUMBER_OF = attrgetter("number")
 
 
@@ -2098,6 +2108,118 @@ class Store:
         index = bisect_right(self.records, number, key=NUMBER_OF)
         records = list(islice(self.records, index, None))
         return records, max(0, self.total - number - len(records))
+
+
+class Shares:
+    """What each owner has in a store, and who has the most; each step takes the same time.
+
+    Owners stand by how many records they have, so that the first of the top row has the most.
+    """
+
+    __slots__ = ("held", "_rows", "_top")
+
+    def __init__(self) -> None:
+        self.held: dict[str, deque] = {}             # {owner: its records, the oldest first}
+        self._rows: dict[int, dict[str, None]] = {}  # {how many: who has so many}
+        self._top = 0
+
+    def add(self, owner: str, record: Record) -> None:
+        """The newest record of all is this owner's."""
+        held = self.held.setdefault(owner, deque())
+        held.append(record)
+        self._move(owner, len(held) - 1, len(held))
+        self._top = max(self._top, len(held))
+
+    def remove(self, owner: str, record: Record) -> None:
+        """A record goes, mostly its owner's oldest."""
+        held = self.held[owner]
+        del held[next(index for index, one in enumerate(held) if one is record)]
+        self._move(owner, len(held) + 1, len(held))
+        if not held:
+            del self.held[owner]
+        while self._top and self._top not in self._rows:
+            self._top -= 1
+
+    def _move(self, owner: str, before: int, now: int) -> None:
+        if before:
+            del self._rows[before][owner]
+            if not self._rows[before]:
+                del self._rows[before]
+        if now:
+            self._rows.setdefault(now, {})[owner] = None
+
+    @property
+    def first(self) -> str:
+        """Who has the most."""
+        return next(iter(self._rows[self._top]))
+
+    def greedy(self, count: int) -> deque | None:
+        """The records of who has the most of `count`, if that is more than an equal share."""
+        return self.held[self.first] if self._top * len(self.held) > count else None
+
+
+class FairStore(Store):
+    """A Store of which nobody can wash away what is of others: who has more than his share loses
+    his oldest first.
+
+    `owners_of` a record are a group and one of it, as a network and a station: the store is shared
+    by the groups, and the part of each by its members.
+    """
+
+    __slots__ = ("_owners_of", "_owners", "_groups", "_members")
+
+    def __init__(self, limit: int, owners_of: Callable[[Any], tuple[str, str]],
+                 max_bytes: int | None = None):
+        super().__init__(limit, max_bytes)
+        self._owners_of = owners_of
+        self._owners: dict[int, tuple[str, str]] = {}        # {id of a record: its owners}
+        self._groups = Shares()
+        self._members: dict[str, Shares] = {}                # of each group
+
+    def restore(self, records: Iterable[Any], last: int) -> None:
+        self._owners.clear()
+        self._members.clear()
+        self._groups = Shares()
+        super().restore(records, last)
+
+    def append(self, record: Record) -> Record | None:
+        self.total = record.number = self.total + 1
+        self.records.append(record)
+        self._owners[id(record)] = group, member = self._owners_of(record)
+        self._groups.add(group, record)
+        self._members.setdefault(group, Shares()).add(member, record)
+        self.bytes += record.size
+        gone = None
+        while len(self.records) > self.limit or (
+                self.max_bytes is not None and self.bytes > self.max_bytes):
+            gone = self._remove(self._next_to_go(lambda record: True) or self.records[0])
+        return gone
+
+    def make_room(self, over: Callable[[Any], bool]) -> Any:
+        if len(self.records) < self.limit:
+            return None
+        return self._remove(self._next_to_go(over) or next(filter(over, self.records), None)
+                            or self.records[0])
+
+    def _next_to_go(self, over: Callable[[Any], bool]) -> Record | None:
+        """The oldest that is over of whoever has too much; None where nobody has."""
+        group = self._groups.first
+        scopes = (self._members[group].greedy(len(self._groups.held[group])),
+                  self._groups.greedy(len(self.records)))
+        return next((record for held in scopes if held for record in filter(over, held)), None)
+
+    def _remove(self, record: Record) -> Record:
+        if record is self.records[0]:
+            self.records.popleft()
+        else:
+            del self.records[bisect_left(self.records, record.number, key=NUMBER_OF)]
+        self.bytes -= record.size
+        group, member = self._owners.pop(id(record))
+        self._groups.remove(group, record)
+        self._members[group].remove(member, record)
+        if not self._members[group].held:
+            del self._members[group]
+        return record
 
 
 # --- State --------------------------------------------------------------------------------
@@ -7012,13 +7134,14 @@ class Board:
         self.stations: dict[str, Station] = {}
         self._gone: OrderedDict = OrderedDict()      # offline identities, the longest gone first
         self.messages = Store(store.max_messages, store.max_message_bytes)
-        self.transactions = Store(store.max_transactions)
+        self.transactions = FairStore(store.max_transactions, self._owners_of)
         self.transaction_of: dict = {}              # {(identity, transaction id): Transaction}
-        self.security = Store(store.max_security_events)
-        self.errors = Store(store.max_errors)
-        self.system = Store(store.max_system_events)
+        self.security = FairStore(store.max_security_events, self._owners_of)
+        self.errors = FairStore(store.max_errors, self._owners_of)
+        self.system = FairStore(store.max_system_events, self._owners_of)
         self.smart_charge = Store(store.max_smart_charge_sessions)
-        self.proxy = Store(store.max_proxy_events, store.max_message_bytes)
+        self.proxy = FairStore(store.max_proxy_events, self._owners_upstream,
+                               store.max_message_bytes)
         self.telemetry = Store(config.telemetry.history)
         self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
         self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
@@ -7043,6 +7166,18 @@ class Board:
         # Signs a request with our CA, for these uses, and sends it with what goes back with it.
         self.sign: Callable[[Station, SigningRequest, str, dict], Any] | None = None
         self._links_since, self._links_logged = self._started_mono, 0
+
+    def _owners_of(self, record: Event | Transaction) -> tuple[str, str]:
+        """Whose a record is: from which network, and of which station."""
+        station = self.stations.get(record.identity)
+        address = record.details.get("ip") if isinstance(record, Event) else None
+        address = address or (station.remote_address if station else "")
+        return _network(kept(address, 64)), record.identity
+
+    def _owners_upstream(self, record: ProxyEvent) -> tuple[str, str]:
+        """Whose a record of the relay is: of which system upstream, and of which station."""
+        upstream = self.config.upstream(record.identity)
+        return upstream.url if upstream else "", record.identity
 
     # Following
 
@@ -7079,10 +7214,10 @@ class Board:
 
     def publish(self, topic: str, record: Record) -> None:
         """Tell the listeners of a topic. Costs next to nothing when there are none."""
-        if isinstance(record, Transaction):
-            self._name_token(record)
-            self._count_cost(record)
         if topic in CHANGING:
+            if isinstance(record, Transaction):
+                self._name_token(record)
+                self._count_cost(record)
             self.changes[topic] = record.changed = self.changes[topic] + 1
             if topic in self.on_change:
                 self.on_change[topic](record)
@@ -7575,8 +7710,9 @@ class Board:
                                                       advice, now)
         knock.last, knock.count = now, knock.count + 1
         self.knocking[key] = knock
-        if len(self.knocking) > KNOCKING_KEPT:
-            self.knocking.popitem(last=False)
+        if len(self.knocking) > KNOCKING_KEPT:           # of who knocks most
+            most = Counter(ip for ip, *_ in self.knocking).most_common(1)[0][0]
+            del self.knocking[next(key for key in self.knocking if key[0] == most)]
         return news
 
     # Messages and what happened
@@ -15728,16 +15864,6 @@ def password_matches(given: bytes, configured: str) -> bool:
 
 def _scrypt(password: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
     return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=256 * n * r * p, dklen=32)
-
-
-def _network(address: str) -> str:
-    """What counts as one address: of IPv6 the /64, since a whole one is anybody's."""
-    try:
-        ip = ip_address(address.partition("%")[0])
-    except ValueError:
-        return address                                   # a Unix socket, or a proxy's odd word
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return str(ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
 
 
 def _basic_credentials(identity: str, authorization: str) -> tuple[str, bytes | None]:

@@ -445,6 +445,89 @@ def test_since_gives_what_came_after_and_counts_what_is_lost():
                        4: ([5], 0), 5: ([], 0), 6: ([], 0)}
 
 
+class Owned(Numbered):
+    """A record of somebody: a member of a group."""
+
+    def __init__(self, group, member, size=0):
+        super().__init__(size)
+        self.owners = group, member
+
+
+def fair(limit, **more):
+    return ocppboard.FairStore(limit, lambda record: record.owners, **more)
+
+
+def counts_of(store, level=1):
+    return Counter(record.owners[level] for record in store.records)
+
+
+def test_a_flood_washes_away_nothing_but_its_own():
+    store = fair(100)
+    for n in range(30):
+        store.append(Owned("lan", f"CP-{n % 3}"))
+    for _ in range(1000):
+        store.append(Owned("lan", "bad"))
+    assert counts_of(store) == {"CP-0": 10, "CP-1": 10, "CP-2": 10, "bad": 70}
+    for n in range(1000):                                # many names, one address
+        store.append(Owned("bad", f"name-{n}"))
+    assert counts_of(store, 0) == {"lan": 50, "bad": 50}
+    assert [counts_of(store)[f"CP-{n}"] for n in range(3)] == [10, 10, 10]
+    assert [r.number for r in store.records] == sorted(r.number for r in store.records)
+
+
+def test_a_single_station_may_have_all_of_a_store():
+    store = fair(10)
+    for _ in range(30):
+        store.append(Owned("lan", "CP-1"))
+    assert [r.number for r in store.records] == list(range(21, 31))
+
+
+def test_where_all_have_the_same_the_oldest_goes():
+    store = fair(10)
+    for n in range(50):
+        store.append(Owned(f"net-{n % 5}", "CP"))
+    assert [r.number for r in store.records] == list(range(41, 51))
+
+
+def test_a_fair_store_is_restored_and_bounded_by_bytes_as_any():
+    store = fair(10, max_bytes=1000)
+    for n in range(5):
+        store.append(Owned("lan", "bad" if n else "good", size=300))
+    assert counts_of(store) == {"good": 1, "bad": 2} and store.bytes == 900
+    records = [Owned("lan", "CP-1") for _ in range(4)]
+    for number, record in enumerate(records, 50):
+        record.number = number
+    store.restore(records, 60)
+    assert [r.number for r in store.records] == [50, 51, 52, 53, 61, 62, 63]
+    assert store.make_room(lambda record: True) is None
+    for _ in range(3):
+        store.append(Owned("lan", "bad"))
+    assert store.make_room(lambda record: record.number == 52).number == 52
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdef"),
+                          st.sampled_from(["append", "append", "room"])), max_size=60))
+def test_a_fair_store_counts_right_whatever_comes(steps):
+    store = fair(6, max_bytes=50)
+    for group, member, step in steps:
+        if step == "append":
+            store.append(Owned(group, member, size=10))
+        else:
+            store.limit = max(1, len(store))
+            store.make_room(lambda record: record.number % 2)
+            store.limit = 6
+        assert len(store) <= 5 and store.bytes == 10 * len(store)
+        groups = counts_of(store, 0)
+        assert store._members.keys() == groups.keys()
+        for shares, counts in ((store._groups, groups), *(
+                (shares, Counter(r.owners[1] for r in store.records if r.owners[0] == group))
+                for group, shares in store._members.items())):
+            assert {owner: len(held) for owner, held in shares.held.items()} == counts
+            assert shares._top == max(counts.values(), default=0)
+            assert {owner: n for n, row in shares._rows.items() for owner in row} == counts
+
+
 def test_energy_counts_on_through_a_reset_of_the_register():
     found = [energy_of(*[1000, 1500, 1499, 1600, 50, 150][:count + 1]) for count in range(1, 6)]
     assert found == [(500, False), (500, False), (600, False), (600, False), (750, True)]
@@ -4099,6 +4182,35 @@ def test_message_payloads_are_bounded_by_bytes():
         bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 100_000})
     assert bench.board.messages.bytes <= 1_048_576 and 0 < len(bench.board.messages) < 80
     assert bench.board.messages.total == 80
+
+
+def test_nobody_washes_away_what_is_of_others():
+    bench = Bench(store_max_errors=100, store_max_security_events=100, store_max_transactions=100,
+                  store_max_system_events=100, store_max_proxy_events=100)
+    board, good = bench.board, bench.station
+    bad = bench.connect(identity="BAD").station
+    start = {"idTag": "A", "meterStart": 0, "timestamp": "2026-09-21T13:33:20Z"}
+    for n in range(5):
+        board.error("BAD_MESSAGE", good, "rare", {})
+        board.security_event("ANOMALY", "CP-1", "rare", "low", {"ip": "192.0.2.1"})
+        bench.link = good.link
+        bench.call("StartTransaction", start | {"connectorId": 1, "meterStart": n})
+        board.relayed(ocppboard.ProxyEvent("error", "CP-1", "", "", "UP", "", NOW))
+    board.knocked("192.0.2.1", "/ocpp/X", {}, 401, "no password", "")
+    bench.link = bad.link
+    for n in range(500):
+        board.error("BAD_MESSAGE", bad, f"{n}", {})
+        board.security_event("ANOMALY", f"name-{n}", "of one address", "low", {"ip": "192.0.2.9"})
+        board.system_event("EVICTION", "BAD", "again", {"ip": "192.0.2.1"})
+        bench.call("StartTransaction", start | {"connectorId": 1, "meterStart": n})
+        board.relayed(ocppboard.ProxyEvent("error", "BAD", "", "", "UP", "", NOW))
+        board.knocked("192.0.2.9", f"/ocpp/{n}", {}, 401, "no password", "")
+    for store in (board.errors, board.security, board.transactions, board.proxy):
+        assert len(store) == 100
+        assert sum(record.identity == "CP-1" for record in store.records) == 5
+    assert [e.kind for e in board.system.records if e.identity == "CP-1"] == ["STATION_CONNECTED"]
+    assert ("192.0.2.1", "/ocpp/X", "no password") in board.knocking
+    assert len(board.knocking) == ocppboard.KNOCKING_KEPT
 
 
 def test_the_same_knocking_is_counted_once():
