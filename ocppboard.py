@@ -2211,8 +2211,8 @@ class FairStore(Store):
     def _remove(self, record: Record) -> Record:
         if record is self.records[0]:
             self.records.popleft()
-        else:
-            del self.records[bisect_left(self.records, record.number, key=NUMBER_OF)]
+        else:                            # numbers do not rise while earlier ones are restored
+            del self.records[next(n for n, one in enumerate(self.records) if one is record)]
         self.bytes -= record.size
         group, member = self._owners.pop(id(record))
         self._groups.remove(group, record)

@@ -497,6 +497,14 @@ def test_a_fair_store_is_restored_and_bounded_by_bytes_as_any():
     records = [Owned("lan", "CP-1") for _ in range(4)]
     for number, record in enumerate(records, 50):
         record.number = number
+    big = [Owned("lan", f"CP-{n % 2}", size=400) for n in range(4)]
+    for number, record in enumerate(big, 50):
+        record.number = number
+    store.restore(big, 60)
+    assert sum(r.size for r in store.records) == store.bytes <= 1000, "whatever goes meanwhile"
+    store = fair(10, max_bytes=1000)
+    for _ in range(3):
+        store.append(Owned("lan", "bad", size=300))
     store.restore(records, 60)
     assert [r.number for r in store.records] == [50, 51, 52, 53, 61, 62, 63]
     assert store.make_room(lambda record: True) is None
