@@ -792,10 +792,11 @@ def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
     if master and not group:
         return "master needs a group"
     try:
-        _ = expires and datetime.fromisoformat(expires)
+        good = not expires or 1970 < datetime.fromisoformat(expires).year < 2242
     except ValueError:
-        return f"expires must be a time or a day, as 2027-01-31T18:00:00Z, not {expires!r}"
-    return ""
+        good = False
+    return "" if good else ("expires must be a time or a day before 2242, as 2027-01-31T18:00:00Z, "
+                            f"not {expires!r}")
 
 
 def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
@@ -4318,6 +4319,13 @@ LIMIT_OF_KEY = {
     "ChargeProfileMaxStackLevel": STACK_LEVEL, "ChargingScheduleMaxPeriods": PERIODS,
     "GetConfigurationMaxKeys": "DeviceDataCtrlr.ItemsPerMessage:GetVariables",
     "SendLocalListMaxLength": _LOCAL_LIST.most}
+_LIST_LIMITS_2X = ("GetVariables", {"getVariableData": [
+    {"component": {"name": "LocalAuthListCtrlr"}, "variable": {"name": name}}
+    for name in ("ItemsPerMessage", "BytesPerMessage")]})
+# What asks a station how long a local list it takes at a time.
+LIST_LIMITS: dict[str, tuple[str, dict]] = {
+    "ocpp1.6": ("GetConfiguration", {"key": ["SendLocalListMaxLength"]}),
+    "ocpp2.0.1": _LIST_LIMITS_2X, "ocpp2.1": _LIST_LIMITS_2X}
 # A ClearChargingProfile without a criterion is one for each purpose (2.0.1 K10.FR.02).
 _PURPOSES_201 = ("ChargingStationMaxProfile", "TxDefaultProfile", "TxProfile")
 CLEARED_EACH: dict[str, tuple[str, ...]] = {
@@ -10710,6 +10718,9 @@ async def send_local_list(link: Link) -> LocalList:
     if version < 0:
         raise Conflict("The station keeps no local list")        # 1.6 5.10
     known, status = station.local_list, ""
+    if _LOCAL_LIST.most not in station.limits and len(board.tokens) > 1:
+        with contextlib.suppress(CallFailed):        # that it does not know how much it takes
+            await link.call(*LIST_LIMITS[link.protocol])
     if known is not None and known.version == version >= board.full_list_before:
         changed = [t for t in board.tokens.values() if t.list_version > version]
         if not changed:

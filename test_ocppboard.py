@@ -331,6 +331,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[stations."A"]\ncertificate_cn = "a"', ['"A".certificate_cn needs ocpp.client_ca']),
     ('[id_tokens."A"]\nstatus = "Blockd"', ['id_tokens."A".status', "did you mean Blocked?"]),
     ('[id_tokens."A"]\nexpires = "soon"', ['id_tokens."A": expires must be a time or a day']),
+    ('[id_tokens."A"]\nexpires = "9999-12-31"', ["a day before 2242"]),
     ('[id_tokens."A"]\nmaster = true', ['id_tokens."A": master needs a group']),
     ('[id_tokens."A"]\ngroup = "123456789012345678901"', ["group has 20 characters at most"]),
     ('[id_tokens.""]\n', ["an id token has 1 to 255 characters"]),
@@ -7262,7 +7263,7 @@ class ListKeeper:
     def __init__(self, protocol, most=math.inf, schemas=None, **keys):
         self.bench, self.most = Bench(protocol, schemas, **keys), most
         self.version, self.entries, self.updates = 0, {}, []
-        self.refuse, self.bench.station.limits = "", {ocppboard._LOCAL_LIST.most: most}
+        self.refuse = ""
 
     async def update(self):
         """Let the board bring the list up to date."""
@@ -7283,6 +7284,14 @@ class ListKeeper:
         version, (name, info) = ocppboard.LIST_VERSION[protocol], ocppboard.LISTED_AS[protocol]
         if action == "GetLocalListVersion":
             return {version: self.version}
+        if action == "GetConfiguration":
+            return {"configurationKey": [{"key": key, "readonly": True, "value": str(self.most)}
+                                         for key in payload["key"]]}
+        if action == "GetVariables":
+            return {"getVariableResult": [one | (
+                {"attributeStatus": "Accepted", "attributeValue": str(self.most)}
+                if one["variable"]["name"] == "ItemsPerMessage" else
+                {"attributeStatus": "UnknownVariable"}) for one in payload["getVariableData"]]}
         entries = payload.get("localAuthorizationList", [])
         self.updates.append((payload["updateType"], len(entries)))
         assert len(entries) <= self.most
