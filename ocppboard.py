@@ -2212,8 +2212,12 @@ class FairStore(Store):
     def _remove(self, record: Record) -> Record:
         if record is self.records[0]:
             self.records.popleft()
-        else:                            # numbers do not rise while earlier ones are restored
-            del self.records[next(n for n, one in enumerate(self.records) if one is record)]
+        else:
+            index = bisect_left(self.records, record.number, key=NUMBER_OF)
+            if index == len(self.records) or self.records[index] is not record:
+                # While earlier ones are restored, the numbers do not rise yet.
+                index = next(n for n, one in enumerate(self.records) if one is record)
+            del self.records[index]
         self.bytes -= record.size
         group, member = self._owners.pop(id(record))
         self._groups.remove(group, record)
