@@ -2047,6 +2047,11 @@ class Store:
         """The number of the oldest record; of the next one when there is none."""
         return self.records[0].number if self.records else self.total + 1
 
+    @property
+    def unbroken(self) -> int:
+        """The number from which on all records are there."""
+        return self.first
+
     def restore(self, records: Iterable[Any], last: int) -> None:
         """Take over the records of earlier runs, which numbered them up to `last`.
 
@@ -2167,7 +2172,7 @@ class FairStore(Store):
     by the groups, and the part of each by its members.
     """
 
-    __slots__ = ("_owners_of", "_owners", "_groups", "_members")
+    __slots__ = ("_owners_of", "_owners", "_groups", "_members", "_hole")
 
     def __init__(self, limit: int, owners_of: Callable[[Any], tuple[str, str]],
                  max_bytes: int | None = None):
@@ -2176,6 +2181,11 @@ class FairStore(Store):
         self._owners: dict[int, tuple[str, str]] = {}        # {id of a record: its owners}
         self._groups = Shares()
         self._members: dict[str, Shares] = {}                # of each group
+        self._hole = 0                   # the last number that went before its time
+
+    @property
+    def unbroken(self) -> int:
+        return max(self.first, self._hole + 1)
 
     def restore(self, records: Iterable[Any], last: int) -> None:
         self._owners.clear()
@@ -2218,6 +2228,7 @@ class FairStore(Store):
                 # While earlier ones are restored, the numbers do not rise yet.
                 index = next(n for n, one in enumerate(self.records) if one is record)
             del self.records[index]
+            self._hole = max(self._hole, record.number)
         self.bytes -= record.size
         group, member = self._owners.pop(id(record))
         self._groups.remove(group, record)
@@ -9039,6 +9050,12 @@ class History:
 
     # What is asked of the file: records of a topic with a number below `first`. `wanted` are
     # attributes that must be equal, and a `text` that a message must have.
+
+    def first(self, topic: str) -> int:
+        """The number from which on the records come from memory; those before it from the file."""
+        store = self.board.stores[topic]
+        written = self._written[topic] + 1 if self.days else store.first
+        return max(store.first, min(store.unbroken, written))
 
     async def count(self, topic: str, first: int, wanted: dict[str, str]) -> int:
         """How many match."""
@@ -16206,9 +16223,11 @@ def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool
 
 async def _page(topic: str, api: "Api", attributes: dict = FILTERED_BY) -> Page:
     """The records of a topic that match: from memory, and behind them from the state file."""
-    store = api.board.stores[topic]
-    found = store.page(api.query["limit"], api.query["offset"], matcher(api.query, attributes))
-    return await _with_older(topic, api, store.first, Page(*found), attributes)
+    store, first = api.board.stores[topic], api.daemon.keeper.history.first(topic)
+    match = matcher(api.query, attributes)
+    found = store.page(api.query["limit"], api.query["offset"], match if first == store.first else
+                       lambda record: record.number >= first and (match is None or match(record)))
+    return await _with_older(topic, api, first, Page(*found), attributes)
 
 
 async def _with_older(topic: str, api: "Api", first: int, recent: Page,
