@@ -20007,7 +20007,7 @@ async function askTokens() {
   tokenShown = false;
   await attempt(async () => {
     const [tokens, lists] = await Promise.all(['id-tokens', 'local-lists'].map(one =>
-      get('/api/' + one)));
+      get('api/' + one)));
     Object.assign(state, {tokens, lists});
   });
   touch('tokens');
@@ -20072,7 +20072,7 @@ function knownTokens() {
     counted(plural(rows.length, 'id token')),
     h('label.btn', 'Import CSV', h('input.unseen', {type: 'file', accept: '.csv,text/csv',
       onchange: take})),
-    h('a.btn', {download: true, href: '/api/id-tokens?format=csv'}, 'Export CSV')],
+    h('a.btn', {download: true, href: 'api/id-tokens?format=csv'}, 'Export CSV')],
   {key: 'tokens'}, grid('tokens', {rows: sorted('tokens', TOKEN_COLUMNS, rows),
     columns: TOKEN_COLUMNS, key: one => one.idToken, label: 'Id tokens', beside: !!id,
     row: one => ({open: to('tokens', one.idToken, {text}),
@@ -20112,7 +20112,7 @@ async function importTokens(text) {
     [name, name && TOKEN_CELLS[name](row[n] || '')]).filter(([name, value]) =>
     name && (name !== 'stations' || value.length)))).filter(one => one.idToken);
   for (let n = 0; n < entries.length; n += TOKENS_AT_ONCE)
-    await ask('POST', '/api/id-tokens', {tokens: entries.slice(n, n + TOKENS_AT_ONCE)});
+    await ask('POST', 'api/id-tokens', {tokens: entries.slice(n, n + TOKENS_AT_ONCE)});
   notice(`${plural(entries.length, 'id token')} imported`);
   await askTokens();
 }
