@@ -12965,8 +12965,6 @@ class Controller:
         if session:
             instead += (f'; PATCH /api/smart-charge/sc-{session.number} with {{"maxA": …}} '
                         "limits this session")
-        if action != "SetChargingProfile":           # it starts a transaction
-            raise Conflict(f"Its charging profile would lie above the board's own: {instead}")
         purpose = profile.get("chargingProfilePurpose")
         level = lenient(profile, "stackLevel", int, 0)
         ours = {variant.purpose: station.stack_level(variant.highest, least)

@@ -9237,8 +9237,9 @@ def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
             sent_by_hand(purpose, level)
     with pytest.raises(ocppboard.Conflict, match="would take the place"):
         sent_by_hand("TxDefaultProfile", 12)
-    with pytest.raises(ocppboard.Conflict, match="Its charging profile would lie above"):
-        world.controller.hand_sent("CP-1", "RequestStartTransaction", {"chargingProfile": {}})
+    start = {"chargingProfile": {"chargingProfilePurpose": "TxProfile", "stackLevel": 9}}
+    with pytest.raises(ocppboard.Conflict, match="or lie above it"):
+        world.controller.hand_sent("CP-1", "RequestStartTransaction", start)
     assert sent_by_hand("TxProfile", 3).startswith("It lies below the board's own limits and has")
     assert sent_by_hand("ChargingStationMaxProfile", 3) is None, "that one counts"
     assert sent_by_hand("TxProfile", 9, "CP-2") is None
