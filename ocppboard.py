@@ -37,6 +37,7 @@ import concurrent.futures
 import contextlib
 import csv
 import difflib
+import faulthandler
 import fnmatch
 import functools
 import getpass
@@ -62,6 +63,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22512,7 +22514,14 @@ def file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+FILES_MOST = 65536                  # that this process asks for
+TOLD_S, WATCHDOG_S = 5, 60          # the watchdog is fed so often, and bites after
+STILL_S = 15                        # who has made no progress for so long stands still
 SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station, in LOGIN_WINDOW_S
+
+
+class CannotListen(BoardError):
+    """A port that is not to be had now: in use, or of an address that is not there yet."""
 
 
 class Listener(NamedTuple):
@@ -22554,30 +22563,36 @@ class Daemon:
         self._servers: list[BoundedServer] = []
         self._tls_servers: dict[BoundedServer, bool] = {}        # whether it is for stations
         self._tasks: set[asyncio.Task] = set()
+        self._vital: list[asyncio.Task] = []             # those that have to run as long as we do
+        self._progress: dict[str, float] = {}            # {periodic work: when it last went well}
+        self._status = ""                                # as systemd knows it
         self._process = psutil.Process()
         self._lag_s, self._last_turn = 0.0, time.monotonic()
         self._machine: dict = {}
         self.controller = Controller(self.board) if config.smart_charge.enabled else None
         self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
-                          PeriodicCallback(self._turn, 1000),
+                          self._each_second("turn", self._turn),
                           PeriodicCallback(self.keeper.clean, 3_600_000)]
         if self.tls or self.authority:
             self._periodic += [PeriodicCallback(self.renew_tls, 10_000),
                                PeriodicCallback(self._tell_ends, 86_400_000),
                                PeriodicCallback(self.renew_stations, 3_600_000)]
         if self.controller:
-            self._periodic.append(PeriodicCallback(self.steer, 1000))
+            self._periodic.append(self._each_second("smart charging", self.steer))
         self.relay = None
         if config.proxy.upstream:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
-            self._periodic.append(PeriodicCallback(self.relay.tick, 1000 * TICK_S))
+            self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
+        if "NOTIFY_SOCKET" in os.environ:
+            self._periodic.append(PeriodicCallback(
+                self._tell_systemd, min(1000 * TOLD_S, watchdog_ms(os.environ) / 3)))
 
     # Start and stop
 
     def start(self) -> None:
         """Bind the ports and start the periodic work.
 
-        Raises: ConfigError, with the port; StateInUse.
+        Raises: ConfigError and CannotListen, with the port; StateInUse.
         """
         self.state.open()
         self.keeper.restore()
@@ -22590,10 +22605,11 @@ class Daemon:
             self.relay.start()
         # Tornado's timers go by the wall clock: set back by an hour, all would stand still so long.
         vars(IOLoop.current())["time"] = time.monotonic
-        self.spawn("state", self.state.run())
-        self.spawn("keeper", self.keeper.run())
-        self.spawn("history", self.keeper.history.run())
+        self._vital = [self.spawn("state", self.state.run()),
+                       self.spawn("keeper", self.keeper.run()),
+                       self.spawn("history", self.keeper.history.run())]
         self._sample()
+        self._progress = dict.fromkeys(self._progress, time.monotonic())
         for periodic in self._periodic:
             periodic.start()
         self.board.system_event("STARTED", "", f"ocppboard {VERSION} listens",
@@ -22613,7 +22629,10 @@ class Daemon:
         return [first, *more]
 
     def _listen(self, listener: Listener) -> None:
-        """Bind a port and serve it. Raises: ConfigError."""
+        """Bind a port and serve it.
+
+        Raises: CannotListen; ConfigError, where it is no use to try again.
+        """
         server = BoundedServer(self._application(listener.rules),
                                xheaders=self.config.server.trust_proxy,
                                idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
@@ -22622,10 +22641,12 @@ class Daemon:
         server.tls_failed = self._tls_failed
         try:
             sockets = bind_sockets(listener.port, self.config.server.address or None)
-        except (OSError, UnicodeError) as error:         # in use, not allowed, no such address
-            raise ConfigError(f"cannot listen on port {listener.port} of "
-                              f"{self.config.server.address or 'all addresses'}: "
-                              f"{getattr(error, 'strerror', '') or 'no address'}") from None
+        except (OSError, UnicodeError) as error:
+            lasting = isinstance(error, (PermissionError, UnicodeError))
+            raise (ConfigError if lasting else CannotListen)(
+                f"cannot listen on port {listener.port} of "
+                f"{self.config.server.address or 'all addresses'}: "
+                f"{getattr(error, 'strerror', '') or 'no address'}") from None
         if self.tls and listener.tls:
             self._tls_servers[server] = listener.for_stations
             server.tls = self.tls.station_context if listener.for_stations else self.tls.context
@@ -22800,6 +22821,33 @@ class Daemon:
             log.error("The task %s failed", task.get_name(), exc_info=task.exception())
 
     # Periodic work
+
+    def _each_second(self, name: str, work: Callable[[], Any],
+                     seconds: float = 1.0) -> PeriodicCallback:
+        """Periodic work without which the board is not alive."""
+        def do() -> None:
+            work()
+            self._progress[name] = time.monotonic()
+        self._progress[name] = time.monotonic()
+        return PeriodicCallback(do, 1000 * seconds)
+
+    def stands_still(self) -> list[str]:
+        """What has made no progress for STILL_S, or has broken off: nothing, when all is well."""
+        overdue_mono = time.monotonic() - STILL_S
+        return [name for name, at in self._progress.items() if at < overdue_mono] + [
+            task.get_name() for task in self._vital
+            if task.done() and (task.cancelled() or task.exception())]
+
+    def _tell_systemd(self) -> None:
+        """Feed the watchdog as long as all makes progress, and say how we are."""
+        still = self.stands_still()
+        charging = sum(t.status == "active" for t in self.board.transactions.records)
+        status = (f"Stands still: {', '.join(still)}" if still else
+                  f"{self.board.online} stations online, {charging} charging"
+                  + ("; the state file cannot be written" if self.state.failing_since else ""))
+        sd_notify(*[] if still else ["WATCHDOG=1"],
+                  *[] if status == self._status else [f"STATUS={status}"])
+        self._status = status
 
     def sample(self) -> dict:
         """The telemetry now; of process and host as last measured."""
@@ -22978,6 +23026,25 @@ def state_path(config: Config, environ: Mapping[str, str]) -> str:
     return config.state.path or (folder and os.path.join(folder, "ocppboard.db"))
 
 
+def watchdog_ms(environ: Mapping[str, str]) -> float:
+    """How soon systemd's watchdog bites; infinite where none waits for this process."""
+    ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    usec = environ.get("WATCHDOG_USEC", "")
+    return int(usec) / 1000 if ours and usec.isdigit() and int(usec) else math.inf
+
+
+def sd_notify(*lines: str) -> None:
+    """Tell systemd, where it has started us and wants to know (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not lines or not address:
+        return
+    if address.startswith("@"):          # an abstract one
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.setblocking(False)          # the next one will say it
+        told.sendto("\n".join(lines).encode(), address)
+
+
 async def run(config: Config) -> Daemon:
     """The daemon's life: start, tell where, wait for a signal, stop."""
     daemon = Daemon(config)
@@ -22988,8 +23055,10 @@ async def run(config: Config) -> Daemon:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     tell_start(daemon)
+    sd_notify("READY=1", f"STATUS=Listens on port {daemon.board_port}")
     await stop.wait()
     log.info("Stopping")
+    sd_notify("STOPPING=1", "STATUS=Stopping")
     await daemon.stop()
     return daemon
 
@@ -23082,8 +23151,9 @@ def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: each station is one, and 1024 is usual."""
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        most = FILES_MOST if hard == resource.RLIM_INFINITY else min(hard, FILES_MOST)
+        if soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -23120,6 +23190,8 @@ def command_line() -> argparse.ArgumentParser:
     for name, kind in (("part", str), ("url", str), ("pid", int), ("rate", float)):
         measuring.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)   # of its processes
     commands.add_parser("hash-password", help="print what stands for a password in the config")
+    service = commands.add_parser("unit", help="print a systemd unit for this file and its config")
+    service.add_argument("--config", metavar="FILE")
     making = commands.add_parser(
         "certificate", help="make a CA of the site, and certificates of the board, RSA and ECDSA")
     making.add_argument("--folder", default="certificates", help="where they are put")
@@ -23162,6 +23234,104 @@ def certificate(options: argparse.Namespace) -> int:
     return 0
 
 
+UNIT = """\
+# Goes to /etc/systemd/system/ocppboard.service; then: systemctl enable --now ocppboard
+[Unit]
+Description=ocppboard, an OCPP central system
+Wants=network-online.target time-sync.target
+After=network-online.target time-sync.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart={command}
+{config}Environment=PYTHONPYCACHEPREFIX=%C/ocppboard
+WatchdogSec={watchdog_s}
+TimeoutStartSec=10min
+TimeoutStopSec=20
+Restart=always
+RestartSec=2
+RestartPreventExitStatus=2
+DynamicUser=yes
+StateDirectory=ocppboard
+StateDirectoryMode=0700
+CacheDirectory=ocppboard
+UMask=0077
+LimitNOFILE={files}
+{capabilities}LockPersonality=yes
+MemoryDenyWriteExecute=yes
+NoNewPrivileges=yes
+PrivateDevices=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+HIDDEN_FOLDERS = re.compile("/(home|root|run/user|tmp|var/tmp)/")    # from the service
+
+
+def unit(config: Config) -> str:
+    """A systemd unit that runs this file, by this Python, with this configuration.
+
+    The configuration is handed in as a credential: a file that only root reads will do.
+    """
+    source = config.source and os.path.abspath(config.source)
+    ports = (config.server.port, config.ocpp.port, config.ocpp.tls_port)
+    binds = any(0 < port < 1024 for port in ports)       # in a user namespace that is not allowed
+    return UNIT.format(
+        command=" ".join(_in_unit(word) for word in (sys.executable, os.path.abspath(__file__))),
+        config=source and ("LoadCredential=ocppboard.toml:" + source.replace("%", "%%") +
+                           "\nEnvironment=OCPPBOARD_CONFIG=%d/ocppboard.toml\n"),
+        capabilities=("AmbientCapabilities=CAP_NET_BIND_SERVICE\n"
+                      "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\n" if binds else
+                      "CapabilityBoundingSet=\nPrivateUsers=yes\n"),
+        watchdog_s=WATCHDOG_S, files=FILES_MOST)
+
+
+def _in_unit(word: str) -> str:
+    """A word of a command line as systemd.service(5) and systemd.syntax(7) read it."""
+    word = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\")
+    return '"' + word.replace('"', '\\"') + '"' if re.search(r"[^\w./:%$@+,=-]", word) else word
+
+
+def tell_hidden(config: Config) -> None:
+    """Say which files a service of that unit cannot read, and what to do about it."""
+    tls, ocpp = config.server, config.ocpp
+    for file in (sys.executable, __file__, *files_of(tls.tls_certificate), ocpp.ca_private_key,
+                 *files_of(tls.tls_private_key), ocpp.client_ca, ocpp.ca_certificate,
+                 *(upstream.ca for upstream in config.proxy.upstream)):
+        trouble = ""
+        if HIDDEN_FOLDERS.match(os.path.abspath(file)):
+            trouble = "put it elsewhere, such as /opt/ocppboard"
+        elif file and os.path.isfile(file) and not os.stat(file).st_mode & stat.S_IROTH:
+            trouble = "give it to a group, and that to the unit as SupplementaryGroups="
+        if file and trouble:
+            print(f"ocppboard: the service cannot read {file}: {trouble}", file=sys.stderr)
+    if config.state.path:
+        print("ocppboard: the service can write to /var/lib/ocppboard alone: leave state.path out",
+              file=sys.stderr)
+
+
 def _at_least(least: float, kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         number = kind(text)
@@ -23185,11 +23355,31 @@ def ask_password() -> str:
     raise ConfigError("the two passwords differ")
 
 
+def in_journal(stream: Any) -> bool:
+    """Whether systemd has connected it to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):        # closed, or no file
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class JournalFormatter(logging.Formatter):
+    """Each line begins with its priority (sd-daemon(3)); the time is the journal's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next(p for level, p in ((logging.ERROR, 3), (logging.WARNING, 4),
+                                           (logging.INFO, 6), (0, 7)) if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 def configure_log(level: str) -> None:
     """To stdout, for the journal or the terminal; Tornado's only where something is wrong."""
     logging.raiseExceptions = False      # a full disk must not make us write more
-    logging.basicConfig(stream=sys.stdout, level=level.upper(), force=True,
-                        format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JournalFormatter() if in_journal(sys.stdout) else
+                         logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for name in ("tornado.access", "tornado.application", "tornado.general", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.ERROR, logging.getLogger().level))
 
@@ -23200,7 +23390,8 @@ def let_memory_go() -> None:
     Most of it lies free between what is in use, and there glibc gives it back only when asked.
     """
     if __spec__ is None or not Path(__spec__.cached or "").is_file():
-        with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library
+        with contextlib.suppress(ImportError, OSError, AttributeError,       # another C library
+                                 MemoryError):           # or ctypes may make no code
             # It takes a megabyte itself.
             import ctypes
 
@@ -23218,7 +23409,7 @@ def let_output_go() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and do it. Returns the exit status: 2 for what the caller must mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = ("run", "simulate", "bench", "hash-password", "certificate",
+    words = ("run", "simulate", "bench", "hash-password", "certificate", "unit",
              "-h", "--help", "--version")
     if not arguments or arguments[0] not in words:
         arguments = ["run", *arguments]
@@ -23237,19 +23428,24 @@ def main(arguments: list[str] | None = None) -> int:
             return bench(options)
         elif options.command == "certificate":
             return certificate(options)
+        elif options.command == "unit":
+            config = read_config(options.config)
+            print(unit(config), end="")
+            tell_hidden(config)
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:
                 tell_check(config)
                 return 0
+            faulthandler.enable()        # where we stood still when the watchdog ends us
             configure_log(options.log_level)
             raise_file_limit()
             daemon = asyncio.run(run(config))
             let_output_go()
             if daemon.state.stuck:       # Python would wait for the thread, and that for the disk
                 os._exit(0)
-    except (ConfigError, StateInUse) as error:
-        print(f"ocppboard: {error}", file=sys.stderr)
+    except (ConfigError, CannotListen, StateInUse) as error:
+        print(f"{'<3>' if in_journal(sys.stderr) else ''}ocppboard: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

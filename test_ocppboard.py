@@ -17717,7 +17717,142 @@ def test_a_port_in_use_ends_the_start_with_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         status, _, err = run_ocppboard("--address", "127.0.0.1", "--port", str(port))
-    assert status == 2 and err.count("\n") == 1 and f"port {port}" in err and "in use" in err
+    assert status == 1 and err.count("\n") == 1 and f"port {port}" in err and "in use" in err
+
+
+@pytest.mark.parametrize("address, status", [
+    ("192.0.2.1", 1), ("no-such-host.invalid", 1), ("a" * 64 + ".example", 2)])
+def test_what_may_come_yet_is_waited_for_and_what_is_wrong_is_not(address, status):
+    ended, _, err = run_ocppboard("--address", address, "--port", "0")
+    assert ended == status and err.count("\n") == 1 and f"of {address}: " in err
+
+
+# As a service of systemd
+
+
+@contextlib.contextmanager
+def systemd(tmp_path):
+    """The socket of systemd. Yields (a function that returns what is new, the environment)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.setblocking(False)
+
+        def heard():
+            lines = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    lines += notified.recv(4096).decode().split("\n")
+            return lines
+        yield heard, {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+
+
+def test_systemd_hears_that_the_daemon_is_ready_that_it_lives_and_that_it_stops(tmp_path):
+    with systemd(tmp_path) as (heard, environ):
+        process = ocppboard_process("--port", "0", "--address", "127.0.0.1", environ=environ)
+        lines: list[str] = []
+
+        def hears(line):
+            lines.extend(heard())
+            return line in lines
+        asyncio.run(until(lambda: hears("WATCHDOG=1"), 20))
+        assert lines[0] == "READY=1" and lines[1].startswith("STATUS=Listens on port ")
+        asyncio.run(until(lambda: hears("STATUS=0 stations online, 0 charging")))
+        assert "STOPPING=1" not in lines
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+        assert process.returncode == 0 and hears("STOPPING=1")
+
+
+@pytest.mark.parametrize("owner, method, name", [
+    ("Controller", "tick", "smart charging"), ("Relay", "tick", "relay"),
+    ("State", "run", "state")])
+def test_the_watchdog_is_fed_only_while_all_makes_progress(
+        owner, method, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "STILL_S", 1.5)
+    failing: list[str] = []
+    owner = getattr(ocppboard, owner)
+    working = getattr(owner, method)
+
+    def work(self):
+        if failing:
+            raise ValueError("oops")
+        return working(self)
+    if method == "tick":
+        monkeypatch.setattr(owner, method, work)
+
+    async def run(heard):
+        async with Site(smart_charge_enabled="true", smart_charge_site_limit_a=32,
+                        state_path=str(tmp_path / "s.db"),
+                        upstreams=[{"url": "ws://127.0.0.1:9/", "stations": ["X"]}]) as site:
+            await until(lambda: "WATCHDOG=1" in heard())
+            asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+            await turn(2)
+            assert len(heard()) <= 1, "the loop stood still"
+            await until(lambda: "WATCHDOG=1" in heard())
+            failing.append(name)
+            if method == "run":
+                site.daemon._vital[0].cancel()
+            await until(lambda: f"STATUS=Stands still: {name}" in heard(), 10)
+            await asyncio.sleep(0.5)
+            assert heard() == []
+    with systemd(tmp_path) as (heard, environ):
+        for variable, value in environ.items():
+            monkeypatch.setenv(variable, value)
+        asyncio.run(asyncio.wait_for(run(heard), 30))
+
+
+def test_a_watchdog_of_another_process_is_not_ours():
+    mine = {"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid())}
+    assert ocppboard.watchdog_ms(mine) == 2000
+    for other in ({}, mine | {"WATCHDOG_PID": "1"}, mine | {"WATCHDOG_USEC": "soon"}):
+        assert ocppboard.watchdog_ms(other) == math.inf
+
+
+def test_in_the_journal_each_line_has_its_priority(tmp_path):
+    with open(tmp_path / "journal", "w+") as journal:
+        status = os.fstat(journal.fileno())
+        environ = {"OCPPBOARD_CONFIG": os.devnull, "OCPPBOARD_AUTH_MODE": "none",
+                   "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        ended = subprocess.run(
+            [sys.executable, str(HERE / "ocppboard.py"), "--address", "192.0.2.1"], text=True,
+            stdout=journal, stderr=subprocess.STDOUT, env=os.environ | environ, check=False)
+        journal.seek(0)
+        assert ended.returncode == 1
+        assert journal.read().startswith("<3>ocppboard: cannot listen on port 9000 of 192.0.2.1")
+    shown = ocppboard.JournalFormatter().format
+    for level, priority in (("ERROR", 3), ("WARNING", 4), ("INFO", 6), ("DEBUG", 7)):
+        record = logging.LogRecord("", getattr(logging, level), "", 0, "a\nb", (), None)
+        assert shown(record) == f"<{priority}>a\n<{priority}>b"
+
+
+def test_the_unit_is_one_that_systemd_takes_and_finds_safe(tmp_path):
+    config = tmp_path / "50% of it.toml"
+    config.write_text("[server]\nport = 443\n")
+    low = run_ocppboard("unit", "--config", str(config))[1]
+    status, unit, _ = run_ocppboard("unit", "--config", os.devnull)
+    assert status == 0 and f"ExecStart={sys.executable} {HERE}/ocppboard.py\n" in unit
+    assert f"LoadCredential=ocppboard.toml:{str(config).replace('%', '%%')}\n" in low
+    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE" in low and "PrivateUsers" not in low
+    if shutil.which("systemd-analyze"):
+        for text, most in ((unit, 1.5), (low, 2.0)):
+            (tmp_path / "ocppboard.service").write_text(text)
+            analyze = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            told = analyze(["systemd-analyze", "security", "--offline=true",
+                            tmp_path / "ocppboard.service"]).stdout
+            exposed, = re.findall(r"exposure level for \S+ (\S+)", told)
+            assert float(exposed) < most, told
+            assert analyze(["systemd-analyze", "verify",
+                            tmp_path / "ocppboard.service"]).stderr == ""
+
+
+def test_the_unit_is_told_with_what_it_could_not_read(tmp_path):
+    key = tmp_path / "site.key"
+    key.touch(0o600)
+    config = write(tmp_path, f'[ocpp]\nca_certificate = "c"\nca_private_key = "{key}"\n'
+                             '[state]\npath = "/srv/x.db"\n')
+    status, unit, err = run_ocppboard("unit", "--config", config)
+    assert status == 0 and "Type=notify" in unit
+    assert f"cannot read {key}: " in err and "leave state.path out" in err
 
 
 def test_hash_password_prints_a_hash_that_the_config_takes():
@@ -18223,7 +18358,7 @@ def test_readme_names_every_setting_route_topic_and_command():
         assert f"`{topic}`" in README, topic
     for action in set().union(*CALLS.values()):
         assert action in README, action
-    for name in ("run", "simulate", "bench", "hash-password", "certificate"):
+    for name in ("run", "simulate", "bench", "hash-password", "certificate", "unit"):
         assert f"`{name}`" in README
 
 
