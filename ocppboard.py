@@ -22517,6 +22517,7 @@ def file_limit() -> int:
 FILES_MOST = 65536                  # that this process asks for
 TOLD_S, WATCHDOG_S = 5, 60          # the watchdog is fed so often, and bites after
 STILL_S = 15                        # who has made no progress for so long stands still
+CLOSING_S = 1                       # for stations and streams to close; STATE_STOP_S comes on top
 SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station, in LOGIN_WINDOW_S
 
 
@@ -22791,7 +22792,7 @@ class Daemon:
             stream.on_connection_close()
         for task in list(self._tasks):
             task.cancel()
-        deadline_mono = time.monotonic() + 2
+        deadline_mono = time.monotonic() + CLOSING_S
         while self.sockets or self.streams:
             if time.monotonic() > deadline_mono:
                 break
@@ -23045,7 +23046,7 @@ def sd_notify(*lines: str) -> None:
         told.sendto("\n".join(lines).encode(), address)
 
 
-async def run(config: Config) -> Daemon:
+async def run(config: Config) -> None:
     """The daemon's life: start, tell where, wait for a signal, stop."""
     daemon = Daemon(config)
     daemon.start()
@@ -23060,7 +23061,8 @@ async def run(config: Config) -> Daemon:
     log.info("Stopping")
     sd_notify("STOPPING=1", "STATUS=Stopping")
     await daemon.stop()
-    return daemon
+    if daemon.state.stuck:
+        log.error("The disk did not take what came last: %s", daemon.state.path)
 
 
 def tell_check(config: Config) -> None:
@@ -23440,10 +23442,10 @@ def main(arguments: list[str] | None = None) -> int:
             faulthandler.enable()        # where we stood still when the watchdog ends us
             configure_log(options.log_level)
             raise_file_limit()
-            daemon = asyncio.run(run(config))
-            let_output_go()
-            if daemon.state.stuck:       # Python would wait for the thread, and that for the disk
-                os._exit(0)
+            with asyncio.Runner() as runner:
+                runner.run(run(config))
+                let_output_go()
+                os._exit(0)              # Python would wait for a disk or a name server that hangs
     except (ConfigError, CannotListen, StateInUse) as error:
         print(f"{'<3>' if in_journal(sys.stderr) else ''}ocppboard: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -17624,6 +17624,57 @@ def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
     assert token not in "".join(lines[:-1]) + out, "printed once"
 
 
+HANGING = {
+    "nothing": "",
+    "the disk": "ocppboard.State._write = hang",
+    "the name server": "socket.getaddrinfo = lambda host, *rest, **more: (\n"
+                       "    hang() if host == 'csms.invalid' else found(host, *rest, **more))"}
+
+
+@pytest.mark.parametrize("what", HANGING)
+def test_the_daemon_stops_within_5_s_with_1000_stations_and_whatever_hangs(what, tmp_path):
+    config = write(tmp_path, '[server]\naddress = "127.0.0.1"\nport = 0\n[auth]\nmode = "none"\n'
+                   f'[state]\npath = "{tmp_path}/s.db"\n'
+                   '[[proxy.upstream]]\nurl = "ws://csms.invalid"\nstations = ["CP-1"]\n')
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import ocppboard, socket, sys, threading\n"
+         "hang, found = lambda *_: threading.Event().wait(60), socket.getaddrinfo\n"
+         f"{HANGING[what]}\nsys.exit(ocppboard.main(sys.argv[1:]))", "--config", config], cwd=HERE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    line = next(line for line in process.stdout if line.startswith("The board: "))
+    port = int(line.rpartition(":")[2].strip("/\n"))
+
+    async def station(number):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write("\r\n".join((
+            f"GET /ocpp/CP-{number} HTTP/1.1", "Host: x", "Connection: Upgrade",
+            "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Protocol: ocpp1.6",
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "", "")).encode())
+        await reader.readuntil(b"\r\n\r\n")
+        return reader, writer
+
+    async def use():
+        stations = [await station(number) for number in range(1000)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"event: connected")
+        await asyncio.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        ends = [await reader.read() for reader, _ in [*stations, (reader, writer)]]
+        with pytest.raises(OSError):
+            await station(1001)
+        for _, writer in stations:
+            writer.close()
+        return began, ends[:-1]
+    began, ends = asyncio.run(asyncio.wait_for(use(), 30))
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5 and (process.returncode, err) == (0, "")
+    assert ("The disk did not take what came last" in out) == (what == "the disk")
+    assert all(end.endswith(b"\x03\xe9the central system stops") for end in ends)
+
+
 def test_a_full_disk_and_an_isolated_interpreter_do_not_stop_the_start():
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
