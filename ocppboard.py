@@ -29,6 +29,17 @@ Words, those of the standard:
 Units: W, Wh, A, V, s; names carry any other. Times are UTC seconds, on the wire ISO 8601 with Z.
 """
 
+import sys
+from importlib.util import find_spec
+
+if sys.hexversion < 0x030B0000:
+    sys.exit(f"ocppboard needs Python 3.11 or newer, and this is {sys.version.split()[0]}: "
+             "python3.11 ocppboard.py, or uv run ocppboard.py, which gets one")
+# Before 3.8 the next line is a SyntaxError, which shows it.
+if MISSING := [p for p in ("tornado", "psutil") if not find_spec(p)]:  # needs Python 3.11 or newer
+    sys.exit(f"ocppboard needs {' and '.join(MISSING)}: apt install python3-tornado "
+             "python3-psutil; or, in a virtual environment, pip install tornado psutil")
+
 import argparse
 import asyncio
 import base64
@@ -46,7 +57,6 @@ import hashlib
 import heapq
 import hmac
 import importlib.machinery
-import importlib.util
 import inspect
 import io
 import json
@@ -65,7 +75,6 @@ import sqlite3
 import ssl
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -23160,17 +23169,24 @@ def raise_file_limit() -> None:
 
 def command_line() -> argparse.ArgumentParser:
     """The commands; `run` is meant where none is named."""
-    parser = argparse.ArgumentParser(prog="ocppboard.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--version", action="version", version=f"ocppboard {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    start = commands.add_parser("run", help="run the daemon (the default)")
-    start.add_argument("--config", metavar="FILE")
+    start = argparse.ArgumentParser(add_help=False)
+    start.add_argument("--config", metavar="FILE", help="default: $OCPPBOARD_CONFIG, "
+                       "ocppboard.toml here, /etc/ocppboard.toml, or none")
     start.add_argument("--address", help="instead of server.address")
     start.add_argument("--port", type=int, help="instead of server.port")
     start.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     start.add_argument("--check", action="store_true", help="read the configuration, then exit")
+    parser = argparse.ArgumentParser(
+        prog="ocppboard.py", description=__doc__.partition("\n")[0], parents=[start],
+        usage="%(prog)s [run] [options]\n       %(prog)s COMMAND [--help] [options]",
+        epilog="The options are those of run.")
+    parser.add_argument("--version", action="version", version=f"ocppboard {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     prog=parser.prog)
+    commands.add_parser("run", help="run the daemon (the default)", parents=[start])
     simulator = commands.add_parser("simulate", help="run simulated stations against a daemon")
-    simulator.add_argument("--url", default="ws://127.0.0.1:9000/ocpp")
+    simulator.add_argument("--url", default="ws://127.0.0.1:9000/ocpp",
+                           help="where stations connect, default: %(default)s")
     simulator.add_argument("--stations", type=_at_least(1, int), default=5)
     simulator.add_argument("--protocol", default="ocpp1.6", choices=(*SIMULATED, "all"))
     simulator.add_argument("--duration", type=_at_least(0, float), default=0.0, metavar="S",
@@ -23334,6 +23350,15 @@ def tell_hidden(config: Config) -> None:
               file=sys.stderr)
 
 
+def check_station_url(url: str) -> None:
+    """See that simulated stations can connect to it. Raises: ConfigError, with what is meant."""
+    scheme, _, rest = url.rpartition("://")
+    host = rest.partition("/")[0]
+    if scheme not in ("ws", "wss") or not host:
+        meant = f"{'wss' if scheme == 'https' else 'ws'}://{host or '127.0.0.1:9000'}/ocpp"
+        raise ConfigError(f"--url {url}: stations connect by WebSocket: --url {meant}")
+
+
 def _at_least(least: float, kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         number = kind(text)
@@ -23422,10 +23447,15 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError("the password is empty")
             print(hash_password(password))
         elif options.command == "simulate":
+            check_station_url(options.url)
             configure_log("warning")
-            return asyncio.run(simulate(options.url, options.stations, options.protocol,
-                                        options.duration, options.rate, options.password,
-                                        options.prefix, options.stay, options.fault))
+            status = asyncio.run(simulate(options.url, options.stations, options.protocol,
+                                          options.duration, options.rate, options.password,
+                                          options.prefix, options.stay, options.fault))
+            if status:
+                print(f"ocppboard: no station got through to {options.url}; the first lines say "
+                      "why, and the board's own where stations connect", file=sys.stderr)
+            return status
         elif options.command == "bench":
             return bench(options)
         elif options.command == "certificate":

@@ -17913,9 +17913,44 @@ def test_hash_password_prints_a_hash_that_the_config_takes():
 
 
 def test_simulate_without_a_daemon_fails_and_says_why():
-    status, out, _ = run_ocppboard("simulate", "--url", "ws://127.0.0.1:1/ocpp", "--duration", "1",
-                                   "--stations", "1")
+    status, out, err = run_ocppboard("simulate", "--url", "ws://127.0.0.1:1/ocpp", "--duration",
+                                     "1", "--stations", "1")
     assert status == 1 and "0 calls" in out and "refused" in out
+    assert err == ("ocppboard: no station got through to ws://127.0.0.1:1/ocpp; the first lines "
+                   "say why, and the board's own where stations connect\n")
+
+
+@pytest.mark.parametrize("url, meant", [
+    ("http://127.0.0.1:9000", "ws://127.0.0.1:9000/ocpp"),
+    ("https://board.example/#/stations", "wss://board.example/ocpp"),
+    ("127.0.0.1:9001", "ws://127.0.0.1:9001/ocpp"), ("ws://", "ws://127.0.0.1:9000/ocpp")])
+def test_simulate_says_which_url_is_meant(url, meant):
+    assert run_ocppboard("simulate", "--url", url) == (
+        2, "", f"ocppboard: --url {url}: stations connect by WebSocket: --url {meant}\n")
+
+
+def test_help_on_top_shows_the_commands_and_the_options_of_run():
+    status, out, err = run_ocppboard("--help")
+    assert (status, err) == (0, "") and "usage: ocppboard.py [run] [options]" in out
+    for word in ("--config FILE", "--address", "--port", "--log-level", "--check", "simulate"):
+        assert word in out
+    assert run_ocppboard("run", "--help")[1].startswith("usage: ocppboard.py run [-h] [--config")
+    assert "usage: ocppboard.py simulate" in run_ocppboard("simulate", "--help")[1]
+
+
+def test_an_old_python_and_a_missing_package_get_one_line():
+    def said(*arguments):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+        return done.stderr
+    file = str(HERE / "ocppboard.py")
+    assert "ocppboard needs tornado and psutil: apt install python3-tornado" in said("-IS", file)
+    assert "needs Python 3.11 or newer, and this is 3." in said(
+        "-c", f"import runpy, sys; sys.hexversion = 0x030A0000; runpy.run_path({file!r})")
+    text = Path(file).read_text()
+    ast.parse(text, feature_version=(3, 8))              # so they come as far as that line
+    first = next(line for line in text.splitlines() if ":=" in line)
+    assert first.endswith("# needs Python 3.11 or newer"), "what 3.6 and 3.7 show"
 
 
 def test_strict_validation_without_the_packages_is_a_clear_error(monkeypatch):
