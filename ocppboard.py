@@ -22639,24 +22639,14 @@ class Daemon:
         return [first, *more]
 
     def _listen(self, listener: Listener) -> None:
-        """Bind a port and serve it.
-
-        Raises: CannotListen; ConfigError, where it is no use to try again.
-        """
+        """Bind a port and serve it. Raises: as `_bind`."""
         server = BoundedServer(self._application(listener.rules),
                                xheaders=self.config.server.trust_proxy,
                                idle_connection_timeout=IDLE_HTTP_S, body_timeout=30,
                                max_body_size=16 * BODY_BYTES)
         server.strangers = functools.partial(self._stranger, listener)
         server.tls_failed = self._tls_failed
-        try:
-            sockets = bind_sockets(listener.port, self.config.server.address or None)
-        except (OSError, UnicodeError) as error:
-            lasting = isinstance(error, (PermissionError, UnicodeError))
-            raise (ConfigError if lasting else CannotListen)(
-                f"cannot listen on port {listener.port} of "
-                f"{self.config.server.address or 'all addresses'}: "
-                f"{getattr(error, 'strerror', '') or 'no address'}") from None
+        sockets = self._bind(listener)
         if self.tls and listener.tls:
             self._tls_servers[server] = listener.for_stations
             server.tls = self.tls.station_context if listener.for_stations else self.tls.context
@@ -22668,6 +22658,31 @@ class Daemon:
         if listener.for_stations:
             self.station_ports.append(("wss" if listener.tls else "ws", port))
             self.ocpp_port = self.ocpp_port or port
+
+    def _bind(self, listener: Listener) -> list[socket.socket]:
+        """Raises: CannotListen; ConfigError, where it is no use to try again."""
+        try:
+            return bind_sockets(listener.port, self.config.server.address or None)
+        except (OSError, UnicodeError) as error:
+            lasting = isinstance(error, (PermissionError, UnicodeError))
+            raise (ConfigError if lasting else CannotListen)(
+                f"cannot listen on port {listener.port} of "
+                f"{self.config.server.address or 'all addresses'}: "
+                f"{getattr(error, 'strerror', '') or 'no address'}") from None
+
+    def troubles(self) -> list[str]:
+        """What the start would stumble over, though the configuration is good."""
+        found = [_state_trouble(self.state.path)] if self.state else []
+        if (journal := self.config.proxy.journal) and os.path.exists(journal):
+            found += [] if os.access(journal, os.R_OK) else [
+                f"proxy.journal: {journal} cannot be read"]
+        for listener in self._listeners():
+            try:
+                for bound in self._bind(listener):
+                    bound.close()
+            except BoardError as error:
+                found.append(str(error))
+        return [*filter(None, found)]
 
     def renew_tls(self) -> None:
         """Take up certificates whose files have changed; connections that are open stay."""
@@ -23036,6 +23051,23 @@ def state_path(config: Config, environ: Mapping[str, str]) -> str:
     return config.state.path or (folder and os.path.join(folder, "ocppboard.db"))
 
 
+def _state_trouble(path: str) -> str:
+    """Why the state's file could not be had, "" where it could; nothing is written for it."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        return f"state.path: there is no folder {folder}"
+    for needed in (folder, path):
+        if os.path.exists(needed) and not os.access(needed, os.W_OK):
+            return f"state.path: {needed} cannot be written"
+    with contextlib.suppress(OSError), open(f"{path}-lock") as lock:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"another board uses {path}"
+    return ""
+
+
 def watchdog_ms(environ: Mapping[str, str]) -> float:
     """How soon systemd's watchdog bites; infinite where none waits for this process."""
     ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
@@ -23074,9 +23106,12 @@ async def run(config: Config) -> None:
         log.error("The disk did not take what came last: %s", daemon.state.path)
 
 
-def tell_check(config: Config) -> None:
-    """Say what the configuration changes. Raises: ConfigError, as the start would."""
-    Daemon(config)
+def check(config: Config) -> int:
+    """Say what the configuration changes, and what the start would stumble over.
+
+    Returns: the exit status, 1 where it would. Raises: ConfigError, as the start would.
+    """
+    daemon = Daemon(config)
     print(f"{config.source or 'defaults'}: the configuration is good")
     for setting in SETTINGS:
         value = config.__dict__[setting.section].__dict__[setting.key]
@@ -23091,10 +23126,32 @@ def tell_check(config: Config) -> None:
     for upstream in config.proxy.upstream:
         print(f"  upstream {upstream.url} for {', '.join(upstream.stations)}")
     for section in NAMED:
-        for name in config.__dict__[section]:
-            print(f'  {section}."{name}"')
+        for name, entry in config.__dict__[section].items():
+            means = f": {_meaning(config, name, entry)}" if section == "stations" else ""
+            print(f'  {section}."{name}"{means}')
     for name in config.ignored:
         print(f"  {name} is of no section and ignored")
+    troubles = daemon.troubles()
+    for trouble in troubles:
+        print(f"ocppboard: {trouble}", file=sys.stderr)
+    return 1 if troubles else 0
+
+
+def _meaning(config: Config, pattern: str, entry: SimpleNamespace) -> str:
+    """What a [stations."…"] says of the stations that it fits best."""
+    words = [f"shows a certificate of {entry.certificate_cn}" if entry.certificate_cn else
+             "comes with its password" if entry.password else "comes without a password"]
+    if entry.protocol:
+        words.append(f"speaks {entry.protocol}")
+    if config.smart_charge.enabled:
+        circuits = {p: circuit.name for circuit in config.smart_charge.circuit
+                    for p in circuit.stations}
+        words.append(f'hangs at "{circuits.get(best_fit(pattern, circuits), SITE)}"')
+        words.append(f"draws {entry.max_a} A from {entry.phases} phases at most, with priority "
+                     f"{entry.priority}" if entry.managed else "is not steered")
+    if upstream := config.upstream(pattern):
+        words.append(f"goes on to {upstream.url}")
+    return ", ".join(words)
 
 
 def tell_start(daemon: Daemon) -> None:
@@ -23175,7 +23232,8 @@ def command_line() -> argparse.ArgumentParser:
     start.add_argument("--address", help="instead of server.address")
     start.add_argument("--port", type=int, help="instead of server.port")
     start.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    start.add_argument("--check", action="store_true", help="read the configuration, then exit")
+    start.add_argument("--check", action="store_true", help="say what the configuration is, and "
+                       "what the start would stumble over; then exit")
     parser = argparse.ArgumentParser(
         prog="ocppboard.py", description=__doc__.partition("\n")[0], parents=[start],
         usage="%(prog)s [run] [options]\n       %(prog)s COMMAND [--help] [options]",
@@ -23467,8 +23525,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             config = read_config(options.config, address=options.address, port=options.port)
             if options.check:
-                tell_check(config)
-                return 0
+                return check(config)
             faulthandler.enable()        # where we stood still when the watchdog ends us
             configure_log(options.log_level)
             raise_file_limit()

@@ -17754,14 +17754,60 @@ def test_two_boards_do_not_share_a_state_file(tmp_path):
 
 
 def test_check_says_what_it_found(tmp_path):
-    good = write(tmp_path, "[server]\nport = 1\n")
+    good = write(tmp_path, "[server]\nport = 0\n")
     secret = {"OCPPBOARD_AUTH_TOKEN": "s3cret"}
     assert run_ocppboard("--check", "--config", good, environ=secret) == (
-        0, f"{good}: the configuration is good\n  server.port = 1\n  auth.token = ***\n", "")
+        0, f"{good}: the configuration is good\n  server.port = 0\n  auth.token = ***\n", "")
     bad = write(tmp_path, "[server]\nprt = 1\n")
     status, out, err = run_ocppboard("run", "--check", "--config", bad)
     assert (status, out) == (2, "") and err == (
         f"ocppboard: {bad}: unknown key server.prt (did you mean port?)\n")
+
+
+def test_check_finds_what_the_start_would_stumble_over(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = write(tmp_path, f'[server]\naddress = "127.0.0.1"\nport = {port}\n'
+                       f'[state]\npath = "{tmp_path}/none/s.db"\n')
+        status, out, err = run_ocppboard("--check", "--config", config)
+    assert status == 1 and "the configuration is good" in out and err == (
+        f"ocppboard: state.path: there is no folder {tmp_path}/none\n"
+        f"ocppboard: cannot listen on port {port} of 127.0.0.1: Address already in use\n")
+    config = write(tmp_path, f'[server]\nport = 0\n[state]\npath = "{tmp_path}/s.db"\n')
+    assert run_ocppboard("--check", "--config", config)[::2] == (0, "")
+    assert os.listdir(tmp_path) == ["board.toml"], "nothing is written"
+    state = state_of(tmp_path / "s.db")
+    assert run_ocppboard("--check", "--config", config)[::2] == (
+        1, f"ocppboard: another board uses {tmp_path}/s.db\n")
+    closed(state)
+
+
+def test_check_says_what_a_stations_section_means(tmp_path):
+    config = write(tmp_path, """
+        server = {port = 0}
+        ocpp = {client_ca = "", ca_certificate = ""}
+        [smart_charge]
+        enabled = true
+        site_limit_a = 63
+        [[smart_charge.circuit]]
+        name = "garage"
+        limit_a = 32
+        stations = ["CP-1"]
+        [[proxy.upstream]]
+        url = "wss://csms.example/ocpp"
+        stations = ["CP-1"]
+        [stations."CP-1"]
+        password = "s3cret"
+        protocol = "ocpp1.6"
+        [stations."CP-*"]
+        managed = false
+        """)
+    out = run_ocppboard("--check", "--config", config)[1]
+    assert out.endswith(
+        '  stations."CP-1": comes with its password, speaks ocpp1.6, hangs at "garage", draws 32 A '
+        "from 3 phases at most, with priority 1, goes on to wss://csms.example/ocpp\n"
+        '  stations."CP-*": comes without a password, hangs at "site", is not steered\n')
+    assert "s3cret" not in out
 
 
 def test_a_port_in_use_ends_the_start_with_one_line():
