@@ -52,7 +52,7 @@ from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import fastjsonschema
@@ -9835,13 +9835,16 @@ def test_without_any_one_of_its_rules_the_storm_breaks_a_limit(careless, state):
 # --- Relay --------------------------------------------------------------------------------
 
 
-class Loop(asyncio.SelectorEventLoop):
+EventLoop: Any = asyncio.SelectorEventLoop           # its executors may be of any kind
+
+
+class Loop(EventLoop):
     """A loop in which a thread's work is done at once, so that nothing has to be waited for."""
 
-    def run_in_executor(self, executor, work, *arguments):
+    def run_in_executor(self, executor, func, *args):
         done = self.create_future()
         try:
-            done.set_result(work(*arguments))
+            done.set_result(func(*args))
         except (OSError, sqlite3.Error) as error:
             done.set_exception(error)
         return done
@@ -9862,7 +9865,8 @@ class Far:
 
     def __init__(self, bench, upstream="", **settings):
         self.bench, self.frames, self.sockets, self.dials = bench, [], 0, 0
-        self.loop, self.dialled, self.websocket = Loop(), [], None
+        self.loop, self.dialled = Loop(), []
+        self.websocket: Any = None
         values = {s.key: s.default for s in ocppboard.UPSTREAM_SETTINGS}
         bench.board.config.proxy.upstream = [ocppboard.SimpleNamespace(
             **values | {"url": "ws://csms", "protocol": upstream} | settings)]
@@ -10106,7 +10110,7 @@ def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     far.say(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
     stop = unpack(bench.sent[-1])
-    assert stop.payload == {"transactionId": ours}
+    assert isinstance(stop, Call) and stop.payload == {"transactionId": ours}
     bench.link.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
     assert json.loads(far.frames.pop()) == [3, "r", {"status": "Accepted"}]
 
@@ -10653,7 +10657,7 @@ def test_a_session_that_fails_goes_on_after_a_pause_and_the_others_at_once(caplo
     bench = Bench()
     far = Far(bench)
     far.open()
-    far.session._due = lambda: 1 / 0
+    far.session._due = functools.partial(divmod, 1, 0)
     far.session._wake.set()
     far.settle()
     assert "The relay failed on 'CP-1'" in caplog.text and far.session.status == "backoff"
@@ -10693,15 +10697,15 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     charging(world)
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
-    line = ocppboard.SimpleNamespace(identity=identity, known_upstream=lambda id_: None)
-    relay = ocppboard.Relay(world.board, None, None, world.controller)
-    answered = relay.limit(line, Call('"1"', *call, json.dumps(call[1])))
-    assert answered.payload == {"status": "Accepted"}
+    line: Any = ocppboard.SimpleNamespace(identity=identity, known_upstream=lambda id_: None)
+    relay = ocppboard.Relay(world.board, None, cast(Any, None), world.controller)
+    answered = relay.limit(line, Call('"1"', call[0], call[1], json.dumps(call[1])))
+    assert answered and answered.payload == {"status": "Accepted"}
     world.run(30)
     assert limits_sent(world)[-1][1] == 10
     cleared = relay.limit(line, Call('"2"', "ClearChargingProfile", {
         "id" if protocol == "ocpp1.6" else "chargingProfileId": 4}, ""))
-    assert cleared.payload == {"status": "Accepted"}
+    assert cleared and cleared.payload == {"status": "Accepted"}
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
 
@@ -10784,7 +10788,9 @@ async def relaying(play, *, protocols=PROTOCOLS, options=(), retry_s=(0.05, 0.2)
 def party(version, answers):
     """A class of the package's, of either side: it answers a Call with what `answers` has for its
     Action, a payload or a function of the Call's."""
-    class Party(version.ChargePoint):
+    base: Any = version.ChargePoint
+
+    class Party(base):
         def __init__(self, identity, socket_):
             super().__init__(identity, socket_, response_timeout=10)
             self.heard = []                              # [(Action, payload)] of Calls
@@ -11139,7 +11145,8 @@ class Raw:
     """Plays a central system by frames: `heard` is what came, `to(frame)` answers a Call."""
 
     def __init__(self, to=None):
-        self.to, self.heard, self.socket = to or self.accept, [], None
+        self.to, self.heard = to or self.accept, []
+        self.socket: Any = None
 
     async def __call__(self, socket_):
         self.socket = socket_
@@ -11181,7 +11188,7 @@ ODD_ANSWERS = [
 
 
 def id_text_of(frame):
-    return re.match(r'\s*\[\s*\d\s*,\s*("(?:[^"\\]|\\.)*")', frame)[1]
+    return cast(re.Match, re.match(r'\s*\[\s*\d\s*,\s*("(?:[^"\\]|\\.)*")', frame))[1]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -11310,8 +11317,10 @@ class Mortal(Raw):
 
     def __init__(self, seed, protocol):
         super().__init__(self.take)
-        self.chance, self.protocol, self.upstream = random.Random(seed), protocol, None
-        self.told, self.died_of, self.ids, self.deaths = {}, Counter(), itertools.count(50_000), 0
+        self.chance, self.protocol = random.Random(seed), protocol
+        self.upstream: Any = None
+        self.died_of: Counter[Any] = Counter()
+        self.told, self.ids, self.deaths = {}, itertools.count(50_000), 0
 
     async def __call__(self, socket_):
         identity = identity_there(socket_)
@@ -11401,7 +11410,8 @@ async def _charges_2x(station, identity, sessions):
 
 def _arrived_16(told):
     """{(identity, start): (energy, meter values)}, of messages in the order they came in."""
-    running, arrived = {}, {}
+    running: dict[Any, Any] = {}
+    arrived: dict[Any, Any] = {}
     for (identity, _), (action, payload, number) in told.items():
         if action == "StartTransaction":
             assert (identity, payload["meterStart"]) not in arrived, "started twice"
@@ -11418,7 +11428,8 @@ def _arrived_16(told):
 
 
 def _arrived_2x(told):
-    running, arrived = {}, {}
+    running: dict[Any, Any] = {}
+    arrived: dict[Any, Any] = {}
     for (identity, _), (action, payload, _) in told.items():
         if action != "TransactionEvent":
             continue
@@ -11703,7 +11714,7 @@ async def test_with_when_down_close_the_station_is_sent_away_while_upstream_is()
         station = await site.station("CP-1")
         with pytest.raises(websockets.ConnectionClosed) as closed:
             await asyncio.wait_for(station.recv(), 2)
-        assert closed.value.rcvd.code == 1013
+        assert closed.value.rcvd and closed.value.rcvd.code == 1013
         upstream.down = False
         await asyncio.sleep(0.3)                         # beyond the pause between two attempts
         station = Talker(await site.station("CP-1"))
@@ -11853,7 +11864,8 @@ async def test_upstream_is_shown_the_configured_password_or_else_the_stations_ow
     central = Raw()
     async with relaying(central, password=password) as (upstream, site):
         socket_ = await site._open.enter_async_context(websockets.connect(
-            f"ws://127.0.0.1:{site.ocpp_port}/ocpp/CP%201%2F%C3%A4", subprotocols=["ocpp1.6"],
+            f"ws://127.0.0.1:{site.ocpp_port}/ocpp/CP%201%2F%C3%A4",
+            subprotocols=[websockets.Subprotocol("ocpp1.6")],
             additional_headers={"Authorization": basic(*own)} if own else {}))
         assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
         assert upstream.knocks[0].get("Authorization") == (passed and basic(*passed))
@@ -12049,11 +12061,11 @@ EVENT_OF = {0: "Started", STOP: "Ended"}
 SQLITE_CONNECT = sqlite3.connect
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+class VirtualLoop(EventLoop):
     """An event loop whose clock jumps to the next timer when nothing else is to be done."""
 
     def __init__(self, now, disk):
-        selector = selectors.SelectSelector()
+        selector: Any = selectors.SelectSelector()
         selector.select = self._jump
         self.now, self.disk = now, disk
         super().__init__(selector)
@@ -12066,8 +12078,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self):
         return self.now
 
-    def run_in_executor(self, executor, work, *args):
-        return asyncio.wrap_future(self.disk.submit(work, *args), loop=self)
+    def run_in_executor(self, executor, func, *args):
+        return asyncio.wrap_future(self.disk.submit(func, *args), loop=self)
 
 
 class Disk(concurrent.futures.Executor):
@@ -12077,7 +12089,8 @@ class Disk(concurrent.futures.Executor):
         self.world, self.folder, self.runs = world, folder, 0
         self.takes_s, self.fails = 0, False
         self.bad_until = 0.0             # until then an answer may come before its commit
-        self.work, self.connections = deque(), []
+        self.work: deque[Any] = deque()
+        self.connections: list[Any] = []
         self.path.mkdir()
 
     @property
@@ -12085,8 +12098,8 @@ class Disk(concurrent.futures.Executor):
         """The folder of this run of the board."""
         return self.folder / str(self.runs)
 
-    def submit(self, work, *args):
-        future = concurrent.futures.Future()
+    def submit(self, work, /, *args, **kwargs):
+        future: concurrent.futures.Future = concurrent.futures.Future()
         self.work.append((future, work, args))
         if self.takes_s:
             self.world.later(self.takes_s, self._do_next)
@@ -12149,7 +12162,8 @@ class StationSocket:
     """A station's connection to the board."""
 
     def __init__(self, world, station):
-        self.world, self.station, self.frames = world, station, asyncio.Queue()
+        self.world, self.station = world, station
+        self.frames: asyncio.Queue = asyncio.Queue()
         self.link = Link(world.board, None, station.protocol, self._write, self._close)
         self.link.start(station.identity, "192.0.2.1", 0, ())
         world.relay.attach(self.link, station.authorization)
@@ -12177,7 +12191,8 @@ class UpstreamSocket:
         self.last_sign = self.last_ping = world.now
         self.last_pong, self.closed_by_us, self.open = None, False, True
         self.cut = False                 # no frame gets through, and nobody is told
-        self.frames, self._on_close = asyncio.Queue(), None
+        self.frames: asyncio.Queue = asyncio.Queue()
+        self._on_close: Any = None
 
     def start(self, on_message, on_close):
         self._on_close = on_close
@@ -12261,10 +12276,13 @@ class ChargingStation:
         self.world, self.identity, self.protocol = world, identity, protocol
         self.is_16 = protocol == "ocpp1.6"
         self.authorization = f"Basic {base64.b64encode(f'{identity}:own'.encode()).decode()}"
-        self.socket, self.under_way, self.boots = None, None, True
+        self.socket: Any = None
+        self.under_way: Any = None
+        self.boots = True
         self.queue, self.calls = [], []                      # what waits; all of its sessions
         self.charging, self.sessions = {}, []                # by connector; all of them
-        self.sent, self.answers = {}, Counter()              # on this connection, by message id
+        self.sent: dict[str, list[Any]] = {}
+        self.answers: Counter[str] = Counter()       # on this connection, by message id
         self.ids = itertools.count(1)
         self.new_ids = self.misses_answers = False           # new_ids: for a repeated Call, too
         self.lost_on_bad_disk = False
@@ -12346,7 +12364,8 @@ class ChargingStation:
 
     def _add(self, session, step):
         said = self._said_16 if self.is_16 else self._said_2x
-        self.calls.append(StationCall(*said(session, step, self.world.stamp()), session, step))
+        action, payload = said(session, step, self.world.stamp())
+        self.calls.append(StationCall(action, payload, session, step))
         self.queue.append(self.calls[-1])
         self._send()
 
@@ -12508,7 +12527,8 @@ class CentralSystem:
 
     def __init__(self, world, protocol):
         self.world, self.protocol, self.is_16 = world, protocol, protocol == "ocpp1.6"
-        self.up, self.mood, self.spite = True, "answers", Counter()
+        self.up, self.mood = True, "answers"
+        self.spite: Counter[Any] = Counter()
         self.sockets, self.dials = [], []
         self.received, self.refused = {}, set()  # by (identity, message id); {(session, step)}
         self.commands, self.to_stop = {}, set()  # {message id: its answers}; sessions
@@ -12619,7 +12639,7 @@ class CentralSystem:
         known = self.received.get((identity, id_))
         if known is None:
             made = (CENTRAL_16 if self.is_16 else CENTRAL_2X)[action]
-            answer = made(payload) if callable(made) else made
+            answer: Any = made(payload) if callable(made) else made
             if action == "StartTransaction":
                 answer = answer | {"transactionId": next(self.ids)}
             known = self.received[identity, id_] = ReceivedCall(identity, action, payload, answer)
@@ -12877,7 +12897,15 @@ class RelayWorld(Scene):
         assert not findings, "\n".join(findings)
 
 
-WORLD_EVENTS = {
+def station_does(verb, connector, world):
+    getattr(world.cp, verb)(connector)
+
+
+def upstream_is_in(mood, world):
+    world.central.mood = mood
+
+
+WORLD_EVENTS: dict[str, Any] = {
     "station comes": lambda world: world.cp.come(),
     "station goes": lambda world: world.cp.leave(),
     "station reboots": lambda world: world.cp.reboot(),
@@ -12885,8 +12913,7 @@ WORLD_EVENTS = {
     "station misses answers": lambda world: world.cp.miss_answers(),
     "station repeats soon": lambda world: world.cp.repeat_soon(),
     "station repeats under new ids": lambda world: world.cp.rename(),
-    **{f"station {verb}s{place}": lambda world, verb=verb, connector=connector:
-       getattr(world.cp, verb)(connector)
+    **{f"station {verb}s{place}": functools.partial(station_does, verb, connector)
        for verb in ("start", "meter", "stop") for connector, place in ((1, ""), (2, " at 2"))},
     "upstream comes": lambda world: world.central.come(),
     "upstream goes": lambda world: world.central.go(),
@@ -12894,8 +12921,7 @@ WORLD_EVENTS = {
     "network is cut": lambda world: world.central.cut_the_network(),
     "upstream stops one": lambda world: world.central.stop_one(),
     "upstream asks": lambda world: world.central.ask(),
-    **{f"upstream {mood}": lambda world, mood=mood: setattr(world.central, "mood", mood)
-       for mood in MOODS},
+    **{f"upstream {mood}": functools.partial(upstream_is_in, mood) for mood in MOODS},
     "disk is slow": lambda world: world.disk.become(takes_s=0.5),
     "disk hangs": lambda world: world.disk.become(takes_s=1000),
     "disk fails": lambda world: world.disk.become(fails=True),
@@ -13067,7 +13093,7 @@ class WebSocketToDaemon:
     """A station's connection to the daemon."""
 
     def __init__(self, world, station):
-        self.frames = asyncio.Queue()
+        self.frames: asyncio.Queue = asyncio.Queue()
         self.send = self.frames.put_nowait
         self.task = asyncio.create_task(self._live(world, station))
 
