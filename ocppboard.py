@@ -17067,7 +17067,8 @@ ROUTES = (
 )
 
 # The JSON of answers and bodies: {name: {field: type}}. A type is a JSON schema's or a name of
-# SHAPES; "?" may be null, "[…]" is a list. "Base+": and the fields of Base.
+# SHAPES; "?" may be null, "[…]" is a list. "Base+": and the fields of Base; "field?" may not be
+# there.
 _EVENT = {"id": "string", "identity": "string", "message": "string", "details": "object",
           "timestamp": "time"}
 SHAPES = {
@@ -17075,7 +17076,7 @@ SHAPES = {
     "Success": {"success": "boolean"},
     "Health": {"status": "string"},
     "OpenAPI": {"openapi": "string", "paths": "object"},
-    "Credentials": {},
+    "Credentials": {"token?": "string", "username?": "string", "password?": "string"},
     "Login": {"sessionId": "string", "user": "User", "expiresAt": "time"},
     "User": {"name": "string"},
     "SessionInfo": {"authenticated": "boolean", "user": "User?", "expiresAt": "time?",
@@ -17143,7 +17144,9 @@ SHAPES = {
                   "entries": "integer?", "sentAt": "time?", "current": "boolean"},
     "LocalListSent": {"success": "boolean", "version": "integer", "entries": "integer"},
     "IdTokens": {"tokens": "[object]"},
-    "IdTokenSettings": {},
+    "IdTokenSettings": {
+        "name?": "string", "status?": "string", "group?": "string", "master?": "boolean",
+        "expires?": "string", "stations?": "[string]"},
     "Telemetry": {
         "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
         "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
@@ -17169,8 +17172,10 @@ SHAPES = {
         "priority": "integer", "minA": "integer?", "maxA": "integer?", "phasesSet": "integer?",
         "reason": "string", "endedAt": "time?"},
     "SmartChargeConfig": {"enabled": "boolean"},
-    "SmartChargePatch": {},
-    "SmartChargeSessionPatch": {},
+    "SmartChargePatch": {"strategy?": "string", "limitA?": "number", "limitKw?": "number",
+                         "marginPercent?": "number"},
+    "SmartChargeSessionPatch": {"priority?": "integer?", "minA?": "integer?", "maxA?": "integer?",
+                                "phases?": "integer?"},
     "SmartChargeStation": {"elsewhere": "boolean"},
     "SiteMeter": dict.fromkeys(PHASES, "number"),
     "Circuit": {
@@ -17252,8 +17257,8 @@ HTTP_WORDS = {
 def _object_schema(fields: dict) -> dict:
     bases = [name[:-1] for name in fields if name.endswith("+")]
     own = {name: kind for name, kind in fields.items() if not name.endswith("+")}
-    schema = {"type": "object", "required": list(own),
-              "properties": {name: _schema(kind) for name, kind in own.items()}}
+    schema = {"type": "object", "required": [name for name in own if not name.endswith("?")],
+              "properties": {name.rstrip("?"): _schema(kind) for name, kind in own.items()}}
     return {"allOf": [_schema(base) for base in bases] + [schema]} if bases else schema
 
 

@@ -14187,6 +14187,19 @@ async def test_openapi_names_every_route_and_parameter(site):
     assert len({r.act.__name__ for r in ROUTES}) == len(ROUTES), "operation ids are unique"
 
 
+def test_openapi_says_what_each_body_may_hold():
+    document = ocppboard.openapi()
+    shapes = document["components"]["schemas"]
+    bodies = {route.body for route in ROUTES if route.body}
+    assert all(shape.get("properties") or shape["allOf"] for shape in shapes.values())
+    for name, keys in (("SmartChargePatch", ocppboard.SiteSettings.PATCHED),
+                       ("SmartChargeSessionPatch", ocppboard.Controller.SESSION_SETTINGS),
+                       ("IdTokenSettings", {s.key: s for s in ocppboard.TOKEN_SETTINGS})):
+        assert name in bodies and set(shapes[name]["properties"]) == set(keys)
+        assert shapes[name]["required"] == []
+    assert shapes["SmartChargeStation"]["required"] == ["elsewhere"]
+
+
 @live()
 async def test_the_overview_and_the_telemetry_count_what_passed(site):
     sockets = [await site.station(f"CP-{n}") for n in range(3)]
