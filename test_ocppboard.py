@@ -16455,6 +16455,7 @@ async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol
         await look.go("stations/SIM-1/commands")
 
         async def send(name, asks, **fields):
+            obeyed.clear()
             await look.click(name)
             for label, value in fields.items():
                 field = look.page.get_by_label(label.replace("_", " "), exact=True)
