@@ -6,7 +6,7 @@
 """ocppboard: an OCPP central system and its dashboard in one file.
 
     station --Call--> unpack -> on_<action> -> Board -> event -> SSE -> whoever looks
-    station <--Call-- pack <--- Link.call <--- REST, Controller <- decide
+    station <--Call-- pack <--- connection.call <--- REST, Controller <- decide
     station --Call--> UpstreamSession -> Translator --> upstream, whose answer goes back
 
 Words, those of the standard:
@@ -19,7 +19,7 @@ Words, those of the standard:
     State        ours: the file of what outlives a restart; a Keeper puts the Board into it
     WebSocket    a connection, as its server or its client (RFC 6455)
     Exchange     ours: the Calls of one side of a connection, one at a time
-    Link         ours: one live connection of a station
+    connection   ours, a StationConnection: one live connection of a station
     quirk        ours: a thing that a station does against the standard and that we put up with
     Controller   ours: shares the site's power; an Evse has what one may draw at worst
     upstream     the central system that the relay passes a station on to
@@ -1927,7 +1927,7 @@ class Station(Record):
     protocol: str
     remote_address: str
     connected_at: float
-    link: Any = None                    # its live Link; None: offline
+    connection: Any = None                    # its StationConnection; None: offline
     disconnected_at: float | None = None
     forgotten: bool = False             # its record is removed; this is the last that is told of it
     security_profile: int = 0
@@ -1984,7 +1984,7 @@ class Station(Record):
             "identity": self.identity, "remoteAddress": self.remote_address,
             "protocol": self.protocol, "connectedAt": iso(self.connected_at),
             "disconnectedAt": iso(self.disconnected_at),
-            "status": "forgotten" if self.forgotten else "online" if self.link else "offline",
+            "status": "forgotten" if self.forgotten else "online" if self.connection else "offline",
             "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
             "securityProfile": self.security_profile,
             "certificateEndsAt": iso(self.certificate_ends_at), "errorCount": self.error_count,
@@ -1999,7 +1999,7 @@ class Station(Record):
 
 
 @dataclass(slots=True)
-class Knock(Record):
+class RefusedUpgrade(Record):
     """An upgrade that was refused; same ones are counted together."""
 
     ip: str
@@ -7177,7 +7177,7 @@ class Board:
         self.proxy = FairStore(store.max_proxy_events, self._owners_upstream,
                                store.max_message_bytes)
         self.telemetry = Store(config.telemetry.history)
-        self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): Knock}
+        self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): RefusedUpgrade}
         self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
         self.approved: OrderedDict = OrderedDict()   # identities approved on the board
         self.list_version = self.full_list_before = 0        # see `new_list_version`
@@ -7292,14 +7292,14 @@ class Board:
 
     # Stations and their connections
 
-    def connected(self, identity: str, protocol: str, address: str, link: Any,
+    def connected(self, identity: str, protocol: str, address: str, connection: Any,
                   security_profile: int = 0, certificate_ends_at: float | None = None) -> Any:
-        """A station's connection is open. Returns the Link that it replaces, if it had one."""
+        """A station's connection is open. Returns the one that it replaces, if any."""
         now = self.clock()
         station = self.stations.get(identity)
         if station is None:
             station = self.stations[identity] = Station(identity, protocol, address, now)
-        replaced, station.link = station.link, link
+        replaced, station.connection = station.connection, connection
         station.protocol, station.remote_address = protocol, address
         station.connected_at, station.disconnected_at = now, None
         station.seen_since_start = True
@@ -7327,12 +7327,12 @@ class Board:
         self.publish("connections", station)
         return replaced
 
-    def disconnected(self, identity: str, link: Any, reason: str) -> None:
+    def disconnected(self, identity: str, connection: Any, reason: str) -> None:
         """A connection has ended. One that was replaced before changes nothing."""
         station = self.stations.get(identity)
-        if station is None or station.link is not link:
+        if station is None or station.connection is not connection:
             return
-        station.link, station.disconnected_at = None, self.clock()
+        station.connection, station.disconnected_at = None, self.clock()
         for connector in station.connectors.values():
             if connector.reading is not None:
                 connector.reading.stale = True
@@ -7740,8 +7740,8 @@ class Board:
         if len(self._knocks_told) > ADDRESSES_KEPT:
             self._knocks_told.popitem(last=False)
         key = (address, path, reason)
-        knock = self.knocking.pop(key, None) or Knock(address, path, headers, status, reason,
-                                                      advice, now)
+        knock = self.knocking.pop(key, None) or RefusedUpgrade(
+            address, path, headers, status, reason, advice, now)
         knock.last, knock.count = now, knock.count + 1
         self.knocking[key] = knock
         if len(self.knocking) > KNOCKING_KEPT:           # of who knocks most
@@ -9941,8 +9941,8 @@ RECEIVED = {version: {*calls, *SENDS[version]} for version, calls in CALLS.items
 
 
 # --- Outgoing calls -----------------------------------------------------------------------
-# An Exchange has the Calls of one side of a connection, one at a time. A Link is one live
-# connection of a station: it takes what the station sends, answers, and sends commands.
+# An Exchange has the Calls of one side of a connection, one at a time. A StationConnection is one
+# live connection of a station: it takes what the station sends, answers, and sends commands.
 
 
 @dataclass(slots=True, eq=False)
@@ -10046,12 +10046,12 @@ class Upstream(Protocol):
 
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
-        """Take a Call, to be answered by `Link.pass_answer`."""
+        """Take a Call, to be answered by `StationConnection.pass_answer`."""
 
     def station_said(self, message: Send | CallResultError, frame: str) -> None:
         """Take what needs no answer."""
 
-    def station_left(self, link: "Link") -> None:
+    def station_left(self, connection: "StationConnection") -> None:
         """The connection is over."""
 
 
@@ -10124,7 +10124,7 @@ class Guard(Protocol):
         """The station has answered it, in time or late; a CALLERROR has no result."""
 
 
-class Link:
+class StationConnection:
     """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
 
     def __init__(self, board: Board, schemas: Schemas | None, protocol: str,
@@ -10715,70 +10715,71 @@ INTRODUCE_S = 10                     # after its first message
 INTRODUCED_CONNECTORS = 20           # of one station, at most
 
 
-async def introduce(link: Link) -> None:
+async def introduce(connection: StationConnection) -> None:
     """Ask a station that goes on without a boot what it is, and how its connectors are.
 
     A refusal, or no answer, is the end of it. Spec: 1.6 5.17; 2.0.1 F06.
     """
     wanted: list[dict] = [{"requestedMessage": "BootNotification"}]
-    if TRIGGERED_EACH[link.protocol]:
+    if TRIGGERED_EACH[connection.protocol]:
         wanted += [{"requestedMessage": "StatusNotification",
                     "evse": {"id": c.evse_id, "connectorId": c.connector_id}}
-                   for c in link.station.connectors.values() if c.evse_id][:INTRODUCED_CONNECTORS]
+                   for c in connection.station.connectors.values()
+                   if c.evse_id][:INTRODUCED_CONNECTORS]
     else:
         wanted.append({"requestedMessage": "StatusNotification"})
     try:
         for payload in wanted:
-            answer, _ = await link.call("TriggerMessage", payload)
+            answer, _ = await connection.call("TriggerMessage", payload)
             if answer.get("status") != "Accepted":
                 return
     except BoardError as error:
-        log.info("%s was not asked what it is: %s", shown(link.station.identity), error)
+        log.info("%s was not asked what it is: %s", shown(connection.station.identity), error)
 
 
-async def send_local_list(link: Link) -> LocalList:
+async def send_local_list(connection: StationConnection) -> LocalList:
     """Bring a station's local list up to date: what has changed, or all of it.
 
-    Raises: Conflict (it takes none), and what `Link.call` raises.
+    Raises: Conflict (it takes none), and what `StationConnection.call` raises.
     Spec: 1.6 3.5.2, 5.10, 5.15; 2.0.1 D01, D02.
     """
-    board, station = link.board, link.station
-    if link.upstream is not None:
+    board, station = connection.board, connection.station
+    if connection.upstream is not None:
         raise Conflict("The local list of this station is the upstream system's")
-    told, _ = await link.call("GetLocalListVersion", {})
-    version = lenient(told, LIST_VERSION[link.protocol], int, -1)
+    told, _ = await connection.call("GetLocalListVersion", {})
+    version = lenient(told, LIST_VERSION[connection.protocol], int, -1)
     if version < 0:
         raise Conflict("The station keeps no local list")        # 1.6 5.10
     known, status = station.local_list, ""
     if _LOCAL_LIST.most not in station.limits and len(board.tokens) > 1:
         with contextlib.suppress(CallFailed):        # that it does not know how much it takes
-            await link.call(*LIST_LIMITS[link.protocol])
+            await connection.call(*LIST_LIMITS[connection.protocol])
     if known is not None and known.version == version >= board.full_list_before:
         changed = [t for t in board.tokens.values() if t.list_version > version]
         if not changed:
             return known
-        status = await _send_list(link, "Differential", changed)
+        status = await _send_list(connection, "Differential", changed)
     if status != "Accepted":             # D01.FR.03
-        status = await _send_list(link, "Full", list(board.tokens.values()))
+        status = await _send_list(connection, "Full", list(board.tokens.values()))
     if status != "Accepted" or station.local_list is None:
         raise Conflict(f"The station answered {kept(status, 64)} to its local list")
     return station.local_list
 
 
-async def _send_list(link: Link, update: str, tokens: list[IdToken]) -> str:
+async def _send_list(connection: StationConnection, update: str, tokens: list[IdToken]) -> str:
     """Send id tokens as an update of the local list. Returns the station's status."""
-    board, protocol = link.board, link.protocol
-    grants = [(token, board.listed(link.station, token)) for token in tokens]
+    board, protocol = connection.board, connection.protocol
+    grants = [(token, board.listed(connection.station, token)) for token in tokens]
     entries = [_listed_entry(protocol, token, grant) for token, grant in grants if grant
                or (update == "Differential" and len(token.id_token) <= LISTED_LENGTH[protocol])]
     version = board.new_list_version(len(entries) + 1)           # each part has its own
-    answer, _ = await link.call("SendLocalList", {
+    answer, _ = await connection.call("SendLocalList", {
         LIST_VERSION[protocol]: version, "updateType": update} | (
             {"localAuthorizationList": entries} if entries else {}))
     status = kept(answer.get("status", ""), 64)
     if status == "Accepted":
-        board.local_list_sent(link.station, version, sum(
-            board.listed(link.station, token) is not None for token in board.tokens.values()))
+        board.local_list_sent(connection.station, version, sum(
+            board.listed(connection.station, token) is not None for token in board.tokens.values()))
     return status
 
 
@@ -10796,34 +10797,35 @@ WRITTEN_AS: dict[str, tuple[Callable[[IdToken], Any], Callable[[str, Grant], dic
                 id_token_info)}
 
 
-def costs_to_tell(link: Link) -> list[Transaction]:
+def costs_to_tell(connection: StationConnection) -> list[Transaction]:
     """The running transactions whose cost the station is to be told (2.0.1 I02.FR.01)."""
-    if link.upstream is not None or not link.shows_costs or link.telling_costs:
+    if connection.upstream is not None or not connection.shows_costs or connection.telling_costs:
         return []
-    return [t for connector in link.station.connectors.values()
+    return [t for connector in connection.station.connectors.values()
             if (t := connector.transaction) and t.cost is not None and t.cost != t.cost_told]
 
 
-async def tell_costs(link: Link, transactions: list[Transaction]) -> None:
+async def tell_costs(connection: StationConnection, transactions: list[Transaction]) -> None:
     """Tell a station what its transactions have cost; one that knows no costs is left alone."""
-    link.telling_costs = True
+    connection.telling_costs = True
     try:
         for transaction in transactions:
             transaction.cost_told = transaction.cost
-            await link.call("CostUpdated", {"totalCost": transaction.cost,
-                                            "transactionId": transaction.id})
+            await connection.call("CostUpdated", {"totalCost": transaction.cost,
+                                                  "transactionId": transaction.id})
     except CallFailed as error:
-        link.shows_costs = False
-        log.info("%s is not told costs: %s", shown(link.station.identity), error)
+        connection.shows_costs = False
+        log.info("%s is not told costs: %s", shown(connection.station.identity), error)
     except BoardError as error:
-        log.info("%s was not told a cost: %s", shown(link.station.identity), error)
+        log.info("%s was not told a cost: %s", shown(connection.station.identity), error)
     finally:
-        link.telling_costs = False
+        connection.telling_costs = False
 
 
 TAKERS: dict[type, Callable] = {
-    Send: Link._sent, CallResult: Link._answered, CallError: Link._answered,
-    CallResultError: Link._result_refused}   # of what is no Call
+    Send: StationConnection._sent, CallResult: StationConnection._answered,
+    CallError: StationConnection._answered,
+    CallResultError: StationConnection._result_refused}   # of what is no Call
 
 
 class Budget:
@@ -11644,7 +11646,7 @@ class SiteStation:
     circuit: str
     settings: Any                       # its [stations] entry
     station: Station | None = None
-    link: Any = None                    # the connection it was last seen on
+    connection: Any = None                    # the connection it was last seen on
     evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
     connectors: dict[int, list[Connector]] = field(default_factory=dict)     # the same of the Board
     seen: tuple = ()                    # by which it is known that there are more
@@ -11665,13 +11667,14 @@ class SiteStation:
 
     @property
     def online(self) -> bool:
-        return bool(self.station and self.station.link)
+        return bool(self.station and self.station.connection)
 
     @property
     def ready(self) -> bool:
         """Whether it has spoken on this connection, and its boot has been answered."""
         station = self.station
-        return bool(station and station.link and station.has_spoken and not station.boot_unanswered
+        return bool(station and station.connection and station.has_spoken
+                    and not station.boot_unanswered
                     and station.registration in (None, "Accepted"))
 
     @property
@@ -12526,7 +12529,7 @@ class Controller:
         self._give_up(station, "could not be looked at: the board's log says why")
 
     def _observe(self, known: SiteStation, station: Station, now: float) -> None:
-        if known.station is not station or known.link is not station.link:
+        if known.station is not station or known.connection is not station.connection:
             self._reconnected(known, station, now)
         model = _model_in(station.info)
         if model != known.model and model[0]:
@@ -12558,7 +12561,7 @@ class Controller:
             return
         if identity in self.named or station.uncontrollable or any(
                 evse.fallback.most_a for evse in station.evses.values()):
-            station.station = station.link = station.busy = None         # it may draw all the same
+            station.station = station.connection = station.busy = None   # it may draw all the same
             return
         del self.stations[identity]
         for evse_id in station.evses:
@@ -12566,9 +12569,9 @@ class Controller:
 
     def _reconnected(self, known: SiteStation, station: Station, now: float) -> None:
         first = known.station is None
-        known.station, known.link, known.busy = station, station.link, None
+        known.station, known.connection, known.busy = station, station.connection, None
         known.refusals.clear()
-        if station.link is None:
+        if station.connection is None:
             return
         if known.uncontrollable:
             known.retry_mono = min(known.retry_mono, now + VERIFY_S)
@@ -13285,13 +13288,13 @@ class Controller:
 
     async def carry_out(self, command: Command) -> None:
         """Send a command and take its outcome; a raise waits until the State has it."""
-        link, state = command.station.link, self.board.state
+        connection, state = command.station.connection, self.board.state
         waits = state.committed() if command.durable else None
         if waits is not None:
             await waits                  # with a disk that fails, the cars charge all the same
 
         async def ask(action: str, payload: dict) -> dict:
-            return (await link.call(action, payload))[0]
+            return (await connection.call(action, payload))[0]
         try:
             payload = await carry(self.steps(command), ask)
         except BoardError as error:
@@ -13656,7 +13659,7 @@ class Relay:
         self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
         self.now, self.state = now, board.state
         self.sessions: dict[str, UpstreamSession] = {}
-        self.asking: dict[str, tuple] = {}       # {identity: (link, …)} of who waits for approval
+        self.asking: dict[str, tuple] = {}       # {identity: (connection, …)}, who asks
         self._last_key = 0                       # of a QueuedCall in the state
         self.state.sources.append(self.keep_all)
 
@@ -13684,21 +13687,21 @@ class Relay:
                 self.state.remove_before(kind, self.board.clock() - KNOWN_S)
         self._drop_beyond_bound()
 
-    def attach(self, link: Link, authorization: str) -> None:
+    def attach(self, connection: StationConnection, authorization: str) -> None:
         """A station has connected: it goes on upstream if an upstream is there for it."""
-        identity = link.station.identity
+        identity = connection.station.identity
         settings = self.board.config.upstream(identity)
-        if settings is None or link.ended:
+        if settings is None or connection.ended:
             return
         if not self.board.is_approved(identity):
-            self.asking[identity] = (link, authorization)
+            self.asking[identity] = (connection, authorization)
             return
         most = self.board.config.store.max_connections
         if identity not in self.sessions and len(self.sessions) >= most and not self._make_room():
             log.warning("%s does not go on: %d stations do, or have messages that wait",
                         shown(identity), most)
             return
-        self._session(identity, settings).attach(link, authorization)
+        self._session(identity, settings).attach(connection, authorization)
 
     def _make_room(self) -> bool:
         """Forget a session that nobody uses; False where there is none."""
@@ -13719,10 +13722,10 @@ class Relay:
     def tick(self) -> None:
         """Let each session look at the clock."""
         now, ping_s = self.now(), self.board.config.ocpp.ping_interval_seconds
-        for identity, (link, authorization) in list(self.asking.items()):
-            if link.ended or self.board.is_approved(identity):
+        for identity, (connection, authorization) in list(self.asking.items()):
+            if connection.ended or self.board.is_approved(identity):
                 del self.asking[identity]
-                self.attach(link, authorization)
+                self.attach(connection, authorization)
         for session in list(self.sessions.values()):
             session.tick(now)
             if session.websocket is not None and ping_s:
@@ -14039,7 +14042,7 @@ class UpstreamSession:
         self.settings, self.state = settings, relay.state
         self.task: asyncio.Task                      # of `run`
         # the station
-        self.link: Link | None = None
+        self.connection: StationConnection | None = None
         self.station_protocol = self.authorization = ""
         self.has_password: bool | None = None        # None: unknown, since before a restart
         self.left_mono = -math.inf
@@ -14114,7 +14117,7 @@ class UpstreamSession:
 
         Where the station's own password is passed on, nobody else knows it.
         """
-        if self.link is not None:
+        if self.connection is not None:
             return True
         knows_password = bool(self.settings.password or self.authorization) or (
             self.has_password is False)
@@ -14149,7 +14152,7 @@ class UpstreamSession:
         self.status = ONLINE
         repeats, self.is_restored = self.has_answered or self.is_restored, False
         boot = self.last_reported.get("")
-        if boot and (repeats or self.link is None) and not any(
+        if boot and (repeats or self.connection is None) and not any(
                 queued.action == "BootNotification" for queued in self.queue):
             self.status = BOOTING
             self.queue.add(self._repeated(boot), first=True)
@@ -14216,8 +14219,8 @@ class UpstreamSession:
             return
         self._back_off()
         self.first_attempt = False
-        if self.settings.when_down == "close" and self.link is not None:
-            self._send_away(self.link)
+        if self.settings.when_down == "close" and self.connection is not None:
+            self._send_away(self.connection)
         for queued in [q for q in self.queue if q.record is not None]:
             self._answer_waiting(queued)
         self._drop_own()
@@ -14232,7 +14235,7 @@ class UpstreamSession:
         if websocket is not None:
             websocket.close()
         self._record("disconnected", "UP", None, error=reason)
-        if self.link is not None:
+        if self.connection is not None:
             log.info("%s is no longer connected to %s: %s", shown(self.identity),
                      self.settings.url, shown(reason))
 
@@ -14320,9 +14323,9 @@ class UpstreamSession:
 
     # The station's side
 
-    def attach(self, link: Link, authorization: str) -> None:
+    def attach(self, connection: StationConnection, authorization: str) -> None:
         """A connection of the station is open."""
-        protocol = self.settings.protocol or link.protocol
+        protocol = self.settings.protocol or connection.protocol
         is_other = protocol != self.protocol or (
             not self.settings.password and authorization != self.authorization)
         if is_other:
@@ -14333,25 +14336,25 @@ class UpstreamSession:
         if self.has_password != bool(authorization):
             self.has_password = bool(authorization)
             self._put_session()
-        link.upstream = self
-        self.link, self.authorization = link, authorization
-        self.protocol, self.station_protocol = protocol, link.protocol
+        connection.upstream = self
+        self.connection, self.authorization = connection, authorization
+        self.protocol, self.station_protocol = protocol, connection.protocol
         self.has_answered = False
         self.first_attempt = self.relay.now() >= self.connect_after
         if self.websocket is None and not self.first_attempt and (
                 self.settings.when_down == "close"):
-            self._send_away(link)
+            self._send_away(connection)
         self._wake.set()
 
     @staticmethod
-    def _send_away(link: Link) -> None:
-        link.end("upstream is away", 1013)               # try again later
+    def _send_away(connection: StationConnection) -> None:
+        connection.end("upstream is away", 1013)               # try again later
 
-    def station_left(self, link: Link) -> None:
+    def station_left(self, connection: StationConnection) -> None:
         """The station's connection is over. What it has no answer to, it will tell again."""
-        if link is not self.link:
+        if connection is not self.connection:
             return
-        self.link, self.left_mono = None, self.relay.now()
+        self.connection, self.left_mono = None, self.relay.now()
         for queued in [q for q in self.queue if q.record is not None]:
             queued.record = None
             self.queue.remove(queued)
@@ -14364,14 +14367,14 @@ class UpstreamSession:
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
         """Take a Call of the station; it has its answer within `call_timeout_seconds`."""
-        link, priority = self.link, priority_of(call)
-        if link is None:
+        connection, priority = self.connection, priority_of(call)
+        if connection is None:
             return
-        queued = QueuedCall(call.action, frame, call.id_text, link.protocol, priority,
+        queued = QueuedCall(call.action, frame, call.id_text, connection.protocol, priority,
                             self.relay.now(), digest=digest_of(call) if priority else "",
                             call=call, started=started, record=record)
         if call.action != "StartTransaction":            # of that, the answer makes the record
-            queued.reply = answer(self.board, link.station, link.protocol, call)
+            queued.reply = answer(self.board, connection.station, connection.protocol, call)
         if call.action in ("BootNotification", "StatusNotification"):
             self._keep_reported(queued, call)
         if priority and self._is_repeated(queued):
@@ -14447,12 +14450,13 @@ class UpstreamSession:
 
     def _answer_here(self, queued: QueuedCall, holds: bool = True) -> None:
         """Answer the station ourselves; `holds`: it counts on us then to deliver what matters."""
-        link = self.link
-        if queued.record is None or link is None:
+        connection = self.connection
+        if queued.record is None or connection is None:
             return
         if queued.reply is None:                         # a start, of which upstream hears later
-            queued.reply = answer(self.board, link.station, link.protocol, queued.read(),
-                                  transaction_id=queued.transaction_id)
+            queued.reply = answer(
+                self.board, connection.station, connection.protocol, queued.read(),
+                transaction_id=queued.transaction_id)
         if queued.action == "StartTransaction" and type(queued.reply) is CallResult:
             queued.transaction_id = queued.reply.payload["transactionId"]
         self.counts["answeredHere"] += 1
@@ -14474,27 +14478,27 @@ class UpstreamSession:
     def _give(self, queued: QueuedCall, reply: CallResult | CallError, frame: str = "") -> None:
         """Give the station its answer, `frame` where it is upstream's; first, what it counts on
         is on the disk."""
-        record, queued.record, link = queued.record, None, self.link
-        if record is None or link is None:
+        record, queued.record, connection = queued.record, None, self.connection
+        if record is None or connection is None:
             return
         self.has_answered = True
         if not same_id(reply.id_text, queued.id_text):       # it was asked for again meanwhile
             reply, frame = reply._replace(id_text=queued.id_text), ""
         by = "Upstream" if frame else "We"
-        give = functools.partial(link.pass_answer, record, reply, frame or pack(reply),
+        give = functools.partial(connection.pass_answer, record, reply, frame or pack(reply),
                                  queued.started, by)
         counts_on_disk = bool(queued.key) or queued.priority == TRANSACTION
         if counts_on_disk and (waits := self.state.committed()) is not None:
-            self.relay.spawn("relay", self._give_when_kept(link, waits, give))
+            self.relay.spawn("relay", self._give_when_kept(connection, waits, give))
             return
         if counts_on_disk and self.state.failing_since is not None:
-            self.board.answered_early(link.station)
+            self.board.answered_early(connection.station)
         give()
 
-    async def _give_when_kept(self, link: Link, waits: Awaitable,
+    async def _give_when_kept(self, connection: StationConnection, waits: Awaitable,
                               give: Callable[[], None]) -> None:
         if not await waits:
-            self.board.answered_early(link.station)
+            self.board.answered_early(connection.station)
         give()
 
     # What waits
@@ -14939,8 +14943,8 @@ class UpstreamSession:
         if isinstance(message, Call):
             self._commanded(websocket, message, text)
         elif isinstance(message, (Send, CallResultError)):
-            if self.link is not None and self.station_protocol == self.protocol:
-                self.link.pass_on(message, text)
+            if self.connection is not None and self.station_protocol == self.protocol:
+                self.connection.pass_on(message, text)
             else:
                 self._record("refused", "DOWN", message if isinstance(message, Send) else None,
                              error="the station has nothing like it")
@@ -14985,10 +14989,10 @@ class UpstreamSession:
         started = self.relay.now()
         text = pack(CallError(call.id_text, "InternalError", "Internal error", {}, "{}"))
         try:
-            if self.link is None:
+            if self.connection is None:
                 raise Conflict("The station is offline")
             reply = self.relay.limit(self, call)
-            text = pack(reply) if reply else await self._command(self.link, call, frame)
+            text = pack(reply) if reply else await self._command(self.connection, call, frame)
         except BoardError as error:
             text = self._command_failed(call, error, (self.relay.now() - started) * 1000)
         finally:                         # what is unexpected is logged as the task's failure
@@ -15011,7 +15015,7 @@ class UpstreamSession:
         return pack(CallError(call.id_text, error_code(self.protocol, code), kept(description),
                               details, to_json(details)))
 
-    async def _command(self, link: Link, call: Call, frame: str) -> str:
+    async def _command(self, connection: StationConnection, call: Call, frame: str) -> str:
         """Have the station do what upstream asks; the frame of the answer."""
         translator = self._translator(self.station_protocol)
         without = self.relay.without_profile(self, call)
@@ -15021,12 +15025,12 @@ class UpstreamSession:
             raise NotSupported(f"{shown(call.action)} is no command of {self.protocol}")
         if translator.passes(call.action, False):
             self.counts["passed"] += 1
-            return (await link.pass_command(call, frame))[1]
+            return (await connection.pass_command(call, frame))[1]
 
         async def ask(action: str, payload: dict) -> dict:
             asked_mono, failed = self.relay.now(), None
             try:
-                return (await link.call(action, payload))[0]
+                return (await connection.call(action, payload))[0]
             except BoardError as error:
                 failed = kept(error)
                 raise
@@ -15219,7 +15223,7 @@ class UpstreamSession:
         waits_s = None if after is None else max(0.0, round(after - self.relay.now(), 1))
         return {
             "identity": self.identity, "status": self.status,
-            "stationOnline": self.link is not None,
+            "stationOnline": self.connection is not None,
             "protocol": self.protocol, "stationProtocol": self.station_protocol,
             "upSince": iso(self.up_since),
             "lagMs": None if self.lag_ms is None else round(self.lag_ms, 3),
@@ -15319,7 +15323,8 @@ async def open_upstream(session: UpstreamSession) -> WebSocket:
     if settings.password:
         pair = f"{identity}:{settings.password}".encode()
         authorization = f"Basic {base64.b64encode(pair).decode()}"
-    via = ",".join(filter(None, [session.link.via if session.link else "", board.epoch]))
+    passed = session.connection.via if session.connection else ""
+    via = ",".join(filter(None, [passed, board.epoch]))
     try:
         return await open_websocket(
             f"{settings.url.rstrip('/')}/{quote(identity, safe='')}", [session.protocol],
@@ -15942,7 +15947,7 @@ def canonical(password: str) -> str:
 
 
 # --- OCPP endpoint ------------------------------------------------------------------------
-# The stations' WebSocket: which upgrades are let in, and the socket of a Link.
+# The stations' WebSocket: which upgrades are let in, and the socket of each connection.
 
 SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-WebSocket-Version",
                  "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions")      # none holds a secret
@@ -16018,7 +16023,7 @@ def identity_of(path: str, prefix: str) -> str:
 
 @stream_request_body
 class StationUpgrade(RequestHandler):
-    """The OCPP endpoint: lets a station in, whose socket goes to a Link then."""
+    """The OCPP endpoint: lets a station in, whose socket goes to a StationConnection then."""
 
     def initialize(self, daemon: "Daemon", here: bool = True) -> None:
         self.daemon, self.here = daemon, here            # here: stations connect to this port
@@ -16058,16 +16063,17 @@ class StationUpgrade(RequestHandler):
         if self.gone:                    # it did not wait for its password's check
             return
         websocket = accept_websocket(self, config.ocpp.max_frame_bytes, admission.offered)
-        link = Link(daemon.board, daemon.schemas, admission.protocol, websocket.write,
-                    websocket.close)
-        link.guard = daemon.access
-        daemon.sockets[link] = websocket
-        link.start(admission.identity, address, profile, admission.quirks,
-                   ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None)
-        link.via = kept(headers.get(RELAY_HEADER, ""))
+        connection = StationConnection(
+            daemon.board, daemon.schemas, admission.protocol, websocket.write,
+            websocket.close)
+        connection.guard = daemon.access
+        daemon.sockets[connection] = websocket
+        connection.start(admission.identity, address, profile, admission.quirks,
+                         ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None)
+        connection.via = kept(headers.get(RELAY_HEADER, ""))
         if daemon.relay:
-            daemon.relay.attach(link, authorization)
-        websocket.start(link.receive, functools.partial(daemon.socket_closed, link))
+            daemon.relay.attach(connection, authorization)
+        websocket.start(connection.receive, functools.partial(daemon.socket_closed, connection))
 
     def _is_of_a_page(self) -> bool:
         """Whether a browser has opened it for a page that is not ours; chargers send any Origin."""
@@ -16317,7 +16323,7 @@ def get_connections(api: "Api") -> Page:
     """Stations, by identity."""
     status, protocol = api.query["status"], api.query["protocol"]
     found = [station for identity, station in sorted(api.board.stations.items())
-             if (status == "all" or (status == "online") == bool(station.link))
+             if (status == "all" or (status == "online") == bool(station.connection))
              and protocol in (None, station.protocol)]
     start = api.query["offset"]
     return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
@@ -16340,17 +16346,17 @@ def get_connection(api: "Api", identity: str) -> str:
 def delete_connection(api: "Api", identity: str) -> dict:
     """Forget a station; an online one is disconnected first."""
     station = _station(api, identity)
-    if station.link:
-        station.link.end("removed on the board", 1000)
+    if station.connection:
+        station.connection.end("removed on the board", 1000)
     api.board.forget(identity)
     return {"success": True}
 
 
-def _online(api: "Api", identity: str) -> Link:
-    link = _station(api, identity).link
-    if link is None:
+def _online(api: "Api", identity: str) -> StationConnection:
+    connection = _station(api, identity).connection
+    if connection is None:
         raise Conflict("The station is offline")
-    return link
+    return connection
 
 
 def post_disconnect(api: "Api", identity: str) -> dict:
@@ -16365,10 +16371,10 @@ async def post_call(api: "Api", identity: str) -> dict:
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
     api.daemon.access.check_command(identity, action, payload)
-    link, controller = _online(api, identity), api.daemon.controller
-    check_command(link.station, action, payload)
+    connection, controller = _online(api, identity), api.daemon.controller
+    check_command(connection.station, action, payload)
     warning = controller.hand_sent(identity, action, payload) if controller else None
-    result, response_ms = await link.call(action, payload)
+    result, response_ms = await connection.call(action, payload)
     return {"success": True, "result": result, "responseTime": round(response_ms, 3),
             **({"warning": warning} if warning else {})}
 
@@ -16377,17 +16383,17 @@ async def post_approve(api: "Api", identity: str) -> dict:
     """Let a station in where ocpp.accept is "ask"."""
     station = _station(api, identity)
     api.board.approve(station)
-    if station.link and station.registration == "Pending":   # else it asks again within a minute
-        api.daemon.spawn("boot after approval", _ask_to_boot(station.link))
+    if station.connection and station.registration == "Pending":   # else it asks within a minute
+        api.daemon.spawn("boot after approval", _ask_to_boot(station.connection))
     await api.until_durable()
     return {"success": True}
 
 
-async def _ask_to_boot(link: Link) -> None:
+async def _ask_to_boot(connection: StationConnection) -> None:
     try:
-        await link.call("TriggerMessage", {"requestedMessage": "BootNotification"})
+        await connection.call("TriggerMessage", {"requestedMessage": "BootNotification"})
     except BoardError as error:
-        log.info("%s was not triggered to boot: %s", shown(link.station.identity), error)
+        log.info("%s was not triggered to boot: %s", shown(connection.station.identity), error)
 
 
 async def post_reset_credentials(api: "Api", identity: str) -> dict:
@@ -16555,7 +16561,7 @@ def _told_token(board: Board, id_token: Any, told: dict) -> dict:
 
 def get_local_lists(api: "Api") -> Page:
     """The local list of each station, and whether it is as the id tokens are now."""
-    lists = [{"identity": identity, "online": bool(station.link),
+    lists = [{"identity": identity, "online": bool(station.connection),
               "version": known and known.version, "entries": known and known.entries,
               "sentAt": iso(known.sent_at if known else None),
               "current": api.board.is_list_current(station)}
@@ -16810,7 +16816,7 @@ def get_metrics(api: "Api") -> None:
            [("", sum(t.status == "active" for t in board.transactions.records))])
     stations = [(f'{{identity="{_label(s.identity)}"}}', s) for s in board.stations.values()]
     metric("ocppboard_station_online", "gauge", "1 while connected.",
-           [(label, int(bool(s.link))) for label, s in stations])
+           [(label, int(bool(s.connection))) for label, s in stations])
     metric("ocppboard_station_messages_total", "counter", "Messages of a station.",
            [(label, s.message_count) for label, s in stations])
     readings = [(f'{label[:-1]},evse="{c.evse_id}",connector="{c.connector_id}"}}', c.reading)
@@ -21223,7 +21229,7 @@ CONFIGURATION_KEYS = {"HeartbeatInterval": "300", "MeterValueSampleInterval": "1
                       "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
                       "MaxChargingProfilesInstalled": "20",
                       "ProfileStackLevel": str(HIGHEST_STACK_LEVEL), "RateUnit": "A,W"}
-# What real stations do wrong with limits and links.
+# What real stations do wrong with limits and connections.
 FAULTS = {
     "reject": "refuses every charging profile",
     "ignore": "accepts charging profiles and does not obey",
@@ -22363,21 +22369,22 @@ def bench_power(seconds: int) -> str:
         for n in range(POWER_CIRCUITS)]
     now = [time.time()]
     board = Board(config, lambda: now[0])
-    controller, links = Controller(board), []
+    controller, connections = Controller(board), []
     controller.settled_mono = -math.inf
     for number in range(POWER_STATIONS):
-        link = Link(board, None, "ocpp1.6", lambda text: None, lambda code, reason: None)
-        link.start(f"BENCH-{number % POWER_CIRCUITS:02}-{number}", "127.0.0.1", 0, ())
-        link.receive('[2,"1","StatusNotification",{"connectorId":1,"errorCode":"NoError",'
-                     '"status":"Available"}]')
-        links.append(link)
+        connection = StationConnection(board, None, "ocpp1.6", lambda text: None,
+                                       lambda code, reason: None)
+        connection.start(f"BENCH-{number % POWER_CIRCUITS:02}-{number}", "127.0.0.1", 0, ())
+        connection.receive('[2,"1","StatusNotification",{"connectorId":1,"errorCode":"NoError",'
+                           '"status":"Available"}]')
+        connections.append(connection)
     ticks, decisions = [], []
     for second in range(seconds):
         now[0] += 1
         if second == seconds // 3:
-            for link in links[::POWER_STATIONS // POWER_CARS]:
-                link.receive(f'[2,"2","StartTransaction",{{"connectorId":1,"idTag":"A",'
-                             f'"meterStart":0,"timestamp":"{iso(now[0])}"}}]')
+            for connection in connections[::POWER_STATIONS // POWER_CARS]:
+                connection.receive(f'[2,"2","StartTransaction",{{"connectorId":1,"idTag":"A",'
+                                   f'"meterStart":0,"timestamp":"{iso(now[0])}"}}]')
         began = time.process_time()
         commands = controller.tick()
         ticks.append(time.process_time() - began)
@@ -22563,7 +22570,7 @@ class Daemon:
         if self.schemas is None and wanted in ("warn", "strict"):
             raise ConfigError(f'ocpp.validate = "{wanted}" needs the packages ocpp and '
                               "fastjsonschema")
-        self.sockets: dict[Link, WebSocket] = {}
+        self.sockets: dict[StationConnection, WebSocket] = {}
         self.streams: set[Api] = set()
         self.tls = ServerTls(config) if config.server.tls_certificate else None
         self.authority = Authority(config) if config.ocpp.ca_certificate else None
@@ -22726,8 +22733,8 @@ class Daemon:
 
         Raises: ValueError, Busy.
         """
-        link, identity = station.link, station.identity
-        if link is None or link.upstream is not None:
+        connection, identity = station.connection, station.identity
+        if connection is None or connection.upstream is not None:
             raise ValueError("its upstream system is asked")
         ours = {"localhost", socket.gethostname(), *(self.tls.names if self.tls else ())}
         if not ours.isdisjoint(request.names):           # it could pass for us
@@ -22737,17 +22744,19 @@ class Daemon:
             raise Busy("too many requests")
         self._signed.add(identity)
         self._signing.add(identity)
-        self.spawn("certificate", self._sign_and_send(link, request, uses, told))
+        self.spawn("certificate", self._sign_and_send(connection, request, uses, told))
 
-    async def _sign_and_send(self, link: Link, request: SigningRequest, uses: str,
-                             told: dict) -> None:
-        identity, authority = link.station.identity, self.authority
+    async def _sign_and_send(
+            self, connection: StationConnection, request: SigningRequest, uses: str,
+            told: dict) -> None:
+        identity, authority = connection.station.identity, self.authority
         try:
             if authority is None:
                 raise ValueError("there is no CA")
             chain = await asyncio.get_running_loop().run_in_executor(
                 self._signer, authority.sign, request, uses, self.board.clock())
-            answer, _ = await link.call("CertificateSigned", {"certificateChain": chain} | told)
+            answer, _ = await connection.call("CertificateSigned",
+                                              {"certificateChain": chain} | told)
             taken = "taken" if answer.get("status") == "Accepted" else "refused"
             self.board.system_event("CERTIFICATE_SIGNED", identity,
                                     f"The station has {taken} a certificate of our CA", told)
@@ -22762,17 +22771,17 @@ class Daemon:
         now, mono = self.board.clock(), time.monotonic()
         self._renewals = {identity: at for identity, at in self._renewals.items()
                           if mono - at < 86_400}
-        for link in self.sockets:
-            station, ends_at = link.station, link.station.certificate_ends_at
-            if link.ended or ends_at is None or ends_at - now > ENDS_SOON_S or (
+        for connection in self.sockets:
+            station, ends_at = connection.station, connection.station.certificate_ends_at
+            if connection.ended or ends_at is None or ends_at - now > ENDS_SOON_S or (
                     station.identity in self._renewals):
                 continue
             self._renewals[station.identity] = mono
             self.board.system_event("CERTIFICATE_ENDS", station.identity,
                                     f"The station's certificate ends at {iso(ends_at)}",
                                     {"endsAt": iso(ends_at)})
-            if self.authority and link.upstream is None:
-                self.spawn("renewal of a certificate", _ask_for_request(link))
+            if self.authority and connection.upstream is None:
+                self.spawn("renewal of a certificate", _ask_for_request(connection))
 
     def _application(self, rules: list) -> Application:
         return Application(rules, default_handler_class=Api,
@@ -22815,8 +22824,8 @@ class Daemon:
             server.stop()
         if self.relay:
             self.relay.stop()
-        for link in list(self.sockets):
-            link.end("the central system stops", 1001)
+        for connection in list(self.sockets):
+            connection.end("the central system stops", 1001)
         for stream in self.streams:
             stream.on_connection_close()
         for task in list(self._tasks):
@@ -22908,20 +22917,20 @@ class Daemon:
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
         self._last_turn = now
         interval = self.config.ocpp.ping_interval_seconds
-        for link, websocket in list(self.sockets.items()):
-            if link.station.introduce_mono != math.inf and not link.ended:
-                self._introduce(link, now)
-            if self.board.tariff and (due := costs_to_tell(link)):
-                self.spawn("costs", tell_costs(link, due))
+        for connection, websocket in list(self.sockets.items()):
+            if connection.station.introduce_mono != math.inf and not connection.ended:
+                self._introduce(connection, now)
+            if self.board.tariff and (due := costs_to_tell(connection)):
+                self.spawn("costs", tell_costs(connection, due))
             if interval:
-                self._keep_alive(link, websocket, now, interval)
+                self._keep_alive(connection, websocket, now, interval)
 
-    def _introduce(self, link: Link, now: float) -> None:
+    def _introduce(self, connection: StationConnection, now: float) -> None:
         """Ask a station once, INTRODUCE_S after its first message, unless it has booted by then.
 
         One that was accepted before our restart does not boot again (1.6 4.2; 2.0.1 B01).
         """
-        station = link.station
+        station = connection.station
         if station.booted_since_start:
             station.introduce_mono = math.inf
         elif station.introduce_mono is None:
@@ -22929,14 +22938,15 @@ class Daemon:
                 station.introduce_mono = now + INTRODUCE_S
         elif now >= station.introduce_mono:
             station.introduce_mono = math.inf
-            self.spawn("introduction", introduce(link))
+            self.spawn("introduction", introduce(connection))
 
-    def _keep_alive(self, link: Link, websocket: WebSocket, now: float, interval: float) -> None:
+    def _keep_alive(self, connection: StationConnection, websocket: WebSocket, now: float,
+                    interval: float) -> None:
         """Ping a station; one without any sign for two intervals is gone.
 
         Some never answer a ping, though they are there: those are judged by their Heartbeats.
         """
-        station, silent_s = link.station, now - websocket.last_sign
+        station, silent_s = connection.station, now - websocket.last_sign
         if websocket.last_pong is not None and not station.pongs[0]:
             station.pongs = True, station.pongs[1]
         patience_s = 2 * interval
@@ -22949,29 +22959,29 @@ class Daemon:
             self.board.system_event("PONG_TIMEOUT", station.identity,
                                     f"No sign of life for {silent_s:.0f} s",
                                     {"ip": station.remote_address})
-            link.end("no answer to pings", 1001)
+            connection.end("no answer to pings", 1001)
         else:
             websocket.ping_if_due(now, interval)
 
     # Stations at the door
 
-    def socket_closed(self, link: Link, code: int, reason: str) -> None:
+    def socket_closed(self, connection: StationConnection, code: int, reason: str) -> None:
         """A station's WebSocket has ended: by it, by us, or because it broke the protocol."""
-        websocket = self.sockets.pop(link)
-        station = link.station
-        if link.ended:
+        websocket = self.sockets.pop(connection)
+        station = connection.station
+        if connection.ended:
             return
         if code == NO_CLOSE:
-            link.end("connection lost")
+            connection.end("connection lost")
         elif not websocket.closed_by_us:
-            link.end(f"closed by the station ({code})")
+            connection.end(f"closed by the station ({code})")
         else:
             self.board.error("BAD_MESSAGE", station, f"{reason}: its connection was closed",
                              {"closeCode": code})
             self.board.security_event("PROTOCOL_VIOLATION", station.identity,
                                       f"WebSocket: {reason}", "low",
                                       {"ip": station.remote_address, "closeCode": code})
-            link.end(f"{reason} ({code})")
+            connection.end(f"{reason} ({code})")
 
     def make_room(self, identity: str) -> None:
         """See that one more station can be connected. Raises: Refused.
@@ -22980,10 +22990,11 @@ class Daemon:
         """
         most, config = self.config.store.max_connections, self.config
         known = self.board.stations.get(identity)
-        if len(self.sockets) < most or (known and known.link):
+        if len(self.sockets) < most or (known and known.connection):
             return
-        strangers = (link for link in reversed(self.sockets)
-                     if not link.ended and config.station(link.station.identity) is None)
+        strangers = (connection for connection in reversed(self.sockets)
+                     if not connection.ended
+                     and config.station(connection.station.identity) is None)
         stranger = next(strangers, None) if config.station(identity) else None
         if stranger is None:
             raise Refused(503, f"{most} stations are connected (store.max_connections)")
@@ -23032,13 +23043,14 @@ class Daemon:
                 self.spawn("smart charging", controller.carry_out(command))
 
 
-async def _ask_for_request(link: Link) -> None:
+async def _ask_for_request(connection: StationConnection) -> None:
     """Have a station send a SignCertificate (2.0.1 A02)."""
-    action, what = SIGN_TRIGGERS[link.protocol]
+    action, what = SIGN_TRIGGERS[connection.protocol]
     try:
-        await link.call(action, {"requestedMessage": what})
+        await connection.call(action, {"requestedMessage": what})
     except BoardError as error:
-        log.info("%s was not asked for a new certificate: %s", shown(link.station.identity), error)
+        log.info("%s was not asked for a new certificate: %s",
+                 shown(connection.station.identity), error)
 
 
 def _log_request(handler: RequestHandler) -> None:

@@ -99,7 +99,7 @@ from ocppboard import (
     ConfigError,
     Deflate,
     HandshakeError,
-    Link,
+    StationConnection,
     Store,
     WebSocketError,
     accept_deflate,
@@ -145,31 +145,33 @@ def config_of(**keys):
 
 
 class Bench:
-    """A Board with a movable clock, and a station's Link without a socket."""
+    """A Board with a movable clock, and a station's connection without a socket."""
 
     def __init__(self, protocol="ocpp1.6", schemas=None, identity="CP-1", **keys):
         self.clock = Clock()
         self.board = self.make_board(config_of(**keys))
         self.sent, self.closed = [], []
-        self.link = self.connect(protocol, schemas, identity)
+        self.connection = self.connect(protocol, schemas, identity)
 
     def make_board(self, config):
         return Board(config, self.clock, state=ocppboard.State(config.state.path, self.clock))
 
     def connect(self, protocol="ocpp1.6", schemas=None, identity="CP-1", quirks=()):
-        link = Link(self.board, schemas, protocol, lambda text: self.sent.append(text),
-                    lambda code, reason: self.closed.append((code, reason)))
-        link.start(identity, "192.0.2.1", 0, quirks)
-        return link
+        connection = StationConnection(
+            self.board, schemas, protocol, lambda text: self.sent.append(text),
+            lambda code, reason: self.closed.append((code, reason)))
+        connection.start(identity, "192.0.2.1", 0, quirks)
+        return connection
 
     @property
     def station(self):
-        return self.link.station
+        return self.connection.station
 
     def receive(self, frame):
-        """Hand a frame to the Link; returns what it sent back, taken apart."""
+        """Hand a frame to the connection; returns what it sent back, taken apart."""
         before = len(self.sent)
-        waits = self.link.receive(frame if isinstance(frame, (str, bytes)) else json.dumps(frame))
+        waits = self.connection.receive(
+            frame if isinstance(frame, (str, bytes)) else json.dumps(frame))
         if waits is not None:
             asyncio.run(_await(waits))
         assert len(self.sent) <= before + 1, "more than one answer"
@@ -3985,9 +3987,9 @@ def test_a_reading_is_stale_once_its_station_has_gone_and_until_the_next_one():
     def quality():
         return bench.board.stations["CP-1"].view()["connectors"][0]["meter"]["quality"]
     assert quality() == "measured"
-    bench.link.end("connection lost")
+    bench.connection.end("connection lost")
     assert quality() == "stale"
-    bench.link = bench.connect()
+    bench.connection = bench.connect()
     bench.call("MeterValues", values)
     assert quality() == "measured"
 
@@ -4052,15 +4054,15 @@ def test_the_golden_messages_are_many_and_of_many_makes():
 
 def test_the_newest_connection_of_an_identity_wins_and_a_late_close_changes_nothing():
     bench = Bench()
-    first, second = bench.link, bench.connect()
+    first, second = bench.connection, bench.connect()
     assert bench.closed == [(1000, "replaced by a newer connection")]
-    assert second.station.link is second and second.station.evicted_count == 1
+    assert second.station.connection is second and second.station.evicted_count == 1
     first.end("connection lost")
-    assert second.station.link is second and bench.board.online == 1
+    assert second.station.connection is second and bench.board.online == 1
     assert [e.kind for e in bench.board.system.records].count("EVICTION") == 1
     assert bench.board.total_connections == 2 and bench.board.peak_connections == 1
     second.end("connection lost")
-    assert second.station.link is None and bench.board.online == 0
+    assert second.station.connection is None and bench.board.online == 0
 
 
 def test_an_identity_that_keeps_being_replaced_raises_an_alarm():
@@ -4072,7 +4074,7 @@ def test_an_identity_that_keeps_being_replaced_raises_an_alarm():
 
 def test_offline_stations_beyond_the_limit_are_forgotten_the_longest_gone_first():
     bench = Bench(store_max_connections=3, identity="A")
-    links = {i: bench.connect(identity=i) for i in "BC"} | {"A": bench.link}
+    links = {i: bench.connect(identity=i) for i in "BC"} | {"A": bench.connection}
     for identity in "BA":
         links[identity].end("connection lost")
     bench.connect(identity="D")
@@ -4202,11 +4204,11 @@ def test_nobody_washes_away_what_is_of_others():
     for n in range(5):
         board.error("BAD_MESSAGE", good, "rare", {})
         board.security_event("ANOMALY", "CP-1", "rare", "low", {"ip": "192.0.2.1"})
-        bench.link = good.link
+        bench.connection = good.connection
         bench.call("StartTransaction", start | {"connectorId": 1, "meterStart": n})
         board.relayed(ocppboard.ProxyEvent("error", "CP-1", "", "", "UP", "", NOW))
     board.knocked("192.0.2.1", "/ocpp/X", {}, 401, "no password", "")
-    bench.link = bad.link
+    bench.connection = bad.connection
     for n in range(500):
         board.error("BAD_MESSAGE", bad, f"{n}", {})
         board.security_event("ANOMALY", f"name-{n}", "of one address", "low", {"ip": "192.0.2.9"})
@@ -4246,7 +4248,7 @@ class KeptBench(Bench):
         self.path, self.protocol, self.keys = folder / "s.db", protocol, keys
         self.clock, self.boots = Clock(), 0
         self.start()
-        self.link = self.connect(protocol)
+        self.connection = self.connect(protocol)
 
     def start(self):
         """A new process, whose monotonic clock has nothing to do with that of the one before."""
@@ -4273,11 +4275,11 @@ class KeptBench(Bench):
         """`kill -9`, and a start; the station connects again without a boot."""
         closed(self.state)
         self.start()
-        self.link = self.connect(self.protocol)
+        self.connection = self.connect(self.protocol)
 
     def receive(self, frame):
         async def receive():
-            waits = self.link.receive(json.dumps(frame))
+            waits = self.connection.receive(json.dumps(frame))
             if waits is not None:
                 await asyncio.gather(waits, self.state.write())
         asyncio.run(receive())
@@ -4408,7 +4410,7 @@ def test_a_station_is_known_but_offline_until_it_is_seen(kept_bench):
     assert view["station"] == before["station"] and view["connectors"] == before["connectors"]
     assert [q["name"] for q in view["quirks"]] == [q["name"] for q in before["quirks"]]
     assert bench.board.online == 0 and view["disconnectedAt"] is not None
-    bench.link = bench.connect()
+    bench.connection = bench.connect()
     assert bench.station.view()["seenSinceStart"] and bench.station.view()["status"] == "online"
 
 
@@ -4426,7 +4428,7 @@ def test_a_forgotten_station_stays_forgotten_and_its_transactions_are_kept(kept_
     bench = kept_bench
     id_ = begins(bench)
     bench.write()
-    bench.link.end("gone")
+    bench.connection.end("gone")
     bench.board.forget("CP-1")
     asyncio.run(bench.state.write())
     closed(bench.state)
@@ -4650,13 +4652,13 @@ def test_no_number_is_given_twice_whatever_was_written_last(history_bench):
 @with_loop
 async def test_after_an_end_in_order_the_numbers_go_on_without_a_gap(tmp_path):
     bench = KeptBench(tmp_path, state_history_days=7)
-    bench.link.receive('[2,"1","Heartbeat",{}]')
+    bench.connection.receive('[2,"1","Heartbeat",{}]')
     await bench.keeper.history.put_last()
     await bench.state.stop()
     unlock(bench.state)
     bench.start()
-    bench.link = bench.connect()
-    bench.link.receive('[2,"2","Heartbeat",{}]')
+    bench.connection = bench.connect()
+    bench.connection.receive('[2,"2","Heartbeat",{}]')
     assert [r.number for r in bench.board.messages.records] == [1, 2, 3, 4]
     closed(bench.state)
 
@@ -4823,13 +4825,13 @@ def test_a_board_that_is_killed_and_restored_ends_like_one_that_never_was(steps)
             if step[0] == "ends":
                 bench.write()
                 bench.restart()
-                never_killed.link.end("lost")
-                never_killed.link = never_killed.connect()
+                never_killed.connection.end("lost")
+                never_killed.connection = never_killed.connect()
             else:
                 assert step_of(bench, *step) == step_of(never_killed, *step)
         if steps and steps[-1][0] == "ends":             # it has lost its last connection, too
-            bench.link.end("lost")
-            never_killed.link.end("lost")
+            bench.connection.end("lost")
+            never_killed.connection.end("lost")
         assert bench.views() == [t.view() for t in never_killed.board.transactions.records]
         closed(bench.state)
 
@@ -4858,28 +4860,28 @@ async def test_a_day_of_ten_stations_that_charge_writes_less_than_10_mb(tmp_path
     bench, hours = KeptBench(tmp_path), 2
     links = [bench.connect(identity=f"CP-{number}") for number in range(10)]
 
-    async def call(bench, link, action, payload):
-        waits = link.receive(json.dumps([2, "1", action, payload]))
+    async def call(bench, connection, action, payload):
+        waits = connection.receive(json.dumps([2, "1", action, payload]))
         if waits is not None:
             await asyncio.gather(waits, bench.state.write())
         return json.loads(bench.sent[-1])[2]
-    before, ids = written_bytes(), dict[Link, int]()
+    before, ids = written_bytes(), dict[StationConnection, int]()
     for minute in range(hours * 60):
         bench.clock.now += 60
         stamp = {"timestamp": ocppboard.iso(bench.clock.now)}
-        for number, link in enumerate(links):
-            if link in ids and (minute + 24 * number) % 240 == 0:
-                await call(bench, link, *status_16("Finishing"))
-                await call(bench, link, "StopTransaction", {
-                    "transactionId": ids.pop(link), "meterStop": minute * 180} | stamp)
-                await call(bench, link, *status_16("Available"))
-            if link not in ids:
-                ids[link] = (await call(bench, link, "StartTransaction", {
+        for number, connection in enumerate(links):
+            if connection in ids and (minute + 24 * number) % 240 == 0:
+                await call(bench, connection, *status_16("Finishing"))
+                await call(bench, connection, "StopTransaction", {
+                    "transactionId": ids.pop(connection), "meterStop": minute * 180} | stamp)
+                await call(bench, connection, *status_16("Available"))
+            if connection not in ids:
+                ids[connection] = (await call(bench, connection, "StartTransaction", {
                     "connectorId": 1, "idTag": "A", "meterStart": minute * 180} | stamp)
                 )["transactionId"]
-                await call(bench, link, *status_16("Charging"))
-            await call(bench, link, "MeterValues", {
-                "connectorId": 1, "transactionId": ids[link], "meterValue": [{
+                await call(bench, connection, *status_16("Charging"))
+            await call(bench, connection, "MeterValues", {
+                "connectorId": 1, "transactionId": ids[connection], "meterValue": [{
                     "sampledValue": [
                         sample(str(minute * 180)), sample("11000", POWER, "W"),
                         *(sample(value, of, phase=phase) for phase in ocppboard.PHASES
@@ -4904,7 +4906,7 @@ async def test_a_history_of_ten_messages_a_second_takes_what_the_readme_says(tmp
     for second in range(minutes * 60):
         bench.clock.now += 1
         for number in range(5):
-            bench.link.receive(json.dumps([2, f"{second}-{number}", "MeterValues", {
+            bench.connection.receive(json.dumps([2, f"{second}-{number}", "MeterValues", {
                 "connectorId": 1, "meterValue": [{
                     "timestamp": ocppboard.iso(bench.clock.now), "sampledValue": [
                         sample(str(second)), sample("11000", POWER, "W"),
@@ -5051,7 +5053,7 @@ def test_with_ask_a_station_is_pending_until_it_is_approved():
     with pytest.raises(ocppboard.WrongValue, match="approve it first"):
         ocppboard.check_command(bench.station, "RequestStartTransaction", {})
     for asked in ({"requestedMessage": "StatusNotification"}, {"requestedMessage": "Heartbeat"}):
-        bench.link._keep_command(Call('"9"', "TriggerMessage", asked, "{}"))
+        bench.connection._keep_command(Call('"9"', "TriggerMessage", asked, "{}"))
     bench.call(*status)
     bench.call("Heartbeat", {})
     assert bench.call("BootNotification", boot)["status"] == "Pending"
@@ -5200,13 +5202,13 @@ def test_codes_that_are_typed_in_are_not_listed_and_nobody_washes_cards_away():
     bench.call("Authorize", {"idToken": {"idToken": "1234", "type": "KeyCode"}})
     assert not bench.board.shown_tokens
     bench.call("Authorize", {"idToken": {"idToken": "CARD", "type": "ISO14443"}})
-    bench.link = bench.connect("ocpp2.0.1", identity="CP-2")
+    bench.connection = bench.connect("ocpp2.0.1", identity="CP-2")
     for n in range(100):
         bench.call("Authorize", {"idToken": {"idToken": f"N-{n}", "type": "ISO14443"}})
     most, most_of_one = ocppboard.TOKENS_SHOWN
     assert len(bench.board.shown_tokens) == most_of_one + 1 and "card" in bench.board.shown_tokens
     for n in range(100):
-        bench.link = bench.connect("ocpp2.0.1", identity=f"CQ-{n}")
+        bench.connection = bench.connect("ocpp2.0.1", identity=f"CQ-{n}")
         for m in range(3):
             bench.call("Authorize", {"idToken": {"idToken": f"{n}-{m}", "type": "ISO14443"}})
     assert len(bench.board.shown_tokens) == most
@@ -6758,7 +6760,7 @@ def test_the_same_start_after_a_stop_is_another_transaction():
 def test_two_stations_may_start_alike():
     bench = Bench()
     first = start_16(bench)
-    bench.link = bench.connect(identity="CP-2")
+    bench.connection = bench.connect(identity="CP-2")
     assert start_16(bench) != first
 
 
@@ -6776,9 +6778,9 @@ def test_a_finished_transaction_goes_before_one_that_runs():
 def test_a_removed_station_that_comes_back_shows_its_transaction():
     bench = Bench()
     started = start_16(bench)
-    bench.link.end("removed on the board")
+    bench.connection.end("removed on the board")
     bench.board.forget("CP-1")
-    bench.link = bench.connect()
+    bench.connection = bench.connect()
     bench.call("MeterValues", meter_16(1, started, energy=500))
     connector, = bench.station.view()["connectors"]
     assert connector["transactionId"] == started and connector["meter"]["energyWh"] == 500
@@ -6847,9 +6849,9 @@ def test_a_reading_of_the_future_keeps_no_others_out():
 def test_a_removed_stations_transaction_does_not_come_back_over_the_next_one():
     bench = Bench()
     first = start_16(bench)
-    bench.link.end("removed on the board")
+    bench.connection.end("removed on the board")
     bench.board.forget("CP-1")
-    bench.link = bench.connect()
+    bench.connection = bench.connect()
     bench.clock.now += 10
     second = start_16(bench)
     bench.call("MeterValues", meter_16(1, first, energy=500))
@@ -7018,7 +7020,7 @@ class Command:
 
     def __init__(self, bench, action="ClearCache", payload=None):
         self.bench = bench
-        self.task = asyncio.create_task(bench.link.call(action, payload or {}))
+        self.task = asyncio.create_task(bench.connection.call(action, payload or {}))
 
     async def sent(self):
         await turn()
@@ -7049,7 +7051,7 @@ async def test_who_guards_the_door_knows_of_passwords_before_and_after_they_are_
 
     async def before(station, call):
         seen.append((station, call.payload, len(bench.sent)))
-    bench.link.guard = SimpleNamespace(before=before, answered=lambda station, call, told: (
+    bench.connection.guard = SimpleNamespace(before=before, answered=lambda station, call, told: (
         seen.append((station, call.payload, told))))
     if late:
         monkeypatch.setattr(bench.board.config.ocpp, "call_timeout_seconds", 0.01)
@@ -7190,7 +7192,7 @@ async def test_a_long_local_list_goes_in_versions_and_stops_where_one_is_refused
                                        lambda part: {"status": "Failed"})
     assert len(sent) == 1 and answer == {"status": "Failed"}
     with pytest.raises(ocppboard.WrongValue, match="3 or more"):
-        await bench.link.call("SendLocalList", whole | {name: 2})
+        await bench.connection.call("SendLocalList", whole | {name: 2})
 
 
 @with_loop
@@ -7268,7 +7270,7 @@ class ListKeeper:
     async def update(self):
         """Let the board bring the list up to date."""
         self.updates = []
-        task, seen = asyncio.create_task(ocppboard.send_local_list(self.bench.link)), 0
+        task, seen = asyncio.create_task(ocppboard.send_local_list(self.bench.connection)), 0
         while not task.done():
             await turn()
             for frame in map(json.loads, self.bench.sent[seen:]):
@@ -7371,27 +7373,27 @@ async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
     bench.call(*cost_event("Started", 0))
     for wh, cost in ((1000, 0.9), (2000, 1.3)):
         bench.call(*cost_event("Updated", wh))
-        due = ocppboard.costs_to_tell(bench.link)
-        task = asyncio.create_task(ocppboard.tell_costs(bench.link, due))
+        due = ocppboard.costs_to_tell(bench.connection)
+        task = asyncio.create_task(ocppboard.tell_costs(bench.connection, due))
         await turn()
         _, id_, action, payload = json.loads(bench.sent[-1])
         assert (action, payload) == ("CostUpdated", {"transactionId": "T", "totalCost": cost})
         bench.call(*cost_event("Updated", wh + 100))
-        assert not ocppboard.costs_to_tell(bench.link), "one at a time"
+        assert not ocppboard.costs_to_tell(bench.connection), "one at a time"
         bench.receive([3, id_, {}])
         await task
     bench.call(*cost_event("Updated", 3000))
-    task = asyncio.create_task(ocppboard.tell_costs(bench.link, ocppboard.costs_to_tell(
-        bench.link)))
+    task = asyncio.create_task(ocppboard.tell_costs(bench.connection, ocppboard.costs_to_tell(
+        bench.connection)))
     await turn()
     bench.receive([4, json.loads(bench.sent[-1])[1], "NotImplemented", "", {}])
     await task
     bench.call(*cost_event("Updated", 4000))
-    assert not ocppboard.costs_to_tell(bench.link), "it shows none"
+    assert not ocppboard.costs_to_tell(bench.connection), "it shows none"
     old = Bench("ocpp1.6", **TARIFF)
     old.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
                                   "timestamp": "2026-09-21T13:33:20Z"})
-    assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_to_tell(old.link)
+    assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_to_tell(old.connection)
 
 
 @pytest.mark.parametrize("action, good, bad, words", [
@@ -7505,7 +7507,7 @@ async def test_commands_fail_when_the_connection_ends():
     bench = Bench()
     commands = [Command(bench), Command(bench)]
     await commands[0].sent()
-    bench.link.end("connection lost")
+    bench.connection.end("connection lost")
     for command in commands:
         with pytest.raises(ocppboard.Conflict):
             await command.task
@@ -7518,7 +7520,7 @@ async def test_waiting_commands_are_bounded():
     commands = [Command(bench) for _ in range(ocppboard.CALLS_WAITING)]
     await turn()
     with pytest.raises(ocppboard.Busy):
-        await bench.link.call("ClearCache", {})
+        await bench.connection.call("ClearCache", {})
     for command in commands:
         command.task.cancel()
 
@@ -7526,9 +7528,9 @@ async def test_waiting_commands_are_bounded():
 @with_loop
 async def test_a_command_that_the_version_does_not_have_is_refused():
     with pytest.raises(ocppboard.UnknownAction, match="did you mean Reset"):
-        await Bench().link.call("Resett", {})
+        await Bench().connection.call("Resett", {})
     with pytest.raises(ocppboard.UnknownAction):
-        await Bench("ocpp2.0.1").link.call("RemoteStartTransaction", {})
+        await Bench("ocpp2.0.1").connection.call("RemoteStartTransaction", {})
 
 
 @pytest.mark.parametrize("frame, in_16, in_201, in_21", [
@@ -7649,9 +7651,9 @@ def test_a_flood_waits_by_its_place_beyond_the_burst():
 @with_loop
 async def test_of_a_flood_nothing_is_dropped():
     bench = Bench(ocpp_max_calls_per_second=200)
-    bench.link._budget._left = 0
+    bench.connection._budget._left = 0
     for number in range(10):
-        waits = bench.link.receive(json.dumps([2, str(number), "Heartbeat", {}]))
+        waits = bench.connection.receive(json.dumps([2, str(number), "Heartbeat", {}]))
         if waits is not None:
             await waits
     assert [json.loads(text)[1] for text in bench.sent] == [str(n) for n in range(10)]
@@ -7660,7 +7662,7 @@ async def test_of_a_flood_nothing_is_dropped():
 
 def test_frames_after_the_end_of_a_connection_change_nothing():
     bench = Bench()
-    bench.link.end("removed on the board", 1000)
+    bench.connection.end("removed on the board", 1000)
     bench.board.forget("CP-1")
     assert bench.receive([2, "1", "StartTransaction", {
         "connectorId": 1, "idTag": "A", "meterStart": 0,
@@ -7750,7 +7752,7 @@ def test_strict_answers_a_soft_fault_with_callerror(protocol, payload, code):
 async def test_a_command_against_its_schema_is_not_sent():
     bench = Bench("ocpp1.6", SCHEMAS)
     with pytest.raises(ocppboard.FormatViolation, match="type"):
-        await bench.link.call("Reset", {"type": "Gentle"})
+        await bench.connection.call("Reset", {"type": "Gentle"})
     assert not bench.sent
 
 
@@ -7779,7 +7781,8 @@ DURABLE_CALLS = [
 async def test_a_start_and_an_end_are_answered_when_the_disk_has_them(
         tmp_path, protocol, action, payload):
     bench = KeptBench(tmp_path, protocol)
-    waits = asyncio.create_task(_await(bench.link.receive(json.dumps([2, "1", action, payload]))))
+    waits = asyncio.create_task(_await(bench.connection.receive(
+        json.dumps([2, "1", action, payload]))))
     await turn()
     assert bench.sent == [] and values(bench.state, "transaction") == {}
     await bench.state.write()
@@ -7797,7 +7800,7 @@ async def test_a_start_and_an_end_are_answered_when_the_disk_has_them(
     ("ocpp2.0.1", *event_2x("Updated"))])
 def test_nothing_else_waits_for_the_disk(tmp_path, protocol, action, payload):
     bench = KeptBench(tmp_path, protocol)
-    assert bench.link.receive(json.dumps([2, "1", action, payload])) is None
+    assert bench.connection.receive(json.dumps([2, "1", action, payload])) is None
     assert json.loads(bench.sent[-1])[0] == 3
     closed(bench.state)
 
@@ -7806,7 +7809,7 @@ def test_nothing_else_waits_for_the_disk(tmp_path, protocol, action, payload):
 async def test_a_slow_disk_delays_an_answer_by_no_more_than_its_time(tmp_path, monkeypatch):
     monkeypatch.setattr(ocppboard, "COMMIT_S", 0.05)
     bench = KeptBench(tmp_path)
-    await bench.link.receive(json.dumps([2, "1", "StartTransaction", START_NOW]))
+    await bench.connection.receive(json.dumps([2, "1", "StartTransaction", START_NOW]))
     assert len(bench.sent) == 1 and bench.transaction()["notDurable"] is True
     await bench.state.write()
     assert bench.transaction()["notDurable"] is False
@@ -7819,7 +7822,7 @@ async def test_while_the_disk_fails_answers_do_not_wait_and_the_record_says_so(t
     refuse_writes(bench.state)
     bench.state.put("t", "a", 1)
     await bench.state.write()
-    assert bench.link.receive(json.dumps([2, "1", "StartTransaction", START_NOW])) is None
+    assert bench.connection.receive(json.dumps([2, "1", "StartTransaction", START_NOW])) is None
     assert len(bench.sent) == 1 and bench.transaction()["notDurable"] is True
     refuse_writes(bench.state, 0)
     await bench.state.write()
@@ -7831,10 +7834,10 @@ async def test_while_the_disk_fails_answers_do_not_wait_and_the_record_says_so(t
 @with_loop
 async def test_a_station_that_has_gone_meanwhile_is_not_answered(tmp_path):
     bench = KeptBench(tmp_path)
-    waits = asyncio.create_task(_await(bench.link.receive(
+    waits = asyncio.create_task(_await(bench.connection.receive(
         json.dumps([2, "1", "StartTransaction", START_NOW]))))
     await turn()
-    bench.link.end("gone")
+    bench.connection.end("gone")
     await bench.state.write()
     await waits
     assert bench.sent == [] and [m.type for m in bench.board.messages.records] == ["CALL"]
@@ -8131,7 +8134,7 @@ class World:
                             faults=options.get("faults", ()),
                             clock=functools.partial(self.clock_of, identity))
         station.call = functools.partial(self.call, station)
-        station.link, station.backlog, station.back_at = None, [], 0.0
+        station.connection, station.backlog, station.back_at = None, [], 0.0
         station.wired, station.free_at = options.get("wired", "RST"), 0.0
         station.interval = options.get("interval", 10)
         station.last_meter = {}
@@ -8153,7 +8156,7 @@ class World:
         self.controller = self.factory(self.board)
         self.controller.restore()
         for station in self.stations.values():
-            station.link = None
+            station.connection = None
         self.due = []
 
     def limits(self):
@@ -8164,10 +8167,11 @@ class World:
     # Stations
 
     def connect(self, station):
-        link = Link(self.board, None, station.protocol, lambda text: self.answers.append(text),
-                    lambda code, reason: None)
-        link.start(station.identity, "192.0.2.1", 0, ())
-        station.link = link
+        connection = StationConnection(
+            self.board, None, station.protocol, lambda text: self.answers.append(text),
+            lambda code, reason: None)
+        connection.start(station.identity, "192.0.2.1", 0, ())
+        station.connection = connection
         drive(station.call("BootNotification", station.boot_payload()))
         backlog, station.backlog = station.backlog, []
         for action, payload in backlog:
@@ -8176,16 +8180,16 @@ class World:
             drive(station.tell_status(outlet))
 
     def disconnect(self, station, seconds):
-        if station.link:
-            station.link.end("gone")
-        station.link, station.back_at = None, self.clock() + seconds
+        if station.connection:
+            station.connection.end("gone")
+        station.connection, station.back_at = None, self.clock() + seconds
 
     async def call(self, station, action, payload):
-        if station.link is None:
+        if station.connection is None:
             station.backlog.append((action, payload))
             return {}
         self.answers = []
-        station.link.receive(json.dumps([2, "1", action, payload]))
+        station.connection.receive(json.dumps([2, "1", action, payload]))
         answer = json.loads(self.answers[0])
         assert answer[0] == 3, answer
         return answer[2]
@@ -8216,9 +8220,9 @@ class World:
         if station is None:              # who is there, and does not answer
             self.later(30, self.give_up, command)
             return
-        self.go_on(command, self.controller.steps(command), None, station, station.link)
+        self.go_on(command, self.controller.steps(command), None, station, station.connection)
 
-    def go_on(self, command, steps, answer, station, link):
+    def go_on(self, command, steps, answer, station, connection):
         """What the station is asked next of a command, or what that comes to."""
         try:
             action, payload = steps.send(answer)
@@ -8232,29 +8236,31 @@ class World:
         schema_for(station.protocol, action)(payload)             # all that is sent fits
         self.sent.append((self.clock(), station.identity, action, payload))
         self.later(self.random.uniform(0, self.RTT_S), self.reach, command, steps,
-                   Call('"1"', action, payload, ""), station, link)
+                   Call('"1"', action, payload, ""), station, connection)
 
-    def reach(self, command, steps, call, station, link):
+    def reach(self, command, steps, call, station, connection):
         """The command is at the station, if that is still there."""
-        if station.link is not link or link is None:
+        if station.connection is not connection or connection is None:
             self.controller.answered(command, {}, ocppboard.Conflict("gone"))
             return
         slow = self.random.uniform(5, 60) if "late" in station.faults else 0
         # One thing after the other: a command does not overtake the one before.
         station.free_at = max(station.free_at, self.clock() + slow)
-        self.later(station.free_at - self.clock(), self.obey, command, steps, call, station, link)
+        self.later(station.free_at - self.clock(),
+                   self.obey, command, steps, call, station, connection)
         if station.free_at - self.clock() > 30:
             self.later(30, self.give_up, command)
 
-    def obey(self, command, steps, call, station, link):
+    def obey(self, command, steps, call, station, connection):
         reply = station.obey(call)
-        if station.link is not link:     # the answer is lost
+        if station.connection is not connection:     # the answer is lost
             self.controller.answered(command, {}, ocppboard.Conflict("gone"))
         elif command.station.busy is command:
             if type(reply) is CallError:
                 self.controller.answered(command, {}, ocppboard.CallFailed(reply.code, "", {}))
             else:
-                self.go_on(command, steps, json.loads(json.dumps(reply.payload)), station, link)
+                self.go_on(command, steps, json.loads(json.dumps(reply.payload)),
+                           station, connection)
         self.after(station)
 
     def give_up(self, command):
@@ -8270,11 +8276,11 @@ class World:
             act(*arguments)
         for station in self.stations.values():
             station.advance()
-            if station.link is None and now >= station.back_at:
+            if station.connection is None and now >= station.back_at:
                 self.connect(station)
             self.after(station)
             for outlet in station.outlets:
-                if outlet.transaction_id is not None and station.link and (
+                if outlet.transaction_id is not None and station.connection and (
                         now - station.last_meter.get(outlet.number, 0) >= station.interval):
                     station.last_meter[outlet.number] = now
                     drive(station.meter(outlet))
@@ -8991,10 +8997,11 @@ def test_who_never_says_a_word_takes_nothing_away():
     outlets = charging(world)
     world.run(300)
     before = [outlet.current_a for outlet in outlets]
-    links = [Link(world.board, None, "ocpp1.6", lambda text: None, lambda code, reason: None)
+    links = [StationConnection(world.board, None, "ocpp1.6", lambda text: None,
+                               lambda code, reason: None)
              for _ in range(2)]
-    for number, link in enumerate(links):
-        link.start(f"GHOST-{number}", "192.0.2.9", 0, ())
+    for number, connection in enumerate(links):
+        connection.start(f"GHOST-{number}", "192.0.2.9", 0, ())
     world.run(60)
     assert [outlet.current_a for outlet in outlets] == before
     assert "GHOST-0" not in world.controller.stations
@@ -9555,7 +9562,7 @@ async def test_a_raise_is_sent_when_the_state_has_it():
             return {"status": "Accepted"}, 1.0
     bench.board.state = ocppboard.SimpleNamespace(committed=lambda: durable)
     station = controller._meet("CP-1")
-    station.station, station.link = bench.station, Quick()
+    station.station, station.connection = bench.station, Quick()
     answers = []
     command = ocppboard.Command(station, "SetChargingProfile", {}, lambda c, a: answers.append(a),
                                 durable=True)
@@ -9701,25 +9708,26 @@ class Storm(World):
                 station.composite_schedule = dict
                 station.on_get_composite_schedule = lambda payload: {"status": "Rejected"}
         elif chance < 0.005:             # a stranger that never says a word
-            link = Link(self.board, None, "ocpp1.6", lambda text: None, lambda code, reason: None)
-            link.start(f"GHOST-{self.random.randrange(3)}", "192.0.2.9", 0, ())
+            connection = StationConnection(self.board, None, "ocpp1.6", lambda text: None,
+                                           lambda code, reason: None)
+            connection.start(f"GHOST-{self.random.randrange(3)}", "192.0.2.9", 0, ())
 
     def trouble(self, station):
         chance, fickle = self.random.random, station.identity in self.FICKLE
         for outlet in station.outlets:
             if outlet.transaction_id is None:
                 # A 1.6 station without a link gets no transaction id, and starts nothing here.
-                if chance() < 0.01 and (station.link or station.protocol != "ocpp1.6") and (
+                if chance() < 0.01 and (station.connection or station.protocol != "ocpp1.6") and (
                         not station.identity.startswith("NEW") or station.limit_a(outlet) <= 6):
                     self.arrive(station, outlet, phases=self.random.choice((1, 3, 3, 3)),
                                 car_a=10.0 if fickle else self.random.choice((16.0, 32.0, 32.0)))
             elif chance() < 0.002 or outlet.soc > 99.5:
                 self.leave(station, outlet)
-            elif station.link and chance() < 0.001:
+            elif station.connection and chance() < 0.001:
                 self.replay(station, outlet)
-        if station.link and chance() < 0.0008:
+        if station.connection and chance() < 0.0008:
             self.disconnect(station, self.random.choice((5, 30, 120, 400)))
-        if station.link and chance() < 0.0003:
+        if station.connection and chance() < 0.0003:
             station.forget()             # it starts over
             self.disconnect(station, self.random.choice((30, 90)))
         if fickle and chance() < 0.001:
@@ -9879,7 +9887,7 @@ class Far:
         bench.board.state.open()
         self.relay.start()
         self.loop.create_task(bench.board.state.run())
-        self.attach(bench.link)
+        self.attach(bench.connection)
 
     async def dial(self, *arguments, **options):
         """The relay connects: it waits until the test lets it."""
@@ -9892,23 +9900,23 @@ class Far:
         for _ in range(20):
             self.loop.run_until_complete(asyncio.sleep(0))
 
-    def attach(self, link):
-        self.link = link
-        self.relay.attach(link, "")
-        self.session = self.relay.sessions[link.station.identity]
-        receive = link.receive
+    def attach(self, connection):
+        self.connection = connection
+        self.relay.attach(connection, "")
+        self.session = self.relay.sessions[connection.station.identity]
+        receive = connection.receive
 
         def settled(frame):
             waits = receive(frame)
             if waits is not None:
                 self.loop.run_until_complete(waits)
             self.settle()
-        link.receive = settled
+        connection.receive = settled
         self.settle()
 
     def left(self):
         """The station's connection is lost."""
-        self.link.end("connection lost")
+        self.connection.end("connection lost")
         self.settle()
 
     def open(self):
@@ -10000,7 +10008,7 @@ def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     far.open()
     frame = ' [2, "a b" ,"StartTransaction", {"idTag":"A\\u0041","connectorId":1, "meterStart":10,'\
             '"timestamp":"2026-09-21T13:00:00Z"} ] '
-    bench.link.receive(frame)
+    bench.connection.receive(frame)
     assert far.frames == [frame] and bench.sent == []
     answer = '[3, "a b", {"transactionId": 77,  "idTagInfo": {"status":"Invalid"}}]'
     far.say(answer)
@@ -10019,7 +10027,7 @@ def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
              {"status": "Accepted", "interval": 60, "currentTime": "2026-09-21T13:00:00Z"}),
             ("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
                                     "status": "Available"}, {})):
-        bench.link.receive(call_of(action, action, payload))
+        bench.connection.receive(call_of(action, action, payload))
         far.answer(far.asked(), answer)
     far.die()
     far.turn(100)
@@ -10035,11 +10043,11 @@ def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
     far.answer(far.asked(), {"status": "Pending", "currentTime": iso_now(), "interval": 60})
     assert bench.board.stations["CP-1"].registration == "Pending"
     assert far.session.status == "booting"
-    bench.link.receive(call_of("2", "Heartbeat", {}))
+    bench.connection.receive(call_of("2", "Heartbeat", {}))
     assert far.frames == [] and '"2"' in bench.sent[-1]      # answered here
     far.turn(61)
     again = far.asked()
@@ -10052,15 +10060,15 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
-    bench.link.receive(call_of("2", "StatusNotification", {
+    bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.connection.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Preparing"}))
-    bench.link.receive(call_of("3", "StartTransaction", begun()))
+    bench.connection.receive(call_of("3", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    bench.link.receive(call_of("4", "Heartbeat", {}))
-    bench.link.receive(call_of("5", "MeterValues", {
+    bench.connection.receive(call_of("4", "Heartbeat", {}))
+    bench.connection.receive(call_of("5", "MeterValues", {
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
-    bench.link.receive(call_of("6", "StopTransaction", {
+    bench.connection.receive(call_of("6", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     assert len(bench.sent) == 6 and far.session.waiting == 3
     far.open()
@@ -10088,14 +10096,14 @@ def test_a_message_whose_answer_was_lost_goes_again_under_its_id():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("s", "StartTransaction", begun()))
+    bench.connection.receive(call_of("s", "StartTransaction", begun()))
     first = far.frames.pop()
     far.die()
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     assert far.frames == [first]
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    bench.link.receive(call_of("t", "StopTransaction", {
+    bench.connection.receive(call_of("t", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     assert far.asked().payload["transactionId"] == 9
 
@@ -10104,14 +10112,14 @@ def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("s", "StartTransaction", begun()))
+    bench.connection.receive(call_of("s", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     far.say(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
     stop = unpack(bench.sent[-1])
     assert isinstance(stop, Call) and stop.payload == {"transactionId": ours}
-    bench.link.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
+    bench.connection.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
     assert json.loads(far.frames.pop()) == [3, "r", {"status": "Accepted"}]
 
 
@@ -10119,16 +10127,16 @@ def test_an_upstream_that_gives_an_id_twice_does_not_mix_two_transactions():
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     far.answer(far.asked(), {"transactionId": ours, "idTagInfo": {"status": "Accepted"}})
     other = json.loads(bench.sent[-1])[2]["transactionId"]
     assert other != ours
     for id_, there in ((ours, 9), (other, ours)):
-        bench.link.receive(call_of(f"x{id_}", "StopTransaction", {
+        bench.connection.receive(call_of(f"x{id_}", "StopTransaction", {
             "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
         stop = far.asked()
         assert stop.payload["transactionId"] == there
@@ -10139,19 +10147,19 @@ def test_a_silent_upstream_costs_the_station_no_more_than_the_time_out():
     bench = Bench(ocpp_call_timeout_seconds=10)
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "Authorize", {"idTag": "AA"}))
+    bench.connection.receive(call_of("1", "Authorize", {"idTag": "AA"}))
     far.turn(9)
     assert bench.sent == []
     far.turn(0.8)
     assert json.loads(bench.sent[-1]) == [3, "1", {"idTagInfo": {"status": "Accepted"}}]
     far.turn(1)
     for id_ in "23":
-        bench.link.receive(call_of(id_, "Authorize", {"idTag": "AA"}))
+        bench.connection.receive(call_of(id_, "Authorize", {"idTag": "AA"}))
         far.turn(9.8)
         assert f'"{id_}"' in bench.sent[-1]
         far.turn(1)
     assert far.session.status == "backoff"                         # three in a row: it is not there
-    bench.link.receive(call_of("4", "Authorize", {"idTag": "AA"}))
+    bench.connection.receive(call_of("4", "Authorize", {"idTag": "AA"}))
     assert '"4"' in bench.sent[-1]                           # at once
 
 
@@ -10159,13 +10167,13 @@ def test_a_late_answer_is_not_given_to_the_station_twice():
     bench = Bench(ocpp_call_timeout_seconds=10)
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.turn(9.9)
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.turn(3)
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     assert len(bench.sent) == 1 and far.session.view()["delivered"] == 1
-    bench.link.receive(call_of("2", "MeterValues", {
+    bench.connection.receive(call_of("2", "MeterValues", {
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
     assert far.asked().payload["transactionId"] == 9
 
@@ -10174,7 +10182,7 @@ def test_what_a_station_says_again_is_told_upstream_once():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     start = far.asked()
     far.left()
     far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
@@ -10183,7 +10191,7 @@ def test_what_a_station_says_again_is_told_upstream_once():
     assert far.session.status == "idle"                      # delivered, and nobody there
     far.attach(bench.connect())
     far.open()
-    far.link.receive(call_of("2", "StartTransaction", begun()))
+    far.connection.receive(call_of("2", "StartTransaction", begun()))
     assert json.loads(bench.sent[-1]) == [
         3, "2", {"transactionId": 9, "idTagInfo": {"status": "Accepted"}}]
     assert far.frames == [] and [t.id for t in bench.board.transactions.records] == [9]
@@ -10194,11 +10202,11 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
     far = Far(bench, queue=4)
     far.refuse()
     for number in range(3):
-        bench.link.receive(call_of(f"a{number}", "StartTransaction", begun(number + 1)))
+        bench.connection.receive(call_of(f"a{number}", "StartTransaction", begun(number + 1)))
         id_ = json.loads(bench.sent[-1])[2]["transactionId"]
-        bench.link.receive(call_of(f"m{number}", "MeterValues", {
+        bench.connection.receive(call_of(f"m{number}", "MeterValues", {
             "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
-    bench.link.receive(call_of("z", "StopTransaction", {
+    bench.connection.receive(call_of("z", "StopTransaction", {
         "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     assert [queued.action for queued in far.session.queue] == [
         *["StartTransaction"] * 3, "StopTransaction"]
@@ -10214,7 +10222,7 @@ def test_an_upstream_that_cannot_take_a_message_is_asked_ever_less_often(action,
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", action, begun() if action == "StartTransaction" else {
+    bench.connection.receive(call_of("1", action, begun() if action == "StartTransaction" else {
         "connectorId": 1, "transactionId": 5, "meterValue": [metered(3)]}))
     far.open()
     for attempt in range(attempts):
@@ -10231,12 +10239,12 @@ def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.say('[4,"1","FormationViolation","",{}]')
     far.frames.clear()
-    bench.link.receive(call_of("2", "StopTransaction", {
+    bench.connection.receive(call_of("2", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     assert far.frames == [] and json.loads(bench.sent[-1])[:2] == [3, "2"]
     assert far.events("refused")[-1]["error"] == "the start of its transaction was not delivered"
@@ -10248,11 +10256,11 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
     bench = Bench(state_path=journal)
     far = Far(bench, upstream="ocpp2.0.1")
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.answer(far.asked(), {"idTokenInfo": {"status": "Accepted"}})
     running = json.loads(bench.sent[-1])[2]["transactionId"]
     far.die()
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     waiting = json.loads(bench.sent[-1])[2]["transactionId"]
     far.end()
     assert oct(os.stat(journal).st_mode)[-3:] == "600"
@@ -10266,7 +10274,7 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
     assert start.payload["transactionInfo"]["transactionId"] == str(waiting)
     assert start.payload["eventType"] == "Started" and start.payload["evse"]["id"] == 2
     far.answer(start, {})
-    bench.link.receive(call_of("3", "StopTransaction", {
+    bench.connection.receive(call_of("3", "StopTransaction", {
         "transactionId": running, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
     stop = far.asked()
     assert stop.payload["transactionInfo"]["transactionId"] == str(running)
@@ -10283,8 +10291,8 @@ def test_after_a_restart_upstream_hears_who_the_station_is_and_how(tmp_path):
     bench = Bench(**keys)
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
-    bench.link.receive(call_of("2", "StatusNotification", {
+    bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.connection.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Charging"}))
     far.end()
     far = Far(Bench(**keys))                                 # the station does not boot again
@@ -10305,7 +10313,7 @@ def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_need
     far = Far(bench, upstream="ocpp2.0.1", queue=1)
     far.refuse()
     for number in "12":
-        bench.link.receive(call_of(number, "StartTransaction", begun(int(number))))
+        bench.connection.receive(call_of(number, "StartTransaction", begun(int(number))))
     error, = [one.view() for one in bench.board.errors.records if one.kind == "NOT_DELIVERED"]
     assert error["message"].startswith("StartTransaction for upstream: lost: too much waits")
     assert error["details"]["messageId"] == "1" and error["details"]["meterStart"] == "10"
@@ -10321,7 +10329,7 @@ def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
-    bench.link.receive(call_of("1", "TransactionEvent", event))
+    bench.connection.receive(call_of("1", "TransactionEvent", event))
     far.answer(far.asked(), {"transactionId": 31, "idTagInfo": {"status": "Accepted"}})
     assert far.asked().payload["status"] == "Preparing"
     far.end()
@@ -10331,7 +10339,7 @@ def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
     shown = far.asked()
     assert shown.payload["status"] == "Preparing"            # it was not answered
     far.answer(shown, {})
-    bench.link.receive(call_of("2", "TransactionEvent", {
+    bench.connection.receive(call_of("2", "TransactionEvent", {
         "eventType": "Ended", "timestamp": iso_now(), "triggerReason": "EVDeparted", "seqNo": 1,
         "transactionInfo": {"transactionId": "tx-1", "stoppedReason": "EVDisconnected"}}))
     stop = far.asked()
@@ -10354,9 +10362,9 @@ def taken(there):
 
 
 def reconnected(bench, far, protocol="ocpp1.6"):
-    bench.link.end("connection lost")
-    bench.link = bench.connect(protocol)
-    far.attach(bench.link)
+    bench.connection.end("connection lost")
+    bench.connection = bench.connect(protocol)
+    far.attach(bench.connection)
 
 
 def event_of(kind, seq_no, trigger, **more):
@@ -10372,7 +10380,7 @@ def metered_at(value, context="Sample.Periodic"):
 
 def told_16(bench, far, event, there=7):
     """Tell an event of a 2.x station; the Calls that a 1.6 upstream has of it."""
-    bench.link.receive(call_of(f"e{event['seqNo']}", "TransactionEvent", event))
+    bench.connection.receive(call_of(f"e{event['seqNo']}", "TransactionEvent", event))
     calls = []
     while far.frames:
         calls.append(far.asked())
@@ -10387,15 +10395,15 @@ def test_an_id_that_the_board_had_to_give_is_mapped_also_beside_others():
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.open()
     far.answer(far.asked(), taken(5))
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     late = far.asked()
     far.turn(30)                                             # the station has our answer by now
     ours = id_given(bench)
     far.answer(late, taken(6))
-    bench.link.receive(call_of("3", "StopTransaction", stop_of(str(ours))))
+    bench.connection.receive(call_of("3", "StopTransaction", stop_of(str(ours))))
     assert far.asked().payload["transactionId"] == 6
 
 
@@ -10403,12 +10411,12 @@ def test_a_start_that_is_told_again_is_the_same_transaction_in_2x():
     bench = Bench()
     far = Far(bench, upstream="ocpp2.0.1")
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     first = far.asked()
     far.answer(first, {})
     ours = id_given(bench)
     reconnected(bench, far)                                  # the answer was lost on the way
-    bench.link.receive(call_of("2", "StartTransaction", begun()))
+    bench.connection.receive(call_of("2", "StartTransaction", begun()))
     assert far.frames == [] and first.payload["eventType"] == "Started"
     assert id_given(bench) == ours
 
@@ -10419,14 +10427,14 @@ def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
     far = Far(bench)
     far.refuse()
     bench.clock.now += 1000
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = id_given(bench)
     far.end()
     bench = Bench(**keys)                                    # a second earlier, by its clock
     bench.clock.now += 999
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert id_given(bench) > ours
     far.end()
 
@@ -10469,13 +10477,13 @@ def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.answer(far.asked(), taken(5))
-    bench.link.receive(call_of("2", "StopTransaction", stop_of(5)))
+    bench.connection.receive(call_of("2", "StopTransaction", stop_of(5)))
     stop = far.asked()
     reconnected(bench, far)
     far.say(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
-    bench.link.receive(call_of("3", "StopTransaction", stop_of(5)))
+    bench.connection.receive(call_of("3", "StopTransaction", stop_of(5)))
     again = far.asked()
     assert (again.action, again.id_text) == ("StopTransaction", '"3"')
 
@@ -10488,15 +10496,15 @@ def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
 
     def disk(full):
         bench.board.state._db.execute(f"PRAGMA query_only={full}").fetchall()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     disk(full=1)
     far.open()
     far.answer(far.asked(), taken(5))                        # delivered: its row is to go
     far.die()
-    bench.link.receive(call_of("2", "StartTransaction", begun(2)))
+    bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert len(bench.sent) == 2 and bench.board.state.failing_since
     disk(full=0)
-    bench.link.receive(call_of("3", "StartTransaction", begun(3)))
+    bench.connection.receive(call_of("3", "StartTransaction", begun(3)))
     far.end()
     left = Far(Bench(**keys))
     assert [queued.read().payload["connectorId"] for queued in left.session.queue] == [2, 3]
@@ -10541,7 +10549,7 @@ def test_a_row_of_the_state_that_makes_no_sense_stops_nobody(tmp_path, caplog, v
     far.end()
     far = Far(Bench(state_path=str(path)), upstream="ocpp2.0.1")
     far.open()
-    far.link.receive(call_of("2", "StartTransaction", begun(2)))
+    far.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert far.asked().payload["eventType"] == "Started" and "cannot be used" in caplog.text
     far.end()
 
@@ -10550,9 +10558,9 @@ def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "BootNotification", BOOT_16))
+    bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
     far.say('[4,"1","FormationViolation","the vendor is too long",{}]')
-    bench.link.receive(call_of("2", "StartTransaction", begun()))
+    bench.connection.receive(call_of("2", "StartTransaction", begun()))
     far.die()
     far.frames.clear()
     far.open()
@@ -10566,14 +10574,14 @@ def test_while_upstream_is_given_a_rest_the_station_is_answered_here():
     bench = Bench()
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.open()
     for attempt in range(4):
         start = far.asked()
         far.say(f'[4,{start.id_text},"InternalError","busy",{{}}]')
         if attempt < 3:
             far.turn(2 * 2 ** attempt)
-    bench.link.receive(call_of("h", "Heartbeat", {}))        # within the 16 s of the fourth rest
+    bench.connection.receive(call_of("h", "Heartbeat", {}))     # within the 16 s of the fourth rest
     assert '"h"' in bench.sent[-1] and far.frames == []
 
 
@@ -10581,7 +10589,7 @@ def test_a_station_of_another_version_does_not_have_its_old_frames_passed_on():
     bench = Bench()
     far = Far(bench)
     far.open()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.frames.clear()
     far.turn(30)
     reconnected(bench, far, "ocpp2.0.1")
@@ -10615,7 +10623,7 @@ def test_without_its_station_a_session_is_idle_unless_it_sent_the_station_away(w
     bench = Bench()
     far = Far(bench, when_down=when_down)
     far.refuse()
-    bench.link.end("connection lost")
+    bench.connection.end("connection lost")
     far.settle()
     assert far.session.view()["status"] == status
     assert far.session.view()["lastError"] == "no connection: away"
@@ -10625,17 +10633,17 @@ def test_there_are_no_more_sessions_than_stations_and_those_with_messages_stay()
     bench = Bench(store_max_connections=2)
     far = Far(bench)
     far.refuse()
-    bench.link.receive(call_of("1", "StartTransaction", begun()))
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.left()
     for number, goes_on in ((2, True), (3, False)):          # both stay connected
-        link = bench.connect(identity=f"CP-{number}")
-        far.relay.attach(link, "")
-        assert (link.upstream is not None) == goes_on
+        connection = bench.connect(identity=f"CP-{number}")
+        far.relay.attach(connection, "")
+        assert (connection.upstream is not None) == goes_on
     far.settle()
     far.refuse()
-    bench.board.stations["CP-2"].link.end("connection lost")
+    bench.board.stations["CP-2"].connection.end("connection lost")
     far.settle()
-    far.relay.attach(link, "")
+    far.relay.attach(connection, "")
     assert set(far.relay.sessions) == {"CP-1", "CP-3"} and far.session.waiting == 1
 
 
@@ -10648,7 +10656,7 @@ def test_a_status_that_is_repeated_is_not_written_again_nor_kept_when_it_is_huge
     for number, more in enumerate(({"timestamp": "2026-09-21T13:00:00Z"},
                                    {"timestamp": "2026-09-21T13:01:00Z"}, {"status": "Charging"},
                                    {"info": "x" * 100_000})):
-        bench.link.receive(call_of(f"s{number}", "StatusNotification", status | more))
+        bench.connection.receive(call_of(f"s{number}", "StatusNotification", status | more))
     assert written == ['"s0"', '"s2"']
     far.end()
 
@@ -11659,7 +11667,7 @@ async def test_a_command_for_a_station_that_has_left_is_refused():
         await station.send(json.dumps([2, "s", "StartTransaction", START_16]))
         await until(lambda: central.heard)
         await station.close()
-        await until(lambda: site.board.stations["CP-1"].link is None)
+        await until(lambda: site.board.stations["CP-1"].connection is None)
         await central.socket.send('[2,"c","ClearCache",{}]')
         await until(lambda: len(central.heard) == 2)
         assert json.loads(central.heard[1])[:2] == [4, "c"]
@@ -12164,17 +12172,18 @@ class StationSocket:
     def __init__(self, world, station):
         self.world, self.station = world, station
         self.frames: asyncio.Queue = asyncio.Queue()
-        self.link = Link(world.board, None, station.protocol, self._write, self._close)
-        self.link.start(station.identity, "192.0.2.1", 0, ())
-        world.relay.attach(self.link, station.authorization)
-        world.spawn("station", read_frames(self.frames, self.link.receive))
+        self.connection = StationConnection(
+            world.board, None, station.protocol, self._write, self._close)
+        self.connection.start(station.identity, "192.0.2.1", 0, ())
+        world.relay.attach(self.connection, station.authorization)
+        world.spawn("station", read_frames(self.frames, self.connection.receive))
 
     def send(self, frame):
         self.frames.put_nowait(frame)
 
     def cut(self):
         self.frames.put_nowait(None)
-        self.link.end("connection lost")
+        self.connection.end("connection lost")
 
     def _write(self, text):
         self.world.later(LATENCY_S, self.station.receive, self, text)
@@ -14901,8 +14910,8 @@ MUTE_UPGRADE = (
 
 def look_after(site, now):
     """What the daemon does each second, at that time."""
-    for link, websocket in list(site.daemon.sockets.items()):
-        site.daemon._keep_alive(link, websocket, now, 25)
+    for connection, websocket in list(site.daemon.sockets.items()):
+        site.daemon._keep_alive(connection, websocket, now, 25)
 
 
 def pong_timeouts(site):
@@ -14914,8 +14923,8 @@ async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
     # a client that never answers a ping: nothing reads its socket
     _head, _, writer = await raw_upgrade(site, MUTE_UPGRADE)
     alive = await site.station("CP-2")
-    stations = {link.station.identity: (link.station, websocket)
-                for link, websocket in site.daemon.sockets.items()}
+    stations = {connection.station.identity: (connection.station, websocket)
+                for connection, websocket in site.daemon.sockets.items()}
     stations["CP-1"][0].pongs = False, True              # it did, on its last connection
     now = time.monotonic()
     for late in (26, 49):
@@ -14924,7 +14933,7 @@ async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
     assert site.board.online == 2
     stations["CP-2"][1].last_sign = now + 49
     look_after(site, now + 51)
-    assert site.board.stations["CP-1"].link is None and site.board.stations["CP-2"].link
+    assert site.board.stations["CP-1"].connection is None and site.board.stations["CP-2"].connection
     assert pong_timeouts(site) == ["CP-1"]
     assert (await exchange(alive, "Heartbeat", {}))[0] == 3
     writer.close()
@@ -14940,9 +14949,9 @@ async def test_a_station_that_never_answered_a_ping_is_judged_by_its_heartbeats(
     now = time.monotonic()
     for late in (26, 49, patience_s - 2):
         look_after(site, now + late)
-    assert station.link and ("no_pong" in station.quirks) == (patience_s > 60)
+    assert station.connection and ("no_pong" in station.quirks) == (patience_s > 60)
     look_after(site, now + patience_s + 1)
-    assert station.link is None and pong_timeouts(site) == ["CP-1"]
+    assert station.connection is None and pong_timeouts(site) == ["CP-1"]
     writer.close()
 
 
@@ -14952,9 +14961,9 @@ async def test_a_station_that_never_reads_stops_being_read(site):
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     socket_ = await site.station(sock=small, ping_interval=None)
     socket_.transport.pause_reading()
-    link = site.board.stations["CP-1"].link
-    link._budget.rate = 0
-    websocket = link.write.__self__
+    connection = site.board.stations["CP-1"].connection
+    connection._budget.rate = 0
+    websocket = connection.write.__self__
     websocket._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sender = asyncio.create_task(_flood(socket_, json.dumps([2, "1", "GetNothing", {}])))
     counts: list[int] = []
@@ -15026,12 +15035,12 @@ async def test_a_2x_station_is_asked_for_each_connector_that_is_known():
     bench = Bench("ocpp2.0.1")
     for evse in (1, 2):
         says_2x(bench, "Available", evse)
-    asking = asyncio.create_task(ocppboard.introduce(bench.link))
+    asking = asyncio.create_task(ocppboard.introduce(bench.connection))
     for wanted in (None, {"id": 1, "connectorId": 1}, {"id": 2, "connectorId": 1}):
         await turn()
         _, id_, _, payload = json.loads(bench.sent[-1])
         assert payload.get("evse") == wanted
-        bench.link.receive(json.dumps([3, id_, {"status": "Accepted"}]))
+        bench.connection.receive(json.dumps([3, id_, {"status": "Accepted"}]))
     await asking
 
 
@@ -15486,7 +15495,7 @@ async def test_a_client_that_does_not_read_costs_its_queue_and_slows_nobody(site
                   b"Authorization: Bearer t0ken\r\n\r\n")
     await until(lambda: site.daemon.streams)
     socket_ = await site.station()
-    site.board.stations["CP-1"].link._budget.rate = 0
+    site.board.stations["CP-1"].connection._budget.rate = 0
     payload = {"vendorId": "v", "data": "x" * 200_000}
     started = time.monotonic()
     for number in range(300):
@@ -15589,15 +15598,15 @@ class Hurried(Site):
             station.meter, outlet) if outlet.transaction_id is not None else station.heartbeat)
         outlet.__class__ = HungryOutlet
 
-        def link():
+        def connection():
             station.task = asyncio.create_task(station.run())
             self._open.callback(station.task.cancel)
 
         def cut():
             station.task.cancel()
             station.disconnect()
-        station.link, station.cut = link, cut
-        link()
+        station.connection, station.cut = connection, cut
+        connection()
         return station
 
 
@@ -15670,7 +15679,7 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
     assert 60 < site.clock() - gone_at <= 140, "then its limit has expired"
     await share(59, "CP-1", "CP-3")
     assert told["CP-2"]["allocatedA"] == 0 and site.clock() - gone_at > 120
-    second.link()
+    second.connection()
     await share(59, *stations)
     # 3. the limit is cut, and comes back
     status, config, _ = await site.fetch("/api/smart-charge/config", "PATCH", {"limitA": 16})
@@ -16553,7 +16562,7 @@ async def test_a_station_is_approved_disconnected_and_forgotten_on_the_page(site
         await until(lambda: "CP-1" in site.board.approved)
         await look.click("Disconnect …")
         await look.click("Cancel")
-        assert site.board.stations["CP-1"].link
+        assert site.board.stations["CP-1"].connection
         await look.click("Disconnect …")
         await look.click("Disconnect")
         await look.sees("offline", "h1 + .pill")
@@ -18553,7 +18562,7 @@ def test_every_section_knows_only_what_stands_above_it():
                  getattr(statement, "name", None)]
         assert not any(name in home for name in filter(None, names)), names      # no name twice
         home |= dict.fromkeys(filter(None, names), section(statement.lineno))
-    assert home["Board"] < home["Link"] < home["Daemon"]
+    assert home["Board"] < home["StationConnection"] < home["Daemon"]
 
     def used(table):
         for inner in table.get_children():
