@@ -324,9 +324,12 @@ class UnknownAction(BoardError):
 
 
 class NotSupported(BoardError):
-    """The other side of the relay has nothing like it (OCPP-J 1.6 4.2.3)."""
+    """The other side's version of OCPP has nothing like it (OCPP-J 1.6 4.2.3)."""
 
     http_status, ocpp_code = 400, "NotSupported"
+
+    def body(self) -> dict:
+        return {"error": str(self), "errorCode": self.ocpp_code}
 
 
 class FormatViolation(BoardError):
@@ -4160,6 +4163,8 @@ _COMMANDS_21 = _COMMANDS_201 | frozenset("""
     NotifyWebPaymentStarted RequestBatterySwap SetDERControl SetDefaultTariff UpdateDynamicSchedule
     UsePriorityCharging""".split())
 
+# The version in whose words a station of any version can be told something.
+PIVOT = "ocpp2.0.1"
 # The Actions that a central system may send to a station.
 COMMANDS = {"ocpp1.6": _COMMANDS_16, "ocpp2.0.1": _COMMANDS_201, "ocpp2.1": _COMMANDS_21}
 
@@ -6777,6 +6782,9 @@ STAGES = {
     **{(version, version): ([_same_version(RENAMED_UP)], [_same_version(RENAMED_DOWN)])
        for version in PROTOCOLS},
 }
+# The commands of PIVOT for which a station's version has something like them.
+COMMANDS_ACROSS = {"ocpp1.6": frozenset(LOWER_DOWN) & COMMANDS[PIVOT],
+                   "ocpp2.0.1": COMMANDS[PIVOT], "ocpp2.1": COMMANDS[PIVOT] & BOTH_2X}
 
 
 # --- Meter values -------------------------------------------------------------------------
@@ -10114,6 +10122,14 @@ def _variable_name(item: dict) -> tuple[str, str]:
     return str(component).lower(), str(variable).lower()
 
 
+class Outcome(NamedTuple):
+    """What a command came to, in the words in which it was given."""
+
+    payload: dict                        # of the CALLRESULT
+    ms: float                            # that the station took, for all it was asked
+    reports: list[tuple[str, dict]]      # (Action, payload) that a 2.x station tells afterwards
+
+
 class Guard(Protocol):
     """Whoever needs to know of commands in GUARDED, whoever sends them."""
 
@@ -10430,10 +10446,7 @@ class StationConnection:
         if action not in COMMANDS[self.protocol]:
             near = _nearest(action, COMMANDS[self.protocol])
             raise UnknownAction(f"{self.protocol} has no command {shown(action)}{near}")
-        if self.schemas:
-            await self.schemas.prepare(self.protocol, action)
-            if violation := self.schemas.check(self.protocol, action, "Request", payload):
-                raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+        await self._check_schema(self.protocol, action, payload)
         parts = parts_of(self.station, action, payload)
         answers: list[dict] = []
         ms = 0.0
@@ -10450,6 +10463,46 @@ class StationConnection:
             if parts.stops and answered.get("status") != "Accepted":
                 break
         return parts.put_together(answers), ms
+
+    async def call_across(self, action: str, payload: dict,
+                          check: Callable[[str, dict], None]) -> Outcome:
+        """Send a command that is in the words of PIVOT; the answer is in them, too.
+
+        `check` sees each Call as the station gets it, before it is sent, and may raise.
+
+        Raises: NotSupported (the station's version has nothing like it), and what `call` raises.
+        """
+        if action not in COMMANDS[PIVOT]:
+            near = _nearest(action, COMMANDS[PIVOT])
+            raise UnknownAction(f"{PIVOT} has no command {shown(action)}{near}")
+        await self._check_schema(PIVOT, action, payload)
+        translator, ms = self._translator(), 0.0
+
+        async def ask(asked: str, lowered_payload: dict) -> dict:
+            nonlocal ms
+            check(asked, lowered_payload)
+            answer, took_ms = await self.call(asked, lowered_payload)
+            ms += took_ms
+            return answer
+        answer = await carry(translator.down(action, payload), ask)
+        return Outcome(answer or {}, ms, [next(steps) for steps in translator.told()])
+
+    def _translator(self) -> Translator:
+        """Stands between the station and who speaks PIVOT; transactions have the ids of REST."""
+        translator = Translator(self.protocol, PIVOT, self.board.new_transaction_id,
+                                self.board.clock)
+        for connector in self.station.connectors.values():
+            if transaction := connector.transaction:
+                translator.mapping(transaction.id, upstream_id=str(transaction.id),
+                                   evse_id=connector.evse_id)
+        return translator
+
+    async def _check_schema(self, protocol: str, action: str, payload: dict) -> None:
+        """Raises: FormatViolation, where the official schemas are at hand."""
+        if self.schemas:
+            await self.schemas.prepare(protocol, action)
+            if violation := self.schemas.check(protocol, action, "Request", payload):
+                raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
 
     async def _call(self, action: str, payload: dict) -> tuple[dict, float]:
         pending = await self._exchange(Call(f'"{uuid.uuid4()}"', action, payload,
@@ -16301,6 +16354,8 @@ def get_about(api: "Api") -> dict:
         "accept": ocpp.accept, "validated": api.daemon.schemas is not None,
         "actions": {protocol: sorted(RECEIVED[protocol]) for protocol in ocpp.protocols},
         "commands": {protocol: sorted(COMMANDS[protocol]) for protocol in ocpp.protocols},
+        "commandsAcross": {protocol: sorted(COMMANDS_ACROSS[protocol])
+                           for protocol in ocpp.protocols},
         "smartCharging": {"limitKw": api.daemon.controller.view()["limitKw"]}
         if api.daemon.controller else None, "relay": api.daemon.relay is not None,
         "state": api.daemon.state.view(),
@@ -16366,17 +16421,38 @@ def post_disconnect(api: "Api", identity: str) -> dict:
 
 
 async def post_call(api: "Api", identity: str) -> dict:
-    """Send a command and wait for its answer."""
+    """Send a command, in the station's words or in 2.0.1's, and wait for its answer."""
+    connection, warnings = _online(api, identity), list[str | None]()
     action, payload = api.body.get("action"), api.body.get("payload", {})
+    protocol = api.body.get("protocol", connection.protocol)
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
-    api.daemon.access.check_command(identity, action, payload)
-    connection, controller = _online(api, identity), api.daemon.controller
-    check_command(connection.station, action, payload)
-    warning = controller.hand_sent(identity, action, payload) if controller else None
-    result, response_ms = await connection.call(action, payload)
-    return {"success": True, "result": result, "responseTime": round(response_ms, 3),
-            **({"warning": warning} if warning else {})}
+    if protocol not in (connection.protocol, PIVOT):
+        raise BadRequest(f"protocol must be {PIVOT} or the station's {connection.protocol}")
+
+    def check(action: str, payload: dict) -> None:
+        warnings.append(_check_by_hand(api, connection.station, action, payload))
+
+    if protocol == connection.protocol:
+        check(action, payload)
+        outcome = Outcome(*await connection.call(action, payload), [])
+    else:
+        outcome = await connection.call_across(action, payload, check)
+    return {"success": True, "result": outcome.payload, "responseTime": round(outcome.ms, 3)} | (
+        {"warning": warning} if (warning := next(filter(None, warnings), None)) else {}) | (
+        {"reports": [{"action": told, "payload": report} for told, report in outcome.reports]}
+        if outcome.reports else {})
+
+
+def _check_by_hand(api: "Api", station: Station, action: str, payload: dict) -> str | None:
+    """See that somebody may send this command; what is to be said of it, if anything.
+
+    Raises: WrongValue, Conflict.
+    """
+    api.daemon.access.check_command(station.identity, action, payload)
+    check_command(station, action, payload)
+    controller = api.daemon.controller
+    return controller.hand_sent(station.identity, action, payload) if controller else None
 
 
 async def post_approve(api: "Api", identity: str) -> dict:
@@ -17087,8 +17163,10 @@ SHAPES = {
     "User": {"name": "string"},
     "SessionInfo": {"authenticated": "boolean", "user": "User?", "expiresAt": "time?",
                     "authMode": "string"},
-    "Command": {"action": "string"},
-    "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number"},
+    "Command": {"action": "string", "payload?": "object", "protocol?": "string"},
+    "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number",
+                   "warning?": "string", "reports?": "[ReportedLater]"},
+    "ReportedLater": {"action": "string", "payload": "object"},
     "Overview": {
         "connectedClients": "integer", "totalConnections": "integer", "messagesPerSecond": "number",
         "avgLatencyMs": "number", "errorRate": "number", "uptimeSeconds": "integer",
@@ -17130,8 +17208,9 @@ SHAPES = {
                     "soc": "number?", "currentA": "object", "allowedA": "number?"},
     "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
               "protocols": "[string]", "accept": "string", "validated": "boolean",
-              "actions": "object", "commands": "object", "smartCharging": "SiteLimit?",
-              "relay": "boolean", "state": "StateFile", "ca": "string?"},
+              "actions": "object", "commands": "object", "commandsAcross": "object",
+              "smartCharging": "SiteLimit?", "relay": "boolean",
+              "state": "StateFile", "ca": "string?"},
     "StateFile": {"path": "string?", "sizeBytes": "integer?", "writes": "integer",
                   "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
                   "failingSince": "time?", "error": "string?"},

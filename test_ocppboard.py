@@ -14149,6 +14149,98 @@ async def test_a_station_of_the_ocpp_package_charges_and_obeys(site, version, pr
     task.cancel()
 
 
+# Commands in 2.0.1's words
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_station_of_any_version_is_commanded_in_the_words_of_201(site, protocol):
+    station, _ = await simulated(site, protocol)
+
+    async def command(action, payload, status=200):
+        found, body, _ = await site.fetch("/api/connections/SIM-1/call", "POST", {
+            "action": action, "payload": payload, "protocol": "ocpp2.0.1"})
+        assert found == status, body
+        if status == 200:
+            conforms(body, "CallAnswer")
+            assert misfit("ocpp2.0.1", action, "Response", body["result"]) is None
+        return body
+
+    limit = await command("SetChargingProfile", {"evseId": 1, "chargingProfile": PROFILE | {
+        "id": 7, "chargingSchedule": [{"id": 1} | SCHEDULE]}})
+    assert limit["result"]["status"] == "Accepted" and limit["responseTime"] > 0
+    assert station.limit_a(station.outlets[0]) == 10
+    schedule = await command("GetCompositeSchedule", {"evseId": 1, "duration": 60})
+    assert schedule["result"]["schedule"]["chargingSchedulePeriod"][0]["limit"] == 10
+    variable = {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "HeartbeatInterval"}}
+    written = await command("SetVariables", {"setVariableData": [
+        variable | {"attributeValue": "77"}]})
+    assert written["result"]["setVariableResult"][0]["attributeStatus"] == "Accepted"
+    assert station.configuration["HeartbeatInterval"] == "77"
+    report = await command("GetBaseReport", {"requestId": 5, "reportBase": "FullInventory"})
+    assert report["result"] == {"status": "Accepted"}
+    reports = report.get("reports", [])
+    assert bool(reports) == (protocol == "ocpp1.6"), "a 2.x station sends it on its own"
+    for one in reports:
+        assert misfit("ocpp2.0.1", one["action"], "Request", one["payload"]) is None
+        assert one["payload"]["requestId"] == 5
+    wrong = await command("Reset", {"type": "Soft"}, 400)
+    assert wrong["error"].startswith("payload/type")
+    unknown = await command("RemoteStartTransaction", {}, 400)
+    assert "did you mean RequestStartTransaction?" in unknown["error"]
+
+
+@live()
+async def test_a_command_that_has_no_words_in_the_stations_version_is_refused_by_name(site):
+    station = await site.station()
+    body = {"action": "GetDisplayMessages", "payload": {"requestId": 1}, "protocol": "ocpp2.0.1"}
+    status, answer, _ = await site.fetch("/api/connections/CP-1/call", "POST", body)
+    assert (status, answer["errorCode"]) == (400, "NotSupported")
+    assert "ocpp1.6 has nothing like 'GetDisplayMessages'" in answer["error"]
+    status, answer, _ = await site.fetch("/api/connections/CP-1/call", "POST", body | {
+        "protocol": "ocpp2.1"})
+    assert (status, answer["error"]) == (
+        400, "protocol must be ocpp2.0.1 or the station's ocpp1.6")
+    across = (await site.get("/api/about"))["commandsAcross"]
+    assert "GetDisplayMessages" not in across["ocpp1.6"] and "GetLog" in across["ocpp1.6"]
+    assert "GetDisplayMessages" in across["ocpp2.1"]
+    await station.close()
+
+
+@live(ocpp_protocols="ocpp1.6")
+async def test_what_is_checked_of_a_command_is_what_the_station_gets(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    status, answer, _ = await site.fetch("/api/connections/CP-1/call", "POST", {
+        "action": "SetVariables", "protocol": "ocpp2.0.1", "payload": {"setVariableData": [{
+            "component": {"name": "SecurityCtrlr"}, "variable": {"name": "BasicAuthPassword"},
+            "attributeValue": "short"}]}})
+    assert status == 400 and answer["error"].startswith("An AuthorizationKey is 16 to 20 bytes")
+
+
+@live()
+async def test_a_16_station_is_not_reset_on_idle_while_a_transaction_runs(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    started = await exchange(socket_, "StartTransaction", {
+        "connectorId": 1, "idTag": "A", "meterStart": 0, "timestamp": iso_now()})
+
+    async def command(action, payload):
+        body = {"action": action, "payload": payload, "protocol": "ocpp2.0.1"}
+        return await site.fetch("/api/connections/CP-1/call", "POST", body)
+    _, answer, _ = await command("Reset", {"type": "OnIdle"})
+    assert answer["result"]["status"] == "Rejected"
+    assert answer["result"]["statusInfo"]["reasonCode"] == "TxInProgress"
+    id_ = str(started[2]["transactionId"])
+    _, answer, _ = await command("GetTransactionStatus", {"transactionId": id_})
+    assert answer["result"] == {"ongoingIndicator": True, "messagesInQueue": False}
+    stop = asyncio.create_task(command("RequestStopTransaction", {"transactionId": id_}))
+    frame = json.loads(await socket_.recv())
+    assert frame[2:] == ["RemoteStopTransaction", {"transactionId": started[2]["transactionId"]}]
+    await socket_.send(json.dumps([3, frame[1], {"status": "Accepted"}]))
+    assert (await stop)[1]["result"] == {"status": "Accepted"}
+
+
 # The reference, endpoint by endpoint
 
 
