@@ -39,6 +39,7 @@ import subprocess
 import symtable
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tomllib
@@ -211,6 +212,26 @@ async def until(condition, seconds=5.0):
 
 async def _await(awaitable):
     return await awaitable
+
+
+# README.md and the pages of its reference: {path: text}.
+DOCUMENTS = {path.relative_to(HERE).as_posix(): path.read_text("utf-8")
+             for path in (HERE / "README.md", *sorted((HERE / ".github").rglob("*.md")))}
+
+
+def table_of(document, *head):
+    """The rows of the table of a document whose head begins with these cells, as lists of cells."""
+    _, found, rest = DOCUMENTS[document].partition("\n| " + "".join(
+        f"{cell} | ".lstrip() for cell in head).rstrip())
+    assert found, f"{document} has no table {head}"
+    lines = rest.partition("\n")[2].split("\n")[1:]     # without the line of dashes
+    return [[cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+
+
+def code_words(text):
+    """Whatever stands there `in code`."""
+    return re.findall(r"`([^`\n]+)`", text)
 
 
 def assertCallError(frame, code):  # noqa: N802  (the standard's word)
@@ -3759,7 +3780,7 @@ def test_an_interpreter_stays_small_whatever_it_hears(station, upstream):
     assert size_of(vars(mediator)) < 1_000_000
 
 
-# The table in README.md: what each Action becomes on the other side.
+# The table in relay.md: what each Action becomes on the other side.
 
 UNDER_WAY = [
     ("up", "StartTransaction", {"connectorId": 1, "idTag": "AB", "meterStart": 0}),
@@ -3815,10 +3836,8 @@ def rows_of_the_table():
 
 
 def test_the_readme_tells_what_each_action_becomes():
-    section = (HERE / "README.md").read_text("utf-8").partition("### What is translated\n")[2]
-    lines = re.findall(r"^\| (station|upstream) \| (.+?) \| (.*) \|$",
-                       section.partition("\n#")[0], re.MULTILINE)
-    told = {(who, action): rest.split(" | ") for who, actions, rest in lines
+    told = {(who, action): becomes
+            for who, actions, *becomes in table_of(".github/docs/relay.md", "who speaks", "Action")
             for action in actions.split(", ")}
     assert told == dict(rows_of_the_table())
     for table, version, who, column in (
@@ -17669,6 +17688,7 @@ def test_the_bench_prints_a_table_for_the_readme():
         r"Smart charging with 1,000 stations and 200 cars on 20 circuits: ([\d.]+) ms a second, of "
         r"which `decide` takes ([\d.]+) ms\.", power)
     assert 0 < float(decide_ms) < float(tick_ms) < 1000
+    assert f"\n{head}\n{line}\n" in DOCUMENTS[".github/docs/benchmark.md"]
     assert empty == empty_too == "" and line.count("|") == head.count("|") == 11
     table = {cells[1]: cells[2:-1] for cells in (
         [cell.strip() for cell in row.split("|")] for row in rows)}
@@ -18618,21 +18638,121 @@ async def test_a_station_whose_certificate_ends_soon_is_asked_for_a_request_once
 # Documents
 
 
-README = (HERE / "README.md").read_text()
+# "readme" is README.md with the pages of its reference.
+
+DOCS = ".github/docs/"
 
 
-def test_readme_names_every_setting_route_topic_and_command():
-    for setting in (*SETTINGS, *STATION_SETTINGS, *ocppboard.CIRCUIT_SETTINGS,
-                    *ocppboard.WINDOW_SETTINGS):
-        assert f"`{setting.key}`" in README, setting.key
-    for route in ROUTES:
-        assert f"`{route.method} {route.path}`" in README, route.path
-    for topic in TOPICS:
-        assert f"`{topic}`" in README, topic
-    for action in set().union(*CALLS.values()):
-        assert action in README, action
-    for name in ("run", "simulate", "bench", "hash-password", "certificate", "unit"):
-        assert f"`{name}`" in README
+def test_readme_names_every_setting():
+    named = {section.strip("`"): {word for word in code_words(keys) if re.fullmatch(r"\w+", word)}
+             for section, keys in table_of(DOCS + "configuration.md", "section", "keys")}
+    there: dict[str, set[str]] = {'[stations."CP-*"]': {s.key for s in STATION_SETTINGS},
+                                  '[id_tokens."04A2B3C4D5"]': {
+                                      s.key for s in ocppboard.TOKEN_SETTINGS}}
+    for setting in (*ocppboard.CIRCUIT_SETTINGS, *ocppboard.WINDOW_SETTINGS,
+                    *ocppboard.UPSTREAM_SETTINGS):
+        there.setdefault(f"[[{setting.section}]]", set()).add(setting.key)
+    for setting in SETTINGS:
+        there.setdefault(f"[{setting.section}]", set()).add(setting.key)
+    assert named == there
+
+
+def test_readme_names_every_route():
+    named = {word for text in DOCUMENTS.values() for word in code_words(text)
+             if re.match(r"(GET|POST|PUT|PATCH|DELETE) /", word)}
+    assert named == {f"{route.method} {route.path}" for route in ROUTES} | {"GET /"}
+
+
+def test_readme_names_every_topic_screen_strategy_and_status():
+    topics = table_of(DOCS + "api.md", "topic", "event")
+    assert {topic.strip("`"): event.strip("`") for topic, event, _ in topics} == TOPICS
+    screens = re.findall(r"^  \w+: \['([^']+)', ", ocppboard.SCRIPT.partition(
+        "const SCREENS = {")[2].partition("\n};")[0], re.MULTILINE)
+    assert {screen.strip("*") for screen, _ in table_of(DOCS + "page.md", "screen", "shows")} == (
+        set(screens) - {"Help"})
+    strategies = table_of(DOCS + "smart-charging.md", "strategy", "shares")
+    assert [strategy.strip("`") for strategy, _ in strategies] == list(ocppboard.STRATEGIES)
+    statuses = table_of(DOCS + "relay.md", "status", "meaning")
+    assert {status.strip("`") for status, _ in statuses} == {
+        ocppboard.IDLE, ocppboard.BACKOFF, ocppboard.CONNECTING, ocppboard.BOOTING,
+        ocppboard.ONLINE}
+
+
+def test_readme_names_every_action():
+    v16, v201, v21 = (set(actions.split(", ")) for _, actions in table_of(
+        DOCS + "ocpp.md", "version", "Actions"))
+    assert {"ocpp1.6": v16, "ocpp2.0.1": v201, "ocpp2.1": v201 | v21} == ocppboard.RECEIVED
+    assert not v201 & v21
+
+
+def test_readme_names_every_command_and_those_it_names_are_understood():
+    parser = ocppboard.command_line()
+    commands = next(action.choices for action in parser._actions if action.dest == "command")
+    assert [command.strip("`") for command, _ in table_of(
+        DOCS + "configuration.md", "command", "does")] == list(cast(Any, commands))
+    lines = [line for text in DOCUMENTS.values() for line in re.findall(
+        r"(?:python3?|uv run) (?:\S*/)?ocppboard\.py((?: [^\s`&>]+)*)", text)]
+    assert len(lines) > 15
+    for words in map(str.split, lines):
+        if not words or words[0] not in (*cast(Any, commands), "--version"):
+            words.insert(0, "run")
+        try:
+            parser.parse_args(words)
+        except SystemExit as end:
+            assert end.code == 0, words
+
+
+def test_readme_names_the_rows_that_the_bench_prints():
+    rows = table_of(DOCS + "benchmark.md", "", "Calls/s")
+    assert [name for name, *_ in rows] == [case.name for case in ocppboard.BENCH_CASES]
+
+
+def test_readme_names_tests_that_are_there():
+    named = {name for text in DOCUMENTS.values()
+             for name in re.findall(r"\s-k ([a-z]\w+)", text)}
+    named |= {name.strip("`") for *_, name in table_of(DOCS + "state.md", "what", "cost")}
+    there = [name for name in globals() if name.startswith("test_")]
+    assert [name for name in named if not any(name in test for test in there)] == []
+
+
+def test_readme_names_settings_as_a_file_may_have_them():
+    """Each TOML block of the documents is one that the board understands."""
+    blocks = [(path, textwrap.dedent(block)) for path, text in DOCUMENTS.items()
+              for block in re.findall(r"^ *```toml\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)]
+    assert len({path for path, _ in blocks}) >= 4
+    for path, block in blocks:
+        for section, keys in tomllib.loads(block).items():
+            known = {s.key for s in SETTINGS if s.section == section}
+            for key, value in keys.items():
+                if section in ocppboard.NAMED:
+                    assert set(value) <= {s.key for s in ocppboard.NAMED[section]}, path
+                elif (several := f"{section}.{key}") in LISTED:
+                    assert all(set(entry) <= LISTED[several] for entry in value), path
+                else:
+                    assert key in known, (path, section, key)
+
+
+LISTED = {name: {s.key for s in entries} for name, entries in (     # [[section.key]]
+    ("smart_charge.circuit", ocppboard.CIRCUIT_SETTINGS),
+    ("smart_charge.window", ocppboard.WINDOW_SETTINGS),
+    ("proxy.upstream", ocppboard.UPSTREAM_SETTINGS))}
+
+
+def test_readme_names_every_page_and_no_link_of_the_documents_leads_nowhere():
+    def anchors(text):
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    linked = set()
+    for path, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            file, _, anchor = target.partition("#")
+            there = (HERE / path).parent / file if file else HERE / path
+            assert there.is_file(), (path, target)
+            name = there.resolve().relative_to(HERE).as_posix()
+            assert not anchor or anchor in anchors(DOCUMENTS[name]), (path, target)
+            if path == "README.md":
+                linked.add(name)
+    assert {path for path in DOCUMENTS if path.startswith(DOCS)} <= linked
 
 
 def test_the_top_level_holds_the_five_files_alone():
