@@ -18715,6 +18715,12 @@ def test_readme_names_tests_that_are_there():
     assert [name for name in named if not any(name in test for test in there)] == []
 
 
+SECTIONS_OF_MANY: dict[str, set[str]] = {                          # [[section.key]]
+    "smart_charge.circuit": {s.key for s in ocppboard.CIRCUIT_SETTINGS},
+    "smart_charge.window": {s.key for s in ocppboard.WINDOW_SETTINGS},
+    "proxy.upstream": {s.key for s in ocppboard.UPSTREAM_SETTINGS}}
+
+
 def test_readme_names_settings_as_a_file_may_have_them():
     """Each TOML block of the documents is one that the board understands."""
     blocks = [(path, textwrap.dedent(block)) for path, text in DOCUMENTS.items()
@@ -18726,16 +18732,10 @@ def test_readme_names_settings_as_a_file_may_have_them():
             for key, value in keys.items():
                 if section in ocppboard.NAMED:
                     assert set(value) <= {s.key for s in ocppboard.NAMED[section]}, path
-                elif (several := f"{section}.{key}") in LISTED:
-                    assert all(set(entry) <= LISTED[several] for entry in value), path
+                elif (several := f"{section}.{key}") in SECTIONS_OF_MANY:
+                    assert all(set(entry) <= SECTIONS_OF_MANY[several] for entry in value), path
                 else:
                     assert key in known, (path, section, key)
-
-
-LISTED = {name: {s.key for s in entries} for name, entries in (     # [[section.key]]
-    ("smart_charge.circuit", ocppboard.CIRCUIT_SETTINGS),
-    ("smart_charge.window", ocppboard.WINDOW_SETTINGS),
-    ("proxy.upstream", ocppboard.UPSTREAM_SETTINGS))}
 
 
 def test_readme_names_every_page_and_no_link_of_the_documents_leads_nowhere():
