@@ -4579,6 +4579,20 @@ class Violation(NamedTuple):
     error: type[FormatViolation]
 
 
+class SchemaField(NamedTuple):
+    """A field that a payload may have, as its schema says."""
+
+    name: str                            # with those around it: "idToken.type", "list[].id"
+    kind: str                            # a JSON type
+    required: bool                       # wherever the object around it is there
+    values: tuple[str, ...]              # of an enumeration
+
+    def view(self) -> dict:
+        """The JSON of REST."""
+        return {"name": self.name, "type": self.kind, "required": self.required,
+                "values": list(self.values)}
+
+
 class Schemas:
     """The official JSON schemas, where the packages `ocpp` and `fastjsonschema` are installed.
 
@@ -4630,18 +4644,67 @@ class Schemas:
             return Violation("", "a number is out of range", WrongValue)
         return None
 
+    def request(self, protocol: str, action: str) -> tuple[dict, list[SchemaField]]:
+        """(the least payload that fits a request's schema, all fields that it may have)."""
+        schema = self._read(protocol, action, "Request")
+        return least_payload(schema, schema), list(schema_fields(schema, schema))
+
+    def _read(self, protocol: str, action: str, part: str) -> dict:
+        """The schema of an Action, of a Send in place of a Request; {} where there is none."""
+        folder, request = self.FOLDERS[protocol]
+        names = (action + request, action) if part == "Request" else (action + part,)
+        files = [self._folder / folder / "schemas" / f"{name}.json" for name in names]
+        return next((json.loads(file.read_text("utf-8-sig")) for file in files if file.exists()),
+                    {})
+
     def _compile(self, protocol: str, action: str) -> None:
         if self.ready(protocol, action):             # by the one before us in the queue
             return
-        folder, request = self.FOLDERS[protocol]
-        compiled = {}
-        for part, names in (("Request", (action + request, action)),     # a Send is no Request
-                            ("Response", (action + "Response",))):       # and has no Response
-            files = [self._folder / folder / "schemas" / f"{name}.json" for name in names]
-            compiled[protocol, action, part] = next(
-                (self._compiler.compile(json.loads(file.read_text("utf-8-sig")))
-                 for file in files if file.exists()), dict)
-        self._compiled.update(compiled)
+        schemas = {part: self._read(protocol, action, part) for part in ("Request", "Response")}
+        self._compiled |= {(protocol, action, part): self._compiler.compile(schema) if schema
+                           else dict for part, schema in schemas.items()}
+
+
+def least_payload(schema: dict, root: dict) -> Any:
+    """What fits a schema with its required fields alone: of words the first, of times now.
+
+    Integers and numbers are the least that they may be, else 0; texts are empty.
+    """
+    schema, kind = _referred(schema, root)
+    if "enum" in schema:
+        return schema["enum"][0]
+    if kind == "object":
+        return {name: least_payload(schema["properties"][name], root)
+                for name in schema.get("required", ())}
+    if kind == "array":
+        return [least_payload(schema["items"], root)] * schema.get("minItems", 1)
+    texts = {"date-time": wire_time(time.time()), "uri": "https://host/"}
+    if kind == "string":
+        return texts.get(schema.get("format", ""), "")
+    return False if kind == "boolean" else math.ceil(schema.get("minimum", 0))
+
+
+def schema_fields(schema: dict, root: dict, around: str = "") -> Iterable[SchemaField]:
+    """The fields of an object, each before those in it; no customData, which is everywhere."""
+    schema, _ = _referred(schema, root)
+    for name, field_ in schema.get("properties", {}).items():
+        if name == "customData":
+            continue
+        inner, kind = _referred(field_, root)
+        path = around + name
+        if kind == "array":
+            inner, kind = _referred(inner["items"], root)
+            path += "[]"
+        yield SchemaField(path, kind, name in schema.get("required", ()),
+                          tuple(inner.get("enum", ())))
+        yield from schema_fields(inner, root, f"{path}.")
+
+
+def _referred(schema: dict, root: dict) -> tuple[dict, str]:
+    """(the schema itself, or the definition that it refers to; its type)."""
+    if "$ref" in schema:
+        schema = root["definitions"][schema["$ref"].rpartition("/")[2]]
+    return schema, schema.get("type", "any")
 
 
 # --- Translation --------------------------------------------------------------------------
@@ -16455,6 +16518,16 @@ def _check_by_hand(api: "Api", station: Station, action: str, payload: dict) -> 
     return controller.hand_sent(station.identity, action, payload) if controller else None
 
 
+def get_command(api: "Api", protocol: str, action: str) -> dict:
+    """What a command takes: the least payload that fits, and its fields, if schemas are there."""
+    if action not in COMMANDS.get(protocol, ()):
+        raise NotFound("Command not found")
+    schemas = api.daemon.schemas
+    payload, fields = schemas.request(protocol, action) if schemas else ({}, [])
+    return {"protocol": protocol, "action": action, "payload": payload,
+            "fields": [field_.view() for field_ in fields]}
+
+
 async def post_approve(api: "Api", identity: str) -> dict:
     """Let a station in where ocpp.accept is "ask"."""
     station = _station(api, identity)
@@ -17091,6 +17164,7 @@ ROUTES = (
           errors=(409,)),
     Route("POST", "/api/connections/:identity/call", post_call, "CallAnswer", body="Command",
           errors=(409, 502, 503, 504)),
+    Route("GET", "/api/commands/:protocol/:action", get_command, "CommandSchema"),
     Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
     Route("POST", "/api/connections/:identity/credentials/reset", post_reset_credentials,
           "Success"),
@@ -17167,6 +17241,10 @@ SHAPES = {
     "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number",
                    "warning?": "string", "reports?": "[ReportedLater]"},
     "ReportedLater": {"action": "string", "payload": "object"},
+    "CommandSchema": {"protocol": "string", "action": "string", "payload": "object",
+                      "fields": "[CommandField]"},
+    "CommandField": {"name": "string", "type": "string", "required": "boolean",
+                     "values": "[string]"},
     "Overview": {
         "connectedClients": "integer", "totalConnections": "integer", "messagesPerSecond": "number",
         "avgLatencyMs": "number", "errorRate": "number", "uptimeSeconds": "integer",

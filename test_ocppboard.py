@@ -14260,6 +14260,37 @@ async def test_a_16_station_is_not_reset_on_idle_while_a_transaction_runs(site):
     assert (await stop)[1]["result"] == {"status": "Accepted"}
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_least_payload_of_each_command_fits_its_schema(protocol):
+    schemas = ocppboard.Schemas.installed()
+    assert schemas
+    for action in COMMANDS[protocol]:
+        payload, fields = schemas.request(protocol, action)
+        assert misfit(protocol, action, "Request", payload) is None, (action, payload)
+        names = [field_.name for field_ in fields]
+        assert len(set(names)) == len(names) and "customData" not in names
+        assert {f.name.removesuffix("[]") for f in fields if f.required and "." not in f.name} == (
+            set(payload))
+
+
+@live()
+async def test_what_a_command_takes_can_be_asked(site):
+    found = await site.get("/api/commands/ocpp2.0.1/ChangeAvailability")
+    conforms(found, "CommandSchema")
+    assert found["payload"] == {"operationalStatus": "Inoperative"}
+    assert found["fields"] == [
+        {"name": "evse", "type": "object", "required": False, "values": []},
+        {"name": "evse.id", "type": "integer", "required": True, "values": []},
+        {"name": "evse.connectorId", "type": "integer", "required": False, "values": []},
+        {"name": "operationalStatus", "type": "string", "required": True,
+         "values": ["Inoperative", "Operative"]}]
+    for path in ("ocpp1.6/SetVariables", "ocpp3/Reset", "ocpp1.6/BootNotification"):
+        assert (await site.fetch(f"/api/commands/{path}"))[0] == 404
+    site.daemon.schemas = None
+    bare = await site.get("/api/commands/ocpp2.0.1/ChangeAvailability")
+    assert (bare["payload"], bare["fields"]) == ({}, [])
+
+
 # The reference, endpoint by endpoint
 
 
@@ -14281,7 +14312,8 @@ async def test_every_answer_is_as_openapi_describes_it(site):
         "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
     with pytest.raises(websockets.InvalidStatus):
         await site.station("CP-2", "ocpp1.5")
-    named = {"identity": "CP-1", "number": "msg-1", "transaction": str(started[2]["transactionId"])}
+    named = {"identity": "CP-1", "number": "msg-1", "transaction": str(started[2]["transactionId"]),
+             "protocol": "ocpp1.6", "action": "Reset"}
     filled = 0
     for route in ROUTES:
         if route.method != "GET" or "/" in route.answer or route.answer == "OpenAPI":
