@@ -18584,7 +18584,8 @@ function watch() {
 
 // --- Parts of the page ----------------------------------------------------------------------
 
-const to = (screen, id, fields) => [screen, ...id == null ? [] : [encoded(id)]].join('/')
+// The address of a screen, of what is open on it (a name, or several), and its filters.
+const to = (screen, id, fields) => [screen, ...id == null ? [] : [id].flat().map(encoded)].join('/')
   + (fields && query(fields) ? '?' + query(fields) : '');
 const link = (place, ...text) => h('a', {href: '#/' + place}, text);
 const pill = (text, tone = '') => h('span', {class: 'pill ' + tone}, text);
@@ -18741,6 +18742,27 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
       h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
         last < rows.length && spacer('below', rows.length - last))));
 }
+
+// A column by the kind of what it shows: `column.power('Power', 'powerW')` writes a field of the
+// record, or what a function makes of it, sorts by it, and has a width; `more` says it otherwise.
+const kind = (show, usual = {}) => (name, field, more = {}) => {
+  const value = typeof field === 'function' ? field : record => record[field];
+  return {name, sort: record => value(record) ?? '', cell: record => show(value(record)), ...usual,
+    ...more};
+};
+const figure = (show, width) => kind(show, {num: true, down: true, width});
+const column = {
+  text: kind(text => text || DASH), count: figure(digits, '5.6rem'),
+  power: figure(power, '6.2rem'), energy: figure(energy, '7rem'),
+  amperes: figure(amperes, '5rem'), percent: figure(percent, '4.4rem'),
+  millis: figure(millis, '5.2rem'), duration: figure(duration, '6.6rem'),
+  time: kind(iso => clock(iso), {down: true, width: '9.5rem', short: '6.2rem'}),
+  instant: kind(iso => clock(iso, true), {down: true, width: '8.6rem'}),
+  ago: figure(ago, '8.4rem'),
+  station: kind(identity => stationLink(identity)),
+  status: (name, field, tones, more) => kind(status => pill(status, tones[status] ?? 'bad'),
+    {width: '6.6rem'})(name, field, more),
+};
 
 // A row opens when it is pressed and released. It is no click: while messages pass, the row has
 // moved on before the button is up.
@@ -19653,6 +19675,70 @@ const contains = (words, text = '') =>
   words.join('\n').toLowerCase().includes(text.toLowerCase());
 const newestFirst = map => [...map.values()].reverse();
 
+// A list is an object, and a screen of one is made of it:
+//   name, title, label   of the table in the address and the state, of the screen, to who listens
+//   topics               with which it is drawn again
+//   records()            all that there are, in their order
+//   key(record)          names one; `place(record)`, where it opens, if not by its key
+//   columns              of the table, or what makes them of the records
+//   search, words        what the search box says, and in which words of a record it looks
+//   filters              {name in the address: {label, every, options, fits(record, value)}};
+//                        what one `fits` has it in the field of that name
+//   count(rows)          what they come to, in words; `tools(rows)`, what may be done with them
+//   look(record)         properties of its row; `beside`, whether one is open beside them
+//   blank                what stands there as long as nothing has come
+//   detail(record)       what is opened, drawn with `detailTopics`; of a list with `by`, the
+//                        filter of that name says which
+function filterBar({search, filters = {}}) {
+  const {identity} = state.route.query;
+  return h('div.bar.filters', search && searchBox('text', search),
+    Object.entries(filters).map(([name, {label, every, options}]) =>
+      choice(name, label, [['', every], ...options()])),
+    identity && button(['Only ', h('bdi', identity), ' ✕'],
+      () => filter({identity: ''}), {title: 'Show those of every station'}));
+}
+
+function fitting({records, words, filters = {}}) {
+  const {query: wanted} = state.route, {identity, text} = wanted;
+  const tests = Object.entries(filters).filter(([name]) => wanted[name]).map(([name, {fits}]) =>
+    record => fits ? fits(record, wanted[name]) : record[name] === wanted[name]);
+  if (identity) tests.push(record => record.identity === identity);
+  if (text) tests.push(record => contains(words(record), text));
+  return records().filter(record => tests.every(test => test(record)));
+}
+
+const isOpen = ({by, key}, record) => key(record) === (by ? state.route.query[by] : state.route.id);
+function openAt({by, key, place = key}, record) {
+  const {screen, id, query: fields} = state.route;
+  return by ? to(screen, id || null, {...fields, [by]: key(record)})
+    : to(screen, place(record), fields);
+}
+
+function listGrid(list, records) {
+  const {name, label, key, look = () => ({}), open = record => openAt(list, record)} = list;
+  const columns = typeof list.columns === 'function' ? list.columns(records) : list.columns;
+  return grid(name, {tall: true, ...list, label: label || list.title, columns,
+    rows: sorted(name, columns, records), row: record => {
+      const {class: looks, ...props} = look(record);
+      return {open: open(record), ...props, class: isOpen(list, record) ? 'picked' : looks};
+    }, key, blank: list.records().length
+      ? empty('Nothing fits.', button('Show all', () => filter(null))) : empty(list.blank)});
+}
+
+function listCard(list) {
+  const rows = fitting(list), {name, head, count, tools} = list;
+  return card([head, filterBar(list), counted(count(rows)), tools?.(rows)], {key: name},
+    listGrid(list, rows));
+}
+
+// A list, and beside it what is open of it.
+function listSplit(list) {
+  const opened = list.records().find(record => isOpen(list, record)), {name, topics} = list;
+  return split(panel(name, topics, () => listCard({...list, beside: !!opened})),
+    opened && panel(`${name} open`, list.detailTopics || topics, () => list.detail(opened)));
+}
+const listScreen = (list, ...above) => [heading(list.title), ...above, listSplit(list)];
+
 // Overview
 
 const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
@@ -19723,7 +19809,7 @@ function chargingCard() {
   const going = running().sort((a, b) => flow(b) - flow(a));
   return card([h('h2.grow', 'Charging now'), h('b', power(sum(going.map(flow))))],
     {key: 'charging'}, grid('charging', {rows: going, key: keyOf, label: 'Charging now',
-      row: one => ({open: to('transactions', keyOf(one))}),
+      row: one => ({open: to('transactions', placeOf(one))}),
       blank: empty(state.stations.size ? 'No car is charging.'
         : [h('p', h('b', 'No station has connected yet.')), howToConnect()]),
       columns: [
@@ -19740,65 +19826,60 @@ function chargingCard() {
 // Stations
 
 const SHOWN = {
-  online, offline: one => !online(one), charging: one => activeAt(one).length > 0,
-  pending: one => one.registration === 'Pending',
-  faulted: one => one.connectors.some(connector => connector.status === 'Faulted'),
-  errors: one => one.errorCount > 0, quirks: one => one.quirks.length > 0,
+  online, offline: station => !online(station), charging: station => activeAt(station).length > 0,
+  pending: station => station.registration === 'Pending',
+  faulted: station => station.connectors.some(({status}) => status === 'Faulted'),
+  errors: station => station.errorCount > 0, quirks: station => station.quirks.length > 0,
 };
+const SHOWN_NAMES = {errors: 'with errors', quirks: 'with quirks'};
 
-function stations() {
-  return [heading('Stations'), panel('stations', ['connections', 'transactions', 'tick'], () => {
-    const {text, show, protocol} = state.route.query, all = [...state.stations.values()];
-    const rows = sorted('stations', STATION_COLUMNS, all
-      .filter(one => (!protocol || one.protocol === protocol) && (!SHOWN[show] || SHOWN[show](one))
-        && contains([one.identity, one.remoteAddress, ...Object.values(one.station)], text))
-      .sort((a, b) => a.identity < b.identity ? -1 : 1));
-    return card(h('div.bar.grow', searchBox('text', 'Search identity, address, vendor, model …'),
-      choice('show', 'Show', [['', 'all stations'], 'online', 'offline', 'charging', 'faulted',
-        'pending', ['errors', 'with errors'], ['quirks', 'with quirks']]),
-      choice('protocol', 'Protocol', [['', 'every version'], ...state.about?.protocols || []]),
-      counted(`${digits(rows.length)} of ${plural(all.length, 'station')}`)), {key: 'stations'},
-    grid('stations', {rows, columns: STATION_COLUMNS, key: one => one.identity, tall: true,
-      label: 'Stations', row: one => ({open: to('stations', one.identity)}),
-        blank: noStations(all)}));
-  })];
+const noStations = () => [h('p', h('b', 'No station has connected yet.')), howToConnect(),
+  h('p.small', 'Nothing appears? ', link('security', 'Knocking'),
+    ' lists who was refused, and why.')];
+
+function stationPill(station) {
+  if (station.registration === 'Pending' && online(station)) return pill('pending', 'warn');
+  return station.seenSinceStart ? pill(station.status, online(station) ? 'good' : 'bad')
+    : h('span', {title: 'Known, not seen since the start'}, pill('not seen', 'warn'));
 }
 
-const noStations = all => all.length
-  ? empty('No station is so.', button('Show all', () => filter(null)))
-  : empty(h('p', h('b', 'No station has connected yet.')), howToConnect(), h('p.small',
-    'Nothing appears? ', link('security', 'Knocking'), ' lists who was refused, and why.'));
-
-const stationPill = one => one.registration === 'Pending' && online(one) ? pill('pending', 'warn')
-  : one.seenSinceStart ? pill(one.status, online(one) ? 'good' : 'bad')
-    : h('span', {title: 'Known, not seen since the start'}, pill('not seen', 'warn'));
-
 const STATION_COLUMNS = [
-  {name: 'Station', width: '12%', wide: true, leads: true, sort: one => one.identity,
-    cell: one => h('bdi', {title: plain(one.identity)}, one.identity)},
-  {name: 'Station and connectors', slim: true, leads: true, cell: one => [
-    h('div.cut', h('bdi', one.identity)), h('div.small', connectorPills(one))]},
-  {name: 'Status', width: '6.5rem', sort: one => one.status, down: true, cell: stationPill},
+  column.text('Station', 'identity', {width: '12%', wide: true, leads: true,
+    cell: ({identity}) => h('bdi', {title: plain(identity)}, identity)}),
+  {name: 'Station and connectors', slim: true, leads: true, cell: station => [
+    h('div.cut', h('bdi', station.identity)), h('div.small', connectorPills(station))]},
+  {name: 'Status', width: '6.5rem', sort: station => station.status, down: true,
+    cell: stationPill},
   {name: 'Connectors', wide: true, cell: connectorPills},
-  {name: 'Protocol', width: '6.6rem', wide: true, sort: one => one.protocol, cell: one =>
-    one.protocol},
-  {name: 'Address', width: '8.5rem', wide: true, sort: one => one.remoteAddress,
-    cell: one => h('span', {title: one.remoteAddress}, one.remoteAddress)},
-  {name: 'Profile', width: '4.6rem', num: true, wide: true, sort: one => one.securityProfile,
-    cell: one => h('span', {title: 'Security profile'}, digits(one.securityProfile))},
-  {name: 'Messages', width: '6.4rem', num: true, wide: true, sort: one => one.messageCount,
-    down: true,
-    cell: one => digits(one.messageCount)},
-  {name: 'Errors', width: '5.2rem', num: true, wide: true, sort: one => one.errorCount, down: true,
-    cell: one => h('span', {class: one.errorCount ? 'bad' : 'dim'}, digits(one.errorCount))},
-  {name: 'Connected', width: '7.2rem', num: true, wide: true, down: true,
-    sort: one => online(one) ? since(one.connectedAt) : -1,
-    cell: one => online(one) ? h('span', {title: one.connectedAt}, duration(since(one.connectedAt)))
-      : DASH},
-  {name: 'Last seen', width: '8.4rem', num: true, wide: true, down: true,
-    sort: one => one.lastMessageAt || '', cell: one => ago(one.lastMessageAt
-      || one.disconnectedAt)},
+  column.text('Protocol', 'protocol', {width: '6.6rem', wide: true}),
+  column.text('Address', 'remoteAddress', {width: '8.5rem', wide: true,
+    cell: ({remoteAddress}) => h('span', {title: remoteAddress}, remoteAddress)}),
+  column.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, down: false,
+    cell: station => h('span', {title: 'Security profile'}, digits(station.securityProfile))}),
+  column.count('Messages', 'messageCount', {width: '6.4rem', wide: true}),
+  column.count('Errors', 'errorCount', {width: '5.2rem', wide: true,
+    cell: ({errorCount}) => h('span', {class: errorCount ? 'bad' : 'dim'}, digits(errorCount))}),
+  column.duration('Connected', station => online(station) ? since(station.connectedAt) : null,
+    {width: '7.2rem', wide: true}),
+  column.ago('Last seen', station => station.lastMessageAt || station.disconnectedAt,
+    {wide: true}),
 ];
+const STATIONS = {name: 'stations', title: 'Stations',
+  topics: ['connections', 'transactions', 'tick'],
+  records: () => [...state.stations.values()].sort((a, b) => a.identity < b.identity ? -1 : 1),
+  key: station => station.identity, columns: STATION_COLUMNS,
+  open: station => to('stations', station.identity),
+  search: 'Search identity, address, vendor, model …',
+  words: station => [station.identity, station.remoteAddress, ...Object.values(station.station)],
+  filters: {
+    show: {label: 'Show', every: 'all stations', fits: (station, name) => SHOWN[name]?.(station),
+      options: () => Object.keys(SHOWN).map(name => [name, SHOWN_NAMES[name] || name])},
+    protocol: {label: 'Protocol', every: 'every version',
+      options: () => state.about?.protocols || []},
+  },
+  count: rows => `${digits(rows.length)} of ${plural(state.stations.size, 'station')}`,
+  get blank() { return noStations(); },
+};
 
 // One station
 
@@ -19894,7 +19975,7 @@ function stationCharts(one) {
   return shown.map(transaction => card([
     h('h2.grow', (transaction.status === 'active' ? 'Charging at ' : 'Last charging, at ')
       + transaction.evse),
-    h('span.cut', link(to('transactions', keyOf(transaction)), `Transaction ${transaction.id}`))],
+    h('span.cut', link(to('transactions', placeOf(transaction)), `Transaction ${transaction.id}`))],
   {key: 'chart ' + keyOf(transaction)}, h('div.in', meterCharts(transaction))));
 }
 
@@ -19938,11 +20019,12 @@ function stationConfiguration(one) {
 }
 
 function stationTransactions(one) {
-  return [panel('its transactions', ['transactions', 'tick'],
-      () => card([h('h2.grow', 'Transactions'),
-    downloads('transactions', {identity: one.identity})], {key: 'transactions'},
-  transactionGrid('its transactions', newestFirst(state.transactions)
-    .filter(other => other.identity === one.identity), false)))];
+  const list = {...TRANSACTIONS, name: 'its transactions', tall: false,
+    records: () => TRANSACTIONS.records().filter(({identity}) => identity === one.identity),
+    columns: TRANSACTION_COLUMNS.filter(({name}) => name !== 'Station'),
+    open: transaction => to('transactions', placeOf(transaction)),
+    tools: () => downloads('transactions', {...state.route.query, identity: one.identity})};
+  return [panel(list.name, list.topics, () => listCard(list))];
 }
 
 // Messages
@@ -20099,62 +20181,40 @@ const lasted = one => ((ms(one.stoppedAt) ?? now()) - ms(one.startedAt)) / 1000;
 const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
 const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
-const holder = one => one.idTokenName || one.idToken || '';
+const holder = transaction => transaction.idTokenName || transaction.idToken || '';
 const TRANSACTION_COLUMNS = [
-  {name: 'Started', width: '9.5rem', short: '6.2rem', leads: true, down: true,
-    sort: one => one.startedAt, cell: one => clock(one.startedAt)},
-  {name: 'Station', wide: true, sort: one => one.identity,
-    cell: one => [stationLink(one.identity), h('span.dim', ` ${one.evse}`)]},
-  {name: 'Station and status', slim: true, cell: one => [
-    h('div.cut', stationLink(one.identity), h('span.dim', ` ${one.evse}`)),
-    h('div.cut.dim.small', `${one.status} · ${duration(lasted(one))}`)]},
-  {name: 'Status', width: '6.6rem', wide: true, sort: one => one.status,
-    cell: one => pill(one.status, STATUS_TONES[one.status])},
-  {name: 'Id token', width: '12%', wide: true, spare: true, sort: holder,
-    cell: one => h('span', {title: one.idToken}, holder(one) || DASH)},
-  {name: 'Energy', width: '7rem', short: '6rem', num: true, down: true,
-    sort: one => one.energyWh || 0, cell: one => [estimate(one), energy(one.energyWh)]},
-  {name: 'Power', width: '6.2rem', num: true, wide: true, spare: true, down: true,
-    sort: one => one.powerW || 0, cell: one => one.status === 'active' ? power(one.powerW) : DASH},
-  {name: 'SoC', width: '4.4rem', num: true, wide: true, spare: true, down: true,
-    sort: one => one.soc || 0, cell: one => percent(one.soc)},
-  {name: 'Duration', width: '6.6rem', num: true, wide: true, sort: lasted, down: true,
-    cell: one => duration(lasted(one))},
-  {name: 'Reason', width: '10%', wide: true, spare: true, sort: one => one.reason || '',
-    cell: one => one.reason || DASH},
+  column.time('Started', 'startedAt', {leads: true}),
+  column.station('Station', 'identity', {wide: true, cell: ({identity, evse}) =>
+    [stationLink(identity), h('span.dim', ` ${evse}`)]}),
+  {name: 'Station and status', slim: true, cell: transaction => [
+    h('div.cut', stationLink(transaction.identity), h('span.dim', ` ${transaction.evse}`)),
+    h('div.cut.dim.small', `${transaction.status} · ${duration(lasted(transaction))}`)]},
+  column.status('Status', 'status', STATUS_TONES, {wide: true}),
+  column.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
+    h('span', {title: transaction.idToken}, holder(transaction) || DASH)}),
+  column.energy('Energy', 'energyWh', {short: '6rem', cell: transaction =>
+    [estimate(transaction), energy(transaction.energyWh)]}),
+  column.power('Power', ({status, powerW}) => status === 'active' ? powerW : null,
+    {wide: true, spare: true}),
+  column.percent('SoC', 'soc', {wide: true, spare: true}),
+  column.duration('Duration', lasted, {wide: true}),
+  column.text('Reason', 'reason', {width: '10%', wide: true, spare: true}),
 ];
-
-function transactionGrid(id, rows, everywhere) {
-  const {id: open, query: wanted} = state.route;
-  const columns = TRANSACTION_COLUMNS.filter(one => everywhere || one.name !== 'Station');
-  return grid(id, {rows: sorted(id, columns, rows), columns, key: keyOf, tall: everywhere,
-    beside: everywhere && state.transactions.has(open),
-    label: 'Transactions', row: one => ({
-      open: to('transactions', keyOf(one), everywhere ? wanted : {}),
-      class: everywhere && open === keyOf(one) && 'picked'}),
-    blank: empty(state.transactions.size ? 'No transaction is so.'
-      : 'No transaction yet: they stand here from the first charging on.')});
-}
-
-function transactions() {
-  const {status, identity, text} = state.route.query,
-    picked = state.transactions.get(state.route.id);
-  return [heading('Transactions'), split(
-    panel('transactions', ['transactions', 'tick'], () => {
-      const rows = newestFirst(state.transactions).filter(one => (!status || one.status === status)
-        && (!identity || one.identity === identity)
-        && contains([one.identity, one.id, one.idToken || '', one.idTokenName,
-          one.reason || ''], text));
-      return card([h('div.bar.filters', searchBox('text', 'Search station, id token, id …'),
-        choice('status', 'Status', [['', 'every status'], ...Object.keys(STATUS_TONES)])),
-      counted(`${plural(rows.length, 'transaction')}, `
-        + energy(sum(rows.map(one => one.energyWh)))),
-      downloads('transactions', {status, identity, text})], {key: 'transactions'},
-      transactionGrid('transactions', rows, true));
-    }),
-    picked && panel('transaction', ['transactions', 'hover', 'tick'],
-      () => transactionDetail(picked)))];
-}
+const placeOf = ({identity, id}) => [identity, id];
+const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
+  topics: ['transactions', 'tick'], detailTopics: ['transactions', 'hover', 'tick'],
+  records: () => newestFirst(state.transactions), key: keyOf, place: placeOf,
+  columns: TRANSACTION_COLUMNS, search: 'Search station, id token, id …',
+  words: ({identity, id, idToken, idTokenName, reason}) =>
+    [identity, id, idToken || '', idTokenName, reason || ''],
+  filters: {status: {label: 'Status', every: 'every status',
+    options: () => Object.keys(STATUS_TONES)}},
+  count: rows => `${plural(rows.length, 'transaction')}, ${energy(sum(rows.map(transaction =>
+    transaction.energyWh)))}`,
+  tools: () => downloads('transactions', state.route.query),
+  detail: transactionDetail,
+  blank: 'No transaction yet: they stand here from the first charging on.',
+};
 
 function transactionDetail(one) {
   return aside(`Transaction ${one.id}`, () => go('transactions', null, state.route.query),
@@ -20200,26 +20260,31 @@ const TOKEN_TONES = {Accepted: 'good', Blocked: 'bad', Expired: 'warn', Invalid:
 const expired = one => one.expires && ms(one.expires) < now();
 const standing = one => one.status === 'Accepted' && expired(one) ? 'Expired' : one.status;
 const TOKEN_COLUMNS = [
-  {name: 'Id token', width: '26%', leads: true, sort: one => one.idToken.toLowerCase(),
-    cell: one => h('bdi', one.idToken)},
-  {name: 'Name', sort: one => one.name.toLowerCase(), cell: one => one.name || DASH},
-  {name: 'Status', width: '6.6rem', sort: standing,
-    cell: one => pill(standing(one), TOKEN_TONES[standing(one)])},
-  {name: 'Group', width: '16%', wide: true, spare: true, sort: one => one.group,
-    cell: one => [one.group || DASH, one.master && ' (master)']},
-  {name: 'Expires', width: '9rem', wide: true, spare: true, sort: one => one.expires || '',
-    cell: one => clock(one.expires)},
-  {name: 'Last use', width: '8rem', wide: true, down: true, sort: one => one.lastUsedAt || '',
-    cell: one => ago(one.lastUsedAt)},
-  {name: 'Where', width: '14%', wide: true, spare: true, sort: one => one.lastUsedBy || '',
-    cell: one => stationLink(one.lastUsedBy)},
+  column.text('Id token', 'idToken', {width: '26%', leads: true, cell: ({idToken}) =>
+    h('bdi', idToken)}),
+  column.text('Name', 'name'),
+  column.status('Status', standing, TOKEN_TONES),
+  column.text('Group', 'group', {width: '16%', wide: true, spare: true,
+    cell: ({group, master}) => [group || DASH, master && ' (master)']}),
+  column.time('Expires', 'expires', {wide: true, spare: true}),
+  column.ago('Last use', 'lastUsedAt', {num: false, wide: true}),
+  column.station('Where', 'lastUsedBy', {width: '14%', wide: true, spare: true}),
 ];
+const KNOWN_TOKENS = {name: 'tokens', title: 'Id tokens', topics: ['tokens', 'tick'],
+  detailTopics: ['tokens', 'ui'], tall: false,
+  records: () => state.tokens.filter(({source}) => source), key: ({idToken}) => idToken,
+  columns: TOKEN_COLUMNS, search: 'Search id token, name, group …',
+  words: ({idToken, name, group}) => [idToken, name, group],
+  count: rows => plural(rows.length, 'id token'),
+  tools: tokenTools,
+  blank: 'No id token is known by name: learn one above, or import a list.',
+};
 
 function tokens() {
   const {id} = state.route;
   return [heading('Id tokens'), panel('shown', ['tokens', 'tick'], shownTokens),
-    split(panel('tokens', ['tokens', 'tick'], knownTokens),
-      id && panel('token', ['tokens', 'ui'], () => tokenDetail(id))),
+    split(panel('tokens', KNOWN_TOKENS.topics, () => listCard({...KNOWN_TOKENS, beside: !!id})),
+      id && panel('token', KNOWN_TOKENS.detailTopics, () => tokenDetail(id))),
     panel('lists', ['tokens', 'ui'], listsCard)];
 }
 
@@ -20237,25 +20302,15 @@ function shownTokens() {
       + 'given a name.'));
 }
 
-function knownTokens() {
-  const {id, query: {text}} = state.route, known = state.tokens.filter(one => one.source);
-  const rows = known.filter(one => contains([one.idToken, one.name, one.group], text));
+function tokenTools() {
   const take = async ({target}) => {
     const [file] = target.files;
     if (file) await attempt(async () => importTokens(await file.text()));
     target.value = '';
   };
-  return card([h('div.bar.filters', searchBox('text', 'Search id token, name, group …')),
-    counted(plural(rows.length, 'id token')),
-    h('label.btn', 'Import CSV', h('input.unseen', {type: 'file', accept: '.csv,text/csv',
-      onchange: take})),
-    h('a.btn', {download: true, href: 'api/id-tokens?format=csv'}, 'Export CSV')],
-  {key: 'tokens'}, grid('tokens', {rows: sorted('tokens', TOKEN_COLUMNS, rows),
-    columns: TOKEN_COLUMNS, key: one => one.idToken, label: 'Id tokens', beside: !!id,
-    row: one => ({open: to('tokens', one.idToken, {text}),
-      class: one.idToken === id && 'picked'}),
-    blank: empty(known.length ? 'No id token is so.'
-      : 'No id token is known by name: learn one above, or import a list.')}));
+  return [h('label.btn', {key: 'import'}, 'Import CSV', h('input.unseen', {type: 'file',
+    accept: '.csv,text/csv', onchange: take})),
+  h('a.btn', {key: 'export', download: true, href: 'api/id-tokens?format=csv'}, 'Export CSV')];
 }
 
 // The rows of a CSV file (RFC 4180); spreadsheets of some countries separate by semicolons.
@@ -20604,7 +20659,7 @@ function chargeDetail({sessionId}) {
       h('div.bar.whole', h('button.btn.main-act', {disabled: !changed.length}, 'Change'),
         one.maxA === 0 ? button('Go on', () => changeSession(sessionId, {maxA: null}))
           : button('Pause', () => changeSession(sessionId, {maxA: 0})))),
-    link(to('transactions', keyOf({identity: one.identity, id: one.transactionId})),
+    link(to('transactions', [one.identity, one.transactionId]),
       'Its transaction'));
 }
 
@@ -20630,22 +20685,21 @@ function chargesCard() {
     title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
     style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
       background: colourOf(one.identity)}})))),
-  chargeGrid('charges', 'Smart charging sessions', CHARGE_COLUMNS,
-    allCharges ? rows : rows.slice(0, CHARGES_SHOWN),
-    {wraps: true, blank: empty('No car charges.')}));
+  chargeGrid({name: 'charges', label: 'Smart charging sessions', columns: CHARGE_COLUMNS,
+    wraps: true}, allCharges ? rows : rows.slice(0, CHARGES_SHOWN)));
 }
 
 function endedCard() {
   const rows = newestFirst(state.charges).filter(one => one.status === 'ended');
   return rows.length > 0 && card([h('h2.grow', 'Ended'), counted(plural(rows.length, 'session'))],
-    {key: 'ended'}, chargeGrid('ended', 'Ended sessions', ENDED_COLUMNS,
-    sorted('ended', ENDED_COLUMNS, rows), {}));
+    {key: 'ended'}, chargeGrid({name: 'ended', label: 'Ended sessions', columns: ENDED_COLUMNS},
+    rows));
 }
 
-const chargeGrid = (id, label, columns, rows, look) => grid(id, {rows, columns, label,
-  key: one => one.sessionId, beside: state.charges.has(state.route.id),
-  row: one => ({open: to('power', one.sessionId),
-    class: state.route.id === one.sessionId && 'picked'}), ...look});
+const SESSIONS = {records: () => [...state.charges.values()], key: ({sessionId}) => sessionId,
+  open: session => to('power', session.sessionId), tall: false};
+const chargeGrid = (list, rows) =>
+  listGrid({...SESSIONS, beside: state.charges.has(state.route.id), ...list}, rows);
 
 const chargeName = one => [dot(colourOf(one.identity)), stationLink(one.identity),
   one.evse != null && h('span.dim', ` ${one.evse}`)];
@@ -20653,24 +20707,20 @@ const chargePill = one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad');
 const chargeAllowed = one =>
   (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000);
 const CHARGE_COLUMNS = [
-  {name: 'Why, and which', slim: true, cell: one => [h('p', coded(one.reason || DASH)),
-    h('div.bar.small', h('span', chargeName(one)), chargePill(one), chargeAllowed(one))]},
-  {name: 'Station', width: '10rem', wide: true, sort: one => one.identity, cell: chargeName},
-  {name: 'Status', width: '9.3rem', wide: true, sort: one => one.status, cell: chargePill},
-  {name: 'Allowed', width: '8.5rem', num: true, wide: true, sort: one => one.allocatedKw,
-    down: true, cell: chargeAllowed},
-  {name: 'Drawn', width: '5rem', num: true, wide: true, spare: true,
-    cell: one => amperes(one.measuredA)},
-  {name: 'Why', wide: true, cell: one => coded(one.reason || DASH)},
-  {name: 'Since', width: '6.5rem', num: true, wide: true, spare: true, down: true,
-    sort: one => one.startedAt, cell: one => clock(one.startedAt)},
+  {name: 'Why, and which', slim: true, cell: session => [h('p', coded(session.reason || DASH)),
+    h('div.bar.small', h('span', chargeName(session)), chargePill(session),
+      chargeAllowed(session))]},
+  column.station('Station', 'identity', {width: '10rem', wide: true, cell: chargeName}),
+  column.status('Status', 'status', CHARGE_TONES, {width: '9.3rem', wide: true}),
+  column.power('Allowed', 'allocatedKw', {width: '8.5rem', wide: true, cell: chargeAllowed}),
+  column.amperes('Drawn', 'measuredA', {wide: true, spare: true}),
+  {name: 'Why', wide: true, cell: session => coded(session.reason || DASH)},
+  column.time('Since', 'startedAt', {num: true, width: '6.5rem', wide: true, spare: true}),
 ];
 const ENDED_COLUMNS = [
-  {name: 'Station', cell: chargeName, sort: one => one.identity},
-  {name: 'Began', width: '9rem', num: true, wide: true, down: true, sort: one => one.startedAt,
-    cell: one => clock(one.startedAt)},
-  {name: 'Ended', width: '9rem', num: true, down: true, sort: one => one.endedAt,
-    cell: one => clock(one.endedAt)},
+  column.station('Station', 'identity', {cell: chargeName}),
+  column.time('Began', 'startedAt', {num: true, width: '9rem', wide: true}),
+  column.time('Ended', 'endedAt', {num: true, width: '9rem', short: '9rem'}),
 ];
 
 // Relay
@@ -20682,16 +20732,33 @@ const relayed = ({method, toMethod}) =>
 const versions = (from, to) => [...new Set([from, to])].join(' ⇒ ').replaceAll('ocpp', '');
 
 const RELAY_COLUMNS = [
-  {name: 'Time', width: '8.6rem', leads: true, cell: one => clock(one.timestamp, true)},
-  {name: 'Station', width: '8rem', short: '5rem', cell: one => stationLink(one.identity)},
-  {name: 'What', width: '7rem', short: '6.4rem',
-    cell: one => pill(one.type, RELAY_TONES[one.type] ?? 'bad')},
-  {name: 'Action', cell: relayed},
-  {name: 'Versions', width: '7.5rem', wide: true, spare: true,
-    cell: one => versions(one.fromProtocol, one.toProtocol)},
-  {name: 'Took', width: '5rem', num: true, wide: true, cell: one => millis(one.latencyMs)},
-  {name: 'Error', width: '25%', wide: true, spare: true, cell: one => h('span.bad', one.error)},
+  column.instant('Time', 'timestamp', {leads: true}),
+  column.station('Station', 'identity', {width: '8rem', short: '5rem'}),
+  column.status('What', 'type', RELAY_TONES, {width: '7rem', short: '6.4rem'}),
+  column.text('Action', relayed),
+  column.text('Versions', ({fromProtocol, toProtocol}) => versions(fromProtocol, toProtocol),
+    {width: '7.5rem', wide: true, spare: true}),
+  column.millis('Took', 'latencyMs', {wide: true}),
+  column.text('Error', 'error', {width: '25%', wide: true, spare: true, cell: ({error}) =>
+    h('span.bad', error)}),
 ];
+const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
+  records: () => state.proxied, key: ({id}) => id, columns: RELAY_COLUMNS,
+  search: 'Search Action, error, message id …',
+  words: ({identity, method, toMethod, error, messageId}) =>
+    [identity, method || '', toMethod || '', error || '', messageId || ''],
+  filters: {type: {label: 'Type', every: 'every type',
+    options: () => new Set(state.proxied.map(({type}) => type))}},
+  count: rows => plural(rows.length, 'event'),
+  look: ({type}) => ({class: ['error', 'refused'].includes(type) && 'failed'}),
+  detail: relayDetail,
+  get blank() {
+    return state.about?.relay
+      ? 'What the relay translates, keeps for an upstream that is away, or refuses stands here.'
+      : 'The relay is switched off: all stations are served by this board alone. '
+        + 'A [[proxy.upstream]] in the configuration passes stations on.';
+  },
+};
 
 // How the lines are goes by no stream, but what happens to them does.
 const RELAY_MS = 2000;
@@ -20709,23 +20776,21 @@ async function askRelay() {
 const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'warn',
   backoff: 'bad'};
 const SESSION_COLUMNS = [
-  {name: 'Station', width: '9rem', short: '7rem', leads: true,
-    cell: one => stationLink(one.identity)},
-  {name: 'Upstream', width: '6.5rem', short: '6.5rem',
-    cell: one => pill(one.status, SESSION_TONES[one.status] ?? 'bad')},
-  {name: 'Versions', width: '6.5rem', wide: true,
-    cell: one => versions(one.stationProtocol, one.protocol)},
-  {name: 'Since', width: '6rem', num: true, wide: true, cell: one => ago(one.upSince)},
-  {name: 'Lag', width: '5rem', num: true, wide: true, cell: one => millis(one.lagMs)},
-  {name: 'Waiting', width: '4.8rem', short: '5rem', num: true,
-    cell: one => h('span', {class: one.waiting ? 'warn' : '', title: one.waiting > 0
-      && `the oldest for ${digits(one.waitingSeconds)} s`}, digits(one.waiting))},
-  {name: 'Delivered', width: '5.6rem', num: true, wide: true, cell: one => digits(one.delivered)},
-  {name: 'Refused', width: '5rem', num: true, wide: true, cell: one => digits(one.refused)},
-  {name: 'Lost', width: '4rem', num: true, wide: true,
-    cell: one => h('span', {class: one.lost ? 'bad' : ''}, digits(one.lost))},
-  {name: 'Last error', wide: true, cell: one => one.status !== 'idle'
-    && h('span.bad.cut', {title: one.lastError}, one.lastError)},
+  column.station('Station', 'identity', {width: '9rem', short: '7rem', leads: true}),
+  column.status('Upstream', 'status', SESSION_TONES, {width: '6.5rem'}),
+  column.text('Versions', ({stationProtocol, protocol}) => versions(stationProtocol, protocol),
+    {width: '6.5rem', wide: true}),
+  column.ago('Since', 'upSince', {width: '6rem', wide: true}),
+  column.millis('Lag', 'lagMs', {wide: true}),
+  column.count('Waiting', 'waiting', {width: '4.8rem', short: '5rem',
+    cell: ({waiting, waitingSeconds}) => h('span', {class: waiting ? 'warn' : '',
+      title: waiting > 0 && `the oldest for ${digits(waitingSeconds)} s`}, digits(waiting))}),
+  column.count('Delivered', 'delivered', {wide: true}),
+  column.count('Refused', 'refused', {width: '5rem', wide: true}),
+  column.count('Lost', 'lost', {width: '4rem', wide: true, cell: ({lost: gone}) =>
+    h('span', {class: gone ? 'bad' : ''}, digits(gone))}),
+  column.text('Last error', 'lastError', {wide: true, cell: ({status, lastError}) =>
+    status !== 'idle' && h('span.bad.cut', {title: lastError}, lastError)}),
 ];
 
 const ORDER = ['booting', 'backoff', 'connecting', 'online', 'idle'];
@@ -20746,23 +20811,8 @@ function upstreamCard(one) {
     : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
 }
 
-function relay() {
-  const {id, query: wanted} = state.route, picked = state.proxied.find(one => one.id === id);
-  return [heading('Relay'), !picked && panel('upstreams', ['upstreams', 'tick'], () =>
-    state.upstreams.map(upstreamCard)), split(panel('relay', ['proxy'], () => {
-    if (!state.proxied.length) return card('', {key: 'relay'}, empty(state.about?.relay
-      ? 'What the relay translates, keeps for an upstream that is away, or refuses stands here.'
-      : 'The relay is switched off: all stations are served by this board alone. '
-        + 'A [[proxy.upstream]] in the configuration passes stations on.'));
-    const rows = state.proxied.filter(one => !wanted.type || one.type === wanted.type);
-    return card(h('div.bar.grow', choice('type', 'Type', [['', 'every type'],
-      ...new Set(state.proxied.map(one => one.type))]), counted(plural(rows.length, 'event'))),
-    {key: 'relay'}, grid('relay', {rows, columns: RELAY_COLUMNS, key: one => one.id, tall: true,
-      label: 'Relay', row: one => ({open: to('relay', one.id, wanted),
-        class: one === picked ? 'picked' : ['error', 'refused'].includes(one.type) && 'failed'}),
-      blank: empty('No event is so.')}));
-  }), picked && panel('relayed', ['proxy'], () => relayDetail(picked)))];
-}
+const relay = () => listScreen(RELAYED, !state.route.id
+  && panel('upstreams', ['upstreams', 'tick'], () => state.upstreams.map(upstreamCard)));
 
 function relayDetail(one) {
   const side = (title, protocol, payload) => h('div.pair', {key: title},
@@ -20830,41 +20880,35 @@ function telemetryCharts(samples) {
 // Security, errors and system events: lists of events, with the details of one beside it.
 
 const SEVERITIES = ['low', 'medium', 'high', 'critical'];
+const SEVERITY_TONES = {low: '', medium: 'warn'};
 const kindOf = one => one.category || one.type;
 const EVENT_COLUMNS = [
-  {name: 'Time', width: '9rem', short: '6.2rem', leads: true, cell: one => clock(one.timestamp)},
-  {name: 'Severity', width: '6rem', wide: true, sort: one => SEVERITIES.indexOf(one.severity),
-    down: true,
-    cell: one => pill(one.severity, {low: '', medium: 'warn'}[one.severity] ?? 'bad')},
-  {name: 'Kind', width: '13rem', wide: true, sort: kindOf, cell: kindOf},
-  {name: 'Station', width: '16%', wide: true, sort: one => one.identity, cell: one =>
-    one.identity && one.identity !== 'UNKNOWN' ? stationLink(one.identity)
-      : h('span.dim', one.details.ip || DASH)},
-  {name: 'What happened', cell: one => [h('div.cut', {title: plain(one.message)}, one.message),
-    narrow() && h('div.cut.dim.small', one.identity || kindOf(one))]},
+  column.time('Time', 'timestamp', {width: '9rem', leads: true}),
+  column.status('Severity', 'severity', SEVERITY_TONES, {width: '6rem', wide: true,
+    sort: ({severity}) => SEVERITIES.indexOf(severity), down: true}),
+  column.text('Kind', kindOf, {width: '13rem', wide: true}),
+  column.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details}) =>
+    identity && identity !== 'UNKNOWN' ? stationLink(identity)
+      : h('span.dim', details.ip || DASH)}),
+  {name: 'What happened', cell: event => [
+    h('div.cut', {title: plain(event.message)}, event.message),
+    narrow() && h('div.cut.dim.small', event.identity || kindOf(event))]},
 ];
-
-function eventList(id, all, title, blank) {
-  const {query: wanted, screen, id: place} = state.route, severe = all[0]?.severity != null;
-  const rows = all.filter(one => (!wanted.kind || kindOf(one) === wanted.kind)
-    && (!wanted.severity || one.severity === wanted.severity)
-    && (!wanted.identity || one.identity === wanted.identity)
-    && contains([one.message, one.identity, kindOf(one)], wanted.text));
-  const columns = EVENT_COLUMNS.filter(one => severe || one.name !== 'Severity');
-  const picked = all.find(one => one.id === wanted.event);
-  const open = one => to(screen, place || null, {...wanted, event: one.id});
-  return split(card([title && h('h2', title), h('div.bar.filters', searchBox('text', 'Search …'),
-    severe && choice('severity', 'Severity', [['', 'every severity'], ...SEVERITIES]),
-    choice('kind', 'Kind', [['', 'every kind'], ...new Set(all.map(kindOf))]),
-    wanted.identity && button(['Only ', h('bdi', wanted.identity), ' ✕'],
-      () => filter({identity: ''}))),
-  counted(plural(rows.length, 'event'))], {key: id}, grid(id, {rows: sorted(id, columns, rows),
-    columns,
-    key: one => one.id, tall: true, label: 'Events',
-    blank: empty(all.length ? 'No event is so.' : blank),
-    row: one => ({open: open(one), class: one === picked && 'picked'})})),
-  picked && eventDetail(picked));
-}
+const eventList = (name, title, blank) => ({name, title, label: 'Events', blank, by: 'event',
+  topics: [name], records: () => state[name], key: ({id}) => id,
+  columns: EVENT_COLUMNS.filter(one => one.name !== 'Severity'),
+  search: 'Search …', words: event => [event.message, event.identity, kindOf(event)],
+  filters: {kind: {label: 'Kind', every: 'every kind', fits: (event, of) => kindOf(event) === of,
+    options: () => new Set(state[name].map(kindOf))}},
+  count: rows => plural(rows.length, 'event'), detail: eventDetail});
+const ERRORS = eventList('errors', 'Events',
+  'No error: stations and board understand each other.');
+const SYSTEM_EVENTS = eventList('system', 'Events', 'No event yet.');
+const SECURITY_LIST = eventList('security', 'Security', 'No security event.');
+const SECURITY_EVENTS = {...SECURITY_LIST, head: h('h2', 'Security events'),
+  columns: EVENT_COLUMNS,
+  filters: {severity: {label: 'Severity', every: 'every severity', options: () => SEVERITIES},
+    ...SECURITY_LIST.filters}};
 
 function eventDetail({id, identity, message, severity, timestamp, details, ...one}) {
   const {raw, ...others} = details;
@@ -20877,11 +20921,8 @@ function eventDetail({id, identity, message, severity, timestamp, details, ...on
       'Show the message'));
 }
 
-function security() {
-  return [heading('Security'), panel('knocking', ['knocking', 'tick'], knockingCard),
-    panel('security', ['security'], () =>
-      eventList('security', state.security, 'Security events', 'No security event.'))];
-}
+const security = () => listScreen(SECURITY_EVENTS,
+  panel('knocking', ['knocking', 'tick'], knockingCard));
 
 const KNOCKS_SHOWN = 50;
 const LAGS_BEHIND = /before the last change|has reached security profile/;
@@ -20916,10 +20957,7 @@ function events() {
     [['', 'Errors'], ['system', 'System']].map(([id, text]) => h('a.btn', {key: id,
       href: '#/' + to('events', id || null),
       'aria-current': (id === 'system') === system && 'page'}, text)))),
-  panel('events', ['errors', 'system'], () => system
-    ? eventList('system', state.system, '', 'No event yet.')
-    : eventList('errors', state.errors, '',
-      'No error: stations and board understand each other.'))];
+  listSplit(system ? SYSTEM_EVENTS : ERRORS)];
 }
 
 // Help and login
@@ -20983,12 +21021,12 @@ function login() {
 // Name, function and key of each screen, and its picture.
 const SCREENS = {
   overview: ['Overview', overview, 'o', 'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z'],
-  stations: ['Stations', () => state.route.id ? station() : stations(), 's',
+  stations: ['Stations', () => state.route.id ? station() : listScreen(STATIONS), 's',
     'M5 21V5a2 2 0 0 1 2-2h6a2 2 0 0 1 2 2v16M3 21h14M8 8h4M15 11h2a2 2 0 0 1 2 2v3a1.5 1.5 0 0 0 '
     + '3 0V9l-3-3'],
   messages: ['Messages', () => [heading('Messages'), ...messageList('messages')], 'm',
     'M4 7h13l-3-3M20 17H7l3 3'],
-  transactions: ['Transactions', transactions, 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
+  transactions: ['Transactions', () => listScreen(TRANSACTIONS), 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
   tokens: ['Id tokens', tokens, 'i', 'M3 5h18v14H3zM7 10h5M7 14h3M16 10v4'],
   power: ['Power', powerScreen, 'p', 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16'],
   relay: ['Relay', relay, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
@@ -21004,9 +21042,8 @@ const go = (screen, id, fields) => { location.hash = '#/' + to(screen, id, field
 
 // Change filters of the screen; the address follows, without a step back for each letter.
 function filter(changes) {
-  const {screen, id, tab, query: before} = state.route;
+  const {place, query: before} = state.route;
   const fields = query(changes ? {...before, ...changes} : {});
-  const place = to(screen, id || null) + (tab === 'now' ? '' : '/' + tab);
   history.replaceState(null, '', `#/${place}${fields ? '?' + fields : ''}`);
   arrive();
 }
@@ -21017,10 +21054,11 @@ function decoded(part) {
 
 function arrive() {
   const [place, fields] = location.hash.replace(/^#\/?/, '').split('?'), before = state.route;
-  const [name, id = '', tab] = place.split('/').map(decoded);
+  const [name, first = '', tab] = place.split('/').map(decoded);
   const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
+  const id = screen === 'transactions' && first ? pairOf(first, tab) : first;
   const ofStation = screen === 'stations' && !!id;
-  state.route = {screen, id, tab: ofStation && Object.hasOwn(TABS, tab) ? tab : 'now',
+  state.route = {place, screen, id, tab: ofStation && Object.hasOwn(TABS, tab) ? tab : 'now',
     query: Object.fromEntries(new URLSearchParams(fields)), message: null};
   const other = screen !== before.screen || ofStation && id !== before.id;
   if (other || state.route.tab !== before.tab) enter();

@@ -17216,6 +17216,31 @@ async def test_an_upstream_that_is_away_shows_who_waits_for_it_and_why(site):
 
 
 @live()
+async def test_a_list_is_of_one_station_and_its_links_name_what_they_open(site):
+    for identity in ("CP-1", "CP#2"):
+        await exchange(await site.station(identity), "StartTransaction", START_16)
+    async with looking(site) as look:
+        rows = look.page.locator("main tbody tr.open")
+        await look.go("transactions")
+        await expect(rows).to_have_count(2)
+        links = await look.page.locator("a").evaluate_all("all => all.map(link => link.hash)")
+        assert not [link for link in links if "%0A" in link]
+        await look.go("transactions?identity=CP%232")
+        await expect(rows).to_have_count(1)
+        number = site.board.transactions.records[1].id
+        await rows.first.locator("a").first.click()
+        await look.sees(f"Transaction {number}", ".aside h2")
+        assert look.page.url.endswith(f"#/transactions/CP%232/{number}?identity=CP%232")
+        await look.click("Only CP#2 ✕")
+        await expect(rows).to_have_count(2)
+        await look.sees(f"Transaction {number}", ".aside h2")
+        await look.page.get_by_role("searchbox").fill("nothing")
+        await look.sees("Nothing fits.")
+        await look.click("Show all")
+        await expect(rows).to_have_count(2)
+
+
+@live()
 async def test_keys_lead_everywhere(site):
     await exchange(await site.station(), "Heartbeat", {})
     async with looking(site) as look:
