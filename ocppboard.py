@@ -46,6 +46,7 @@ import base64
 import binascii
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import difflib
 import faulthandler
@@ -401,6 +402,7 @@ class Setting(NamedTuple):
     default: Any
     allowed: tuple | None = None     # (least, most) of a number; or the words to choose from
     many: bool = False               # a text, or a list of texts
+    restart: bool = False            # a change takes hold with the next start alone
 
 
 MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
@@ -417,13 +419,13 @@ TOKEN_STATUSES = ("Accepted", "Blocked", "Expired", "Invalid")           # 1.6 7
 GROUP_LENGTH = 20                    # of 1.6's parentIdTag
 
 SETTINGS = (
-    Setting("server", "address", ""),
-    Setting("server", "port", 9000, PORT),
+    Setting("server", "address", "", restart=True),
+    Setting("server", "port", 9000, PORT, restart=True),
     Setting("server", "tls_certificate", "", many=True),
     Setting("server", "tls_private_key", "", many=True),
     Setting("server", "trust_proxy", False),
     Setting("server", "hosts", []),
-    Setting("server", "base_path", ""),
+    Setting("server", "base_path", "", restart=True),
     Setting("server", "frame_origins", []),
     Setting("auth", "mode", "token", MODES),
     Setting("auth", "token", ""),
@@ -445,9 +447,9 @@ SETTINGS = (
     Setting("store", "max_system_events", 1000, KEPT),
     Setting("store", "max_smart_charge_sessions", 500, KEPT),
     Setting("store", "max_proxy_events", 1000, KEPT),
-    Setting("ocpp", "path", "/ocpp"),
-    Setting("ocpp", "port", 0, PORT),
-    Setting("ocpp", "tls_port", 0, PORT),
+    Setting("ocpp", "path", "/ocpp", restart=True),
+    Setting("ocpp", "port", 0, PORT, restart=True),
+    Setting("ocpp", "tls_port", 0, PORT, restart=True),
     Setting("ocpp", "client_ca", ""),
     Setting("ocpp", "ca_certificate", ""),
     Setting("ocpp", "ca_private_key", ""),
@@ -465,7 +467,7 @@ SETTINGS = (
     Setting("tariff", "per_kwh", 0.0, (0, 1_000_000)),
     Setting("tariff", "per_hour", 0.0, (0, 1_000_000)),
     Setting("tariff", "start_fee", 0.0, (0, 1_000_000)),
-    Setting("smart_charge", "enabled", False),
+    Setting("smart_charge", "enabled", False, restart=True),
     Setting("smart_charge", "strategy", "equal_share", STRATEGIES),
     Setting("smart_charge", "site_limit_a", 0.0, (0, 10_000)),
     Setting("smart_charge", "site_limit_kw", 0.0, (0, 10_000)),
@@ -482,10 +484,10 @@ SETTINGS = (
     Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
     Setting("smart_charge", "solar_on_seconds", 60, (0, 900)),
     Setting("smart_charge", "solar_off_seconds", 180, (0, 900)),
-    Setting("proxy", "journal", ""),
-    Setting("state", "path", ""),
+    Setting("proxy", "journal", "", restart=True),
+    Setting("state", "path", "", restart=True),
     Setting("state", "transactions_days", 400, (1, 36_500)),
-    Setting("state", "history_days", 0, (0, 3650)),
+    Setting("state", "history_days", 0, (0, 3650), restart=True),
 )
 STATION_SETTINGS = (                                   # of one [stations."…"]
     Setting("stations", "password", ""),
@@ -544,7 +546,10 @@ VIEWER = "viewer"                    # the user name of who sees all and changes
 
 
 class Config(SimpleNamespace):
-    """The settings as `config.<section>.<key>`; of NAMED they are {name: its settings}."""
+    """The settings as `config.<section>.<key>`; of NAMED they are {name: its settings}.
+
+    All sections of the program share one, so what `take` changes holds at once.
+    """
 
     source: str
     stations: dict                      # by pattern
@@ -563,6 +568,56 @@ class Config(SimpleNamespace):
         patterns = {p: upstream for upstream in reversed(self.proxy.upstream)
                     for p in upstream.stations}
         return patterns.get(best_fit(identity, patterns))
+
+    def changed_keys(self, other: "Config") -> list[str]:
+        """The keys in which another differs, as `server.port`, `stations."CP-1".max_a`."""
+        keys = [f"{section}.{key}" for section, key in _all_keys()
+                if vars(vars(self)[section])[key] != vars(vars(other)[section])[key]]
+        for section, settings in NAMED.items():
+            ours, theirs = vars(self)[section], vars(other)[section]
+            for name in dict.fromkeys([*ours, *theirs]):
+                if name in ours and name in theirs:
+                    keys += [f'{section}."{name}".{s.key}' for s in settings
+                             if vars(ours[name])[s.key] != vars(theirs[name])[s.key]]
+                else:
+                    keys.append(f'{section}."{name}"')
+        return keys
+
+    def keep_until_restart(self, running: "Config") -> list[str]:
+        """Give the keys that need a restart the values with which the daemon runs. Returns them."""
+        keys = [(s.section, s.key) for s in SETTINGS if s.restart]
+        if bool(self.server.tls_certificate) != bool(running.server.tls_certificate):
+            keys += [("server", "tls_certificate"), ("server", "tls_private_key")]
+        if _ways(self) != _ways(running):            # who goes where: sessions stand for it
+            keys.append(("proxy", "upstream"))
+        kept_back = []
+        for section, key in keys:
+            ours, theirs = vars(vars(self)[section]), vars(vars(running)[section])
+            if ours[key] != theirs[key]:
+                ours[key] = theirs[key]
+                kept_back.append(f"{section}.{key}")
+        return kept_back
+
+    def take(self, other: "Config") -> None:
+        """Become as another; of the upstreams, which sessions know, what may change."""
+        for upstream, changed in zip(self.proxy.upstream, other.proxy.upstream, strict=True):
+            vars(upstream).update(vars(changed))
+        upstreams = self.proxy.upstream
+        for section in {setting.section for setting in SETTINGS}:
+            vars(vars(self)[section]).update(copy.deepcopy(vars(vars(other)[section])))
+        self.proxy.upstream = upstreams
+        for name in ("source", "ignored", *NAMED):
+            setattr(self, name, copy.deepcopy(vars(other)[name]))
+
+
+def _all_keys() -> list[tuple[str, str]]:
+    """Every (section, key) but those of NAMED, in the order of the settings."""
+    return [(setting.section, setting.key) for setting in SETTINGS] + list(LISTED)
+
+
+def _ways(config: Config) -> list[tuple]:
+    """Which stations go on to which upstream, and how it is spoken to."""
+    return [(u.url, u.protocol, u.stations) for u in config.proxy.upstream]
 
 
 def best_fit(identity: str, patterns: dict) -> str | None:
@@ -2097,11 +2152,28 @@ class Store:
 
     def make_room(self, over: Callable[[Any], bool]) -> Any:
         """When it is full, remove the oldest that is over, else the oldest. Returns that one."""
-        if len(self.records) < self.limit:
-            return None
+        return self._drop(over) if len(self.records) >= self.limit else None
+
+    def resize(self, limit: int, max_bytes: int | None = None,
+               over: Callable[[Any], bool] = lambda record: True) -> list:
+        """Keep so many from here on. Returns the records that go, as with `make_room`."""
+        self.limit, self.max_bytes = limit, max_bytes
+        gone = []
+        while self._is_full():
+            gone.append(self._drop(over))
+        return gone
+
+    def _is_full(self) -> bool:
+        """Whether it has more than it may."""
+        return len(self.records) > self.limit or (
+            self.max_bytes is not None and self.bytes > self.max_bytes)
+
+    def _drop(self, over: Callable[[Any], bool]) -> Any:
         index = next((i for i, record in enumerate(self.records) if over(record)), 0)
         gone = self.records[index]
         del self.records[index]
+        if self.max_bytes is not None:
+            self.bytes -= gone.size
         return gone
 
     def page(self, limit: int, offset: int = 0,
@@ -2215,14 +2287,11 @@ class FairStore(Store):
         self._members.setdefault(group, Shares()).add(member, record)
         self.bytes += record.size
         gone = None
-        while len(self.records) > self.limit or (
-                self.max_bytes is not None and self.bytes > self.max_bytes):
-            gone = self._remove(self._next_to_go(lambda record: True) or self.records[0])
+        while self._is_full():
+            gone = self._drop(lambda record: True)
         return gone
 
-    def make_room(self, over: Callable[[Any], bool]) -> Any:
-        if len(self.records) < self.limit:
-            return None
+    def _drop(self, over: Callable[[Any], bool]) -> Any:
         return self._remove(self._next_to_go(over) or next(filter(over, self.records), None)
                             or self.records[0])
 
@@ -7224,6 +7293,20 @@ class PowerController(Protocol):
         """Whether the car's schedule is within its limit."""
 
 
+def _is_over(transaction: Transaction) -> bool:
+    return transaction.status != "active"
+
+
+def _has_ended(session: ChargeSession) -> bool:
+    return session.ended_at is not None
+
+
+def _tariff_of(config: Config) -> Tariff | None:
+    """The tariff; None where nothing costs anything."""
+    tariff = Tariff(**vars(config.tariff))
+    return tariff if any(tariff[1:]) else None
+
+
 class Board:
     """All that is known of the stations, and who follows it."""
 
@@ -7254,8 +7337,7 @@ class Board:
         self.list_version = self.full_list_before = 0        # see `new_list_version`
         self.tokens = {t.key: t for t in map(self._configured_token, config.id_tokens)}
         self.shown_tokens: OrderedDict[str, IdToken] = OrderedDict()     # unknown, lately
-        tariff = Tariff(**vars(config.tariff))
-        self.tariff = tariff if any(tariff[1:]) else None
+        self.tariff = _tariff_of(config)
         self.stores = {"messages": self.messages, "telemetry": self.telemetry,
                        "security": self.security, "smart-charge": self.smart_charge,
                        "proxy": self.proxy, "errors": self.errors, "system": self.system,
@@ -7271,6 +7353,20 @@ class Board:
         # Signs a request with our CA, for these uses, and sends it with what goes back with it.
         self.sign: Callable[[Station, SigningRequest, str, dict], Any] | None = None
         self._links_since, self._links_logged = self._started_mono, 0
+
+    def reconfigure(self) -> None:
+        """The configuration has changed: take over what is made of it."""
+        store = self.config.store
+        self.messages.resize(store.max_messages, store.max_message_bytes)
+        self.proxy.resize(store.max_proxy_events, store.max_message_bytes)
+        self.telemetry.resize(self.config.telemetry.history)
+        self.security.resize(store.max_security_events)
+        self.errors.resize(store.max_errors)
+        self.system.resize(store.max_system_events)
+        self.smart_charge.resize(store.max_smart_charge_sessions, over=_has_ended)
+        for transaction in self.transactions.resize(store.max_transactions, over=_is_over):
+            self._forget_transaction(transaction)
+        self.tariff = _tariff_of(self.config)
 
     def _owners_of(self, record: Event | Transaction) -> tuple[str, str]:
         """Whose a record is: from which network, and of which station."""
@@ -7594,8 +7690,14 @@ class Board:
         self.full_list_before = self.new_list_version()
         self._token_changed(token)
 
+    def reconfigure_tokens(self) -> tuple[list[IdToken], list[IdToken]]:
+        """Take over the id tokens of a changed configuration. Returns: as `restore_tokens`."""
+        former = list(self.tokens.values())
+        self.tokens = {t.key: t for t in map(self._configured_token, self.config.id_tokens)}
+        return self.restore_tokens(former)
+
     def restore_tokens(self, tokens: list[IdToken]) -> tuple[list[IdToken], list[IdToken]]:
-        """Take over what an earlier run knew of id tokens.
+        """Take over what an earlier run knew of id tokens, or an earlier configuration said.
 
         Returns: those that are new or other since; those that the configuration had then.
         """
@@ -7992,15 +8094,18 @@ class Board:
         if former is not None and former.status == "active" and (
                 former.evse_id in (0, transaction.evse_id) or not transaction.evse_id):
             self.transaction_stopped(former, None, None, None, "abandoned")
-        gone = self.transactions.make_room(lambda t: t.status != "active")
-        if gone:
-            self._release(gone)
-            key = gone.identity, gone.id
-            if self.transaction_of.get(key) is gone:
-                del self.transaction_of[key]
+        if gone := self.transactions.make_room(_is_over):
+            self._forget_transaction(gone)
         transaction.tariff = self.tariff
         self.transactions.append(transaction)
         self.transaction_of[transaction.identity, transaction.id] = transaction
+
+    def _forget_transaction(self, transaction: Transaction) -> None:
+        """It is in the store no more."""
+        self._release(transaction)
+        key = transaction.identity, transaction.id
+        if self.transaction_of.get(key) is transaction:
+            del self.transaction_of[key]
 
     def transaction_alive(self, station: Station, transaction: Transaction, at_mono: float,
                           certain: bool = True) -> None:
@@ -8288,7 +8393,7 @@ class Board:
         session = ChargeSession(transaction.identity, transaction.id, transaction.evse_id,
                                 transaction.connector_id, circuit, strategy, priority, phases,
                                 now, now)
-        self.smart_charge.make_room(lambda record: record.ended_at is not None)
+        self.smart_charge.make_room(_has_ended)
         self.smart_charge.append(session)
         transaction.charge = session
         self.publish("smart-charge", session)
@@ -8675,11 +8780,17 @@ class Keeper:
 
     def _restore_tokens(self) -> None:
         board = self.board
-        news, gone = board.restore_tokens(read_rows(
-            board, "token", 2 * ID_TOKENS_KEPT + len(board.config.id_tokens), _token_in))
+        self._tokens_restored(*board.restore_tokens(read_rows(
+            board, "token", 2 * ID_TOKENS_KEPT + len(board.config.id_tokens), _token_in)))
+
+    def _tokens_restored(self, news: list[IdToken], gone: list[IdToken]) -> None:
         self._changed |= dict.fromkeys(news)
         for token in gone:
             self.state.put("token", token.key, None)
+
+    def reconfigure(self) -> None:
+        """The configuration has changed: take over its id tokens."""
+        self._tokens_restored(*self.board.reconfigure_tokens())
 
     def _station_of(self, row: StateRow) -> Station:
         station = unpacked("Station", row.value, self._ahead_s(row.at))
@@ -11978,8 +12089,12 @@ class SiteSettings:
 
     def __init__(self, board: Board):
         self.board, self.now = board, board.config.smart_charge
+        self.changed: dict[str, Any] = {}            # {setting: its value}, since it was configured
+        self._read()
+
+    def _read(self) -> None:
+        """Read what is configured."""
         self.configured = SimpleNamespace(**vars(self.now))
-        self.changed: set[str] = set()               # settings, since they were configured
         self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
                         for w in self.now.window]
         self.zone = ZoneInfo(self.now.timezone) if self.now.timezone else None
@@ -12004,6 +12119,21 @@ class SiteSettings:
                 continue
             self._set(changes)
 
+    def reconfigure(self) -> None:
+        """The configuration has changed; what REST has changed goes before what it overrode."""
+        before, changed = self.configured, self.changed
+        self.changed = {}
+        self._read()
+        for names in dict.fromkeys(self.PATCHED.values()):
+            changes = {name: changed.get(name, getattr(before, name)) for name in names}
+            if changed.keys().isdisjoint(names):
+                continue
+            if self._is_possible(changes) and all(
+                    getattr(before, name) == getattr(self.configured, name) for name in names):
+                self._set(changes)
+            else:
+                self.board.state.put("smart_charge_setting", names[0], None)
+
     @staticmethod
     def _setting(name: str) -> Setting:
         return next(s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
@@ -12017,9 +12147,9 @@ class SiteSettings:
     def _set(self, changes: dict) -> None:
         for name, value in changes.items():
             setattr(self.now, name, value)
-            self.changed.discard(name)
+            self.changed.pop(name, None)
             if value != getattr(self.configured, name):
-                self.changed.add(name)
+                self.changed[name] = value
 
     def change(self, body: dict) -> dict:
         """Change limit, strategy or margin. Returns the changes.
@@ -12102,7 +12232,7 @@ class SiteSettings:
             "rotateMinutes": now.rotate_minutes, "voltage": now.voltage,
             "windowFactor": window.factor if window else 1.0,
             "setOnBoard": sorted({key for key, names in self.PATCHED.items()
-                                  if set(names) & self.changed and not (
+                                  if self.changed.keys() & set(names) and not (
                                       key == "limitA" and now.site_limit_kw)
                                   and not (key == "limitKw" and now.site_limit_a)})}
 
@@ -12265,8 +12395,6 @@ class Controller:
         self.site = SiteSettings(board)
         self.started_mono = self.now()
         self.meter = SiteMeter(self.site, self.started_mono)
-        self.patterns = {pattern: circuit.name for circuit in self.settings.circuit
-                         for pattern in circuit.stations}
         self.stations: dict[str, SiteStation] = {}
         self.elsewhere: set[str] = set()             # identities that are not at this site
         self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
@@ -12278,15 +12406,37 @@ class Controller:
         self.quiet_until = -math.inf
         self._absent_told = self._listed_told = False
         self._failed_mono: dict[str, float] = {}     # stations that could not be looked at
-        named = (*self.patterns, *board.config.stations)
-        self.named = {name for name in named if not re.search(r"[*?\[]", name)}
-        for name in sorted(self.named):
-            self._meet(name)
-        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
-        self.strangers = board.config.ocpp.accept != "listed" or not self.named.issuperset(named)
+        self._read_stations()
         self.settled_mono = self._latest(self.started_mono)
         self._check_fallbacks()
         board.power = self
+
+    def _read_stations(self) -> None:
+        """Read which stations are configured, and at which circuits they hang."""
+        config = self.board.config
+        self.patterns = {pattern: circuit.name for circuit in self.settings.circuit
+                         for pattern in circuit.stations}
+        named = (*self.patterns, *config.stations)
+        self.named = {name for name in named if not re.search(r"[*?\[]", name)}
+        for name in sorted(self.named.difference(self.stations)):
+            self._meet(name)
+        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
+        self.strangers = config.ocpp.accept != "listed" or not self.named.issuperset(named)
+
+    def reconfigure(self) -> None:
+        """The configuration has changed: the site's limits, its circuits, who hangs where."""
+        self.site.reconfigure()
+        self._read_stations()
+        for station in self.stations.values():
+            station.circuit, station.settings = self._place(station.identity)
+            for evse in station.evses.values():
+                evse.maximum = float(station.settings.max_a)
+                if evse.session:
+                    self._set_of_session(evse.session, self.session_settings.get(
+                        f"{evse.session.transaction_id} {station.identity}", {"priority": None}))
+                    self.board.charge_updated(evse.session, circuit=station.circuit)
+        self._restore_to_site()
+        self.quiet_until = self.now() + 2 * VERIFY_S             # until the cars have followed
 
     # What outlives a restart
 
@@ -12295,9 +12445,7 @@ class Controller:
         board = self.board
         self.site.restore()
         self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
-        for identity in self.elsewhere & self.named:             # the configuration goes before
-            board.state.put("elsewhere", identity, None)
-        self.elsewhere -= self.named
+        self._restore_to_site()
         for model, rungs in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
             self.models[model] = rungs
         self.session_settings = dict(read_rows(board, "charging_session", SESSIONS_SET,
@@ -12315,6 +12463,12 @@ class Controller:
             del self.stations[identity]
         board.state.sources.append(self._put_all)
         self._put_all()
+
+    def _restore_to_site(self) -> None:
+        """A station that the configuration names is at this site, whatever was said before."""
+        for identity in self.elsewhere & self.named:
+            self.board.state.put("elsewhere", identity, None)
+        self.elsewhere -= self.named
 
     def _restore_evse(self, evse: Evse, limit: float, fallback: float | None) -> None:
         now = self.now()
@@ -12579,12 +12733,15 @@ class Controller:
     # 1. observe
 
     def _meet(self, identity: str) -> SiteStation:
-        settings = self.board.config.station(identity) or STATION_DEFAULTS
-        fit = best_fit(identity, self.patterns)
-        station = SiteStation(identity, self.patterns[fit] if fit else SITE, settings)
-        self.stations[identity] = station
+        self.stations[identity] = station = SiteStation(identity, *self._place(identity))
         self._add_evse(station, 1)       # until it says how many it has
         return station
+
+    def _place(self, identity: str) -> tuple[str, SimpleNamespace]:
+        """(the circuit at which a station hangs, its settings)."""
+        fit = best_fit(identity, self.patterns)
+        settings = self.board.config.station(identity) or STATION_DEFAULTS
+        return self.patterns[fit] if fit else SITE, settings
 
     def _known(self, station: Station) -> SiteStation | None:
         """A station that takes part in the site."""
@@ -15560,14 +15717,10 @@ class Access:
 
     def __init__(self, board: Board):
         self.board, self.config = board, board.config
-        auth = self.config.auth
-        self.made_token = "" if auth.token or auth.mode != "token" else secrets.token_urlsafe(24)
-        self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
+        self.made_token = ""                             # where none is configured
+        self._read_credentials()
         self._sessions: OrderedDict[str, Session] = OrderedDict()    # {digest of its id: …}
-        self._viewer_token = auth.viewer_token.encode("utf-8", "surrogateescape")
-        self._credentials = "\0".join((auth.mode, auth.username, auth.password, auth.token, *filter(
-            None, (auth.viewer_token, auth.viewer_password))))
-        self._fingerprint = ""                           # a hash of them
+        self._fingerprint = ""                           # a hash of the credentials
         self._failures = Failures(time.monotonic)
         self._stale: OrderedDict = OrderedDict()         # {(network, digest of a wrong bearer)}
         self._proven: OrderedDict = OrderedDict()        # the same of right ones, and of passwords
@@ -15575,6 +15728,26 @@ class Access:
         self.credentials: dict[str, Credentials] = {}    # {identity: …}
         self._entry_failures = Failures(time.monotonic, ENTRY_FAILURES)
         self._hashing, self._station_hashing = Hashing(), Hashing()
+
+    def _read_credentials(self) -> None:
+        """Read what one logs in with."""
+        auth = self.config.auth
+        makes_token = auth.mode == "token" and not auth.token
+        self.made_token = (self.made_token or secrets.token_urlsafe(24)) if makes_token else ""
+        self._token = (auth.token or self.made_token).encode("utf-8", "surrogateescape")
+        self._viewer_token = auth.viewer_token.encode("utf-8", "surrogateescape")
+        self._credentials = "\0".join((auth.mode, auth.username, auth.password, auth.token, *filter(
+            None, (auth.viewer_token, auth.viewer_password))))
+
+    def reconfigure(self) -> None:
+        """The configuration has changed: all logins end if what one logs in with has."""
+        before = self._credentials
+        self._read_credentials()
+        if before != self._credentials:
+            for marks in (self._sessions, self._stale, self._proven):
+                marks.clear()
+            if self.board.state:
+                self._end_kept_logins()
 
     # Over a restart
 
@@ -15588,15 +15761,19 @@ class Access:
         if password_matches(self._credentials.encode(), self._fingerprint):
             self._restore_sessions()
         else:
-            self._fingerprint = hash_password(self._credentials)
-            state.put("credentials", "fingerprint", self._fingerprint)
-            state.remove_before("login", math.inf)
+            self._end_kept_logins()
         for row in state.rows("station_credentials", CREDENTIALS_KEPT):
             try:
                 self.credentials[row.key] = Credentials.read(row.value)
             except ValueError:
                 log.error("How %s comes in is not understood in the state", shown(row.key))
         state.sources.append(self.put_all)
+
+    def _end_kept_logins(self) -> None:
+        """The State is to have no login, and by what that is known."""
+        self._fingerprint = hash_password(self._credentials)
+        self.board.state.put("credentials", "fingerprint", self._fingerprint)
+        self.board.state.remove_before("login", math.inf)
 
     def _restore_sessions(self) -> None:
         now, longest_s = self.board.clock(), self.config.auth.session_ttl_seconds
@@ -16400,9 +16577,7 @@ def get_session(api: "Api") -> dict:
 async def post_logout(api: "Api") -> dict:
     """Destroy the session."""
     api.daemon.access.logout(api.authenticate())
-    for stream in api.daemon.streams:
-        if not stream.still_allowed():
-            stream.on_connection_close()
+    api.daemon.end_streams_without_login()
     await api.until_durable()
     api.clear_cookie(COOKIE, path=api.base_path)
     return {"success": True}
@@ -16839,6 +17014,15 @@ async def get_telemetry_history(api: "Api") -> Page:
     return Page(samples[::-1], total)
 
 
+def post_reload(api: "Api") -> dict:
+    """Read the configuration again, as SIGHUP does: all of it holds from here on, or nothing."""
+    try:
+        changed, restart = api.daemon.reload()
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    return {"changed": changed, "restart": restart}
+
+
 def get_healthz(api: "Api") -> dict:
     """200 while the daemon works; `degraded` while the state file cannot be written."""
     if not api.daemon.board_port:
@@ -17219,6 +17403,7 @@ ROUTES = (
     Route("GET", "/api/stream", get_stream, SSE, (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
     Route("GET", "/api/openapi.json", get_openapi, "OpenAPI"),
     Route("GET", "/metrics", get_metrics, "text/plain"),
+    Route("POST", "/api/reload", post_reload, "Reload", errors=(400,)),
     Route("GET", "/healthz", get_healthz, "Health", public=True, errors=(503,)),
 )
 
@@ -17231,6 +17416,7 @@ SHAPES = {
     "ErrorAnswer": {"error": "string"},
     "Success": {"success": "boolean"},
     "Health": {"status": "string"},
+    "Reload": {"changed": "[string]", "restart": "[string]"},
     "OpenAPI": {"openapi": "string", "paths": "object"},
     "Credentials": {"token?": "string", "username?": "string", "password?": "string"},
     "Login": {"sessionId": "string", "user": "User", "expiresAt": "time"},
@@ -17484,7 +17670,7 @@ class Api(RequestHandler):
     def set_framing(self) -> None:
         """Say who may show this in a frame: mostly nobody."""
         origins = ["'self'" if origin == "self" else origin
-                   for origin in self.settings["frame_origins"]]
+                   for origin in self.settings["server"].frame_origins]
         policy = self._headers["Content-Security-Policy"]
         framing = " ".join(origins) or "'none'"
         self.set_header("Content-Security-Policy", f"{policy}; frame-ancestors {framing}")
@@ -22733,6 +22919,7 @@ def file_limit() -> int:
 FILES_MOST = 65536                  # that this process asks for
 TOLD_S, WATCHDOG_S = 5, 60          # the watchdog is fed so often, and bites after
 STILL_S = 15                        # who has made no progress for so long stands still
+KEYS_SHOWN, KEYS_TOLD = 10, 500     # of a reload: in a text, and in an event's details
 CLOSING_S = 1                       # for stations and streams to close; STATE_STOP_S comes on top
 SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station, in LOGIN_WINDOW_S
 
@@ -22753,8 +22940,11 @@ class Listener(NamedTuple):
 class Daemon:
     """The running whole: a Board, its listeners and its periodic work."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, read: Callable[[], Config] | None = None):
+        """`read` gives the configuration anew, for a reload."""
         self.config = config
+        self._configured = copy.deepcopy(config)         # without what REST has changed since
+        self._read = read or functools.partial(read_config, config.source or None)
         self.state = State(state_path(config, os.environ))
         self.board = Board(config, state=self.state)
         self.state.tell = self.board.system_event
@@ -22787,13 +22977,12 @@ class Daemon:
         self._lag_s, self._last_turn = 0.0, time.monotonic()
         self._machine: dict = {}
         self.controller = Controller(self.board) if config.smart_charge.enabled else None
-        self._periodic = [PeriodicCallback(self._sample, config.telemetry.interval_ms),
-                          self._each_second("turn", self._turn),
-                          PeriodicCallback(self.keeper.clean, 3_600_000)]
-        if self.tls or self.authority:
-            self._periodic += [PeriodicCallback(self.renew_tls, 10_000),
-                               PeriodicCallback(self._tell_ends, 86_400_000),
-                               PeriodicCallback(self.renew_stations, 3_600_000)]
+        self._sampling = PeriodicCallback(self._sample, config.telemetry.interval_ms)
+        self._periodic = [self._sampling, self._each_second("turn", self._turn),
+                          PeriodicCallback(self.keeper.clean, 3_600_000),
+                          PeriodicCallback(self.renew_tls, 10_000),
+                          PeriodicCallback(self._tell_ends, 86_400_000),
+                          PeriodicCallback(self.renew_stations, 3_600_000)]
         if self.controller:
             self._periodic.append(self._each_second("smart charging", self.steer))
         self.relay = None
@@ -22903,11 +23092,16 @@ class Daemon:
             self.board.system_event("CERTIFICATES_BAD", "",
                                     f"The certificates stay as they were: {error}", {})
             return
-        for server, for_stations in self._tls_servers.items():
-            server.tls = self.tls.station_context if for_stations else self.tls.context
+        self._serve_tls(self.tls)
         log.info("Certificates have been loaded anew")
         self.board.system_event("CERTIFICATES_LOADED", "", "Certificates have been loaded anew", {})
         self._tell_ends()
+
+    def _serve_tls(self, tls: ServerTls) -> None:
+        """Serve the handshakes to come with these certificates."""
+        self.tls = tls
+        for server, for_stations in self._tls_servers.items():
+            server.tls = tls.station_context if for_stations else tls.context
 
     def _tell_ends(self) -> None:
         """Warn of certificates that end soon, or have."""
@@ -22920,6 +23114,72 @@ class Daemon:
                 log.warning("The certificate in %s", text)
                 self.board.system_event("CERTIFICATE_ENDS", "", f"The certificate in {text}",
                                         {"file": file, "endsAt": iso(ends_at)})
+
+    # Reload
+
+    def reload(self) -> tuple[list[str], list[str]]:
+        """Read the configuration again: all of it holds from here on, or nothing.
+
+        Returns: the keys that have changed, and those that take hold with the next start alone.
+        Raises: ConfigError with what is wrong; then all is as it was.
+        """
+        try:
+            config = self._read()
+            if self._configured.source not in ("", config.source):
+                raise ConfigError(f"{self._configured.source} is not there any more")
+            trial = Daemon(config)                       # finds what a start would
+        except ConfigError as error:
+            log.error("The configuration stays as it was: %s", shown(error, 500))
+            self.board.system_event("RELOAD_FAILED", "", "The configuration stays as it was: "
+                                    f"{kept(error, 500)}", {})
+            raise
+        restart = config.keep_until_restart(self._configured)
+        changed = self._configured.changed_keys(config)
+        had_token = self.access.made_token
+        self._configured = config
+        self.config.take(config)
+        self._reconfigure(trial)
+        text = f"Changed: {_some_of(changed)}" if changed else "Nothing has changed"
+        if restart:
+            text += f". With the next start alone: {_some_of(restart)}"
+        log.info("Read %s again. %s%s", config.source or "the defaults", text,
+                 "" if changed or restart else _copied_by_systemd(config.source))
+        self.board.system_event("RELOADED", "", f"The configuration was read again. {text}",
+                                {"source": config.source, "changed": changed[:KEYS_TOLD],
+                                 "restart": restart[:KEYS_TOLD]})
+        if self.access.made_token != had_token:
+            tell_address(self)
+        return changed, restart
+
+    def _reconfigure(self, trial: "Daemon") -> None:
+        """Take over what is made of the configuration; `trial` has made it already."""
+        if self.tls and trial.tls:
+            self._serve_tls(trial.tls)
+        self.authority, self.schemas = trial.authority, trial.schemas
+        self.board.sign = self._sign if self.authority else None
+        for server in self._servers:
+            server.xheaders = self.config.server.trust_proxy
+        self.proxied = self.config.server.trust_proxy or self.board_port not in (80, 443)
+        self._sampling.callback_time = self.config.telemetry.interval_ms
+        self.board.reconfigure()
+        self.keeper.reconfigure()
+        if self.controller:
+            self.controller.reconfigure()
+        self.access.reconfigure()
+        self.end_streams_without_login()
+
+    def reload_by_signal(self) -> None:
+        """SIGHUP: reload, and tell systemd when (sd_notify(3))."""
+        sd_notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        with contextlib.suppress(ConfigError):           # it is in the log
+            self.reload()
+        sd_notify("READY=1")
+
+    def end_streams_without_login(self) -> None:
+        """End the streams of those who may not see them any more."""
+        for stream in self.streams:
+            if not stream.still_allowed():
+                stream.on_connection_close()
 
     # Certificates of stations
 
@@ -22982,7 +23242,7 @@ class Daemon:
         return Application(rules, default_handler_class=Api,
                            default_handler_args={"daemon": self, "routes": {}},
                            log_function=_log_request,
-                           frame_origins=self.config.server.frame_origins)
+                           server=self.config.server)
 
     def _ocpp_rules(self) -> list:
         arguments = {"daemon": self}
@@ -23299,15 +23559,30 @@ def sd_notify(*lines: str) -> None:
         told.sendto("\n".join(lines).encode(), address)
 
 
-async def run(config: Config) -> None:
+def _some_of(keys: list[str]) -> str:
+    """The first keys, and how many more there are."""
+    more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+    return ", ".join(kept(key) for key in keys[:KEYS_SHOWN]) + more
+
+
+def _copied_by_systemd(source: str) -> str:
+    """What to do where a file that has changed is not the one that is read."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return (": it is the copy that systemd made at the start (LoadCredential); a restart of the "
+            "service takes a new one" if folder and source.startswith(folder) else "")
+
+
+async def run(config: Config, read: Callable[[], Config]) -> None:
     """The daemon's life: start, tell where, wait for a signal, stop."""
-    daemon = Daemon(config)
+    daemon = Daemon(config, read)
     daemon.start()
     let_memory_go()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(daemon.reload_by_signal))
     tell_start(daemon)
     sd_notify("READY=1", f"STATUS=Listens on port {daemon.board_port}")
     await stop.wait()
@@ -23367,8 +23642,8 @@ def _meaning(config: Config, pattern: str, entry: SimpleNamespace) -> str:
 
 
 def tell_start(daemon: Daemon) -> None:
-    """Say what runs and where. The token that was made is printed once, and never logged."""
-    config, access = daemon.config, daemon.access
+    """Say what runs and where."""
+    config = daemon.config
     log.info("ocppboard %s on Python %s, Tornado %s; configuration: %s", VERSION,
              sys.version.split()[0], tornado.version, config.source or "defaults")
     if daemon.schemas:
@@ -23395,14 +23670,19 @@ def tell_start(daemon: Daemon) -> None:
         log.info('Any station may connect (ocpp.accept = "any")')
     if config.auth.mode == "none":
         log.warning('Anyone who reaches the board may use it (auth.mode = "none")')
-    address = config.server.address
-    host = "localhost" if _is_every_address(address) else _in_url(address)
-    token = f"#token={access.made_token}" if access.made_token else ""
     for name in config.ignored:
         log.warning("%s is of no section and ignored", name)
+    tell_address(daemon)
+
+
+def tell_address(daemon: Daemon) -> None:
+    """Print where the board is, with the token if one was made: that is never logged."""
+    server, made_token = daemon.config.server, daemon.access.made_token
+    host = "localhost" if _is_every_address(server.address) else _in_url(server.address)
+    token = f"#token={made_token}" if made_token else ""
     with contextlib.suppress(OSError):                   # nobody reads it, or the disk is full
         scheme = "https" if daemon.tls else "http"
-        print(f"The board: {scheme}://{host}:{daemon.board_port}{config.server.base_path}/{token}",
+        print(f"The board: {scheme}://{host}:{daemon.board_port}{server.base_path}/{token}",
               flush=True)
 
 
@@ -23533,6 +23813,7 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
 {config}Environment=PYTHONPYCACHEPREFIX=%C/ocppboard
 WatchdogSec={watchdog_s}
 TimeoutStartSec=10min
@@ -23579,21 +23860,32 @@ HIDDEN_FOLDERS = re.compile("/(home|root|run/user|tmp|var/tmp)/")    # from the 
 
 
 def unit(config: Config) -> str:
-    """A systemd unit that runs this file, by this Python, with this configuration.
-
-    The configuration is handed in as a credential: a file that only root reads will do.
-    """
-    source = config.source and os.path.abspath(config.source)
+    """A systemd unit that runs this file, by this Python, with this configuration."""
     ports = (config.server.port, config.ocpp.port, config.ocpp.tls_port)
     binds = any(0 < port < 1024 for port in ports)       # in a user namespace that is not allowed
     return UNIT.format(
         command=" ".join(_in_unit(word) for word in (sys.executable, os.path.abspath(__file__))),
-        config=source and ("LoadCredential=ocppboard.toml:" + source.replace("%", "%%") +
-                           "\nEnvironment=OCPPBOARD_CONFIG=%d/ocppboard.toml\n"),
+        config=_configuration_in_unit(os.path.abspath(config.source)) if config.source else "",
         capabilities=("AmbientCapabilities=CAP_NET_BIND_SERVICE\n"
                       "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\n" if binds else
                       "CapabilityBoundingSet=\nPrivateUsers=yes\n"),
         watchdog_s=WATCHDOG_S, files=FILES_MOST)
+
+
+def _configuration_in_unit(source: str) -> str:
+    """How the service finds its configuration: by its path, if everybody or a group may read it.
+
+    A file that only root may read is handed in as a credential, which systemd copies at the start:
+    a reload finds no change there.
+    """
+    status = os.stat(source)
+    is_by_group = bool(status.st_mode & stat.S_IRGRP and status.st_gid)
+    if HIDDEN_FOLDERS.match(source) or not (is_by_group or status.st_mode & stat.S_IROTH):
+        return ("LoadCredential=ocppboard.toml:" + source.replace("%", "%%")
+                + "\nEnvironment=OCPPBOARD_CONFIG=%d/ocppboard.toml\n")
+    quoted = _in_unit(f"OCPPBOARD_CONFIG={source}").replace("$$", "$")       # no variables here
+    group = f"SupplementaryGroups={status.st_gid}\n" if is_by_group else ""
+    return f"Environment={quoted}\n{group}"
 
 
 def _in_unit(word: str) -> str:
@@ -23735,14 +24027,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(unit(config), end="")
             tell_hidden(config)
         else:
-            config = read_config(options.config, address=options.address, port=options.port)
+            read = functools.partial(read_config, options.config, address=options.address,
+                                     port=options.port)
+            config = read()
             if options.check:
                 return check(config)
             faulthandler.enable()        # where we stood still when the watchdog ends us
             configure_log(options.log_level)
             raise_file_limit()
             with asyncio.Runner() as runner:
-                runner.run(run(config))
+                runner.run(run(config, read))
                 let_output_go()
                 os._exit(0)              # Python would wait for a disk or a name server that hangs
     except (ConfigError, CannotListen, StateInUse) as error:

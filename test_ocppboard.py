@@ -18160,6 +18160,23 @@ def test_the_unit_is_one_that_systemd_takes_and_finds_safe(tmp_path):
                             tmp_path / "ocppboard.service"]).stderr == ""
 
 
+def test_the_unit_reads_the_file_itself_where_it_may_so_that_a_reload_finds_changes():
+    with tempfile.TemporaryDirectory(dir="/opt") as folder:      # no folder that it cannot see
+        config = Path(folder, "ocppboard.toml")
+        for mode, group, expected in [
+                (0o644, 0, {f"Environment=OCPPBOARD_CONFIG={config}"}),
+                (0o640, 1, {f"Environment=OCPPBOARD_CONFIG={config}", "SupplementaryGroups=1"}),
+                (0o640, 0, {f"LoadCredential=ocppboard.toml:{config}",
+                            "Environment=OCPPBOARD_CONFIG=%d/ocppboard.toml"})]:
+            config.write_text("")
+            config.chmod(mode)
+            os.chown(config, 0, group)
+            lines = run_ocppboard("unit", "--config", str(config))[1].split("\n")
+            assert {line for line in lines if "OCPPBOARD_CONFIG" in line or line.startswith((
+                "LoadCredential", "SupplementaryGroups"))} == expected
+            assert "ExecReload=/bin/kill -HUP $MAINPID" in lines
+
+
 def test_the_unit_is_told_with_what_it_could_not_read(tmp_path):
     key = tmp_path / "site.key"
     key.touch(0o600)
@@ -18168,6 +18185,256 @@ def test_the_unit_is_told_with_what_it_could_not_read(tmp_path):
     status, unit, err = run_ocppboard("unit", "--config", config)
     assert status == 0 and "Type=notify" in unit
     assert f"cannot read {key}: " in err and "leave state.path out" in err
+
+
+# Reload
+
+
+class Reloaded(Site):
+    """A Site whose configuration stands in a file that a test writes anew."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def write(self, more="", token="t0ken", server=""):
+        """Write the file: `more` are its further sections."""
+        self.path.write_text(f'[server]\naddress = "127.0.0.1"\nport = 0\n{server}\n'
+                             f'[auth]\ntoken = "{token}"\n{more}')
+
+    async def __aenter__(self):
+        self.daemon = ocppboard.Daemon(self.read(), self.read)
+        self.daemon.start()
+        self.board = self.daemon.board
+        self.port, self.ocpp_port = self.daemon.board_port, self.daemon.ocpp_port
+        return self
+
+    def read(self):
+        return read_config(str(self.path), {})
+
+    async def reload(self):
+        """(status, answer) of POST /api/reload."""
+        status, answer, _ = await self.fetch("/api/reload", "POST")
+        return status, answer
+
+
+def reloaded(before="", **keys):
+    """A test with a running Reloaded as its first argument, which starts with these sections."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*args, **kwargs):
+            async def inside():
+                with tempfile.TemporaryDirectory() as folder:
+                    site = Reloaded(Path(folder, "ocppboard.toml"))
+                    site.write(before, **keys)
+                    async with site:
+                        await test(site, *args, **kwargs)
+            asyncio.run(asyncio.wait_for(inside(), 60))
+        return without_site(run, test)
+    return decorate
+
+
+@reloaded()
+async def test_a_reload_drops_no_station_and_names_what_needs_a_restart(site):
+    station = await site.station("CP-1")
+    site.write('[ocpp]\ncall_timeout_seconds = 7\naccept = "listed"\npath = "/other"\n'
+               '[stations."CP-*"]\nmax_a = 16\n[store]\nmax_messages = 5\n'
+               '[state]\npath = "elsewhere.db"\n')
+    assert await site.reload() == (200, {
+        "changed": ["store.max_messages", "ocpp.accept", "ocpp.call_timeout_seconds",
+                    'stations."CP-*"'],
+        "restart": ["ocpp.path", "state.path"]})
+    for number in range(9):
+        await station.send(json.dumps([2, str(number), "Heartbeat", {}]))
+        await station.recv()
+    assert len(site.board.messages) == 5 and site.board.config.ocpp.call_timeout_seconds == 7
+    with pytest.raises(websockets.exceptions.InvalidStatus):
+        await site.station("XX-1")
+    await site.station("CP-2")                           # by the path that still holds
+    event, = await site.get("/api/system-events?type=RELOADED")
+    assert (event["type"], event["details"]["restart"]) == ("RELOADED", ["ocpp.path", "state.path"])
+    assert (await site.reload())[1] == {"changed": [], "restart": ["ocpp.path", "state.path"]}
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    ("[ocpp]\naccept = 'listed'\ncall_timeout = 3\n", "unknown key ocpp.call_timeout"),
+    ("[ocpp]\naccept = 'listed'\n[smart_charge]\nenabled = true\n", "either site_limit_a"),
+    ("[ocpp]\naccept = 'listed'\n[auth\n", "not a TOML file"),
+    ("[ocpp]\naccept = 'listed'\nca_certificate = 'x.pem'\nca_private_key = 'x.key'\n", "x.pem"),
+    ("[ocpp]\naccept = 'listed'\n[smart_charge]\nenabled = true\nsite_limit_a = 16\n"
+     "fallback_a = 10\n[stations.A]\n[stations.B]\n", "fallback_a")])
+@reloaded()
+async def test_a_reload_of_a_wrong_configuration_changes_nothing_and_says_why(site, wrong, reason):
+    site.write(wrong)
+    status, answer = await site.reload()
+    assert status == 400 and reason in answer["error"] and "\n" not in answer["error"]
+    await site.station("A-STRANGER")
+    assert [e.kind for e in site.board.system.records][-2:] == [
+        "RELOAD_FAILED", "STATION_CONNECTED"]
+
+
+@reloaded()
+async def test_a_configuration_that_is_gone_is_no_reason_to_run_on_the_defaults(site):
+    site.path.unlink()
+    status, answer = await site.reload()
+    assert status == 400 and "cannot be read" in answer["error"]
+    assert (await site.fetch("/api/overview"))[0] == 200
+
+
+@reloaded(token="0ld-s3cret")
+async def test_a_new_token_ends_all_logins_and_their_streams_and_stands_in_no_record(site, caplog):
+    caplog.set_level("DEBUG")
+    _, login, _ = await site.fetch("/api/auth/login", "POST", {"token": "0ld-s3cret"}, token="")
+    await site.fetch("/api/overview", token="n3w-s3cret")        # a guess before its time
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write("GET /api/stream HTTP/1.1\r\nHost: x\r\n"
+                 f"Authorization: Bearer {login['sessionId']}\r\n\r\n".encode())
+    await reader.readuntil(b"event: connected")
+    site.write(token="n3w-s3cret")
+    site.daemon.reload()
+    assert (await site.fetch("/api/overview", token=login["sessionId"]))[0] == 401
+    assert (await site.fetch("/api/overview", token="0ld-s3cret"))[0] == 401
+    assert (await site.fetch("/api/overview", token="n3w-s3cret"))[0] == 200
+    await reader.readuntil(b"\r\n0\r\n\r\n")              # the last chunk
+    writer.close()
+    _, events, _ = await site.fetch("/api/system-events", token="n3w-s3cret")
+    assert "s3cret" not in caplog.text + json.dumps(events)
+
+
+@reloaded('[id_tokens."AA"]\n[id_tokens."BB"]\n[tariff]\nper_kwh = 0.5\n')
+async def test_a_reload_takes_id_tokens_and_tariff_and_leaves_those_of_the_board(site):
+    await site.fetch("/api/id-tokens/CC", "PUT", {"name": "by hand"})
+    await site.fetch("/api/id-tokens/BB", "PUT", {"name": "by hand"})
+    site.write('[id_tokens."AA"]\nstatus = "Blocked"\n[id_tokens."DD"]\n[tariff]\nper_kwh = 0.6\n'
+               '[ocpp]\nauthorize = "listed"\n')
+    status, answer = await site.reload()
+    assert status == 200 and answer["changed"] == [
+        "ocpp.authorize", "tariff.per_kwh", 'id_tokens."AA".status', 'id_tokens."BB"',
+        'id_tokens."DD"']
+    assert {t.id_token: (t.source, t.status) for t in site.board.tokens.values()} == {
+        "AA": ("configuration", "Blocked"), "BB": ("board", "Accepted"),
+        "CC": ("board", "Accepted"), "DD": ("configuration", "Accepted")}
+    assert site.board.tariff.per_kwh == 0.6
+
+
+SITE_OF_63 = """[smart_charge]
+enabled = true
+site_limit_a = 63
+[[smart_charge.circuit]]
+name = "left"
+limit_a = 32
+stations = ["A"]
+"""
+
+
+@reloaded(SITE_OF_63)
+async def test_a_reload_moves_stations_between_circuits_and_keeps_what_was_set_on_the_board(site):
+    await site.fetch("/api/smart-charge/config", "PATCH", {"limitA": 40, "strategy": "first_come"})
+    right = ('[[smart_charge.circuit]]\nname = "right"\nlimit_a = 20\nstations = ["A"]\n'
+             '[stations.B]\nmax_a = 10\n')
+    site.write(SITE_OF_63.replace('"A"', '"B"') + right)
+    status, answer = await site.reload()
+    assert status == 200 and answer == {
+        "changed": ["smart_charge.circuit", 'stations."B"'], "restart": []}
+    circuits = await site.get("/api/smart-charge/circuits")
+    assert [(c["name"], c["stations"]) for c in circuits] == [
+        ("site", []), ("left", ["B"]), ("right", ["A"])]
+    stations = site.daemon.controller.stations
+    assert (stations["B"].evses[1].maximum, stations["B"].circuit) == (10, "left")
+    config = await site.get("/api/smart-charge/config")
+    assert (config["limitA"], config["strategy"]) == (40, "first_come")
+    site.write(SITE_OF_63.replace("63", "50").replace('"A"', '"B"') + right)
+    assert (await site.reload())[0] == 200
+    config = await site.get("/api/smart-charge/config")
+    assert (config["limitA"], config["strategy"], config["setOnBoard"]) == (
+        50, "first_come", ["strategy"])
+
+
+@reloaded('[[proxy.upstream]]\nurl = "ws://127.0.0.1:9/a"\nqueue = 10\n')
+async def test_a_reload_takes_of_an_upstream_all_but_who_goes_where(site):
+    before = site.daemon.config.proxy.upstream[0]
+    site.write('[[proxy.upstream]]\nurl = "ws://127.0.0.1:9/a"\nqueue = 20\npassword = "p"\n')
+    assert (await site.reload())[1] == {"changed": ["proxy.upstream"], "restart": []}
+    assert site.daemon.config.proxy.upstream[0] is before and (before.queue, before.password) == (
+        20, "p")
+    site.write('[[proxy.upstream]]\nurl = "ws://127.0.0.1:9/b"\nqueue = 30\n')
+    assert (await site.reload())[1] == {"changed": [], "restart": ["proxy.upstream"]}
+    assert (before.url, before.queue) == ("ws://127.0.0.1:9/a", 20)
+
+
+def test_a_smaller_store_drops_the_oldest_and_forgets_no_running_transaction():
+    bench = Bench()
+    first = bench.call("StartTransaction", START_NOW)["transactionId"]
+    for _ in range(4):
+        id_ = bench.call("StartTransaction", START_NOW | {"connectorId": 2})["transactionId"]
+        bench.call("StopTransaction", {"transactionId": id_, "meterStop": 5,
+                                       "timestamp": ocppboard.iso(bench.clock())})
+        bench.clock.now += 60
+    bench.board.config.store.max_transactions = 2
+    bench.board.reconfigure()
+    assert {t.id for t in bench.board.transactions.records} == {first, id_}
+    assert {key[1] for key in bench.board.transaction_of} == {first, id_}
+
+
+def test_sighup_reloads_and_tells_systemd(tmp_path):
+    file = tmp_path / "ocppboard.toml"
+    file.write_text("")
+    with systemd(tmp_path) as (heard, environ):
+        process = ocppboard_process("--config", str(file), "--port", "0", "--address", "127.0.0.1",
+                                    environ=environ)
+        lines: list[str] = []
+
+        def hears(*wanted):
+            lines.extend(heard())
+            return set(wanted) <= set(lines)
+        asyncio.run(until(lambda: hears("READY=1"), 20))
+        for text in ("[sse]\nqueue = 7\n", "[sse]\nqueue = 'x'\n", "[server]\nport = 1\n"):
+            file.write_text(text)
+            lines.clear()
+            process.send_signal(signal.SIGHUP)
+            asyncio.run(until(lambda: hears("RELOADING=1", "READY=1"), 20))
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+    assert process.returncode == 0 and "Traceback" not in out
+    assert [line.partition(" ")[2].partition(" ")[2] for line in out.splitlines()
+            if "Read " in line or "stays as" in line] == [
+        f"INFO Read {file} again. Changed: sse.queue",
+        f'ERROR The configuration stays as it was: "{file}: sse.queue must be a whole number, '
+        "not 'x'\"",
+        f"INFO Read {file} again. Changed: sse.queue"]
+
+
+@with_loop
+async def test_a_reload_takes_up_certificates_or_nothing(pki, tmp_path):
+    for end in ("pem", "key"):
+        shutil.copy(pki[f"rsa.{end}"], tmp_path / f"own.{end}")
+    path = tmp_path / "ocppboard.toml"
+    files = (f'tls_certificate = "{tmp_path}/own.pem"\ntls_private_key = "{tmp_path}/own.key"')
+    site = Reloaded(path)
+    site.write(server=files)
+    async with site:
+        async def suite():
+            client = pki.trust()
+            _, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=client)
+            kind = ssl.DER_cert_to_PEM_cert(writer.get_extra_info("ssl_object").getpeercert(True))
+            writer.close()
+            return kind.split()[5] in Path(pki["ecdsa.pem"]).read_text()
+        assert not await suite()
+        shutil.copy(pki["ecdsa.pem"], tmp_path / "own.pem")
+        site.write("[sse]\nqueue = 7\n", server=files)
+        with pytest.raises(ocppboard.ConfigError, match=r"own\.key"):
+            site.daemon.reload()
+        assert not await suite() and site.daemon.config.sse.queue == 1000
+        shutil.copy(pki["ecdsa.key"], tmp_path / "own.key")
+        assert site.daemon.reload() == (["sse.queue"], [])
+        assert await suite()
+        site.write("")
+        assert site.daemon.reload() == (
+            ["sse.queue"], ["server.tls_certificate", "server.tls_private_key"])
+        assert await suite()
+
+
+# The command line
 
 
 def test_hash_password_prints_a_hash_that_the_config_takes():
