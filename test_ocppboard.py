@@ -18376,6 +18376,14 @@ def test_a_smaller_store_drops_the_oldest_and_forgets_no_running_transaction():
     assert {key[1] for key in bench.board.transaction_of} == {first, id_}
 
 
+def test_the_docs_name_the_settings_that_need_a_restart():
+    page = Path(HERE, ".github/docs/configuration.md").read_text("utf-8")
+    told = page.partition("<!-- restart -->")[2].partition("\n\n- ")[0]
+    assert set(re.findall(r"`(\w+\.\w+)`", told)) == {
+        f"{s.section}.{s.key}" for s in ocppboard.SETTINGS if s.restart} | {
+        "server.tls_certificate", "proxy.upstream"}
+
+
 def test_sighup_reloads_and_tells_systemd(tmp_path):
     file = tmp_path / "ocppboard.toml"
     file.write_text("")
