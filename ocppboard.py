@@ -49,6 +49,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import faulthandler
 import fnmatch
 import functools
@@ -103,7 +104,7 @@ from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -1891,6 +1892,22 @@ class StationClock:
             skew, since, times = skew_s, now_mono, 0
         self._other = skew, since, times + 1
         return times >= 2 and now_mono - since >= SKEW_TOLERANCE_S
+
+
+@dataclass(slots=True, eq=False)
+class Upload:
+    """A file that a station sends, or is to send, to a URL that holds once."""
+
+    id: str
+    identity: str
+    digest: str                         # SHA-256, in hex, of the secret in the URL
+    created_at: float
+    expires_at: float                   # of the URL
+    received_at: float | None = None    # when the whole file was there
+    name: str = ""                      # as the station calls it, harmless letters alone
+    size: int = 0                       # bytes, as far as they have come
+    address: str = ""                   # where it came from
+    error: str = ""                     # why the last try failed
 
 
 @dataclass(slots=True, eq=False)
@@ -4355,9 +4372,10 @@ _SECRET_NAME = (r"password|passwd|passphrase|pwd|authorizationkey|auth.?key|basi
 _SECRET_WORD = re.compile(_SECRET_NAME, re.I)
 _PAIR = re.compile(r"""\b([\w.-]{3,64})(["']?\s*[=:]\s*["']?)[^\s"',;&{}]+""")    # name=value
 _KEY_CODE = re.compile(r"keycode|\\u00", re.I)         # or letters that are written as numbers
-_SECRET_IN_URL = re.compile(r"//[^/\s]*@")
+_SECRET_IN_URL = re.compile(r"(//)[^/\s]*(@)|(/upload/)[\w-]{22,}")     # a login, or ours
 SECRET_LEAST = 3                     # characters, before a secret is looked for in other texts
 HIDDEN = "***"
+_HIDDEN_IN_URL = rf"\1\3{HIDDEN}\2"
 
 # Security events of a station, by how much they should worry who reads them, which is our
 # judgement; others are "medium". Names: 1.6 security extension and 2.0.1 part 2, appendices.
@@ -4546,7 +4564,7 @@ def hide_in_text(text: str) -> str:
             if not deeper(inner, NESTING):
                 hidden = _hide(inner)
                 return text if hidden == inner else to_json(hidden)
-    text = _SECRET_IN_URL.sub(f"//{HIDDEN}@", text)
+    text = _SECRET_IN_URL.sub(_HIDDEN_IN_URL, text)
     return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}{HIDDEN}" if _SECRET_WORD.search(pair[1])
                      else pair[0], text)
 
@@ -4560,7 +4578,7 @@ def is_key_code(id_token: dict) -> bool:
 def raw_without_secrets(raw: str) -> str:
     """A frame that could not be read, for the record: cut, and where it speaks of a secret, with
     its values hidden."""
-    raw = _SECRET_IN_URL.sub(f"//{HIDDEN}@", raw[:RAW_SEARCHED])
+    raw = _SECRET_IN_URL.sub(_HIDDEN_IN_URL, raw[:RAW_SEARCHED])
     if _SECRET_WORD.search(raw) or _KEY_CODE.search(raw):
         raw = re.sub(r"""([:=]\s*)("(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s,"'{}\[\]]+)""",
                      rf'\g<1>"{HIDDEN}"', raw)
@@ -8571,6 +8589,10 @@ ROWS: dict[str, dict[str, str]] = {
         "id_token": "text", "name": "name", "status": "text", "group": "name", "master": "flag",
         "expires_at": "time?", "stations": "(text)", "source": "text", "kind": "name",
         "used_at": "time?", "used_by": "text?", "answered": "text?", "list_version": "integer"},
+    "Upload": {
+        "id": "text", "identity": "text", "digest": "text", "created_at": "time",
+        "expires_at": "time", "received_at": "time?", "name": "name", "size": "integer",
+        "address": "name", "error": "name"},
 }
 
 
@@ -8581,7 +8603,7 @@ class Progress:
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Tariff, Progress, Register, Track, Point, Reading, Base, EventSequence, Series,
     Station, StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken,
-    LocalList)}
+    LocalList, Upload)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -10325,6 +10347,7 @@ class StationConnection:
         self.upstream: Upstream | None = None        # of a station that goes on to one
         self.guard: Guard | None = None
         self.via = ""                                # the boards whose relays it came through
+        self.origin = ""                             # of ours, as it has reached us: http://host
         self.ended = ""                              # why, once it has
         self.shows_costs, self.telling_costs = "CostUpdated" in COMMANDS[protocol], False
         self._strict = board.config.ocpp.validate == "strict"
@@ -16242,6 +16265,7 @@ def canonical(password: str) -> str:
 # --- OCPP endpoint ------------------------------------------------------------------------
 # The stations' WebSocket: which upgrades are let in, and the socket of each connection.
 
+HOST = re.compile(r"[\w.:\[\]-]{1,255}", re.ASCII)      # a name or an address, and a port
 SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-WebSocket-Version",
                  "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions")      # none holds a secret
 
@@ -16364,6 +16388,8 @@ class StationUpgrade(RequestHandler):
         connection.start(admission.identity, address, profile, admission.quirks,
                          ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None)
         connection.via = kept(headers.get(RELAY_HEADER, ""))
+        if HOST.fullmatch(self.request.host):
+            connection.origin = f"{self.request.protocol}://{self.request.host}"
         if daemon.relay:
             daemon.relay.attach(connection, authorization)
         websocket.start(connection.receive, functools.partial(daemon.socket_closed, connection))
@@ -16427,6 +16453,352 @@ class IsUpgrade(Matcher):
 
     def match(self, request: HTTPServerRequest) -> dict | None:
         return {} if request.headers.get("Upgrade", "").lower() == "websocket" else None
+
+
+# --- Uploads ------------------------------------------------------------------------------
+# Files that stations send, such as logs and diagnostics, each to a URL of its own that needs no
+# login and holds once. They lie in a folder beside the state file, without one in memory; a thread
+# reads and writes them. Who may have them is for REST to say.
+
+UPLOADS_KEPT = 50                   # URLs and files; expired ones go first, then the oldest file
+UPLOAD_BYTES, UPLOADS_BYTES = 64 << 20, 256 << 20      # of a file; of all: the oldest goes
+MEMORY_SHARE = 8                    # without a state file it is the eighth part of that
+DISK_SPARE_BYTES = 128 << 20        # of the disk, left to everything else
+UPLOAD_S = 1800                     # so long one may take, from its first byte to its last
+UPLOAD_HOURS = 24, 168              # that a URL holds: by default, and at most
+FORM_BYTES = 8192                   # of the head of a part, and of the body around the file
+FILE_NAME_LENGTH = 100
+
+
+def file_name(text: str) -> str:
+    """A stranger's name of a file without folders and odd letters; "" where none is left."""
+    name = re.sub(r"[^\w.+-]+", "_", re.split(r"[/\\]", text)[-1], flags=re.ASCII)
+    return name.lstrip("._")[-FILE_NAME_LENGTH:]
+
+
+class FormFile:
+    """Reads the first file of a form as it comes in (multipart/form-data, RFC 7578); no I/O."""
+
+    def __init__(self, boundary: str):
+        self._mark = b"\r\n--" + boundary.encode("latin1", "replace")
+        self._rest = bytearray(b"\r\n")                  # the first mark needs none before it
+        self._in_head = self._in_file = self.complete = False
+        self.name = ""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What the chunk has of the file. Raises: BadRequest."""
+        if self.complete:
+            return b""
+        self._rest += chunk
+        while True:
+            if self._in_head:
+                if not self._read_head():
+                    return b""
+                continue
+            at = self._rest.find(self._mark)
+            end = at if at >= 0 else max(0, len(self._rest) - len(self._mark) + 1)
+            content = bytes(self._rest[:end])
+            del self._rest[:end if at < 0 else end + len(self._mark)]
+            if self._in_file or at < 0:
+                self.complete = at >= 0
+                return content if self._in_file else b""
+            self._in_head = True
+
+    def _read_head(self) -> bool:
+        """Read the head of a part, if all of it is there."""
+        end = self._rest.find(b"\r\n\r\n")
+        if self._rest.startswith(b"--") or max(end, len(self._rest) if end < 0 else 0) > FORM_BYTES:
+            raise BadRequest("The form has no file that can be read")
+        if end < 0:
+            return False
+        named = re.search(rb'filename="?([^";\r\n]+)', self._rest[:end])
+        self.name = named[1].decode("utf-8", "replace") if named else ""
+        del self._rest[:end + 4]
+        self._in_head, self._in_file = False, bool(named)
+        return True
+
+
+class Reception:
+    """A file that comes in: it is fed what comes, then it is finished or broken off."""
+
+    def __init__(self, uploads: "Uploads", upload: Upload, name: str, form: FormFile | None):
+        self.uploads, self.upload, self.name, self.form = uploads, upload, name, form
+        self.size = 0
+        self.file: Any = None
+        self.fault: BoardError | None = None             # why no more of it is taken
+
+    async def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body; after a fault they are let go."""
+        if self.fault is not None:
+            return
+        try:
+            data = self.form.feed(chunk) if self.form else chunk
+            self.uploads.make_room(self, len(data))
+            self.size += len(data)
+            await self.uploads.in_thread(self._write, data)
+        except BoardError as error:
+            self.fail(error)
+        except OSError as error:
+            self.fail(Unavailable(f"The board cannot keep it: {error.strerror or error}"))
+
+    def _write(self, data: bytes) -> None:
+        if self.file is None:
+            self.file = self.uploads.create(self.upload)
+        self.uploads.check_disk()
+        self.file.write(data)
+
+    async def finish(self) -> None:
+        """The whole body was there. Raises: BoardError, where it is no file, or was not kept."""
+        if self.form and not self.form.complete:
+            self.fail(BadRequest("The form has no file, or not the whole of it"))
+        elif not self.size:
+            self.fail(BadRequest("The body is empty"))
+        if self.fault is None:
+            try:
+                await self.uploads.in_thread(self._close)
+            except OSError as error:
+                self.fail(Unavailable(f"The board cannot keep it: {error.strerror or error}"))
+        if self.fault is not None:       # also where another took its place meanwhile
+            raise self.fault
+        self.uploads.received(self)
+
+    def _close(self) -> None:
+        self.file.flush()
+        if self.uploads.folder:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+    def fail(self, error: BoardError) -> None:
+        """It does not come to its end, or not to a good one."""
+        if self.uploads.receptions.get(self.upload) is self:
+            self.fault = error
+            self.uploads.failed(self)
+
+    def discard(self) -> None:
+        """Remove what has come; in the thread."""
+        if self.file is not None:
+            self.file.close()
+            self.uploads.unlink(self.upload.id)
+
+
+class Uploads:
+    """The files of stations, and the URLs that wait for one."""
+
+    def __init__(self, board: Board):
+        self.board, self.state = board, board.state
+        self.folder = f"{self.state.path}-uploads" if self.state else ""
+        share = 1 if self.folder else MEMORY_SHARE
+        self.most_bytes, self.most_bytes_in_all = UPLOAD_BYTES // share, UPLOADS_BYTES // share
+        self.entries: dict[str, Upload] = {}             # the oldest first
+        self.receptions: dict[Upload, Reception] = {}
+        self._in_memory: dict[str, io.BytesIO] = {}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "uploads")
+
+    def restore(self) -> None:
+        """Take over what an earlier run has received, and the URLs that still hold."""
+        found = read_rows(self.board, "upload", UPLOADS_KEPT, _upload_of)
+        self.entries = {upload.id: upload for upload in sorted(
+            found, key=attrgetter("created_at"))}
+        self.state.sources.append(self._put_all)
+        if self.folder:
+            names = {upload.id for upload in found if upload.received_at is not None}
+            self._later(self._remove_others, names)
+
+    def _remove_others(self, names: set[str]) -> None:
+        """Remove files that were not received whole when the board died."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.folder):
+                if name not in names:
+                    os.unlink(os.path.join(self.folder, name))
+
+    def _put_all(self) -> None:
+        for upload in self.entries.values():
+            self._put(upload)
+
+    def _put(self, upload: Upload) -> None:
+        self.state.put("upload", upload.id, packed("Upload", upload, 0.0), durable=True)
+
+    def stop(self) -> None:
+        """Read and write no more."""
+        self._thread.shutdown(wait=False)
+
+    # What REST shows and does
+
+    def status(self, upload: Upload) -> str:
+        """waiting | receiving | received | expired"""
+        if upload.received_at is not None:
+            return "received"
+        if upload in self.receptions:
+            return "receiving"
+        return "waiting" if self.board.clock() < upload.expires_at else "expired"
+
+    def view(self, upload: Upload) -> dict:
+        """An upload as REST shows it, without its URL."""
+        reception = self.receptions.get(upload)
+        return {
+            "id": upload.id, "identity": upload.identity, "name": upload.name or None,
+            "size": reception.size if reception else upload.size, "status": self.status(upload),
+            "createdAt": iso(upload.created_at), "expiresAt": iso(upload.expires_at),
+            "receivedAt": iso(upload.received_at), "remoteAddress": upload.address or None,
+            "error": upload.error or None}
+
+    def expect(self, identity: str, hours: float) -> tuple[Upload, str]:
+        """Make a URL for a station's file: (what is to come, the secret in it). Raises: Busy."""
+        if len(self.entries) >= UPLOADS_KEPT:
+            over = [upload for status in ("expired", "received")
+                    for upload in self.entries.values() if self.status(upload) == status]
+            if not over:
+                raise Busy(f"{UPLOADS_KEPT} URLs wait for a file already")
+            self._drop(over[0])
+        secret, now = secrets.token_urlsafe(16), self.board.clock()
+        upload = Upload(secrets.token_hex(4), identity, _digest_of(secret), now, now + 3600 * hours)
+        self.entries[upload.id] = upload
+        self._put(upload)
+        return upload, secret
+
+    async def read(self, upload: Upload) -> AsyncIterator[bytes]:
+        """The content of a file, in pieces. Raises: NotFound."""
+        try:
+            file = await self.in_thread(self._open, upload.id)
+        except OSError as error:
+            raise NotFound(f"The file cannot be read: {error.strerror}") from None
+        with file:
+            while data := await self.in_thread(file.read, SLICE_BYTES):
+                yield data
+
+    def _open(self, name: str) -> Any:
+        if self.folder:
+            return open(os.path.join(self.folder, name), "rb")
+        if name not in self._in_memory:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return io.BytesIO(self._in_memory[name].getbuffer())
+
+    def remove(self, upload: Upload) -> None:
+        """Remove a file, or a URL before it was used."""
+        del self.entries[upload.id]
+        if reception := self.receptions.get(upload):
+            reception.fail(NotFound("This URL was removed"))
+        self.state.put("upload", upload.id, None, durable=True)
+        self._later(self.unlink, upload.id)
+
+    def unlink(self, name: str) -> None:
+        """Remove the content of an upload; in the thread."""
+        self._in_memory.pop(name, None)
+        if self.folder:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.folder, name))
+
+    def _drop(self, upload: Upload) -> None:
+        """Remove one that has to make room."""
+        self.remove(upload)
+        if upload.received_at is not None:
+            self.board.system_event("FILE_DROPPED", upload.identity,
+                                    f"{upload.name} has made room for newer files",
+                                    {"uploadId": upload.id, "size": upload.size})
+
+    # What comes in
+
+    def begin(self, secret: str, name: str, headers: HTTPHeaders, address: str) -> Reception:
+        """Take a file at the URL with this secret. The newest try counts, an older one ends.
+
+        Raises: NotFound (no such URL, or it holds no more), TooLarge, BadRequest.
+        """
+        digest = _digest_of(secret)
+        upload = next((u for u in self.entries.values() if u.digest == digest), None)
+        status = self.status(upload) if upload else ""
+        if upload is None or status in ("received", "expired"):
+            raise NotFound({"received": "This URL was used", "expired": "This URL has expired"}.get(
+                status, "There is no such URL"))
+        length, kind = headers.get("Content-Length", "0"), headers.get("Content-Type", "")
+        if not re.fullmatch("[0-9]{1,15}", length) or int(length) > self.most_bytes + FORM_BYTES:
+            upload.error = f"{kept(length, 20)} bytes are too many: {self.most_bytes} are taken"
+            raise TooLarge(f"A file may have {self.most_bytes} bytes at most")
+        form = None
+        if kind.lower().startswith("multipart/"):
+            if not (boundary := re.search(r'boundary="?([^";,\s]{1,70})', kind)):
+                raise BadRequest("The form has no boundary")
+            form = FormFile(boundary[1])
+        if former := self.receptions.get(upload):
+            former.fail(Conflict("A newer try has taken its place"))
+        upload.address = address
+        reception = self.receptions[upload] = Reception(self, upload, name, form)
+        return reception
+
+    def make_room(self, reception: Reception, size: int) -> None:
+        """See that so much more can be kept. Raises: TooLarge, Busy."""
+        if reception.size + size > self.most_bytes:
+            raise TooLarge(f"A file may have {self.most_bytes} bytes at most")
+        while self._size() + size > self.most_bytes_in_all:
+            oldest = next((u for u in self.entries.values() if u.received_at is not None), None)
+            if oldest is None:
+                raise Busy("Too many files come in at a time")
+            self._drop(oldest)
+
+    def _size(self) -> int:
+        """Bytes of all files, and of what has come of others."""
+        return sum(upload.size for upload in self.entries.values()) + sum(
+            reception.size for reception in self.receptions.values())
+
+    def received(self, reception: Reception) -> None:
+        """The file is whole, and on disk where there is one."""
+        upload = reception.upload
+        del self.receptions[upload]
+        names = (reception.form.name if reception.form else "", reception.name,
+                 f"{file_name(upload.identity)}-{upload.id}")
+        upload.name = next(filter(None, map(file_name, names)))
+        upload.size, upload.received_at, upload.error = reception.size, self.board.clock(), ""
+        self._put(upload)
+        self.board.system_event("FILE_RECEIVED", upload.identity,
+                                f"{upload.name} has come, {upload.size:,} bytes",
+                                {"uploadId": upload.id, "size": upload.size})
+
+    def failed(self, reception: Reception) -> None:
+        """It did not come, or not whole: the URL holds for another try."""
+        del self.receptions[reception.upload]
+        reception.upload.error = kept(reception.fault)
+        self._later(reception.discard)
+
+    # In the thread
+
+    def in_thread(self, work: Callable, *args: Any) -> Awaitable:
+        """Have the thread do something, one thing after the other."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    def _later(self, work: Callable[..., None], *args: Any) -> None:
+        """The same, where nobody waits for it."""
+        self._thread.submit(work, *args).add_done_callback(_log_failure)
+
+    def create(self, upload: Upload) -> Any:
+        """A new file. Raises: OSError."""
+        if not self.folder:
+            file = self._in_memory[upload.id] = io.BytesIO()
+            return file
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        return open(os.path.join(self.folder, upload.id), "wb",
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def check_disk(self) -> None:
+        """Raises: OSError, where a disk is nearly full."""
+        if self.folder and shutil.disk_usage(self.folder).free < DISK_SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _log_failure(work: concurrent.futures.Future) -> None:
+    if (error := work.exception()) is not None:
+        log.warning("A file of a station was not removed: %s", error)
+
+
+def _upload_of(row: StateRow) -> Upload:
+    """The upload of a row, whose id is the name of its file. Raises: BoardError."""
+    upload = unpacked("Upload", row.value, 0.0)
+    if upload.id != row.key or not re.fullmatch("[0-9a-f]{8}", upload.id):
+        raise WrongValue("it has no id of ours")
+    upload.name = file_name(upload.name)
+    return upload
+
+
+def _digest_of(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 # --- REST and streams ---------------------------------------------------------------------
@@ -16910,6 +17282,68 @@ async def delete_id_token(api: "Api", token: str) -> dict:
     return {"success": True}
 
 
+async def post_upload_url(api: "Api") -> dict:
+    """Make a URL that a station can send one file to, without a login."""
+    identity, hours = api.body.get("identity"), api.body.get("hours", UPLOAD_HOURS[0])
+    if not isinstance(identity, str) or type(hours) not in (int, float) or not (
+            0 < hours <= UPLOAD_HOURS[1]):
+        raise BadRequest(f"identity must be a text, hours a number up to {UPLOAD_HOURS[1]}")
+    connection, base = _station(api, identity).connection, api.config.server.base_path
+    origin = (connection and connection.origin) or f"{api.request.protocol}://{api.request.host}"
+    upload, secret = api.daemon.uploads.expect(identity, hours)
+    await api.until_durable()
+    return api.daemon.uploads.view(upload) | {"url": f"{origin}{base}/upload/{secret}/"}
+
+
+def get_uploads(api: "Api") -> Page:
+    """Files of stations, and URLs that wait for one, newest first."""
+    uploads, identity = api.daemon.uploads, api.query["identity"]
+    found = [uploads.view(upload) for upload in reversed(uploads.entries.values())
+             if identity in (None, upload.identity)]
+    return Page(found, len(found))
+
+
+def _upload(api: "Api", upload: str) -> Upload:
+    if (found := api.daemon.uploads.entries.get(upload)) is None:
+        raise NotFound("Upload not found")
+    return found
+
+
+async def get_upload(api: "Api", upload: str) -> None:
+    """A file that a station has sent, to be saved."""
+    found = _upload(api, upload)
+    if found.received_at is None:
+        raise Conflict("The file has not come yet")
+    content = api.daemon.uploads.read(found)
+    data = await anext(content, b"")
+    api.set_header("Content-Type", "application/octet-stream")
+    api.set_header("Content-Disposition", f'attachment; filename="{found.name}"')
+    api.set_header("Content-Length", found.size)
+    while data and not api.closed:
+        api.write(data)
+        await api.flushed()
+        data = await anext(content, b"")
+
+
+async def delete_upload(api: "Api", upload: str) -> dict:
+    """Remove a station's file, or a URL before it was used."""
+    api.daemon.uploads.remove(_upload(api, upload))
+    await api.until_durable()
+    return {"success": True}
+
+
+async def put_file(api: "UploadReceiver", secret: str) -> dict:
+    """Take a file of a station, at a URL made for it."""
+    await api.reception.finish()
+    await api.until_durable()
+    return {"success": True}
+
+
+async def post_file(api: "UploadReceiver", secret: str) -> dict:
+    """Take a file of a station, also as a form, at a URL made for it."""
+    return await put_file(api, secret)
+
+
 def get_security(api: "Api") -> Awaitable[Page]:
     """Security events, newest first."""
     return _page("security", api)
@@ -17321,7 +17755,7 @@ class Route(NamedTuple):
     act: Callable
     answer: str = ""                     # a key of SHAPES, "[…]" a list of it; or a media type
     query: tuple = ()
-    body: str = ""                       # a key of SHAPES
+    body: str = ""                       # a key of SHAPES, or a media type of what is streamed
     public: bool = False                 # needs no session
     errors: tuple = ()                   # beyond 400, 401, 403, 404, 405, 413, 500
 
@@ -17331,7 +17765,7 @@ class Route(NamedTuple):
         return (self.act.__doc__ or self.path).removesuffix(".")     # none under -OO
 
 
-SSE = "text/event-stream"
+SSE, FILE = "text/event-stream", "application/octet-stream"
 STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
 ROUTES = (
     Route("POST", "/api/auth/login", post_login, "Login", body="Credentials", public=True,
@@ -17396,6 +17830,15 @@ ROUTES = (
     Route("PUT", "/api/id-tokens/:token", put_id_token, "IdToken", body="IdTokenSettings",
           errors=(503,)),
     Route("DELETE", "/api/id-tokens/:token", delete_id_token, "Success", errors=(409,)),
+    Route("POST", "/api/uploads", post_upload_url, "UploadUrl", body="UploadWanted",
+          errors=(404, 503)),
+    Route("GET", "/api/uploads", get_uploads, "[Upload]", (IDENTITY,)),
+    Route("GET", "/api/uploads/:upload", get_upload, FILE, errors=(409,)),
+    Route("DELETE", "/api/uploads/:upload", delete_upload, "Success"),
+    Route("PUT", "/upload/:secret", put_file, "Success", body=FILE, public=True,
+          errors=(409, 503)),
+    Route("POST", "/upload/:secret", post_file, "Success", body=FILE, public=True,
+          errors=(409, 503)),
     Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
     Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
           (*PAGING, IDENTITY, EVENT_TYPE)),
@@ -17478,6 +17921,12 @@ SHAPES = {
     "StateFile": {"path": "string?", "sizeBytes": "integer?", "writes": "integer",
                   "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
                   "failingSince": "time?", "error": "string?"},
+    "UploadWanted": {"identity": "string", "hours?": "number"},
+    "Upload": {
+        "id": "string", "identity": "string", "name": "string?", "size": "integer",
+        "status": "string", "createdAt": "time", "expiresAt": "time", "receivedAt": "time?",
+        "remoteAddress": "string?", "error": "string?"},
+    "UploadUrl": {"Upload+": "", "url": "string"},
     "Report": {"by": "string", "from": "time?", "to": "time?", "fromFile": "boolean",
                "sessions": "integer", "energyWh": "number", "cost": "number",
                "currency": "string", "lines": "[ReportLine]"},
@@ -17588,7 +18037,9 @@ def _operation(route: Route) -> dict:
     for code in sorted(codes):
         answers[str(code)] = {"description": HTTP_WORDS[code], "content": {
             "application/json": {"schema": _schema("ErrorAnswer")}}}
-    body = {"required": True, "content": {"application/json": {"schema": _schema(route.body)}}}
+    content = ({route.body: {}} if "/" in route.body else
+               {"application/json": {"schema": _schema(route.body)}})
+    body = {"required": True, "content": content}
     return ({"summary": route.text, "operationId": route.act.__name__, "responses": answers}
             | ({"parameters": parameters} if parameters else {})
             | ({"requestBody": body} if route.body else {})
@@ -17754,9 +18205,10 @@ class Api(RequestHandler):
         return {p.name: p.read(given[p.name]) if p.name in given else p.schema.get("default")
                 for p in self.route.query}
 
-    def data_received(self, chunk: bytes) -> None:
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         if self.refusal is None and len(self.raw_body) <= BODY_BYTES:
             self.raw_body += chunk       # beyond it the rest is let go
+        return None
 
     async def answer(self, *args: str, **kwargs: str) -> None:
         """Hand the request to its endpoint and write what it returns."""
@@ -17857,6 +18309,44 @@ class Api(RequestHandler):
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         log_unexpected(self, error)
+
+
+class UploadReceiver(Api):
+    """Takes a file of a station: its URL says which one, a session is not needed.
+
+    A name may follow the URL's end; curl and some stations put that of their file there.
+    """
+
+    reception: Reception
+
+    async def prepare(self) -> None:
+        secret, connection = self.path_kwargs["secret"], cast(Any, self.request.connection)
+        connection.set_max_body_size(self.daemon.uploads.most_bytes + 2 * FORM_BYTES)
+        try:
+            if self.request.method not in self.routes:
+                raise MethodNotAllowed(", ".join(self.routes))
+            self.route = self.routes[self.request.method]
+            name = unquote(self.request.path.partition(secret)[2])
+            self.reception = self.daemon.uploads.begin(secret, name, self.request.headers,
+                                                       self.address)
+        except BoardError as error:
+            self.refusal = error
+            if isinstance(error, TooLarge):
+                raise
+        else:
+            connection.set_body_timeout(UPLOAD_S)
+
+    async def data_received(self, chunk: bytes) -> None:
+        if self.refusal is None:
+            await self.reception.feed(chunk)
+
+    def read_body(self) -> dict:
+        return {}                                        # it went into the file
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self.refusal is None:
+            self.reception.fail(BadRequest(f"It broke off after {self.reception.size:,} bytes"))
 
 
 # --- Dashboard ----------------------------------------------------------------------------
@@ -22950,6 +23440,7 @@ class Daemon:
         self.state.tell = self.board.system_event
         self.keeper = Keeper(self.board)
         self.access = Access(self.board)
+        self.uploads = Uploads(self.board)
         wanted = config.ocpp.validate
         self.schemas = Schemas.installed() if wanted != "off" else None
         if self.schemas is None and wanted in ("warn", "strict"):
@@ -23005,6 +23496,7 @@ class Daemon:
         if self.controller:
             self.controller.restore()
         self.access.restore()
+        self.uploads.restore()
         for listener in self._listeners():
             self._listen(listener)
         if self.relay:
@@ -23249,17 +23741,26 @@ class Daemon:
         path = self.config.ocpp.path.rstrip("/")
         looked_at = [Rule(PathMatches(self._below_base(re.escape(path)) + "/.*"), StationUpgrade,
                           arguments)]
-        return [Rule(IsUpgrade(), StationUpgrade, arguments)] + (looked_at if path else [])
+        uploads = self._rules(route for route in ROUTES if route.body == FILE)
+        return [Rule(IsUpgrade(), StationUpgrade, arguments), *uploads,
+                *(looked_at if path else [])]
 
-    def _board_rules(self) -> list:
+    def _rules(self, table: Iterable[Route]) -> list[Rule]:
         paths: dict[str, dict] = {}
-        for route in (*ROUTES, PAGE_ROUTE):
+        for route in table:
             paths.setdefault(route.path, {})[route.method] = route
+        rules = []
         # A named path with more in it goes before one with a name in that place.
-        ordered = sorted(paths.items(), key=lambda item: item[0].count(":"))
-        rules = [Rule(PathMatches(self._below_base(re.sub(
-            r":(\w+)", r"(?P<\1>[^/]+)", re.escape(path).replace(r"\:", ":")))), Api,
-            {"daemon": self, "routes": routes}) for path, routes in ordered]
+        for path, routes in sorted(paths.items(), key=lambda item: item[0].count(":")):
+            takes_file = any(route.body == FILE for route in routes.values())
+            pattern = re.sub(r":(\w+)", r"(?P<\1>[^/]+)", re.escape(path).replace(r"\:", ":"))
+            rules.append(Rule(
+                PathMatches(self._below_base(pattern + ("(?:/.*)?" if takes_file else ""))),
+                UploadReceiver if takes_file else Api, {"daemon": self, "routes": routes}))
+        return rules
+
+    def _board_rules(self) -> list[Rule]:
+        rules = self._rules((*ROUTES, PAGE_ROUTE))
         if base := self.config.server.base_path:         # the page's own paths are relative
             rules.append(Rule(PathMatches(re.escape(base)), RedirectHandler,
                               {"url": base + "/", "permanent": False}))
@@ -23292,6 +23793,7 @@ class Daemon:
             await asyncio.sleep(0.02)
         for server in self._servers:
             await server.close_all_connections()
+        self.uploads.stop()
         await self.keeper.put_changed()
         await self.keeper.history.put_last()
         await self.state.stop()
@@ -23480,7 +23982,7 @@ class Daemon:
     def knocked(self, address: str, path: str, headers: dict, error: BoardError, advice: str,
                 identity: str = "") -> None:
         """Keep that a station was not let in, and why; `advice` is the URL that would work."""
-        address, path = kept(address, 64), _SECRET_IN_URL.sub(f"//{HIDDEN}@", kept(path, 500))
+        address, path = kept(address, 64), _SECRET_IN_URL.sub(_HIDDEN_IN_URL, kept(path, 500))
         news = self.board.knocked(address, path, headers, error.http_status, str(error), advice)
         if news:
             log.info("Refused an upgrade from %s to %s: %s", address, shown(path),

@@ -16228,6 +16228,276 @@ async def test_a_state_file_that_fails_is_said_wherever_somebody_looks(tmp_path)
         refuse_writes(site.daemon.state, 0)
 
 
+# --- Uploads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, name", [
+    ("log.tar.gz", "log.tar.gz"), ("/var/log/../../etc/passwd", "passwd"), ("a\\b\\c.txt", "c.txt"),
+    ("..", ""), (".bashrc", "bashrc"), ("a\"\r\nX: 1.txt", "a_X_1.txt"),
+    ("über alles.log", "ber_alles.log"),
+    ("x" * 300 + ".log", "x" * 96 + ".log"), ("", "")])
+def test_a_files_name_is_harmless(text, name):
+    assert ocppboard.file_name(text) == name
+
+
+def form_of(content, boundary=b"xYz", name=b"log.gz"):
+    return (b'preamble\r\n--%s\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'
+            b'--%s\r\nContent-Disposition: form-data; name="f"; filename="%s"\r\n'
+            b'Content-Type: a/b\r\n\r\n%s\r\n--%s--\r\nepilogue'
+            % (boundary, boundary, name, content, boundary))
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(1, 40), max_size=20))
+def test_a_form_gives_its_file_however_it_is_cut(content, sizes):
+    body, form, found = form_of(content), ocppboard.FormFile("xYz"), b""
+    for size in [*sizes, len(body)]:
+        found += form.feed(body[:size])
+        body = body[size:]
+    assert (found, form.name, form.complete) == (content, "log.gz", True)
+
+
+@pytest.mark.parametrize("body", [
+    b"--xYz--\r\n", b"--xYz\r\n" + b"a" * 9000, b"--xYz\r\na: b\r\n\r\ntext\r\n--xYz--\r\n"])
+def test_a_form_without_a_file_is_refused(body):
+    with pytest.raises(ocppboard.BadRequest, match="no file"):
+        ocppboard.FormFile("xYz").feed(body)
+
+
+async def upload_url(site, identity="CP-1", **more):
+    """The path of a new URL for a station's file, and what REST says of it."""
+    status, made, _ = await site.fetch("/api/uploads", "POST", {"identity": identity} | more)
+    assert status == 200, made
+    return made["url"].partition(f":{site.port}")[2] or made["url"], made
+
+
+async def send_file(site, path, body, method="PUT", **options):
+    status, answer, _ = await site.fetch(path, method, body, token="", **options)
+    return status, answer
+
+
+@live()
+async def test_a_station_sends_a_file_without_a_login(site):
+    await site.station()
+    path, made = await upload_url(site, hours=2)
+    assert made["status"] == "waiting" and made["size"] == 0 and made["name"] is None
+    assert re.fullmatch(rf"http://127.0.0.1:{site.port}/upload/[\w-]{{22}}/", made["url"])
+    assert await send_file(site, path + "diag%2F..%2Flog.gz", b"content") == (
+        200, {"success": True})
+    listed, = await site.get("/api/uploads?identity=CP-1")
+    assert listed | {"receivedAt": "", "createdAt": "", "expiresAt": ""} == {
+        "id": made["id"], "identity": "CP-1", "name": "log.gz", "size": 7, "status": "received",
+        "createdAt": "", "expiresAt": "", "receivedAt": "", "remoteAddress": "127.0.0.1",
+        "error": None}
+    event = (await site.get("/api/system-events?type=FILE_RECEIVED"))[0]
+    assert event["identity"] == "CP-1" and event["details"] == {"uploadId": made["id"], "size": 7}
+    status, content, headers = await site.fetch(f"/api/uploads/{made['id']}")
+    assert (status, content) == (200, "content") and headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Disposition"] == 'attachment; filename="log.gz"'
+    assert headers["Content-Type"] == "application/octet-stream"
+    assert headers["Content-Length"] == "7"
+    assert (await site.fetch(f"/api/uploads/{made['id']}", token=""))[0] == 401
+    assert (await site.fetch(f"/api/uploads/{made['id']}", "DELETE"))[0] == 200
+    assert await site.get("/api/uploads") == []
+    assert (await site.fetch(f"/api/uploads/{made['id']}"))[0] == 404
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@with_loop
+async def test_a_file_may_come_as_a_form_in_memory_or_on_disk(tmp_path, folder):
+    async with Site(state_path=str(tmp_path / "state.db") if folder else "") as site:
+        await site.station()
+        content = random.randbytes(900_000)
+        path, made = await upload_url(site)
+        assert (await send_file(site, path, form_of(content), "POST", headers={
+            "Content-Type": "multipart/form-data; boundary=xYz"}))[0] == 200
+        url = f"http://127.0.0.1:{site.port}/api/uploads/{made['id']}"
+        answer = await site.client.fetch(url, headers={"Authorization": "Bearer t0ken"})
+        assert answer.body == content
+        head = await site.client.fetch(url, method="HEAD",
+                                       headers={"Authorization": "Bearer t0ken"})
+        assert head.headers["Content-Length"] == "900000"
+        files = {path.stat().st_mode & 0o777 for path in tmp_path.glob("state.db-uploads/*")}
+        assert files == ({0o600} if folder else set())
+        await site.fetch(f"/api/uploads/{made['id']}", "DELETE")
+        await until(lambda: not [*tmp_path.glob("state.db-uploads/*")])
+
+
+@live()
+async def test_a_url_holds_once_and_the_newest_try_counts(site):
+    await site.station()
+    path, made = await upload_url(site)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf".encode())
+    while (await site.get("/api/uploads"))[0]["status"] != "receiving":
+        await asyncio.sleep(0.01)
+    assert (await send_file(site, path, b"all of it"))[0] == 200
+    writer.write(b"+half")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 409")
+    writer.close()
+    assert (await site.fetch(f"/api/uploads/{made['id']}"))[1] == "all of it"
+    assert await send_file(site, path, b"again") == (404, {"error": "This URL was used"})
+
+
+@live()
+async def test_an_upload_that_breaks_off_may_be_tried_again(site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "UPLOAD_S", 0.2)
+    await site.station()
+    path, made = await upload_url(site)
+    for leaves in (True, False):         # or it stops sending
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf"
+                     .encode())
+        while (await site.get("/api/uploads"))[0]["status"] != "receiving":
+            await asyncio.sleep(0.01)
+        if leaves:
+            writer.close()
+        while (listed := (await site.get("/api/uploads"))[0])["status"] == "receiving":
+            await asyncio.sleep(0.01)
+        assert (listed["status"], listed["error"]) == ("waiting", "It broke off after 4 bytes")
+        writer.close()
+    assert (await site.fetch(f"/api/uploads/{made['id']}"))[0] == 409
+    assert (await send_file(site, path, b"whole"))[0] == 200
+    assert (await site.get("/api/uploads"))[0]["error"] is None
+
+
+@live()
+async def test_a_hostile_upload_is_refused_in_a_line(site, caplog):
+    await site.station()
+    uploads = site.daemon.uploads
+    path, _ = await upload_url(site)
+    uploads.most_bytes = 100_000
+    refused = "A file may have 100000 bytes at most"
+    assert await send_file(site, path, b"x" * 200_000) == (413, {"error": refused})
+
+    async def chunks(write):
+        for _ in range(7):
+            await write(b"x" * 15_000)
+    assert await send_file(site, path, None, body_producer=chunks) == (413, {"error": refused})
+    assert (await site.get("/api/uploads"))[0]["error"] == refused
+    assert await send_file(site, path, b"") == (400, {"error": "The body is empty"})
+    for kind, error in (("multipart/form-data", "The form has no boundary"),
+                        ("multipart/form-data; boundary=b",
+                         "The form has no file, or not the whole of it")):
+        assert await send_file(site, path, b"x", "POST", headers={"Content-Type": kind}) == (
+            400, {"error": error})
+    uploads.most_bytes = 20_000_000
+    assert await send_file(site, "/upload/" + "x" * 22 + "/", b"x" * 18_000_000) == (
+        404, {"error": "There is no such URL"})
+    assert (await site.fetch(path, token=""))[0] == 405
+    assert (await site.get("/api/uploads"))[0]["status"] == "waiting"
+    assert not uploads.receptions and not uploads._in_memory
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@live()
+async def test_urls_expire(site):
+    await site.station()
+    path, _ = await upload_url(site, hours=0.5)
+    now = site.board.clock()
+    site.board.clock = Clock(now + 1801)
+    assert await send_file(site, path, b"late") == (404, {"error": "This URL has expired"})
+    assert (await site.get("/api/uploads"))[0]["status"] == "expired"
+
+
+@live()
+async def test_a_thousand_urls_and_large_files_are_bounded(site):
+    await site.station()
+    uploads = site.daemon.uploads
+    path, first = await upload_url(site)
+    assert (await send_file(site, path, b"x" * 10))[0] == 200
+    for _ in range(ocppboard.UPLOADS_KEPT):
+        path, _ = await upload_url(site)
+    assert first["id"] not in uploads.entries    # it was over, and made room
+    event, = await site.get("/api/system-events?type=FILE_DROPPED")
+    assert event["details"] == {"uploadId": first["id"], "size": 10}
+    status, answer, _ = await site.fetch("/api/uploads", "POST", {"identity": "CP-1"})
+    assert (status, answer["error"]) == (503, "50 URLs wait for a file already")
+    assert len(await site.get("/api/uploads")) == 50
+    uploads.most_bytes_in_all = 25
+    paths = [path]
+    for _ in range(2):
+        await site.fetch(f"/api/uploads/{next(iter(uploads.entries))}", "DELETE")
+        paths.append((await upload_url(site))[0])
+    for path in paths:                   # the third pushes out the first
+        assert (await send_file(site, path, b"x" * 10))[0] == 200
+    received = [e for e in await site.get("/api/uploads") if e["status"] == "received"]
+    assert len(received) == 2 and sum(e["size"] for e in received) == 20
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"identity": 1}, {"identity": "CP-1", "hours": 0}, {"identity": "CP-1", "hours": "1"},
+    {"identity": "CP-1", "hours": 169}, {"identity": "CP-1", "hours": True}])
+@live()
+async def test_a_url_is_made_for_a_known_station_and_a_time(site, body):
+    await site.station()
+    assert (await site.fetch("/api/uploads", "POST", body))[0] == 400
+    assert (await site.fetch("/api/uploads", "POST", {"identity": "CP-2"}))[0] == 404
+
+
+@live(auth_viewer_token="look")
+async def test_a_viewer_makes_no_url_and_never_sees_one(site):
+    socket_ = await site.station()
+    assert (await site.fetch("/api/uploads", "POST", {"identity": "CP-1"}, token="look"))[0] == 403
+    path, made = await upload_url(site)
+    asking = asyncio.create_task(site.fetch("/api/connections/CP-1/call", "POST", {
+        "action": "GetDiagnostics", "payload": {"location": made["url"]}}))
+    _, id_, _, payload = json.loads(await socket_.recv())
+    assert payload == {"location": made["url"]}
+    await socket_.send(json.dumps([3, id_, {"fileName": "log.gz"}]))
+    assert (await asking)[0] == 200
+    secret = path.split("/")[2]
+    for seen in ("/api/messages", "/api/uploads", "/api/system-events"):
+        assert secret not in json.dumps(await site.get(seen))
+    message = (await site.get("/api/messages?method=GetDiagnostics&type=CALL"))[0]
+    assert message["payload"]["location"].endswith("/upload/***/")
+
+
+@live(server_base_path="/board", ocpp_port=free_port(), server_trust_proxy=True)
+async def test_the_url_is_where_the_station_connects(site):
+    await site.station(additional_headers={"X-Scheme": "https"})
+    made = (await site.fetch("/api/uploads", "POST", {"identity": "CP-1"}))[1]
+    base = f"https://127.0.0.1:{site.ocpp_port}"
+    assert made["url"].startswith(f"{base}/board/upload/")
+    path = made["url"].removeprefix(base)
+    answer = await site.client.fetch(f"http://127.0.0.1:{site.ocpp_port}{path}log", method="PUT",
+                                     body=b"there")
+    assert answer.code == 200
+    assert (await site.get("/api/uploads"))[0]["name"] == "log"
+
+
+@with_loop
+async def test_files_and_urls_outlive_a_restart(tmp_path):
+    keys = {"state_path": str(tmp_path / "state.db")}
+    async with Site(**keys) as site:
+        await site.station()
+        path, made = await upload_url(site)
+        other, _ = await upload_url(site)
+        assert (await send_file(site, path, b"kept"))[0] == 200
+    os.close(site.daemon.state._lock_fd)
+    left = tmp_path / "state.db-uploads" / "cafe0123"
+    left.write_bytes(b"half a file")     # as of a board that died
+    async with Site(**keys) as site:
+        assert [e["status"] for e in await site.get("/api/uploads")] == ["waiting", "received"]
+        assert (await site.fetch(f"/api/uploads/{made['id']}"))[1] == "kept"
+        await until(lambda: not left.exists())
+        assert (await send_file(site, path, b"x"))[0] == 404
+        assert (await send_file(site, other, b"x"))[0] == 200
+        (tmp_path / "state.db-uploads" / made["id"]).unlink()
+        assert (await site.fetch(f"/api/uploads/{made['id']}"))[0] == 404
+
+
+@with_loop
+async def test_a_full_disk_refuses_a_file(tmp_path, monkeypatch):
+    async with Site(state_path=str(tmp_path / "state.db")) as site:
+        await site.station()
+        path, _ = await upload_url(site)
+        monkeypatch.setattr(ocppboard, "DISK_SPARE_BYTES", 1 << 60)
+        assert await send_file(site, path, b"x") == (
+            503, {"error": "The board cannot keep it: No space left on device"})
+        monkeypatch.undo()
+        assert (await send_file(site, path, b"x"))[0] == 200
+
+
 # --- Dashboard ----------------------------------------------------------------------------
 
 
