@@ -103,6 +103,7 @@ from ipaddress import ip_address, ip_network
 from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
@@ -111,6 +112,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import psutil
 import tornado
 from tornado import gen
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop, PeriodicCallback
@@ -405,6 +407,11 @@ class Setting(NamedTuple):
     many: bool = False               # a text, or a list of texts
     restart: bool = False            # a change takes hold with the next start alone
 
+    @property
+    def secret(self) -> bool:
+        """Whether its value is never shown."""
+        return self.key in SECRET_KEYS or (self.section, self.key) in SECRET_SETTINGS
+
 
 MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
 VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
@@ -418,6 +425,8 @@ DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
 TOKEN_STATUSES = ("Accepted", "Blocked", "Expired", "Invalid")           # 1.6 7.2
 GROUP_LENGTH = 20                    # of 1.6's parentIdTag
+ALERTS = ("offline", "faulted", "refused", "uncontrollable", "undelivered", "certificate", "state")
+ALERT_WORDS = ("title", "text", "site")      # $title and the like in an alert's template
 
 SETTINGS = (
     Setting("server", "address", "", restart=True),
@@ -486,6 +495,10 @@ SETTINGS = (
     Setting("smart_charge", "solar_on_seconds", 60, (0, 900)),
     Setting("smart_charge", "solar_off_seconds", 180, (0, 900)),
     Setting("proxy", "journal", "", restart=True),
+    Setting("notify", "url", ""),
+    Setting("notify", "events", list(ALERTS), ALERTS),
+    Setting("notify", "template", ""),
+    Setting("notify", "headers", []),
     Setting("state", "path", "", restart=True),
     Setting("state", "transactions_days", 400, (1, 36_500)),
     Setting("state", "history_days", 0, (0, 3650), restart=True),
@@ -543,6 +556,8 @@ TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", s
 
 
 SECRET_KEYS = ("password", "token", "viewer_password", "viewer_token")
+# The URL of a webhook is its password, and what one wants to see may stand in the template.
+SECRET_SETTINGS = {("notify", "url"), ("notify", "headers"), ("notify", "template")}
 VIEWER = "viewer"                    # the user name of who sees all and changes nothing
 
 
@@ -747,8 +762,7 @@ def _from_text(setting: Setting, text: str, name: str) -> Any:
 def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
     """The value, if it is of the setting's type and among what is allowed."""
     kind, allowed = type(setting.default), setting.allowed
-    secret = setting.key in SECRET_KEYS
-    shown = "" if secret else f", not {value!r}"
+    shown = "" if setting.secret else f", not {value!r}"
     if kind is float and type(value) is int:
         value = float(value)
     if setting.many and type(value) is list:
@@ -791,6 +805,7 @@ def _check_together(config: Config) -> None:
     _check_smart_charge(config.smart_charge, source)
     for number, upstream in enumerate(config.proxy.upstream, 1):
         _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
+    _check_notify(config.notify, source)
     named = Counter(p for upstream in config.proxy.upstream for p in set(upstream.stations))
     if twice := [pattern for pattern, count in named.items() if count > 1]:
         raise ConfigError(f'{source}: proxy: "{twice[0]}" stands in two [[proxy.upstream]]')
@@ -919,11 +934,8 @@ def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], Conf
 
 def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
     """What no single key of a [[proxy.upstream]] can tell."""
-    try:
-        parts = urlsplit(upstream.url)
-        good = parts.scheme in ("ws", "wss") and parts.hostname and parts.port != 0
-    except ValueError:                   # a port that is no number, half an IPv6 address
-        good = False
+    good = _is_url(upstream.url, "ws", "wss")
+    parts = urlsplit(upstream.url if good else "")
     if not good or parts.query or parts.fragment:
         raise ConfigError(f'{where}: url must be as "wss://csms.example.com/ocpp"; the identity is '
                           "appended")
@@ -933,6 +945,29 @@ def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
         raise ConfigError(f'{where}: stations must name some, or be ["*"]')
     if upstream.ca and not os.path.isfile(upstream.ca):
         raise ConfigError(f"{where}: ca is no file: {upstream.ca!r}")
+
+
+def _check_notify(notify: SimpleNamespace, source: str) -> None:
+    """What no single key of [notify] can tell; what may be secret is not repeated."""
+    if notify.url and not _is_url(notify.url, "http", "https"):
+        raise ConfigError(f'{source}: notify.url must be as "https://host/path"')
+    for name, text in [("template", notify.template), *(("headers", h) for h in notify.headers)]:
+        template = Template(text)
+        words = template.get_identifiers() if template.is_valid() else ["$"]
+        if unknown := next((word for word in words if word not in ALERT_WORDS), ""):
+            raise ConfigError(f"{source}: notify.{name}: ${unknown.lstrip('$')} is none of "
+                              f"{', '.join('$' + word for word in ALERT_WORDS)}; $$ is a dollar")
+    if not all(re.fullmatch(r"[\w-]+: *[ -~]+", header) for header in notify.headers):
+        raise ConfigError(f'{source}: notify.headers must be as ["Title: $title"]')
+
+
+def _is_url(text: str, *schemes: str) -> bool:
+    """Whether a text is a URL with a host, of one of these schemes."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:                   # a port that is no number, half an IPv6 address
+        return False
 
 
 def _line_of(name: str, parents: dict) -> list[str]:
@@ -18349,6 +18384,348 @@ class UploadReceiver(Api):
             self.reception.fail(BadRequest(f"It broke off after {self.reception.size:,} bytes"))
 
 
+# --- Outward ------------------------------------------------------------------------------
+# What the board tells without being asked: alerts by HTTP. Nothing here holds up the loop, a
+# station or the end of the process, and a receiver that is away costs bounded memory.
+
+
+def site_name(board: Board) -> str:
+    """The name under which others know this site: as configured, else made once and kept.
+
+    Two hosts may be called raspberrypi: hence a few letters, of the hardware where nothing is kept.
+    """
+    kept_name = next((row.value for row in board.state.rows("site")), "")
+    addresses = sorted(a.address for of_one in psutil.net_if_addrs().values() for a in of_one
+                       if a.family == psutil.AF_LINK)
+    letters = secrets.token_hex(2) if board.state else hashlib.sha256(
+        to_json([addresses, board.config.server.port]).encode()).hexdigest()[:4]
+    if not isinstance(kept_name, str) or not kept_name:
+        kept_name = f"{socket.gethostname().partition('.')[0]}-{letters}"
+        board.state.put("site", "", kept_name)
+    return kept_name
+
+
+# Alerts
+
+LOOK_S = 5                          # how often it is looked for what is wrong
+SETTLE_S = 300                      # so long after the start stations may be on their way back
+HOLD_S = {"offline": 60.0}          # before it is told that something is wrong: 10 s
+RECOVERED_S = 60.0                  # and that it is over
+HOLD_MOST_S = 3600.0                # each return doubles both, up to this
+GATHER_S = 30.0                     # what begins within this time is told together
+ALERT_PAUSE_S = 60.0, 900.0         # between two alerts; each within QUIET_S doubles it
+QUIET_S = 3600.0
+AGAIN_S = {"refused": 3600.0, "undelivered": 600.0, "certificate": 7 * 86400.0, "state": 600.0}
+ALERTS_KEPT = 5000                  # of what is wrong at a time
+LINES_KEPT = 100                    # of an alert; beyond it they are counted
+TRIED_S = 6 * 3600.0                # so long it is tried to send one
+RETRY_ALERT_S = 5.0, 600.0          # the first and longest pause after a failure
+ALERT_TIMEOUT_S = 10                # for the answer
+
+
+class Wrong(NamedTuple):
+    """Something that is wrong: what kind of event, where, and what of the board."""
+
+    event: str                          # one of ALERTS
+    identity: str                       # "": of the board itself
+    place: tuple = ()                   # evse and connector
+
+
+@dataclass(slots=True)
+class Alert:
+    """How long something has been wrong, or has not been so any more, and what was told of it."""
+
+    text: str
+    since: float                        # UTC seconds
+    changed_mono: float                 # since it is wrong, or is not
+    over: bool = False
+    told: bool = False                  # as wrong, and not as over since
+    been_told: bool = False
+    returns: int = 0                    # how often it came back within QUIET_S of being told
+
+    def hold_s(self, event: str) -> float:
+        """How long a change has to last before it is told."""
+        first_s = RECOVERED_S if self.over else HOLD_S.get(event, 10.0)
+        return min(first_s * 2**min(self.returns, 20), HOLD_MOST_S)
+
+
+def wrong_now(board: Board, controller: Controller | None,
+              settled: bool) -> Iterator[tuple[Wrong, str]]:
+    """All that is wrong now and can be over again, with what it is.
+
+    Until all has `settled` after the start, stations of an earlier run may be on their way back.
+    """
+    for station in board.stations.values():
+        if station.connection is None and (station.seen_since_start or settled):
+            yield Wrong("offline", station.identity), "offline"
+        for place, connector in station.connectors.items():
+            if trouble := fault_of(connector):
+                yield (Wrong("faulted", station.identity, place),
+                       f"{_place_name(connector)} reports {trouble}")
+    for steered in controller.stations.values() if controller else ():
+        if steered.uncontrollable:
+            yield (Wrong("uncontrollable", steered.identity),
+                   f"smart charging does not steer it: it {steered.uncontrollable}")
+    if board.state.failing_since is not None:
+        yield Wrong("state", ""), f"the state file cannot be written: {board.state.error}"
+
+
+def fault_of(connector: Connector) -> str:
+    """What is wrong with a connector, "" if nothing is."""
+    problems = [name for name, problem in connector.problems.items() if problem.text is not None]
+    return ", ".join(filter(None, [_fault(connector), *problems])) or (
+        "a fault" if connector.status == "Faulted" else "")
+
+
+WRONG_BY = {"AUTH_FAILED": "refused", "NOT_DELIVERED": "undelivered",
+            "CERTIFICATE_ENDS": "certificate", "CERTIFICATES_BAD": "certificate",
+            "CERTIFICATE_FAILED": "certificate", "STATE_DAMAGED": "state"}
+
+
+def wrong_by(record: Record) -> tuple[Wrong, str] | None:
+    """What an event on record tells of something that went wrong once, and is never over."""
+    if not isinstance(record, Event):
+        return None
+    refused = record.severity and "path" in record.details       # an upgrade of a station
+    event = "refused" if refused else WRONG_BY.get(record.kind)
+    if event is None:
+        return None
+    identity = "" if record.identity == "UNKNOWN" else record.identity
+    if event == "refused":
+        address = kept(record.details.get("ip"), 64)
+        return Wrong(event, identity, (address,)), f"{record.message}, from {address}"
+    return Wrong(event, identity, (record.message,)), record.message
+
+
+class Alerts:
+    """What is to be told of what is wrong: late enough to be true, together, and not again and
+    again. No I/O; time comes in.
+
+    Who flaps is told as wrong once: each return doubles how long it has to be well.
+    """
+
+    def __init__(self, events: Container[str]):
+        self.events = events
+        self.known: dict[Wrong, Alert] = {}
+        self.lines: deque[tuple[float, dict]] = deque()          # to be told, with their times
+        self.left = 0                                # lines that were dropped for newer ones
+        self._told_mono: OrderedDict[Wrong, float] = OrderedDict()       # events, when last
+        self._sent: deque[float] = deque(maxlen=8)   # times of the last alerts
+
+    def look(self, wrong: Iterable[tuple[Wrong, str]], gone: Callable[[Wrong], bool],
+             now: float, now_mono: float) -> None:
+        """Compare what is wrong now with what is known. `gone`: what nobody asks about any more."""
+        found = dict(islice(((key, text) for key, text in wrong if key.event in self.events),
+                            ALERTS_KEPT))
+        for key, text in found.items():
+            alert = self.known.get(key)
+            if alert is None and len(self.known) < 2 * ALERTS_KEPT:
+                self.known[key] = Alert(text, now, now_mono)
+            elif alert is not None and alert.over:
+                alert.returns += alert.been_told
+                alert.over, alert.changed_mono = False, now_mono
+                if not alert.told:
+                    alert.text, alert.since = text, now
+        for key, alert in list(self.known.items()):
+            if key not in found and not alert.over:
+                alert.over, alert.changed_mono = True, now_mono
+            self._settle(key, alert, gone, now, now_mono)
+
+    def _settle(self, key: Wrong, alert: Alert, gone: Callable[[Wrong], bool], now: float,
+                now_mono: float) -> None:
+        lasts_s = now_mono - alert.changed_mono
+        if alert.told != alert.over:                     # nothing to tell
+            if alert.over and (lasts_s > QUIET_S or (not alert.returns and gone(key))):
+                del self.known[key]
+        elif alert.over and gone(key):
+            del self.known[key]
+        elif lasts_s >= alert.hold_s(key.event):
+            alert.told, alert.been_told = not alert.over, True
+            self._add(key, alert.text, alert.since, now if alert.over else None, now_mono)
+
+    def happened(self, key: Wrong, text: str, now: float, now_mono: float) -> None:
+        """Something went wrong once; the same again is told when it is long ago."""
+        told_mono = self._told_mono.get(key, -math.inf)
+        if key.event in self.events and now_mono - told_mono >= AGAIN_S[key.event]:
+            self._told_mono[key] = now_mono
+            self._told_mono.move_to_end(key)
+            if len(self._told_mono) > ALERTS_KEPT:
+                self._told_mono.popitem(last=False)
+            self._add(key, text, now, None, now_mono)
+
+    def _add(self, key: Wrong, text: str, since: float, over_at: float | None,
+             now_mono: float) -> None:
+        self.lines.append((now_mono, {"event": key.event, "identity": key.identity, "text": text,
+                                      "since": iso(since), "until": iso(over_at)}))
+        if len(self.lines) > LINES_KEPT:
+            self.lines.popleft()
+            self.left += 1
+
+    def due(self, now_mono: float) -> bool:
+        """Whether it is time to tell what waits."""
+        recent = sum(now_mono - at < QUIET_S for at in self._sent)
+        least_s, most_s = ALERT_PAUSE_S
+        pause_s = min(least_s * 2**max(0, recent - 1), most_s)
+        return bool(self.lines) and now_mono - self.lines[0][0] >= GATHER_S and (
+            not self._sent or now_mono - self._sent[-1] >= pause_s)
+
+    def message(self, site: str) -> dict:
+        """The alert of what waits."""
+        lines = [line for _, line in self.lines]
+        problems = [line for line in lines if line["until"] is None]
+        recovered = [line for line in lines if line["until"]]
+        counts = [f"{len(problems)} problem{'s' * (len(problems) > 1)}"] * bool(problems) + [
+            f"{len(recovered)} over"] * bool(recovered)
+        texts = [_alert_line(line) for line in lines]
+        title = texts[0] if len(texts) == 1 and not self.left else ", ".join(counts)
+        if self.left:
+            texts.append(f"and {self.left} more before these")
+        return {"site": site, "title": f"{site}: {title}", "text": "\n".join(texts),
+                "problems": problems, "recovered": recovered, "left": self.left}
+
+    def sent(self, now_mono: float) -> None:
+        """All that waited has been told."""
+        self.lines.clear()
+        self.left = 0
+        self._sent.append(now_mono)
+
+    def give_up(self, now_mono: float) -> int:
+        """Drop what has waited for TRIED_S. Returns how many lines that were."""
+        dropped = 0
+        while self.lines and now_mono - self.lines[0][0] > TRIED_S:
+            self.lines.popleft()
+            dropped += 1
+        if dropped:
+            dropped, self.left = dropped + self.left, 0
+        return dropped
+
+
+def _alert_line(line: dict) -> str:
+    who = f"{line['identity']}: " if line["identity"] else ""
+    return f"{who}{line['text']}" + (f" (over at {line['until'][:19]}Z)" if line["until"] else "")
+
+
+def in_template(template: str, message: dict) -> tuple[str, str]:
+    """(the body that a template makes of an alert, its media type); without one, all as JSON.
+
+    In a template that is JSON the words stand within its texts, whatever they hold.
+    """
+    if not template:
+        return to_json(message), "application/json"
+    words = {word: message[word] for word in ALERT_WORDS}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner) for inner in value]
+        return Template(value).substitute(words) if isinstance(value, str) else value
+    with contextlib.suppress(ValueError):
+        if isinstance(parsed := json.loads(template), (dict, list)):
+            return to_json(fill(parsed)), "application/json"
+    return Template(template).substitute(words), "text/plain; charset=utf-8"
+
+
+class Notifier:
+    """Looks for what is wrong, and sends alerts to notify.url.
+
+    What does not get there waits, and goes with the next attempt, as it is then.
+    """
+
+    def __init__(self, board: Board, controller: Controller | None):
+        self.board, self.controller = board, controller
+        self.settings = board.config.notify          # a reload changes it
+        self.alerts = Alerts(self.settings.events)
+        self.error = ""                              # of the last attempt
+        self._started_mono = board.mono()
+        self._failures, self._retry_mono = 0, -math.inf
+        self._events, _, _ = board.subscribe(
+            ("security", "errors", "system"), lambda _, record: wrong_by(record) is not None,
+            lambda: None)
+
+    @property
+    def host(self) -> str:
+        """Where alerts go; what else is in the URL may be secret."""
+        return urlsplit(self.settings.url).netloc.rpartition("@")[2]
+
+    async def run(self) -> None:
+        """Watch, and tell, until cancelled."""
+        site = site_name(self.board)
+        client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16,
+                                 max_header_size=1 << 14)
+        try:
+            while True:
+                self.look()
+                now_mono = self.board.mono()
+                if self.alerts.due(now_mono) and now_mono >= self._retry_mono:
+                    await self._send(client, self.alerts.message(site))
+                await asyncio.sleep(LOOK_S)
+        finally:
+            client.close()
+
+    def look(self) -> None:
+        """Take up what is wrong now, and what has happened since the last look."""
+        board, alerts = self.board, self.alerts
+        now, now_mono = board.clock(), board.mono()
+        alerts.events = self.settings.events if self.settings.url else ()
+        settled = now_mono - self._started_mono > SETTLE_S
+        alerts.look(wrong_now(board, self.controller, settled),
+                    lambda key: bool(key.identity) and key.identity not in board.stations,
+                    now, now_mono)
+        for published in self._events.take()[0]:
+            if found := wrong_by(published.record):
+                alerts.happened(*found, now, now_mono)
+
+    async def _send(self, client: AsyncHTTPClient, message: dict) -> None:
+        error = await self._post(client, message)
+        now_mono = self.board.mono()
+        if error:
+            least_s, most_s = RETRY_ALERT_S
+            self._retry_mono = now_mono + min(least_s * 2**min(self._failures, 20), most_s)
+            self._failures += 1
+            if dropped := self.alerts.give_up(now_mono):
+                self._tell("NOTIFY_LOST", f"{dropped} lines of alerts did not get to {self.host}")
+            if error != self.error:
+                self._tell("NOTIFY_FAILING", f"Alerts do not get to {self.host}: {error}")
+        else:
+            self.alerts.sent(now_mono)
+            if self._failures:
+                self._tell("NOTIFY_WORKS", f"Alerts get to {self.host} again")
+            self._failures, self._retry_mono = 0, -math.inf
+        self.error = error
+
+    def _tell(self, kind: str, text: str) -> None:
+        log.log(logging.INFO if kind == "NOTIFY_WORKS" else logging.WARNING, "%s", text)
+        self.board.system_event(kind, "", text, {"host": self.host})
+
+    async def _post(self, client: AsyncHTTPClient, message: dict) -> str:
+        """Send an alert. Returns what went wrong, "" if nothing did."""
+        body, media_type = in_template(self.settings.template, message)
+        headers = HTTPHeaders({"Content-Type": media_type, "User-Agent": f"ocppboard/{VERSION}"})
+        for header in self.settings.headers:
+            name, _, value = header.partition(":")
+            filled = Template(value.strip()).substitute(
+                {word: message[word].replace("\n", "; ") for word in ALERT_WORDS})
+            headers[name] = filled.encode("ascii", "replace").decode()
+        where = urlsplit(self.settings.url)
+        user = unquote(where.username) if where.username else None
+        try:
+            answer = await client.fetch(
+                where._replace(netloc=self.host).geturl(), method="POST", headers=headers,
+                body=body, auth_username=user, auth_password=unquote(where.password or ""),
+                raise_error=False, follow_redirects=False, connect_timeout=ALERT_TIMEOUT_S,
+                request_timeout=ALERT_TIMEOUT_S)
+        except (OSError, HTTPClientError, UnicodeError) as error:
+            return kept(getattr(error, "message", None) or _one_line(error), 200)
+        if answer.code < 300:
+            return ""
+        if answer.code >= 400:
+            return f"it answers {answer.code}"
+        other = urlsplit(kept(answer.headers.get("Location", "")))
+        return (f"it answers {answer.code} and points to {other.scheme}://{other.hostname}: an "
+                "alert does not follow")
+
+
 # --- Dashboard ----------------------------------------------------------------------------
 # What `/` shows: constants in three languages, nothing from another host. All data comes by REST
 # and by one stream; the page may talk to no one else, and run and wear no more than this.
@@ -23480,6 +23857,7 @@ class Daemon:
         if config.proxy.upstream:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
             self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
+        self.notifier = Notifier(self.board, self.controller)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
                 self._tell_systemd, min(1000 * TOLD_S, watchdog_ms(os.environ) / 3)))
@@ -23506,6 +23884,7 @@ class Daemon:
         self._vital = [self.spawn("state", self.state.run()),
                        self.spawn("keeper", self.keeper.run()),
                        self.spawn("history", self.keeper.history.run())]
+        self.spawn("alerts", self.notifier.run())
         self._sample()
         self._progress = dict.fromkeys(self._progress, time.monotonic())
         for periodic in self._periodic:
@@ -24105,7 +24484,7 @@ def check(config: Config) -> int:
     for setting in SETTINGS:
         value = config.__dict__[setting.section].__dict__[setting.key]
         if value != setting.default:
-            shown_value = HIDDEN if setting.key in SECRET_KEYS else repr(value)
+            shown_value = HIDDEN if setting.secret else repr(value)
             print(f"  {setting.section}.{setting.key} = {shown_value}")
     for circuit in config.smart_charge.circuit:
         print(f'  circuit "{circuit.name}" at "{circuit.parent or SITE}": {circuit.limit_a:g} A, '
@@ -24155,6 +24534,8 @@ def tell_start(daemon: Daemon) -> None:
         log.info("Messages are not checked: install ocpp and fastjsonschema for it")
     for url in daemon.station_urls():
         log.info("Stations connect to %s<identity>", url)
+    if config.notify.url:
+        log.info("Alerts go to %s", daemon.notifier.host)
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))

@@ -311,6 +311,12 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[ocpp]\nid_tokens = "A"', ["must be a list of texts"]),
     ('[ocpp]\npath = "ocpp"', ["ocpp.path"]),
     ('[ocpp]\nport = 9000', ["ocpp.port is server.port"]),
+    ('[notify]\nurl = "ntfy.example/geheim"', ["notify.url must be as"]),
+    ('[notify]\nurl = 5', ["notify.url must be a text"]),
+    ('[notify]\nevents = ["offlin"]', ["did you mean offline?"]),
+    ('[notify]\ntemplate = "geheim $txt"', ["notify.template: $txt is none of $title, $text"]),
+    ('[notify]\ntemplate = "5 $"', ["$$ is a dollar"]),
+    ('[notify]\nheaders = ["geheim"]', ["notify.headers must be as"]),
     ('[stations."CP-1"]\npasword = "x"', ['stations."CP-1".pasword', "did you mean password?"]),
     ('[stations]\n"CP-1" = 1', ["must be a section"]),
     ("[smart_charge]\nenabled = true", ["smart_charge", "either site_limit_a or site_limit_kw"]),
@@ -16496,6 +16502,321 @@ async def test_a_full_disk_refuses_a_file(tmp_path, monkeypatch):
             503, {"error": "The board cannot keep it: No space left on device"})
         monkeypatch.undo()
         assert (await send_file(site, path, b"x"))[0] == 200
+# --- Outward ------------------------------------------------------------------------------
+
+# Alerts
+
+
+class AlertBench(Bench):
+    """A Board whose alerts a test looks for, each five seconds, in time that it moves."""
+
+    def __init__(self, **keys):
+        super().__init__(notify_url="https://bob:geheim@ntfy.example/topic", **keys)
+        self.notifier = ocppboard.Notifier(self.board, None)
+        self.told = []                   # (seconds since the start, message)
+
+    def wait(self, seconds):
+        """Look while so many seconds pass; what is due is told."""
+        for _ in range(int(seconds // ocppboard.LOOK_S)):
+            self.clock.now += ocppboard.LOOK_S
+            self.notifier.look()
+            if self.notifier.alerts.due(self.clock.now):
+                self.told.append((self.clock.now - NOW, self.notifier.alerts.message("home")))
+                self.notifier.alerts.sent(self.clock.now)
+
+    @property
+    def titles(self):
+        return [message["title"] for _, message in self.told]
+
+
+def test_a_station_that_is_away_for_a_minute_is_told_and_that_it_is_back():
+    bench = AlertBench()
+    bench.wait(600)
+    bench.connection.end("lost")
+    bench.wait(55)
+    bench.connection = bench.connect()                   # in time: nobody needs to know
+    bench.wait(600)
+    assert bench.told == []
+    bench.connection.end("lost")
+    away_at = bench.clock.now
+    bench.wait(120)
+    assert bench.titles == ["home: CP-1: offline"]
+    assert 90 <= bench.told[0][0] + NOW - away_at <= 100
+    assert bench.told[0][1]["problems"] == [{
+        "event": "offline", "identity": "CP-1", "text": "offline",
+        "since": ocppboard.iso(away_at + 5), "until": None}]
+    bench.connection = bench.connect()
+    bench.wait(120)
+    (_, message) = bench.told[-1]
+    assert len(bench.told) == 2 and message["recovered"][0]["identity"] == "CP-1"
+    assert message["title"].startswith("home: CP-1: offline (over at 2026-09-21T")
+
+
+def test_an_outage_of_a_thousand_stations_is_one_alert_with_a_list_of_a_hundred():
+    bench = AlertBench()
+    connections = [bench.connect(identity=f"F-{n}") for n in range(1000)]
+    for connection in connections:
+        connection.end("lost")
+    bench.wait(900)
+    (_, message), = bench.told
+    assert message["title"] == "home: 100 problems" and message["left"] == 900
+    assert message["text"].endswith("F-999: offline\nand 900 more before these")
+    assert len(ocppboard.to_json(message)) < 20_000
+
+
+def test_a_station_that_flaps_is_told_as_wrong_once():
+    bench = AlertBench()
+    for _ in range(60):                  # two hours, each time long enough to be told
+        bench.connection.end("lost")
+        bench.wait(70)
+        bench.connection = bench.connect()
+        bench.wait(65)
+    assert 1 <= len(bench.told) <= 6, bench.titles
+    bench.wait(3 * 3600)
+    assert "over" in bench.titles[-1], "that it is well in the end is told"
+    after = len(bench.told)
+    bench.connection.end("lost")         # and what was long ago does not count
+    bench.wait(120)
+    assert len(bench.told) == after + 1
+
+
+def test_a_fault_is_told_with_its_reason_and_a_forgotten_station_is_no_more_an_issue():
+    bench = AlertBench()
+    bench.call("StatusNotification", {"connectorId": 1, "status": "Faulted",
+                                      "errorCode": "GroundFailure", "info": "RCD"})
+    bench.wait(60)
+    assert bench.titles == ["home: CP-1: Connector 1 reports GroundFailure, RCD"]
+    bench.call("StatusNotification", {"connectorId": 1, "status": "Available",
+                                      "errorCode": "NoError"})
+    bench.wait(120)
+    assert len(bench.told) == 2 and bench.told[1][1]["recovered"]
+    bench.connection.end("lost")
+    bench.wait(120)
+    bench.board.forget("CP-1")
+    bench.wait(7200)
+    assert len(bench.told) == 3 and bench.notifier.alerts.known == {}
+
+
+def test_stations_of_an_earlier_run_have_five_minutes_to_come_back():
+    bench = AlertBench()
+    bench.connection.end("lost")
+    bench.station.seen_since_start = False
+    bench.wait(300)
+    assert bench.told == []
+    bench.wait(120)
+    assert bench.titles == ["home: CP-1: offline"]
+
+
+@pytest.mark.parametrize("event, happens, words", [
+    ("refused", lambda board: board.security_event(
+        "AUTH_FAILED", "CP-1", "Wrong password", "medium", {"ip": "192.0.2.9", "attempt": 1}),
+     "CP-1: Wrong password, from 192.0.2.9"),
+    ("refused", lambda board: board.security_event(
+        "POLICY_REJECTION", "UNKNOWN", "Upgrade refused: no", "low",
+        {"ip": "192.0.2.9", "path": "/"}), "Upgrade refused: no, from 192.0.2.9"),
+    ("undelivered", lambda board: board.error_of(
+        "NOT_DELIVERED", "CP-1", "StopTransaction for upstream: no", {}),
+     "CP-1: StopTransaction for upstream: no"),
+    ("certificate", lambda board: board.system_event(
+        "CERTIFICATE_ENDS", "", "The certificate in a.pem ends", {}), "The certificate in a.pem"),
+    ("state", lambda board: board.system_event("STATE_DAMAGED", "", "The file", {}), "The file"),
+])
+def test_what_happens_is_told_once_in_a_while(event, happens, words):
+    bench, other = AlertBench(), AlertBench(notify_events="offline")
+    for _ in range(35):
+        happens(bench.board)
+        happens(other.board)
+        bench.wait(30)
+        other.wait(30)
+    assert len(bench.told) == 1 + (event in ("undelivered", "state")) and other.told == []
+    assert bench.titles[0].startswith(f"home: {words}")
+    assert bench.told[0][1]["problems"][0]["event"] == event
+
+
+def test_a_station_that_obeys_no_limit_and_a_state_that_fails_are_told():
+    bench = AlertBench()
+    controller: Any = SimpleNamespace(stations={
+        "CP-1": SimpleNamespace(identity="CP-1", uncontrollable="obeys no kind of limit")})
+    bench.notifier.controller = controller
+    bench.board.state.failing_since, bench.board.state.error = NOW, "disk full"
+    bench.wait(60)
+    assert bench.told[0][1]["text"] == (
+        "CP-1: smart charging does not steer it: it obeys no kind of limit\n"
+        "the state file cannot be written: disk full")
+    controller.stations.clear()
+    bench.board.state.failing_since = None
+    bench.wait(120)
+    assert bench.told[1][1]["title"] == "home: 2 over"
+
+
+def test_a_flood_of_strangers_costs_bounded_memory():
+    bench = AlertBench(store_max_connections=100)
+    for number in range(6000):
+        bench.board.security_event("AUTH_FAILED", f"X{number}", "no", "low", {"ip": f"{number}"})
+        bench.connect(identity=f"X{number}").end("lost")
+        if number % 100 == 0:
+            bench.wait(5)
+    alerts = bench.notifier.alerts
+    assert len(alerts.lines) <= ocppboard.LINES_KEPT
+    assert len(alerts._told_mono) <= ocppboard.ALERTS_KEPT and len(alerts.known) <= 500
+
+
+@pytest.mark.parametrize("template, body, media_type", [
+    ("", None, "application/json"),
+    ("$text", 'say "hi"\nnow', "text/plain; charset=utf-8"),
+    ("$site: $$5", "home: $5", "text/plain; charset=utf-8"),
+    ('{"text": "$title\\n$text", "n": [1, "$site"]}',
+     {"text": 'T\nsay "hi"\nnow', "n": [1, "home"]}, "application/json"),
+])
+def test_a_template_makes_the_body(template, body, media_type):
+    message = {"title": "T", "text": 'say "hi"\nnow', "site": "home", "problems": []}
+    made, told_type = ocppboard.in_template(template, message)
+    assert told_type == media_type
+    if media_type == "application/json":
+        assert json.loads(made) == (body or message)
+    else:
+        assert made == body
+
+
+class AlertReceiver:
+    """A local server that alerts go to, and that misbehaves as it is told."""
+
+    def __init__(self, behaviour="good"):
+        self.behaviour, self.got = behaviour, []         # got: (path, headers, body)
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            lines = head.strip().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+            body = (await reader.readexactly(int(headers["content-length"]))).decode()
+            self.got.append((lines[0], dict(line.split(": ", 1) for line in lines[1:]), body))
+            answers: dict[str, list] = {
+                "good": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"],
+                "500": [b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"],
+                "redirects": [b"HTTP/1.1 302 Found\r\nLocation: https://bob:geheim@other.example"
+                              b"/geheim\r\nContent-Length: 0\r\n\r\n"],
+                "slow": [b"HTTP/1.1 200 OK\r\n", b"Content-Length: 2\r\n", b"\r\n", b"ok"],
+                "garbage": [b"\x00\xff" * 5000 + b"\r\n\r\n"],
+                "endless": [b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"]
+                + [b"x" * 65536] * 20,
+                "hangs up": [], "hangs": [None]}
+            for answer in answers[self.behaviour]:
+                if answer is None:
+                    await asyncio.sleep(60)
+                writer.write(answer)
+                await asyncio.sleep(0.05)
+        writer.close()
+
+
+@pytest.mark.parametrize("behaviour, error", [
+    ("good", ""), ("slow", ""), ("500", "it answers 500"), ("hangs", "Timeout"),
+    ("hangs up", "closed"), ("garbage", ""), ("endless", ""), ("down", "refused"),
+    ("redirects", "it answers 302 and points to https://other.example: an alert does not follow")])
+@with_loop
+async def test_an_alert_and_a_receiver_that_misbehaves(behaviour, error, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(ocppboard, "ALERT_TIMEOUT_S", 0.5)
+    async with AlertReceiver(behaviour) as receiver:
+        if behaviour == "down":
+            receiver.server.close()
+        bench = Bench(notify_url=f"http://bob:gehe%69m@127.0.0.1:{receiver.port}/secret-topic",
+                      notify_template="$text", notify_headers="Title: $title, X-Token: geheim")
+        notifier = ocppboard.Notifier(bench.board, None)
+        client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16)
+        notifier.alerts.happened(ocppboard.Wrong("state", ""), "Ünwell", NOW, NOW)
+        await notifier._send(client, notifier.alerts.message("home"))
+        client.close()
+    if behaviour in ("good", "slow"):
+        assert notifier.error == "" and not notifier.alerts.lines
+        (line, headers, body), = receiver.got
+        assert line == "POST /secret-topic HTTP/1.1" and body == "Ünwell"
+        assert headers["Title"] == "home: ?nwell" and headers["X-Token"] == "geheim"
+        assert headers["Authorization"] == "Basic " + base64.b64encode(b"bob:geheim").decode()
+    else:
+        assert notifier.error and error.lower() in notifier.error.lower(), notifier.error
+        assert len(notifier.alerts.lines) == 1, "it waits"
+        assert bench.board.system.records[-1].kind == "NOTIFY_FAILING"
+    told = caplog.text + json.dumps([event.view() for event in bench.board.system.records])
+    assert "geheim" not in told and "secret-topic" not in told
+
+
+@with_loop
+async def test_what_did_not_get_there_is_tried_ever_later_and_then_given_up():
+    async with AlertReceiver("500") as receiver:
+        bench = Bench(notify_url=f"http://127.0.0.1:{receiver.port}/")
+        notifier = ocppboard.Notifier(bench.board, None)
+        client = AsyncHTTPClient(force_instance=True)
+        bench.board.error_of("NOT_DELIVERED", "CP-1", "gone", {})
+        times = []
+        while bench.clock.now < NOW + 7 * 3600:
+            bench.clock.now += 5
+            notifier.look()
+            if notifier.alerts.due(bench.clock.now) and bench.clock.now >= notifier._retry_mono:
+                times.append(bench.clock.now)
+                await notifier._send(client, notifier.alerts.message("home"))
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert pauses[:4] == [5, 10, 20, 40] and set(pauses[8:]) == {600}
+        assert times[-1] - NOW < 6.3 * 3600 and not notifier.alerts.lines
+        kinds = [event.kind for event in bench.board.system.records if "NOTIFY" in event.kind]
+        assert kinds == ["NOTIFY_FAILING", "NOTIFY_LOST"]
+        receiver.behaviour = "good"
+        notifier.alerts.happened(ocppboard.Wrong("state", ""), "x", NOW, bench.clock.now)
+        await notifier._send(client, notifier.alerts.message("home"))
+        assert bench.board.system.records[-1].kind == "NOTIFY_WORKS"
+        client.close()
+
+
+@live()
+async def test_a_reload_changes_where_alerts_go(site, monkeypatch):
+    for name, value in (("LOOK_S", 0.05), ("GATHER_S", 0.0), ("HOLD_S", {"offline": 0.1})):
+        monkeypatch.setattr(ocppboard, name, value)
+    assert site.daemon.notifier.host == ""
+    async with AlertReceiver() as receiver:
+        site.daemon.config.notify.url = f"http://127.0.0.1:{receiver.port}/"
+        await (await site.station()).close()
+        await until(lambda: receiver.got, 10)
+
+
+@with_loop
+async def test_a_daemon_tells_that_a_station_is_away_and_stops_while_the_receiver_hangs(
+        monkeypatch):
+    for name, value in (("LOOK_S", 0.05), ("GATHER_S", 0.1), ("RECOVERED_S", 0.1),
+                        ("HOLD_S", {"offline": 0.1}), ("ALERT_PAUSE_S", (0.0, 0.0))):
+        monkeypatch.setattr(ocppboard, name, value)
+    async with AlertReceiver() as receiver:
+        async with Site(notify_url=f"http://127.0.0.1:{receiver.port}/") as site:
+            socket_ = await site.station()
+            await exchange(socket_, "Heartbeat", {})
+            await socket_.close()
+            await until(lambda: receiver.got)
+            message = json.loads(receiver.got[0][2])
+            assert message["problems"][0]["identity"] == "CP-1"
+            assert re.fullmatch(r"[^.]+-[0-9a-f]{4}", message["site"]), message["site"]
+            receiver.behaviour = "hangs"
+            await site.station()
+            await until(lambda: len(receiver.got) == 2)
+            began = time.monotonic()
+        assert time.monotonic() - began < 3
+
+
+def test_the_site_keeps_its_name(kept_bench, monkeypatch):
+    forgetful = Board(config_of())
+    first = ocppboard.site_name(kept_bench.board)
+    assert ocppboard.site_name(forgetful) == ocppboard.site_name(forgetful), "of the hardware"
+    kept_bench.write()
+    kept_bench.restart()
+    monkeypatch.setattr(socket, "gethostname", lambda: "other.example")
+    assert ocppboard.site_name(kept_bench.board) == first
+    assert re.fullmatch("other-[0-9a-f]{4}", ocppboard.site_name(forgetful))
 
 
 # --- Dashboard ----------------------------------------------------------------------------
