@@ -4950,10 +4950,10 @@ class Translator:
         return next((c for c in reversed(self.mappings.values())
                      if c.upstream_id == upstream_id), None)
 
-    def begun(self, payload: dict) -> int | None:
-        """The id of the transaction that runs by just this StartTransaction already."""
+    def id_of_start(self, payload: dict) -> int:
+        """The id that a StartTransaction is answered with: a new one, unless it is repeated."""
         return next((c.station_id for c in reversed(self.mappings.values())
-                     if self.began_by(c, payload) and not c.ended), None)
+                     if self.began_by(c, payload) and not c.ended), None) or self.new_id()
 
     @staticmethod
     def began_by(mapping: TransactionMapping, payload: dict) -> bool:
@@ -5655,7 +5655,8 @@ def lower_event(t: Translator, payload: dict) -> Steps:
         else:
             continue
         known = True
-        yield "StatusNotification", _status_16(t, evse_id, _time(t, event.get("timestamp")))
+        with contextlib.suppress(CallFailed):            # the others are told all the same
+            yield "StatusNotification", _status_16(t, evse_id, _time(t, event.get("timestamp")))
     return {} if known else None
 
 
@@ -5917,6 +5918,11 @@ def _told_event(mapping: TransactionMapping, event: dict) -> Steps:
         raise
 
 
+RESERVATION = whole_row("reservationId", "reservationId")
+STOPPED_BY = (token_row("idTag", "idToken"),)
+STARTED_BY = (*STOPPED_BY, RESERVATION)
+
+
 def _begin_end(at: str, register: int, context: str) -> dict:
     return {"timestamp": at, "sampledValue": [{
         "value": register, "context": context, "measurand": REGISTER,
@@ -5931,25 +5937,19 @@ def _start_key(payload: dict) -> tuple:
 def lift_start(t: Translator, payload: dict, transaction_id: int | None = None) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
-    key, station_id = _start_key(payload), transaction_id
-    if station_id is None:
-        station_id = t.begun(payload)
-    if station_id is None:
-        station_id = t.new_id()
+    station_id = t.id_of_start(payload) if transaction_id is None else transaction_id
     at = _when(t, payload)
     state = CHARGING_STATE.get(t.statuses.get((number, 1), ""), "EVConnected")
     mapping = t.mapping(station_id, upstream_id=str(station_id), evse_id=max(number, 0),
-                        state=state, start_key=key)
+                        state=state, start_key=_start_key(payload))
     mapping.ended, following, mapping.seq_no = False, mapping.seq_no, 0
     remote = _remote_start(t, number, tag)
     event = _transaction_event(t, mapping, "Started", at,
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
     mapping.seq_no = max(1, following)                  # if it is told once more
-    id_token = _lift_token(t, tag)
-    reservation = _whole(t, payload.get("reservationId"))
     mapping.register = _whole(t, payload.get("meterStart"))
-    event |= {"idToken": id_token} | ({} if reservation is None else {"reservationId": reservation})
+    event |= lifted(t, payload | {"idTag": tag}, STARTED_BY)
     if mapping.register is not None:
         event["meterValue"] = [_begin_end(at, mapping.register, "Transaction.Begin")]
     try:
@@ -5978,8 +5978,6 @@ def lift_stop(t: Translator, payload: dict) -> Steps:
     key = tuple(payload.get(name) for name in ("timestamp", "meterStop"))
     if mapping.ended and mapping.end_key == key:
         mapping.seq_no -= 1              # the same event, told once more
-    elif mapping.ended:
-        mapping.ended_by_us = False      # it comes after all
     mapping.ended, mapping.end_key, mapping.state = True, key, ""
     event = _transaction_event(t, mapping, "Ended", at, trigger, stoppedReason=stopped)
     meter_stop = _whole(t, payload.get("meterStop"))
@@ -5989,11 +5987,18 @@ def lift_stop(t: Translator, payload: dict) -> Steps:
         values.append(_begin_end(at, meter_stop, "Transaction.End"))
     if values:
         event["meterValue"] = values
-    if payload.get("idTag") is not None and (id_token := _lift_token(t, payload["idTag"])):
-        event["idToken"] = id_token
-    answer = yield "TransactionEvent", event
+    answer = yield "TransactionEvent", event | lifted(t, payload, STOPPED_BY)
     mapping.end_reported = True
     return lowered(t, answer, (ID_TOKEN_INFO._replace(old_default=None),))
+
+
+def ended_by(action: str, payload: dict) -> Any:
+    """The station's id of the transaction that a Call of it ends; None where it ends none."""
+    if action == "StopTransaction":
+        return lenient(payload, "transactionId", int)
+    if action == "TransactionEvent" and payload.get("eventType") == "Ended":
+        return lenient(lenient(payload, "transactionInfo", dict, {}), "transactionId", str)
+    return None
 
 
 def lower_request_start(t: Translator, payload: dict) -> Steps:
@@ -6039,68 +6044,95 @@ def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     1.6 knows a transaction from when it is known who charges; before that there is just a car.
     Raises: NotSupported when it began before we did and nobody knows upstream's id of it.
     """
-    # 1. which transaction it is, and what the event says of it
-    info = required(payload, "transactionInfo", dict)
-    kind, station_id = payload.get("eventType"), kept(required(info, "transactionId", str), 64)
-    at = _when(t, payload)
-    if station_id not in t.mappings and kind != "Started":
-        raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
-    mapping = t.mapping(station_id, upstream_id=None, started=at)
-    mapping.evse_id = max(0, lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
-                           ) or mapping.evse_id
-    told = payload.get("meterValue")
-    register, first = _register(told), _register(told, "Transaction.Begin")
-    if mapping.register is None:
-        mapping.register = register if first is None else first
-        mapping.base = 0 if mapping.upstream_id is None else mapping.register or 0
-    used = (register or 0) > (mapping.register or 0)
-    mapping.state = kept(lenient(info, "chargingState", str, ""), 50) or mapping.state
-    mapping.charged = mapping.charged or mapping.state == "Charging"
-    tag, answer = _lower_token(t, payload.get("idToken")), {}
-    # 2. begin it upstream, once someone is known to charge
-    ends = kind == "Ended" and (not mapping.end_reported or mapping.ended_by_us)
-    mapping.ended_by_us = mapping.ended_by_us and not (ends and mapping.end_reported)
+    mapping, tag = _observed(t, payload), _lower_token(t, payload.get("idToken"))
+    register, answer = _register(payload.get("meterValue")), {}
+    has_charged = mapping.charged or (register or 0) > (mapping.register or 0)
+    ends = payload.get("eventType") == "Ended" and not mapping.end_reported
     begins = mapping.upstream_id is None and not mapping.ended and (
-        tag is not None or (ends and (mapping.charged or used)))
+        tag is not None or (ends and has_charged))
     if begins:
-        reservation = _whole(t, payload.get("reservationId"))
-        answer = yield "StartTransaction", {
-            "connectorId": mapping.evse_id, "idTag": tag or "",
-            "meterStart": mapping.register or 0, "timestamp": mapping.started,
-            } | ({} if reservation is None else {"reservationId": reservation})
-        mapping.upstream_id, mapping.id_token = required(answer, "transactionId", int), tag
-        mapping.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
+        answer = yield from _start_16(t, mapping, payload, tag)
     elif tag is not None and not ends:
-        answer = mapping.answer
-        if tag != mapping.id_token:
-            answer = yield "Authorize", {"idTag": tag}
+        answer = yield from _authorize_16(mapping, tag)
     mapping.register = mapping.register if register is None else register
-    # 3. what was metered, and its end
-    values = _lower_meter_values(t, told, ("Hertz",) if ends else ())    # not in a StopTransaction
     if ends:
-        mapping.ended = True
-        if mapping.upstream_id is not None:
-            stop = ({"transactionId": mapping.upstream_id, "timestamp": at,
-                     "meterStop": (mapping.register or 0) - mapping.base,
-                     "reason": _reason_16(info, payload)}
-                    | ({} if tag is None else {"idTag": tag})
-                    | ({"transactionData": values} if values else {}))
-            answer = (yield "StopTransaction", stop) or answer
-        mapping.end_reported = True         # not before: what upstream could not take is told again
-    elif values and not (begins and first is not None and sum(
-            len(value["sampledValue"]) for value in values) == 1):   # meterStart says it
-        place = {} if mapping.upstream_id is None else {"transactionId": mapping.upstream_id}
-        yield "MeterValues", {"connectorId": mapping.evse_id, "meterValue": values} | place
-    # 4. 1.6 shows the charging state in the connector's status
-    shown_before = t.shown.get(mapping.evse_id)
-    now = _status_16(t, mapping.evse_id, at)
-    if mapping.evse_id and now["status"] not in (shown_before, "Unavailable"):
-        yield "StatusNotification", now
+        answer = (yield from _stop_16(t, mapping, payload)) or answer
+    else:
+        yield from _metered_16(t, mapping, payload, begins)
+    yield from _show_16(t, mapping, _when(t, payload))
     return {} if tag is None else lifted(t, answer, (ID_TOKEN_INFO,))
 
 
-def _reason_16(info: dict, payload: dict) -> str:
-    stopped, trigger = lenient(info, "stoppedReason", str, "Local"), payload.get("triggerReason")
+def _observed(t: Translator, payload: dict) -> TransactionMapping:
+    """The transaction of an event, with the EVSE, state and first register that it tells."""
+    info = required(payload, "transactionInfo", dict)
+    station_id = kept(required(info, "transactionId", str), 64)
+    if station_id not in t.mappings and payload.get("eventType") != "Started":
+        raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
+    mapping = t.mapping(station_id, upstream_id=None, started=_when(t, payload))
+    evse = lenient(payload, "evse", dict, {})
+    mapping.evse_id = max(0, lenient(evse, "id", int, 0)) or mapping.evse_id
+    if mapping.register is None:
+        values = payload.get("meterValue")
+        first = _register(values, "Transaction.Begin")
+        mapping.register = _register(values) if first is None else first
+        mapping.base = 0 if mapping.upstream_id is None else mapping.register or 0
+    mapping.state = kept(lenient(info, "chargingState", str, ""), 50) or mapping.state
+    mapping.charged = mapping.charged or mapping.state == "Charging"
+    return mapping
+
+
+def _start_16(t: Translator, mapping: TransactionMapping, payload: dict, tag: str | None) -> Steps:
+    """Begin a transaction upstream, as of its first event."""
+    answer = yield "StartTransaction", {
+        "connectorId": mapping.evse_id, "idTag": tag or "", "meterStart": mapping.register or 0,
+        "timestamp": mapping.started} | lowered(t, payload, (RESERVATION,))
+    mapping.upstream_id, mapping.id_token = required(answer, "transactionId", int), tag
+    mapping.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
+    return answer
+
+
+def _authorize_16(mapping: TransactionMapping, tag: str) -> Steps:
+    """Upstream's word on an id token; on that of the start it has given it."""
+    if tag == mapping.id_token:
+        return mapping.answer
+    return (yield "Authorize", {"idTag": tag})
+
+
+def _stop_16(t: Translator, mapping: TransactionMapping, payload: dict) -> Steps:
+    """End a transaction upstream, where it began there. What upstream cannot take comes again."""
+    mapping.ended, answer = True, None
+    if mapping.upstream_id is not None:
+        values = _lower_meter_values(t, payload.get("meterValue"), ("Hertz",))
+        answer = yield "StopTransaction", {
+            "transactionId": mapping.upstream_id, "timestamp": _when(t, payload),
+            "meterStop": (mapping.register or 0) - mapping.base, "reason": _reason_16(payload),
+            } | lowered(t, payload, STOPPED_BY) | ({"transactionData": values} if values else {})
+    mapping.end_reported = True
+    return answer
+
+
+def _metered_16(t: Translator, mapping: TransactionMapping, payload: dict, begins: bool) -> Steps:
+    """Pass meter values on, unless a StartTransaction has just said all of them (meterStart)."""
+    values = _lower_meter_values(t, payload.get("meterValue"))
+    is_start = begins and _register(payload.get("meterValue"), "Transaction.Begin") is not None
+    if values and not (is_start and sum(len(value["sampledValue"]) for value in values) == 1):
+        known = {} if mapping.upstream_id is None else {"transactionId": mapping.upstream_id}
+        yield "MeterValues", {"connectorId": mapping.evse_id, "meterValue": values} | known
+
+
+def _show_16(t: Translator, mapping: TransactionMapping, at: str) -> Steps:
+    """1.6 shows the charging state in the connector's status; the event does not depend on it."""
+    former = t.shown.get(mapping.evse_id)
+    status = _status_16(t, mapping.evse_id, at)
+    if mapping.evse_id and status["status"] not in (former, "Unavailable"):
+        with contextlib.suppress(CallFailed):
+            yield "StatusNotification", status
+
+
+def _reason_16(payload: dict) -> str:
+    stopped = lenient(payload["transactionInfo"], "stoppedReason", str, "Local")
+    trigger = payload.get("triggerReason")
     exact = next((reason for reason, pair in STOPPED.items() if pair == (stopped, trigger)), None)
     return exact or STOPPED_16.get(stopped, "Other")
 
@@ -14940,8 +14972,7 @@ class UpstreamSession:
             resumed = queued.asked and (queued.asked.action, queued.asked.payload)
         else:
             if queued.action == "StartTransaction" and queued.transaction_id is None:
-                queued.transaction_id = (translator.begun(call.payload)  # upstream gets it from us
-                                         or self.board.new_transaction_id())
+                queued.transaction_id = translator.id_of_start(call.payload)
             queued.steps = translator.up(queued.action, call.payload, queued.transaction_id
                                          if queued.action == "StartTransaction" else None)
         try:
@@ -14994,8 +15025,6 @@ class UpstreamSession:
                          error=f"{message.code}: {message.description}" if isinstance(
                              message, CallError) else None)
         if isinstance(message, CallError):
-            if action == "StatusNotification" != queued.action:
-                return {}        # it goes along with an event, which upstream has: no second time
             raise CallFailed(message.code, message.description, message.details)
         queued.reply_payload = message.payload
         return message.payload
@@ -15164,12 +15193,9 @@ class UpstreamSession:
 
     def _follow_board(self, translator: Translator, queued: QueuedCall) -> None:
         """A transaction that we have ended upstream goes on, if it does so at the board, or now
-        that a 2.x station ends it itself: upstream is told that until it has taken it."""
-        ended_id = None
-        if queued.action == "TransactionEvent" and queued.ends is None and (
-                queued.read().payload.get("eventType") == "Ended"):
-            ended_id = lenient(queued.read().payload, "transactionInfo", dict, {}).get(
-                "transactionId")
+        that the station ends it itself: upstream is told that until it has taken it."""
+        ended_id = None if queued.ends is not None else ended_by(queued.action,
+                                                                 queued.read().payload)
         for mapping in translator.mappings.values():
             if mapping.ended_by_us and (mapping.station_id == ended_id or self._status_of(
                     mapping.station_id) == "active"):
