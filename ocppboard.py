@@ -5014,14 +5014,15 @@ def _through(t: Translator, stages: list, action: str, payload: dict, **options:
         return end.value
 
 
-# 2. Fields. A row says how one field crosses: its names in 1.6 and 2.x, and its value both ways.
+# 2. Fields. A row says how one field crosses: its path in 1.6 and in 2.x, and its value both ways.
+# "chargingSchedule[0].id" is a path: the field of the first, and only, object of a list.
 
 
 class Row(NamedTuple):
     """A field that both versions have."""
 
-    old: str                            # 1.6's name
-    new: str                            # 2.x's name
+    old: str                            # its path in 1.6
+    new: str                            # in 2.x
     lift: Callable[[Translator, Any], Any]      # 1.6's value as 2.x's; None: it cannot be said
     lower: Callable[[Translator, Any], Any]
     old_default: Any = None             # what 1.6 needs where 2.x says nothing
@@ -5042,11 +5043,11 @@ NEEDED = object()                       # as a default: without the field there 
 
 
 def _crossed(t: Translator, payload: dict, ways: list) -> dict:
-    crossed = {}
+    crossed: dict = {}
     for source, target, convert, default in ways:
         if not target:                   # it is in one version's words only
             continue
-        value = payload.get(source)
+        value = _at(payload, source)
         if value is not None:
             value = convert(t, value)
         if value is None:
@@ -5054,8 +5055,28 @@ def _crossed(t: Translator, payload: dict, ways: list) -> dict:
                 raise MissingField(f"{source} is required")
             value = default
         if value is not None:
-            crossed[target] = value
+            _put(crossed, target, value)
     return crossed
+
+
+def _at(payload: dict, path: str) -> Any:
+    """What a payload has at a path; None where there is nothing."""
+    value: Any = payload
+    for step in path.split("."):
+        name, is_list, _ = step.partition("[0]")
+        value = value.get(name) if isinstance(value, dict) else None
+        if is_list:
+            value = value[0] if isinstance(value, list) and value else None
+    return value
+
+
+def _put(payload: dict, path: str, value: Any) -> None:
+    """Write a value at a path; the objects and lists on the way are made."""
+    *above, last = [step.partition("[0]") for step in path.split(".")]
+    for name, is_list, _ in above:
+        inner = payload.setdefault(name, [{}] if is_list else {})
+        payload = inner[0] if is_list else inner
+    payload[last[0]] = [value] if last[1] else value
 
 
 def _text(length: int) -> Callable:
@@ -5081,6 +5102,10 @@ def _time(t: Translator, value: Any) -> str | None:
     except WrongValue:
         return None
     return value if zoned and "T" in value else wire_time(when)
+
+
+def _unsaid(t: Translator, value: Any) -> None:
+    """The other way of a field that only one version has."""
 
 
 def _word(words: dict, other: str | None = None) -> Callable:
@@ -5121,6 +5146,22 @@ def whole_row(old: str, new: str, **more: Any) -> Row:
 def time_row(old: str, new: str, **more: Any) -> Row:
     """A time, as it was written."""
     return row(old, new, _time, _time, **more)
+
+
+def object_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
+    """An object, whose fields have rows of their own."""
+    return row(old, new,
+               lambda t, value: lifted(t, value, rows) if isinstance(value, dict) else None,
+               lambda t, value: lowered(t, value, rows) if isinstance(value, dict) else None,
+               **more)
+
+
+def list_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
+    """A list of such objects; an empty one is left out."""
+    return row(old, new,
+               lambda t, value: [lifted(t, item, rows) for item in _dicts(value)] or None,
+               lambda t, value: [lowered(t, item, rows) for item in _dicts(value)] or None,
+               **more)
 
 
 def word_row(old: str, new: str, pairs: dict, back: dict | None = None, *,
@@ -5231,38 +5272,24 @@ TOKEN_INFO = (
 )
 
 
-def _nested(rows: tuple) -> tuple[Callable, Callable]:
-    return (lambda t, value: lifted(t, value, rows) if isinstance(value, dict) else None,
-            lambda t, value: lowered(t, value, rows) if isinstance(value, dict) else None)
-
-
-def _list_of(rows: tuple) -> tuple[Callable, Callable]:
-    return (lambda t, value: [lifted(t, item, rows) for item in _dicts(value)] or None,
-            lambda t, value: [lowered(t, item, rows) for item in _dicts(value)] or None)
-
-
 ACCEPTED = {"status": "Accepted"}
-ID_TOKEN_INFO = Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO), old_default=ACCEPTED,
-                    new_default=ACCEPTED)
+ID_TOKEN_INFO = object_row("idTagInfo", "idTokenInfo", TOKEN_INFO, old_default=ACCEPTED,
+                           new_default=ACCEPTED)
 LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
-              Row("idTagInfo", "idTokenInfo", *_nested(TOKEN_INFO)))
+              object_row("idTagInfo", "idTokenInfo", TOKEN_INFO))
 
 # 4. Places: connector n of 1.6 is EVSE n of 2.x, of which it is connector 1 (see `evse_of_16`).
 # An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
-def _lift_place(t: Translator, connector: Any) -> dict | None:
-    number = _whole(t, connector)
-    return {"id": number} if number else None
+def _numbered(t: Translator, value: Any) -> int | None:
+    """The number of an EVSE; None for 0, the station, which 2.x does not number."""
+    return _whole(t, value) or None
 
 
-def _lower_place(t: Translator, evse: Any) -> int | None:
-    return _whole(t, evse.get("id")) if isinstance(evse, dict) else None
-
-
-PLACE = Row("connectorId", "evse", _lift_place, _lower_place, old_default=0)
 EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
-SOME_EVSE = Row("connectorId", "evseId", lambda t, value: _whole(t, value) or None, _whole)
+SOME_EVSE = Row("connectorId", "evseId", _numbered, _whole)
+PLACE = Row("connectorId", "evse.id", _numbered, _whole, old_default=0)
 
 # 5. Charging profiles
 
@@ -5280,60 +5307,20 @@ def _numeric(t: Translator, value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-UNITS = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"), needed=True)
-PERIOD = (
-    whole_row("startPeriod", "startPeriod", needed=True),
-    row("limit", "limit", _numeric, _lower_limit, needed=True),
-    Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
-        _whole),
-)
-SCHEDULE = (
-    whole_row("duration", "duration"),
-    time_row("startSchedule", "startSchedule"),
-    UNITS,
-    row("chargingSchedulePeriod", "chargingSchedulePeriod", *_list_of(PERIOD), needed=True),
-    Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
-)
-PURPOSES = _same("TxDefaultProfile", "TxProfile") | {
-    "ChargePointMaxProfile": "ChargingStationMaxProfile"}
-PROFILE = (
-    whole_row("chargingProfileId", "id", needed=True),
-    whole_row("stackLevel", "stackLevel", needed=True),
-    word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES, needed=True),
-    word_row("chargingProfileKind", "chargingProfileKind",
-             _same("Absolute", "Recurring", "Relative"), needed=True),
-    word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
-    time_row("validFrom", "validFrom"),
-    time_row("validTo", "validTo"),
-)
-
-
-def _lift_profile(t: Translator, profile: Any) -> dict:
-    """A charging profile for a 2.x station. Raises: MissingField, WrongValue."""
-    if not isinstance(profile, dict):
-        raise MissingField("the charging profile is missing")
-    crossed = lifted(t, profile, PROFILE)
-    schedule = lifted(t, required(profile, "chargingSchedule", dict), SCHEDULE)
-    crossed["chargingSchedule"] = [{"id": crossed["id"]} | schedule]
-    if (number := _whole(t, profile.get("transactionId"))) is not None:
-        known = t.by_upstream_id(number)
-        crossed["transactionId"] = known.station_id if known else str(number)
-    return crossed
-
-
-def _lower_profile(t: Translator, profile: Any) -> dict:
-    """A charging profile for a 1.6 station. Raises: NotSupported, MissingField."""
-    if not isinstance(profile, dict):
-        raise MissingField("the charging profile is missing")
-    if profile.get("chargingProfilePurpose") == "ChargingStationExternalConstraints":
+def _lower_purpose(t: Translator, purpose: Any) -> str | None:
+    if purpose == "ChargingStationExternalConstraints":
         raise NotSupported("1.6 has no profiles of external constraints")
-    crossed = lowered(t, profile, PROFILE)
-    # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
-    crossed["chargingSchedule"] = lowered(t, _some(profile, "chargingSchedule")[0], SCHEDULE)
-    return crossed
+    return PURPOSES_16.get(purpose) if isinstance(purpose, str) else None
 
 
-def _here_16(t: Translator, upstream_id: Any) -> int:
+def _lift_transaction(t: Translator, upstream_id: Any) -> int | str | None:
+    """A 2.x station's id of the transaction that a 1.6 upstream names."""
+    number = _whole(t, upstream_id)
+    known = t.by_upstream_id(number)
+    return None if number is None else known.station_id if known else str(number)
+
+
+def _lower_transaction(t: Translator, upstream_id: Any) -> int:
     """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
     known = t.by_upstream_id(upstream_id)
     # One of before a restart has our own id
@@ -5343,36 +5330,73 @@ def _here_16(t: Translator, upstream_id: Any) -> int:
     return number
 
 
-COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True),
-             word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W")))
-
-
-def lift_composite(t: Translator, payload: dict) -> Steps:
-    """1.6 5.7 from upstream; 2.0.1 K08."""
-    asked = lifted(t, payload, COMPOSITE)
-    answer = yield "GetCompositeSchedule", asked
-    crossed = lowered(t, answer, YES_NO)
-    schedule = answer.get("schedule")
-    if isinstance(schedule, dict):
-        crossed |= lowered(t, schedule, (EVSE, time_row("scheduleStart", "scheduleStart")))
-        crossed["chargingSchedule"] = lowered(t, schedule, SCHEDULE)
-    return crossed
+PERIOD = (
+    whole_row("startPeriod", "startPeriod", needed=True),
+    row("limit", "limit", _numeric, _lower_limit, needed=True),
+    Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
+        _whole),
+)
+UNIT = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))
+COMPOSITE_SCHEDULE = (
+    whole_row("duration", "duration"),
+    UNIT._replace(old_default=NEEDED, new_default=NEEDED),
+    list_row("chargingSchedulePeriod", "chargingSchedulePeriod", PERIOD, needed=True),
+)
+SCHEDULE = (
+    *COMPOSITE_SCHEDULE,
+    time_row("startSchedule", "startSchedule"),
+    Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
+)
+PURPOSES = _same("TxDefaultProfile", "TxProfile") | {
+    "ChargePointMaxProfile": "ChargingStationMaxProfile"}
+PURPOSES_16 = {new: old for old, new in PURPOSES.items()}
+PROFILE = (
+    whole_row("chargingProfileId", "id", needed=True),
+    whole_row("stackLevel", "stackLevel", needed=True),
+    row("chargingProfilePurpose", "chargingProfilePurpose", _word(PURPOSES), _lower_purpose,
+        needed=True),
+    word_row("chargingProfileKind", "chargingProfileKind",
+             _same("Absolute", "Recurring", "Relative"), needed=True),
+    word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
+    time_row("validFrom", "validFrom"),
+    time_row("validTo", "validTo"),
+    # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
+    object_row("chargingSchedule", "chargingSchedule[0]", SCHEDULE, needed=True),
+    Row("chargingProfileId", "chargingSchedule[0].id", _whole, _unsaid),
+)
+SET_PROFILE = (EVSE, object_row("csChargingProfiles", "chargingProfile", (
+    *PROFILE, Row("transactionId", "transactionId", _lift_transaction, _lower_transaction)),
+    needed=True))
+START_PROFILE = (object_row("chargingProfile", "chargingProfile", PROFILE, needed=True),
+                 )                       # of no transaction yet (F01.FR.11)
+CLEAR_PROFILE = (
+    whole_row("id", "chargingProfileId"),
+    whole_row("connectorId", "chargingProfileCriteria.evseId"),
+    whole_row("stackLevel", "chargingProfileCriteria.stackLevel"),
+    word_row("chargingProfilePurpose", "chargingProfileCriteria.chargingProfilePurpose", PURPOSES),
+)
+CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
+COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True), UNIT)
+COMPOSED = (
+    *YES_NO,
+    object_row("chargingSchedule", "schedule", COMPOSITE_SCHEDULE),
+    whole_row("connectorId", "schedule.evseId"),
+    time_row("scheduleStart", "schedule.scheduleStart"),
+)
 
 
 def lower_composite(t: Translator, payload: dict) -> Steps:
-    """2.0.1 K08 from upstream; 1.6 5.7."""
+    """2.0.1 K08; 1.6 5.7, which may leave out what 2.x needs in a schedule."""
     asked = lowered(t, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
-    crossed = lifted(t, answer, YES_NO)
-    schedule = answer.get("chargingSchedule")
-    if isinstance(schedule, dict) and schedule.get("chargingSchedulePeriod"):
-        told = lifted(t, schedule, [field_ for field_ in SCHEDULE if field_.new not in (
-            "startSchedule", "minChargingRate")])
-        start = answer.get("scheduleStart") or schedule.get("startSchedule")
-        crossed["schedule"] = {"duration": asked["duration"]} | told | {
-            "evseId": asked["connectorId"],
-            "scheduleStart": _time(t, start) or wire_time(t.clock())}
-    return crossed
+    schedule = lenient(answer, "chargingSchedule", dict, {})
+    if not schedule.get("chargingSchedulePeriod"):
+        return lifted(t, answer, YES_NO)
+    start = answer.get("scheduleStart") or schedule.get("startSchedule")
+    return lifted(t, answer | {
+        "connectorId": asked["connectorId"],
+        "chargingSchedule": {"duration": asked["duration"]} | schedule,
+        "scheduleStart": _time(t, start) or wire_time(t.clock())}, COMPOSED)
 
 
 def _is_empty(profile: Any) -> bool:
@@ -5383,65 +5407,46 @@ def _is_empty(profile: Any) -> bool:
 
 def lift_set_profile(t: Translator, payload: dict) -> Steps:
     """1.6 5.16; 2.0.1 K01."""
-    asked = lifted(t, payload, (EVSE,))
     if _is_empty(payload.get("csChargingProfiles")):
         return {"status": "Rejected"}
-    profile = asked["chargingProfile"] = _lift_profile(t, payload.get("csChargingProfiles"))
+    asked = lifted(t, payload, SET_PROFILE)
+    profile, mapping = asked["chargingProfile"], t.open_at(asked["evseId"])
     # 1.6 may leave the transaction to the connector; 2.x wants it named (K01.FR.03).
-    if profile["chargingProfilePurpose"] == "TxProfile" and "transactionId" not in profile and (
-            mapping := t.open_at(asked["evseId"])):
-        profile["transactionId"] = mapping.station_id
-    answer = yield "SetChargingProfile", asked
-    return lowered(t, answer, YES_NO)
+    if profile["chargingProfilePurpose"] == "TxProfile" and mapping:
+        profile.setdefault("transactionId", mapping.station_id)
+    return lowered(t, (yield "SetChargingProfile", asked), YES_NO)
 
 
 def lower_set_profile(t: Translator, payload: dict) -> Steps:
     """2.0.1 K01; 1.6 5.16."""
-    asked = lowered(t, payload, (EVSE,))
-    profile = asked["csChargingProfiles"] = _lower_profile(t, payload.get("chargingProfile"))
-    upstream_id = payload["chargingProfile"].get("transactionId")
-    if upstream_id is not None:
-        try:
-            profile["transactionId"] = _here_16(t, upstream_id)
-        except WrongValue:
-            return {"status": "Rejected"}                # of a transaction that is not there
-    answer = yield "SetChargingProfile", asked
-    return lifted(t, answer, YES_NO)
-
-
-CLEARED_ID = (whole_row("id", "chargingProfileId"),)
-CRITERIA = (whole_row("connectorId", "evseId"), whole_row("stackLevel", "stackLevel"),
-            word_row("chargingProfilePurpose", "chargingProfilePurpose", PURPOSES))
-CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
-
-
-def lift_clear_profile(t: Translator, payload: dict) -> Steps:
-    """1.6 5.3; 2.0.1 K10."""
-    asked = lifted(t, payload, CLEARED_ID)
-    if criteria := lifted(t, payload, CRITERIA):
-        asked["chargingProfileCriteria"] = criteria
-    return lowered(t, (yield "ClearChargingProfile", asked), CLEARED)
+    try:
+        asked = lowered(t, payload, SET_PROFILE)
+    except WrongValue:
+        return {"status": "Rejected"}                    # of a transaction that is not there
+    return lifted(t, (yield "SetChargingProfile", asked), YES_NO)
 
 
 def lower_clear_profile(t: Translator, payload: dict) -> Steps:
     """2.0.1 K10; 1.6 5.3."""
-    criteria = lenient(payload, "chargingProfileCriteria", dict, {})
-    if criteria.get("chargingProfilePurpose") not in (None, *PURPOSES.values()):
+    if _at(payload, "chargingProfileCriteria.chargingProfilePurpose") not in (
+            None, *PURPOSES.values()):
         return {"status": "Unknown"}                     # 1.6 has no such profile to clear
-    asked = lowered(t, payload, CLEARED_ID)
-    return lifted(t, (yield "ClearChargingProfile", asked | lowered(t, criteria, CRITERIA)),
-                  CLEARED)
+    asked = lowered(t, payload, CLEAR_PROFILE)
+    return lifted(t, (yield "ClearChargingProfile", asked), CLEARED)
 
 
 # 6. What a station is: its boot, its firmware, its logs
 
-STATION_INFO = (
-    text_row("chargePointVendor", "vendorName", 20, 50, old_default="", new_default=""),
-    text_row("chargePointModel", "model", 20, 20, old_default="", new_default=""),
-    text_row("chargePointSerialNumber", "serialNumber", 25, 25),
-    text_row("firmwareVersion", "firmwareVersion", 50, 50),
+BOOT = (
+    text_row("chargePointVendor", "chargingStation.vendorName", 20, 50, old_default="",
+             new_default=""),
+    text_row("chargePointModel", "chargingStation.model", 20, 20, old_default="", new_default=""),
+    Row("chargeBoxSerialNumber", "chargingStation.serialNumber", _text(25), _unsaid),
+    text_row("chargePointSerialNumber", "chargingStation.serialNumber", 25, 25),
+    text_row("firmwareVersion", "chargingStation.firmwareVersion", 50, 50),
+    text_row("iccid", "chargingStation.modem.iccid", 20, 20),
+    text_row("imsi", "chargingStation.modem.imsi", 20, 20),
 )
-MODEM = (text_row("iccid", "iccid", 20, 20), text_row("imsi", "imsi", 20, 20))
 BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
           whole_row("interval", "interval", old_default=60, new_default=60),
           time_row("currentTime", "currentTime", needed=True))
@@ -5449,22 +5454,9 @@ BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
 
 def lift_boot(t: Translator, payload: dict) -> Steps:
     """1.6 4.2; 2.0.1 B01. What it has of meters, 2.x keeps elsewhere."""
-    station = lifted(t, payload, STATION_INFO)
-    if "serialNumber" not in station and "chargeBoxSerialNumber" in payload:
-        station |= lifted(t, payload, (text_row("chargeBoxSerialNumber", "serialNumber", 25, 25),))
-    if modem := lifted(t, payload, MODEM):
-        station["modem"] = modem
-    reason, t.boot_reason = t.boot_reason, "Unknown"
-    answer = yield "BootNotification", {"chargingStation": station, "reason": reason}
-    return lowered(t, _with_time(t, answer), BOOTED)
-
-
-def lower_boot(t: Translator, payload: dict) -> Steps:
-    """2.0.1 B01; 1.6 4.2."""
-    station = lenient(payload, "chargingStation", dict, {})
-    asked = lowered(t, station, STATION_INFO) | lowered(t, lenient(station, "modem", dict, {}),
-                                                        MODEM)
-    return lifted(t, _with_time(t, (yield "BootNotification", asked)), BOOTED)
+    asked = lifted(t, payload, BOOT) | {"reason": t.boot_reason}
+    t.boot_reason = "Unknown"
+    return lowered(t, _with_time(t, (yield "BootNotification", asked)), BOOTED)
 
 
 def _with_time(t: Translator, answer: dict) -> dict:
@@ -6001,12 +5993,14 @@ def ended_by(action: str, payload: dict) -> Any:
     return None
 
 
+REQUEST_START = (token_row("idTag", "idToken", needed=True), SOME_EVSE)
+
+
 def lower_request_start(t: Translator, payload: dict) -> Steps:
     """2.0.1 F01, F02; 1.6 5.11."""
-    asked = lowered(t, payload, (token_row("idTag", "idToken", old_default=NEEDED),
-                                 whole_row("connectorId", "evseId")))
+    asked = lowered(t, payload, REQUEST_START)
     if payload.get("chargingProfile") is not None:
-        asked["chargingProfile"] = _lower_profile(t, payload["chargingProfile"])
+        asked |= lowered(t, payload, START_PROFILE)
     remote = _whole(t, payload.get("remoteStartId"))
     answer = yield "RemoteStartTransaction", asked
     if remote is not None and answer.get("status") == "Accepted":
@@ -6018,7 +6012,7 @@ def lower_request_start(t: Translator, payload: dict) -> Steps:
 def lower_request_stop(t: Translator, payload: dict) -> Steps:
     """2.0.1 F03; 1.6 5.12."""
     try:
-        station_id = _here_16(t, payload.get("transactionId"))
+        station_id = _lower_transaction(t, payload.get("transactionId"))
     except WrongValue:
         return {"status": "Rejected"}
     answer = yield "RemoteStopTransaction", {"transactionId": station_id}
@@ -6139,16 +6133,14 @@ def _reason_16(payload: dict) -> str:
 
 def lift_remote_start(t: Translator, payload: dict) -> Steps:
     """1.6 5.11; 2.0.1 F01, F02."""
-    asked = lifted(t, payload, (token_row("idTag", "idToken", new_default=NEEDED), SOME_EVSE))
+    asked = lifted(t, payload, REQUEST_START)
     if asked["idToken"]["idToken"] not in t.token_types and "idTag" in payload:
         asked["idToken"]["type"] = "Central"             # "issued by the central system"
     asked["remoteStartId"] = t.next_request()
     if _is_empty(payload.get("chargingProfile")):
         return {"status": "Rejected"}
     if payload.get("chargingProfile") is not None:
-        profile = _lift_profile(t, payload["chargingProfile"])
-        profile.pop("transactionId", None)               # there is none yet (F01.FR.11)
-        asked["chargingProfile"] = profile
+        asked |= lifted(t, payload, START_PROFILE)
     return lowered(t, (yield "RequestStartTransaction", asked), YES_NO)
 
 
@@ -6422,14 +6414,13 @@ def lift_trigger(t: Translator, payload: dict) -> Steps:
 def lower_trigger(t: Translator, payload: dict) -> Steps:
     """2.0.1 F06; 1.6 5.17 and its security extension."""
     message = lenient(payload, "requestedMessage", str)
-    place = _lower_place(t, payload.get("evse"))
-    asked = {"connectorId": place} if place else {}
     action, word = TRIGGERS_16.get(message, ("TriggerMessage", message))
     if message == "LogStatusNotification" and t.diagnostics:
         action, word = "TriggerMessage", "DiagnosticsStatusNotification"
     if word not in TRIGGERS:
         return {"status": "NotImplemented"}
-    answer = yield action, {"requestedMessage": word} | asked
+    place = lowered(t, payload, (Row("connectorId", "evse.id", _numbered, _numbered),))
+    answer = yield action, {"requestedMessage": word} | place
     if message == "BootNotification" and answer.get("status") == "Accepted":
         t.boot_reason = "Triggered"
     return lifted(t, answer, TRIGGERED)
@@ -6452,16 +6443,18 @@ def lower_reset(t: Translator, payload: dict) -> Steps:
     return lifted(t, answer, RESETTING)
 
 
-UPDATE_16 = (exact_row("location", "location", 2000, 512, needed=True),
-             time_row("retrieveDate", "retrieveDateTime", needed=True))
-UPDATE_SIGNED = (
+REQUEST = whole_row("requestId", "requestId", needed=True)
+RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
+UPDATE_PLAIN = (
+    *RETRIES,
+    exact_row("location", "firmware.location", 2000, 512, needed=True),
+    time_row("retrieveDate", "firmware.retrieveDateTime", needed=True))
+UPDATE_SIGNED = (*RETRIES, REQUEST, object_row("firmware", "firmware", (
     exact_row("location", "location", 512, 512, needed=True),
     time_row("retrieveDateTime", "retrieveDateTime", needed=True),
     time_row("installDateTime", "installDateTime"),
     exact_row("signingCertificate", "signingCertificate", 5500, 5500),
-    exact_row("signature", "signature", 800, 800))
-REQUEST = whole_row("requestId", "requestId", needed=True)
-RETRIES = (whole_row("retries", "retries"), whole_row("retryInterval", "retryInterval"))
+    exact_row("signature", "signature", 800, 800)), needed=True))
 UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertificate",
                       "RevokedCertificate", worst="Rejected")
 
@@ -6469,8 +6462,8 @@ UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertif
 def lift_update(t: Translator, payload: dict) -> Steps:
     """1.6 5.19; 2.0.1 L01, L02. 1.6 hears of a refusal by a status notification."""
     t.signed_firmware = False
-    answer = yield "UpdateFirmware", lifted(t, payload, RETRIES) | {
-        "requestId": t.next_request(), "firmware": lifted(t, payload, UPDATE_16)}
+    answer = yield "UpdateFirmware", lifted(t, payload, UPDATE_PLAIN) | {
+        "requestId": t.next_request()}
     if answer.get("status") not in ("Accepted", "AcceptedCanceled"):
         t.tell("FirmwareStatusNotification", {"status": "DownloadFailed"})
     return {}
@@ -6479,29 +6472,31 @@ def lift_update(t: Translator, payload: dict) -> Steps:
 def lift_signed_update(t: Translator, payload: dict) -> Steps:
     """1.6 security extension L01; 2.0.1 L01."""
     t.signed_firmware = True
-    answer = yield "UpdateFirmware", lifted(t, payload, (*RETRIES, REQUEST)) | {
-        "firmware": lifted(t, required(payload, "firmware", dict), UPDATE_SIGNED)}
-    return lowered(t, answer, UPDATED)
+    return lowered(t, (yield "UpdateFirmware", lifted(t, payload, UPDATE_SIGNED)), UPDATED)
 
 
 def lower_update(t: Translator, payload: dict) -> Steps:
     """2.0.1 L01 as 1.6's signed update, L02 as its plain one."""
     firmware = required(payload, "firmware", dict)
     t.firmware_request = _whole(t, payload.get("requestId"))
-    asked = lowered(t, payload, RETRIES)
     if firmware.get("signature") and firmware.get("signingCertificate"):
-        answer = yield "SignedUpdateFirmware", asked | {
-            "requestId": t.firmware_request or 0, "firmware": lowered(t, firmware, UPDATE_SIGNED)}
-        return lifted(t, answer, UPDATED)
-    yield "UpdateFirmware", asked | lowered(t, firmware, UPDATE_16)
+        asked = lowered(t, payload, UPDATE_SIGNED)
+        return lifted(t, (yield "SignedUpdateFirmware", asked), UPDATED)
+    yield "UpdateFirmware", lowered(t, payload, UPDATE_PLAIN)
     return {"status": "Accepted"}
 
 
-LOG_TIMES = (time_row("startTime", "oldestTimestamp"), time_row("stopTime", "latestTimestamp"))
-LOG_16 = (exact_row("remoteLocation", "remoteLocation", 512, 512, needed=True),
-          time_row("oldestTimestamp", "oldestTimestamp"),
-          time_row("latestTimestamp", "latestTimestamp"))
-LOG_KIND = word_row("logType", "logType", _same("DiagnosticsLog", "SecurityLog"), needed=True)
+DIAGNOSTICS_LOG = (
+    *RETRIES,
+    exact_row("location", "log.remoteLocation", 512, 512, needed=True),
+    time_row("startTime", "log.oldestTimestamp"),
+    time_row("stopTime", "log.latestTimestamp"))
+LOG = (
+    *RETRIES, REQUEST,
+    word_row("logType", "logType", _same("DiagnosticsLog", "SecurityLog"), needed=True),
+    exact_row("log.remoteLocation", "log.remoteLocation", 512, 512, needed=True),
+    time_row("log.oldestTimestamp", "log.oldestTimestamp"),
+    time_row("log.latestTimestamp", "log.latestTimestamp"))
 LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Rejected"),
             text_row("filename", "filename", 255, 255))
 
@@ -6509,10 +6504,8 @@ LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Reje
 def lift_diagnostics(t: Translator, payload: dict) -> Steps:
     """1.6 5.9; 2.0.1 N01."""
     t.diagnostics = True
-    log_ = lifted(t, payload, (*LOG_TIMES, exact_row("location", "remoteLocation", 512, 512,
-                                                     new_default=NEEDED)))
-    answer = yield "GetLog", lifted(t, payload, RETRIES) | {
-        "log": log_, "logType": "DiagnosticsLog", "requestId": t.next_request()}
+    answer = yield "GetLog", lifted(t, payload, DIAGNOSTICS_LOG) | {
+        "logType": "DiagnosticsLog", "requestId": t.next_request()}
     accepted = answer.get("status") in ("Accepted", "AcceptedCanceled")
     return lowered(t, answer, (text_row("fileName", "filename", 255, 255),)) if accepted else {}
 
@@ -6520,25 +6513,18 @@ def lift_diagnostics(t: Translator, payload: dict) -> Steps:
 def lift_log(t: Translator, payload: dict) -> Steps:
     """1.6 security extension N01; 2.0.1 N01."""
     t.diagnostics = False
-    asked = lifted(t, payload, (*RETRIES, LOG_KIND, REQUEST))
-    asked["log"] = lifted(t, required(payload, "log", dict), LOG_16)
-    return lowered(t, (yield "GetLog", asked), LOG_SENT)
+    return lowered(t, (yield "GetLog", lifted(t, payload, LOG)), LOG_SENT)
 
 
 def lower_log(t: Translator, payload: dict) -> Steps:
     """2.0.1 N01: diagnostics go the way that every 1.6 station knows."""
-    request, log_ = required(payload, "requestId", int), required(payload, "log", dict)
-    asked = lowered(t, payload, RETRIES)
     if payload.get("logType") == "DiagnosticsLog":
-        t.diagnostics, t.log_request = True, request
-        answer = yield "GetDiagnostics", asked | lowered(t, log_, (
-            exact_row("location", "remoteLocation", 512, 512, old_default=NEEDED), *LOG_TIMES))
+        t.diagnostics, t.log_request = True, required(payload, "requestId", int)
+        answer = yield "GetDiagnostics", lowered(t, payload, DIAGNOSTICS_LOG)
         name = _text(255)(t, answer.get("fileName"))
         return {"status": "Accepted", "filename": name} if name else {"status": "Rejected"}
     t.diagnostics = False
-    answer = yield "GetLog", asked | {"requestId": request, "log": lowered(t, log_, LOG_16)} | (
-        lowered(t, payload, (LOG_KIND,)))
-    return lifted(t, answer, LOG_SENT)
+    return lifted(t, (yield "GetLog", lowered(t, payload, LOG)), LOG_SENT)
 
 
 # 13. Certificates, security events, DataTransfer
@@ -6584,7 +6570,7 @@ def lift_certificates(t: Translator, payload: dict) -> Steps:
         "status": "NotFound"}
 
 
-HASH_DATA = row("certificateHashData", "certificateHashData", *_nested(HASH), needed=True)
+HASH_DATA = object_row("certificateHashData", "certificateHashData", HASH, needed=True)
 SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
     "FailedToAuthenticateAtCentralSystem": "FailedToAuthenticateAtCsms",
     "CentralSystemFailedToAuthenticate": "CsmsFailedToAuthenticate",
@@ -6621,6 +6607,7 @@ TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "Unknown
 
 PLAIN = (
     ("Authorize", "Authorize", (token_row("idTag", "idToken", needed=True),), (ID_TOKEN_INFO,)),
+    ("BootNotification", "BootNotification", BOOT, BOOTED),
     ("Heartbeat", "Heartbeat", (), (time_row("currentTime", "currentTime", needed=True),)),
     ("DataTransfer", "DataTransfer", TRANSFER, TRANSFERRED),
     ("SecurityEventNotification", "SecurityEventNotification", SECURITY_EVENT, ()),
@@ -6634,6 +6621,8 @@ PLAIN = (
                       needed=True)),
      status_rows("Accepted", "Rejected", "Scheduled", worst="Rejected")),
     ("ClearCache", "ClearCache", (), YES_NO),
+    ("ClearChargingProfile", "ClearChargingProfile", CLEAR_PROFILE, CLEARED),
+    ("GetCompositeSchedule", "GetCompositeSchedule", COMPOSITE, COMPOSED),
     ("Reset", "Reset", RESET, RESETTING),
     ("DeleteCertificate", "DeleteCertificate", (HASH_DATA,),
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
@@ -6642,7 +6631,7 @@ PLAIN = (
      (Row("listVersion", "versionNumber", _count, _whole, 0, 0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
-      Row("localAuthorizationList", "localAuthorizationList", *_list_of(LOCAL_LIST)),
+      list_row("localAuthorizationList", "localAuthorizationList", LOCAL_LIST),
       word_row("updateType", "updateType", _same("Differential", "Full"), needed=True)),
      status_rows("Accepted", "Failed", "VersionMismatch", worst="Failed")),
     ("ReserveNow", "ReserveNow",
@@ -6659,12 +6648,12 @@ PLAIN = (
 )
 
 
-def _plain(there: str, cross: Callable, back: Callable, asked: tuple, answered: tuple) -> Callable:
+def _plain(action: str, cross: Callable, back: Callable, asked: tuple, answered: tuple) -> Callable:
+    has_time = "currentTime" in [field_.old for field_ in answered]
+
     def convert(t: Translator, payload: dict) -> Steps:
-        answer = yield there, cross(t, payload, asked)
-        if "currentTime" in [field_.old for field_ in answered]:
-            answer = _with_time(t, answer)
-        return back(t, answer, answered)
+        answer = yield action, cross(t, payload, asked)
+        return back(t, _with_time(t, answer) if has_time else answer, answered)
     return convert
 
 
@@ -6719,19 +6708,20 @@ LOWER_DOWN = _picked(                    # a 2.0.1 upstream commands a 1.6 stati
     Reset=lower_reset, SetChargingProfile=lower_set_profile, SetVariables=lower_set_variables,
     TriggerMessage=lower_trigger, UpdateFirmware=lower_update)
 LOWER_UP = _picked(                      # a 2.0.1 station speaks
-    _PLAIN_LOWER, "Authorize", "DataTransfer", "Heartbeat", "SecurityEventNotification",
+    _PLAIN_LOWER, "Authorize", "BootNotification", "DataTransfer", "Heartbeat",
+    "SecurityEventNotification",
     **dict.fromkeys(NEWS, _answered_here) | {
-        "BootNotification": lower_boot, "FirmwareStatusNotification": lower_firmware_status,
+        "FirmwareStatusNotification": lower_firmware_status,
         "LogStatusNotification": lower_log_status, "MeterValues": lower_meter_values,
         "NotifyEvent": lower_event, "StatusNotification": lower_status,
         "SignCertificate": _of_types("SignCertificate", (STATIONS_OWN,), STATIONS_OWN),
         "TransactionEvent": lower_transaction_event})
 LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 station
     _PLAIN_LIFT, "CancelReservation", "CertificateSigned", "ChangeAvailability", "ClearCache",
-    "DataTransfer", "DeleteCertificate", "GetLocalListVersion", "InstallCertificate", "ReserveNow",
-    "Reset", "SendLocalList", "UnlockConnector",
-    ChangeConfiguration=lift_change_configuration, ClearChargingProfile=lift_clear_profile,
-    ExtendedTriggerMessage=lift_trigger, GetCompositeSchedule=lift_composite,
+    "ClearChargingProfile", "DataTransfer", "DeleteCertificate", "GetCompositeSchedule",
+    "GetLocalListVersion", "InstallCertificate", "ReserveNow", "Reset", "SendLocalList",
+    "UnlockConnector",
+    ChangeConfiguration=lift_change_configuration, ExtendedTriggerMessage=lift_trigger,
     GetConfiguration=lift_get_configuration, GetDiagnostics=lift_diagnostics,
     GetInstalledCertificateIds=lift_certificates, GetLog=lift_log,
     RemoteStartTransaction=lift_remote_start, RemoteStopTransaction=lift_remote_stop,
