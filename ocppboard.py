@@ -4492,11 +4492,9 @@ def limits_in(told: Iterable[tuple[dict, Any]]) -> dict[str, int]:
     for entry, value in told:
         name = LIMIT_OF_KEY.get(kept(entry.get("key", "")), "")
         if not name:
-            component, variable = (lenient(entry, key, dict, {}) for key in (
-                "component", "variable"))
-            instance = lenient(variable, "instance", str, "")
-            name = (f"{lenient(component, 'name', str)}.{lenient(variable, 'name', str)}"
-                    f"{instance and ':'}{instance}")
+            component, variable, instance = (lenient(entry, path, str, "") for path in (
+                "component.name", "variable.name", "variable.instance"))
+            name = f"{component}.{variable}{instance and ':'}{instance}"
         with contextlib.suppress(ValueError, TypeError):
             if name in LIMITS and 0 <= int(value) < 2**31:
                 limits[name] = int(value)
@@ -4660,12 +4658,23 @@ def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
     return default if value is None else _typed(value, key, kind)
 
 
-def lenient(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
+def lenient(payload: dict, path: str, kind: Any, default: Any = None) -> Any:
     """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
+    value: Any = value_at(payload, path) if "." in path else payload.get(path)
     try:
-        return optional(payload, key, kind, default)
+        return default if value is None else _typed(value, path, kind)
     except WrongType:
         return default
+
+
+def value_at(payload: Any, path: str) -> Any:
+    """What stands at a path, such as `evse.id` or `chargingSchedule[0].id`; None: nothing does."""
+    for step in path.split("."):
+        name, is_list, _ = step.partition("[0]")
+        payload = payload.get(name) if isinstance(payload, dict) else None
+        if is_list:
+            payload = payload[0] if isinstance(payload, list) and payload else None
+    return payload
 
 
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d{1,18},\d{0,9}\s*")       # "1234,5", meant as 1234.5
@@ -5047,7 +5056,7 @@ def _crossed(t: Translator, payload: dict, ways: list) -> dict:
     for source, target, convert, default in ways:
         if not target:                   # it is in one version's words only
             continue
-        value = _at(payload, source)
+        value = value_at(payload, source)
         if value is not None:
             value = convert(t, value)
         if value is None:
@@ -5057,17 +5066,6 @@ def _crossed(t: Translator, payload: dict, ways: list) -> dict:
         if value is not None:
             _put(crossed, target, value)
     return crossed
-
-
-def _at(payload: dict, path: str) -> Any:
-    """What a payload has at a path; None where there is nothing."""
-    value: Any = payload
-    for step in path.split("."):
-        name, is_list, _ = step.partition("[0]")
-        value = value.get(name) if isinstance(value, dict) else None
-        if is_list:
-            value = value[0] if isinstance(value, list) and value else None
-    return value
 
 
 def _put(payload: dict, path: str, value: Any) -> None:
@@ -5402,7 +5400,7 @@ def lower_composite(t: Translator, payload: dict) -> Steps:
 def _is_empty(profile: Any) -> bool:
     """Whether a profile of 1.6 has no period, without which 2.x has no schedule."""
     return isinstance(profile, dict) and not lenient(
-        lenient(profile, "chargingSchedule", dict, {}), "chargingSchedulePeriod", list)
+        profile, "chargingSchedule.chargingSchedulePeriod", list)
 
 
 def lift_set_profile(t: Translator, payload: dict) -> Steps:
@@ -5428,7 +5426,7 @@ def lower_set_profile(t: Translator, payload: dict) -> Steps:
 
 def lower_clear_profile(t: Translator, payload: dict) -> Steps:
     """2.0.1 K10; 1.6 5.3."""
-    if _at(payload, "chargingProfileCriteria.chargingProfilePurpose") not in (
+    if value_at(payload, "chargingProfileCriteria.chargingProfilePurpose") not in (
             None, *PURPOSES.values()):
         return {"status": "Unknown"}                     # 1.6 has no such profile to clear
     asked = lowered(t, payload, CLEAR_PROFILE)
@@ -5631,15 +5629,13 @@ def lower_event(t: Translator, payload: dict) -> Steps:
     """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
     known = False
     for event in _dicts(payload.get("eventData")):
-        component = lenient(event, "component", dict, {})
-        variable = lenient(event, "variable", dict, {}).get("name") if component else None
-        evse = lenient(component, "evse", dict, {})
-        evse_id = max(0, lenient(evse, "id", int, 0))
-        value = lenient(event, "actualValue", str, "") if component else ""
-        if variable == "AvailabilityState" and component.get("name") in (
-                "ChargingStation", "EVSE", "Connector"):
-            _note(t.statuses, (evse_id, lenient(evse, "connectorId", int, 1)), value)
-        elif variable == "Problem":
+        variable = (lenient(event, "component.name", str), lenient(event, "variable.name", str))
+        evse_id = max(0, lenient(event, "component.evse.id", int, 0))
+        value = lenient(event, "actualValue", str, "")
+        if variable in REPORTING:
+            place = evse_id, lenient(event, "component.evse.connectorId", int, 1)
+            _note(t.statuses, place, value)
+        elif variable[1] == "Problem":
             told = str(event.get("techInfo") or "").partition(" ")[0]
             broken = value.lower() == "true" and event.get("cleared") is not True
             _note(t.faults, evse_id, "NoError" if not broken else told if told in FAULTS_16
@@ -5989,7 +5985,7 @@ def ended_by(action: str, payload: dict) -> Any:
     if action == "StopTransaction":
         return lenient(payload, "transactionId", int)
     if action == "TransactionEvent" and payload.get("eventType") == "Ended":
-        return lenient(lenient(payload, "transactionInfo", dict, {}), "transactionId", str)
+        return lenient(payload, "transactionInfo.transactionId", str)
     return None
 
 
@@ -6064,8 +6060,7 @@ def _observed(t: Translator, payload: dict) -> TransactionMapping:
     if station_id not in t.mappings and payload.get("eventType") != "Started":
         raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
     mapping = t.mapping(station_id, upstream_id=None, started=_when(t, payload))
-    evse = lenient(payload, "evse", dict, {})
-    mapping.evse_id = max(0, lenient(evse, "id", int, 0)) or mapping.evse_id
+    mapping.evse_id = max(0, lenient(payload, "evse.id", int, 0)) or mapping.evse_id
     if mapping.register is None:
         values = payload.get("meterValue")
         first = _register(values, "Transaction.Begin")
@@ -6221,15 +6216,14 @@ def _lift_variable(key: str) -> dict:
 
 def _lower_variable(told: Any) -> str | None:
     """The key of 1.6 that a component's variable is; None where 1.6 can have none."""
-    component = lenient(told, "component", dict, {}) if isinstance(told, dict) else {}
-    variable = lenient(told, "variable", dict, {}) if isinstance(told, dict) else {}
-    names = [str(part or "") for part in (component.get("name"), variable.get("name"),
-                                          variable.get("instance"))]
-    if component.get("instance") or component.get("evse") or not all(names[:2]):
+    component, variable, instance = (str(value_at(told, path) or "") for path in (
+        "component.name", "variable.name", "variable.instance"))
+    if not component or not variable or any(
+            value_at(told, f"component.{part}") for part in ("instance", "evse")):
         return None
-    key = KEY_OF.get(tuple(name.lower() for name in names))
-    if key is None and not names[2]:
-        key = names[1] if names[0].lower() == LEGACY.lower() else f"{names[0]}.{names[1]}"
+    key = KEY_OF.get((component.lower(), variable.lower(), instance.lower()))
+    if key is None and not instance:
+        key = variable if component.lower() == LEGACY.lower() else f"{component}.{variable}"
     return key if key and len(key) <= 50 else None
 
 
@@ -6347,7 +6341,7 @@ def lower_report(t: Translator, payload: dict) -> Steps:
 
 
 def _name(told: dict, part: str) -> str:
-    return str(lenient(told, part, dict, {}).get("name") or "").lower()
+    return lenient(told, f"{part}.name", str, "").lower()
 
 
 def _report(t: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
@@ -10961,9 +10955,8 @@ def _check_customer(station: Station, payload: dict) -> str:
 
 def _check_trigger(station: Station, payload: dict) -> str:
     """2.0.1 F06.FR.13."""
-    evse = lenient(payload, "evse", dict, {})
     return "" if payload.get("requestedMessage") != "StatusNotification" or (
-        evse.get("connectorId") is not None) else (
+        value_at(payload, "evse.connectorId") is not None) else (
         "a StatusNotification is of one connector: evse with id and connectorId must name it")
 
 
@@ -11512,7 +11505,7 @@ ABILITIES: dict[bool, tuple[tuple[str, str], ...]] = {
 
 def abilities_in(answer: dict) -> Abilities:
     """Of the answer to GetVariables."""
-    values = {lenient(lenient(result, "variable", dict, {}), "name", str):
+    values = {lenient(result, "variable.name", str):
               result.get("attributeValue")
               for result in _dicts(lenient(answer, "getVariableResult", list, []))}
     stack_level, unit_text, profiles, evses = (values.get(name) for _, name in ABILITIES[True])
@@ -11759,10 +11752,9 @@ class CarNeeds(NamedTuple):
     @classmethod
     def read(cls, payload: dict) -> "CarNeeds":
         """Of NotifyEVChargingNeeds. What a car needs in direct current says nothing of phases."""
-        needs = lenient(payload, "chargingNeeds", dict, {})
-        maximum = lenient(lenient(needs, "acChargingParameters", dict, {}), "evMaxCurrent", float)
+        maximum = lenient(payload, "chargingNeeds.acChargingParameters.evMaxCurrent", float)
         phases = {"AC_single_phase": 1, "AC_two_phase": 2, "AC_three_phase": 3}.get(
-            lenient(needs, "requestedEnergyTransfer", str, ""))
+            lenient(payload, "chargingNeeds.requestedEnergyTransfer", str, ""))
         return cls(maximum if maximum and maximum > 0 else math.inf, phases)
 
 
@@ -15219,9 +15211,8 @@ class UpstreamSession:
             evse_id, started = lenient(payload, "connectorId", int, 0), mapping.start_key[2]
             is_same = translator.began_by(mapping, payload)
         else:
-            evse_id = lenient(lenient(payload, "evse", dict, {}), "id", int, 0)
-            started, info = mapping.started, lenient(payload, "transactionInfo", dict, {})
-            is_same = info.get("transactionId") == mapping.station_id
+            evse_id, started = lenient(payload, "evse.id", int, 0), mapping.started
+            is_same = value_at(payload, "transactionInfo.transactionId") == mapping.station_id
         if is_same or not evse_id or evse_id != mapping.evse_id:     # 0: nobody has told it yet
             return False
         try:
