@@ -5334,10 +5334,10 @@ PERIOD = (
     Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
         _whole),
 )
-UNIT = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))
+RATE_UNIT = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))
 COMPOSITE_SCHEDULE = (
     whole_row("duration", "duration"),
-    UNIT._replace(old_default=NEEDED, new_default=NEEDED),
+    RATE_UNIT._replace(old_default=NEEDED, new_default=NEEDED),
     list_row("chargingSchedulePeriod", "chargingSchedulePeriod", PERIOD, needed=True),
 )
 SCHEDULE = (
@@ -5374,7 +5374,7 @@ CLEAR_PROFILE = (
     word_row("chargingProfilePurpose", "chargingProfileCriteria.chargingProfilePurpose", PURPOSES),
 )
 CLEARED = status_rows("Accepted", "Unknown", worst="Unknown")
-COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True), UNIT)
+COMPOSITE = (EVSE, whole_row("duration", "duration", needed=True), RATE_UNIT)
 COMPOSED = (
     *YES_NO,
     object_row("chargingSchedule", "schedule", COMPOSITE_SCHEDULE),
@@ -6035,7 +6035,8 @@ def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     Raises: NotSupported when it began before we did and nobody knows upstream's id of it.
     """
     mapping, tag = _observed(t, payload), _lower_token(t, payload.get("idToken"))
-    register, answer = _register(payload.get("meterValue")), {}
+    register = _register(payload.get("meterValue"))
+    answer: dict | None = {}
     has_charged = mapping.charged or (register or 0) > (mapping.register or 0)
     ends = payload.get("eventType") == "Ended" and not mapping.end_reported
     begins = mapping.upstream_id is None and not mapping.ended and (
@@ -6050,7 +6051,7 @@ def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     else:
         yield from _metered_16(t, mapping, payload, begins)
     yield from _show_16(t, mapping, _when(t, payload))
-    return {} if tag is None else lifted(t, answer, (ID_TOKEN_INFO,))
+    return {} if tag is None else lifted(t, answer or {}, (ID_TOKEN_INFO,))
 
 
 def _observed(t: Translator, payload: dict) -> TransactionMapping:
@@ -6101,7 +6102,8 @@ def _stop_16(t: Translator, mapping: TransactionMapping, payload: dict) -> Steps
     return answer
 
 
-def _metered_16(t: Translator, mapping: TransactionMapping, payload: dict, begins: bool) -> Steps:
+def _metered_16(t: Translator, mapping: TransactionMapping, payload: dict,
+                begins: bool) -> Generator[tuple, dict, None]:
     """Pass meter values on, unless a StartTransaction has just said all of them (meterStart)."""
     values = _lower_meter_values(t, payload.get("meterValue"))
     is_start = begins and _register(payload.get("meterValue"), "Transaction.Begin") is not None
@@ -6110,7 +6112,8 @@ def _metered_16(t: Translator, mapping: TransactionMapping, payload: dict, begin
         yield "MeterValues", {"connectorId": mapping.evse_id, "meterValue": values} | known
 
 
-def _show_16(t: Translator, mapping: TransactionMapping, at: str) -> Steps:
+def _show_16(t: Translator, mapping: TransactionMapping,
+             at: str) -> Generator[tuple, dict, None]:
     """1.6 shows the charging state in the connector's status; the event does not depend on it."""
     former = t.shown.get(mapping.evse_id)
     status = _status_16(t, mapping.evse_id, at)
