@@ -18866,7 +18866,7 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .btn.danger { color: var(--bad); border-color: currentColor }
 .btn.plain { border-color: transparent; background: none; padding: .28rem .45rem }
 .btn.plain:hover { background: var(--well) }
-.filters { flex: 1 1 36rem }
+.filters { flex: 1 1 36rem } .card > header > .small.grow { min-width: 9rem }
 .btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info);
   border-color: var(--info) }
 .btn:disabled { opacity: .55; cursor: default }
@@ -19118,7 +19118,7 @@ function set(node, name, value) {
 
 const DASH = '–';
 // A formatter takes its time, and memory, to be made: each is made once.
-const NUMBERS = [0, 1, 2].map(most =>
+const NUMBERS = [0, 1, 2, 3].map(most =>
   new Intl.NumberFormat(undefined, {maximumFractionDigits: most}));
 const digits = (value, most = 0) => value == null ? DASH : NUMBERS[most].format(value);
 const scaled = (value, units) => {
@@ -19130,6 +19130,8 @@ const scaled = (value, units) => {
 };
 const power = w => scaled(w, ['W', 'kW', 'MW']);
 const energy = wh => scaled(wh, ['Wh', 'kWh', 'MWh']);
+// A meter's register: what a charging added must show.
+const register = wh => wh == null ? DASH : digits(wh / 1000, 3) + ' kWh';
 const bytes = n => scaled(n, ['B', 'kB', 'MB', 'GB']);
 const amperes = a => a == null ? DASH : digits(a, 1) + ' A';
 const perPhase = amps => Object.entries(amps).map(([phase, a]) => `${phase} ${amperes(a)}`)
@@ -20723,7 +20725,7 @@ function guarded(id, draw) {
   }
 }
 const heading = (text, ...more) => h('div.title', h('h1.grow', text), more);
-const counted = text => h('span.dim.small.grow.nowrap', text);
+const counted = text => h('span.dim.small.grow', text);
 const searchBox = (name, text) => h('input', {type: 'search', placeholder: text, 'aria-label': text,
   'data-search': true, value: state.route.query[name] || '',
   oninput: event => filter({[name]: event.target.value})});
@@ -20745,6 +20747,7 @@ const newestFirst = map => [...map.values()].reverse();
 //   key(record)          names one; `place(record)`, where it opens, if not by its key
 //   columns              of the table, or what makes them of the records
 //   search, words        what the search box says, and in which words of a record it looks
+//   bar()                the filters where the board applies them, and records() fit; else
 //   filters              {name in the address: {label, every, options, fits(record, value)}};
 //                        what one `fits` has it in the field of that name
 //   count(rows)          what they come to, in words; `tools(rows)`, what may be done with them
@@ -20784,14 +20787,14 @@ function listGrid(list, records) {
     rows: sorted(name, columns, records), row: record => {
       const {class: looks, ...props} = look(record);
       return {open: open(record), ...props, class: isOpen(list, record) ? 'picked' : looks};
-    }, key, blank: list.records().length
-      ? empty('Nothing fits.', button('Show all', () => filter(null))) : empty(list.blank)});
+    }, key, blank: records.length || !list.records().length ? empty(list.blank)
+      : empty('Nothing fits.', button('Show all', () => filter(null)))});
 }
 
 function listCard(list) {
-  const rows = fitting(list), {name, head, count, tools} = list;
-  return card([head, filterBar(list), counted(count(rows)), tools?.(rows)], {key: name},
-    listGrid(list, rows));
+  const {name, head, bar, count, tools} = list, rows = bar ? list.records() : fitting(list);
+  return card([head, bar ? bar() : filterBar(list), counted(count(rows)), tools?.(rows)],
+    {key: name}, listGrid(list, rows));
 }
 
 // A list, and beside it what is open of it.
@@ -21022,7 +21025,7 @@ function meterLine(meter, where) {
       : ''),
     ...phases, meter.derived.includes('currentA') && '(partly worked out from the power)',
     meter.offeredA != null && `${amperes(meter.offeredA)} offered`,
-    meter.energyWh != null && `${energy(meter.energyWh)} on the meter`,
+    meter.energyWh != null && `${register(meter.energyWh)} on the meter`,
     meter.soc != null && `${percent(meter.soc)} charged`,
     meter.temperatureC != null && `${digits(meter.temperatureC, 1)} °C`,
     meter.quality === 'stale' && 'stale: the station has gone since'];
@@ -21100,73 +21103,196 @@ const rowLook = row => ({class: failed(row) || unanswered(row) ? 'failed'
 const finding = row => findings(row).length > 0
   && h('span.warn', {title: findings(row)[0].message}, '▲ ');
 const kindPill = row => pill(KINDS[row.type], failed(row) ? 'bad' : asks(row) ? 'info' : '');
-const gist = row => row.errorCode
-  ? h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`) : row.raw.slice(0, 200);
+const tookOf = row => row.responseTime == null ? unanswered(row) && h('span.bad', 'never')
+  : h('span', {class: row.responseTime > 2000 && 'warn'}, millis(row.responseTime));
+function gist(row) {
+  if (row.errorCode) return h('span.bad', `${row.errorCode} ${row.errorDescription || ''}`);
+  row.digest ??= row.raw === '{}' ? DASH : digestOf(row) || h('span.mono', row.raw.slice(0, 200));
+  return row.digest;
+}
+
+// What a payload says, in a line: "8.97 kW · 219 Wh · 22 %", "Charging, connector 1". Where no
+// words are known, its fields: "interval: 300 · status: Accepted".
+const DIGESTED = 20000, DIGEST_FIELDS = 8;
+function digestOf({method, type, raw}) {
+  const payload = raw.length < DIGESTED && objectIn(raw).payload;
+  const words = payload && (asks({type}) && DIGESTS[method] || fieldsIn)(payload);
+  return words && [words].flat(9)
+    .filter(word => word != null && word !== '' && typeof word !== 'object').join(' · ');
+}
+
+const DIGEST_DEPTH = 12;
+function* leavesOf(value, name, depth = 0) {
+  if (value === null || typeof value !== 'object') yield [name, value];
+  else if (depth > DIGEST_DEPTH) yield [name, '…'];
+  else for (const key in value)
+    yield* leavesOf(value[key], Array.isArray(value) ? name : key, depth + 1);
+}
+function fieldsIn(payload) {
+  const said = [];
+  for (const [name, value] of leavesOf(payload, '')) {
+    if (said.length === DIGEST_FIELDS) return [...said, '…'];
+    said.push(`${name}: ${typeof value === 'string' && TIME.test(value) ? timeIn(value) : value}`);
+  }
+  return said;
+}
+const TIME = /^\d{4}-\d\d-\d\dT\d\d:\d\d/;
+const timeIn = text => Number.isNaN(Date.parse(text)) ? text : SECONDS.format(new Date(text));
+
+// Where a message is about: 1.6 counts connectors, 2.x the connectors of an EVSE.
+function placeIn({connectorId, evseId, evse}) {
+  const id = evse?.id ?? evseId, connector = evse?.connectorId ?? connectorId;
+  if (id == null) return connector == null ? null : connector ? `connector ${connector}`
+    : 'whole station';
+  return id === 0 ? 'whole station' : `EVSE ${id}` + (connector > 1 ? `, connector ${connector}`
+    : '');
+}
+const tokenIn = ({idTag, idToken}) => idTag ?? idToken?.idToken ?? idToken;
+
+// What the last of meter values says: its power, register, state of charge; else its fields.
+const WATTS = {W: 1, kW: 1000}, WATT_HOURS = {Wh: 1, kWh: 1000};
+const SHOWN_MEASURANDS = [{of: 'Power.Active.Import', show: power, scale: WATTS},
+  {of: 'Energy.Active.Import.Register', show: register, scale: WATT_HOURS},
+  {of: 'SoC', show: percent, scale: {}}];
+function readingsIn(meterValue) {
+  const samples = listOf(listOf(meterValue).at(-1)?.sampledValue);
+  const said = SHOWN_MEASURANDS.map(({of, show, scale}) => {
+    const found = samples.filter(sample => measurandOf(sample) === of);
+    const whole = found.filter(({phase}) => !phase), counted = whole.length ? whole.slice(0, 1)
+      : found;
+    const values = counted.map(sample => Number(sample.value) * (scale[unitOf(sample)] ?? 1)
+      * 10 ** (sample.unitOfMeasure?.multiplier || 0));
+    return values.length && values.every(Number.isFinite) ? show(sum(values)) : null;
+  });
+  return said.some(Boolean) ? said : samples.map(sample =>
+    `${measurandOf(sample)} ${sample.value} ${unitOf(sample) ?? ''}`.trim());
+}
+const measurandOf = ({measurand}) => measurand ?? 'Energy.Active.Import.Register';
+const unitOf = ({unit, unitOfMeasure}) => unit ?? unitOfMeasure?.unit;
+
+const limitsIn = profile => [profile?.chargingSchedule].flat().flatMap(schedule =>
+  listOf(schedule?.chargingSchedulePeriod).slice(0, 3).map(({limit}) =>
+    `${limit} ${schedule.chargingRateUnit}`));
+function profileIn(payload) {
+  const profile = payload.csChargingProfiles ?? payload.chargingProfile;
+  return [profile?.chargingProfilePurpose, limitsIn(profile), placeIn(payload)];
+}
+const statusIn = payload => [[payload.status ?? payload.connectorStatus, placeIn(payload)]
+  .filter(Boolean).join(', '), ...codesOf(payload), payload.info];
+const tellsWhere = payload => [tokenIn(payload), placeIn(payload)];
+
+// In words, by the Action of a CALL. What is not here is said by its fields.
+const DIGESTS = {
+  BootNotification({chargePointVendor, chargePointModel, firmwareVersion, chargingStation,
+    reason}) {
+    const {vendorName, model, firmwareVersion: firmware} = chargingStation ?? {};
+    return [vendorName ?? chargePointVendor, model ?? chargePointModel,
+      firmware ?? firmwareVersion, reason];
+  },
+  StatusNotification: statusIn,
+  Authorize: tellsWhere, RemoteStartTransaction: tellsWhere, RequestStartTransaction: tellsWhere,
+  StartTransaction: payload => [tokenIn(payload), placeIn(payload), register(payload.meterStart)],
+  StopTransaction: payload => [payload.reason, tokenIn(payload), register(payload.meterStop)],
+  MeterValues: payload => [readingsIn(payload.meterValue), placeIn(payload)],
+  TransactionEvent: event => [event.eventType, event.transactionInfo?.chargingState,
+    event.transactionInfo?.stoppedReason, tokenIn(event), readingsIn(event.meterValue),
+    placeIn(event), event.triggerReason],
+  SetChargingProfile: profileIn,
+  TriggerMessage: payload => [payload.requestedMessage, placeIn(payload)],
+  ChangeAvailability: payload => [payload.type ?? payload.operationalStatus,
+    placeIn(payload) ?? 'whole station'],
+  ChangeConfiguration: ({key, value}) => `${key} = ${value}`,
+  SetVariables: ({setVariableData}) => listOf(setVariableData).map(
+    ({component, variable, attributeValue}) =>
+      `${component?.name}.${variable?.name} = ${attributeValue}`),
+  NotifyReport: ({reportData, seqNo, tbc}) => [plural(listOf(reportData).length, 'variable'),
+    `part ${seqNo + 1}`, tbc && 'more to come'],
+};
 
 const MESSAGE_COLUMNS = [
-  {name: 'Time', width: '8.6rem', leads: true, cell: row => clock(row.timestamp, true)},
-  {name: 'From', width: '5.2rem', wide: true, spare: true, cell: row => row.direction === 'IN'
+  column.instant('Time', 'timestamp', {width: '8rem', leads: true, sort: null}),
+  {name: 'From', width: '4.6rem', wide: true, cell: row => row.direction === 'IN'
     ? h('span.info', 'station') : h('span.dim', 'board')},
-  {name: 'Station', width: '14%', wide: true, cell: row => stationLink(row.identity)},
-  {name: 'Action', width: '12.5rem', wide: true, cell: row => h('b', row.method || DASH)},
+  column.station('Station', 'identity', {width: '14%', wide: true, spare: true, sort: null}),
+  {name: 'Action', width: '11.6rem', wide: true, cell: ({method}) =>
+    h('b', {title: method}, method || DASH)},
   {name: 'Message', slim: true, cell: row => [
-    h('div.cut', row.direction === 'IN' ? '→ ' : '← ', h('b', row.method || KINDS[row.type])),
-    h('div.cut.dim.small', row.identity, ' · ', KINDS[row.type],
-      row.responseTime != null && ` · ${millis(row.responseTime)}`)]},
-  {name: 'Type', width: '7.2rem', wide: true, spare: true, cell: kindPill},
-  {name: 'Payload', wide: true, cell: row => [finding(row), h('span.mono.dim', gist(row))]},
-  {name: 'Took', width: '5.6rem', num: true, wide: true, cell: row => row.responseTime == null
-    ? unanswered(row) && h('span.bad', 'never')
-    : h('span', {class: row.responseTime > 2000 && 'warn'}, millis(row.responseTime))},
+    h('div.cut', row.direction === 'IN' ? '→ ' : '← ', h('b', row.method || KINDS[row.type]),
+      h('span.dim.small', ' ', KINDS[row.type])),
+    h('div.cut.dim.small', row.identity, ' · ', finding(row), gist(row))]},
+  {name: 'Type', width: '5.8rem', wide: true, cell: kindPill},
+  {name: 'What it says', wide: true, cell: row => [finding(row), h('span.dim', gist(row))]},
+  {name: 'Took', width: '5.6rem', num: true, wide: true, spare: true, cell: tookOf},
 ];
-
-// The columns of a list: of one station, without its name; with pairs, the answer beside the CALL;
-// and what a gap shows.
-function messageColumns(list) {
-  const answer = {name: 'Answer', wide: true, cell: row => row.answer && [finding(row.answer),
-    h('span.mono', {class: failed(row.answer) ? 'bad' : 'good'}, gist(row.answer))]};
-  const columns = !state.ui.fold ? MESSAGE_COLUMNS : MESSAGE_COLUMNS.flatMap(one =>
-    one.name === 'Type' ? [] : one.name === 'Payload' ? [one, answer] : one);
-  return columns.filter(one => one.name !== 'Station' || !list.filter.identity).map(one => ({...one,
-    cell: row => row.number ? one.cell(row) : GAP[one.name]?.(row)}));
-}
-const GAP = {Time: row => clock(row.timestamp, true), Payload: row => row.text,
+const GAP = {Time: row => clock(row.timestamp, true), 'What it says': row => row.text,
   Message: row => row.text};
+const ANSWER_COLUMN = {name: 'Answer', wide: true, cell: row => row.answer
+  && [finding(row.answer), h('span', {class: failed(row.answer) ? 'bad' : 'good'},
+    gist(row.answer))]};
 
-function messageList(id) {
-  const {list, route} = state, picked = route.message, ofStation = route.screen === 'stations';
-  const open = row => ofStation
-    ? `${to('stations', route.id)}/${route.tab}?${query({...route.query, message: row.id})}`
-    : to('messages', row.id, route.query);
-  const table = panel(id, ['messages', 'errors', 'connections', 'live'], () => card([
-    messageFilters(list, ofStation), counted(listState(list)),
-    button(list.paused ? `Resume · ${digits(list.held.rows.length + list.skipped)} new` : 'Pause',
-      () => pause(list),
-      {'aria-pressed': String(list.paused), title: 'p'}), downloads('messages', list.filter)],
-  {key: id}, messageGrid(id, list, picked, open)));
-  const detail = () => panel('message', ['messages', 'errors'], () => messageDetail(picked));
-  return [split(table, picked ? detail()
-    : route.gone && aside('Message', closeMessage, h('p', route.gone)))];
+// Of one station without its name; with pairs on one line the answer beside the CALL; and what a
+// gap shows.
+function messageColumns({filter: {identity}}) {
+  const columns = !state.ui.fold ? MESSAGE_COLUMNS : MESSAGE_COLUMNS.flatMap(of =>
+    of.name === 'Type' ? [] : of.name === 'What it says' ? [of, ANSWER_COLUMN] : of);
+  return columns.filter(({name}) => name !== 'Station' || !identity).map(of => ({...of,
+    cell: row => row.number ? of.cell(row) : GAP[of.name]?.(row)}));
+}
+
+// The messages that the screen follows, as a list; `name` tells where.
+const ofStation = () => state.route.screen === 'stations';
+const messagesOf = name => ({name, label: 'Messages',
+  topics: ['messages', 'errors', 'connections', 'live'],
+  key: row => row.number || row.id, columns: messageColumns(state.list),
+  records: () => (state.ui.fold ? state.list.rows.filter(row => !row.call)
+    : state.list.rows.slice()).reverse(),
+  bar: () => messageFilters(state.list), count: () => listState(state.list),
+  tools: () => [button(state.list.paused
+    ? `Resume · ${digits(state.list.held.rows.length + state.list.skipped)} new` : 'Pause',
+  () => pause(state.list), {key: 'pause', 'aria-pressed': String(state.list.paused), title: 'p'}),
+  downloads('messages', state.list.filter)],
+  look: messageLook, open: messageAt, end: () => loadOlder(state.list),
+  get blank() { return noMessages(); },
+});
+function messageAt(row) {
+  const {id, tab, query: fields} = state.route;
+  return row.number && (ofStation() ? to('stations', [id, tab], {...fields, message: row.id})
+    : to('messages', row.id, fields));
+}
+function noMessages() {
+  if (state.list.loading) return 'Loading …';
+  return FILTERS.some(name => state.route.query[name])
+    ? ['No message matches, of those that are kept.',
+      button('Clear the filters', () => filter(null))]
+    : 'No message yet: they stand here as they pass.';
+}
+
+function messageList(name) {
+  const {message, gone} = state.route, list = messagesOf(name);
+  const opened = message ? panel('message', ['messages', 'errors'], () => messageDetail(message))
+    : gone && aside('Message', closeMessage, h('p', gone));
+  return [split(panel(name, list.topics, () => listCard({...list, beside: !!message})), opened)];
 }
 
 function listState(list) {
   if (list.loading && !list.rows.length) return 'Loading …';
-  const shown = list.older ? `${digits(list.rows.length)} of ${plural(list.total, 'message')}`
-    : plural(list.rows.filter(row => row.number).length, 'message');
-  return `${shown}, ${list.paused ? 'paused' : state.live.status === 'on' ? 'live' : 'not live'}`;
+  const {length} = list.rows.filter(row => row.number);
+  const shown = list.older ? `The newest ${digits(length)} of ${digits(list.total)} messages, `
+    + 'older ones as you scroll' : plural(length, 'message');
+  return `${shown}; ${list.paused ? 'paused' : state.live.status === 'on' ? 'live' : 'not live'}`;
 }
 
-function messageFilters(list, ofStation) {
-  const {query: wanted} = state.route, given = Object.keys(list.filter).length - (ofStation ? 1
+function messageFilters(list) {
+  const {query: wanted} = state.route, given = Object.keys(list.filter).length - (ofStation() ? 1
     : 0);
   const typed = (name, label, options) => [
     h('input', {key: name, placeholder: label, 'aria-label': label, list: 'all ' + name,
       value: wanted[name] || '', autocomplete: 'off', class: 'short',
       onchange: event => filter({[name]: event.target.value.trim()})}),
-    h('datalist', {key: 'all ' + name, id: 'all ' + name}, options.map(one =>
-      h('option', {key: one, value: one})))];
+    h('datalist', {key: 'all ' + name, id: 'all ' + name}, options.map(value =>
+      h('option', {key: value, value})))];
   return h('div.bar.filters', searchBox('text', 'Search in payloads, ids, errors …'),
-    !ofStation && typed('identity', 'Station', [...state.stations.keys()].slice(0, 500)),
+    !ofStation() && typed('identity', 'Station', [...state.stations.keys()].slice(0, 500)),
     typed('method', 'Action', methods()),
     choice('direction', 'Direction', [['', 'both directions'], ['IN', 'from stations'],
       ['OUT', 'to stations']]),
@@ -21178,22 +21304,14 @@ function messageFilters(list, ofStation) {
 }
 
 const methods = () => [...new Set([state.about?.actions, state.about?.commands]
-  .flatMap(one => Object.values(one || {}).flat()))].sort();
+  .flatMap(byVersion => Object.values(byVersion || {}).flat()))].sort();
 
-function messageGrid(id, list, picked, open) {
-  const {fold} = state.ui, pair = picked ? partners(picked) : {};
-  const rows = (fold ? list.rows.filter(row => !row.call) : list.rows.slice()).reverse();
-  const look = row => picked?.number === row.number ? {class: 'picked', 'aria-selected': 'true'}
-    : [pair.call?.number, pair.answer?.number].includes(row.number) ? {class: 'partner'}
-      : rowLook(fold && row.answer || row);
-  const filtered = FILTERS.some(name => state.route.query[name]);
-  return grid(id, {rows, columns: messageColumns(list), tall: true, label: 'Messages',
-    beside: !!picked, key: row => row.number || row.id, end: () => loadOlder(list),
-    row: row => row.number ? {...look(row), open: open(row)} : {class: 'lost'},
-    blank: list.loading ? empty('Loading …') : filtered
-      ? empty('No message matches, of those that are kept.',
-        button('Clear the filters', () => filter(null)))
-      : empty('No message yet: they stand here as they pass.')});
+function messageLook(row) {
+  const {message: picked} = state.route, {call, answer} = picked ? partners(picked) : {};
+  if (!row.number) return {class: 'lost'};
+  if (picked?.number === row.number) return {class: 'picked', 'aria-selected': 'true'};
+  return [call?.number, answer?.number].includes(row.number) ? {class: 'partner'}
+    : rowLook(state.ui.fold && row.answer || row);
 }
 
 function messageDetail(picked) {
@@ -21290,7 +21408,8 @@ function transactionDetail(one) {
       ['Duration', duration(lasted(one))], ['Energy', [estimate(one), energy(one.energyWh)]],
       ['Power', one.status === 'active' ? power(one.powerW) : DASH], ['State of charge',
         percent(one.soc)],
-      ['Meter at start', energy(one.meterStart)], ['Meter at stop', energy(one.meterStop)],
+      ['Meter at start', register(one.meterStart)],
+      ['Meter at stop', register(one.meterStop)],
       ['Reason', one.reason],
       one.missingEvents > 0 && ['Events missing', digits(one.missingEvents)]].filter(Boolean)),
     meterCharts(one), link(to('messages', null, {identity: one.identity}),

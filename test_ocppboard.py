@@ -17433,6 +17433,60 @@ async def test_messages_are_followed_filtered_paused_paired_and_exported(site):
         await look.sees("NotImplemented", "tr.failed")
 
 
+DIGESTS = [
+    ("StatusNotification", {"connectorId": 1, "status": "Charging", "errorCode": "NoError"},
+     "Charging, connector 1"),
+    ("StatusNotification", {"connectorId": 0, "status": "Faulted", "errorCode": "GroundFailure",
+                            "info": "wet"}, "Faulted, whole station · GroundFailure · wet"),
+    ("StatusNotification", {"evseId": 2, "connectorId": 2, "connectorStatus": "Occupied",
+                            "timestamp": "x"}, "Occupied, EVSE 2, connector 2"),
+    ("MeterValues", {"connectorId": 1, "meterValue": [{"timestamp": "x", "sampledValue": [
+        {"value": "2.99", "unit": "kW", "measurand": POWER, "phase": "L1"},
+        {"value": "5.98", "unit": "kW", "measurand": POWER, "phase": "L2"},
+        {"value": "219", "unit": "Wh"}, {"value": "22", "measurand": "SoC"}]}]},
+     "8.97 kW · 0.219 kWh · 22 % · connector 1"),
+    ("MeterValues", {"connectorId": 1, "meterValue": [{"timestamp": "x", "sampledValue": [
+        {"value": "wet", "measurand": POWER}, {"value": "50", "measurand": "Frequency",
+                                               "unit": "Hz"}]}]},
+     "Power.Active.Import wet · Frequency 50 Hz · connector 1"),
+    ("TransactionEvent", {"eventType": "Updated", "triggerReason": "MeterValuePeriodic",
+                          "transactionInfo": {"chargingState": "Charging"}, "evse": {"id": 1},
+                          "meterValue": [{"sampledValue": [
+                              {"value": 11, "measurand": POWER, "unitOfMeasure": {
+                                  "unit": "W", "multiplier": 3}}]}]},
+     "Updated · Charging · 11 kW · EVSE 1 · MeterValuePeriodic"),
+    ("SetChargingProfile", {"connectorId": 1, "csChargingProfiles": {
+        "chargingProfilePurpose": "TxProfile", "chargingSchedule": {
+            "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 13}]}}},
+     "TxProfile · 13 A · connector 1"),
+    ("Reset", {"type": "Soft"}, "type: Soft"),
+    ("DataTransfer", {"vendorId": "V", "data": {"a": [1, None], "constructor": 5}},
+     "vendorId: V · a: 1 · a: null · constructor: 5"),
+    ("BootNotification", {"chargingStation": 5}, ""),
+    ("TransactionEvent", {"transactionInfo": "x", "meterValue": {"a": 1}, "evse": None}, ""),
+]
+
+
+@live()
+async def test_a_message_is_told_in_a_line_by_what_its_payload_says(site):
+    async with looking(site) as look:
+        for method, payload, expected in DIGESTS:
+            assert await look.page.evaluate(
+                "([method, raw]) => digestOf({method, type: 'CALL', raw})",
+                [method, json.dumps(payload)]) == expected, (method, payload)
+        deep = "[" * 9000 + "]" * 9000
+        await look.page.evaluate("raw => digestOf({method: 'X', type: 'CALL', raw})",
+                                 f'{{"a":{deep}}}')
+        await exchange(await site.station(), "StatusNotification", {
+            "connectorId": 1, "status": "Charging", "errorCode": "NoError"})
+        await look.go("messages")
+        await look.sees("Charging, connector 1", "tbody")
+        await look.page.locator("tr.open", has_text="CALL").locator("a").first.click()
+        await look.sees("StatusNotification", ".aside h2")
+        for name in ("From", "Type"):                   # they stay beside what is open
+            await expect(look.page.get_by_role("columnheader", name=name)).to_be_visible()
+
+
 @live()
 async def test_numbers_in_a_payload_stand_as_they_were_sent(site):
     socket_ = await site.station()
@@ -17528,7 +17582,7 @@ def test_without_logins_the_page_comes_back_by_itself():
             await look.sees("live", ".live.on")
             await look.sees("This station is not known")
             await exchange(await second.station("CP-OLD"), "Heartbeat", {})
-            await look.sees("2 messages, live")
+            await look.sees("2 messages; live")
     asyncio.run(asyncio.wait_for(inside(), 60))
 
 
