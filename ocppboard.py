@@ -8575,6 +8575,7 @@ def _shown_cause(cause: dict) -> dict:
 RUNNING_AT = 1e11                   # the time of a transaction's rows until it has stopped
 CURVE_S = 3600                      # so often the curve of a running one is written
 IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is none
+IDS_SKIPPED = 10_000                # more than may be missing in the row of that counter
 ROWS_AT_ONCE = 50                   # made, or read, before the loop gets its turn
 
 # {row: {attribute: kind}}. A kind is one of FIELD_KINDS or a row; "?" may be null, "[…]" is a list,
@@ -8842,10 +8843,15 @@ class Keeper:
         self.state.put("counter", "run", self._run)
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
-        """A nonsense value must not use the ids up: they have 31 bits."""
+        """A nonsense value must not use the ids up: they have 31 bits.
+
+        Ids that were given out while the disk failed are not in the row. By the clock all new ones
+        are beyond them; where it is behind the row, as many are skipped as may be missing.
+        """
         last_id, run = counters.get("transaction_id"), counters.get("run")
         if type(last_id) is int and 0 < last_id < IDS_END:
-            self.board.transaction_id_used(last_id)
+            behind = last_id >= self.board.clock()
+            self.board.transaction_id_used(last_id + (IDS_SKIPPED if behind else 0))
             self._last_id = last_id
         elif last_id is not None:
             report_skipped(self.board, "counter", [f"transaction_id is {shown(last_id)}"])

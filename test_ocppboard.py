@@ -4528,6 +4528,19 @@ def test_no_transaction_id_is_given_out_twice_whatever_the_clock_says(kept_bench
     assert sorted(set(ids)) == ids
 
 
+def test_ids_that_a_failing_disk_has_lost_are_not_given_again_by_a_clock_that_is_behind(
+        kept_bench):
+    bench = kept_bench
+    first = begins(bench)
+    given = [begins(bench, idTag=str(n)) for n in range(50)]
+    bench.write()
+    bench.state.put("counter", "transaction_id", first)          # as if the others were lost
+    asyncio.run(bench.state.write())
+    bench.clock.now -= 86_400
+    bench.restart()
+    assert begins(bench, idTag="NEW") > max(given)
+
+
 @pytest.mark.parametrize("value", [2**31 - 1, 2**40, -5, "1", None, [1], 1e9])
 def test_a_nonsense_counter_does_not_use_the_ids_up(kept_bench, value):
     bench = kept_bench
