@@ -1239,11 +1239,13 @@ class Reading:
                 return False             # the next instant
         return bool(instant)
 
-    def flow(self, phases: int, voltage: float) -> tuple[list, list] | None:
+    def flow(self, phases: int, voltage: float,
+             one_phase_a: float = 0.0) -> tuple[list, list] | None:
         """The current in L1, L2 and L3 of a station with so many phases; None if no meter says it.
 
         Twice: a current of no phase may be that of each or the sum of all, so the first figures
-        are the worst that the meter may mean, the second the best.
+        are the worst that the meter may mean, the second the best. A total power is that of all
+        phases alike, where the same limit holds in each; else up to `one_phase_a` may be in one.
         """
         amps = self.current_a
         none = [0.0] * (3 - phases)
@@ -1259,7 +1261,9 @@ class Reading:
         elif "N" in amps:                # a single-phase car's, on whichever phase it is
             worst = best = max(0.0, amps["N"])
         elif self.power_w is not None and not self.derived:
-            worst = best = max(0.0, self.power_w) / (phases * voltage)
+            whole = max(0.0, self.power_w) / voltage
+            best = whole / phases
+            worst = max(best, min(whole, one_phase_a))
         else:
             return None
         return [worst] * phases + none, [best] * phases + none
@@ -13002,7 +13006,8 @@ class Controller:
         """A meter was read, or a state has ended the flow."""
         evse.meter.taken = reading.flow_mono, reading.ended_mono
         at = min(now, max(reading.flow_mono, reading.ended_mono))
-        flow = reading.flow(known.settings.phases, self.settings.voltage)
+        flow = reading.flow(known.settings.phases, self.settings.voltage,
+                            0.0 if known.settings.managed else evse.maximum)
         if flow is None or now - at > FLOW_OLD_S:
             return
         evse.meter.read(flow, at)

@@ -9199,6 +9199,7 @@ def meter_of(measurand, unit, *samples):
 @pytest.mark.parametrize("sampled", [
     meter_of("Power.Active.Import", "W", ("L1", lambda o: o.current_a * 230.0),
              ("L2", lambda o: 0.0), ("L3", lambda o: 0.0)),
+    meter_of("Power.Active.Import", "W", ("", lambda o: o.current_a * 230.0)),
     meter_of("Current.Import", "A", ("N", lambda o: o.current_a)),
     meter_of("Current.Import", "A", ("L1", lambda o: o.current_a))])
 def test_one_phase_is_one_phase_however_the_meter_says_it(sampled):
