@@ -11983,11 +11983,7 @@ class SiteStation:
 
     @property
     def ready(self) -> bool:
-        """Whether it has spoken on this connection, and its boot has been answered."""
-        station = self.station
-        return bool(station and station.connection and station.has_spoken
-                    and not station.boot_unanswered
-                    and station.registration in (None, "Accepted"))
+        return self.station is not None and takes_commands(self.station)
 
     @property
     def steerable(self) -> bool:
@@ -12482,9 +12478,10 @@ class Controller:
         self.meter = SiteMeter(self.site, self.started_mono)
         self.stations: dict[str, SiteStation] = {}
         self.elsewhere: set[str] = set()             # identities that are not at this site
+        self.leftovers = Leftovers(board)
         self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
         self.session_settings: dict[str, dict] = {}  # {station and transaction: what was set}
-        # {model: (rung for limits, for fallbacks, reads back)}; None: not known
+        # {model: (rung for limits, for fallbacks)}; None: not known
         self.models: OrderedDict[tuple, tuple] = OrderedDict()
         self.facts: list[Fact] = []                  # of the last tick
         self.overload_mono: dict[str, float] = {}
@@ -12537,9 +12534,11 @@ class Controller:
                                                self._session_of))
         for identity, evse_id, row in read_rows(
                 board, "charging_limit", 4 * board.config.store.max_connections, _limits_of):
-            if identity in self.elsewhere:
+            station = None if identity in self.elsewhere else (
+                self.stations.get(identity) or self._meet(identity))
+            if station is None or not station.settings.managed:
+                self.leftovers.add(identity, evse_id, row[1])
                 continue
-            station = self.stations.get(identity) or self._meet(identity)
             evse = station.evses.get(evse_id) or self._add_evse(station, evse_id)
             self._restore_evse(evse, *row)
         if any(board.state.rows("charging_run")):    # what is out there stands in the rows
@@ -12707,9 +12706,10 @@ class Controller:
             if station := self.stations.pop(identity, None):
                 for evse_id, evse in station.evses.items():
                     self._end_session(evse)
-                    self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
+                    self.leftovers.add(identity, evse_id, evse.fallback.most_a)
         else:
             self.elsewhere.discard(identity)
+            self.leftovers.evses.pop(identity, None)
         self.board.state.put("elsewhere", identity, True if elsewhere else None)
         self.board.state.write_soon()
         self._log_event("SMART_CHARGE_STATION", identity, "It is not at this site" if elsewhere
@@ -13936,6 +13936,62 @@ class Controller:
                                 logging.WARNING)
 
 
+class Leftovers:
+    """The fallbacks in stations that the board steers no longer: each is cleared once.
+
+    Whether smart charging was turned off, a station is left alone (managed = false), or not at
+    this site: its rows `charging_limit` of the State remain until it has answered.
+    """
+
+    def __init__(self, board: Board):
+        self.board = board
+        self.evses: dict[str, list[int]] = {}        # {identity: where its fallbacks are}
+
+    def restore(self) -> None:
+        """Take all fallbacks of an earlier run: smart charging is turned off."""
+        for identity, evse_id, (_, fallback_a) in read_rows(
+                self.board, "charging_limit", 4 * self.board.config.store.max_connections,
+                _limits_of):
+            self.add(identity, evse_id, fallback_a)
+
+    def add(self, identity: str, evse_id: int, fallback_a: float | None) -> None:
+        """An EVSE that the board steers no longer; its fallback is None where it has none."""
+        if fallback_a is None:
+            self._forget(identity, evse_id)
+        else:
+            self.evses.setdefault(identity, []).append(evse_id)
+
+    def _forget(self, identity: str, evse_id: int) -> None:
+        self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
+
+    def due(self) -> list[StationConnection]:
+        """The connections of stations that can be commanded now."""
+        stations = [self.board.stations.get(identity) for identity in self.evses]
+        return [station.connection for station in stations if station and takes_commands(station)]
+
+    async def clear(self, connection: StationConnection) -> None:
+        """Clear the fallbacks of a station, and that of all its EVSEs if there is one."""
+        identity = connection.station.identity
+        evse_ids = self.evses.pop(identity)
+        translator = Translator(connection.protocol, "ocpp2.0.1", int, self.board.clock)
+
+        async def ask(action: str, payload: dict) -> dict:
+            return (await connection.call(action, payload))[0]
+        try:
+            for place in (0, *evse_ids):
+                await carry(translator.down("ClearChargingProfile", {
+                    "chargingProfileId": FALLBACK_ID + place}), ask)
+        except Conflict:                 # it has gone: again when it is back
+            self.evses[identity] = evse_ids
+        except BoardError as error:      # again after the next start
+            log.info("The fallback of %s was not cleared: %s", shown(identity), error)
+        else:
+            for evse_id in evse_ids:
+                self._forget(identity, evse_id)
+            self.board.system_event("SMART_CHARGE_STATION", identity,
+                                    "Its fallback was cleared: the board steers it no longer", {})
+
+
 OVER_A = 0.5                            # that meters may be wrong by
 ROUNDED_A = 0.05                        # that a limit in watts may be off
 
@@ -13943,6 +13999,12 @@ ROUNDED_A = 0.05                        # that a limit in watts may be off
 def tolerance(amps: float) -> float:
     """How far a car that obeys, or its meter, may be off a limit."""
     return max(1.0, amps * 0.06)
+
+
+def takes_commands(station: Station) -> bool:
+    """Whether it has sent a message on this connection, and its boot has been answered."""
+    return bool(station.connection and station.has_spoken and not station.boot_unanswered
+                and station.registration in (None, "Accepted"))
 
 
 def _counts(station: Station) -> bool:
@@ -23985,6 +24047,7 @@ class Daemon:
         self._lag_s, self._last_turn = 0.0, time.monotonic()
         self._machine: dict = {}
         self.controller = Controller(self.board) if config.smart_charge.enabled else None
+        self.leftovers = self.controller.leftovers if self.controller else Leftovers(self.board)
         self._sampling = PeriodicCallback(self._sample, config.telemetry.interval_ms)
         self._periodic = [self._sampling, self._each_second("turn", self._turn),
                           PeriodicCallback(self.keeper.clean, 3_600_000),
@@ -24013,6 +24076,8 @@ class Daemon:
         self.keeper.restore()
         if self.controller:
             self.controller.restore()
+        else:
+            self.leftovers.restore()
         self.access.restore()
         self.uploads.restore()
         for listener in self._listeners():
@@ -24400,6 +24465,8 @@ class Daemon:
                 self.spawn("costs", tell_costs(connection, due))
             if interval:
                 self._keep_alive(connection, websocket, now, interval)
+        for connection in self.leftovers.due():
+            self.spawn("fallbacks", self.leftovers.clear(connection))
 
     def _introduce(self, connection: StationConnection, now: float) -> None:
         """Ask a station once, INTRODUCE_S after its first message, unless it has booted by then.

@@ -8232,6 +8232,14 @@ class World:
         assert answer[0] == 3, answer
         return answer[2]
 
+    @staticmethod
+    async def command(station, action, payload):
+        """A command that is not of the controller: the station answers it at once."""
+        reply = station.obey(Call('"1"', action, payload, ""))
+        if type(reply) is CallError:
+            raise ocppboard.CallFailed(reply.code, "", {})
+        return reply.payload, 1.0
+
     def arrive(self, station, outlet, **car):
         outlet.arrive("CARD")
         outlet.status = station.preparing            # Available after a boot ends what ran before
@@ -9296,6 +9304,63 @@ def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
         "The board sends its own limits again")
     world.run(30)
     assert len(world.stations["CP-1"].profiles) == 2, "they are there again"
+
+
+@pytest.mark.parametrize("outcome, lost", [
+    ("Accepted", True), ("Unknown", False), (ocppboard.FormatViolation("not sent"), False),
+    (ocppboard.NoAnswer("late"), True), (ocppboard.Conflict("gone"), True)])
+def test_limits_are_lost_by_a_clear_of_an_operator_once_it_may_have_been_obeyed(outcome, lost):
+    world = world_of({"protocol": "ocpp2.0.1"})
+    connection: Any = world.stations["CP-1"].connection
+    fallback = world.controller.stations["CP-1"].evses[1].fallback
+    held = []
+
+    async def call(action, payload):
+        held.append(fallback.known_a)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return {"status": outcome}, 1.0
+    connection.call = call
+    clearing = world.controller.send_by_hand(connection, "ClearChargingProfile", {})
+    if isinstance(outcome, Exception):
+        with pytest.raises(type(outcome)):
+            drive(clearing)
+    else:
+        drive(clearing)
+    assert held == [0] and fallback.known_a == (None if lost else 0)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_fallback_of_a_station_that_leaves_the_boards_care_is_cleared_once(protocol):
+    world = World({"CP-1": {"protocol": protocol, "outlets": 2}, "CP-2": {"protocol": protocol},
+                   "CP-3": {"protocol": protocol}}, entries={"CP-1": {}, "CP-3": {}},
+                  state=KeptRows(), smart_charge_fallback_a=6)
+    world.run(200)
+    assert [len(station.profiles) for station in world.stations.values()] == [2, 1, 1]
+    world.controller.set_elsewhere("CP-2", True)
+    world.entries["CP-1"] = {"managed": False}
+    world.restart()
+    leftovers = world.controller.leftovers
+    assert leftovers.due() == [], "they are not there yet"
+    world.run(3)
+    for connection in leftovers.due():
+        drive(leftovers.clear(connection))
+    assert [len(station.profiles) for station in world.stations.values()] == [0, 0, 1]
+    assert leftovers.due() == [] and len(world.state.rows("charging_limit")) == 1
+    world.board.power = None             # smart charging is turned off
+    leftovers = ocppboard.Leftovers(world.board)
+    leftovers.restore()
+    connection, = leftovers.due()
+    connection.call, obeys = _gone, connection.call
+    drive(leftovers.clear(connection))
+    assert leftovers.due() == [connection], "again when it is back"
+    connection.call = obeys
+    drive(leftovers.clear(connection))
+    assert not world.stations["CP-3"].profiles and not world.state.rows("charging_limit")
+
+
+async def _gone(action, payload):
+    raise ocppboard.Conflict("gone")
 
 
 def test_who_draws_against_its_limit_is_counted_so_and_not_raised():
