@@ -12092,11 +12092,11 @@ class SiteStation:
 
     def learn(self, model: tuple, remembered: tuple | None) -> None:
         """It has said what it is: what others of the model take is tried first."""
-        limit, fallback, self.reads_back = remembered or (None, None, None)
+        limit, fallback = remembered or (None, None)
         self.limits.start(limit or 0)
         self.fallbacks.start(fallback or 0)
         self.model, self.abilities = model, None
-        self.disobeyed, self.triggers = False, True
+        self.disobeyed, self.triggers, self.reads_back = False, True, None
 
     def try_again(self) -> None:
         """One that obeyed nothing gets another chance; meanwhile it counts at its maximum."""
@@ -12615,8 +12615,8 @@ class Controller:
                 "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
                               "limit": None if rung is None else VARIANTS[rung].text(),
                               "fallback": None if fallback is None
-                              else FALLBACK_VARIANTS[fallback].text(), "readsBack": reads_back}
-                             for (vendor, model, firmware), (rung, fallback, reads_back)
+                              else FALLBACK_VARIANTS[fallback].text()}
+                             for (vendor, model, firmware), (rung, fallback)
                              in self.models.items()],
                 "elsewhere": sorted(self.elsewhere), "leftAlone": sorted(
                     s.identity for s in self.stations.values() if not s.settings.managed),
@@ -13835,11 +13835,11 @@ class Controller:
         """What works with one station of a model is tried first with the others."""
         if not station.model:
             return
-        before = self.models.get(station.model, (None, None, None))
-        rungs = (*(min((rung for rung in (known, ladder.rung if ladder.worked else None)
-                        if rung is not None), default=None)      # of the most willing of them
-                   for known, ladder in zip(before, (station.limits, station.fallbacks),
-                                            strict=False)), station.reads_back)
+        before = self.models.get(station.model, (None, None))
+        rungs = tuple(min((rung for rung in (known, ladder.rung if ladder.worked else None)
+                           if rung is not None), default=None)   # of the most willing of them
+                      for known, ladder in zip(before, (station.limits, station.fallbacks),
+                                               strict=True))
         self.models[station.model] = rungs
         self.models.move_to_end(station.model)
         if rungs != before:
@@ -14030,12 +14030,11 @@ def _model_of(row: StateRow) -> tuple[tuple, tuple]:
         model = tuple(json.loads(row.key))
     except (ValueError, TypeError):
         raise WrongValue("its key is no model") from None
-    value = row.value if type(row.value) is list and len(row.value) == 3 else [None] * 3
+    limit, fallback = row.value[:2] if type(row.value) is list and len(row.value) > 1 else (-1, -1)
     if len(model) != 3 or not all(type(part) is str for part in model) or not (
-            _is_rung(value[0], VARIANTS) and _is_rung(value[1], FALLBACK_VARIANTS)
-            and (value[2] is None or type(value[2]) is bool)):
+            _is_rung(limit, VARIANTS) and _is_rung(fallback, FALLBACK_VARIANTS)):
         raise WrongValue(f"{shown(row.text)} are no rungs")
-    return model, tuple(value)
+    return model, (limit, fallback)
 
 
 def _is_rung(value: Any, variants: tuple) -> bool:

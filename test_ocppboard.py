@@ -8541,7 +8541,20 @@ def test_a_station_that_takes_watts_is_found_out_and_remembered_by_its_model():
     refusals = [e for e in world.board.errors.records if e.kind == "PROFILE_REFUSED"]
     assert refusals and all(e.identity == "CP-1" for e in refusals)
     dialect, = world.controller.view()["dialects"]
-    assert dialect["vendor"] == "ocppboard" and dialect["readsBack"] is True
+    assert dialect["vendor"] == "ocppboard" and dialect["limit"] == "TxProfile, A, Absolute"
+
+
+def test_a_stranger_of_the_same_model_does_not_say_what_others_can():
+    world = world_of({"protocol": "ocpp2.0.1"})
+    world.add("STRANGER", {"protocol": "ocpp2.0.1"}).on_get_composite_schedule = (
+        lambda payload: {"status": "Rejected"})
+    world.run(60)
+    known = world.controller.stations
+    assert known["STRANGER"].model == known["CP-1"].model
+    assert (known["STRANGER"].reads_back, known["CP-1"].reads_back) == (False, True)
+    world.add("CP-3", {"protocol": "ocpp2.0.1"})
+    world.run(60)
+    assert known["CP-3"].reads_back is True, "it is asked itself"
 
 
 def test_a_station_that_keeps_a_single_default_gets_limit_and_fallback_in_one():
