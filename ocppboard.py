@@ -11794,6 +11794,7 @@ class Evse:
     limited_by: str = ""                # who sets the most that it may have
     target: float = 0.0
     reason: str = ""
+    waits_for: str = ""                 # before its limit is raised further
     began_mono: float = -math.inf       # when the transaction was seen
     sent_mono: float = -math.inf
     changed_mono: float = -math.inf
@@ -13432,14 +13433,22 @@ class Controller:
         return commands
 
     @staticmethod
-    def _admitted(fact: Fact, path: list[int], flow: float, now: float, tree: CircuitTree) -> bool:
-        """Whether a limit may be sent that lets so much flow in a phase; if so, it is taken.
+    def _full(fact: Fact, path: list[int], flow: float, now: float,
+              tree: CircuitTree) -> int | None:
+        """The first place without room for a limit that lets `flow` A run in a phase, or None.
 
-        It may where it surely raises nothing, or where there is room for it beside the worst of
-        all others: what an EVSE counts for is no measure of what it has, while that is not known.
+        A limit that surely raises nothing needs none; any other needs it beside the worst of all
+        others: what an EVSE counts for is no measure of what it has, while that is not known.
         """
-        if flow > fact.evse.surely_a(now) + GRAIN_A and any(
-                tree.left[place] + fact.worst[place % 3] < flow - GRAIN_A for place in path):
+        if flow <= fact.evse.surely_a(now) + GRAIN_A:
+            return None
+        return next((place for place in path
+                     if tree.left[place] + fact.worst[place % 3] < flow - GRAIN_A), None)
+
+    def _admitted(self, fact: Fact, path: list[int], flow: float, now: float,
+                  tree: CircuitTree) -> bool:
+        """Whether such a limit may be sent; its room is reserved then."""
+        if self._full(fact, path, flow, now, tree) is not None:
             return False
         for place in path:
             tree.left[place] -= max(0.0, flow - fact.worst[place % 3])
@@ -13505,19 +13514,29 @@ class Controller:
     def _raise(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
         """More, as far as the worst of all together leaves room, and the ramp allows."""
         evse, settings = fact.evse, self.settings
-        before = evse.commanded_a(now)
-        if not evse.transaction or not evse.session or evse.strikes or evse.target <= before or (
-                now - evse.changed_mono < CHANGE_S):
+        before, evse.waits_for = evse.commanded_a(now), ""
+        if not evse.transaction or not evse.session or evse.target <= before:
+            return None
+        if evse.strikes:
+            evse.waits_for = "its meter to show that it obeys"
+            return None
+        if now - evse.changed_mono < CHANGE_S:
+            evse.waits_for = f"{CHANGE_S:g} s after the last change"
             return None
         minimum, step = evse.session.min_a or settings.minimum_a, settings.step_a
+        ramp = max(step, settings.raise_a_per_30s // step * step)
         if before < minimum:
             amps = float(min(evse.target, math.ceil(minimum / step) * step))
         elif now - evse.raised_mono >= RAISE_EVERY_S:
-            ramp = max(step, settings.raise_a_per_30s // step * step)
             amps = min(evse.target, before + ramp)
         else:
+            evse.waits_for = f"the ramp of {ramp:g} A in {RAISE_EVERY_S:g} s"
             return None
         path, least = fact.path(tree), max(minimum, before + step)
+        full = self._full(fact, path, least * fact.load, now, tree)
+        if full is not None:
+            evse.waits_for = f"others to show that they have left room in {tree.says(full)}"
+            return None
         while amps >= least:
             if self._admitted(fact, path, amps * fact.load, now, tree):
                 return self._limit(fact, amps, now)
@@ -13871,7 +13890,12 @@ class Controller:
             if station.uncontrollable:
                 allocated = evse.maximum
             drawn = evse.meter.worst_a
-            rising = evse.target > allocated and station.steerable and evse.target >= 1
+            rise = ""
+            if evse.target > allocated and station.steerable and evse.target >= 1:
+                waits_for = evse.waits_for or (
+                    station.busy and f"the station's answer to {station.busy.action}")
+                rise = f"; on its way to {evse.target:g} A" + (
+                    f", waits for {waits_for}" if waits_for else "")
             self.board.charge_updated(
                 session, status=self._status(station, evse, session, now), allocated_a=allocated,
                 target_a=float(evse.target), measured_a=None if drawn is None else round(drawn, 1),

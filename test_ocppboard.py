@@ -8461,6 +8461,24 @@ def test_a_car_gets_more_by_the_ramp_and_less_at_once():
     assert records(world)[0]["reason"] == "An equal share of site on L1"
 
 
+def test_a_reason_names_what_a_raise_waits_for():
+    world = world_of({}, {}, smart_charge_site_limit_a=34, smart_charge_safety_margin_percent=0)
+    causes = {}
+    outlets = [station.outlets[0] for station in world.stations.values()]
+    for station, outlet in zip(world.stations.values(), outlets, strict=True):
+        world.arrive(station, outlet, **CAR)
+        for _ in range(400):
+            world.step()
+            for record in records(world):
+                _, way, cause = record["reason"].partition("; on its way to ")
+                if way:
+                    causes[cause.partition(", waits for ")[2]] = record["targetA"]
+    assert [outlet.current_a for outlet in outlets] == [17, 17]
+    assert causes.keys() == {
+        "the station's answer to SetChargingProfile", "5 s after the last change",
+        "the ramp of 3 A in 30 s", "others to show that they have left room in site on L1"}
+
+
 def test_two_changes_of_a_station_are_five_seconds_apart():
     world = world_of({}, {})
     charging(world)
