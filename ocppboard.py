@@ -13155,7 +13155,7 @@ class Controller:
         """What a session may be given; None: nothing yet, and its reason says why."""
         station, evse, settings = fact.station, fact.evse, self.settings
         session = evse.session
-        if session is None:
+        if session is None or evse.transaction is None:
             return None
         minimum = session.min_a or settings.minimum_a
         maximum, evse.limited_by = min(
@@ -13177,7 +13177,7 @@ class Controller:
         slot = int(now // (settings.rotate_minutes * 60))
         return Request(
             fact.id, station.circuit, station.phases_of(evse), minimum, maximum,
-            session.priority, session.started_at,
+            session.priority, evse.transaction.started_mono,
             evse.turn.count, evse.turn.waiting_since is None and evse.turn.slot == slot,
             evse.turn.waiting_since, evse.meter.need, asleep, fact.load,
             max(evse.fallback.known_a or 0.0, evse.fallback.sent_a or 0.0))

@@ -8077,6 +8077,18 @@ def test_priority_is_a_weight_and_first_come_an_order():
     assert amps("first_come") == {"a": 54, "b": 6}
 
 
+def test_who_came_first_is_first_whatever_the_clock_was_set_to():
+    world = world_of({"protocol": "ocpp2.0.1"}, {"protocol": "ocpp2.0.1"},
+                     smart_charge_strategy="first_come", smart_charge_site_limit_a=40)
+    outlets = charging(world)
+    world.run(2)
+    second = world.board.smart_charge.records[-1]
+    assert second.identity == "CP-2"
+    second.started_at -= 3600            # the clock was set back before it came
+    world.run(400)
+    assert [outlet.current_a for outlet in outlets] == [32, 6]
+
+
 def test_what_a_car_does_not_take_goes_to_others_first_and_back_when_nobody_wants_it():
     site = [ocppboard.Circuit("site", "", 40.0)]
     tired, eager = ocppboard.Request("t", "site", need=8), ocppboard.Request("e", "site")
