@@ -11975,6 +11975,7 @@ class SiteStation:
     uncontrollable: str = ""            # why, if it is
     disobeyed: bool = False             # it took limits and did not keep them: its word is no proof
     retry_mono: float = math.inf
+    failed_mono: float = -math.inf      # when an exception of it was logged
     refusals: deque = field(default_factory=lambda: deque(maxlen=8))     # (when to judge, Command,
                                                                          # its answer)
 
@@ -12488,7 +12489,6 @@ class Controller:
         self.overload_mono: dict[str, float] = {}
         self.quiet_until = -math.inf
         self._absent_told = self._listed_told = False
-        self._failed_mono: dict[str, float] = {}     # stations that could not be looked at
         self._read_stations()
         self.settled_mono = self._latest(self.started_mono)
         self._check_fallbacks()
@@ -12869,10 +12869,8 @@ class Controller:
             known = self._known(station)
             if known is None:
                 continue
-            try:
+            with self._isolated(known, now):
                 self._observe(known, station, now)
-            except Exception:            # one station's trouble must not stop the others
-                self._failed(known, now)
         if now < self.settled_mono and not self.strangers and all(
                 known.abilities for known in self.stations.values() if known.settings.managed):
             self.settled_mono = now      # all who may draw are here, and count
@@ -12880,12 +12878,17 @@ class Controller:
             self._log_event("SMART_CHARGE_METER", "", f"The site's meter {silence[1]}",
                             {"ageSeconds": round(silence[0])})
 
-    def _failed(self, station: SiteStation, now: float) -> None:
-        station.busy = None
-        if now - self._failed_mono.get(station.identity, -math.inf) > RETRY_S:
-            self._failed_mono[station.identity] = now
-            log.exception("Smart charging failed on %s", shown(station.identity))
-        self._give_up(station, "could not be looked at: the board's log says why")
+    @contextlib.contextmanager
+    def _isolated(self, station: SiteStation, now: float) -> Iterator[None]:
+        """An exception for one station stops no other: it counts at its maximum, and is logged."""
+        try:
+            yield
+        except Exception:
+            station.busy = None
+            if now - station.failed_mono > RETRY_S:
+                station.failed_mono = now
+                log.exception("Smart charging failed on %s", shown(station.identity))
+            self._give_up(station, "could not be looked at: the board's log says why")
 
     def _observe(self, known: SiteStation, station: Station, now: float) -> None:
         if known.station is not station or known.connection is not station.connection:
@@ -13421,15 +13424,11 @@ class Controller:
             for fact in free:
                 if fact.station.busy:
                     continue
-                try:
-                    command = choose(fact, now, tree)
-                except Exception:        # one station's trouble must not stop the others
-                    self._failed(fact.station, now)
-                    continue
-                if command:
-                    fact.station.busy = command
-                    command.durable = self._record_bounds(fact.station)
-                    commands.append(command)
+                with self._isolated(fact.station, now):
+                    if command := choose(fact, now, tree):
+                        command.durable = self._record_bounds(fact.station)
+                        fact.station.busy = command
+                        commands.append(command)
         return commands
 
     @staticmethod
@@ -13899,8 +13898,7 @@ class Controller:
             self.board.charge_updated(
                 session, status=self._status(station, evse, session, now), allocated_a=allocated,
                 target_a=float(evse.target), measured_a=None if drawn is None else round(drawn, 1),
-                reason=evse.reason + (f"; on its way to {evse.target:g} A" if rising else ""),
-                phases=phases, strategy=self.settings.strategy,
+                reason=evse.reason + rise, phases=phases, strategy=self.settings.strategy,
                 allocated_kw=round(allocated * phases * self.settings.voltage / 1000, 3))
         self._warn_of_overloads(facts, now)
         self._warn_of_absent(now)

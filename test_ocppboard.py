@@ -8217,9 +8217,10 @@ class World:
     # Stations
 
     def connect(self, station):
-        connection = StationConnection(
+        connection: Any = StationConnection(
             self.board, None, station.protocol, lambda text: self.answers.append(text),
             lambda code, reason: None)
+        connection.call = functools.partial(self.command, station)
         connection.start(station.identity, "192.0.2.1", 0, ())
         station.connection = connection
         drive(station.call("BootNotification", station.boot_payload()))
@@ -9562,18 +9563,19 @@ def test_a_car_in_watts_whose_phases_nobody_tells_says_how_they_can_be_told(limi
     assert "phases" not in session.reason and session.view()["phasesSet"] == 3
 
 
-def test_an_exception_for_one_station_stops_no_other(caplog, monkeypatch):
+@pytest.mark.parametrize("method", ["_observe_evses", "_reduction"])
+def test_an_exception_for_one_station_stops_no_other(caplog, monkeypatch, method):
     world = world_of({}, {}, smart_charge_site_limit_a=63)
-    known, look = world.controller.stations["CP-1"], ocppboard.Controller._observe_evses
+    known, works = world.controller.stations["CP-1"], getattr(ocppboard.Controller, method)
 
-    def fail(self, station, record, now):
-        if station is known:
+    def fail(self, subject, *arguments):
+        if known in (subject, getattr(subject, "station", None)):
             raise ZeroDivisionError
-        look(self, station, record, now)
+        return works(self, subject, *arguments)
     outlets = charging(world)
     world.run(2)
-    monkeypatch.setattr(ocppboard.Controller, "_observe_evses", fail)
-    world.run(1)
+    monkeypatch.setattr(ocppboard.Controller, method, fail)
+    world.run(10)
     assert known.uncontrollable == "could not be looked at: the board's log says why"
     world.run(300)
     assert outlets[1].current_a == 27, "59 less the 32 of who is not steered"
