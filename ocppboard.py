@@ -7360,13 +7360,16 @@ class Rates:
 
 
 class PowerController(Protocol):
-    """Whoever sets the limits of charging; what cars say of themselves goes there (K15)."""
+    """Whoever sets the limits of charging."""
 
     def car_needs(self, station: Station, payload: dict) -> bool:
-        """Whether a limit by these needs follows."""
+        """Whether a limit by these needs of a car follows (K15)."""
 
     def car_schedule(self, station: Station, payload: dict) -> bool:
-        """Whether the car's schedule is within its limit."""
+        """Whether the car's schedule is within its limit (K15)."""
+
+    def profiles_cleared(self, identity: str, profile_id: int | None) -> None:
+        """A station has cleared a profile, or several; whoever sent the command."""
 
 
 def _is_over(transaction: Transaction) -> bool:
@@ -10921,6 +10924,16 @@ def _learn_cleared(board: Board, station: Station, asked: dict, answer: dict) ->
     board.profiles_gone(station, lambda known_id, profile: known_id == id_ if id_ is not None
                         else all(asked_for is None or asked_for == told
                                  for asked_for, told in zip(wanted, profile[:3], strict=True)))
+    _tell_cleared(board, station, id_, answer)
+
+
+def _learn_cleared_16(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    _tell_cleared(board, station, asked.get("id"), answer)
+
+
+def _tell_cleared(board: Board, station: Station, profile_id: int | None, answer: dict) -> None:
+    if board.power is not None and answer.get("status") == "Accepted":
+        board.power.profiles_cleared(station.identity, profile_id)
 
 
 Learner = Callable[[Board, Station, dict, dict], None]
@@ -10929,7 +10942,8 @@ _LEARNT_2X: dict[str, Learner] = {
     "ClearChargingProfile": _learn_cleared}
 # What is learnt of a station from its answer to a command.
 LEARNT_FROM: dict[str, dict[str, Learner]] = {
-    "ocpp1.6": {"GetConfiguration": _learn_from_configuration},
+    "ocpp1.6": {"GetConfiguration": _learn_from_configuration,
+                "ClearChargingProfile": _learn_cleared_16},
     "ocpp2.0.1": _LEARNT_2X, "ocpp2.1": _LEARNT_2X}
 
 
@@ -13318,19 +13332,26 @@ class Controller:
         evse = known.evses.get(lenient(payload, "evseId", int, 0))
         return evse if known.steerable and evse and evse.transaction else None
 
-    def hand_sent(self, identity: str, action: str, payload: dict) -> str | None:
-        """What is to be said of a command that somebody sends by hand; None: nothing.
+    def profiles_cleared(self, identity: str, profile_id: int | None) -> None:
+        """A station has cleared a profile; with None others, and those of the board among them."""
+        station = self.stations.get(identity)
+        for evse in station.evses.values() if station and station.settings.managed else ():
+            if profile_id in (None, FALLBACK_ID, FALLBACK_ID + evse.evse_id):
+                evse.fallback.lost()
+                evse.fallback.due, evse.fallback.tried_mono = True, -math.inf
+            if evse.transaction and profile_id in (None, LIMIT_ID + evse.evse_id):
+                evse.resend = True
 
-        Raises: Conflict: its profile would take the place of one of ours, or lie above it
+    def check_by_hand(self, identity: str, action: str, payload: dict) -> str | None:
+        """A warning of what an operator's command comes to under the board's own limits, or None.
+
+        Raises: Conflict: its profile would take the place of one of the board's, or lie above it
             (K01.FR.06, K01.FR.39).
         """
         station = self.stations.get(identity)
         if station is None or not station.settings.managed:
             return None
-        if action == "ClearChargingProfile":         # ours may be among them
-            for evse in station.evses.values():
-                evse.fallback.lost()
-                evse.fallback.due, evse.fallback.tried_mono, evse.resend = True, -math.inf, True
+        if action == "ClearChargingProfile":
             return "The board sends its own limits again"
         profile = payload.get("csChargingProfiles", payload.get("chargingProfile"))
         if not isinstance(profile, dict):
@@ -17201,7 +17222,7 @@ def _check_by_hand(api: "Api", station: Station, action: str, payload: dict) -> 
     api.daemon.access.check_command(station.identity, action, payload)
     check_command(station, action, payload)
     controller = api.daemon.controller
-    return controller.hand_sent(station.identity, action, payload) if controller else None
+    return controller.check_by_hand(station.identity, action, payload) if controller else None
 
 
 def get_command(api: "Api", protocol: str, action: str) -> dict:

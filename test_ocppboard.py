@@ -9325,7 +9325,7 @@ def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
     world.run(60)
 
     def sent_by_hand(purpose, level, identity="CP-1"):
-        return world.controller.hand_sent(identity, "SetChargingProfile", {
+        return world.controller.check_by_hand(identity, "SetChargingProfile", {
             "evseId": 1, "chargingProfile": {"chargingProfilePurpose": purpose,
                                              "stackLevel": level}})
     for purpose, level in (("TxProfile", 9), ("TxDefaultProfile", 8)):
@@ -9337,41 +9337,41 @@ def test_a_limit_sent_by_hand_to_a_steered_station_is_no_secret():
         sent_by_hand("TxDefaultProfile", 12)
     start = {"chargingProfile": {"chargingProfilePurpose": "TxProfile", "stackLevel": 9}}
     with pytest.raises(ocppboard.Conflict, match="or lie above it"):
-        world.controller.hand_sent("CP-1", "RequestStartTransaction", start)
+        world.controller.check_by_hand("CP-1", "RequestStartTransaction", start)
     assert sent_by_hand("TxProfile", 3).startswith("It lies below the board's own limits and has")
     assert sent_by_hand("ChargingStationMaxProfile", 3) is None, "that one counts"
     assert sent_by_hand("TxProfile", 9, "CP-2") is None
     assert sent_by_hand("TxProfile", 9, "CP-7") is None
-    assert world.controller.hand_sent("CP-1", "Reset", {"type": "Immediate"}) is None
-    world.stations["CP-1"].profiles.clear()
-    assert world.controller.hand_sent("CP-1", "ClearChargingProfile", {}) == (
+    assert world.controller.check_by_hand("CP-1", "Reset", {"type": "Immediate"}) is None
+    assert world.controller.check_by_hand("CP-1", "ClearChargingProfile", {}) == (
         "The board sends its own limits again")
-    world.run(30)
-    assert len(world.stations["CP-1"].profiles) == 2, "they are there again"
 
 
-@pytest.mark.parametrize("outcome, lost", [
-    ("Accepted", True), ("Unknown", False), (ocppboard.FormatViolation("not sent"), False),
-    (ocppboard.NoAnswer("late"), True), (ocppboard.Conflict("gone"), True)])
-def test_limits_are_lost_by_a_clear_of_an_operator_once_it_may_have_been_obeyed(outcome, lost):
-    world = world_of({"protocol": "ocpp2.0.1"})
-    connection: Any = world.stations["CP-1"].connection
-    fallback = world.controller.stations["CP-1"].evses[1].fallback
-    held = []
-
-    async def call(action, payload):
-        held.append(fallback.known_a)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return {"status": outcome}, 1.0
-    connection.call = call
-    clearing = world.controller.send_by_hand(connection, "ClearChargingProfile", {})
-    if isinstance(outcome, Exception):
-        with pytest.raises(type(outcome)):
-            drive(clearing)
-    else:
-        drive(clearing)
-    assert held == [0] and fallback.known_a == (None if lost else 0)
+@pytest.mark.parametrize("protocol, cleared", [
+    ("ocpp1.6", {}), ("ocpp1.6", {"id": ocppboard.FALLBACK_ID + 1}),
+    ("ocpp2.0.1", {"chargingProfileCriteria": {"chargingProfilePurpose": "TxDefaultProfile"}}),
+    ("ocpp2.1", {"chargingProfileId": ocppboard.FALLBACK_ID + 1}), ("ocpp1.6", {"id": 5}),
+    ("ocpp2.1", {"chargingProfileId": ocppboard.LIMIT_ID + 1})])
+@with_loop
+async def test_the_fallback_is_there_until_a_station_says_that_it_has_cleared_it(
+        protocol, cleared):
+    bench = Bench(protocol, smart_charge_enabled=True, smart_charge_site_limit_a=32)
+    bench.call("BootNotification", BOOT_16 if protocol == "ocpp1.6" else {
+        "chargingStation": {"vendorName": "V", "model": "M"}, "reason": "PowerUp"})
+    controller = ocppboard.Controller(bench.board)
+    controller.tick()
+    fallback = controller.stations["CP-1"].evses[1].fallback
+    fallback.known_a, fallback.due = 0.0, False
+    for status in ("Unknown", "Accepted"):
+        command = Command(bench, "ClearChargingProfile", cleared)
+        _, id_, *_ = await command.sent()
+        assert fallback.known_a == 0
+        bench.receive([3, id_, {"status": status}])
+        await command.task
+    names_another = cleared.get("id") == 5 or cleared.get("chargingProfileId") == (
+        ocppboard.LIMIT_ID + 1)
+    assert fallback.known_a == (0 if names_another else None)
+    assert fallback.due is not names_another, "and it is sent again"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
