@@ -12524,8 +12524,16 @@ class Controller:
         """The configuration has changed: the site's limits, its circuits, who hangs where."""
         self.site.reconfigure()
         self._read_stations()
-        for station in self.stations.values():
-            station.circuit, station.settings = self._place(station.identity)
+        for known in list(self.stations.values()):
+            circuit, settings = self._place(known.identity)
+            managed, station = settings.managed, known
+            if managed != known.settings.managed:    # what was known of its limits holds no more
+                if not managed:
+                    self._leave(known)
+                station = self._meet(known.identity)
+            if managed:
+                self.leftovers.evses.pop(known.identity, None)
+            station.circuit, station.settings = circuit, settings
             for evse in station.evses.values():
                 evse.maximum = float(station.settings.max_a)
                 if evse.session:
@@ -12567,6 +12575,7 @@ class Controller:
         """A station that the configuration names is at this site, whatever was said before."""
         for identity in self.elsewhere & self.named:
             self.board.state.put("elsewhere", identity, None)
+            self.leftovers.evses.pop(identity, None)
         self.elsewhere -= self.named
 
     def _restore_evse(self, evse: Evse, limit: float, fallback: float | None) -> None:
@@ -12719,9 +12728,7 @@ class Controller:
         if elsewhere:
             self.elsewhere.add(identity)
             if station := self.stations.pop(identity, None):
-                for evse_id, evse in station.evses.items():
-                    self._end_session(evse)
-                    self.leftovers.add(identity, evse_id, evse.fallback.most_a)
+                self._leave(station)
         else:
             self.elsewhere.discard(identity)
             self.leftovers.evses.pop(identity, None)
@@ -12729,6 +12736,12 @@ class Controller:
         self.board.state.write_soon()
         self._log_event("SMART_CHARGE_STATION", identity, "It is not at this site" if elsewhere
                         else "It is at this site", {"elsewhere": elsewhere})
+
+    def _leave(self, station: SiteStation) -> None:
+        """The board steers a station no longer."""
+        for evse_id, evse in station.evses.items():
+            self._end_session(evse)
+            self.leftovers.add(station.identity, evse_id, evse.fallback.most_a)
 
     def take_meter(self, body: dict) -> None:
         """What the site's own meter says: {"L1": A, "L2": A, "L3": A}; negative is fed in.

@@ -9403,6 +9403,29 @@ def test_the_fallback_of_a_station_that_leaves_the_boards_care_is_cleared_once(p
     assert not world.stations["CP-3"].profiles and not world.state.rows("charging_limit")
 
 
+def test_a_station_may_leave_the_boards_care_and_come_back_at_run_time():
+    world = world_of({}, {}, smart_charge_site_limit_a=40, state=KeptRows())
+    outlets = charging(world)
+    world.run(300)
+    assert [outlet.current_a for outlet in outlets] == [19, 19]
+    controller, (left, _) = world.controller, world.stations.values()
+    settings = world.board.config.stations["CP-1"]
+    world.board.config.stations["CP-1"] = ocppboard.SimpleNamespace(
+        **vars(settings) | {"managed": False})
+    controller.reconfigure()
+    connection, = controller.leftovers.due()
+    drive(controller.leftovers.clear(connection))
+    before = len(sent(world, identity="CP-1"))
+    world.run(200)
+    assert len(sent(world, identity="CP-1")) == before, "it is left alone"
+    assert [outlet.current_a for outlet in outlets] == [32, 6], "and counts as measured"
+    assert [record["identity"] for record in records(world) if not record["endedAt"]] == ["CP-2"]
+    world.board.config.stations["CP-1"] = settings
+    controller.reconfigure()
+    world.run(400)
+    assert [outlet.current_a for outlet in outlets] == [19, 19] and len(left.profiles) == 2
+
+
 async def _gone(action, payload):
     raise ocppboard.Conflict("gone")
 
