@@ -100,7 +100,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
-from itertools import islice, pairwise
+from itertools import cycle, islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from string import Template
@@ -17717,6 +17717,7 @@ METRICS = (
     ("ocppboard_cpu_percent", "gauge", "Of one core, by this process.", "cpuPercent"),
     ("ocppboard_loop_lag_milliseconds", "gauge", "How late the loop woke up.", "loopLagMs"),
     ("ocppboard_streams", "gauge", "Open SSE streams.", "streams"),
+    ("ocppboard_tasks", "gauge", "asyncio tasks.", "tasks"),
 )
 
 
@@ -18126,7 +18127,7 @@ SHAPES = {
         "refusedConnections": "integer", "activeTransactions": "integer", "powerW": "number",
         "memoryUsage": "Memory", "cpuPercent": "number",
         "loopLagMs": "number", "stateFailingSince": "time?", "streams": "integer",
-        "timestamp": "time"},
+        "tasks": "integer", "timestamp": "time"},
     "Memory": {"rss": "integer", "heapUsed": "integer", "heapTotal": "integer"},
     "SecurityEvent": {"category": "string", "severity": "string", **_EVENT},
     "Error": {"category": "string", **_EVENT},
@@ -23768,12 +23769,15 @@ async def watch(case: BenchCase, client: Any, url: str) -> None:
                          *(poll() for _ in range(case.pollers)))
 
 
-def bench_config(folder: str, upstream: str = "", state: bool = False) -> str:
-    """Write the configuration of a board: one that relays to `upstream`, or has a state file."""
+def bench_config(folder: str, upstream: str = "", state: bool = False, more: str = "") -> str:
+    """Write the configuration of a board: one that relays to `upstream`, or has a state file.
+
+    `more`: further sections.
+    """
     name = secrets.token_hex(4)
     path, url = Path(folder, f"{name}.toml"), upstream.replace("http", "ws") + "/ocpp"
     path.write_text(BENCH_CONFIG + (f'[[proxy.upstream]]\nurl = "{url}"\n' if upstream else "")
-                    + (f"[state]\npath = '{Path(folder, name)}.db'\n" if state else ""))
+                    + (f"[state]\npath = '{Path(folder, name)}.db'\n" if state else "") + more)
     return str(path)
 
 
@@ -23907,6 +23911,106 @@ def bench_power(seconds: int) -> str:
             f"which `decide` takes {sorted(decisions)[10] * 1000:.1f} ms.")
 
 
+SOAK_STATIONS, SOAK_RATE, SOAK_LISTENERS, SOAK_STALLED, SOAK_ROUND_S = 100, 300, 5, 5, 20
+SOAK_GROWTH, SOAK_SLACK = 1.1, {"MB": 3.0, "descriptors": 10.0, "tasks": 10.0}
+SOAK_CONFIG = """
+[smart_charge]
+enabled = true
+site_limit_a = 4000
+[stations."BENCH-*"]
+managed = false
+"""
+
+
+async def _come_and_go(core: int | None, url: str) -> None:
+    """Simulated stations of three versions with cars, which leave after a while; others follow."""
+    for number in cycle(range(5)):
+        async with part(core, "simulate", "--url", url.replace("http", "ws") + "/ocpp",
+                        "--stations", "12", "--protocol", "all", "--stay", "5", "--prefix",
+                        f"SOAK-{number}-") as simulator:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(simulator.communicate(), SOAK_ROUND_S)
+                raise BenchError("the simulator ended")
+
+
+async def _stall(port: int) -> None:
+    """Listeners that read nothing; each stays a while, and another one comes."""
+    stalled: deque[socket.socket] = deque()
+    try:
+        while True:
+            listener = socket.create_connection((BENCH_HOST, port))
+            listener.sendall(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            stalled.append(listener)
+            if len(stalled) > SOAK_STALLED:
+                stalled.popleft().close()
+            await asyncio.sleep(SOAK_ROUND_S / SOAK_STALLED)
+    finally:
+        for listener in stalled:
+            listener.close()
+
+
+async def run_soak(folder: str, seconds: float, mqtt: str) -> str:
+    """A board with all that it has, under load for so long: in Markdown, what it holds meanwhile.
+
+    Raises: BenchError, also where it holds more and more.
+    """
+    # The daemon has no use for it, and it takes memory.
+    from tornado.httpclient import AsyncHTTPClient
+
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))       # it ends the parts, too
+    client = AsyncHTTPClient(force_instance=True, max_clients=100, max_body_size=1 << 40)
+    board, core = ("run", "--log-level", "error", "--config"), None
+    async with contextlib.AsyncExitStack() as parts:
+        parts.callback(client.close)
+        second = await parts.enter_async_context(part(core, *board, bench_config(folder)))
+        config = bench_config(folder, await started(second), True, SOAK_CONFIG + (
+            f"[mqtt]\nurl = {json.dumps(mqtt)}\n" if mqtt else ""))
+        server = await parts.enter_async_context(part(core, *board, config))
+        url, process = await started(server), psutil.Process(server.pid)
+        port = urlsplit(url).port or 0
+        load = await parts.enter_async_context(part(
+            core, "bench", "--part", "load", "--url", url, "--pid", str(server.pid), "--rate",
+            str(SOAK_RATE), "--stations", str(SOAK_STATIONS), "--seconds", str(seconds)))
+        case = BenchCase("relay", "soak", listeners=SOAK_LISTENERS, pollers=1)
+        around = [asyncio.create_task(work) for work in (
+            watch(case, client, url), _come_and_go(core, url), _stall(port))]
+        for task in around:
+            parts.callback(task.cancel)
+        held = []
+        while load.returncode is None and not any(task.done() for task in around):
+            await asyncio.wait([asyncio.create_task(load.wait())], timeout=seconds / 20)
+            if load.returncode is None:
+                metrics = (await client.fetch(url + "/metrics")).body.decode()
+                tasks = re.search(r"^ocppboard_tasks (\d+)", metrics, re.MULTILINE)
+                held.append({"MB": process.memory_info().rss / 1e6,
+                             "descriptors": float(process.num_fds()),
+                             "tasks": float(tasks[1] if tasks else 0)})
+        output, _ = await load.communicate()
+        if load.returncode or any(task.done() for task in around):
+            failed = next((task.exception() for task in around if task.done()), None)
+            raise BenchError(f"soak: {failed or output.decode(errors='replace').strip()[-200:]}")
+        return soak_table(json.loads(output), held, seconds)
+
+
+def soak_table(result: dict, held: list[dict[str, float]], seconds: float) -> str:
+    """What the board held over the time of a soak. Raises: BenchError, where it grew.
+
+    The first quarter fills the stores; the largest of the last one is judged by the second's.
+    """
+    quarter = len(held) // 4
+    rows = ["| of | after a quarter | at most in the second quarter | in the last |",
+            "|---|--:|--:|--:|"]
+    for name, slack in SOAK_SLACK.items():
+        values = [sample[name] for sample in held]
+        before, after = max(values[quarter:2 * quarter]), max(values[-quarter:])
+        rows.append(f"| {name} | {values[quarter]:,.0f} | {before:,.0f} | {after:,.0f} |")
+        if after > max(before * SOAK_GROWTH, before + slack):
+            raise BenchError("\n".join([*rows, f"soak: {name} grew"]))
+    return "\n".join([
+        *rows, "", f"{result['calls']:,} Calls in {seconds:,.0f} s, {result['rate']:.0f} a second; "
+        f"p50 {result['p50Ms']:.1f} ms, p99 {result['p99Ms']:.1f} ms."])
+
+
 def _processor() -> str:
     listed = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", listed.read_text() if listed.exists() else "")
@@ -23926,6 +24030,9 @@ def bench(options: argparse.Namespace) -> int:
                                    seconds, options.rate)))
         else:
             with tempfile.TemporaryDirectory(prefix="ocppboard-bench-") as folder:
+                if options.soak:
+                    print(asyncio.run(run_soak(folder, options.soak, options.mqtt)))
+                    return 0
                 print(asyncio.run(run_bench(folder, options.stations, seconds, pairs)))
             print(f"\n{bench_power(60 if options.quick else 300)}")
     except (BenchError, OSError, WebSocketError, psutil.Error) as error:
@@ -24497,6 +24604,7 @@ class Daemon:
                             "heapTotal": getattr(memory, "data", memory.rss)},
             "cpuPercent": self._process.cpu_percent(),
             "loopLagMs": round(self._lag_s * 1000, 1),
+            "tasks": len(asyncio.all_tasks()),
             "stateFailingSince": iso(self.state.failing_since),
             "host": {"cpuPercent": psutil.cpu_percent(),
                      "memoryPercent": psutil.virtual_memory().percent,
@@ -24900,6 +25008,10 @@ def command_line() -> argparse.ArgumentParser:
     measuring.add_argument("--pairs", type=_at_least(1, int), default=3, help="runs of each case")
     measuring.add_argument("--stations", type=_at_least(1, int), default=100)
     measuring.add_argument("--quick", action="store_true", help="one run of 1 s each")
+    measuring.add_argument("--soak", type=_at_least(20, float), default=0.0, metavar="S",
+                           help="instead: so many seconds with all that the board has, and "
+                                "whether it grows")
+    measuring.add_argument("--mqtt", default="", metavar="URL", help="a broker for the soak")
     for name, kind in (("part", str), ("url", str), ("pid", int), ("rate", float)):
         measuring.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)   # of its processes
     commands.add_parser("hash-password", help="print what stands for a password in the config")

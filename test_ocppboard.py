@@ -18526,6 +18526,31 @@ def test_the_load_ends_at_an_answer_that_is_none(answer, words):
         asyncio.run(loaded(reply, 2))
 
 
+@pytest.mark.parametrize("name, last, grows", [
+    ("MB", 54, False), ("MB", 56, True), ("descriptors", 109, False), ("descriptors", 112, True),
+    ("tasks", 21, True)])
+def test_a_soak_fails_when_the_board_holds_more_and_more(name, last, grows):
+    usual = {"MB": 50.0, "descriptors": 100.0, "tasks": 10.0}
+    held = [dict.fromkeys(usual, 0.0), *(dict(usual) for _ in range(10)), usual | {name: last}]
+    result = {"calls": 600, "rate": 300.0, "p50Ms": 0.5, "p99Ms": 4.0}
+    if grows:
+        with pytest.raises(ocppboard.BenchError, match=f"soak: {name} grew"):
+            ocppboard.soak_table(result, held, 2)
+    else:
+        before = f"{usual[name]:.0f}"
+        assert f"| {name} | {before} | {before} | {last} |" in ocppboard.soak_table(
+            result, held, 2).split("\n")
+
+
+def test_a_soak_puts_all_that_the_board_has_under_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SOAK_SLACK", dict.fromkeys(ocppboard.SOAK_SLACK, math.inf))
+    monkeypatch.setattr(ocppboard, "SOAK_ROUND_S", 5)
+    table = asyncio.run(ocppboard.run_soak(str(tmp_path), 16, ""))
+    (_, *cells), = re.findall(r"\| (tasks) \| (\d+) \| (\d+) \| (\d+) \|", table)
+    assert max(map(int, cells)) > 100, "a task for each station"
+    assert int(table.rpartition("\n")[2].split()[0].replace(",", "")) > 16 * 200
+
+
 def test_the_bench_prints_a_table_for_the_readme():
     done = subprocess.run(
         [sys.executable, str(HERE / "ocppboard.py"), "bench", "--quick", "--stations", "20"],
