@@ -19008,7 +19008,7 @@ label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size:
   color: var(--ink) }
 .bar { display: flex; gap: .5rem; flex-wrap: wrap; align-items: center }
 .bar input[type=search] { flex: 1 1 12rem; min-width: 8rem } .bar select { flex: 0 1 auto }
-.form { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
+.form { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr));
   align-items: end }
 .form .whole { grid-column: 1 / -1 } .form label > * { width: 100%; min-width: 0 }
 .form label.inline > input { width: auto; flex: none }
@@ -19641,6 +19641,7 @@ const on = {
     if (onTop(state.recent, row, RECENT)) touch('recent');
     if (state.list) { follow(state.list, row); touch('messages'); }
     if (row.method === 'NotifyReport') reported(row);
+    if (TELLS_LATER.has(row.method)) toldLater(row);
     if (SHOWS_TOKEN.has(row.method)) tokenShown = true;
   },
   telemetry(one) {
@@ -20379,152 +20380,406 @@ function attentionTo(station, loose) {
   return found;
 }
 
+// --- Forms ----------------------------------------------------------------------------------
+// A form has fields, and what is done with their values. What is typed stays, as text, in the
+// object that it is given; what is missing the browser says. A field: {label, type, options
+// (values, or pairs of value and text), none (said where there are no options), value (at first),
+// optional, whole (as wide as the form), `read` (its value of a text), attributes of its input}.
+
+const READ = {
+  number: Number,
+  'datetime-local': text => new Date(text).toISOString(),
+  lines: text => text.split('\n').map(line => line.trim()).filter(Boolean),
+};
+
+// {name, value, empty, view}: a field of which nothing is typed has no value, one that is `empty`
+// has nothing to choose from.
+function fieldOf(typed, name, spec) {
+  if (spec.type === 'checkbox') return checkboxOf(typed, name, spec);
+  const {label, options, type, read = READ[type] ?? String, optional, whole} = spec;
+  const choices = options?.map(option => Array.isArray(option) ? option : [option, option]);
+  const wanted = String(typed[name] ?? spec.value ?? choices?.[0]?.[0] ?? '');
+  const gone = choices && !choices.some(([value]) => String(value) === wanted);
+  const text = gone ? '' : wanted;                 // not the next best one: it is another's car
+  const props = {value: text, 'aria-label': label, required: !optional,
+    oninput: typing(typed, name)};
+  return {name, value: text === '' ? undefined : read(text), empty: choices?.length === 0,
+    view: h('label', {key: name, class: whole && 'whole'}, label,
+      choices ? selectOf(choices, gone, props, spec) : inputOf(props, spec))};
+}
+
+const checkboxOf = (typed, name, {label}) => ({name, value: !!typed[name], empty: false,
+  view: h('label.inline', {key: name}, h('input', {type: 'checkbox', checked: !!typed[name],
+    onchange: ({target}) => { typed[name] = target.checked; touch('ui'); }}), label)});
+
+function selectOf(choices, gone, props, {none}) {
+  const shown = choices.length && gone ? [['', 'choose …'], ...choices] : choices;
+  return h('select', {...props, disabled: !shown.length}, shown.length
+    ? shown.map(([value, text]) => h('option', {key: value, value}, text))
+    : h('option', {value: ''}, none));
+}
+
+function inputOf(props, {type = 'text', label, options, value, none, read, optional, whole,
+  ...more}) {
+  const all = {placeholder: optional && 'optional', ...props, ...more, autocomplete: 'off',
+    spellcheck: 'false'};
+  return type === 'lines' ? h('textarea.mono', all) : h('input', {...all, type});
+}
+
+// `wrong(values)` says why they cannot be sent, `note(values)` what is to be known before.
+function form({key, typed, fields, send, submit = 'Send', off = '', wrong = null, note = null}) {
+  const inputs = Object.entries(fields).map(([name, spec]) => fieldOf(typed, name, spec));
+  const values = Object.fromEntries(inputs.map(({name, value}) => [name, value]));
+  const problem = off || wrong?.(values) || '', empty = inputs.some(input => input.empty);
+  return h('form.form', {key, onsubmit: event => { event.preventDefault(); send(values); }},
+    inputs.map(({view}) => view), note?.(values),
+    h('div.bar.whole', h('button.btn.main-act', {disabled: !!problem || empty}, submit),
+      h('span.small', {role: 'status', class: off ? 'dim' : 'bad'}, problem)));
+}
+
+// Ask before what cannot be undone. Resolves to whether to go on.
+const confirmed = (title, text, yes) => new Promise(resolve => {
+  state.confirm = {title, text, yes, done: value => {
+    state.confirm = null;
+    touch('ui');
+    resolve(value);
+  }};
+  touch('ui');
+});
+
 // --- Commands -------------------------------------------------------------------------------
-// FORMS are the usual commands: the FIELDS that are asked for, and the Action and payload that they
-// become in 1.6 (`v16`) and in 2.x (`v2x`). `danger` is what is asked before.
+// FORMS are commands in the words of 2.0.1, by group; the board says them as the station's version
+// does. A form: {title, action, fields (names of FIELDS, "?" where one may be empty),
+// payload(values, station), danger(values) (what is asked before), wrong, note}.
 
 const evsesOf = station => {
-  const known = [...new Set(station.connectors.map(one => one.evse))].filter(one => one > 0);
+  const known = [...new Set(station.connectors.map(connector => connector.evse))]
+    .filter(evse => evse > 0);
   return known.length ? known : [1];
 };
 const place = station => is16(station) ? 'Connector' : 'EVSE';
 
 // The connectors as options: "evse.connector".
 function spotsOf(station) {
-  const known = station.connectors.filter(one => one.evse > 0 && one.connector > 0);
-  return (known.length ? known : [{evse: 1, connector: 1}]).map(one =>
-    [`${one.evse}.${one.connector}`, nameOf(station, one)]);
+  const known = station.connectors.filter(({evse, connector}) => evse > 0 && connector > 0);
+  return (known.length ? known : [{evse: 1, connector: 1}]).map(spot =>
+    [`${spot.evse}.${spot.connector}`, nameOf(station, spot)]);
 }
-const evseAt = spot => Number(spot.split('.')[0]);
-const connectorAt = spot => Number(spot.split('.')[1]);
-const MESSAGES_16 = ['StatusNotification', 'MeterValues', 'Heartbeat', 'BootNotification',
-  'DiagnosticsStatusNotification', 'FirmwareStatusNotification'];
-const MESSAGES_2X = ['StatusNotification', 'MeterValues', 'TransactionEvent', 'Heartbeat',
-  'BootNotification', 'LogStatusNotification', 'FirmwareStatusNotification',
-  'SignChargingStationCertificate'];
+const WHOLE = [0, 'whole station'];
+const evseOf = (id, connectorId) => id ? {id, connectorId} : undefined;
+const evseAt = spot => {
+  const [id, connectorId] = spot.split('.').map(Number);
+  return {id, connectorId};
+};
 const TOKEN_TYPES = ['Central', 'ISO14443', 'ISO15693', 'eMAID', 'KeyCode', 'Local', 'MacAddress',
   'NoAuthorization'];
-const purposes = station => ['TxDefaultProfile', 'TxProfile',
-  is16(station) ? 'ChargePointMaxProfile' : 'ChargingStationMaxProfile'];
-const activeAt = station => running().filter(one => one.identity === station.identity);
-const runningAt = (station, evse) => activeAt(station).find(one => one.evse === evse);
+const PURPOSES = ['TxDefaultProfile', 'TxProfile', 'ChargingStationMaxProfile'];
+const ROOTS = ['CSMSRootCertificate', 'ManufacturerRootCertificate', 'V2GRootCertificate',
+  'MORootCertificate'];
+const activeAt = station => running().filter(({identity}) => identity === station.identity);
+const runningAt = (station, evse) => activeAt(station).find(going => going.evse === evse);
+const requestId = () => Math.floor(Math.random() * 2 ** 31);
+const afterMinutes = minutes => new Date(now() + minutes * 60000).toISOString();
 
+const textField = (label, more = {}) => () => ({label, ...more});
+const countField = (label, more = {}) => () => ({label, type: 'number', min: 0, step: 1, ...more});
+const choiceField = (label, options, more = {}) => () => ({label, options, ...more});
+const timeField = label => () => ({label, type: 'datetime-local'});
+const areaField = (label, more = {}) => () => ({label, type: 'lines', whole: true, ...more});
+const pemField = label => areaField(label, {read: pasted => pasted.trim(),
+  placeholder: '-----BEGIN CERTIFICATE-----'});
+
+/** @type {Record<string, (station: any) => any>} */
 const FIELDS = {
-  evse: station => ({label: place(station), number: true, options: evsesOf(station)}),
-  target: station => ({label: place(station), number: true,
-    options: [[0, 'whole station'], ...evsesOf(station)]}),
-  spot: station => ({label: 'Connector', options: spotsOf(station)}),
-  anywhere: station => ({label: 'Connector',
+  evse: station => ({label: place(station), options: evsesOf(station), read: Number}),
+  target: station => ({label: place(station), options: [WHOLE, ...evsesOf(station)],
+    read: Number}),
+  anyEvse: station => ({label: place(station), options: [['', 'any'], ...evsesOf(station)],
+    read: Number}),
+  spot: station => ({label: 'Connector', options: spotsOf(station), read: evseAt}),
+  anywhere: station => ({label: 'Connector', read: evseAt,
     options: [...spotsOf(station), ['0.0', 'whole station']]}),
-  token: () => ({label: 'Id token', value: 'BOARD'}),
-  kind: station => is16(station) ? null : {label: 'Type of token', options: TOKEN_TYPES},
-  transaction: station => ({label: 'Transaction', none: 'none runs',
-    options: activeAt(station).map(one => [String(one.id), `${one.id} at ${one.evse}`])}),
-  reset: station => ({label: 'Type',
-    options: is16(station) ? ['Soft', 'Hard'] : ['OnIdle', 'Immediate']}),
-  operative: () => ({label: 'To be', options: ['Operative', 'Inoperative']}),
-  message: station => ({label: 'Message', options: is16(station) ? MESSAGES_16 : MESSAGES_2X}),
-  limit: () => ({label: 'Limit', number: true, value: '10', min: 0, step: .1}),
-  unit: () => ({label: 'Unit', options: [['A', 'A per phase'], ['W', 'W in all']]}),
-  minutes: () => ({label: 'Minutes (empty: for good)', number: true, min: 1, step: 1,
-      optional: true}),
-  purpose: station => ({label: 'Purpose', options: purposes(station)}),
-  purposes: station => ({label: 'Purpose', options: [['', 'every purpose'], ...purposes(station)],
-    optional: true}),
-  stack: () => ({label: 'Stack level', number: true, value: '0', min: 0, step: 1}),
-  seconds: () => ({label: 'Seconds from now', number: true, value: '3600', min: 1, step: 1}),
+  token: textField('Id token', {value: 'BOARD', maxlength: 36}),
+  tokenType: choiceField('Type of token', TOKEN_TYPES),
+  transactionId: station => ({label: 'Transaction', none: 'none runs',
+    options: activeAt(station).map(({id, evse}) => [String(id), `${id} at ${evse}`])}),
+  reservationId: countField('Reservation number', {value: 1}),
+  forMinutes: countField('For so many minutes', {value: 30, min: 1}),
+  reset: choiceField('Type', [['OnIdle', 'once idle'], ['Immediate', 'at once']]),
+  operationalStatus: choiceField('To be', ['Operative', 'Inoperative']),
+  requestedMessage: choiceField('Message', ['StatusNotification', 'MeterValues', 'TransactionEvent',
+    'Heartbeat', 'BootNotification', 'LogStatusNotification', 'FirmwareStatusNotification',
+    'SignChargingStationCertificate']),
+  limit: countField('Limit', {value: 10, step: .1}),
+  unit: choiceField('Unit', [['A', 'A per phase'], ['W', 'W in all']]),
+  minutes: countField('Minutes (empty: for good)', {min: 1}),
+  purpose: choiceField('Purpose', PURPOSES),
+  purposes: choiceField('Purpose', [['', 'every purpose'], ...PURPOSES]),
+  stack: countField('Stack level', {value: 0}),
+  duration: countField('Seconds from now', {value: 3600, min: 1}),
+  firmware: textField('URL of the firmware', {type: 'url', whole: true, maxlength: 512,
+    placeholder: 'https://…'}),
+  retrieveAt: timeField('Download (empty: now)'),
+  installAt: timeField('Install (empty: when downloaded)'),
+  signature: areaField('Signature, base64', {read: pasted => pasted.trim(), maxlength: 800}),
+  signingCertificate: pemField('Certificate that it was signed with, PEM'),
+  logType: choiceField('Log', [['DiagnosticsLog', 'diagnostics'], ['SecurityLog', 'security']]),
+  logUrl: textField('URL to which it goes', {type: 'url', whole: true, maxlength: 512,
+    placeholder: 'https://…, ftp://…'}),
+  oldest: timeField('From (empty: all)'),
+  latest: timeField('Until'),
+  vendorId: textField('Vendor', {maxlength: 255}),
+  messageId: textField('Message id', {maxlength: 50}),
+  data: areaField('Data', {read: String}),
+  updateType: choiceField('Update', [['Differential', 'what changes'], ['Full', 'the whole list']]),
+  versionNumber: ({identity}) => ({label: 'Version', type: 'number', min: 1, step: 1,
+    value: (state.lists.find(list => list.identity === identity)?.version ?? 0) + 1}),
+  listed: areaField('Id tokens, one a line; "- token" removes one',
+    {placeholder: '04A2B3C4D5E6F7\n- 04FFEEDDCCBBAA'}),
+  whoseToken: choiceField('Customer by', [['idToken', 'id token'],
+    ['customerIdentifier', 'customer identifier']]),
+  customer: textField('Id token or identifier', {maxlength: 36}),
+  report: () => ({label: 'Report what is stored', type: 'checkbox'}),
+  clear: () => ({label: 'Remove it', type: 'checkbox'}),
+  certificateType: choiceField('Type', ROOTS),
+  certificateTypes: choiceField('Type', [['', 'every type'], ...ROOTS, 'V2GCertificateChain']),
+  certificate: pemField('Certificate, PEM'),
+  installed: station => ({label: 'Certificate', options: installedAt(station), whole: true,
+    none: 'list those that are installed first', read: JSON.parse}),
+  component: textField('Component', {maxlength: 50, placeholder: 'OCPPCommCtrlr'}),
+  componentInstance: textField('Instance of the component', {maxlength: 50}),
+  onEvse: countField('At EVSE', {min: 1}),
+  variable: textField('Variable', {maxlength: 50, placeholder: 'HeartbeatInterval'}),
+  variableInstance: textField('Instance of the variable', {maxlength: 50}),
+  attributeType: choiceField('Attribute', ['Actual', 'Target', 'MinSet', 'MaxSet']),
+  attributeValue: textField('Value', {maxlength: 1000}),
+  reportBase: choiceField('Of', [['FullInventory', 'everything'],
+    ['ConfigurationInventory', 'what can be set'], ['SummaryInventory', 'what is not as usual']]),
+  criterion: choiceField('Components that are', [['', 'of any state'],
+    ...['Active', 'Available', 'Enabled', 'Problem'].map(word => [word, word.toLowerCase()])]),
+  monitorType: choiceField('Alert', [['UpperThreshold', 'above'], ['LowerThreshold', 'below'],
+    ['Delta', 'after a change of'], ['Periodic', 'every so many seconds'],
+    ['PeriodicClockAligned', 'every so many seconds of the day']]),
+  monitorValue: countField('Value', {min: null, step: 'any'}),
+  severity: countField('Severity, 0 (danger) to 9', {value: 5, max: 9}),
+  ofTransaction: () => ({label: 'Only during a transaction', type: 'checkbox'}),
+  monitorId: countField('Takes the place of monitor', {}),
+  monitorIds: textField('Numbers of monitors', {placeholder: '1, 2', pattern: '\\d+( *, *\\d+)*',
+    read: typed => typed.split(',').map(Number)}),
+  monitoringCriterion: choiceField('Monitors', [['', 'every kind'],
+    ['ThresholdMonitoring', 'of thresholds'], ['DeltaMonitoring', 'of changes'],
+    ['PeriodicMonitoring', 'of times']]),
+  monitoringBase: choiceField('To be', [['All', 'all that there are'],
+    ['FactoryDefault', 'as delivered'], ['HardWiredOnly', 'those that cannot be removed']]),
+  displayId: countField('Message number', {value: 1}),
+  priority: choiceField('Shown', [['NormalCycle', 'in turn with others'],
+    ['InFront', 'before others'], ['AlwaysFront', 'always']]),
+  displayState: choiceField('While the station is', [['', 'in any state'],
+    ...['Charging', 'Faulted', 'Idle', 'Unavailable'].map(word => [word, word.toLowerCase()])]),
+  displayFrom: timeField('From (empty: now)'),
+  displayUntil: timeField('Until (empty: for good)'),
+  format: choiceField('Format', ['UTF8', 'ASCII', 'HTML', 'URI']),
+  language: textField('Language', {maxlength: 8, placeholder: 'en'}),
+  content: areaField('Text', {read: String, maxlength: 512}),
 };
-const evseOf = (id, connectorId) => id ? {id, connectorId} : undefined;
 
-const FORMS = [
-  {name: 'Remote start', fields: ['evse', 'token', 'kind'],
-    v16: one => ['RemoteStartTransaction', {idTag: one.token, connectorId: one.evse}],
-    v2x: one => ['RequestStartTransaction', {idToken: {idToken: one.token, type: one.kind},
-      evseId: one.evse, remoteStartId: requestId()}]},
-  {name: 'Remote stop', fields: ['transaction'],
-    v16: one => ['RemoteStopTransaction', {transactionId: Number(one.transaction)}],
-    v2x: one => ['RequestStopTransaction', {transactionId: one.transaction}]},
-  {name: 'Unlock', fields: ['spot'],
-    danger: () => 'The cable is released; a charging there ends.',
-    v16: one => ['UnlockConnector', {connectorId: evseAt(one.spot)}],
-    v2x: one => ['UnlockConnector', {evseId: evseAt(one.spot),
-      connectorId: connectorAt(one.spot)}]},
-  {name: 'Reset', fields: ['reset'],
-    danger: () => 'The station starts anew; charging ends, unless it waits for it.',
-    v16: one => ['Reset', {type: one.reset}],
-    v2x: one => ['Reset', {type: one.reset}]},
-  {name: 'Trigger', fields: ['message', 'anywhere'],
-    wrong: (one, station) => !is16(station) && one.message === 'StatusNotification'
-      && !evseAt(one.anywhere) && 'A StatusNotification is of one connector.',
-    v16: one => ['TriggerMessage', {requestedMessage: one.message,
-      connectorId: evseAt(one.anywhere) || undefined}],
-    v2x: one => ['TriggerMessage', {requestedMessage: one.message,
-      evse: evseOf(evseAt(one.anywhere), connectorAt(one.anywhere))}]},
-  {name: 'Availability', fields: ['target', 'operative'],
-    danger: one => one.operative === 'Inoperative'
-      && 'Nobody can charge there until it is made operative again.',
-    v16: one => ['ChangeAvailability', {connectorId: one.target, type: one.operative}],
-    v2x: one => ['ChangeAvailability', {operationalStatus: one.operative,
-        evse: evseOf(one.target)}]},
-  {name: 'Set a limit', fields: ['target', 'limit', 'unit', 'purpose', 'minutes', 'stack'],
-    danger: one => one.limit < (one.unit === 'A' ? 6 : 1380)
-      && 'Below 6 A (1.38 kW on one phase) no car charges: it will pause.',
-    wrong: (one, station) => one.purpose === 'TxProfile' ? !one.target ? 'A TxProfile is of one '
-      + 'connector.' : !runningAt(station, one.target) && 'No transaction runs there.'
-      : one.purpose.endsWith('MaxProfile') && one.target && 'It is of the whole station.',
-    note: (one, station) => noEffect(station, one.purpose, one.target,
-      one.unit === 'A' ? one.limit : null),
-    v16: (one, station) => ['SetChargingProfile', {connectorId: one.target, csChargingProfiles: {
-      chargingProfileId: profileId(one), ...profile(one, station),
-      chargingSchedule: schedule(one)}}],
-    v2x: (one, station) => ['SetChargingProfile', {evseId: one.target, chargingProfile: {
-      id: profileId(one), ...profile(one, station),
-      chargingSchedule: [{id: 1, ...schedule(one)}]}}]},
-  {name: 'Clear limits', fields: ['target', 'purposes'],
-    danger: () => 'What limited the station, also for safety, does so no more.',
-    v16: one => ['ClearChargingProfile', {connectorId: one.target || undefined,
-      chargingProfilePurpose: one.purposes || undefined}],
-    v2x: one => ['ClearChargingProfile', !one.target && !one.purposes ? {} : {
-      chargingProfileCriteria: {evseId: one.target || undefined,
-        chargingProfilePurpose: one.purposes || undefined}}]},
-  {name: 'Limits in force', fields: ['target', 'seconds', 'unit'],
-    v16: one => ['GetCompositeSchedule', {connectorId: one.target, duration: one.seconds,
-      chargingRateUnit: one.unit}],
-    v2x: one => ['GetCompositeSchedule', {evseId: one.target, duration: one.seconds,
-      chargingRateUnit: one.unit}]},
-  {name: 'Clear cache', fields: [], danger: () => 'The station forgets which cards it knows.',
-    v16: () => ['ClearCache', {}], v2x: () => ['ClearCache', {}]},
-  {name: 'Install the CA', fields: [],
-    wrong: () => !state.about?.ca && 'The board has no CA of its own (ocpp.ca_certificate).',
-    v16: () => ['InstallCertificate', {certificateType: 'CentralSystemRootCertificate',
-      certificate: state.about.ca}],
-    v2x: () => ['InstallCertificate', {certificateType: 'CSMSRootCertificate',
-      certificate: state.about.ca}]},
-  {name: 'New certificate', fields: [],
-    v16: () => ['ExtendedTriggerMessage', {requestedMessage: 'SignChargePointCertificate'}],
-    v2x: () => ['TriggerMessage', {requestedMessage: 'SignChargingStationCertificate'}]},
-];
-const FREE = 'Any command';
+const componentOf = ({component, componentInstance, onEvse}) =>
+  ({name: component, instance: componentInstance, evse: evseOf(onEvse)});
+const variableOf = ({variable, variableInstance}) =>
+  ({name: variable, instance: variableInstance});
+const VARIABLE = ['component', 'componentInstance?', 'onEvse?', 'variable', 'variableInstance?'];
+const VARIABLES_OF = ['component?', 'componentInstance?', 'onEvse?', 'variable?',
+  'variableInstance?'];
+const variablesOf = values => values.component === undefined ? undefined
+  : [{component: componentOf(values),
+    variable: values.variable === undefined ? undefined : variableOf(values)}];
+const idTokenOf = ({token, tokenType}) => ({idToken: token, type: tokenType});
+const listOrNone = value => value === undefined ? undefined : [value];
+
+const FORMS = {
+  Charging: [
+    {title: 'Remote start', action: 'RequestStartTransaction',
+      fields: ['evse', 'token', 'tokenType'],
+      payload: values => ({idToken: idTokenOf(values), evseId: values.evse,
+        remoteStartId: requestId()})},
+    {title: 'Remote stop', action: 'RequestStopTransaction', fields: ['transactionId']},
+    {title: 'Unlock', action: 'UnlockConnector', fields: ['spot'],
+      danger: () => 'The cable is released; a charging there ends.',
+      payload: ({spot}) => ({evseId: spot.id, connectorId: spot.connectorId})},
+    {title: 'Reserve', action: 'ReserveNow',
+      fields: ['anyEvse?', 'token', 'tokenType', 'forMinutes', 'reservationId'],
+      payload: values => ({id: values.reservationId, idToken: idTokenOf(values),
+        expiryDateTime: afterMinutes(values.forMinutes), evseId: values.anyEvse})},
+    {title: 'Cancel reservation', action: 'CancelReservation', fields: ['reservationId']},
+  ],
+  Limits: [
+    {title: 'Set a limit', action: 'SetChargingProfile',
+      fields: ['target', 'limit', 'unit', 'purpose', 'minutes?', 'stack'],
+      danger: ({limit, unit}) => limit < (unit === 'A' ? 6 : 1380)
+        && 'Below 6 A (1.38 kW on one phase) no car charges: it will pause.',
+      wrong: wrongPlace, note: ({purpose, target, limit, unit}, station) =>
+        noEffect(station, purpose, target, unit === 'A' ? limit : null),
+      payload: (values, station) => ({evseId: values.target,
+        chargingProfile: profileOf(values, station)})},
+    {title: 'Clear limits', action: 'ClearChargingProfile', fields: ['target', 'purposes?'],
+      danger: () => 'What limited the station, also for safety, does so no more.',
+      payload: ({target, purposes}) => !target && !purposes ? {} : {chargingProfileCriteria:
+        {evseId: target || undefined, chargingProfilePurpose: purposes}}},
+    {title: 'Limits in force', action: 'GetCompositeSchedule',
+      fields: ['target', 'duration', 'unit'],
+      payload: ({target, duration, unit}) => ({evseId: target, duration,
+        chargingRateUnit: unit})},
+    {title: 'Installed limits', action: 'GetChargingProfiles', fields: ['anyEvse?', 'purposes?'],
+      payload: ({anyEvse, purposes}) => ({requestId: requestId(), evseId: anyEvse,
+        chargingProfile: {chargingProfilePurpose: purposes}})},
+  ],
+  Station: [
+    {title: 'Reset', action: 'Reset', fields: ['target', 'reset'],
+      danger: () => 'The station, or the EVSE, starts anew; charging ends, unless it waits for it.',
+      payload: ({target, reset}) => ({type: reset, evseId: target || undefined})},
+    {title: 'Availability', action: 'ChangeAvailability', fields: ['target', 'operationalStatus'],
+      danger: ({operationalStatus}) => operationalStatus === 'Inoperative'
+        && 'Nobody can charge there until it is made operative again.',
+      payload: ({target, operationalStatus}) => ({operationalStatus, evse: evseOf(target)})},
+    {title: 'Trigger', action: 'TriggerMessage', fields: ['requestedMessage', 'anywhere'],
+      wrong: ({requestedMessage, anywhere}) => requestedMessage === 'StatusNotification'
+        && anywhere?.id === 0 && 'A StatusNotification is of one connector.',
+      payload: ({requestedMessage, anywhere: {id, connectorId}}) =>
+        ({requestedMessage, evse: evseOf(id, connectorId)})},
+    {title: 'Update firmware', action: 'UpdateFirmware',
+      fields: ['firmware', 'retrieveAt?', 'installAt?', 'signingCertificate?', 'signature?'],
+      danger: () => 'The station restarts with what it finds at that address.',
+      wrong: ({signature, signingCertificate}) => !signature !== !signingCertificate
+        && 'A signature and its certificate go together.',
+      payload: ({firmware, retrieveAt, installAt, signature, signingCertificate}) => ({
+        requestId: requestId(), firmware: {location: firmware, signature, signingCertificate,
+          retrieveDateTime: retrieveAt ?? afterMinutes(0), installDateTime: installAt}})},
+    {title: 'Get log', action: 'GetLog', fields: ['logType', 'logUrl', 'oldest?', 'latest?'],
+      payload: ({logType, logUrl, oldest, latest}) => ({logType, requestId: requestId(),
+        log: {remoteLocation: logUrl, oldestTimestamp: oldest, latestTimestamp: latest}})},
+    {title: 'Data transfer', action: 'DataTransfer', fields: ['vendorId', 'messageId?', 'data?']},
+  ],
+  Drivers: [
+    {title: 'Clear cache', action: 'ClearCache', fields: [],
+      danger: () => 'The station forgets which cards it knows.'},
+    {title: 'Version of the list', action: 'GetLocalListVersion', fields: []},
+    {title: 'Send a list', action: 'SendLocalList',
+      fields: ['updateType', 'versionNumber', 'tokenType', 'listed?'],
+      danger: ({updateType}) => updateType === 'Full'
+        && 'It takes the place of the list that the station has.',
+      note: () => h('p.small.whole', {key: 'note'}, 'All that the board knows is sent under ',
+        link('tokens', 'Id tokens'), '.'),
+      payload: ({updateType, versionNumber, tokenType, listed}) => ({updateType, versionNumber,
+        localAuthorizationList: listed?.map(line => listEntry(line, tokenType))})},
+    {title: 'Customer information', action: 'CustomerInformation',
+      fields: ['whoseToken', 'customer', 'tokenType', 'report', 'clear'],
+      wrong: ({report, clear}) => !report && !clear && 'Report it, remove it, or both?',
+      danger: ({clear}) => clear && 'What the station has stored of this customer is removed.',
+      payload: ({whoseToken, customer, tokenType, report, clear}) => ({
+        requestId: requestId(), report, clear, [whoseToken]: whoseToken === 'idToken'
+          ? {idToken: customer, type: tokenType} : customer})},
+  ],
+  Certificates: [
+    {title: 'Installed certificates', action: 'GetInstalledCertificateIds',
+      fields: ['certificateTypes?'],
+      payload: ({certificateTypes}) => ({certificateType: listOrNone(certificateTypes)})},
+    {title: 'Install a certificate', action: 'InstallCertificate',
+      fields: ['certificateType', 'certificate'],
+      danger: () => 'The station will trust what is signed with it.'},
+    {title: 'Install the CA', action: 'InstallCertificate', fields: [],
+      wrong: () => !state.about?.ca
+        && 'The board has no CA of its own (ocpp.ca_certificate).',
+      payload: () => ({certificateType: 'CSMSRootCertificate', certificate: state.about?.ca})},
+    {title: 'Delete a certificate', action: 'DeleteCertificate', fields: ['installed'],
+      danger: () => 'What was signed with it, maybe the board, is trusted no more.',
+      payload: ({installed}) => ({certificateHashData: installed})},
+    {title: 'New certificate', action: 'TriggerMessage', fields: [],
+      payload: () => ({requestedMessage: 'SignChargingStationCertificate'})},
+  ],
+  Variables: [
+    {title: 'Get a variable', action: 'GetVariables', fields: [...VARIABLE, 'attributeType'],
+      payload: values => ({getVariableData: [{component: componentOf(values),
+        variable: variableOf(values), attributeType: values.attributeType}]})},
+    {title: 'Set a variable', action: 'SetVariables',
+      fields: [...VARIABLE, 'attributeType', 'attributeValue'],
+      danger: ({component, variable}) => riskOf(`${component} ${variable}`),
+      payload: values => ({setVariableData: [{component: componentOf(values),
+        variable: variableOf(values), attributeType: values.attributeType,
+        attributeValue: values.attributeValue}]})},
+    {title: 'Base report', action: 'GetBaseReport', fields: ['reportBase'],
+      payload: ({reportBase}) => ({requestId: requestId(), reportBase})},
+    {title: 'Report of components', action: 'GetReport', fields: ['criterion?', ...VARIABLES_OF],
+      payload: values => ({requestId: requestId(), componentVariable: variablesOf(values),
+        componentCriteria: listOrNone(values.criterion)})},
+  ],
+  Monitors: [
+    {title: 'Set a monitor', action: 'SetVariableMonitoring', fields: [...VARIABLE, 'monitorType',
+      'monitorValue', 'severity', 'monitorId?', 'ofTransaction'],
+      payload: values => ({setMonitoringData: [{id: values.monitorId,
+        transaction: values.ofTransaction, value: values.monitorValue, type: values.monitorType,
+        severity: values.severity, component: componentOf(values),
+        variable: variableOf(values)}]})},
+    {title: 'Clear monitors', action: 'ClearVariableMonitoring', fields: ['monitorIds'],
+      payload: ({monitorIds}) => ({id: monitorIds})},
+    {title: 'Report monitors', action: 'GetMonitoringReport',
+      fields: ['monitoringCriterion?', ...VARIABLES_OF],
+      payload: values => ({requestId: requestId(), componentVariable: variablesOf(values),
+        monitoringCriteria: listOrNone(values.monitoringCriterion)})},
+    {title: 'Which monitors', action: 'SetMonitoringBase', fields: ['monitoringBase'],
+      danger: () => 'Monitors that were set are removed, unless all are to stay.'},
+    {title: 'How severe', action: 'SetMonitoringLevel', fields: ['severity']},
+  ],
+  Display: [
+    {title: 'Show a message', action: 'SetDisplayMessage', fields: ['content', 'format',
+      'language?', 'priority', 'displayState?', 'displayFrom?', 'displayUntil?', 'displayId'],
+      payload: values => ({message: {id: values.displayId, priority: values.priority,
+        state: values.displayState, startDateTime: values.displayFrom,
+        endDateTime: values.displayUntil, message: {format: values.format,
+          language: values.language, content: values.content}}})},
+    {title: 'Shown messages', action: 'GetDisplayMessages', fields: ['displayState?'],
+      payload: ({displayState}) => ({requestId: requestId(), state: displayState})},
+    {title: 'Remove a message', action: 'ClearDisplayMessage', fields: ['displayId'],
+      payload: ({displayId}) => ({id: displayId})},
+  ],
+};
+const FREE = 'Any command', COMMON = 'ocpp2.0.1';
 const RISKY = new Set(('CertificateSigned ChangeAvailability ChangeConfiguration ClearCache '
   + 'ClearChargingProfile DeleteCertificate InstallCertificate PublishFirmware Reset SendLocalList '
   + 'SetChargingProfile SetNetworkProfile SetVariables SignedUpdateFirmware UnlockConnector '
   + 'UpdateFirmware').split(' '));
 
-const requestId = () => Math.floor(Math.random() * 2 ** 31);
+function wrongPlace({purpose, target}, station) {
+  if (purpose === 'ChargingStationMaxProfile') return target && 'It is of the whole station.';
+  if (purpose !== 'TxProfile') return '';
+  if (!target) return 'A TxProfile is of one connector.';
+  return !runningAt(station, target) && 'No transaction runs there.';
+}
 
-// The same limit again takes the place of the former one.
-const profileId = one => 1000 + one.target * 10
-  + ['TxDefaultProfile', 'TxProfile'].indexOf(one.purpose) + 1;
+// The same limit again takes the place of the former one. It begins a minute ago: the station's
+// clock may be behind ours.
+function profileOf({target, purpose, stack, minutes, unit, limit}, station) {
+  const transactionId = purpose === 'TxProfile' ? String(runningAt(station, target).id) : undefined;
+  return {id: 1000 + target * 10 + ['TxDefaultProfile', 'TxProfile'].indexOf(purpose) + 1,
+    stackLevel: stack, chargingProfilePurpose: purpose, chargingProfileKind: 'Absolute',
+    transactionId, chargingSchedule: [{id: 1, startSchedule: afterMinutes(-1),
+      duration: minutes && minutes * 60 + 60, chargingRateUnit: unit,
+      chargingSchedulePeriod: [{startPeriod: 0, limit}]}]};
+}
 
-const profile = (one, station) => ({
-  stackLevel: one.stack, chargingProfilePurpose: one.purpose, chargingProfileKind: 'Absolute',
-  transactionId: one.purpose === 'TxProfile' ? runningAt(station, one.target).id : undefined,
-});
+// A line of a local list; without information an id token is removed from it (2.0.1 D01.FR.16).
+function listEntry(line, type) {
+  const [, removed, token] = /^(-\s*)?(.*)$/.exec(line);
+  const idToken = {idToken: token, type};
+  return removed ? {idToken} : {idToken, idTokenInfo: {status: 'Accepted'}};
+}
 
-// It begins a minute ago: the station's clock may be behind ours.
-const schedule = one => ({startSchedule: new Date(now() - 60000).toISOString(),
-  duration: one.minutes ? one.minutes * 60 + 60 : undefined, chargingRateUnit: one.unit,
-  chargingSchedulePeriod: [{startPeriod: 0, limit: one.limit}]});
+// The certificates that the station has listed, as options: their hash data as JSON.
+function installedAt({identity}) {
+  const listed = (state.answers.get(identity) || []).find(({action, result}) =>
+    action === 'GetInstalledCertificateIds' && result);
+  return listOf(listed?.result.certificateHashDataChain).map(({certificateType: type,
+    certificateHashData: data}) => [JSON.stringify(data), `${type}, ${data?.serialNumber}`]);
+}
 
 // A browser has six connections to a host. A station that does not answer must not take them all:
 // of each station one command is under way, of all together a few.
@@ -20540,26 +20795,28 @@ function turnOver(identity) {
   for (const wake of queue.splice(0)) wake();
 }
 
-// Send a command; what the station really answered, and when, stands on top of its answers.
-async function command(identity, action, payload, shown = payload) {
-  const at = new Date(now()).toISOString();
-  const entry = {key: Math.random(), action, shown, at, queued: true};
+// Send a command; what the station really answered, and when, stands on top of its answers. A
+// command with a `protocol` is in the words of that, else of the station. `shown` has no secrets.
+async function command(identity, action, payload, {title = action, protocol = undefined,
+  shown = payload} = {}) {
+  /** @type {any} */
+  const entry = {key: Math.random(), title, action, shown, at: new Date(now()).toISOString(),
+    requestId: payload.requestId, queued: true, later: []};
   state.answers.set(identity, [entry, ...state.answers.get(identity) || []].slice(0, ANSWERS_KEPT));
   touch('answers');
   await turnOf(identity);
   entry.queued = false;
   touch('answers');
   try {
-    const {data, text} = await ask('POST', path('connections', identity, 'call'),
-      {action, payload});
-    Object.assign(entry, {result: data.result, responseTime: data.responseTime,
-      warning: data.warning,
-      raw: text.slice(text.indexOf('"result":') + 9, text.lastIndexOf(',"responseTime"'))});
+    const {data, text: raw} = await ask('POST', path('connections', identity, 'call'),
+      {action, payload, protocol});
+    const {result, responseTime, warning, reports = []} = data;
+    Object.assign(entry, {result, responseTime, warning,
+      raw: raw.slice(raw.indexOf('"result":') + 9, raw.lastIndexOf(',"responseTime"'))});
+    for (const report of reports) tellLater(entry, report.action, JSON.stringify(report.payload));
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    const {errorCode: code, errorDetails = {}} = error.data || {};
-    entry.failed = error.message;
-    if (code) Object.assign(entry, {code, raw: JSON.stringify(errorDetails)});
+    Object.assign(entry, failureOf(error));
   } finally {
     turnOver(identity);
   }
@@ -20567,101 +20824,147 @@ async function command(identity, action, payload, shown = payload) {
   return entry.result;
 }
 
-// Ask before what cannot be undone. Resolves to whether to go on.
-const confirmed = (title, text, yes) => new Promise(resolve => {
-  state.confirm = {title, text, yes, done: value => {
-    state.confirm = null;
-    touch('ui');
-    resolve(value);
-  }};
-  touch('ui');
-});
-
-// A field of a form: {name, its value as the command takes it, whether it is missing, view}.
-function fieldOf(form, name, station) {
-  const spec = FIELDS[name](station);
-  if (!spec) return null;
-  const id = `${form.name}.${name}`, values = typedFor(station);
-  const options = spec.options?.map(one => Array.isArray(one) ? one : [one, one]);
-  let text = String(values[id] ?? spec.value ?? options?.[0]?.[0] ?? '');
-  const gone = options?.length && !options.some(([one]) => String(one) === text);
-  if (gone) {                                      // not the next best one: it is another's car
-    options.unshift(['', 'choose …']);
-    text = '';
-  }
-  const value = spec.number ? text === '' ? undefined : Number(text) : text;
-  const props = {value: text, 'aria-label': spec.label,
-    oninput: typing(values, id)};
-  const input = options
-    ? h('select', {...props, disabled: !options.length}, options.length
-      ? options.map(([one, shown]) => h('option', {key: one, value: one}, shown))
-      : h('option', {value: ''}, spec.none))
-    : h('input', {...props, type: spec.number ? 'number' : 'text', min: spec.min, step: spec.step,
-      autocomplete: 'off', spellcheck: 'false'});
-  return {name, value, missing: !spec.optional && text === '' || value < spec.min,
-    view: h('label', {key: name}, spec.label, input)};
+const FAILURES = {0: 'no connection', 400: 'not sent', 404: 'not known', 409: 'not sent',
+  503: 'busy', 504: 'no answer'};
+function failureOf({message, status, data}) {
+  const {errorCode, errorDescription, errorDetails = {}} = data || {};
+  return {failed: [message, errorDescription].filter(Boolean).join(': '),
+    code: errorCode || FAILURES[status] || 'failed', raw: JSON.stringify(errorDetails)};
 }
 
-// What was typed into the forms of a station.
-const typedFor = station => state.ui['form ' + station.identity] ||= {};
+// What a station tells later of what it was asked; 1.6 has no requestId.
+const TOLD_LATER = {
+  GetBaseReport: ['NotifyReport'], GetReport: ['NotifyReport'],
+  GetMonitoringReport: ['NotifyMonitoringReport'],
+  GetDisplayMessages: ['NotifyDisplayMessages'],
+  CustomerInformation: ['NotifyCustomerInformation'],
+  GetChargingProfiles: ['ReportChargingProfiles'],
+  GetLog: ['LogStatusNotification', 'DiagnosticsStatusNotification'],
+  UpdateFirmware: ['FirmwareStatusNotification', 'SignedFirmwareStatusNotification'],
+};
+const TELLS_LATER = new Set(Object.values(TOLD_LATER).flat());
+const LATER_KEPT = 20;
+function toldLater({identity, type, method, raw}) {
+  if (type !== 'CALL') return;
+  const {requestId: asked} = JSON.parse(raw);
+  const entry = state.answers.get(identity)?.find(({action, requestId: id}) =>
+    TOLD_LATER[action]?.includes(method) && (asked == null || asked === id));
+  if (!entry) return;
+  tellLater(entry, method, raw);
+  touch('answers');
+}
+function tellLater(entry, action, raw) {
+  if (entry.later.length < LATER_KEPT) entry.later.push({action, raw: ownText(raw)});
+}
+
+// What was chosen and typed for a station; forms of a group share their fields.
+const typedFor = ({identity}, group = '') => state.ui[`form ${identity} ${group}`] ||= {};
+
+// The forms that the station's version has words for: {group: [form]}.
+function formsFor({protocol}) {
+  const known = state.about?.commandsAcross[protocol] || [];
+  return Object.fromEntries(Object.entries(FORMS).map(([group, forms]) =>
+    [group, forms.filter(({action}) => known.includes(action))])
+    .filter(([, forms]) => forms.length));
+}
 
 function commandForm(station) {
-  const values = typedFor(station), chosen = values.form || FORMS[0].name;
-  const form = FORMS.find(one => one.name === chosen);
-  return [h('div.tabs', {role: 'group', 'aria-label': 'Command'},
-    [...FORMS.map(one => one.name), FREE].map(name => button(name, () => {
-      values.form = name;
-      touch('ui');
-    }, {key: name, 'aria-pressed': String(name === chosen)}))),
-  form ? usualForm(station, form) : freeForm(station)];
+  const typed = typedFor(station), groups = Object.entries(formsFor(station));
+  const choose = title => { typed.form = title; touch('ui'); };
+  const has = ([, forms]) => forms.some(({title}) => title === typed.form);
+  const usual = typed.form !== FREE && (groups.find(has) || groups[0]);
+  const [group, forms] = usual || [FREE, []];
+  const chosen = forms.find(({title}) => title === typed.form) || forms[0];
+  return [tabs('Group of commands', [...groups.map(([name, [first]]) =>
+    [name, name === group, () => choose(first.title)]), [FREE, !chosen, () => choose(FREE)]]),
+  chosen && tabs('Command', forms.map(({title}) =>
+    [title, title === chosen.title, () => choose(title)])),
+  chosen ? usualForm(station, chosen, typedFor(station, group)) : freeForm(station, typed)];
 }
 
-const sendButton = (station, ready) => [
-  h('button.btn.main-act', {disabled: !online(station) || !ready}, 'Send'),
-  !online(station) && h('span.dim', 'The station is offline.')];
+const tabs = (label, names) => h('div.tabs', {role: 'group', 'aria-label': label, key: label},
+  names.map(([name, pressed, onclick]) =>
+    button(name, onclick, {key: name, 'aria-pressed': String(pressed)})));
 
-function usualForm(station, form) {
-  const fields = form.fields.map(name => fieldOf(form, name, station)).filter(Boolean);
-  const values = Object.fromEntries(fields.map(one => [one.name, one.value]));
-  const missing = fields.some(one => one.missing);
-  const wrong = !missing && form.wrong?.(values, station);
-  const send = async event => {
-    event.preventDefault();
-    const danger = form.danger?.(values);
-    if (danger && !await confirmed(`${form.name}: ${station.identity}`, danger, form.name)) return;
-    command(station.identity, ...(is16(station) ? form.v16 : form.v2x)(values, station));
+const offline = station => online(station) ? '' : 'The station is offline.';
+const fieldsOf = (names, station) => Object.fromEntries(names.map(word => {
+  const name = word.replace('?', '');
+  return [name, {...FIELDS[name](station), optional: word !== name}];
+}));
+const payloadOf = (spec, values, station) => spec.payload ? spec.payload(values, station) : values;
+
+function usualForm(station, spec, typed) {
+  const {title, action, fields, danger, wrong, note} = spec;
+  const send = async values => {
+    const risk = danger?.(values);
+    if (risk && !await confirmed(`${title}: ${station.identity}`, risk, title)) return;
+    const payload = payloadOf(spec, values, station);
+    command(station.identity, action, payload,
+      {title, protocol: COMMON, shown: withoutSecrets(payload)});
   };
-  return h('form.form', {key: form.name, onsubmit: send}, fields.map(one => one.view),
-    form.note?.(values, station),
-    h('div.bar.whole', sendButton(station, !missing && !wrong),
-      wrong && h('span.bad.small', wrong)));
+  return form({key: title, typed, fields: fieldsOf(fields, station), send,
+    off: offline(station), wrong: values => wrong?.(values, station),
+    note: values => note?.(values, station)});
 }
 
-function freeForm(station) {
-  const values = typedFor(station), {action = '', payload: text = '{}'} = values;
-  const {payload, problem} = objectIn(text);
+// A payload as it is shown: without the values of what is secret, or the password of a URL.
+function withoutSecrets(payload) {
+  const hide = (_, value) => {
+    const named = value?.key ?? value?.variable?.name;
+    return typeof named !== 'string' || !SECRET.test(named) ? value
+      : {...value, ['attributeValue' in value ? 'attributeValue' : 'value']: '***'};
+  };
+  return JSON.parse(JSON.stringify(payload, hide).replace(/\/\/[^/@"\s]*@/g, '//***@'));
+}
+
+// Any command, in the station's own words. It begins with the fields that its schema requires.
+function freeForm(station, typed) {
+  const {action = '', payload: written = '{}', schema} = typed;
+  const {payload, problem} = objectIn(written);
+  const commands = state.about?.commands[station.protocol] || [];
   const send = async event => {
     event.preventDefault();
     if (RISKY.has(action) && !await confirmed(`${action}: ${station.identity}`,
       'This changes what the station does. Send it?', 'Send it')) return;
-    command(station.identity, action, payload);
+    command(station.identity, action, payload, {shown: withoutSecrets(payload)});
   };
+  const choose = ({target}) => beginCommand(station.protocol, typed, target.value, commands);
   return h('form.form', {key: FREE, onsubmit: send},
-    h('label.whole', 'Action to send', h('input', {value: action, list: 'actions',
-      spellcheck: 'false', autocomplete: 'off', oninput: typing(values, 'action')})),
-    h('datalist', {id: 'actions'}, (state.about?.commands[station.protocol] || []).map(name =>
-      h('option', {key: name, value: name}))),
-    h('label.whole', 'Payload, JSON', h('textarea.mono', {value: text, spellcheck: 'false',
-      'aria-invalid': String(!!problem), oninput: typing(values, 'payload')})),
+    h('label.whole', 'Action to send', h('input', {value: action, list: 'actions', required: true,
+      spellcheck: 'false', autocomplete: 'off', oninput: choose})),
+    h('datalist', {id: 'actions'}, commands.map(known =>
+      h('option', {key: known, value: known}))),
+    h('label.whole', 'Payload, JSON', h('textarea.mono', {value: written, spellcheck: 'false',
+      'aria-invalid': String(!!problem), oninput: typing(typed, 'payload')})),
+    schema?.action === action && schemaOf(schema),
     action === 'SetChargingProfile' && noEffectOf(station, payload),
-    h('div.bar.whole', sendButton(station, action && !problem),
-      h('span.bad.small', {role: 'status'}, problem)));
+    h('div.bar.whole', h('button.btn.main-act', {disabled: !!problem || !online(station)}, 'Send'),
+      h('span.bad.small', {role: 'status'}, offline(station) || problem)));
 }
 
+// Another Action: its required fields, unless something of the user's own stands there.
+async function beginCommand(protocol, typed, action, commands) {
+  typed.action = action;
+  touch('ui');
+  if (!commands.includes(action) || typed.schema?.action === action) return;
+  const schema = await attempt(() => get(path('commands', protocol, action)));
+  if (!schema || typed.action !== action) return;
+  const own = typed.payload && typed.payload !== typed.begun;
+  Object.assign(typed, {schema, begun: JSON.stringify(schema.payload, null, 2)});
+  if (!own) typed.payload = typed.begun;
+  touch('ui');
+}
+
+const schemaOf = ({action, fields}) => fields.length > 0 && h('details.whole', {key: action},
+  h('summary', `Fields of ${action}`), plainTable(`Fields of ${action}`,
+    ['Field', 'Type', 'Needed'], fields.map(({name, type, required, values}) => h('tr', {key: name},
+      h('td', h('code', name)), h('td', values.length ? values.join(', ') : type),
+      h('td', required && 'yes')))));
+
 // {payload} of a text that is a JSON object, else {problem}.
-function objectIn(text) {
+function objectIn(written) {
   try {
-    const payload = JSON.parse(text);
+    const payload = JSON.parse(written);
     return payload?.constructor === Object ? {payload, problem: ''}
       : {problem: 'The payload must be an object: {…}'};
   } catch (error) {
@@ -20672,20 +20975,21 @@ function objectIn(text) {
 // The power controller's own limits lie above what is sent by hand: the session's is to be set.
 const isSteered = ({identity}) => state.power?.enabled
   && !state.power.leftAlone.includes(identity)
-  && state.circuits.some(one => one.stations.includes(identity));
+  && state.circuits.some(circuit => circuit.stations.includes(identity));
 function noEffect(station, purpose, evse, amps) {
   if (!isSteered(station) || !['TxProfile', 'TxDefaultProfile'].includes(purpose)) return null;
-  const going = charges().filter(one => one.identity === station.identity
-    && (!evse || one.evse === evse));
+  const going = charges().filter(session => session.identity === station.identity
+    && (!evse || session.evse === evse));
   return h('div.stack.tight.whole', {key: 'no effect'},
     h('p.warn', '▲ This has no effect: the power controller sets the limits of this station. '
       + (going.length ? 'Limit the session instead:'
         : 'When a car charges, its session can be limited.')),
-    going.map(one => h('div.bar', {key: one.sessionId},
-      amps != null && button(`At most ${amperes(amps)} for the car at ${one.evse}`,
-        () => changeSession(one.sessionId, {maxA: amps}), {disabled: !isMost(one, amps)}),
-      h('p.small', one.maxA != null && `now at most ${amperes(one.maxA)}, `,
-        link(to('power', one.sessionId), 'its session')))));
+    going.map(session => h('div.bar', {key: session.sessionId},
+      amps != null && button(`At most ${amperes(amps)} for the car at ${session.evse}`,
+        () => changeSession(session.sessionId, {maxA: amps}),
+        {disabled: !isMost(session, amps)}),
+      h('p.small', session.maxA != null && `now at most ${amperes(session.maxA)}, `,
+        link(to('power', session.sessionId), 'its session')))));
 }
 const isMost = ({minA}, amps) => amps === 0
   || Number.isInteger(amps) && amps >= (minA ?? state.power.minimumA);
@@ -20695,25 +20999,78 @@ function noEffectOf(station, payload) {
   return noEffect(station, profile?.chargingProfilePurpose, connectorId ?? evseId, null);
 }
 
-const GOOD = /^(Accepted|Unlocked|Scheduled)$/;
+// What an answer's status says where the word alone does not.
+const GOOD = /^(Accepted|AcceptedCanceled|Unlocked|Scheduled)$/;
+const MEANT = {
+  AcceptedCanceled: 'The station does it, and gives up what was under way.',
+  EmptyResultSet: 'There is nothing like that.',
+  Failed: 'The station tried, and could not.',
+  Faulted: 'Something is broken there.',
+  InvalidCertificate: 'The certificate is not valid.',
+  NotFound: 'The station has nothing like that.',
+  NotImplemented: 'The station does not know how.',
+  NotSupported: 'The station cannot do this.',
+  NotSupportedAttributeType: 'The variable has no such attribute.',
+  Occupied: 'A car or a reservation is there already.',
+  OngoingAuthorizedTransaction: 'Somebody is charging there.',
+  RebootRequired: 'It holds after the next reset.',
+  Rejected: 'The station does not do it.',
+  RevokedCertificate: 'The certificate was revoked.',
+  Scheduled: 'The station does it when what charges there has ended.',
+  Unavailable: 'It is out of service.',
+  Unknown: 'The station has nothing like that.',
+  UnknownComponent: 'The station has no such component.',
+  UnknownConnector: 'The station has no such connector.',
+  UnknownMessageId: 'The station does not know such messages of this vendor.',
+  UnknownVariable: 'The component has no such variable.',
+  UnknownVendorId: 'The station does not know this vendor.',
+  UnlockFailed: 'The connector stayed locked.',
+  VersionMismatch: 'The station has this version of the list, or a later one.',
+};
+
 function answersOf(identity) {
   const answers = state.answers.get(identity) || [];
   if (!answers.length)
     return empty('The answers of the station will stand here, with the time that each took.');
-  return h('ul.list', {'aria-live': 'polite'}, answers.map(one => h('li', {key: one.key},
-    h('div.stack.grow.tight',
-      h('div.bar', h('b', one.action), clock(one.at), answerPill(one),
-        one.responseTime != null && h('span.dim', millis(one.responseTime))),
-      h('code.dim.small', JSON.stringify(one.shown)), one.failed && h('p.bad', one.failed),
-      one.warning && h('p.warn', '▲ ', one.warning),
-      one.raw && one.raw !== '{}' && pretty(one.raw)))));
+  return h('ul.list', {'aria-live': 'polite'}, answers.map(answerLine));
 }
 
-function answerPill({failed, code, result, queued}) {
-  if (failed) return pill(code || 'failed', 'bad');
+function answerLine(entry) {
+  const {key, title, action, at, shown, responseTime, failed: why, warning, raw, later} = entry;
+  return h('li', {key}, h('div.stack.grow.tight',
+    h('div.bar', h('b', title), title !== action && h('span.dim', action), clock(at),
+      answerPills(entry), responseTime != null && h('span.dim', millis(responseTime))),
+    h('code.dim.small', JSON.stringify(shown)), why && h('p.bad', why), reasonsIn(entry),
+    warning && h('p.warn', '▲ ', warning), raw && raw !== '{}' && pretty(raw),
+    later.map(laterLine)));
+}
+
+// {status, info} of an answer, and of each part of one that has parts.
+const statusesIn = (result = {}) => [result, ...Object.values(result).flatMap(listOf)]
+  .map(part => ({status: part.attributeStatus ?? part.status,
+    info: part.attributeStatusInfo ?? part.statusInfo}))
+  .filter(({status}) => typeof status === 'string');
+
+function answerPills({failed: why, code, result, queued}) {
+  if (why) return pill(code, 'bad');
   if (!result) return pill(queued ? 'queued …' : 'waiting …', 'info');
-  const {status} = result;
-  return pill(status || 'answered', !status || GOOD.test(status) ? 'good' : 'bad');
+  const found = [...new Set(statusesIn(result).map(({status}) => status))];
+  return found.length ? found.map(status => pill(status, GOOD.test(status) ? 'good'
+    : status === 'RebootRequired' ? 'warn' : 'bad')) : pill('answered', 'good');
+}
+
+function reasonsIn({result}) {
+  const said = statusesIn(result).map(({status, info}) => [MEANT[status],
+    info?.reasonCode && `Reason: ${[info.reasonCode, info.additionalInfo].filter(Boolean)
+      .join(', ')}.`].filter(Boolean).join(' '));
+  return [...new Set(said)].filter(Boolean).map(words => h('p', words));
+}
+
+// What came later: a status is a word, a report has more to it.
+function laterLine({action, raw}, n) {
+  const {status} = JSON.parse(raw);
+  return typeof status === 'string' ? h('p', {key: n}, `${action}: `, pill(status))
+    : h('details', {key: n}, h('summary', action), pretty(raw));
 }
 
 // --- Configuration --------------------------------------------------------------------------
@@ -20724,6 +21081,9 @@ function answerPill({failed, code, result, queued}) {
 const SECRET = new RegExp('password|passwd|passphrase|authorizationkey|secret|(?<!id)token|'
   + 'privatekey|authentication$|pin$|pin.?code|psk$|(shared|wifi|wpa|api).?key', 'i');
 const CUTS_OFF = /security|network|csms|centralsystem|url|apn|vpn/i;
+const CUT_OFF = 'A wrong value here may cut the station off: it could then only be set right at '
+  + 'the station itself.';
+const riskOf = name => (CUTS_OFF.test(name) || SECRET.test(name)) && CUT_OFF;
 
 async function readConfiguration(station) {
   const {identity} = station;
@@ -20781,11 +21141,10 @@ function variableRow(component, variable, {type, value, mutability}) {
 }
 
 async function writeRow(station, row, value) {
-  const risk = (row.secret || CUTS_OFF.test(row.id)) && 'A wrong value here may cut the station '
-    + 'off: it could then only be set right at the station itself.';
+  const risk = row.secret ? CUT_OFF : riskOf(row.id);
   if (risk && !await confirmed(`${row.name}: ${station.identity}`, risk, 'Write')) return;
   const [action, payload] = row.payload(value), [, shown] = row.payload(row.secret ? '***' : value);
-  const result = await command(station.identity, action, payload, shown);
+  const result = await command(station.identity, action, payload, {shown});
   row.said = result ? row.status(result) || 'answered' : 'failed';
   if (row.said === 'Accepted' || row.said === 'RebootRequired') {
     if (!row.secret) row.before ??= row.value;
@@ -22664,7 +23023,10 @@ async function start() {
 takeToken();
 addEventListener('hashchange', () => {
   if (takeToken() && !state.session) start();
-  else if (state.session) arrive();
+  else if (state.session) {
+    state.confirm?.done(false);
+    arrive();
+  }
 });
 addEventListener('keydown', pressed);
 addEventListener('pointerup', release);

@@ -17112,7 +17112,7 @@ async def test_the_ca_is_sent_and_a_certificate_asked_for_on_the_page(pki):
         async with looking(site) as look:
             await look.go("stations/CP-1/commands")
             for name in ("Install the CA", "New certificate"):
-                await look.click(name)
+                await open_form(look, name)
                 await look.click("Send")
         await until(lambda: len(station.commands) >= 2)
         ca, trigger = station.commands[-2:]
@@ -17329,9 +17329,87 @@ async def test_a_refused_card_is_named_as_the_reason(site):
         await look.sees("its id token was refused: Invalid.", ".why")
 
 
+# What is typed into the fields of forms that have nothing at first, by their names in FIELDS.
+TYPED = {
+    "firmware": "https://host/firmware.bin", "logUrl": "ftp://user:secret@host/logs",
+    "signature": "c2ln", "signingCertificate": "-----BEGIN CERTIFICATE-----",
+    "certificate": "-----BEGIN CERTIFICATE-----", "vendorId": "V", "messageId": "M", "data": "D",
+    "listed": "04A2\n- 04B3\n", "customer": "C", "component": "OCPPCommCtrlr",
+    "componentInstance": "1", "onEvse": "1", "variable": "HeartbeatInterval",
+    "variableInstance": "1", "attributeValue": "60", "monitorValue": "2.5", "monitorId": "3",
+    "monitorIds": "1, 2", "content": "Good morning", "language": "en", "minutes": "5",
+    "retrieveAt": "2026-11-26T10:00", "installAt": "2026-11-26T11:00",
+    "oldest": "2026-11-25T10:00", "latest": "2026-11-26T10:00", "displayFrom": "2026-11-26T10:00",
+    "displayUntil": "2026-11-27T10:00", "report": True, "clear": True, "ofTransaction": True}
+# Of each form in SCRIPT: what it sends with what must be there, with all, and with each choice.
+SENT_BY_FORMS = """typed => {
+    const station = state.stations.get('SIM-1');
+    state.about.ca = '-----BEGIN CERTIFICATE-----';
+    const certificateHashData = {hashAlgorithm: 'SHA256', issuerNameHash: 'a', issuerKeyHash: 'b',
+        serialNumber: '1'};
+    state.answers.set('SIM-1', [{key: 1, action: 'GetInstalledCertificateIds', later: [], result: {
+        certificateHashDataChain: [{certificateType: 'CSMSRootCertificate',
+            certificateHashData}]}}]);
+    const sent = [];
+    for (const spec of Object.values(FORMS).flat()) {
+        const fields = fieldsOf(spec.fields, station), names = Object.keys(fields);
+        const send = given => {
+            const values = Object.fromEntries(names.map(name => {
+                const {value} = fieldOf(given, name, fields[name]);
+                return [name, value];
+            }));
+            if (spec.wrong?.(values, station)) return;
+            const payload = JSON.stringify(payloadOf(spec, values, station));
+            sent.push([spec.title, spec.action, JSON.parse(payload)]);
+        };
+        const some = Object.fromEntries(names.filter(name => !fields[name].optional
+            || fields[name].type === 'checkbox').map(name => [name, typed[name]]));
+        send(some);
+        send(typed);
+        for (const name of names)
+            for (const option of fields[name].options || [])
+                send({...some, [name]: String(Array.isArray(option) ? option[0] : option)});
+    }
+    return [Object.values(FORMS).flat().map(spec => spec.title), sent];
+}"""
+
+
+@live()
+async def test_what_a_form_sends_fits_the_schema_of_every_version(site):
+    socket_ = await site.station("SIM-1", "ocpp2.0.1")
+    await exchange(socket_, "StatusNotification", {
+        "timestamp": iso_now(), "connectorStatus": "Occupied", "evseId": 1, "connectorId": 1})
+    await exchange(socket_, "TransactionEvent", {
+        "eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized", "seqNo": 0,
+        "evse": {"id": 1, "connectorId": 1}, "transactionInfo": {"transactionId": "77"}})
+    async with looking(site) as look:
+        await look.go("stations/SIM-1/commands")
+        await look.sees("Remote start")
+        titles, sent = await look.page.evaluate(SENT_BY_FORMS, TYPED)
+    assert {title for title, _, _ in sent} == set(titles)
+    assert len(sent) > 3 * len(titles)
+    for _, action, payload in sent:
+        assert (found := misfit("ocpp2.0.1", action, "Request", payload)) is None, (found, payload)
+        for version in PROTOCOLS:
+            if action in ocppboard.COMMANDS_ACROSS[version]:
+                translator = ocppboard.Translator(version, "ocpp2.0.1", int)
+                with contextlib.suppress(ocppboard.NotSupported):        # of 1.6's certificates
+                    carry(translator.down(action, payload),
+                          lambda *_: {"status": "Accepted"}, speaking("down", version))
+
+
+async def open_form(look, title):
+    """Choose a form, and the group that has it."""
+    group = await look.page.evaluate("""title => Object.keys(FORMS).find(group =>
+        FORMS[group].some(spec => spec.title === title))""", title)
+    if group:
+        await look.click(group)
+    await look.click(title)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @live()
-async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol):
+async def test_every_form_is_sent_and_its_answer_shown(site, protocol):
     station, command = await simulated(site, protocol)
     before = station.plan_start
     station.plan_start = lambda *_: None                 # it says Accepted and stays as it is
@@ -17341,52 +17419,64 @@ async def test_every_command_has_a_form_and_shows_the_real_answer(site, protocol
         obeyed.append(call)
         return obey(call)
     station.obey = watched
-    async with looking(site) as look:
+    async with looking(site, expected=["status of 502"]) as look:
         await look.go("stations/SIM-1/commands")
+        newest = look.page.locator(".cols .card:last-child li").first
 
-        async def send(name, asks, **fields):
+        async def send(title, asks=False, **fields):
             obeyed.clear()
-            await look.click(name)
+            await open_form(look, title)
             for label, value in fields.items():
-                field = look.page.get_by_label(label.replace("_", " "), exact=True)
+                field = look.page.locator("form.form").get_by_label(label.replace("_", " "),
+                                                                    exact=True)
                 await (field.select_option(value) if await field.evaluate(
                     "node => node.tagName === 'SELECT'") else field.fill(value))
-            await look.page.get_by_role("button", name=re.compile("^Send")).click()
+            await look.page.locator("form.form").get_by_role("button").click()
             if asks:
-                await look.page.locator("dialog").get_by_role("button", name=name).click()
-            await until(lambda: obeyed)
-            await look.sees("ms", ".cols .card:last-child li:first-child .bar")
-            return obeyed.pop()
+                await look.page.locator("dialog").get_by_role("button", name=title).click()
+            await expect(newest.locator("b")).to_have_text(fields.get("Action_to_send", title))
+            await expect(newest.locator(".pill").first).not_to_have_text(re.compile("…$"))
+            return obeyed[-1] if obeyed else None
 
         target = "Connector" if protocol == "ocpp1.6" else "EVSE"
-        start = await send("Remote start", False, Id_token="CARD")
+        start = await send("Remote start", Id_token="CARD")
         assert start.action.endswith(("RemoteStartTransaction", "RequestStartTransaction"))
         assert "CARD" in start.text
-        await look.sees("Accepted", ".cols .card:last-child")
+        await expect(newest).to_contain_text("Accepted")
         assert (await send("Unlock", True)).action == "UnlockConnector"
-        await look.sees("Unlocked", ".cols .card:last-child li:first-child")
-        trigger = await send("Trigger", False, Message="Heartbeat")
+        await expect(newest).to_contain_text("Unlocked")
+        trigger = await send("Trigger", Message="Heartbeat")
         assert trigger.payload == {"requestedMessage": "Heartbeat"} | (
             {"connectorId": 1} if protocol == "ocpp1.6" else {"evse": {"id": 1, "connectorId": 1}})
-        assert (await send("Trigger", False, Connector="0.0")).payload == {
+        assert (await send("Trigger", Connector="0.0")).payload == {
             "requestedMessage": "Heartbeat"}
         assert "Inoperative" in (await send("Availability", True, To_be="Inoperative")).text
-        limit = await send("Set a limit", False, **{target: "1", "Limit": "13.5"})
+        limit = await send("Set a limit", **{target: "1", "Limit": "13.5"})
         assert limit.action == "SetChargingProfile" and '"limit":13.5' in limit.text
         assert station.limit_a(station.outlets[0]) == 13.5, "the station took it"
         assert "13.5" in json.dumps(await command("GetCompositeSchedule", {
             "connectorId" if protocol == "ocpp1.6" else "evseId": 1, "duration": 60}))
-        obeyed.clear()
-        limits = await send("Limits in force", False, **{target: "1"})
+        limits = await send("Limits in force", **{target: "1"})
         assert limits.action == "GetCompositeSchedule"
-        await look.sees("13.5", ".cols .card:last-child li:first-child")
+        await expect(newest).to_contain_text("13.5")
         assert (await send("Clear limits", True)).action == "ClearChargingProfile"
         assert station.limit_a(station.outlets[0]) == 32
         assert (await send("Clear cache", True)).action == "ClearCache"
-        free = await send("Any command", False, Action_to_send="GetLocalListVersion")
+        await send("Get a variable", Component="OCPPCommCtrlr", Variable="HeartbeatInterval")
+        await expect(newest).to_contain_text("Accepted")
+        await send("Base report")
+        await expect(newest).to_contain_text("NotifyReport")
+        reserved = await send("Reserve", Reservation_number="4")
+        assert reserved.action == "ReserveNow" and 4 in reserved.payload.values()
+        version = await send("Version of the list")
+        assert version.action == "GetLocalListVersion" and version.payload == {}
+        log = await send("Get log", URL_to_which_it_goes="https://user:secret@host/log")
+        assert log.action == ("GetDiagnostics" if protocol == "ocpp1.6" else "GetLog")
+        await expect(newest.locator("code").first).to_contain_text("https://***@host/log")
+        free = await send("Any command", Action_to_send="GetLocalListVersion")
         assert free.payload == {}
         station.plan_start = before
-        assert (await send("Reset", True)).action == "Reset"
+        assert (await send("Reset", True, Type="Immediate")).action == "Reset"
         await look.click("Any command")
         await look.page.get_by_label("Payload, JSON").fill("{")
         await expect(look.page.get_by_role("button", name="Send")).to_be_disabled()
@@ -18288,7 +18378,7 @@ async def test_a_limit_by_hand_on_a_steered_station_is_said_to_have_no_effect_be
     session = site.board.smart_charge.records[0]
     async with looking(site, expected=["status of 409"]) as look:
         await look.go("stations/SIM-1/commands")
-        await look.click("Set a limit")
+        await open_form(look, "Set a limit")
         await look.sees("This has no effect: the power controller sets the limits", "form")
         await look.page.get_by_label("Limit", exact=True).fill("9")
         await look.click("At most 9 A for the car at 1")
@@ -18299,7 +18389,7 @@ async def test_a_limit_by_hand_on_a_steered_station_is_said_to_have_no_effect_be
         await look.click("Send")
         await look.sees("It lies below the board's own limits and has no effect", ".list .warn")
         assert not await violations(look)
-        await look.page.get_by_label("Purpose").select_option("ChargePointMaxProfile")
+        await look.page.get_by_label("Purpose").select_option("ChargingStationMaxProfile")
         await expect(look.page.get_by_text("This has no effect")).to_have_count(0)
         await look.click("Any command")
         await look.page.get_by_label("Action to send").fill("SetChargingProfile")
