@@ -58,6 +58,7 @@ import gzip
 import hashlib
 import heapq
 import hmac
+import html
 import importlib.machinery
 import inspect
 import io
@@ -16974,6 +16975,213 @@ def _digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+# --- HTML export --------------------------------------------------------------------------
+# Messages as one file that opens without the board and without a network, to be sent to whoever
+# made the station. It runs no script, and all that a station said is text in it. No I/O.
+
+HTML_MESSAGES, HTML_BYTES = 5000, 16 << 20     # the newest, and of their payloads
+HTML_STATIONS = 100                 # in the table of stations
+INDENTED_BYTES, INDENTED_DEPTH = 32 * 1024, 12 # of a payload; larger ones stay on one line
+GIST_LENGTH = 200                   # characters of a payload in the line of a closed message
+FINDING_S = 2                       # so near a message's own time is what the schemas found in it
+# What would show text as other than it is: control characters and those of direction.
+UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069"
+                    "\ufeff\ud800-\udfff]")
+TOKEN_FIELDS = frozenset((           # whose text is an id token, also within `idToken`
+    "idTag", "parentIdTag", "idToken", "additionalIdToken", "customerIdentifier"))
+TOKEN_LEAST = 4                     # characters of one that is known again in another field
+
+
+class TokenMask:
+    """Puts `token-1`, `token-2`, … in the place of id tokens; the same token is the same number."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}             # by the token in lower case
+
+    def __call__(self, record: LoggedMessage) -> LoggedMessage:
+        """The message without id tokens."""
+        payload = json.loads(record.payload)
+        masked = self._mask(payload)
+        return record if masked == payload else replace(record, payload=to_json(masked))
+
+    def _mask(self, value: Any, field_: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: self._mask(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._mask(inner, field_) for inner in value]
+        if not isinstance(value, str) or value in ("", HIDDEN):
+            return value
+        if field_ in TOKEN_FIELDS:
+            return self._names.setdefault(value.lower(), f"token-{len(self._names) + 1}")
+        if value[0] in "{[":                         # vendors write objects into a text
+            with contextlib.suppress(ValueError, RecursionError):
+                return to_json(self._mask(json.loads(value)))
+        return self._names.get(value.lower(), value) if len(value) >= TOKEN_LEAST else value
+
+
+class MessagePair(NamedTuple):
+    """A Call with the answer to it, if that is there; or a message that stands alone."""
+
+    message: LoggedMessage
+    answer: LoggedMessage | None = None
+
+
+def paired(messages: Iterable[LoggedMessage]) -> list[MessagePair]:
+    """Messages, the oldest first, each answer beside its Call; a message id may come again."""
+    pairs: list[MessagePair] = []
+    calls: dict[tuple[str, str, str], int] = {}      # {(identity, direction, id): place in pairs}
+    for message in messages:
+        if message.type in ("CALLRESULT", "CALLERROR"):
+            asked = "OUT" if message.direction == "IN" else "IN"
+            at = calls.pop((message.identity, asked, message.message_id), None)
+            if at is not None:
+                pairs[at] = MessagePair(pairs[at].message, message)
+                continue
+        elif message.type == "CALL":
+            calls[message.identity, message.direction, message.message_id] = len(pairs)
+        pairs.append(MessagePair(message))
+    return pairs
+
+
+class Findings:
+    """What the schemas found in messages, by the message."""
+
+    def __init__(self, errors: Iterable[Event]):
+        self._events: dict[tuple[str, str], list[Event]] = {}
+        for event in errors:
+            if event.kind == "VALIDATION_FAILURE":
+                key = event.identity, event.details.get("messageId", "")
+                self._events.setdefault(key, []).append(event)
+
+    def of(self, message: LoggedMessage) -> list[str]:
+        """Where and how the message leaves its schema, a text each."""
+        part = "Request" if message.type in ("CALL", "SEND") else "Response"
+        return [f"{event.details.get('pointer') or '/'} {event.details.get('text')}" for event in
+                self._events.get((message.identity, message.message_id), ())
+                if event.details.get("part") == part
+                and abs(event.timestamp - message.timestamp) < FINDING_S]
+
+
+def as_html(text: Any) -> str:
+    """A stranger's text for a place between tags or in an attribute."""
+    seen = UNSEEN.sub(lambda sign: f"\\u{ord(sign[0]):04x}", str(text))
+    return html.escape(seen)
+
+
+def _indented(payload: str) -> str:
+    """A payload over several lines, where that does not make it many times as large."""
+    if len(payload) <= INDENTED_BYTES:
+        value = json.loads(payload)
+        if not deeper(value, INDENTED_DEPTH):
+            return json.dumps(value, indent=2, ensure_ascii=False)
+    return payload
+
+
+def _message_html(message: LoggedMessage, findings: list[str]) -> str:
+    """A message in full: type, id, error, what the schemas found, payload."""
+    side = "from" if message.direction == "IN" else "to"
+    error = ""
+    if message.error_code is not None:
+        error = (f'<p class="bad">{as_html(message.error_code)} '
+                 f"{as_html(message.error_description or '')}</p>")
+    found = "".join(f'<p class="warn">{as_html(text)}</p>' for text in findings)
+    return (f'<section id="msg-{message.number}"><h3>{message.type} {side} the station '
+            f"<small>{iso(message.timestamp)}, id {as_html(message.message_id)}</small></h3>"
+            f"{error}{found}<pre>{as_html(_indented(message.payload))}</pre></section>\n")
+
+
+def pair_html(pair: MessagePair, findings: Findings) -> str:
+    """A Call and its answer as one entry: a line that opens."""
+    message = pair.message
+    found = [findings.of(one) for one in filter(None, pair)]
+    failed = [one for one in filter(None, pair) if one.error_code is not None]
+    marks = [f'<b class="bad">{as_html(one.error_code)}</b>' for one in failed]
+    marks += ['<b class="warn">against its schema</b>'] if any(found) else []
+    waited = "" if message.response_ms is None else f"{message.response_ms:.0f} ms"
+    if message.type == "CALL" and message.response_ms is None:
+        waited = "no answer"
+    arrow, side = ("→", "from") if message.direction == "IN" else ("←", "to")
+    return (f"<details><summary><time>{as_html(iso(message.timestamp))}</time> "
+            f"<span>{as_html(message.identity)} <span aria-hidden=\"true\">{arrow}</span>"
+            f'<span class="unseen">, {side} the station,</span></span> '
+            f"<strong>{as_html(message.method)}</strong> {' '.join(marks)} "
+            f'<code>{as_html(message.payload[:GIST_LENGTH])}</code> <i>{waited}</i></summary>\n'
+            + "".join(map(_message_html, filter(None, pair), found)) + "</details>\n")
+
+
+def html_head(title: str, facts: dict[str, str], stations: list[Station],
+              findings: list[tuple[LoggedMessage, str]]) -> str:
+    """The beginning of the file: what it has, of which stations, and what is wrong in it."""
+    rows = "".join(
+        f"<tr><td>{as_html(station.identity)}<td>{as_html(station.protocol)}<td>"
+        f"{as_html(' '.join(filter(None, map(station.info.get, STATION_FACTS))))}<td>"
+        + ", ".join(f"{as_html(name)} <small>({count})</small>"
+                    for name, count in station.quirk_counts.items())
+        for station in stations[:HTML_STATIONS])
+    found = "".join(
+        f'<li><a href="#msg-{message.number}">{as_html(iso(message.timestamp))}</a> '
+        f"{as_html(message.identity)} {as_html(message.method)}: {as_html(text)}"
+        for message, text in findings)
+    digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        f"style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{as_html(title)}</title>\n<style>{HTML_STYLE}</style></head>\n"
+        f"<body><main><h1>{as_html(title)}</h1>\n<dl>"
+        + "".join(f"<dt>{as_html(name)}<dd>{as_html(text)}" for name, text in facts.items())
+        + "</dl>\n<h2>Stations</h2>\n<div tabindex="0"><table><thead><tr><th>Identity<th>Version<th>"
+        f"Vendor, model, serial number, firmware<th>Quirks<tbody>{rows}</table></div>\n"
+        + (f"<h2>Against the schemas</h2>\n<ul>{found}</ul>\n" if found else "")
+        + "<h2>Messages</h2>\n")
+
+
+HTML_END = "</main></body></html>\n"
+STATION_FACTS = ("vendor", "model", "serial", "firmware")
+HTML_STYLE = """
+:root { color-scheme: light dark; --paper: #f4f6f8; --card: #fff; --ink: #17202b; --dim: #556274;
+  --line: #dbe1e8; --warn: #8a5300; --bad: #b3261e; --accent: #0a6e69 }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f141a; --card: #171e26; --ink: #e7ecf2;
+  --dim: #9aa8b8; --line: #2a343f; --warn: #f0b354; --bad: #ff8a80; --accent: #3fc1b6 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
+main { max-width: 80rem; margin: 0 auto; padding: 1.25rem }
+h1 { font-size: 1.35rem; margin: 0 0 .5rem } h2 { font-size: 1rem; margin: 1.25rem 0 .5rem }
+h3 { font-size: .9rem; margin: 0 0 .35rem } small, dt, time, i { color: var(--dim) }
+h3 small { font-weight: 400 } small, time, summary code, i { font-size: .85rem }
+dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .15rem 1rem; margin: 0 }
+dd { margin: 0; overflow-wrap: anywhere } a { color: var(--accent) } p { margin: 0 0 .35rem }
+ul { margin: 0; padding-left: 1.2rem } li { overflow-wrap: anywhere }
+div { overflow-x: auto } table { border-collapse: collapse; background: var(--card) }
+th, td { padding: .35rem .7rem; border: 1px solid var(--line); text-align: left;
+  vertical-align: top }
+.warn { color: var(--warn) } .bad { color: var(--bad) }
+.unseen { position: absolute; clip-path: inset(50%) }
+code, pre { font: .86em/1.45 ui-monospace, "DejaVu Sans Mono", monospace }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }
+details { background: var(--card); border: 1px solid var(--line); border-bottom-width: 0 }
+details:last-of-type { border-bottom-width: 1px }
+summary { display: flex; gap: .2rem .8rem; align-items: baseline; padding: .3rem .7rem;
+  cursor: pointer; list-style: none } summary::-webkit-details-marker { display: none }
+summary > * { flex: none } summary i { font-style: normal; margin-left: auto }
+summary code { flex: 1 1 0; min-width: 0; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; color: var(--dim) }
+summary:hover, :target { background: color-mix(in srgb, var(--accent) 8%, var(--card)) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px }
+details[open] { padding-bottom: .2rem } details[open] summary code { visibility: hidden }
+section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--paper) }
+@media (max-width: 45rem) { main { padding: .75rem } summary { flex-wrap: wrap }
+  summary > * { flex: 0 1 auto; overflow-wrap: anywhere }
+  summary code { flex: 1 0 100% }
+  details[open] summary code { display: none }
+  dl { grid-template-columns: minmax(0, 1fr) } dd { margin-bottom: .35rem } }
+"""
+
+
 # --- REST and streams ---------------------------------------------------------------------
 # The thin edge: an endpoint is a function that reads `api` and returns what is to be written.
 # ROUTES is the table of them; OpenAPI comes from it.
@@ -17038,6 +17246,10 @@ CHARGE_STATUS = _choice("status", ("active", "waiting", "paused", "limited-by-st
 PROXY_TYPE = _choice("type", ("translation", "error", "refused", "connected", "disconnected",
                               "buffered", "delivered"), "Of this type only")
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
+MESSAGES_FORMAT = _choice("format", ("ndjson", "csv", "html"),
+                          f"Of the file; html: the newest {HTML_MESSAGES} alone", default="ndjson")
+MASK_TOKENS = _choice("mask_tokens", ("true", "false"), "Put numbers in the place of id tokens",
+                      default="false")
 REPORT_BY = _choice("by", GROUP_OF, "A line for each", default="month")
 REPORT_FORMAT = _choice("format", ("json", "csv"), "Of the answer", default="json")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
@@ -17649,13 +17861,48 @@ async def get_messages_export(api: "Api") -> None:
     history, wanted, first = api.daemon.keeper.history, _wanted(api.query), api.board.messages.first
     found = await _found_messages(api)
     total = len(found) + await history.count("messages", first, wanted)
+    mask = TokenMask() if api.query["mask_tokens"] == "true" else lambda record: record
+    if api.query["format"] == "html":
+        older = await history.page("messages", first, HTML_MESSAGES - len(found), 0, wanted)
+        await _write_html(api, found + older, total, mask)
+        return
     write = _begin_export(api, "messages", total, MESSAGE_COLUMNS,
-                          lambda record: record.head() | {"payload": record.payload})
+                          lambda record: record.head() | {"payload": record.payload}, mask)
     async for messages in history.slices("messages", first, wanted):
         await write(messages)
         if api.closed:
             return
     await write(found[::-1])
+
+
+async def _write_html(api: "Api", found: list[LoggedMessage], total: int,
+                      mask: Callable[[LoggedMessage], LoggedMessage]) -> None:
+    """Write messages, the newest first, as a file of HTML, the oldest first."""
+    messages: deque[LoggedMessage] = deque()
+    size = 0
+    for record in islice(found, HTML_MESSAGES):
+        size += len(record.payload)
+        if size > HTML_BYTES:
+            break
+        messages.appendleft(record)
+    findings, board = Findings(api.board.errors.records), api.board
+    wrong = [(message, text) for message in messages for text in findings.of(message)]
+    filters = [f"{p.name} {api.query[p.name]}" for p in MESSAGE_FILTERS if api.query[p.name]]
+    facts = {"Messages": f"{len(messages)} of {total} that match"}
+    if messages:
+        facts["Time"] = f"{iso(messages[0].timestamp)} to {iso(messages[-1].timestamp)}"
+    facts |= {"Filters": ", ".join(filters) or "none",
+              "Id tokens": "masked" if api.query["mask_tokens"] == "true" else "as they were",
+              "Written": f"{iso(board.clock())} by ocppboard {VERSION}"}
+    identities = dict.fromkeys(message.identity for message in messages)
+    stations = [board.stations[name] for name in identities if name in board.stations]
+    api.set_header("Content-Type", "text/html; charset=utf-8")
+    api.set_header("Content-Disposition", 'attachment; filename="messages.html"')
+    api.set_header("X-Total-Count", total)
+    api.write(html_head("OCPP messages", facts, stations, wrong))
+    await api.write_slices(paired(messages), lambda pair: pair_html(
+        MessagePair(*(one and mask(one) for one in pair)), findings))
+    api.write(HTML_END)
 
 
 async def get_transactions_export(api: "Api") -> None:
@@ -17672,9 +17919,12 @@ async def get_transactions_export(api: "Api") -> None:
     await write(recent)
 
 
-def _begin_export(api: "Api", name: str, total: int, columns: tuple,
-                  row: Callable[[Any], dict]) -> Callable[[list], Awaitable]:
+def _begin_export(api: "Api", name: str, total: int, columns: tuple, row: Callable[[Any], dict],
+                  mask: Callable[[Any], Any] = lambda record: record,
+                  ) -> Callable[[list], Awaitable]:
     """Begin a file of JSON lines, or of CSV with these columns of `row(record)`.
+
+    What `mask` makes of a record stands in the file.
 
     Returns: what writes records into it.
     """
@@ -17687,6 +17937,7 @@ def _begin_export(api: "Api", name: str, total: int, columns: tuple,
         api.write(_csv_line(columns))
 
     def line(record: Any) -> str:
+        record = mask(record)
         return (_csv_line(map(row(record).get, columns)) if kind == "csv"
                 else record.json() + "\n")
     return lambda records: api.write_slices(records, line)
@@ -17968,7 +18219,7 @@ ROUTES = (
     Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
     Route("GET", "/api/messages/stream", get_messages_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
-          (EXPORT_FORMAT, *MESSAGE_FILTERS)),
+          (MESSAGES_FORMAT, MASK_TOKENS, *MESSAGE_FILTERS)),
     Route("GET", "/api/messages/:number", get_message, "Message"),
     Route("GET", "/api/telemetry", get_telemetry, "Telemetry"),
     Route("GET", "/api/telemetry/history", get_telemetry_history, "[Telemetry]", (LIMIT_OR_ALL,)),

@@ -18,6 +18,7 @@ import csv
 import functools
 import gc
 import gzip
+import hashlib
 import heapq
 import inspect
 import io
@@ -14643,6 +14644,103 @@ async def test_messages_are_exported_as_ndjson_and_csv(site):
     assert found["messageId"] == "'=1+1" and json.loads(found["payload"])["data"] == 'a,b\n"c"'
     _, text, _ = await site.fetch("/api/messages/export?text=calc")
     assert [json.loads(line)["direction"] for line in text.splitlines()] == ["IN"]
+
+
+@live()
+async def test_messages_are_exported_as_one_page(site):
+    socket_ = await site.station("<CP>")
+    too_long = {"chargePointSerialNumber": "x" * 26}
+    await exchange(socket_, "BootNotification", BOOT_16 | too_long, "a")
+    await exchange(socket_, "Authorize", {"idTag": "</pre><script>alert(1)</script>"}, "b")
+    await exchange(socket_, "Nonsense", {}, "b\u202e")
+    await exchange(socket_, "DataTransfer", {"vendorId": "V", "data": "\ud800"}, "c")
+    status, text, headers = await site.fetch("/api/messages/export?format=html")
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert headers["Content-Disposition"] == 'attachment; filename="messages.html"'
+    assert text.count("<details>") == 4 and text.count("<section id=") == 8    # with the answers
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text and "&lt;CP&gt;" in text
+    assert "\u202e" not in text and "b\\u202e" in text and "\\ud800" in text
+    assert "V M x" in text               # the station's vendor and model
+    found, = re.finditer(r'<li><a href="#(msg-\d+)">.*?</a> &lt;CP&gt; Boot\w+: (.*)', text)
+    assert "/chargePointSerialNumber" in found[2] and f'<section id="{found[1]}">' in text
+    assert 'class="bad">NotImplemented' in text
+    style, = re.findall("<style>(.*)</style>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in text
+    assert not re.search(r"https?:|url\(|@import|<img|<link|\son\w+=|\sstyle=", text)
+
+
+@live()
+async def test_the_page_of_messages_has_what_the_filters_let_through(site):
+    socket_ = await site.station()
+    await exchange(socket_, "Heartbeat", {}, "1")
+    await exchange(socket_, "Heartbeat", {}, "1")        # the same id again
+    await exchange(socket_, "Authorize", {"idTag": "A"}, "2")
+    _, text, headers = await site.fetch("/api/messages/export?format=html&method=Heartbeat")
+    assert text.count("<details>") == 2 and headers["X-Total-Count"] == "4"
+    assert "<dd>4 of 4 that match" in text and "<dd>method Heartbeat" in text
+    _, text, _ = await site.fetch("/api/messages/export?format=html&type=CALL")
+    assert text.count("<details>") == 3 and " ms</i>" in text and "no answer" not in text
+    _, text, _ = await site.fetch("/api/messages/export?format=html&method=None")
+    assert "<details>" not in text and "<dd>0 of 0 that match" in text
+
+
+def logged(payload):
+    return ocppboard.LoggedMessage("CP-1", "ocpp1.6", "IN", "CALL", "X", "1", json.dumps(payload),
+                                   NOW)
+
+
+def test_a_mask_keeps_id_tokens_apart_and_hides_them_everywhere():
+    mask = ocppboard.TokenMask()
+
+    def masked(payload):
+        return json.loads(mask(logged(payload)).payload)
+    assert masked({"idTag": "04A2B3C4"}) == {"idTag": "token-1"}
+    assert masked({"idTagInfo": {"parentIdTag": "FAMILY", "status": "Accepted"}}) == {
+        "idTagInfo": {"parentIdTag": "token-2", "status": "Accepted"}}
+    assert masked({"idToken": {"idToken": "04a2b3c4", "type": "ISO14443"}, "x": ["04A2B3C4"]}) == {
+        "idToken": {"idToken": "token-1", "type": "ISO14443"}, "x": ["token-1"]}
+    assert masked({"data": '{"card": "04A2B3C4", "n": 1}'}) == {
+        "data": '{"card":"token-1","n":1}'}
+    assert masked({"idTag": "***", "idToken": {"idToken": "", "type": "NoAuthorization"}}) == {
+        "idTag": "***", "idToken": {"idToken": "", "type": "NoAuthorization"}}
+    record = logged({"connectorId": 1})
+    assert mask(record) is record
+
+
+@pytest.mark.parametrize("format_", ["html", "ndjson", "csv"])
+@live()
+async def test_each_export_masks_id_tokens_when_asked(site, format_):
+    socket_ = await site.station()
+    await exchange(socket_, "Authorize", {"idTag": "04A2B3C4"})
+    for value, present in (("false", True), ("true", False)):
+        _, text, _ = await site.fetch(
+            f"/api/messages/export?format={format_}&mask_tokens={value}")
+        assert ("04A2B3C4" in text, "token-1" in text) == (present, not present)
+
+
+@pytest.mark.parametrize("limit, shown", [("HTML_MESSAGES", 3), ("HTML_BYTES", 2)])
+@live()
+async def test_the_page_of_messages_is_bounded(site, monkeypatch, limit, shown):
+    monkeypatch.setattr(ocppboard, limit, 3 if limit == "HTML_MESSAGES" else 45)
+    socket_ = await site.station()
+    for number in range(5):
+        await exchange(socket_, "DataTransfer", {"vendorId": f"{number}"}, f"{number}")
+    _, text, _ = await site.fetch("/api/messages/export?format=html")
+    assert f"<dd>{shown} of 10 that match" in text and "&quot;4&quot;" in text
+    assert "&quot;0&quot;" not in text
+
+
+def test_a_large_or_deep_payload_stays_on_one_line():
+    finds = ocppboard.Findings(())
+    deep: Any = 1
+    for _ in range(50):
+        deep = [deep]
+    for payload in ({"a": deep}, {"a": "x" * 40_000}):
+        text = ocppboard.pair_html(ocppboard.MessagePair(logged(payload)), finds)
+        assert f"<pre>{ocppboard.as_html(json.dumps(payload))}</pre>" in text
+    assert '<pre>{\n  &quot;a&quot;: 1\n}</pre>' in ocppboard.pair_html(
+        ocppboard.MessagePair(logged({"a": 1})), finds)
 
 
 @live()
