@@ -17132,7 +17132,7 @@ def html_head(title: str, facts: dict[str, str], stations: list[Station],
         f"<title>{as_html(title)}</title>\n<style>{HTML_STYLE}</style></head>\n"
         f"<body><main><h1>{as_html(title)}</h1>\n<dl>"
         + "".join(f"<dt>{as_html(name)}<dd>{as_html(text)}" for name, text in facts.items())
-        + "</dl>\n<h2>Stations</h2>\n<div tabindex="0"><table><thead><tr><th>Identity<th>Version<th>"
+        + "</dl>\n<h2>Stations</h2>\n<div tabindex=0><table><thead><tr><th>Identity<th>Version<th>"
         f"Vendor, model, serial number, firmware<th>Quirks<tbody>{rows}</table></div>\n"
         + (f"<h2>Against the schemas</h2>\n<ul>{found}</ul>\n" if found else "")
         + "<h2>Messages</h2>\n")
@@ -21472,9 +21472,9 @@ const choice = (name, label, options) => h('select', {'aria-label': label,
   value: state.route.query[name] || '', onchange: event => filter({[name]: event.target.value})},
 options.map(one => Array.isArray(one) ? one : [one, one]).map(([value, text]) =>
   h('option', {key: value, value}, text)));
-const downloads = (file, fields) => ['ndjson', 'csv'].map(format => h('a.btn', {key: format,
-  download: true, href: `api/${file}/export?` + query({...fields, format})},
-    format.toUpperCase()));
+const downloads = (file, fields, formats = ['ndjson', 'csv']) => formats.map(format =>
+  h('a.btn', {key: format, download: true,
+    href: `api/${file}/export?` + query({...fields, format})}, format.toUpperCase()));
 const contains = (words, text = '') =>
   words.join('\n').toLowerCase().includes(text.toLowerCase());
 const newestFirst = map => [...map.values()].reverse();
@@ -21989,7 +21989,7 @@ const messagesOf = name => ({name, label: 'Messages',
   tools: () => [button(state.list.paused
     ? `Resume · ${digits(state.list.held.rows.length + state.list.skipped)} new` : 'Pause',
   () => pause(state.list), {key: 'pause', 'aria-pressed': String(state.list.paused), title: 'p'}),
-  downloads('messages', state.list.filter)],
+  downloads('messages', state.list.filter, ['html', 'ndjson', 'csv'])],
   look: messageLook, open: messageAt, end: () => loadOlder(state.list),
   get blank() { return noMessages(); },
 });

@@ -17746,6 +17746,10 @@ async def test_messages_are_followed_filtered_paused_paired_and_exported(site):
                 await look.page.get_by_role("link", name=name).click()
             text = Path(await (await event.value).path()).read_text()
             assert len(text.splitlines()) == count and "xxxx" in text, "what is filtered"
+        async with look.page.expect_download() as event:
+            await look.page.get_by_role("link", name="HTML").click()
+        text = Path(await (await event.value).path()).read_text()
+        assert text.count("<details>") == 1 and "xxxx" in text
         await look.page.reload()
         await expect(rows).to_have_count(1)
         await rows.click()
