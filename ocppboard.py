@@ -9733,8 +9733,10 @@ def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
     return {}
 
 
-def _likely_connector(station: Station, evse_id: int) -> int:
-    """The connector meant where only an EVSE is told: one in use, else the only one, or 1."""
+def _likely_connector(station: Station, evse_id: int, connector_id: int | None = None) -> int:
+    """The connector meant where only an EVSE is named: one in use, else the only one, or 1."""
+    if connector_id is not None:
+        return connector_id
     connectors = [c for (e, _), c in sorted(station.connectors.items()) if e == evse_id]
     for in_use in (lambda c: c.transaction, lambda c: c.status == "Occupied",
                    lambda c: len(connectors) == 1):
@@ -9836,7 +9838,7 @@ def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
                 station, required(payload, "transactionId", int), 0, 0, id_tag and kept(id_tag),
                 stopped_at)
             transaction.stop_key = stop_key
-    if transaction.stopped_at is None or transaction.status == "abandoned":
+    if _awaits_stop(transaction):
         _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
                     "transactionData", transaction)
         board.transaction_stopped(transaction, stopped_at, meter_stop, reason)
@@ -9872,72 +9874,127 @@ def _stopped_by_unknown_id(board: Board, station: Station, id_tag: str | None,
     return transaction
 
 
+@dataclass(slots=True)
+class TransactionEvent:
+    """A TransactionEvent of a 2.x station, but for what its meter and its charging state are."""
+
+    transaction_id: str
+    kind: str                            # Started | Updated | Ended
+    at: float | None                     # UTC seconds; None where that cannot be read
+    at_mono: float
+    id_token: str | None                 # as records show it
+    evse_id: int                         # 0: it names none
+    connector_id: int | None
+
+
 def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 E01 to E12. Events may come late, twice, out of order, or of a transaction that began
     before us."""
+    event = _read_event(board, station, payload)
+    transaction = _event_transaction(board, station, event)
+    is_newest, not_before_mono = _put_in_order(board, station, transaction, event, payload)
+    board.transaction_located(station, transaction, event.evse_id, event.connector_id)
+    instants = _read_event_meter(board, station, transaction, event, payload, not_before_mono)
+    state = lenient(payload, "transactionInfo.chargingState", str)
+    if state and is_newest and transaction.status == "active":
+        board.charging_state(transaction, meant(board, station, state, CHARGING_STATES),
+                             max(event.at_mono, not_before_mono))
+    # The id token of a stop, often another one, is not who charged.
+    board.transaction_updated(
+        transaction, id_token=event.id_token if transaction.id_token is None else None)
+    if event.kind == "Ended" and _awaits_stop(transaction):
+        ends = [i.end_wh for i in instants if i.end_wh is not None] or _registers(instants)
+        board.transaction_stopped(
+            transaction, event.at, ends[-1] if ends else None,
+            kept(lenient(payload, "transactionInfo.stoppedReason", str) or "Local", 64))
+    return _answer_to_event(board, station, transaction, event, payload)
+
+
+def _read_event(board: Board, station: Station, payload: dict) -> TransactionEvent:
     info = required(payload, "transactionInfo", dict)
     transaction_id = kept(required(info, "transactionId", str), 64)
-    event_type = meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
-    # 1. which transaction it is, where
-    when = _told_time(board, station, payload)
-    at_mono = board.mono_of(station, when)
-    id_token = lenient(payload, "idToken", dict)
-    token = _shown_token(id_token) if id_token else None
-    evse = lenient(payload, "evse", dict, {})
-    evse_id, connector_id = lenient(evse, "id", int, 0), lenient(evse, "connectorId", int)
-    transaction = board.transaction(station, transaction_id)
-    if transaction and evse_id and transaction.evse_id not in (0, evse_id):
-        transaction = board.transaction_at(station, transaction_id, evse_id)
-    if not evse_id and event_type == "Updated" and (transaction is None or not transaction.evse_id):
-        evse_id = _likely_evse(station)
-    if event_type == "Started" and transaction and _is_another(transaction, at_mono):
-        transaction = None
-    if transaction is None:
-        place = evse_id, (_likely_connector(station, evse_id) if connector_id is None
-                          else connector_id)
-        begin = TRANSACTION_BEGINS.get(event_type, Board.transaction_adopted)
-        transaction = begin(board, station, transaction_id, *place, token, when)
-        transaction.assumed_connector = connector_id is None
-        transaction.sequence = EventSequence()
-    elif event_type == "Started":
-        board.start_seen(station, transaction, token, when)
-    # 2. where it stands among those that came: a clock may have fallen back between two
+    kind = meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
+    at, id_token = _told_time(board, station, payload), lenient(payload, "idToken", dict)
+    return TransactionEvent(
+        transaction_id, kind, at, board.mono_of(station, at),
+        _shown_token(id_token) if id_token else None,
+        lenient(payload, "evse.id", int, 0), lenient(payload, "evse.connectorId", int))
+
+
+def _event_transaction(board: Board, station: Station, event: TransactionEvent) -> Transaction:
+    """The transaction of an event, begun if it is not known."""
+    transaction = board.transaction(station, event.transaction_id)
+    if transaction and event.evse_id and transaction.evse_id not in (0, event.evse_id):
+        transaction = board.transaction_at(station, event.transaction_id, event.evse_id)
+    if not event.evse_id and event.kind == "Updated" and (
+            transaction is None or not transaction.evse_id):
+        event.evse_id = _likely_evse(station)
+    if transaction is None or (event.kind == "Started" and _is_another(transaction,
+                                                                       event.at_mono)):
+        return _begin_by_event(board, station, event)
+    if event.kind == "Started":
+        board.start_seen(station, transaction, event.id_token, event.at)
+    return transaction
+
+
+def _begin_by_event(board: Board, station: Station, event: TransactionEvent) -> Transaction:
+    connector_id = _likely_connector(station, event.evse_id, event.connector_id)
+    begin = TRANSACTION_BEGINS.get(event.kind, Board.transaction_adopted)
+    transaction: Transaction = begin(board, station, event.transaction_id, event.evse_id,
+                                     connector_id, event.id_token, event.at)
+    transaction.assumed_connector = event.connector_id is None
+    transaction.sequence = EventSequence()
+    return transaction
+
+
+def _put_in_order(board: Board, station: Station, transaction: Transaction,
+                  event: TransactionEvent, payload: dict) -> tuple[bool, float]:
+    """(whether an event is the newest of its transaction, the monotonic time before which it
+    cannot have been): a clock may have fallen back between two events."""
     sequence = transaction.sequence or EventSequence()
     former_mono = sequence.at_mono
-    newest = sequence.add(lenient(payload, "seqNo", int), at_mono)
-    live = newest and payload.get("offline") is not True
-    not_before = former_mono if live else -math.inf
-    if newest:
-        board.transaction_alive(station, transaction, max(at_mono, not_before))
-    board.transaction_located(station, transaction, evse_id, connector_id)
-    # 3. what the meter says; the first register is the start's, the last one the stop's
-    instants = [] if event_type == "Ended" and transaction.status == "stopped" and (
-        transaction.meter_stop is not None) else _read_meter(
-        board, station, transaction.evse_id, transaction.connector_id, payload, "meterValue",
-        transaction, not_before=not_before)
-    registers = [wh for i in instants if (wh := i.register_wh()) is not None]
-    if event_type == "Started" and registers:
-        board.started_at_register(transaction, when, registers[0])
-    # 4. what became of it; a stop's id token, often another one, is not who charged
-    state = lenient(info, "chargingState", str)
-    if state and newest and transaction.status == "active":
-        board.charging_state(transaction, meant(board, station, state, CHARGING_STATES),
-                             max(at_mono, not_before))
-    board.transaction_updated(transaction,
-                              id_token=token if transaction.id_token is None else None)
-    if event_type == "Ended" and (transaction.stopped_at is None
-                                  or transaction.status == "abandoned"):
-        ends = [i.end_wh for i in instants if i.end_wh is not None] or registers
-        board.transaction_stopped(transaction, when, ends[-1] if ends else None,
-                                  kept(info.get("stoppedReason") or "Local", 64))
-    # 5. what it cost (I03.FR.02), and who that was
-    told: dict[str, Any] = {}
-    if event_type == "Ended" and transaction.cost is not None:
-        told["totalCost"] = transaction.cost
-    if id_token:
-        starts = lenient(payload, "triggerReason", str) == "Authorized" and event_type != "Ended"
-        told["idTokenInfo"] = _id_token_info(board, station, id_token, transaction.evse_id, starts)
-    return told
+    is_newest = sequence.add(lenient(payload, "seqNo", int), event.at_mono)
+    is_live = is_newest and payload.get("offline") is not True
+    not_before_mono = former_mono if is_live else -math.inf
+    if is_newest:
+        board.transaction_alive(station, transaction, max(event.at_mono, not_before_mono))
+    return is_newest, not_before_mono
+
+
+def _read_event_meter(board: Board, station: Station, transaction: Transaction,
+                      event: TransactionEvent, payload: dict,
+                      not_before_mono: float) -> list[Instant]:
+    """Read the MeterValues of an event; the first register of a Started is the start's."""
+    if event.kind == "Ended" and transaction.status == "stopped" and (
+            transaction.meter_stop is not None):
+        return []                        # it is repeated
+    instants = _read_meter(board, station, transaction.evse_id, transaction.connector_id, payload,
+                           "meterValue", transaction, not_before=not_before_mono)
+    if event.kind == "Started" and (registers := _registers(instants)):
+        board.started_at_register(transaction, event.at, registers[0])
+    return instants
+
+
+def _registers(instants: list[Instant]) -> list[float]:
+    return [wh for instant in instants if (wh := instant.register_wh()) is not None]
+
+
+def _awaits_stop(transaction: Transaction) -> bool:
+    """Whether no stop of a transaction has come yet; one that we gave up may still get its own."""
+    return transaction.stopped_at is None or transaction.status == "abandoned"
+
+
+def _answer_to_event(board: Board, station: Station, transaction: Transaction,
+                     event: TransactionEvent, payload: dict) -> dict:
+    """What the transaction cost (I03.FR.02), and whether an id token that was shown may charge."""
+    answer: dict[str, Any] = {}
+    if event.kind == "Ended" and transaction.cost is not None:
+        answer["totalCost"] = transaction.cost
+    if id_token := lenient(payload, "idToken", dict):
+        starts = event.kind != "Ended" and lenient(payload, "triggerReason", str) == "Authorized"
+        answer["idTokenInfo"] = _id_token_info(board, station, id_token, transaction.evse_id,
+                                               starts)
+    return answer
 
 
 def _shown_token(id_token: dict) -> str | None:
@@ -9971,25 +10028,20 @@ def _is_another(transaction: Transaction, at_mono: float) -> bool:
 
 def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 N07, of which G01 is a case: a connector's status may come as AvailabilityState."""
-    for event in lenient(payload, "eventData", list, []):
-        component = lenient(event, "component", dict, {}) if isinstance(event, dict) else {}
-        variable = lenient(event, "variable", dict, {}) if component else {}
-        name = (lenient(component, "name", str, ""), lenient(variable, "name", str, ""))
-        evse = lenient(component, "evse", dict, {})
-        evse_id = lenient(evse, "id", int, 0)
-        connector_id = lenient(evse, "connectorId", int)
-        place = evse_id, (_likely_connector(station, evse_id) if connector_id is None
-                          else connector_id)
-        told = lenient(event, "actualValue", str, "") if component else ""
-        if name == ("Connector", "AvailabilityState") and told:
+    for event in _dicts(payload.get("eventData")):
+        names = [lenient(event, path, str, "") for path in (
+            "component.name", "component.instance", "variable.name", "variable.instance")]
+        evse_id = lenient(event, "component.evse.id", int, 0)
+        connector_id = lenient(event, "component.evse.connectorId", int)
+        place = evse_id, _likely_connector(station, evse_id, connector_id)
+        status = lenient(event, "actualValue", str, "")
+        if names[0] == "Connector" and names[2] == "AvailabilityState" and status:
             board.connector_status(station, *place,
-                                   meant(board, station, told, STATUSES[station.protocol]),
+                                   meant(board, station, status, STATUSES[station.protocol]),
                                    _told_time(board, station, event))
-        elif component and name not in REPORTING:
-            words = (name[0], lenient(component, "instance", str), name[1],
-                     lenient(variable, "instance", str))
+        elif names[0] and (names[0], names[2]) not in REPORTING:
             _read_alert(board, station, place, connector_id,
-                        kept(" ".join(filter(None, words)), 100), event)
+                        kept(" ".join(filter(None, names)), 100), event)
     return {}
 
 
