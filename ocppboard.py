@@ -786,33 +786,39 @@ def _check_together(config: Config) -> None:
     """What no single key can tell."""
     source = config.source or "configuration"
     _check_auth(config.auth, source)
-    if not config.ocpp.protocols:
-        raise ConfigError(f"{source}: ocpp.protocols must name at least one version")
-    path = config.ocpp.path
-    if not path.startswith("/") or path.startswith("/api") or "?" in path:
-        raise ConfigError(f"{source}: ocpp.path must start with / and not lie in /api: {path!r}")
-    if config.ocpp.port and config.ocpp.port == config.server.port:
-        raise ConfigError(f"{source}: ocpp.port is server.port; 0 serves both on one port")
-    if config.ocpp.tls_port and config.ocpp.tls_port in (config.server.port, config.ocpp.port):
-        raise ConfigError(f"{source}: ocpp.tls_port needs a port of its own")
+    _check_ocpp(config, source)
     _check_paths(config.server, source)
     _check_tls(config, source)
-    for where, text in [("auth.password", config.auth.password),
-                        ("auth.viewer_password", config.auth.viewer_password)] + [
-            (f'stations."{p}".password', s.password) for p, s in config.stations.items()]:
-        if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
-            raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
+    _check_hashes(config, source)
     _check_tokens(config.id_tokens, source)
     _check_smart_charge(config.smart_charge, source)
-    for number, upstream in enumerate(config.proxy.upstream, 1):
-        _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
+    _check_upstreams(config.proxy.upstream, source)
     _check_notify(config.notify, source)
-    named = Counter(p for upstream in config.proxy.upstream for p in set(upstream.stations))
-    if twice := [pattern for pattern, count in named.items() if count > 1]:
-        raise ConfigError(f'{source}: proxy: "{twice[0]}" stands in two [[proxy.upstream]]')
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
+
+
+def _check_ocpp(config: Config, source: str) -> None:
+    ocpp, port = config.ocpp, config.server.port
+    if not ocpp.protocols:
+        raise ConfigError(f"{source}: ocpp.protocols must name at least one version")
+    if not ocpp.path.startswith("/") or ocpp.path.startswith("/api") or "?" in ocpp.path:
+        raise ConfigError(
+            f"{source}: ocpp.path must start with / and not lie in /api: {ocpp.path!r}")
+    if ocpp.port and ocpp.port == port:
+        raise ConfigError(f"{source}: ocpp.port is server.port; 0 serves both on one port")
+    if ocpp.tls_port and ocpp.tls_port in (port, ocpp.port):
+        raise ConfigError(f"{source}: ocpp.tls_port needs a port of its own")
+
+
+def _check_hashes(config: Config, source: str) -> None:
+    passwords = {"auth.password": config.auth.password,
+                 "auth.viewer_password": config.auth.viewer_password} | {
+        f'stations."{p}".password': s.password for p, s in config.stations.items()}
+    for where, text in passwords.items():
+        if text.startswith(HASH_PREFIX) and not PASSWORD_HASH.fullmatch(text):
+            raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
 
 
 def _check_auth(auth: SimpleNamespace, source: str) -> None:
@@ -931,6 +937,14 @@ def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], Conf
     named = Counter(name for circuit in circuits for name in set(circuit.stations))
     if twice := [name for name, count in named.items() if count > 1]:
         raise wrong(f'"{twice[0]}" stands in two circuits')
+
+
+def _check_upstreams(upstreams: list, source: str) -> None:
+    for number, upstream in enumerate(upstreams, 1):
+        _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
+    named = Counter(pattern for upstream in upstreams for pattern in set(upstream.stations))
+    if twice := [pattern for pattern, count in named.items() if count > 1]:
+        raise ConfigError(f'{source}: proxy: "{twice[0]}" stands in two [[proxy.upstream]]')
 
 
 def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
