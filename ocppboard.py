@@ -1220,6 +1220,13 @@ class Reading:
             self.instant = self.instant | found
         else:
             self.instant = found
+        self._set(found, at_mono)
+        self.at, self.at_mono, self.stale = at, at_mono, False
+        self.shown_at = at if shown_at is None else shown_at
+        return True
+
+    def _set(self, found: dict, at_mono: float) -> None:
+        """Write the quantities that were measured; power or current follow where they were not."""
         measured, flows = "power_w" in found, "current_a" in found
         if measured:
             self.derived, self.power_mono = False, at_mono
@@ -1240,9 +1247,6 @@ class Reading:
             self.current_mono = at_mono
         if flows or measured:
             self.flow_mono = at_mono
-        self.at, self.at_mono, self.stale = at, at_mono, False
-        self.shown_at = at if shown_at is None else shown_at
-        return True
 
     def _adds_to_instant(self, found: dict) -> bool:
         """Whether the samples tell more of the last instant, and no phase of it otherwise."""
