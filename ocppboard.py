@@ -6325,25 +6325,29 @@ def _configuration(answer: dict) -> dict:
 def lift_get_configuration(t: Translator, payload: dict) -> Steps:
     """1.6 5.8; 2.0.1 B06. Without keys, the standard's are asked for."""
     keys = [key for key in lenient(payload, "key", list, []) if isinstance(key, str)]
-    asked = keys or [row[0] for row in VARIABLES]
-    here = {"numberofconnectors": str(len({e for e, _ in t.statuses if e > 0})),
-            "supportedfeatureprofiles": FEATURES}        # what 2.x has no variable for
-    found: list[dict] = [
-        {"key": name, "readonly": True, "value": here[name.lower()]} for name in (
-            keys or ("NumberOfConnectors", "SupportedFeatureProfiles")) if name.lower() in here]
-    asked = [key for key in asked if key.lower() not in here]
+    known = {"numberofconnectors": str(len({e for e, _ in t.statuses if e > 0})),
+             "supportedfeatureprofiles": FEATURES}       # what 2.x has no variable for
+    asked = keys or ["NumberOfConnectors", "SupportedFeatureProfiles",
+                     *(row[0] for row in VARIABLES)]
+    found: list[dict] = [{"key": key, "readonly": True, "value": known[key.lower()]}
+                         for key in asked if key.lower() in known]
+    asked = [key for key in asked if key.lower() not in known]
     for at in range(0, len(asked), KEYS_AT_ONCE):
-        part = asked[at:at + KEYS_AT_ONCE]
-        answer = yield "GetVariables", {"getVariableData": [_lift_variable(key) for key in part]}
-        values = {_lower_variable(result): result.get("attributeValue")
-                  for result in _dicts(answer.get("getVariableResult"))
-                  if result.get("attributeStatus") == "Accepted"}
-        found += [{"key": key[:50], "readonly": key.lower() in READ_ONLY,
-                   "value": _value_across(key, values[name], RATE_UNITS_16)[:500]}
-                  for key in part if (name := _lower_variable(_lift_variable(key))) in values]
+        found += yield from _lift_keys(asked[at:at + KEYS_AT_ONCE])
     names = {entry["key"].lower() for entry in found}
     unknown = [key[:50] for key in keys if key[:50].lower() not in names]
     return {"configurationKey": found} | ({"unknownKey": unknown} if unknown else {})
+
+
+def _lift_keys(keys: list[str]) -> Generator[tuple, dict, list[dict]]:
+    """The `configurationKey` of keys whose variables a 2.x station has."""
+    answer = yield "GetVariables", {"getVariableData": [_lift_variable(key) for key in keys]}
+    values = {_lower_variable(result): result.get("attributeValue")
+              for result in _dicts(answer.get("getVariableResult"))
+              if result.get("attributeStatus") == "Accepted"}
+    return [{"key": key[:50], "readonly": key.lower() in READ_ONLY,
+             "value": _value_across(key, values[name], RATE_UNITS_16)[:500]}
+            for key in keys if (name := _lower_variable(_lift_variable(key))) in values]
 
 
 def lower_base_report(t: Translator, payload: dict) -> Steps:
