@@ -8728,11 +8728,14 @@ def packed(kind: str, value: Any, ahead_s: float) -> Any:
         return round(value + ahead_s, 6) if math.isfinite(value) else None
     if kind == "key":
         return value.key
-    if kind not in ROWS:
-        return value
-    fields = {name: packed(inner, getattr(value, name), ahead_s)
+    return _packed_record(kind, value, ahead_s) if kind in ROWS else value
+
+
+def _packed_record(kind: str, record: Any, ahead_s: float) -> list | dict:
+    """A record by its fields; a tuple has all of them, of others the empty are left out."""
+    fields = {name: packed(inner, getattr(record, name), ahead_s)
               for name, inner in ROWS[kind].items()}
-    if isinstance(value, tuple):
+    if isinstance(record, tuple):
         return list(fields.values())
     return {name: item for name, item in fields.items() if item is not None and item is not False
             and (item or (ROWS[kind][name][0] not in BRACKETS and ROWS[kind][name] != "name"))}
