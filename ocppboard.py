@@ -10744,28 +10744,10 @@ class StationConnection:
         if isinstance(message, CallError) and message.code == UNKNOWN_ERROR:
             board.quirk(station, "error_without_code")
         action = pending.call.action if pending else ""
-        secrets_told = hidden_texts(action, pending.call.payload) if pending else ()
         response_ms = (time.monotonic() - pending.sent_mono) * 1000 if pending else None
-        if pending and self.guard and action in GUARDED:
-            self.guard.answered(station, pending.call,
-                                message.payload if isinstance(message, CallResult) else {})
-        if isinstance(message, CallResult):
-            if pending and self.schemas:
-                self._violation(message, action, "Response")
-            if pending and (learn := LEARNT_FROM[self.protocol].get(action)):
-                learn(board, station, pending.call.payload, message.payload)
-            text = without_secrets(action, message.payload, message.text)
-            board.message(station, "IN", "CALLRESULT", action, id_,
-                          without_texts(text, secrets_told), response_ms)
-        else:
-            text = without_secrets(action, message.details, message.text)
-            shown_error = message._replace(
-                description=without_texts(hide_in_text(message.description), secrets_told))
-            board.message(station, "IN", "CALLERROR", action, id_,
-                          without_texts(text, secrets_told), response_ms, message.code,
-                          shown_error.description)
-            self._failed(f"The station answered {action} with {message.code}", action,
-                         shown_error)
+        if pending:
+            self._learn(pending.call, message)
+        self._record_answer(message, pending.call if pending else None, response_ms)
         details = {"action": action, "messageId": id_}
         if pending is None or pending.record is None or response_ms is None:
             board.error("UNEXPECTED_ANSWER", station, "An answer to no command of ours", details)
@@ -10774,6 +10756,33 @@ class StationConnection:
         if late:
             board.error("LATE_ANSWER", station,
                         f"{action} was answered after {response_ms / 1000:.1f} s", details)
+
+    def _learn(self, call: Call, message: CallResult | CallError) -> None:
+        """Draw from the answer to a command what it says of the station."""
+        result = message if isinstance(message, CallResult) else None
+        if self.guard and call.action in GUARDED:
+            self.guard.answered(self.station, call, result.payload if result else {})
+        if result and self.schemas:
+            self._violation(result, call.action, "Response")
+        if result and (learn := LEARNT_FROM[self.protocol].get(call.action)):
+            learn(self.board, self.station, call.payload, result.payload)
+
+    def _record_answer(self, message: CallResult | CallError, call: Call | None,
+                       response_ms: float | None) -> None:
+        """Record an answer without what is secret in it, or in the command."""
+        action, payload = (call.action, call.payload) if call else ("", {})
+        hidden, id_ = hidden_texts(action, payload), message_id(message.id_text)
+        if isinstance(message, CallResult):
+            text = without_secrets(action, message.payload, message.text)
+            self.board.message(self.station, "IN", "CALLRESULT", action, id_,
+                               without_texts(text, hidden), response_ms)
+            return
+        text = without_secrets(action, message.details, message.text)
+        description = without_texts(hide_in_text(message.description), hidden)
+        self.board.message(self.station, "IN", "CALLERROR", action, id_,
+                           without_texts(text, hidden), response_ms, message.code, description)
+        self._failed(f"The station answered {action} with {message.code}", action,
+                     message._replace(description=description))
 
     # Commands out
 
