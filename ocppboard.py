@@ -16239,6 +16239,13 @@ class Access:
             return 3
         if wanted:
             raise Refused(403, "a client certificate is needed", "AUTH_FAILED")
+        if not await self._shows_password(identity, settings, authorization, address):
+            return 0
+        return 2 if secure else 1
+
+    async def _shows_password(self, identity: str, settings: Any, authorization: str,
+                              address: str) -> bool:
+        """Whether a station comes with its password; False: none counts. Raises: Refused."""
         known = self.credentials.get(identity) or Credentials()
         configured = settings.password if settings else ""
         password = known.password or configured
@@ -16246,11 +16253,28 @@ class Access:
         if password and given is None:
             raise Refused(401, "a password is needed (HTTP Basic)", "AUTH_FAILED")
         if given is None or not (password or known.offered):
-            return 0
+            return False
         if user != identity and not (settings and settings.any_user_name):       # A00.FR.204
             if not password:
-                return 0
+                return False
             raise Refused(401, "the user name is not the identity", "AUTH_FAILED")
+        found = await self._match(identity, settings, address, given, [
+            password, known.offered, known.former or configured])
+        if found == 1:                   # the station has taken it, whatever we heard of it
+            self._take_over(identity, known)
+        if found in (0, 1):
+            return True
+        if not password:                 # no password counts as yet, so none is wrong
+            return False
+        raise Refused(401, "wrong password" if found is None else
+                      "the password from before the last change: an operator can give it back", "")
+
+    async def _match(self, identity: str, settings: Any, address: str, given: bytes,
+                     passwords: list[str]) -> int | None:
+        """Which password was given: 0 the one that counts, 1 the one offered, 2 the former one.
+
+        Raises: TooMany, as failures slow down who tries again.
+        """
         # One bad charger must not slow down a site; but an entry for many has one password.
         key, entry = (_network(address), identity), (_network(address), id(settings))
         if (mark := self._mark(key, given)) not in self._proven:
@@ -16258,22 +16282,15 @@ class Access:
             await self._entry_failures.turn(entry)
         self._station_hashing.admit()
         attempt, _ = self._failures.add(key), self._entry_failures.add(entry)
-        found = await self._station_hashing.first_match(
-            _readings(given), [password, known.offered, known.former or configured])
-        if found == 1:                   # the station has taken it, whatever we heard of it
-            self._take_over(identity, known)
+        found = await self._station_hashing.first_match(_readings(given), passwords)
         if found in (0, 1):
             self._failures.clear(key)
             self._entry_failures.clear(entry)
             _keep_mark(self._proven, mark)
-            return 2 if secure else 1
-        if not password:                 # no password counts as yet, so none is wrong
-            return 0
-        text = "Wrong password of a station" if found is None else (
-            "The password that counted before the last change")
-        self._failed(address, attempt, text, identity)
-        raise Refused(401, "wrong password" if found is None else
-                      "the password from before the last change: an operator can give it back", "")
+        elif passwords[0]:
+            self._failed(address, attempt, "Wrong password of a station" if found is None else
+                         "The password that counted before the last change", identity)
+        return found
 
     # What commands change of it
 
