@@ -16581,20 +16581,24 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
         raise Refused(400, "a WebSocket handshake with a key is needed")
     if "upgrade" not in headers.get("Connection", "").lower():
         quirks.append("connection_header_missing")
-    offered = [p.strip() for p in headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
-    known = {p.lower(): p for p in reversed(offered)}
     wanted = [settings.protocol] if settings and settings.protocol else config.ocpp.protocols
+    protocol, subprotocol, more = _subprotocol(headers, wanted)
+    return Admission(identity, protocol, subprotocol, (*quirks, *more))
+
+
+def _subprotocol(headers: HTTPHeaders, wanted: list[str]) -> tuple[str, str | None, tuple]:
+    """(the version, the subprotocol to answer with, the quirks) of an offer. Raises: Refused."""
+    offered = [p.strip() for p in headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
     if not offered:
-        quirks.append("subprotocol_missing")
-        protocol = ASSUMED_PROTOCOL if ASSUMED_PROTOCOL in wanted else wanted[0]
-        return Admission(identity, protocol, None, tuple(quirks))
+        assumed = ASSUMED_PROTOCOL if ASSUMED_PROTOCOL in wanted else wanted[0]
+        return assumed, None, ("subprotocol_missing",)
+    known = {p.lower(): p for p in reversed(offered)}
     protocol = next((p for p in wanted if p in known), None)
     if protocol is None:
         raise Refused(400, f"no common subprotocol: offered {', '.join(map(kept, offered[:10]))}; "
                            f"supported {', '.join(wanted)}")
-    if known[protocol] != protocol:
-        quirks.append("subprotocol_spelling")
-    return Admission(identity, protocol, known[protocol], tuple(quirks))
+    as_offered = known[protocol]
+    return protocol, as_offered, () if as_offered == protocol else ("subprotocol_spelling",)
 
 
 def identity_of(path: str, prefix: str) -> str:
