@@ -10470,6 +10470,12 @@ class Outcome(NamedTuple):
     ms: float                            # that the station took, for all it was asked
     reports: list[tuple[str, dict]]      # (Action, payload) that a 2.x station tells afterwards
 
+    def view(self) -> dict:
+        """The JSON of REST."""
+        reports = [{"action": action, "payload": payload} for action, payload in self.reports]
+        return {"result": self.payload, "responseTime": round(self.ms, 3)} | (
+            {"reports": reports} if reports else {})
+
 
 class Guard(Protocol):
     """Whoever needs to know of commands in GUARDED, whoever sends them."""
@@ -10794,9 +10800,7 @@ class StationConnection:
         Raises: UnknownAction, FormatViolation (the payload does not fit the schema, or the
             station), Busy, Conflict (offline), CallFailed (CALLERROR), NoAnswer.
         """
-        if action not in COMMANDS[self.protocol]:
-            near = _nearest(action, COMMANDS[self.protocol])
-            raise UnknownAction(f"{self.protocol} has no command {shown(action)}{near}")
+        _check_known(self.protocol, action)
         await self._check_schema(self.protocol, action, payload)
         parts = parts_of(self.station, action, payload)
         answers: list[dict] = []
@@ -10815,32 +10819,30 @@ class StationConnection:
                 break
         return parts.put_together(answers), ms
 
-    async def call_across(self, action: str, payload: dict,
-                          check: Callable[[str, dict], None]) -> Outcome:
-        """Send a command that is in the words of PIVOT; the answer is in them, too.
+    async def call_in(self, protocol: str, action: str, payload: dict,
+                      check: Callable[[str, dict], None]) -> Outcome:
+        """Send a command that is in the words of `protocol`; the answer is in them, too.
 
         `check` sees each Call as the station gets it, before it is sent, and may raise.
 
         Raises: NotSupported (the station's version has nothing like it), and what `call` raises.
         """
-        if action not in COMMANDS[PIVOT]:
-            near = _nearest(action, COMMANDS[PIVOT])
-            raise UnknownAction(f"{PIVOT} has no command {shown(action)}{near}")
-        await self._check_schema(PIVOT, action, payload)
-        translator, ms = self._translator(), 0.0
+        _check_known(protocol, action)
+        await self._check_schema(protocol, action, payload)
+        translator, ms = self._translator(protocol), 0.0
 
-        async def ask(asked: str, lowered_payload: dict) -> dict:
+        async def ask(asked: str, asked_payload: dict) -> dict:
             nonlocal ms
-            check(asked, lowered_payload)
-            answer, took_ms = await self.call(asked, lowered_payload)
+            check(asked, asked_payload)
+            answer, took_ms = await self.call(asked, asked_payload)
             ms += took_ms
             return answer
         answer = await carry(translator.down(action, payload), ask)
         return Outcome(answer or {}, ms, [next(steps) for steps in translator.told()])
 
-    def _translator(self) -> Translator:
-        """Stands between the station and who speaks PIVOT; transactions have the ids of REST."""
-        translator = Translator(self.protocol, PIVOT, self.board.new_transaction_id,
+    def _translator(self, protocol: str) -> Translator:
+        """Stands between the station and REST, whose ids of transactions are texts in 2.x."""
+        translator = Translator(self.protocol, protocol, self.board.new_transaction_id,
                                 self.board.clock)
         for connector in self.station.connectors.values():
             if transaction := connector.transaction:
@@ -10902,6 +10904,13 @@ class StationConnection:
 
     def _write(self, text: str) -> Awaitable | None:
         return None if self.ended else self.write(text)
+
+
+def _check_known(protocol: str, action: str) -> None:
+    """Raises: UnknownAction, where a version has no such command."""
+    if action not in COMMANDS[protocol]:
+        near = _nearest(action, COMMANDS[protocol])
+        raise UnknownAction(f"{protocol} has no command {shown(action)}{near}")
 
 
 class Parts(NamedTuple):
@@ -17535,15 +17544,9 @@ async def post_call(api: "Api", identity: str) -> dict:
     def check(action: str, payload: dict) -> None:
         warnings.append(_check_by_hand(api, connection.station, action, payload))
 
-    if protocol == connection.protocol:
-        check(action, payload)
-        outcome = Outcome(*await connection.call(action, payload), [])
-    else:
-        outcome = await connection.call_across(action, payload, check)
-    return {"success": True, "result": outcome.payload, "responseTime": round(outcome.ms, 3)} | (
-        {"warning": warning} if (warning := next(filter(None, warnings), None)) else {}) | (
-        {"reports": [{"action": told, "payload": report} for told, report in outcome.reports]}
-        if outcome.reports else {})
+    outcome = await connection.call_in(protocol, action, payload, check)
+    warning = next(filter(None, warnings), None)
+    return {"success": True} | outcome.view() | ({"warning": warning} if warning else {})
 
 
 def _check_by_hand(api: "Api", station: Station, action: str, payload: dict) -> str | None:

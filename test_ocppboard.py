@@ -18125,6 +18125,35 @@ async def test_every_screen_is_accessible(site, theme):
         assert await violations(look) == [], "login"
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@live()
+async def test_every_form_is_accessible_and_fits_a_phone(site, theme):
+    socket_ = await site.station("SIM-1", "ocpp2.1")
+    await exchange(socket_, "Heartbeat", {})
+    async with looking(site, width=390, height=844, color_scheme=theme) as look:
+        await look.go("stations/SIM-1/commands")
+        await look.sees("Remote start")
+        titles = await look.page.evaluate("Object.values(FORMS).flat().map(spec => spec.title)")
+        assert len(titles) > 30
+        for title in titles:
+            await look.page.evaluate("""title => {
+                typedFor(state.stations.get('SIM-1')).form = title;
+                touch('ui') }""", title)
+            await expect(look.page.get_by_role("button", name=title, exact=True)).to_have_attribute(
+                "aria-pressed", "true")
+            width = await look.page.evaluate("document.documentElement.scrollWidth")
+            assert width <= 390, (title, width)
+            assert await violations(look) == [], title
+        await look.click("Any command")
+        await look.page.get_by_label("Action to send").fill("SetChargingProfile")
+        await expect(look.page.get_by_label("Payload, JSON")).to_have_value(
+            re.compile(r'"chargingProfilePurpose": "ChargingStationExternalConstraints"'))
+        await look.page.get_by_text("Fields of SetChargingProfile").click()
+        await look.sees("chargingProfile.chargingSchedule[].chargingSchedulePeriod[].limit")
+        assert await violations(look) == [], "any command"
+        assert await look.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @live()
 async def test_every_screen_fits_a_phone(site):
     await simulated(site, "ocpp1.6")
