@@ -19235,16 +19235,14 @@ STYLE = r"""
   --paper: #f4f6f8; --card: #fff; --ink: #17202b; --dim: #556274; --line: #dbe1e8; --well: #eef1f5;
   --accent: #0a6e69; --on-accent: #fff; --good: #1a7339; --warn: #8a5300; --bad: #b3261e;
   --info: #1a5fb4; --good-bg: #e0f3e6; --warn-bg: #fdf0d5; --bad-bg: #fde7e5; --info-bg: #e3eefb;
-  --c0: #0a7d77; --c1: #b45309; --c2: #5b5bd6; --c3: #be185d; --c4: #4d7c0f; --c5: #0369a1;
-  --c6: #7c3aed; --c7: #a16207;
+  --deep: .54; --pale: .67;
   --shadow: 0 1px 2px rgb(20 30 45 / .06); --row: 34px; --gap: 1rem }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark;
   --paper: #0f141a; --card: #171e26; --ink: #e7ecf2; --dim: #9aa8b8; --line: #2a343f;
   --well: #1f2831;
   --accent: #3fc1b6; --on-accent: #06231f; --good: #5fd38a; --warn: #f0b354; --bad: #ff8a80;
   --info: #7db7ff; --good-bg: #12301f; --warn-bg: #362810; --bad-bg: #3b1a19; --info-bg: #14283f;
-  --c0: #3fc1b6; --c1: #f0a04b; --c2: #9d9dff; --c3: #f472b6; --c4: #a3d65c; --c5: #5cc0f5;
-  --c6: #c39bff; --c7: #e6c35c;
+  --deep: .8; --pale: .64;
   --shadow: none } }
 * { box-sizing: border-box }
 html { scrollbar-gutter: stable }
@@ -19311,9 +19309,9 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr));
   gap: .7rem 1rem }
 .facts dt { font-size: .8rem; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .75rem }
+.tiles { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: .75rem }
 .tile { padding: .7rem .9rem .5rem; display: grid; gap: .1rem; align-content: start;
-  min-height: 7.9rem; position: relative; overflow: hidden }
+  min-height: 7.1rem; position: relative; overflow: hidden }
 .tile dt { font-size: .82rem; color: var(--dim) }
 .tile dt a::after { content: ""; position: absolute; inset: 0 }
 .tile dd { font-size: 1.4rem; font-weight: 620; line-height: 1.25; white-space: nowrap }
@@ -19356,7 +19354,7 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .btn.danger { color: var(--bad); border-color: currentColor }
 .btn.plain { border-color: transparent; background: none; padding: .28rem .45rem }
 .btn.plain:hover { background: var(--well) }
-.filters { flex: 1 1 36rem } .card > header > .small.grow { min-width: 9rem }
+.filters { flex: 1 1 36rem } .filters.whole { flex-basis: 100% } .card > header > .small.grow { min-width: 9rem }
 .btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info);
   border-color: var(--info) }
 .btn:disabled { opacity: .55; cursor: default }
@@ -19418,7 +19416,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   display: flex;
   min-width: 4rem }
 .meter i { display: block; height: 100% } .thick { height: 1.1rem }
-.circuit { display: grid; gap: .3rem }
+.tile .meter { margin-top: .35rem } .circuit { display: grid; gap: .3rem }
 .phase { display: grid; grid-template-columns: 1.6rem minmax(5rem, 1fr) minmax(9rem, 19rem);
   gap: .6rem; align-items: center }
 @media (max-width: 44rem) {
@@ -19463,7 +19461,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   vector-effect: non-scaling-stroke }
 .spark .area { stroke: none; fill: var(--accent); opacity: .1 }
 
-@media (max-width: 80rem) { .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+@media (max-width: 62rem) { .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
 @media (max-width: 62rem) { .cols.wide-left { grid-template-columns: minmax(0, 1fr) }
   .split.both { grid-template-columns: minmax(0, 1fr) }
   .split.both > .aside { order: -1; position: static; max-height: none } }
@@ -19483,7 +19481,8 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
   .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
   .plain td:empty { display: none }
-  .beside { flex-wrap: wrap } .btn, select, input { min-height: 2.5rem } .wide { display: none } }
+  .beside { flex-wrap: wrap } .btn, select, input { min-height: 2.5rem } .wide { display: none }
+  .filters .day { grid-column: 1 / -1 } .filters .day > input { flex: 1 } }
 @media (min-width: 44.01rem) { .slim { display: none } }
 @media (prefers-reduced-motion: reduce) { * { transition: none; animation: none;
   scroll-behavior: auto } }
@@ -19642,6 +19641,9 @@ function duration(s) {
   const rest = Math.floor(s % size / less);
   return `${Math.floor(s / size)} ${big}` + (rest ? ` ${rest} ${small}` : '');
 }
+// A name of code in words: "AUTH_FAILED", "bootReason".
+const inWords = name => String(name).replace(/([a-z])([A-Z])/g, '$1_$2').replaceAll('_', ' ')
+  .toLowerCase().replace(/^./, first => first.toUpperCase());
 const ms = iso => iso ? Date.parse(iso) : null;
 const since = iso => iso ? (now() - ms(iso)) / 1000 : null;
 
@@ -19706,6 +19708,7 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
+  report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '', fromFile: true},
   tokens: [], lists: [],                           // id tokens, and the local lists of stations
   upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds
@@ -20133,6 +20136,7 @@ function watch() {
     && Date.now() - powerAsked > POWER_MS) askPower();
   if (state.route.screen === 'tokens' && tokenShown && Date.now() - tokensAsked > TOKENS_MS)
     askTokens();
+  if (state.route.screen === 'report' && Date.now() - reportAsked > REPORT_MS) askReport();
   if (['relay', 'overview'].includes(state.route.screen) && state.about?.relay
     && Date.now() - relayAsked > RELAY_MS) askRelay();
   touch('tick');
@@ -20147,6 +20151,9 @@ const link = (place, ...text) => h('a', {href: '#/' + place}, text);
 const pill = (text, tone = '') => h('span', {class: 'pill ' + tone}, text);
 const button = (text, onclick, props = {}) =>
   h('button', {type: 'button', onclick, ...props, class: 'btn ' + (props.class || '')}, text);
+// Who only looks on is not shown what the board would refuse.
+const mayChange = () => state.session?.role !== 'viewer';
+const act = (text, onclick, props = {}) => mayChange() && button(text, onclick, props);
 const card = (title, props, ...content) => h('section.card', props,
   title && h('header', typeof title === 'string' ? h('h2', title) : title), content);
 const facts = pairs => h('dl.facts', pairs.filter(Boolean).map(([name, value]) =>
@@ -20342,10 +20349,15 @@ const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
 // --- Charts ---------------------------------------------------------------------------------
 // Lines over time, or areas on top of each other. A value that is null is a break in the line.
 
-const COLOURS = [0, 1, 2, 3, 4, 5, 6, 7].map(n => `var(--c${n})`);
-// A station has one colour all over the page, by the order in which they come to be drawn.
+// Twelve hues in two shades; those that follow each other lie far apart, and next hues differ in
+// their shade.
+const COLOURS = Array.from({length: 24}, (_, n) =>
+  `oklch(var(--${(n + Number(n > 11)) % 2 ? 'pale' : 'deep'}) .14 ${(190 + n * 150) % 360})`);
+// A station has one colour all over the page: by their names, as long as no more come.
 function colourOf(identity) {
-  const {colours} = state;
+  const {colours, stations: known} = state;
+  if (!colours.size) for (const name of [...known.keys()].sort())
+    colours.set(name, COLOURS[colours.size % COLOURS.length]);
   if (!colours.has(identity)) colours.set(identity, COLOURS[colours.size % COLOURS.length]);
   return colours.get(identity);
 }
@@ -20401,11 +20413,42 @@ function marksTo(top) {
   return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
 }
 
+// The width of a drawing, and what makes it follow the width of its node.
+const sized = name => [state.ui[name] || 600, node => watchSize(node, box => {
+  state.ui[name] = Math.round(box.width);
+  touch('ui');
+})];
+
+const scaleMarks = (marks, y, left, right, format) => marks.map(value => h('g', {key: 'y' + value},
+  h('line.gridline', {x1: left, x2: right, y1: y(value), y2: y(value)}),
+  h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, format(value))));
+
+// Bars side by side, of {name, short, value, colour}; their short names where there is room.
+const BAR_NAME_PX = 64;
+function bars(id, {rows, label, format, height = 210}) {
+  const [width, made] = sized(`bars ${id}`), marks = marksTo(highest(rows.map(row => row.value))
+    || 1);
+  const left = 70, right = width - 8, bottom = height - 20, room = (right - left) / rows.length;
+  const y = value => bottom - value / marks.at(-1) * (bottom - 8);
+  const every = Math.ceil(BAR_NAME_PX / room), thick = Math.min(48, Math.max(1, room * .7));
+  return h('figure.chart', {key: id, made}, h('svg', {height, viewBox: `0 0 ${width} ${height}`,
+    role: 'img', 'aria-label': `${label}: `
+      + rows.map(({name, value}) => `${name} ${format(value)}`).join(', ')},
+  scaleMarks(marks, y, left, right, format),
+  rows.map(({name, short, value, colour}, n) => {
+    const middle = left + (n + .5) * room;
+    return h('g', {key: 'bar ' + name}, h('title', `${plain(name)}: ${format(value)}`),
+      h('rect', {x: middle - thick / 2, y: y(value), width: thick, height: bottom - y(value),
+        style: {fill: colour}}),
+      n % every === 0 && h('text', {x: middle, y: height - 4, 'text-anchor': 'middle'}, short));
+  })));
+}
+
 // `lines` are {name, points: [[ms, value], …]}: with `steps` a value holds until the next, with
 // `most` it is a limit. `least` is what the scale reaches at least.
 function chart(id, {lines, label, format = digits, height = 170, least = 1, areas = false,
     limit = null, from, till}) {
-  const name = `chart ${id}`, width = state.ui[name] || 600;
+  const [width, made] = sized(`chart ${id}`);
   till ??= highest(lines.map(line => line.points.at(-1)?.[0] ?? 0));
   from ??= Math.min(...lines.map(line => line.points[0][0]));
   from = Math.min(from, till - 60000);
@@ -20428,10 +20471,6 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
     touch('hover');
   };
   const leave = () => { state.hover = null; touch('hover'); };
-  const made = node => watchSize(node, box => {
-    state.ui[name] = Math.round(box.width);
-    touch('ui');
-  });
   return h('figure.chart', {key: id, made},
     h('figcaption.legend', legend(lines, said),
       limit != null && h('span', {key: ' limit'}, mark({colour: 'var(--bad)', most: true}),
@@ -20440,9 +20479,7 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
     h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: point,
       onpointerdown: point, onpointerleave: leave,
       'aria-label': `${label}. ${lines.map((line, n) => `${line.name} ${said[n]}`).join(', ')}`},
-    marks.map(value => h('g', {key: 'y' + value},
-      h('line.gridline', {x1: left, x2: right, y1: y(value), y2: y(value)}),
-      h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, format(value)))),
+    scaleMarks(marks, y, left, right, format),
     timeMarks(from, till, Math.max(2, Math.floor(width / 130))).map(([at, text], n) =>
       h('text', {key: 'x' + n, x: x(at), y: height - 4, 'text-anchor': 'middle'}, text)),
     lines.map(line => areas ? areaPath(line, x, y)
@@ -20502,6 +20539,19 @@ const PHASES = ['L1', 'L2', 'L3', ''];
 const allowed = points =>
   ({name: 'Allowed', colour: 'var(--ink)', most: true, steps: true, points});
 
+// What it was allowed and offered, as lines; nothing where that is not known.
+const allowedOf = (series, scale) => series.some(({allowedA}) => allowedA != null)
+  ? [allowed(pointsOf(series, ({allowedA}) => allowedA == null ? null : allowedA * scale))] : [];
+const offeredOf = series => series.some(({offeredA}) => offeredA != null)
+  ? [{...allowed(pointsOf(series, ({offeredA}) => offeredA)), name: 'Offered',
+    colour: 'var(--dim)'}] : [];
+function wattsPerAmpere({identity, id}, series) {
+  const session = [...state.charges.values()].find(other =>
+    other.identity === identity && other.transactionId === id);
+  const used = ({currentA}) => Object.values(currentA).filter(amps => amps > 0).length;
+  return (state.power?.voltage || 230) * (session?.phases || highest(series.map(used)) || 1);
+}
+
 function meterCharts(transaction) {
   const series = seriesOf(transaction);
   if (series.length < 2) return empty('The charts begin with the second meter value.');
@@ -20513,11 +20563,12 @@ function meterCharts(transaction) {
     ? [line(name, one => one[field])] : [];
   const phases = PHASES.filter(phase => series.some(one => one.currentA[phase] != null));
   return h('div.stack', {key: 'charts'},
-    part('Power', {format: power, least: 1000}, of('powerW', 'Power')),
+    part('Power', {format: power, least: 1000}, [...of('powerW', 'Power'),
+      ...allowedOf(series, wattsPerAmpere(transaction, series))]),
     part('Current', {format: amperes, least: 6, height: 130},
       [...phases.map((phase, n) => ({...line(phase || 'Current', one => one.currentA[phase]),
         colour: COLOURS[n], steps: true})),
-      ...of('allowedA', 'Allowed').map(({points}) => allowed(points))]),
+      ...allowedOf(series, 1), ...offeredOf(series)]),
     part('Energy', {format: energy, least: 10, height: 110}, of('energyWh', 'Energy')),
     part('State of charge', {format: percent, least: 100, height: 110}, of('soc', 'SoC')));
 }
@@ -20534,6 +20585,7 @@ const online = station => station.status === 'online';
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
 // The power that flows for a transaction: of a station that has gone, nobody knows.
 const isOnline = ({identity}) => online(state.stations.get(identity) || {});
+const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
 const flow = one => isOnline(one) ? one.powerW || 0 : 0;
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
@@ -20595,11 +20647,19 @@ function why(station, connector) {
       : 'The charger has not told its status yet: trigger a StatusNotification.')) + adds;
 }
 
+// Whether smart charging lets the car at a connector draw nothing.
+function isPaused(connector, station) {
+  const session = chargeAt(station, connector);
+  return !!session && session.allocatedA === 0 && session.targetA === 0;
+}
+
 function whyInTransaction(station, connector, {powerW, soc}) {
   const status = statusOf(station, connector), {meter} = connector;
   const limited = chargeAt(station, connector)?.reason;
   if (powerW > 0) {
     const held = meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93;
+    if (isPaused(connector, station)) return `Still draws ${power(powerW)}, though it is to pause. `
+      + limited;
     return `Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
       + (status === 'SuspendedEV' ? ', says the meter; the charger says that the car takes none'
         : status === 'SuspendedEVSE' ? ', says the meter; the charger says that it holds it back'
@@ -20708,7 +20768,7 @@ function notSteered({identity, amps, reason, advice, named}) {
     text: [`${identity} is not under control and counts for ${amperes(amps)}: it ${reason}`],
     more: coded(advice + '.'), act: !named && notHere(identity)};
 }
-const notHere = identity => button('Not at this site', async () => {
+const notHere = identity => act('Not at this site', async () => {
   if (await confirmed(`${identity} is not at this site?`, 'It counts for nothing then, and gets no '
     + 'limit: if it does draw from this site, the limit of the site is no longer safe.',
   'Not at this site')) setElsewhere(identity, true);
@@ -21658,14 +21718,15 @@ const listScreen = (list, ...above) => [heading(list.title), ...above, listSplit
 
 const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
 
+const SITE_TOPICS = ['telemetry', 'transactions', 'circuits', 'smart-charge'];
 function overview() {
   const address = panel('address', [], () =>
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
-  const numbers = panel('tiles', ['telemetry', 'transactions'], tiles);
+  const numbers = panel('tiles', SITE_TOPICS, tiles);
   const news = h('div.cols', {key: 'news'},
     panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
       'upstreams', 'circuits', 'tick'], attentionCard),
-    panel('charging', ['transactions', 'connections', 'tick'], chargingCard));
+    panel('charging', ['transactions', 'connections', 'smart-charge', 'tick'], chargingCards));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
@@ -21674,28 +21735,57 @@ function overview() {
   return [heading('Overview', address), ...narrow() ? [news, numbers] : [numbers, news], messages];
 }
 
+// What the site draws on its most loaded phase, of its limit: {amps, limitA}, or null.
+function siteLoad() {
+  const site = state.circuits.find(({parent}) => !parent);
+  return site ? {amps: highest(Object.values(site.measuredA)), limitA: site.limitA} : null;
+}
+
+// Of the transactions that have ended today, and of those that run.
+function energyToday() {
+  const midnight = new Date(now()).setHours(0, 0, 0, 0);
+  return sum([...state.transactions.values()].map(({status, stoppedAt, energyWh}) =>
+    status === 'active' || ms(stoppedAt) >= midnight ? energyWh : 0));
+}
+
+const tile = (name, where, value, more, {values = null, tone = '', part = null} = {}) =>
+  h('dl.card.tile', {key: name}, h('dt', link(where, name)), h('dd', {class: tone}, value),
+    h('dd.dim.cut', more),
+    part != null && h('dd.meter', {'aria-hidden': 'true'},
+      h('i.drawn', {class: tone, style: {width: Math.min(100, part * 100) + '%'}})),
+    values && spark(values));
+
+function loadTile() {
+  const load = state.power?.enabled && siteLoad();
+  if (!load) return null;
+  const part = load.amps / load.limitA, tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
+  return tile('Site load', 'power', `${amperes(load.amps)}`,
+    `${percent(part * 100)} of ${amperes(load.limitA)} a phase`, {tone, part});
+}
+
 function tiles() {
   const samples = state.samples.slice(-120), last = sample(), going = running();
   const of = name => samples.map(one => one[name]);
-  const tile = (name, where, value, more, values, tone) => h('dl.card.tile', {key: name},
-    h('dt', link(where, name)), h('dd', {class: tone}, value), h('dd.dim.cut', more),
-    values && spark(values));
+  const {errorRate} = last;
   return h('div.tiles', {key: 'tiles'},
+    tile('Charging now', 'transactions?status=active', power(sum(going.map(flow))),
+      `${digits(going.filter(one => flow(one) > 0).length)} of ${plural(going.length, 'car')}`,
+      {values: of('powerW')}),
+    loadTile(),
+    tile('Energy today', 'report', energy(energyToday()), 'ended today, or running'),
     tile('Stations online', 'stations', digits(last.connectionCount),
-      `${digits(last.totalConnections)} ever`, of('connectionCount')),
-    tile('Charging now', 'transactions?status=active', digits(going.length),
-      power(sum(going.map(flow))), of('powerW')),
+      `of ${digits(state.stations.size)} known`, {values: of('connectionCount')}),
     tile('Messages', 'messages', digits(last.messagesPerSecond, 1), 'per second',
-      of('messagesPerSecond')),
+      {values: of('messagesPerSecond')}),
     tile('Time to answer', 'telemetry', last.avgLatencyMs ? millis(last.avgLatencyMs) : DASH,
-      'mean', of('avgLatencyMs')),
-    tile('Error rate', 'events', last.errorRate == null ? DASH : percent(last.errorRate * 100, 2),
-      `${digits(last.errorCount)} errors`, steps(of('errorCount')), last.errorRate > .05 && 'bad'),
+      'mean', {values: of('avgLatencyMs')}),
+    tile('Error rate', 'events', errorRate == null ? DASH : percent(errorRate * 100, 2),
+      `${digits(last.errorCount)} errors`, {values: steps(of('errorCount')),
+        tone: errorRate > .05 ? 'bad' : ''}),
     tile('Security events', 'security', digits(last.securityEventCount), 'since the start',
-      steps(of('securityEventCount'))),
+      {values: steps(of('securityEventCount'))}),
     tile('Memory', 'telemetry', bytes(last.memoryUsage?.rss),
-      `${percent(last.cpuPercent)} of a core`,
-      samples.map(one => one.memoryUsage.rss)),
+      `${percent(last.cpuPercent)} of a core`, {values: samples.map(one => one.memoryUsage.rss)}),
     tile('Uptime', 'telemetry', duration(last.uptimeSeconds).replace(/^(\d+ \S+) .*/, '$1'),
       ['since ', clock(state.about?.startedAt)]));
 }
@@ -21720,22 +21810,45 @@ function attentionCard() {
 const saying = ({more, act}, ...text) => h('div.grow.beside',
   h('div.grow', text, more && h('p.small', more)), act);
 
-function chargingCard() {
+// The cars that draw, and those that do not, each with the reason.
+const CHARGING_SHOWN = 50;
+function chargingCards() {
   const going = running().sort((a, b) => flow(b) - flow(a));
-  return card([h('h2.grow', 'Charging now'), h('b', power(sum(going.map(flow))))],
-    {key: 'charging'}, grid('charging', {rows: going, key: keyOf, label: 'Charging now',
-      row: one => ({open: to('transactions', placeOf(one))}),
-      blank: empty(state.stations.size ? 'No car is charging.'
-        : [h('p', h('b', 'No station has connected yet.')), howToConnect()]),
-      columns: [
-        {name: 'Station', cell: one => stationLink(one.identity)},
-        {name: 'Power', num: true, width: '6.5rem', leads: true,
-          cell: one => isOnline(one) ? power(one.powerW) : 'offline'},
-        {name: 'Energy', num: true, width: '6.5rem', cell: one => energy(one.energyWh)},
-        {name: 'SoC', num: true, width: '4.5rem', wide: true, cell: one => percent(one.soc)},
-        {name: 'Since', num: true, width: '7rem', wide: true, cell: one =>
-          duration(since(one.startedAt))},
-      ]}));
+  const draws = transaction => flow(transaction) > 0;
+  const drawing = going.filter(draws), waits = going.filter(transaction => !draws(transaction));
+  return h('div.stack', {key: 'charging'},
+    card([h('h2.grow', 'Charging now'), h('b', power(sum(drawing.map(flow))))], {},
+      drawing.length ? chargingList('Charging now', drawing) : empty(state.stations.size
+        ? 'No car is charging.'
+        : [h('p', h('b', 'No station has connected yet.')), howToConnect()])),
+    waits.length > 0 && card([h('h2.grow', 'Waiting'), h('b', plural(waits.length, 'car'))], {},
+      chargingList('Waiting', waits)));
+}
+
+const chargingList = (label, transactions) => h('ul.list.scrolls',
+  {tabindex: 0, 'aria-label': label},
+  transactions.slice(0, CHARGING_SHOWN).map(chargingLine),
+  transactions.length > CHARGING_SHOWN && h('li', {key: 'more'},
+    link('transactions?status=active',
+      `and ${digits(transactions.length - CHARGING_SHOWN)} more`)));
+const chargingLine = transaction => h('li', {key: keyOf(transaction)}, h('div.grow',
+  h('div.bar', h('span.grow', dot(colourOf(transaction.identity)),
+    stationLink(transaction.identity), h('span.dim', ` ${transaction.evse}`)),
+  h('span.dim.small', [energy(transaction.energyWh),
+    transaction.soc != null && percent(transaction.soc), duration(lasted(transaction))]
+    .filter(Boolean).join(' · ')),
+  link(to('transactions', placeOf(transaction)),
+    isOnline(transaction) ? power(transaction.powerW) : 'offline')),
+  h('p.small', coded(whyOf(transaction)))));
+
+// Why a car gets what it gets: by its session, else by what its connector says.
+function whyOf({identity, evse, id, ...transaction}) {
+  const station = state.stations.get(identity), session = chargeOf({identity, id});
+  const connector = station?.connectors.find(other => other.evse === evse
+    && other.transactionId === id);
+  if (!station || !connector) return session?.reason || '';
+  return online(station) && flow({identity, ...transaction}) > 0 && session?.reason
+    || why(station, connector);
 }
 
 // Stations
@@ -21805,6 +21918,11 @@ const TABS = {
   transactions: ['Transactions', stationTransactions],
 };
 
+// Commands, and the configuration that they read, are not for who only looks on.
+const tabs = () => Object.entries(TABS).filter(([name]) => mayChange()
+  || !['commands', 'configuration'].includes(name));
+const tabOf = name => tabs().some(([known]) => known === name) ? name : 'now';
+
 function station() {
   const {id, tab} = state.route, one = state.stations.get(id);
   if (!one) return [heading(h('bdi', id)), card('', {}, empty(state.loaded
@@ -21812,7 +21930,7 @@ function station() {
       + 'started.' : 'Loading …',
   link('stations', 'All stations')))];
   return [panel('station head', ['connections'], () => stationHead(one)),
-    h('nav.tabs', {'aria-label': 'Of this station'}, Object.entries(TABS).map(([name, [text]]) =>
+    h('nav.tabs', {'aria-label': 'Of this station'}, tabs().map(([name, [text]]) =>
       h('a.btn', {key: name, href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
         'aria-current': name === tab && 'page'},
       name === 'configuration' && !is16(one) ? 'Variables' : text))),
@@ -21820,23 +21938,23 @@ function station() {
 }
 
 function stationHead(one) {
-  const {identity} = one, act = (method, ...parts) => () =>
+  const {identity} = one, send = (method, ...parts) => () =>
     attempt(() => ask(method, path('connections', identity, ...parts)));
   const disconnect = async () => {
     const text = 'Its connection is closed; most stations come back at once.';
-    if (await confirmed(`Disconnect ${identity}`, text, 'Disconnect')) act('POST', 'disconnect')();
+    if (await confirmed(`Disconnect ${identity}`, text, 'Disconnect')) send('POST', 'disconnect')();
   };
   const forget = async () => {
     const text = 'It is disconnected and its record removed; its messages and transactions stay.';
     if (!await confirmed(`Forget ${identity}`, text, 'Forget')) return;
-    if (await act('DELETE')()) go('stations');
+    if (await send('DELETE')()) go('stations');
   };
   return h('div.title', h('h1.cut', h('bdi', {title: plain(identity)}, identity)),
     pill(one.status, online(one) ? 'good' : 'bad'), h('span.grow'),
     one.registration === 'Pending' && [pill('pending', 'warn'),
-      button('Approve', act('POST', 'approve'), {class: 'main-act'})],
-    button('Disconnect …', disconnect, {disabled: !online(one)}),
-    button('Forget …', forget, {class: 'danger'}));
+      act('Approve', send('POST', 'approve'), {class: 'main-act'})],
+    act('Disconnect …', disconnect, {disabled: !online(one)}),
+    act('Forget …', forget, {class: 'danger'}));
 }
 
 function stationNow(one) {
@@ -21862,7 +21980,7 @@ function connectorLine(one, connector) {
     h('div.bar', h('h3', nameOf(one, connector)),
       pill(status || 'unknown', online(one) ? TONES[status] : ''),
       connector.since && h('span.dim.small', 'since ', clock(connector.since))),
-    h('p', why(one, connector)), connector.meter && meterLine(connector.meter),
+    h('p', coded(why(one, connector))), connector.meter && meterLine(connector.meter),
     connector.inlet && meterLine(connector.inlet, 'at the inlet, where the grid comes in'));
 }
 
@@ -21888,8 +22006,8 @@ function stationCharts(one) {
   if (!shown.length) return card('Charging', {key: 'none'}, empty('No transaction of this station '
     + 'is known: power and current are drawn here while a car charges.'));
   return shown.map(transaction => card([
-    h('h2.grow', (transaction.status === 'active' ? 'Charging at ' : 'Last charging, at ')
-      + transaction.evse),
+    h('h2.grow', transaction.status === 'active' ? 'Charging' : 'Last charging',
+      h('span.dim', `, ${place(one).replace('C', 'c')} ${transaction.evse}`)),
     h('span.cut', link(to('transactions', placeOf(transaction)), `Transaction ${transaction.id}`))],
   {key: 'chart ' + keyOf(transaction)}, h('div.in', meterCharts(transaction))));
 }
@@ -21906,10 +22024,11 @@ function stationFacts(one) {
     ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
     ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
       digits(one.errorCount)) : '0'],
-    ['Evictions', h('span', {class: one.evictedCount && 'warn'}, digits(one.evictedCount))],
-    ['Clock', skew == null ? DASH : Math.abs(skew) < 2 ? 'right'
+    one.evictedCount > 0 && ['Connections replaced by a second one',
+      h('span.warn', digits(one.evictedCount))],
+    ['Its clock', skew == null ? DASH : Math.abs(skew) < 2 ? 'as the board\'s, within 2 s'
       : h('span', {class: Math.abs(skew) > 60 && 'warn'}, skewOf(skew))],
-    ...Object.entries(others),
+    ...Object.entries(others).map(([name, value]) => [inWords(name), value]),
   ];
 }
 
@@ -22140,7 +22259,7 @@ function messageFilters(list) {
       onchange: event => filter({[name]: event.target.value.trim()})}),
     h('datalist', {key: 'all ' + name, id: 'all ' + name}, options.map(value =>
       h('option', {key: value, value})))];
-  return h('div.bar.filters', searchBox('text', 'Search in payloads, ids, errors …'),
+  return h('div.bar.filters.whole', searchBox('text', 'Search in payloads, ids, errors …'),
     !ofStation() && typed('identity', 'Station', [...state.stations.keys()].slice(0, 500)),
     typed('method', 'Action', methods()),
     choice('direction', 'Direction', [['', 'both directions'], ['IN', 'from stations'],
@@ -22207,7 +22326,6 @@ function frameOf({type, messageId, method, errorCode, errorDescription, raw}) {
 // Transactions
 
 const STATUS_TONES = {active: 'info', stopped: 'good', orphan: 'warn', abandoned: 'bad'};
-const lasted = one => ((ms(one.stoppedAt) ?? now()) - ms(one.startedAt)) / 1000;
 const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
 const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
@@ -22264,6 +22382,84 @@ function transactionDetail(one) {
     meterCharts(one), link(to('messages', null, {identity: one.identity}),
       'Messages of this station'));
 }
+
+// Report: what the transactions that were stopped come to. Its days are those of UTC.
+
+const REPORT_BY = {month: 'Month', day: 'Day', station: 'Station', token: 'Id token'};
+const REPORT_MS = 30000;
+let reportAsked = 0;
+function reportWanted() {
+  const {by, from, to: last} = state.route.query;
+  return {by: Object.hasOwn(REPORT_BY, by) ? by : 'month', from, to: last && dayAfter(last)};
+}
+const dayAfter = day => new Date(Date.parse(day) + DAY).toISOString().slice(0, 10);
+async function askReport() {
+  const wanted = query(reportWanted());
+  reportAsked = Date.now();
+  await attempt(async () => {
+    const report = await get('api/report?' + wanted);
+    if (wanted === query(reportWanted())) state.report = report;
+  });
+  touch('report');
+}
+
+const groupOf = line => line[state.report.by];
+const ofTime = () => ['month', 'day'].includes(state.report.by);
+function groupCell(line) {
+  const group = groupOf(line);
+  if (state.report.by === 'station') return [dot(colourOf(group)), stationLink(group)];
+  return [group || h('span.dim', 'without id token'), line.name && h('span.dim', ` ${line.name}`)];
+}
+const money = value => `${value.toFixed(2)} ${state.report.currency}`;
+const reportColumns = () => [
+  column.text(REPORT_BY[state.report.by], groupOf, {cell: groupCell}),
+  column.count('Transactions', 'sessions', {width: '7.5rem', short: '6rem'}),
+  column.energy('Energy', 'energyWh'),
+  column.duration('Duration', 'seconds', {width: '8rem', wide: true}),
+  ...state.report.cost ? [column.text('Cost', 'cost', {num: true, down: true, width: '8rem',
+    wide: true, cell: ({cost}) => money(cost)})] : [],
+];
+const REPORT = {name: 'report', label: 'Report', topics: ['report'], tall: false,
+  records: () => ofTime() ? [...state.report.lines].reverse() : state.report.lines,
+  key: groupOf, columns: reportColumns, bar: reportBar,
+  open: () => null, count: () => reportSum(state.report),
+  tools: () => h('a.btn', {download: true, href: 'api/report?'
+    + query({...reportWanted(), format: 'csv'})}, 'CSV'),
+  blank: 'No transaction was stopped in that time.',
+};
+const reportSum = ({sessions, energyWh, cost, fromFile}) => [
+  plural(sessions, 'transaction'), energy(energyWh), cost > 0 && money(cost),
+  !fromFile && 'those in memory alone: the state file was not read']
+  .filter(Boolean).join(', ');
+
+function reportBar() {
+  const day = (name, label) => h('label.inline.day', {key: name}, label, h('input', {type: 'date',
+    value: state.route.query[name] || '',
+    onchange: event => filter({[name]: event.target.value})}));
+  return h('div.bar.filters', choice('by', 'A line for each',
+    Object.entries(REPORT_BY).map(([by, name]) => [by, `By ${name.toLowerCase()}`])),
+  day('from', 'From'), day('to', 'to'));
+}
+
+// The newest of times, the greatest of others.
+const BARS_SHOWN = 62;
+function reportChart() {
+  const {by, lines} = state.report, times = ofTime();
+  if (!lines.length) return null;
+  const shown = times ? lines.slice(-BARS_SHOWN)
+    : [...lines].sort((a, b) => b.energyWh - a.energyWh).slice(0, BARS_SHOWN);
+  const rest = lines.length - shown.length;
+  return card([h('h2.grow', `Energy by ${REPORT_BY[by].toLowerCase()}`), rest > 0
+    && h('span.dim.small', times ? `the last ${BARS_SHOWN}` : `the ${BARS_SHOWN} greatest`)],
+  {key: 'report chart'}, h('div.in', bars('report', {label: 'Energy', format: energy,
+    rows: shown.map(line => ({name: line.name || groupOf(line), value: line.energyWh,
+      short: by === 'day' ? groupOf(line).slice(5) : line.name || groupOf(line),
+      colour: by === 'station' ? colourOf(groupOf(line)) : 'var(--accent)'}))})));
+}
+
+const reportScreen = () => [heading('Report', h('span.dim.small',
+  'of transactions that were stopped; days are those of UTC')),
+panel('report chart', ['report'], reportChart), listSplit(REPORT)];
 
 // Id tokens
 
@@ -22324,7 +22520,7 @@ function shownTokens() {
   const line = one => h('tr', {key: one.idToken}, h('td', h('code', one.idToken)),
     h('td', one.type || DASH), h('td', stationLink(one.lastUsedBy)),
     h('td.nowrap', ago(one.lastUsedAt)), h('td', one.lastAnswer),
-    h('td', button('Learn it', () => go('tokens', one.idToken))));
+    h('td', act('Learn it', () => go('tokens', one.idToken))));
   return card([h('h2.grow', 'Shown lately, and unknown'),
     h('span.dim.small', 'hold a card to a reader')], {key: 'shown'}, shown.length
     ? plainTable('Shown lately', ['Id token', 'Type', 'Station', 'When', 'Answered', ''],
@@ -22339,8 +22535,8 @@ function tokenTools() {
     if (file) await attempt(async () => importTokens(await file.text()));
     target.value = '';
   };
-  return [h('label.btn', {key: 'import'}, 'Import CSV', h('input.unseen', {type: 'file',
-    accept: '.csv,text/csv', onchange: take})),
+  return [mayChange() && h('label.btn', {key: 'import'}, 'Import CSV', h('input.unseen', {
+    type: 'file', accept: '.csv,text/csv', onchange: take})),
   h('a.btn', {key: 'export', download: true, href: 'api/id-tokens?format=csv'}, 'Export CSV')];
 }
 
@@ -22410,7 +22606,7 @@ function tokenDetail(id) {
     one.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
       [one.source]], ['Type', one.type], ['Last use', ago(one.lastUsedAt)],
     ['Where', stationLink(one.lastUsedBy)], ['Answered', one.lastAnswer]]),
-    h('form.form', {key: one.idToken, onsubmit: send},
+    mayChange() && h('form.form', {key: one.idToken, onsubmit: send},
       Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
         h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
           oninput: typing(typed, name)}))),
@@ -22449,11 +22645,11 @@ function listsCard() {
     h('td', stationLink(identity)), h('td', version == null ? pill('not sent')
       : current ? pill('up to date', 'good') : pill('outdated', 'warn')),
     h('td.num', digits(entries)), h('td.num', version ?? DASH), h('td.nowrap', ago(sentAt)),
-    h('td', button(state.ui.sendingList === identity ? 'Sending …' : 'Send', () => send([identity]),
-      {disabled: !online || !!state.ui.sendingList})));
+    h('td', act(state.ui.sendingList === identity ? 'Sending …' : 'Send',
+      () => send([identity]), {disabled: !online || !!state.ui.sendingList})));
   return card([h('h2.grow', 'Local lists'),
     h('span.dim.small.wide', 'who may charge while the board is away'),
-    late.length > 1 && button(`Send to ${digits(late.length)}`, () =>
+    late.length > 1 && act(`Send to ${digits(late.length)}`, () =>
       send(late.map(one => one.identity)), {disabled: !!state.ui.sendingList})], {key: 'lists'},
   lists.length ? plainTable('Local lists', ['Station', 'State', 'Id tokens', 'Version', 'Sent', ''],
     lists.map(line)) : empty('No station is online.'));
@@ -22536,7 +22732,7 @@ function circuitsCard() {
   h('div.in.stack', h('p.legend', LOADS.map(([name, text]) =>
     h('span', {key: name}, h('i.dot', {class: name, 'aria-hidden': 'true'}), text))),
   rows.map(one => circuitView(one, depth[one.name])), meter && meterView(meter), looseView(),
-  limitForm(power)));
+  mayChange() && limitForm(power)));
 }
 
 const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
@@ -22556,7 +22752,7 @@ function elsewhereCard() {
   const {elsewhere = []} = state.power || {};
   return elsewhere.length > 0 && card('Not at this site', {key: 'elsewhere'}, h('ul.list',
     elsewhere.map(identity => h('li', {key: identity}, h('span.grow', stationLink(identity)),
-      button('It is at this site', () => setElsewhere(identity, false))))));
+      act('It is at this site', () => setElsewhere(identity, false))))));
 }
 
 const circuitView = (one, deep) => h('div.circuit', {key: one.name,
@@ -22683,7 +22879,7 @@ function chargeDetail({sessionId}) {
       ['Phases', digits(one.phases)], ['Since', clock(one.startedAt)],
       one.endedAt && ['Ended', clock(one.endedAt)]]),
     one.status !== 'ended' && transactionOf(one) && carChart('session', one),
-    one.status !== 'ended' && h('form.form', {onsubmit: send},
+    one.status !== 'ended' && mayChange() && h('form.form', {onsubmit: send},
       Object.entries(SESSION_FIELDS).map(([name, [label]]) => h('label', {key: name}, label,
         h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual',
           value: typed[name] ?? told(name), oninput: typing(typed, name)}))),
@@ -22971,7 +23167,7 @@ function knockingCard() {
     h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
     h('td.nowrap', ago(one.lastAt)),
     h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url)),
-      LAGS_BEHIND.test(one.reason) && button('Let in as configured …', () => letIn(one))));
+      LAGS_BEHIND.test(one.reason) && act('Let in as configured …', () => letIn(one))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', 'who was refused, and what would work')],
     {key: 'knocking'}, state.knocking.length
@@ -23058,6 +23254,7 @@ const SCREENS = {
   messages: ['Messages', () => [heading('Messages'), ...messageList('messages')], 'm',
     'M4 7h13l-3-3M20 17H7l3 3'],
   transactions: ['Transactions', () => listScreen(TRANSACTIONS), 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
+  report: ['Report', reportScreen, 'd', 'M5 3h10l4 4v14H5zM9 17v-4M12 17v-7M15 17v-2'],
   tokens: ['Id tokens', tokens, 'i', 'M3 5h18v14H3zM7 10h5M7 14h3M16 10v4'],
   power: ['Power', powerScreen, 'p', 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16'],
   relay: ['Relay', relay, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
@@ -23089,15 +23286,17 @@ function arrive() {
   const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
   const id = screen === 'transactions' && first ? pairOf(first, tab) : first;
   const ofStation = screen === 'stations' && !!id;
-  state.route = {place, screen, id, tab: ofStation && Object.hasOwn(TABS, tab) ? tab : 'now',
+  state.route = {place, screen, id, tab: ofStation ? tabOf(tab) : 'now',
     query: Object.fromEntries(new URLSearchParams(fields)), message: null};
   const other = screen !== before.screen || ofStation && id !== before.id;
+  if (place !== before.place) state.confirm?.done(false);
   if (other || state.route.tab !== before.tab) enter();
   else if (id && id !== before.id) after.push(showAside);
   follows(ofStation);
   const message = ofStation ? state.route.query.message : screen === 'messages' && id;
   if (message) showMessage(message, before.message);
   if (screen === 'tokens' && other && state.loaded) askTokens();
+  if (screen === 'report' && (other || !same(before.query, state.route.query))) askReport();
   if (screen === 'help' && !state.api) attempt(async () => {
     state.api = await get('api/openapi.json');
     touch('api');
@@ -23217,6 +23416,7 @@ function header() {
       onchange: event => setTheme(event.target.value)},
       [['system', 'Auto'], ['light', 'Light'], ['dark', 'Dark']].map(([value, text]) =>
         h('option', {key: value, value}, text))),
+    !mayChange() && pill('view only'),
     state.mode !== 'none' && button('Log out', logOut,
       {title: `Logged in as ${plain(state.session.user?.name)}`}));
   });

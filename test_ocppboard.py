@@ -18053,7 +18053,7 @@ async def test_strangers_words_are_shown_as_text(site):
         assert len(await look.page.inner_text(".aside")) < 100_000
 
 
-SCREENS = ("overview", "stations", "stations/SIM-1", "stations/SIM-1/commands",
+SCREENS = ("overview", "report", "report?by=station", "stations", "stations/SIM-1", "stations/SIM-1/commands",
            "stations/SIM-1/configuration", "stations/SIM-1/messages", "stations/SIM-1/transactions",
            "messages", "messages/msg-1", "transactions", "tokens", "tokens/NEW", "power",
            "relay", "telemetry", "security", "events", "events/system", "help")
@@ -18253,6 +18253,95 @@ async def test_a_list_is_of_one_station_and_its_links_name_what_they_open(site):
         await expect(rows).to_have_count(2)
 
 
+async def charge(site, identity, *readings, status="Charging"):
+    """A station that charges, at these powers one after the other: (its socket, transaction)."""
+    socket_ = await site.station(identity)
+    await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": status,
+                                                   "errorCode": "NoError"})
+    started = await exchange(socket_, "StartTransaction", START_16)
+    for watts in readings:
+        await exchange(socket_, "MeterValues", {
+            "connectorId": 1, "transactionId": started[2]["transactionId"],
+            "meterValue": [{"timestamp": iso_now(), "sampledValue": [
+                sample(str(watts), POWER, "W")]}]})
+    return socket_, started[2]["transactionId"]
+
+
+@live()
+async def test_who_charges_and_who_waits_stand_apart_with_the_reason(site):
+    await charge(site, "CP-1", 3450)
+    socket_, transaction = await charge(site, "CP-2", 0, status="SuspendedEV")
+    async with looking(site) as look:
+        charging, waiting = (look.page.locator("section", has=look.page.get_by_role(
+            "heading", name=name, exact=True)) for name in ("Charging now", "Waiting"))
+        await expect(charging.locator("li")).to_have_count(1)
+        await expect(charging).to_contain_text("Charging at 3.45 kW.")
+        await expect(waiting.locator("li")).to_have_count(1)
+        await expect(waiting).to_contain_text("The car takes no power")
+        await look.sees("Charging now3.45 kW1 of 2 cars", ".tiles")
+        assert "Site load" not in await look.page.inner_text(".tiles"), "there is no limit"
+        await exchange(socket_, "StopTransaction", {
+            "transactionId": transaction, "meterStop": 12345, "timestamp": iso_now()})
+        await expect(waiting).to_have_count(0)
+        energy = site.board.transactions.records[1].energy_wh
+        await look.sees(f"Energy today{energy / 1000:.1f} kWh", ".tiles")
+
+
+@live()
+async def test_the_report_tells_what_charging_came_to(site):
+    for identity, stop in (("CP-1", 2219), ("CP-2", 13345)):
+        socket_, transaction = await charge(site, identity)
+        await exchange(socket_, "StopTransaction", {
+            "transactionId": transaction, "meterStop": stop, "timestamp": iso_now()})
+    wh = [t.energy_wh for t in site.board.transactions.records]
+    async with looking(site) as look:
+        await look.go("report")
+        await look.sees(iso_now()[:7], "tbody")
+        await expect(look.page.get_by_role("img", name="Energy")).to_be_visible()
+        await look.page.get_by_label("A line for each").select_option("station")
+        rows = look.page.locator("tbody tr")
+        await expect(rows).to_have_count(2)
+        await expect(rows.nth(1)).to_contain_text(f"CP-21{wh[1] / 1000:.1f} kWh")
+        await expect(look.page.locator("figure rect")).to_have_count(2)
+        async with look.page.expect_download() as event:
+            await look.page.get_by_role("link", name="CSV").click()
+        lines = list(csv.DictReader(io.StringIO(Path(
+            await (await event.value).path()).read_text())))
+        assert [(line["station"], float(line["energyWh"])) for line in lines] == [
+            ("CP-1", wh[0]), ("CP-2", wh[1])]
+        await look.page.get_by_label("to", exact=True).fill("2020-01-31")
+        await look.sees("No transaction was stopped in that time.")
+        assert "to=2020-01-31" in look.page.url
+        await look.page.get_by_label("to", exact=True).fill(iso_now()[:10])
+        await expect(rows).to_have_count(2)
+
+
+@live(**SHARING, auth_viewer_token="look", id_tokens={"A": {}})
+async def test_who_only_looks_on_sees_no_button_that_would_be_refused(site):
+    await charge(site, "CP-1", 3450)
+    await exchange(await site.station("CP-2"), "Authorize", {"idTag": "STRANGER"})
+    screens = ("overview", "stations/CP-1", "stations/CP-1/commands", "tokens", "tokens/A",
+               "power", "power/sc-1", "security", "relay")
+    changes = re.compile("Disconnect|Forget|Send|Learn it|Change|Pause|Approve|Not at this site")
+    async with looking(site, "/#token=look") as look:
+        await look.sees("view only", ".head")
+        for screen in screens:
+            await look.go(screen)
+            await look.sees("", "main h1")
+            await expect(look.page.get_by_role("button", name=changes)).to_have_count(0)
+        await look.go("stations/CP-1/configuration")
+        await expect(look.page.get_by_role("link", name="Commands")).to_have_count(0)
+        await look.sees("Connectors", "main")
+    async with looking(site) as look:
+        await look.go("stations/CP-1")
+        await expect(look.page.get_by_role("link", name="Commands")).to_have_count(1)
+        await look.click("Forget …")
+        await expect(look.page.get_by_role("dialog")).to_be_visible()
+        await look.go("overview")
+        await expect(look.page.get_by_role("dialog")).to_have_count(0)
+        assert "CP-1" in site.board.stations
+
+
 @live()
 async def test_keys_lead_everywhere(site):
     await exchange(await site.station(), "Heartbeat", {})
@@ -18374,6 +18463,7 @@ async def test_who_takes_power_without_control_stands_on_top_with_what_to_do(sit
     async with looking(site) as look:
         lines = look.page.locator(".card", has_text="Needs attention").locator("li")
         await expect(lines.nth(0)).to_contain_text("The site is over its limit of 31.9 A: L1 50 A")
+        await look.sees("Site load50 A157 % of 31.9 A a phase", ".tiles")
         loose = lines.nth(1)
         await expect(loose).to_contain_text(
             "GHOST-1 is not under control and counts for 32 A: it is offline")
