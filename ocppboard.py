@@ -19354,7 +19354,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .btn.danger { color: var(--bad); border-color: currentColor }
 .btn.plain { border-color: transparent; background: none; padding: .28rem .45rem }
 .btn.plain:hover { background: var(--well) }
-.filters { flex: 1 1 36rem } .filters.whole { flex-basis: 100% } .card > header > .small.grow { min-width: 9rem }
+.filters { flex: 1 1 36rem } .filters.whole { flex-basis: 100% }
+.card > header > .small.grow { min-width: 9rem }
 .btn[aria-pressed=true], .btn[aria-current] { background: var(--info-bg); color: var(--info);
   border-color: var(--info) }
 .btn:disabled { opacity: .55; cursor: default }
@@ -19708,7 +19709,8 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
-  report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '', fromFile: true},
+  report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
+    fromFile: true},                               // what transactions come to
   tokens: [], lists: [],                           // id tokens, and the local lists of stations
   upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds

@@ -18053,7 +18053,8 @@ async def test_strangers_words_are_shown_as_text(site):
         assert len(await look.page.inner_text(".aside")) < 100_000
 
 
-SCREENS = ("overview", "report", "report?by=station", "stations", "stations/SIM-1", "stations/SIM-1/commands",
+SCREENS = ("overview", "report", "report?by=station", "stations", "stations/SIM-1",
+           "stations/SIM-1/commands",
            "stations/SIM-1/configuration", "stations/SIM-1/messages", "stations/SIM-1/transactions",
            "messages", "messages/msg-1", "transactions", "tokens", "tokens/NEW", "power",
            "relay", "telemetry", "security", "events", "events/system", "help")
@@ -18253,7 +18254,7 @@ async def test_a_list_is_of_one_station_and_its_links_name_what_they_open(site):
         await expect(rows).to_have_count(2)
 
 
-async def charge(site, identity, *readings, status="Charging"):
+async def plugged_in(site, identity, *readings, status="Charging"):
     """A station that charges, at these powers one after the other: (its socket, transaction)."""
     socket_ = await site.station(identity)
     await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": status,
@@ -18269,8 +18270,8 @@ async def charge(site, identity, *readings, status="Charging"):
 
 @live()
 async def test_who_charges_and_who_waits_stand_apart_with_the_reason(site):
-    await charge(site, "CP-1", 3450)
-    socket_, transaction = await charge(site, "CP-2", 0, status="SuspendedEV")
+    await plugged_in(site, "CP-1", 3450)
+    socket_, transaction = await plugged_in(site, "CP-2", 0, status="SuspendedEV")
     async with looking(site) as look:
         charging, waiting = (look.page.locator("section", has=look.page.get_by_role(
             "heading", name=name, exact=True)) for name in ("Charging now", "Waiting"))
@@ -18290,7 +18291,7 @@ async def test_who_charges_and_who_waits_stand_apart_with_the_reason(site):
 @live()
 async def test_the_report_tells_what_charging_came_to(site):
     for identity, stop in (("CP-1", 2219), ("CP-2", 13345)):
-        socket_, transaction = await charge(site, identity)
+        socket_, transaction = await plugged_in(site, identity)
         await exchange(socket_, "StopTransaction", {
             "transactionId": transaction, "meterStop": stop, "timestamp": iso_now()})
     wh = [t.energy_wh for t in site.board.transactions.records]
@@ -18318,7 +18319,7 @@ async def test_the_report_tells_what_charging_came_to(site):
 
 @live(**SHARING, auth_viewer_token="look", id_tokens={"A": {}})
 async def test_who_only_looks_on_sees_no_button_that_would_be_refused(site):
-    await charge(site, "CP-1", 3450)
+    await plugged_in(site, "CP-1", 3450)
     await exchange(await site.station("CP-2"), "Authorize", {"idTag": "STRANGER"})
     screens = ("overview", "stations/CP-1", "stations/CP-1/commands", "tokens", "tokens/A",
                "power", "power/sc-1", "security", "relay")
