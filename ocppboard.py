@@ -98,7 +98,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
 from itertools import cycle, islice, pairwise
@@ -23766,6 +23766,8 @@ class SimulatedStation:
         self.idle = random.randrange(IDLE_HEARTBEATS)
         self._socket: WebSocket | None = None
         self.exchange: Exchange | None = None            # of the connection
+        self.obeyed: Counter = Counter()                 # {Action: Calls of the central system}
+        self.recorded: dict[str, deque[dict]] = {}       # {Action: answers that go before ours}
         self._restart = False
         self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
 
@@ -23895,19 +23897,29 @@ class SimulatedStation:
 
         Raises: Conflict (the connection has ended), NoAnswer.
         """
+        message = await self.ask(action, payload)
+        if isinstance(message, CallResult):
+            return message.payload
+        self.errors += 1
+        log.warning("%s: %s was answered %s %s", self.identity, action, message.code,
+                    shown(message.description))
+        return {}
+
+    async def ask(self, action: str, payload: dict) -> CallResult | CallError:
+        """Send a Call and wait for its answer. Raises: as `call`."""
         if self.exchange is None or not self.online:
             raise Conflict("the connection has ended")
         sent = time.perf_counter()
         call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
-        message = (await self.exchange.call(call)).message
+        message: CallResult | CallError = (await self.exchange.call(call)).message
         self.calls += 1
         self.latencies.append((time.perf_counter() - sent) * 1000)
-        if type(message) is CallError:
-            self.errors += 1
-            log.warning("%s: %s was answered %s %s", self.identity, action, message.code,
-                        shown(message.description))
-            return {}
-        return message.payload
+        return message
+
+    def send(self, action: str, payload: dict) -> None:
+        """Send what is not answered (2.1)."""
+        if self._socket:
+            self._socket.write(f'[6,"{uuid.uuid4()}","{action}",{to_json(payload)}]')
 
     def _receive(self, frame: str | bytes) -> Awaitable | None:
         text = frame if isinstance(frame, str) else frame.decode("utf-8", "replace")
@@ -23931,6 +23943,9 @@ class SimulatedStation:
 
     def obey(self, call: Call) -> CallResult | CallError:
         """The answer to a command; what follows from it goes into the plan."""
+        self.obeyed[call.action] += 1
+        if recorded := self.recorded.get(call.action):
+            return _recorded_answer(call, recorded)
         name = re.sub("(?<!^)(?=[A-Z])", "_", call.action).lower()       # on_change_availability
         handler = getattr(self, f"on_{name}", None)
         if handler is None:
@@ -24071,6 +24086,16 @@ class SimulatedStation:
         self.profiles = [p for p in self.profiles
                          if p.purpose != "TxProfile" or p.evse_id != outlet.number]
         self.plan.append(functools.partial(self.tell_status, outlet))
+
+
+def _recorded_answer(call: Call, recorded: deque[dict]) -> CallResult | CallError:
+    """The next answer on record; the last one is given again and again."""
+    answer = recorded.popleft() if len(recorded) > 1 else recorded[0]
+    payload = answer["payload"]
+    if answer["type"] == "CALLERROR":
+        return CallError(call.id_text, str(answer.get("errorCode")),
+                         str(answer.get("errorDescription") or ""), payload, to_json(payload))
+    return CallResult(call.id_text, payload, to_json(payload))
 
 
 class SimulatedStation16(SimulatedStation):
@@ -24373,6 +24398,227 @@ async def simulate(url: str, stations: int, protocol: str, duration: float, rate
     print(f"\n{calls} calls in {elapsed:.0f} s: {calls / elapsed:.1f} calls/s, "
           f"{errors} CALLERRORs; latency {_percentiles(latencies)}")
     return 0 if calls else 1
+
+
+# A replay: the messages of stations as they were exported, sent again
+
+REPLAYED_BYTES = 256 << 20          # of a file
+DIFFERENCES_SHOWN = 100             # lines about answers; the rest is only counted
+TIME_IN_JSON = re.compile(r'"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:?\d\d)?"')
+ANSWER_TYPES = ("CALLRESULT", "CALLERROR")
+
+
+@dataclass(slots=True)
+class ReplayedMessage:
+    """A Call or Send of a station on record, and its answer, if that is on record, too."""
+
+    at: float                           # UTC seconds
+    type: str                           # CALL | SEND
+    action: str
+    payload: dict
+    answer: dict | None = None          # as the export has it
+
+
+@dataclass(slots=True)
+class StationRecord:
+    """What one station said, in its order."""
+
+    identity: str
+    protocol: str
+    messages: list[ReplayedMessage] = field(default_factory=list)
+    asked: Counter = field(default_factory=Counter)  # {Action: Calls of the central system}
+    answers: dict[str, deque[dict]] = field(default_factory=dict)    # {Action: to those Calls}
+
+
+def read_replay(path: str) -> list[StationRecord]:
+    """The stations of an export of messages (ndjson). Raises: ConfigError, in one line."""
+    stations: dict[str, StationRecord] = {}
+    open_calls: dict[tuple[str, str], ReplayedMessage] = {}
+    try:
+        if os.path.getsize(path) > REPLAYED_BYTES:
+            raise ConfigError(f"--replay {path}: larger than {REPLAYED_BYTES >> 20} MiB")
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                _take_line(json.loads(line), stations, open_calls)
+    except OSError as error:
+        raise ConfigError(f"--replay {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, WrongValue, RecursionError):
+        raise ConfigError(f"--replay {path}: not what /api/messages/export?format=ndjson "
+                          "has written") from None
+    found = [station for station in stations.values() if station.messages]
+    if not found:
+        raise ConfigError(f"--replay {path}: no station says anything in it")
+    return found
+
+
+def _take_line(line: dict, stations: dict[str, StationRecord],
+               open_calls: dict[tuple[str, str], ReplayedMessage]) -> None:
+    """Put a message of an export where it belongs. Raises: what a line that is none makes of it."""
+    identity, protocol, kind, id_ = (line[name] for name in (
+        "identity", "protocol", "type", "messageId"))
+    if protocol not in SIMULATED or type(identity) is not str or type(line["payload"]) is not dict:
+        raise ValueError("not one of ours")
+    station = stations.setdefault(identity, StationRecord(identity, protocol))
+    from_station = line["direction"] == "IN"
+    if kind in ("CALL", "SEND") and from_station:
+        message = ReplayedMessage(parse_time(line["timestamp"])[0], kind, str(line["method"]),
+                                  line["payload"])
+        station.messages.append(message)
+        open_calls[identity, id_] = message
+    elif kind == "CALL":
+        station.asked[str(line["method"])] += 1
+    elif kind in ANSWER_TYPES and from_station:
+        station.answers.setdefault(str(line["method"]), deque()).append(line)
+    elif kind in ANSWER_TYPES and (identity, id_) in open_calls:
+        open_calls.pop((identity, id_)).answer = line
+
+
+def moved(text: str, seconds: float) -> str:
+    """JSON text with its times moved, each as it is written: fractions and zones stay."""
+    def move(found: re.Match) -> str:
+        second, fraction, zone = found.groups("")
+        try:
+            when = datetime.fromisoformat(second) + timedelta(seconds=seconds)
+        except (ValueError, OverflowError):              # a 13th month
+            return found[0]
+        return f'"{when:%Y-%m-%dT%H:%M:%S}{fraction}{zone}"'
+    return TIME_IN_JSON.sub(move, text)
+
+
+def differences(now: Any, before: Any, pointer: str = "") -> list[str]:
+    """What of an answer is other than on record; times and transaction ids always are."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return [text for name in dict.fromkeys((*now, *before)) if name != "transactionId"
+                for text in differences(now.get(name), before.get(name), f"{pointer}/{name}")]
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [text for index, (one, other) in enumerate(zip(now, before, strict=True))
+                for text in differences(one, other, f"{pointer}/{index}")]
+    texts = [to_json(value) for value in (now, before)]
+    if now == before or all(map(TIME_IN_JSON.fullmatch, texts)):
+        return []
+    now_text, before_text = ("missing" if text == "null" else kept(text, 100) for text in texts)
+    return [f"{pointer or '/'} is {now_text}, on record {before_text}"]
+
+
+class Replay:
+    """Plays what one station said again, and tells what is answered otherwise.
+
+    Each message waits for its time on record, and for the answer to the one before. Its times are
+    moved to now; transaction ids are those of now. What the central system asks is
+    answered as on record, in turn for each Action; where there is nothing, as a simulated station
+    does.
+    """
+
+    def __init__(self, record: StationRecord, url: str, password: str, tell: Callable[[str], Any]):
+        self.record, self.tell = record, tell
+        self.station = SIMULATED[record.protocol](record.identity, url, password=password)
+        self.station.recorded = record.answers
+        self.transaction_ids: dict[Any, Any] = {}    # {on record: now}
+        self.sent = self.different = self.unanswered = 0
+
+    async def run(self, first_at: float, speed: float) -> bool:
+        """Play all; `first_at` is the time on record of the first message of the file.
+
+        Returns: whether all was sent.
+        """
+        start = time.monotonic()
+        try:
+            for message in self.record.messages:
+                due = start + (message.at - first_at) / speed
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                if not self.station.online:
+                    await self.station.connect()
+                await self._send(message)
+        except (OSError, BoardError) as error:
+            self.tell(f"{self.record.identity}: {error}")
+            return False
+        finally:
+            self.station.disconnect()
+        return True
+
+    async def _send(self, message: ReplayedMessage) -> None:
+        text = moved(to_json(message.payload), self.station.clock() - message.at)
+        payload = json.loads(text)
+        self._rename_transaction(payload)
+        self.sent += 1
+        if message.type == "SEND":
+            self.station.send(message.action, payload)
+            return
+        try:
+            answer = await self.station.ask(message.action, payload)
+        except (NoAnswer, Conflict) as error:            # the next one connects again
+            self.unanswered += 1
+            self.tell(f"{self.record.identity} {message.action}: {error}")
+            return
+        self._compare(message, answer)
+
+    def _rename_transaction(self, payload: dict) -> None:
+        """Put in the id of now: in 1.6 the one that was given, in 2.x a new one of ours."""
+        ids, info = self.transaction_ids, payload.get("transactionInfo")
+        if isinstance(info, dict) and isinstance(old := info.get("transactionId"), str):
+            info["transactionId"] = ids.setdefault(old, str(uuid.uuid4()))
+        elif isinstance(old := payload.get("transactionId"), (int, str)):
+            payload["transactionId"] = ids.get(old, old)
+
+    def _compare(self, message: ReplayedMessage, answer: CallResult | CallError) -> None:
+        """Tell how the answer differs, and learn the transaction id in it."""
+        if (before := message.answer) is None:
+            return
+        if isinstance(answer, CallError) or before["type"] == "CALLERROR":
+            now, then = (answer.code if isinstance(answer, CallError) else "an answer",
+                         str(before.get("errorCode") or "an answer"))
+            found = [] if now == then else [f"is {now}, on record {then}"]
+        else:
+            found = differences(answer.payload, before["payload"])
+            old, given = (one.get("transactionId") for one in (before["payload"], answer.payload))
+            if type(old) is int and given is not None:
+                self.transaction_ids[old] = given
+        if found:
+            self.different += 1
+            self.tell(f"{self.record.identity} {message.action}: {'; '.join(found)}")
+
+    def summary(self) -> str:
+        """How it went, in a line."""
+        record, came = self.record, self.station.obeyed
+        text = (f"{record.identity}, {record.protocol}: {self.sent} of {len(record.messages)} "
+                f"messages sent, {self.different} answered otherwise, {self.unanswered} not at "
+                f"all; the central system sent {came.total()} Calls")
+        for what, actions in (("not on record", came - record.asked),
+                              ("never came", record.asked - came)):
+            if actions:
+                text += f"; {what}: {', '.join(f'{name} ({n})' for name, n in actions.items())}"
+        return text
+
+
+async def replay(path: str, url: str, speed: float = 1.0, password: str = "") -> int:
+    """Play an export again, each station on its own connection, `speed` times as fast.
+
+    Returns the exit status: 1 where not all could be sent. Raises: ConfigError.
+    """
+    told = 0
+
+    def tell(text: str) -> None:
+        nonlocal told
+        told += 1
+        if told <= DIFFERENCES_SHOWN:
+            print(shown_line(text), flush=True)
+    records = read_replay(path)
+    first_at = min(record.messages[0].at for record in records)
+    lasts_s = max(record.messages[-1].at for record in records) - first_at
+    print(f"{len(records)} stations, {sum(len(record.messages) for record in records)} messages, "
+          f"over {lasts_s / speed:.0f} s", flush=True)
+    replays = [Replay(record, url.rstrip("/"), password, tell) for record in records]
+    done = await asyncio.gather(*(one.run(first_at, speed) for one in replays))
+    if told > DIFFERENCES_SHOWN:
+        print(f"… and {told - DIFFERENCES_SHOWN} lines more")
+    for one in replays:
+        print(shown_line(one.summary()))
+    return 0 if all(done) else 1
+
+
+def shown_line(text: str) -> str:
+    """A line for the terminal, which nothing in it can steer."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def _tell_progress(fleet: list[SimulatedStation], elapsed: float) -> None:
@@ -25928,6 +26174,10 @@ def command_line() -> argparse.ArgumentParser:
     simulator.add_argument("--fault", action="append", default=[], choices=FAULTS,
                            help="of one more station, the first one first: " + "; ".join(
                                f"{name}: {text}" for name, text in FAULTS.items()))
+    simulator.add_argument("--replay", metavar="FILE", help="play the messages of stations again, "
+                           "as /api/messages/export has written them (ndjson), instead of all that")
+    simulator.add_argument("--speed", type=_at_least(0.01, float), default=1.0, metavar="N",
+                           help="of a replay: so many times as fast")
     measuring = commands.add_parser("bench", help="measure the board beside a bare Tornado handler")
     measuring.add_argument("--seconds", type=_at_least(0.2, float), default=4.0, help="of each run")
     measuring.add_argument("--pairs", type=_at_least(1, int), default=3, help="runs of each case")
@@ -26094,6 +26344,21 @@ def tell_hidden(config: Config) -> None:
               file=sys.stderr)
 
 
+def run_simulator(options: argparse.Namespace) -> int:
+    """Simulate stations, or play again what some said. Returns the exit status."""
+    check_station_url(options.url)
+    configure_log("warning")
+    if options.replay:
+        return asyncio.run(replay(options.replay, options.url, options.speed, options.password))
+    status = asyncio.run(simulate(options.url, options.stations, options.protocol,
+                                  options.duration, options.rate, options.password,
+                                  options.prefix, options.stay, options.fault))
+    if status:
+        print(f"ocppboard: no station got through to {options.url}; the first lines say "
+              "why, and the board's own where stations connect", file=sys.stderr)
+    return status
+
+
 def check_station_url(url: str) -> None:
     """See that simulated stations can connect to it. Raises: ConfigError, with what is meant."""
     scheme, _, rest = url.rpartition("://")
@@ -26191,15 +26456,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError("the password is empty")
             print(hash_password(password))
         elif options.command == "simulate":
-            check_station_url(options.url)
-            configure_log("warning")
-            status = asyncio.run(simulate(options.url, options.stations, options.protocol,
-                                          options.duration, options.rate, options.password,
-                                          options.prefix, options.stay, options.fault))
-            if status:
-                print(f"ocppboard: no station got through to {options.url}; the first lines say "
-                      "why, and the board's own where stations connect", file=sys.stderr)
-            return status
+            return run_simulator(options)
         elif options.command == "bench":
             return bench(options)
         elif options.command == "certificate":

@@ -18777,6 +18777,180 @@ async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_tol
     assert not site.board.errors.records
 
 
+# A replay
+
+
+def exported(action, payload=None, seconds=0.0, **fields):
+    """A line of an export of messages: what CP-1 said, unless the fields tell otherwise."""
+    return {"identity": "CP-1", "protocol": "ocpp1.6", "direction": "IN", "type": "CALL",
+            "method": action, "messageId": "1", "payload": payload or {},
+            "timestamp": ocppboard.iso(NOW + seconds)} | fields
+
+
+def export_file(tmp_path, *lines):
+    path = tmp_path / "messages.ndjson"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+ANSWERED = {"type": "CALLRESULT", "direction": "OUT"}
+
+
+def test_a_replay_takes_each_stations_messages_with_their_answers(tmp_path):
+    one, two = ocppboard.read_replay(export_file(
+        tmp_path, exported("Heartbeat", messageId="a"),
+        exported("Heartbeat", {"currentTime": "x"}, **ANSWERED, messageId="a"),
+        exported("Reset", {"type": "Soft"}, direction="OUT", messageId="b"),
+        exported("Reset", {"status": "Rejected"}, type="CALLRESULT", messageId="b"),
+        exported("NotifyPeriodicEventStream", {"id": 1}, type="SEND", identity="CP-2",
+                 protocol="ocpp2.1"),
+        exported("Heartbeat", messageId="a"), exported("Reset", direction="OUT", identity="CP-3")))
+    assert [(m.action, bool(m.answer)) for m in one.messages] == [
+        ("Heartbeat", True), ("Heartbeat", False)]
+    assert one.asked == {"Reset": 1} and one.answers["Reset"][0]["payload"] == {
+        "status": "Rejected"}
+    assert (two.identity, two.protocol, two.messages[0].type) == ("CP-2", "ocpp2.1", "SEND")
+
+
+@pytest.mark.parametrize("content, reason", [
+    ("", "no station says anything in it"), ("{}", "not what"), ("[1]", "not what"),
+    ("a,b\n1,2\n", "not what"), ("\xff", "not what"), ("[" * 9999, "not what"),
+    (json.dumps(exported("Heartbeat", protocol="ocpp1.5")), "not what"),
+    (json.dumps(exported("Heartbeat", timestamp="yesterday")), "not what"),
+    (json.dumps(exported("Heartbeat") | {"payload": "text"}), "not what"),
+    (json.dumps(exported("Heartbeat", direction="OUT")), "no station says anything in it")])
+def test_a_replay_says_in_a_line_that_a_file_is_none(tmp_path, capsys, content, reason):
+    path = tmp_path / "file"
+    path.write_bytes(content.encode("latin1"))
+    assert ocppboard.main(["simulate", "--replay", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ocppboard: --replay {path}: {reason}") and error.count("\n") == 1
+
+
+def test_a_replay_moves_times_as_they_are_written():
+    for text, then in (
+            ('"2026-09-21T23:59:59Z"', '"2026-09-22T00:00:01Z"'),
+            ('{"a":["2026-09-21T10:00:00.123456+02:00"]}',
+             '{"a":["2026-09-21T10:00:02.123456+02:00"]}'),
+            ('"2026-02-28T23:59:58"', '"2026-03-01T00:00:00"'),
+            ('"at 2026-09-21T10:00:00Z"', '"at 2026-09-21T10:00:00Z"'),
+            ('"2026-13-21T10:00:00Z"', '"2026-13-21T10:00:00Z"')):
+        assert ocppboard.moved(text, 2.0) == then
+
+
+@pytest.mark.parametrize("now, before, found", [
+    ({"status": "Accepted", "transactionId": 1}, {"status": "Accepted", "transactionId": 2}, []),
+    ({"currentTime": "2026-09-21T10:00:00Z"}, {"currentTime": "2020-01-01T00:00:00.5Z"}, []),
+    ({"a": {"status": "Invalid"}}, {"a": {"status": "Accepted"}},
+     ['/a/status is "Invalid", on record "Accepted"']),
+    ({"a": [1, 2]}, {"a": [1, 3], "b": 0},
+     ["/a/1 is 2, on record 3", "/b is missing, on record 0"]),
+    ({"a": [1]}, {"a": []}, ["/a is [1], on record []"])])
+def test_a_replay_tells_what_an_answer_differs_in(now, before, found):
+    assert ocppboard.differences(now, before) == found
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_replay_says_the_same_with_the_same_timing(site, tmp_path, capsys, protocol):
+    station = ocppboard.SIMULATED[protocol]("SIM-1", site.url("").rstrip("/"), rate=50)
+    task = asyncio.create_task(station.run())
+    await until(lambda: any(t.status == "stopped" for t in site.board.transactions.records), 20)
+    task.cancel()
+    _, text, _ = await site.fetch("/api/messages/export")
+    path = tmp_path / "messages.ndjson"
+    path.write_text(text)
+    before = [m for m in site.board.messages.records if m.direction == "IN"]
+    site.board.stations["SIM-1"].quirks.clear()
+    assert await ocppboard.replay(str(path), site.url("").rstrip("/"), 2.0) == 0
+    again = [m for m in site.board.messages.records if m.direction == "IN"][len(before):]
+    assert [m.method for m in again] == [m.method for m in before]
+    lasted = [messages[-1].timestamp - messages[0].timestamp for messages in (before, again)]
+    assert lasted[1] >= 0.45 * lasted[0], "half as long, or what the machine takes"
+    assert not site.board.errors.records and not site.board.stations["SIM-1"].quirks
+    first, second = (t for t in site.board.transactions.records if t.status == "stopped")
+    assert second.energy_wh == first.energy_wh and second.id != first.id
+    assert second.started_at > before[-1].timestamp - 5
+    out = capsys.readouterr().out
+    assert f"{len(before)} of {len(before)} messages sent, 0 answered otherwise, 0 not" in out
+
+
+CENTRAL_SYSTEM_16: Any = ocpp.v16.ChargePoint
+
+
+class CentralSystem16(CENTRAL_SYSTEM_16):
+    """A central system of the `ocpp` package that knows no card and asks two things."""
+
+    stopped: Any = None
+
+    @ocpp.routing.on("BootNotification")
+    def on_boot(self, **_):
+        return ocpp.v16.call_result.BootNotification(iso_now(), 60, "Accepted")
+
+    @ocpp.routing.after("BootNotification")
+    async def after_boot(self, **_):
+        self.answers = [await self.call(ocpp.v16.call.ClearCache()),
+                        await self.call(ocpp.v16.call.GetConfiguration(["HeartbeatInterval"]))]
+
+    @ocpp.routing.on("StartTransaction")
+    def on_start(self, **_):
+        return ocpp.v16.call_result.StartTransaction(77, {"status": "Invalid"})
+
+    @ocpp.routing.on("StopTransaction")
+    def on_stop(self, **payload):
+        self.stopped = payload
+        return ocpp.v16.call_result.StopTransaction()
+
+
+@with_loop
+async def test_a_replay_is_played_to_another_central_system(tmp_path, capsys):
+    path = export_file(
+        tmp_path, exported("BootNotification", BOOT_16, messageId="1"),
+        exported("BootNotification", {"status": "Accepted", "interval": 60,
+                                      "currentTime": ocppboard.iso(NOW)}, **ANSWERED,
+                 messageId="1"),
+        exported("ClearCache", direction="OUT", messageId="x"),
+        exported("ClearCache", {"status": "Rejected"}, type="CALLRESULT", messageId="x"),
+        exported("Reset", {"type": "Soft"}, direction="OUT", messageId="y"),
+        exported("StartTransaction", START_16, 0.3, messageId="2"),
+        exported("StartTransaction", {"transactionId": 5, "idTagInfo": {"status": "Accepted"}},
+                 0.3, **ANSWERED, messageId="2"),
+        exported("MeterValues", {"connectorId": 1, "transactionId": 5, "meterValue": []}, 0.4,
+                 messageId="3"),
+        exported("MeterValues", {}, 0.4, **ANSWERED, messageId="3"),
+        exported("StopTransaction", {"transactionId": 5, "meterStop": 1, "idTag": "A",
+                                     "timestamp": "2026-09-21T13:33:20Z"}, 0.5, messageId="4"))
+    systems = []
+
+    async def serve(socket_):
+        systems.append(CentralSystem16(socket_.request.path, socket_))
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await systems[0].start()
+
+    subprotocols: Any = ["ocpp1.6"]
+    async with websockets.serve(serve, "127.0.0.1", 0, subprotocols=subprotocols) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await ocppboard.replay(path, f"ws://127.0.0.1:{port}/ocpp/") == 0
+    system, = systems
+    assert system.id == "/ocpp/CP-1" and system.stopped["transaction_id"] == 77
+    assert abs(ocppboard.parse_time(system.stopped["timestamp"])[0] - time.time() + 0.5) < 20
+    assert system.answers[0].status == "Rejected", "as on record"
+    assert system.answers[1].configuration_key[0]["key"] == "HeartbeatInterval"
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == ('CP-1 StartTransaction: /idTagInfo/status is "Invalid", on record "Accepted"')
+    assert "MeterValues: is " in out[2] and out[2].endswith("on record an answer")
+    assert out[3].startswith("CP-1, ocpp1.6: 4 of 4 messages sent, 2 answered otherwise, 0 not")
+    assert out[3].endswith("2 Calls; not on record: GetConfiguration (1); never came: Reset (1)")
+
+
+@with_loop
+async def test_a_replay_that_gets_through_nowhere_says_so(tmp_path, capsys):
+    path = export_file(tmp_path, exported("Heartbeat", identity="\x1b[31mCP"))
+    assert await ocppboard.replay(path, f"ws://127.0.0.1:{free_port()}/ocpp") == 1
+    out = capsys.readouterr().out
+    assert "refused" in out and "0 of 1 messages sent" in out and "\x1b" not in out
+
+
 # --- Bench --------------------------------------------------------------------------------
 
 
