@@ -21921,9 +21921,9 @@ const TABS = {
 };
 
 // Commands, and the configuration that they read, are not for who only looks on.
-const tabs = () => Object.entries(TABS).filter(([name]) => mayChange()
+const stationTabs = () => Object.entries(TABS).filter(([name]) => mayChange()
   || !['commands', 'configuration'].includes(name));
-const tabOf = name => tabs().some(([known]) => known === name) ? name : 'now';
+const tabOf = name => stationTabs().some(([known]) => known === name) ? name : 'now';
 
 function station() {
   const {id, tab} = state.route, one = state.stations.get(id);
@@ -21932,7 +21932,7 @@ function station() {
       + 'started.' : 'Loading …',
   link('stations', 'All stations')))];
   return [panel('station head', ['connections'], () => stationHead(one)),
-    h('nav.tabs', {'aria-label': 'Of this station'}, tabs().map(([name, [text]]) =>
+    h('nav.tabs', {'aria-label': 'Of this station'}, stationTabs().map(([name, [text]]) =>
       h('a.btn', {key: name, href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
         'aria-current': name === tab && 'page'},
       name === 'configuration' && !is16(one) ? 'Variables' : text))),
