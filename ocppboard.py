@@ -4335,13 +4335,13 @@ KNOWS_SIGNED = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
 BOOT_ANSWER = {                      # some clients read by place: the order is the schema's
     "ocpp1.6": ("status", "currentTime", "interval"),
     "ocpp2.0.1": (_BOOT_2X := ("currentTime", "interval", "status")), "ocpp2.1": _BOOT_2X}
-# Of a local list: where its version stands, how an id token is written in it, how long one may be,
-# and whether a master pass is known by its group (2.0.1 C16.FR.05).
+# Of a local list: where its version stands, how an id token is written in it, and whether a master
+# pass is known by its group (2.0.1 C16.FR.05).
 LIST_VERSION = {"ocpp1.6": "listVersion", "ocpp2.0.1": "versionNumber", "ocpp2.1": "versionNumber"}
 LISTED_AS = {"ocpp1.6": ("idTag", "idTagInfo"), "ocpp2.0.1": ("idToken", "idTokenInfo"),
              "ocpp2.1": ("idToken", "idTokenInfo")}
-LISTED_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
 LISTS_MASTERS = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
+TOKEN_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}          # of an id token
 ID_TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress".split())
 ASSUMED_CARD = "ISO14443"      # of a card that no 2.x station has shown yet
 # Statuses of an id token that a version does not have (1.6 7.2; 2.0.1 part 2, 3.5).
@@ -5230,9 +5230,7 @@ YES_NO = status_rows("Accepted", "Rejected", worst="Rejected")
 # 3. Id tokens
 
 TOKENS_KEPT = 1000                  # of a station, whose type, or full text, we remember
-TOKEN_TYPES = frozenset("Central eMAID ISO14443 ISO15693 KeyCode Local MacAddress "
-                        "NoAuthorization".split())
-TOKEN_LENGTH = {"ocpp1.6": 20, "ocpp2.0.1": 36, "ocpp2.1": 255}
+TOKEN_TYPES = ID_TOKEN_TYPES | {"NoAuthorization"}
 _UID = re.compile(r"(?:[0-9A-Fa-f]{8}|[0-9A-Fa-f]{14}|[0-9A-Fa-f]{20})\Z")
 
 
@@ -6815,6 +6813,7 @@ LONGEST_201 = {
     "ocspResult": 5500, "remoteLocation": 512, "location": 512, "apn": 512, "apnUserName": 20,
     "apnPassword": 20, "ocppCsmsUrl": 512, "server": 512, "user": 20, "group": 20, "password": 20}
 LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
+SIGNED_LENGTH_201 = 2500                                 # of signedMeterData, which is left out
 PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
                    "variableMonitoring".split())        # lists of which a part is worth something
 SPARED = frozenset("certificateHashDataChain monitor".split())      # without which a message is
@@ -6927,7 +6926,7 @@ def _older_whole(crossed: dict) -> dict:
     if "signedMeterData" in crossed:
         crossed = {"publicKey": "", "signingMethod": ""} | crossed
     signed = crossed.get("signedMeterValue")
-    if isinstance(signed, dict) and len(str(signed.get("signedMeterData"))) > 2500:
+    if isinstance(signed, dict) and len(str(signed.get("signedMeterData"))) > SIGNED_LENGTH_201:
         del crossed["signedMeterValue"]                  # no part of a signature is one
     if "ocppCsmsUrl" in crossed:
         crossed.setdefault("ocppVersion", "OCPP20")
@@ -7694,7 +7693,7 @@ class Board:
     def listed(self, station: Station, token: IdToken) -> Grant | None:
         """What the station's local list is to have of an id token; None: nothing."""
         evses = token.evses_at(station.identity)
-        if len(token.id_token) > LISTED_LENGTH[station.protocol] or evses == frozenset() or (
+        if len(token.id_token) > TOKEN_LENGTH[station.protocol] or evses == frozenset() or (
                 token.master and not LISTS_MASTERS[station.protocol]):
             return None
         return Grant(self._status_of(token, evses, 0, False), token.group, token.expires_at,
@@ -11194,7 +11193,7 @@ async def _send_list(connection: StationConnection, update: str, tokens: list[Id
     board, protocol = connection.board, connection.protocol
     grants = [(token, board.listed(connection.station, token)) for token in tokens]
     entries = [_listed_entry(protocol, token, grant) for token, grant in grants if grant
-               or (update == "Differential" and len(token.id_token) <= LISTED_LENGTH[protocol])]
+               or (update == "Differential" and len(token.id_token) <= TOKEN_LENGTH[protocol])]
     version = board.new_list_version(len(entries) + 1)           # each part has its own
     answer, _ = await connection.call("SendLocalList", {
         LIST_VERSION[protocol]: version, "updateType": update} | (

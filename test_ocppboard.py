@@ -2929,6 +2929,67 @@ def test_every_action_of_the_standard_is_known(protocol, received, commands):
     assert known == schema_names(protocol)
 
 
+def words_of(version, action, path, part="Request"):
+    """The enumeration at a path of a schema, such as "idToken.type"."""
+    node = official(version, action, part)
+    for name in path.split("."):
+        node = node["properties"][name]
+        node = node.get("items", node)
+    return frozenset(node["enum"])
+
+
+SAMPLE = "meterValue.sampledValue."
+PURPOSE = "chargingProfileCriteria.chargingProfilePurpose"
+
+
+@pytest.mark.parametrize("table, version, action, path", [
+    *((ocppboard.STATUSES[v], v, "StatusNotification", "status" if v == "ocpp1.6" else
+       "connectorStatus") for v in PROTOCOLS),
+    *((table, v, "TransactionEvent", path) for v in ("ocpp2.0.1", "ocpp2.1") for table, path in (
+        (ocppboard.EVENT_TYPES, "eventType"),
+        (ocppboard.CHARGING_STATES, "transactionInfo.chargingState"))),
+    *((ocppboard.EVENT_TRIGGERS, v, "NotifyEvent", "eventData.trigger")
+      for v in ("ocpp2.0.1", "ocpp2.1")),
+    *(({*ocppboard.CLEARED_EACH[v], ocppboard.EXTERNAL}, v, "ClearChargingProfile", PURPOSE)
+      for v in ("ocpp2.0.1", "ocpp2.1")),
+    (ocppboard.PURPOSES.keys(), "ocpp1.6", "ClearChargingProfile", "chargingProfilePurpose"),
+    ({*ocppboard.ID_TOKEN_TYPES, "NoAuthorization"}, "ocpp2.0.1", "Authorize", "idToken.type"),
+    (ocppboard.FAULTS_16, "ocpp1.6", "StatusNotification", "errorCode"),
+    (ocppboard.CONNECTOR_STATUS.keys(), "ocpp1.6", "StatusNotification", "status"),
+    (ocppboard.STOPPED.keys(), "ocpp1.6", "StopTransaction", "reason"),
+    (ocppboard.MEASURANDS_16, "ocpp1.6", "MeterValues", SAMPLE + "measurand"),
+    (ocppboard.UNITS_16, "ocpp1.6", "MeterValues", SAMPLE + "unit"),
+    (ocppboard.MEASURANDS_201, "ocpp2.0.1", "MeterValues", SAMPLE + "measurand"),
+    *((dict(ocppboard.SAMPLE_WORDS)[name], v, "MeterValues", SAMPLE + name)
+      for v in ("ocpp1.6", "ocpp2.0.1") for name in ("context", "phase", "location")),
+])
+def test_a_table_of_words_is_an_enumeration_of_the_schemas(table, version, action, path):
+    assert set(table) == words_of(version, action, path)
+
+
+def properties(version, action, part="Request"):
+    return official(version, action, part)["properties"]
+
+
+@pytest.mark.parametrize("version", PROTOCOLS)
+def test_the_names_of_fields_are_those_of_the_schemas(version):
+    for action, field in ocppboard.TELLTALES[version].items():
+        others = [v for v in PROTOCOLS if field in properties(v, action)]
+        assert others and version not in others, action
+    assert list(ocppboard.BOOT_ANSWER[version]) == official(
+        version, "BootNotification", "Response")["required"]
+    for action, split in ocppboard.SPLITS[version].items():
+        assert properties(version, action)[split.items]["type"] == "array"
+        assert {properties(version, action, "Response")[name]["type"]
+                for name in split.answers} <= {"array"}
+    assert ocppboard.LIST_VERSION[version] in properties(version, "SendLocalList")
+    entry = properties(version, "SendLocalList")["localAuthorizationList"]["items"]["properties"]
+    token = entry[ocppboard.LISTED_AS[version][0]]
+    assert set(ocppboard.LISTED_AS[version]) <= set(entry)
+    token = token.get("properties", {}).get("idToken", token)
+    assert ocppboard.TOKEN_LENGTH[version] == token["maxLength"]
+
+
 @pytest.mark.parametrize("text, seconds, zoned", [
     ("2026-09-21T13:33:20Z", NOW, True), ("2026-09-21T13:33:20", NOW, False),
     ("2026-09-21T13:33:20.000000Z", NOW, True), ("2026-09-21T13:33:20.123456789Z", NOW, True),
@@ -3571,6 +3632,103 @@ def test_what_is_the_same_in_both_comes_back_as_it_was(direction, caller, other,
             assert arrived == [(action, payload)] and answered == answer
         else:
             assert action == "NotifyMonitoringReport"    # 2.1 wants a field more
+
+
+# The tables of what 2.1 adds, beside what its schemas add.
+
+
+def twins(old, new):
+    """(2.0.1's schema, 2.1's) of each part of two schemas; None for what 2.1 adds."""
+    yield old, new
+    if old is not None:
+        for name, part in new.get("properties", {}).items():
+            yield from twins(old.get("properties", {}).get(name), part)
+        if "items" in new:
+            yield from twins(old["items"], new["items"])
+
+
+@functools.cache
+def changes_of_21():
+    """[(Action, name of the field, its schema in 2.0.1 or None, its schema in 2.1)]"""
+    return [(action, new["key"], old, new) for action in sorted(ocppboard.BOTH_2X)
+            for part in ("Request", "Response")
+            for old, new in twins(official("ocpp2.0.1", action, part),
+                                  official("ocpp2.1", action, part))]
+
+
+def of_both():
+    return [change for change in changes_of_21() if change[2] is not None]
+
+
+def test_2_1_has_all_actions_of_2_0_1_and_these_are_translated():
+    assert ocppboard.BOTH_2X == schema_names("ocpp2.0.1") <= schema_names("ocpp2.1")
+
+
+def test_the_fields_that_2_1_adds_are_those_of_its_schemas():
+    known = {key for _, key, _, _ in of_both()}
+    added = {(action, key) for action, key, old, _ in changes_of_21() if old is None}
+    assert {key for _, key in added if key not in known} == ocppboard.NEW_IN_21
+    assert {(action, key) for action, key in added if key in known} == {
+        (action, key) for action, keys in ocppboard.NEW_OF_21.items() for key in keys}
+
+
+def test_the_words_that_2_1_adds_are_those_of_its_schemas():
+    added: set[tuple] = set()
+    former: dict[Any, set] = {}
+    for action, key, old, new in of_both():
+        if "enum" in old and "enum" in new:
+            whose = (action, key) if key == "status" else key
+            former[whose] = former.get(whose, set()) | set(old["enum"])
+            added |= {(whose, word) for word in set(new["enum"]) - set(old["enum"])}
+    measurands = {word for key, word in added if key == "measurand"}
+    assert measurands.isdisjoint(ocppboard.MEASURANDS_201)
+    words = ocppboard.WORDS_21 | {(action, "status"): words
+                                  for action, words in ocppboard.ANSWERS_21.items()}
+    assert added - {("measurand", word) for word in measurands} - {("location", "Upstream")} == {
+        (whose, word) for whose, words_ in words.items() for word in words_}
+    for whose, words_ in words.items():
+        assert {word for word in words_.values() if word} <= former[whose], whose
+
+
+def test_the_enumerations_that_2_1_opened_are_those_of_its_schemas():
+    opened: dict[str, set] = {}
+    for _, key, old, new in of_both():
+        if "enum" in old and "enum" not in new:
+            opened.setdefault(key, set()).update(old["enum"])
+    assert opened == {"type": ocppboard.TOKEN_TYPES, "connectorType": ocppboard.CONNECTOR_TYPES,
+                      "chargingLimitSource": ocppboard.LIMIT_SOURCES}
+
+
+def test_the_texts_that_2_1_has_longer_are_those_of_its_schemas():
+    longer = {key for _, key, old, new in of_both()
+              if "maxLength" in old and old["maxLength"] < new.get("maxLength", math.inf)}
+    lengths = {(key, old["maxLength"]) for _, key, old, _ in of_both()
+               if key in longer - {"attributeValue"} and "maxLength" in old}
+    token = ocppboard.TOKEN_LENGTH["ocpp2.0.1"]
+    assert lengths == {*ocppboard.CUT_201.items(), *ocppboard.LONGEST_201.items(),
+                       ("idToken", token), ("additionalIdToken", token),
+                       ("signedMeterData", ocppboard.SIGNED_LENGTH_201)}
+    assert {(action, old["maxLength"]) for action, key, old, new in of_both()
+            if key == "attributeValue" and old["maxLength"] < new["maxLength"]} == {
+        (action, most["attributeValue"]) for action, most in ocppboard.LONGEST_OF_201.items()}
+
+
+def test_the_numbers_that_2_1_has_otherwise_are_those_of_its_schemas():
+    whole, not_negative, phases, from_1 = set(), set(), set(), set()
+    for action, key, old, new in of_both():
+        if old.get("type") != new.get("type"):
+            assert (old["type"], new["type"]) == ("integer", "number")
+            whole.add(key)
+        if new.get("minimum") != old.get("minimum"):
+            assert "minimum" not in old and new["minimum"] in (0, 1)
+            not_negative.add(key)
+            from_1 |= {action} if new["minimum"] == 1 else set()
+        if new.get("maximum") != old.get("maximum"):
+            assert "maximum" not in old and new["maximum"] == 3
+            phases.add(key)
+    tables = (ocppboard.WHOLE_201, ocppboard.NOT_NEGATIVE, ocppboard.PHASE_COUNTS,
+              ocppboard.FROM_EVSE_1)
+    assert [whole, not_negative, phases, from_1] == [set(table) for table in tables]
 
 
 # What a sampled value means that does not say it (1.6 7.43; 2.x SampledValueType).
