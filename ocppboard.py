@@ -18396,10 +18396,10 @@ SHAPES = {
     "Reload": {"changed": "[string]", "restart": "[string]"},
     "OpenAPI": {"openapi": "string", "paths": "object"},
     "Credentials": {"token?": "string", "username?": "string", "password?": "string"},
-    "Login": {"sessionId": "string", "user": "User", "expiresAt": "time"},
+    "Login": {"sessionId": "string", "user": "User", "expiresAt": "time", "role?": "string"},
     "User": {"name": "string"},
     "SessionInfo": {"authenticated": "boolean", "user": "User?", "expiresAt": "time?",
-                    "authMode": "string"},
+                    "authMode": "string", "role?": "string"},
     "Command": {"action": "string", "payload?": "object", "protocol?": "string"},
     "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number",
                    "warning?": "string", "reports?": "[ReportedLater]"},
@@ -23585,10 +23585,7 @@ async function start() {
 takeToken();
 addEventListener('hashchange', () => {
   if (takeToken() && !state.session) start();
-  else if (state.session) {
-    state.confirm?.done(false);
-    arrive();
-  }
+  else if (state.session) arrive();
 });
 addEventListener('keydown', pressed);
 addEventListener('pointerup', release);

@@ -17759,6 +17759,27 @@ async def test_a_command_that_fails_says_how(site):
                         "(did you mean RemoteStartTransaction?)")
 
 
+@live()
+async def test_a_question_goes_when_the_screen_changes(site):
+    await site.station()
+    async with looking(site) as look:
+        await look.go("stations/CP-1/commands")
+        await open_form(look, "Reset")
+        await look.page.locator("form.form").get_by_role("button").press("Enter")
+        await look.sees("Reset: CP-1", "dialog")
+        cancel = look.page.locator("dialog").get_by_role("button", name="Cancel")
+        await expect(cancel).to_be_focused()
+        await look.page.keyboard.press("Escape")
+        await expect(look.page.locator("dialog")).to_have_count(0)
+        await look.page.locator("form.form").get_by_role("button").press("Enter")
+        await look.sees("Reset: CP-1", "dialog")
+        await look.page.go_back()
+        await expect(look.page.locator("dialog")).to_have_count(0)
+        await look.go("stations/CP-1/commands")
+        await expect(look.page.locator("dialog")).to_have_count(0)
+        await look.sees("The answers of the station will stand here")
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @live()
 async def test_the_configuration_is_read_written_and_restored(site, protocol):
