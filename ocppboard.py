@@ -19711,6 +19711,7 @@ const state = {
   report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
     fromFile: true},                               // what transactions come to
   tokens: [], lists: [],                           // id tokens, and the local lists of stations
+  uploads: [],                                     // files that stations sent here
   upstreams: [],                                   // the relay's, each with its stations
   power: null, circuits: [],                       // what smart charging goes by, and holds
   colours: new Map(),                              // {identity: colour}
@@ -19804,7 +19805,7 @@ const SOURCES = {about: 'about', stations: 'connections', transactions: 'transac
   samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
   system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
   power: 'smart-charge/config', circuits: 'smart-charge/circuits', tokens: 'id-tokens',
-  lists: 'local-lists',
+  lists: 'local-lists', uploads: 'uploads',
   upstreams: 'proxy/upstreams', proxied: 'proxy?limit=500', recent: 'messages?limit=12'};
 const AGAIN_MS = 3000;
 let waiting = null, loading = 0;
@@ -20027,6 +20028,7 @@ const on = {
   system(event) {
     if (onTop(state.system, event)) touch('system');
     if (['SMART_CHARGE_CONFIG', 'SMART_CHARGE_STATION'].includes(event.type)) askPower();
+    if (['FILE_RECEIVED', 'FILE_DROPPED'].includes(event.type)) askUploads();
   },
   connection(station) {
     if (station.status === 'forgotten') state.stations.delete(station.identity);
@@ -20872,7 +20874,8 @@ const confirmed = (title, text, yes) => new Promise(resolve => {
 // --- Commands -------------------------------------------------------------------------------
 // FORMS are commands in the words of 2.0.1, by group; the board says them as the station's version
 // does. A form: {title, action, fields (names of FIELDS, "?" where one may be empty),
-// payload(values, station), danger(values) (what is asked before), wrong, note}.
+// payload(values, station), danger(values) (what is asked before), wrong, note, prepare(values,
+// station) (what is got from the board before)}.
 
 const evsesOf = station => {
   const known = [...new Set(station.connectors.map(connector => connector.evse))]
@@ -20946,8 +20949,8 @@ const FIELDS = {
   signature: areaField('Signature, base64', {read: pasted => pasted.trim(), maxlength: 800}),
   signingCertificate: pemField('Certificate that it was signed with, PEM'),
   logType: choiceField('Log', [['DiagnosticsLog', 'diagnostics'], ['SecurityLog', 'security']]),
-  logUrl: textField('URL to which it goes', {type: 'url', whole: true, maxlength: 512,
-    placeholder: 'https://…, ftp://…'}),
+  logUrl: textField('URL to which it goes (empty: to this board)', {type: 'url', whole: true,
+    maxlength: 512, placeholder: 'https://…, ftp://…'}),
   oldest: timeField('From (empty: all)'),
   latest: timeField('Until'),
   vendorId: textField('Vendor', {maxlength: 255}),
@@ -21076,7 +21079,9 @@ const FORMS = {
       payload: ({firmware, retrieveAt, installAt, signature, signingCertificate}) => ({
         requestId: requestId(), firmware: {location: firmware, signature, signingCertificate,
           retrieveDateTime: retrieveAt ?? afterMinutes(0), installDateTime: installAt}})},
-    {title: 'Get log', action: 'GetLog', fields: ['logType', 'logUrl', 'oldest?', 'latest?'],
+    {title: 'Get log', action: 'GetLog', fields: ['logType', 'logUrl?', 'oldest?', 'latest?'],
+      prepare: async (values, station) =>
+        ({...values, logUrl: values.logUrl ?? await uploadUrl(station)}),
       payload: ({logType, logUrl, oldest, latest}) => ({logType, requestId: requestId(),
         log: {remoteLocation: logUrl, oldestTimestamp: oldest, latestTimestamp: latest}})},
     {title: 'Data transfer', action: 'DataTransfer', fields: ['vendorId', 'messageId?', 'data?']},
@@ -21273,6 +21278,7 @@ function toldLater({identity, type, method, raw}) {
     TOLD_LATER[action]?.includes(method) && (asked == null || asked === id));
   if (!entry) return;
   tellLater(entry, method, raw);
+  if (entry.action === 'GetLog') askUploads();
   touch('answers');
 }
 function tellLater(entry, action, raw) {
@@ -21316,11 +21322,13 @@ const fieldsOf = (names, station) => Object.fromEntries(names.map(word => {
 const payloadOf = (spec, values, station) => spec.payload ? spec.payload(values, station) : values;
 
 function usualForm(station, spec, typed) {
-  const {title, action, fields, danger, wrong, note} = spec;
+  const {title, action, fields, danger, wrong, note, prepare} = spec;
   const send = async values => {
     const risk = danger?.(values);
     if (risk && !await confirmed(`${title}: ${station.identity}`, risk, title)) return;
-    const payload = payloadOf(spec, values, station);
+    const ready = prepare ? await attempt(() => prepare(values, station)) : values;
+    if (!ready) return;
+    const payload = payloadOf(spec, ready, station);
     command(station.identity, action, payload,
       {title, protocol: COMMON, shown: withoutSecrets(payload)});
   };
@@ -21329,14 +21337,15 @@ function usualForm(station, spec, typed) {
     note: values => note?.(values, station)});
 }
 
-// A payload as it is shown: without the values of what is secret, or the password of a URL.
+// A payload as it is shown: without the values of what is secret, or what is secret in a URL.
 function withoutSecrets(payload) {
   const hide = (_, value) => {
     const named = value?.key ?? value?.variable?.name;
     return typeof named !== 'string' || !SECRET.test(named) ? value
       : {...value, ['attributeValue' in value ? 'attributeValue' : 'value']: '***'};
   };
-  return JSON.parse(JSON.stringify(payload, hide).replace(/\/\/[^/@"\s]*@/g, '//***@'));
+  return JSON.parse(JSON.stringify(payload, hide).replace(/\/\/[^/@"\s]*@/g, '//***@')
+    .replace(/\/upload\/[^/"]+/g, '/upload/***'));
 }
 
 // Any command, in the station's own words. It begins with the fields that its schema requires.
@@ -21382,6 +21391,37 @@ const schemaOf = ({action, fields}) => fields.length > 0 && h('details.whole', {
     ['Field', 'Type', 'Needed'], fields.map(({name, type, required, values}) => h('tr', {key: name},
       h('td', h('code', name)), h('td', values.length ? values.join(', ') : type),
       h('td', required && 'yes')))));
+
+// The files that stations send to the board, each to a URL made for it.
+async function uploadUrl({identity}) {
+  const {data} = await ask('POST', 'api/uploads', {identity});
+  askUploads();
+  return data.url;
+}
+
+const askUploads = () => attempt(async () => {
+  state.uploads = await get('api/uploads');
+  touch('uploads');
+});
+
+const UPLOAD_TONES = {received: 'good', receiving: 'info', waiting: '', expired: 'warn'};
+function filesCard({identity}) {
+  const files = state.uploads.filter(file => file.identity === identity);
+  const remove = file => async () => {
+    const text = 'It is removed for good; a URL that waits for a file holds no more.';
+    if (!await confirmed(`Remove ${file.name || 'the URL'}`, text, 'Remove it')) return;
+    await attempt(() => ask('DELETE', path('uploads', file.id)));
+    askUploads();
+  };
+  const line = file => h('tr', {key: file.id}, h('td', file.name || DASH),
+    h('td', pill(file.status, UPLOAD_TONES[file.status]), file.error && h('p.bad', file.error)),
+    h('td.num', bytes(file.size)), h('td.nowrap', clock(file.receivedAt || file.createdAt)),
+    h('td', h('span.bar', file.status === 'received' && h('a.btn', {download: true,
+      href: path('uploads', file.id), 'aria-label': `Save ${file.name}`}, 'Save'),
+    button('Remove …', remove(file)))));
+  return files.length > 0 && card('Files that it has sent here', {key: 'files'},
+    plainTable('Files', ['Name', 'Status', 'Size', 'When', ''], files.map(line)));
+}
 
 // {payload} of a text that is a JSON object, else {problem}.
 function objectIn(written) {
@@ -22042,8 +22082,8 @@ function stationCommands(one) {
   return [h('div.cols',
     panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () =>
       card('Commands', {key: 'form'}, h('div.in.stack', commandForm(one)))),
-    panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
-        answersOf(one.identity)))),
+    h('div.stack', panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
+      answersOf(one.identity))), panel('files', ['uploads'], () => filesCard(one)))),
   ...messageList('command messages')];
 }
 

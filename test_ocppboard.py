@@ -17598,7 +17598,7 @@ TYPED = {
     "oldest": "2026-11-25T10:00", "latest": "2026-11-26T10:00", "displayFrom": "2026-11-26T10:00",
     "displayUntil": "2026-11-27T10:00", "report": True, "clear": True, "ofTransaction": True}
 # Of each form in SCRIPT: what it sends with what must be there, with all, and with each choice.
-SENT_BY_FORMS = """typed => {
+SENT_BY_FORMS = """async typed => {
     const station = state.stations.get('SIM-1');
     state.about.ca = '-----BEGIN CERTIFICATE-----';
     const certificateHashData = {hashAlgorithm: 'SHA256', issuerNameHash: 'a', issuerKeyHash: 'b',
@@ -17609,22 +17609,23 @@ SENT_BY_FORMS = """typed => {
     const sent = [];
     for (const spec of Object.values(FORMS).flat()) {
         const fields = fieldsOf(spec.fields, station), names = Object.keys(fields);
-        const send = given => {
+        const send = async given => {
             const values = Object.fromEntries(names.map(name => {
                 const {value} = fieldOf(given, name, fields[name]);
                 return [name, value];
             }));
             if (spec.wrong?.(values, station)) return;
-            const payload = JSON.stringify(payloadOf(spec, values, station));
+            const ready = spec.prepare ? await spec.prepare(values, station) : values;
+            const payload = JSON.stringify(payloadOf(spec, ready, station));
             sent.push([spec.title, spec.action, JSON.parse(payload)]);
         };
         const some = Object.fromEntries(names.filter(name => !fields[name].optional
             || fields[name].type === 'checkbox').map(name => [name, typed[name]]));
-        send(some);
-        send(typed);
+        await send(some);
+        await send(typed);
         for (const name of names)
             for (const option of fields[name].options || [])
-                send({...some, [name]: String(Array.isArray(option) ? option[0] : option)});
+                await send({...some, [name]: String(Array.isArray(option) ? option[0] : option)});
     }
     return [Object.values(FORMS).flat().map(spec => spec.title), sent];
 }"""
@@ -17726,7 +17727,8 @@ async def test_every_form_is_sent_and_its_answer_shown(site, protocol):
         assert reserved.action == "ReserveNow" and 4 in reserved.payload.values()
         version = await send("Version of the list")
         assert version.action == "GetLocalListVersion" and version.payload == {}
-        log = await send("Get log", URL_to_which_it_goes="https://user:secret@host/log")
+        log = await send("Get log", **{
+            "URL to which it goes (empty: to this board)": "https://user:secret@host/log"})
         assert log.action == ("GetDiagnostics" if protocol == "ocpp1.6" else "GetLog")
         await expect(newest.locator("code").first).to_contain_text("https://***@host/log")
         free = await send("Any command", Action_to_send="GetLocalListVersion")
@@ -17757,6 +17759,35 @@ async def test_a_command_that_fails_says_how(site):
         await look.page.get_by_role("button", name="Send").click()
         await look.sees("ocpp1.6 has no command 'RemoteStart' "
                         "(did you mean RemoteStartTransaction?)")
+
+
+@live()
+async def test_a_log_comes_to_the_board_and_is_saved_and_removed_on_the_page(site):
+    socket_ = await site.station()
+    await exchange(socket_, "BootNotification", BOOT_16)
+    async with looking(site) as look:
+        await look.go("stations/CP-1/commands")
+        await open_form(look, "Get log")
+        await look.click("Send")
+        _, id_, action, payload = json.loads(await socket_.recv())
+        assert action == "GetDiagnostics"
+        files = look.page.get_by_role("region", name="Files")
+        await expect(files).to_contain_text("waiting")
+        await socket_.send(json.dumps([3, id_, {"fileName": "log.txt"}]))
+        await look.sees("/upload/***/", "code")
+        await exchange(socket_, "DiagnosticsStatusNotification", {"status": "Uploading"})
+        await look.sees("DiagnosticsStatusNotification: Uploading", ".list")
+        answer = await site.client.fetch(payload["location"] + "log.txt", method="PUT",
+                                         body=b"all is well")
+        assert answer.code == 200
+        await expect(files).to_contain_text("received")
+        async with look.page.expect_download() as event:
+            await look.page.get_by_role("link", name="Save log.txt").click()
+        assert Path(await (await event.value).path()).read_text() == "all is well"
+        await look.click("Remove …")
+        await look.click("Remove it")
+        await expect(files).to_have_count(0)
+    assert await site.get("/api/uploads") == []
 
 
 @live()
