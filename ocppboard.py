@@ -395,11 +395,11 @@ class UnknownMessageType(BadFrame):
 
 # --- Configuration ------------------------------------------------------------------------
 # SETTINGS is all there is. A key comes from the file, OCPPBOARD_SECTION_KEY overrides it, the
-# command line overrides both. What is wrong ends the start with one line that says what.
+# command line overrides both. A mistake ends the start with one line that names it.
 
 
 class Setting(NamedTuple):
-    """One key: its default, whose type it must have, and what it may be."""
+    """A key of the configuration: its default, which gives the type, and the allowed values."""
 
     section: str
     key: str
@@ -557,15 +557,15 @@ TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", s
 
 
 SECRET_KEYS = ("password", "token", "viewer_password", "viewer_token")
-# The URL of a webhook is its password, and what one wants to see may stand in the template.
+# The URL of a webhook is its password, and a template may hold secrets, too.
 SECRET_SETTINGS = {("notify", "url"), ("notify", "headers"), ("notify", "template")}
-VIEWER = "viewer"                    # the user name of who sees all and changes nothing
+VIEWER = "viewer"                    # the name of the user who sees all and changes nothing
 
 
 class Config(SimpleNamespace):
     """The settings as `config.<section>.<key>`; of NAMED they are {name: its settings}.
 
-    All sections of the program share one, so what `take` changes holds at once.
+    All sections of the program share one Config, so a change by `update` holds at once.
     """
 
     source: str
@@ -605,7 +605,7 @@ class Config(SimpleNamespace):
         keys = [(s.section, s.key) for s in SETTINGS if s.restart]
         if bool(self.server.tls_certificate) != bool(running.server.tls_certificate):
             keys += [("server", "tls_certificate"), ("server", "tls_private_key")]
-        if _ways(self) != _ways(running):            # who goes where: sessions stand for it
+        if _routes(self) != _routes(running):            # the sessions of the relay follow them
             keys.append(("proxy", "upstream"))
         kept_back = []
         for section, key in keys:
@@ -615,8 +615,8 @@ class Config(SimpleNamespace):
                 kept_back.append(f"{section}.{key}")
         return kept_back
 
-    def take(self, other: "Config") -> None:
-        """Become as another; of the upstreams, which sessions know, what may change."""
+    def update(self, other: "Config") -> None:
+        """Get the values of another. The upstreams stay the same objects: sessions have them."""
         for upstream, changed in zip(self.proxy.upstream, other.proxy.upstream, strict=True):
             vars(upstream).update(vars(changed))
         upstreams = self.proxy.upstream
@@ -632,7 +632,7 @@ def _all_keys() -> list[tuple[str, str]]:
     return [(setting.section, setting.key) for setting in SETTINGS] + list(LISTED)
 
 
-def _ways(config: Config) -> list[tuple]:
+def _routes(config: Config) -> list[tuple]:
     """Which stations go on to which upstream, and how it is spoken to."""
     return [(u.url, u.protocol, u.stations) for u in config.proxy.upstream]
 
@@ -761,7 +761,7 @@ def _from_text(setting: Setting, text: str, name: str) -> Any:
 
 
 def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
-    """The value, if it is of the setting's type and among what is allowed."""
+    """The value of a setting, if it has the setting's type and is allowed. Raises: ConfigError."""
     kind, allowed = type(setting.default), setting.allowed
     shown = "" if setting.secret else f", not {value!r}"
     if kind is float and type(value) is int:
@@ -783,7 +783,7 @@ def _checked(setting: Setting, value: Any, source: str, where: str) -> Any:
 
 
 def _check_together(config: Config) -> None:
-    """What no single key can tell."""
+    """Check the keys that depend on each other. Raises: ConfigError."""
     source = config.source or "configuration"
     _check_auth(config.auth, source)
     _check_ocpp(config, source)
@@ -842,7 +842,7 @@ def _check_paths(server: SimpleNamespace, source: str) -> None:
 
 
 def _check_tls(config: Config, source: str) -> None:
-    """What no single key of TLS can tell."""
+    """Check the keys of TLS against each other. Raises: ConfigError."""
     certificates, keys = files_of(config.server.tls_certificate), files_of(
         config.server.tls_private_key)
     if len(keys) > len(certificates) or 0 < len(keys) < len(certificates):
@@ -865,7 +865,7 @@ def files_of(value: str | list[str]) -> list[str]:
 
 
 def _check_tokens(tokens: dict[str, SimpleNamespace], source: str) -> None:
-    """What no single key of [id_tokens."…"] can tell."""
+    """Check the entries of [id_tokens."…"]. Raises: ConfigError."""
     written = Counter(id_token.lower() for id_token in tokens)
     for id_token, entry in tokens.items():
         if fault := token_fault(id_token, entry.group, entry.master, entry.expires):
@@ -876,7 +876,7 @@ def _check_tokens(tokens: dict[str, SimpleNamespace], source: str) -> None:
 
 
 def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
-    """What is wrong with what is said of an id token; "" if nothing is."""
+    """The fault in the settings of an id token; "" if there is none."""
     if not id_token.strip() or len(id_token) > TEXT_KEPT or not id_token.isprintable():
         return f"an id token has 1 to {TEXT_KEPT} characters that can be printed"
     if len(group) > GROUP_LENGTH:
@@ -892,7 +892,7 @@ def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
 
 
 def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
-    """What no single key of [smart_charge] can tell."""
+    """Check the keys of [smart_charge] against each other. Raises: ConfigError."""
     def wrong(text: str) -> ConfigError:
         return ConfigError(f"{source}: smart_charge: {text}")
     _check_circuits(settings.circuit, wrong)
@@ -909,7 +909,7 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
     if settings.site_limit_a and settings.site_limit_kw:
         raise wrong("say either site_limit_a or site_limit_kw, not both")
     if settings.enabled and not settings.site_limit_a and not settings.site_limit_kw:
-        raise wrong("what the site can must be said, by either site_limit_a or site_limit_kw")
+        raise wrong("the limit of the site is needed: either site_limit_a or site_limit_kw")
     if settings.strategy == "time_of_use" and not settings.window:
         raise wrong('strategy = "time_of_use" needs a [[smart_charge.window]]')
     if settings.strategy == "solar" and not settings.meter:
@@ -948,7 +948,7 @@ def _check_upstreams(upstreams: list, source: str) -> None:
 
 
 def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
-    """What no single key of a [[proxy.upstream]] can tell."""
+    """Check the keys of a [[proxy.upstream]]. Raises: ConfigError."""
     good = _is_url(upstream.url, "ws", "wss")
     parts = urlsplit(upstream.url if good else "")
     if not good or parts.query or parts.fragment:
@@ -963,7 +963,7 @@ def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
 
 
 def _check_notify(notify: SimpleNamespace, source: str) -> None:
-    """What no single key of [notify] can tell; what may be secret is not repeated."""
+    """Check the keys of [notify]; the error repeats no secret. Raises: ConfigError."""
     if notify.url and not _is_url(notify.url, "http", "https"):
         raise ConfigError(f'{source}: notify.url must be as "https://host/path"')
     for name, text in [("template", notify.template), *(("headers", h) for h in notify.headers)]:
@@ -25376,7 +25376,7 @@ class Listener(NamedTuple):
 
 
 class Daemon:
-    """The running whole: a Board, its listeners and its periodic work."""
+    """The running program: a Board, its listeners and its periodic work."""
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None):
         """`read` gives the configuration anew, for a reload."""
@@ -25409,7 +25409,7 @@ class Daemon:
         self._servers: list[BoundedServer] = []
         self._tls_servers: dict[BoundedServer, bool] = {}        # whether it is for stations
         self._tasks: set[asyncio.Task] = set()
-        self._vital: list[asyncio.Task] = []             # those that have to run as long as we do
+        self._vital: list[asyncio.Task] = []             # without them the daemon is not alive
         self._progress: dict[str, float] = {}            # {periodic work: when it last went well}
         self._status = ""                                # as systemd knows it
         self._process = psutil.Process()
@@ -25582,7 +25582,7 @@ class Daemon:
         changed = self._configured.changed_keys(config)
         had_token = self.access.made_token
         self._configured = config
-        self.config.take(config)
+        self.config.update(config)
         self._reconfigure(trial)
         text = f"Changed: {_some_of(changed)}" if changed else "Nothing has changed"
         if restart:
@@ -25628,7 +25628,7 @@ class Daemon:
 
     # Certificates of stations
 
-    def _sign(self, station: Station, request: SigningRequest, uses: str, told: dict) -> None:
+    def _sign(self, station: Station, request: SigningRequest, uses: str, more: dict) -> None:
         """Begin to sign the request of a station, and send it the certificate.
 
         Raises: ValueError, Busy.
@@ -25644,11 +25644,11 @@ class Daemon:
             raise Busy("too many requests")
         self._signed.add(identity)
         self._signing.add(identity)
-        self.spawn("certificate", self._sign_and_send(connection, request, uses, told))
+        self.spawn("certificate", self._sign_and_send(connection, request, uses, more))
 
     async def _sign_and_send(
             self, connection: StationConnection, request: SigningRequest, uses: str,
-            told: dict) -> None:
+            more: dict) -> None:
         identity, authority = connection.station.identity, self.authority
         try:
             if authority is None:
@@ -25656,13 +25656,13 @@ class Daemon:
             chain = await asyncio.get_running_loop().run_in_executor(
                 self._signer, authority.sign, request, uses, self.board.clock())
             answer, _ = await connection.call("CertificateSigned",
-                                              {"certificateChain": chain} | told)
-            taken = "taken" if answer.get("status") == "Accepted" else "refused"
+                                              {"certificateChain": chain} | more)
+            taken = "accepted" if answer.get("status") == "Accepted" else "refused"
             self.board.system_event("CERTIFICATE_SIGNED", identity,
-                                    f"The station has {taken} a certificate of our CA", told)
+                                    f"The station has {taken} a certificate of our CA", more)
         except (ValueError, BoardError) as error:
             self.board.system_event("CERTIFICATE_FAILED", identity,
-                                    f"No certificate for the station: {kept(error)}", told)
+                                    f"No certificate for the station: {kept(error)}", more)
         finally:
             self._signing.discard(identity)
 
@@ -25725,7 +25725,7 @@ class Daemon:
         return f"(?:{re.escape(base)})?{pattern}" if base else pattern
 
     async def stop(self) -> None:
-        """Close everything: stations are told that we go away (1001)."""
+        """Close everything; stations get close code 1001 (going away)."""
         self.board.system_event("STOPPED", "", "ocppboard stops", {})
         for periodic in self._periodic:
             periodic.stop()
@@ -25939,12 +25939,12 @@ class Daemon:
                 identity: str = "") -> None:
         """Keep that a station was not let in, and why; `advice` is the URL that would work."""
         address, path = kept(address, 64), _SECRET_IN_URL.sub(_HIDDEN_IN_URL, kept(path, 500))
-        news = self.board.knocked(address, path, headers, error.http_status, str(error), advice)
-        if news:
+        is_new = self.board.knocked(address, path, headers, error.http_status, str(error), advice)
+        if is_new:
             log.info("Refused an upgrade from %s to %s: %s", address, shown(path),
                      shown(error, 200))
         category = getattr(error, "category", "")        # "": on record already
-        if news and category:
+        if is_new and category:
             self.board.security_event(
                 category, kept(identity, IDENTITY_LENGTH) or "UNKNOWN",
                 f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
@@ -26012,9 +26012,9 @@ def sd_notify(*lines: str) -> None:
         return
     if address.startswith("@"):          # an abstract one
         address = "\0" + address[1:]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.setblocking(False)          # the next one will say it
-        told.sendto("\n".join(lines).encode(), address)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.setblocking(False)       # if it fails, the next line will do
+        systemd.sendto("\n".join(lines).encode(), address)
 
 
 def _some_of(keys: list[str]) -> str:
@@ -26024,7 +26024,7 @@ def _some_of(keys: list[str]) -> str:
 
 
 def _copied_by_systemd(source: str) -> str:
-    """What to do where a file that has changed is not the one that is read."""
+    """Advice where the configuration is systemd's copy, which no change of the file reaches."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return (": it is the copy that systemd made at the start (LoadCredential); a restart of the "
             "service takes a new one" if folder and source.startswith(folder) else "")
@@ -26100,7 +26100,7 @@ def _meaning(config: Config, pattern: str, entry: SimpleNamespace) -> str:
 
 
 def tell_start(daemon: Daemon) -> None:
-    """Say what runs and where."""
+    """Log the versions, the addresses and the warnings of a start."""
     config = daemon.config
     log.info("ocppboard %s on Python %s, Tornado %s; configuration: %s", VERSION,
              sys.version.split()[0], tornado.version, config.source or "defaults")
@@ -26136,7 +26136,7 @@ def tell_start(daemon: Daemon) -> None:
 
 
 def tell_address(daemon: Daemon) -> None:
-    """Print where the board is, with the token if one was made: that is never logged."""
+    """Print the address of the board, with a token that was made; the log never has that."""
     server, made_token = daemon.config.server, daemon.access.made_token
     host = "localhost" if _is_every_address(server.address) else _in_url(server.address)
     token = f"#token={made_token}" if made_token else ""
@@ -26471,7 +26471,7 @@ def let_memory_go() -> None:
 
 
 def let_output_go() -> None:
-    """Drop what a full disk or a closed pipe did not take: it is no failure of the daemon."""
+    """Drop the output that a full disk or a closed pipe refused: the daemon goes on."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -20408,7 +20408,7 @@ async def test_a_station_gets_the_certificate_that_it_asked_for_and_comes_with_i
         await until(lambda: [e for e in site.board.system.records
                              if e.kind == "CERTIFICATE_SIGNED"])
         event = next(e for e in site.board.system.records if e.kind == "CERTIFICATE_SIGNED")
-        assert ("taken" if status == "Accepted" else "refused") in event.message
+        assert ("accepted" if status == "Accepted" else "refused") in event.message
 
 
 @with_loop
