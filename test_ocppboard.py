@@ -117,6 +117,7 @@ from ocppboard import (
 
 HERE = Path(__file__).resolve().parent
 NOW = 1_789_997_600.0                    # 2026-09-21T13:33:20Z
+slow = pytest.mark.slow                  # .pytest.ini tells of the marks
 
 
 class Clock:
@@ -218,6 +219,25 @@ async def _await(awaitable):
 # README.md and the pages of its reference: {path: text}.
 DOCUMENTS = {path.relative_to(HERE).as_posix(): path.read_text("utf-8")
              for path in (HERE / "README.md", *sorted((HERE / ".github").rglob("*.md")))}
+
+
+# The marks of all the tests of a section.
+MARKS = {"WebSocket": pytest.mark.tornado, "Relay": pytest.mark.tornado,
+         "Access": pytest.mark.tornado, "REST and streams": pytest.mark.tornado,
+         "Uploads": pytest.mark.tornado, "Outward": pytest.mark.tornado,
+         "Simulator": pytest.mark.tornado, "Bench": pytest.mark.tornado,
+         "Daemon": pytest.mark.tornado, "Dashboard": pytest.mark.page}
+
+
+def sections(path):
+    """{section: the names that it defines}, in the order of the file."""
+    found: dict[str, list[str]] = {}
+    for line in (HERE / path).read_text("utf-8").split("\n"):
+        if banner := re.match(r"# --- (.+?) -+$", line):
+            names = found.setdefault(banner[1], [])
+        elif found and (name := re.match(r"(?:async )?(?:def|class) (\w+)", line)):
+            names.append(name[1])
+    return found
 
 
 def table_of(document, *head):
@@ -2068,6 +2088,13 @@ def tls(tmp_path_factory):
 def secured(request):
     """Both contexts, or none: a test with it runs over either."""
     return request.getfixturevalue("tls") if request.param == "tls" else (None, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collect_only_what_tests_leave():
+    """The garbage collector need not look again and again at what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -10086,6 +10113,7 @@ class Storm(World):
                 "transactionInfo": {"transactionId": f"old-{self.replayed}"}}))
 
 
+@slow
 @pytest.mark.parametrize("seed, fallback_a, state", [(1, 0, None), (2, 6, None),
                                                      (3, 0, KeptRows), (4, 6, KeptRows)])
 def test_through_any_storm_no_circuit_draws_more_than_its_limit(seed, fallback_a, state):
@@ -10160,6 +10188,7 @@ class ForgetsItsLimits(ocppboard.Controller):
         super()._restore_evse(evse, 0.0, fallback)
 
 
+@slow
 @pytest.mark.parametrize("careless, state", [
     (BelievesAccepted, None), (ForgetsWhoIsAway, None), (StoresNoFallback, None),
     (RaisesAtOnce, None), (TakesWattsForAmperes, None), (CountsNoNewcomers, None),
@@ -11785,6 +11814,7 @@ def _arrived_2x(told):
     return arrived
 
 
+@slow
 @pytest.mark.parametrize("protocol, upstreams, seed", [
     ("ocpp1.6", "ocpp1.6", 1), ("ocpp2.0.1", "ocpp2.0.1", 2), ("ocpp1.6", "ocpp2.0.1", 3)])
 @with_loop
@@ -13417,6 +13447,7 @@ STORY = st.lists(st.tuples(
     st.sampled_from((0, 0.015, 0.025, 1, 8, 70, 700))), min_size=25, max_size=60)
 
 
+@slow
 @pairings
 @settings(max_examples=int(os.environ.get("RELAY", 20)), deadline=None)
 @given(durable=st.booleans(), story=STORY)
@@ -13573,6 +13604,7 @@ class DaemonWorld(Scene):
         return wrong + [line for line in log.splitlines() if "Traceback" in line]
 
 
+@slow
 @pairings
 def test_no_session_is_lost_or_doubled_though_the_daemon_is_killed(protocol, upstreams, tmp_path):
     world = DaemonWorld(tmp_path, protocol, upstreams, seed=1)
@@ -14229,7 +14261,7 @@ async def test_a_password_that_upstream_sets_counts_here_too(tmp_path):
         await site.station("CP-1", additional_headers={"Authorization": basic("CP-1", HEX)})
 
 
-# --- HTTP ---------------------------------------------------------------------------------
+# --- REST and streams ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path, identity", [
@@ -16594,6 +16626,7 @@ async def test_without_a_file_the_report_counts_what_is_in_memory_and_says_so(si
     assert not report["fromFile"] and report["lines"][0]["energyWh"] == 1000
 
 
+@slow
 @with_loop
 async def test_a_year_of_ten_stations_is_reported_quickly_and_off_the_loop(tmp_path):
     (kind, _, row, at), *_ = kept_rows(0)
@@ -19172,6 +19205,7 @@ async def loaded(handler, stations, rate=0):
         return await asyncio.to_thread(ocppboard.put_load, port, os.getpid(), stations, 0.6, rate)
 
 
+@slow
 def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say(monkeypatch):
     monkeypatch.setattr(ocppboard, "BENCH_SESSION", 25)
     received: list = []
@@ -19238,6 +19272,7 @@ def test_a_soak_fails_when_the_board_holds_more_and_more(name, last, grows):
             result, held, 2).split("\n")
 
 
+@slow
 def test_a_soak_puts_all_that_the_board_has_under_load(tmp_path, monkeypatch):
     monkeypatch.setattr(ocppboard, "SOAK_SLACK", dict.fromkeys(ocppboard.SOAK_SLACK, math.inf))
     monkeypatch.setattr(ocppboard, "SOAK_ROUND_S", 5)
@@ -19247,6 +19282,7 @@ def test_a_soak_puts_all_that_the_board_has_under_load(tmp_path, monkeypatch):
     assert int(table.rpartition("\n")[2].split()[0].replace(",", "")) > 16 * 200
 
 
+@slow
 def test_the_bench_prints_a_table_for_the_readme():
     done = subprocess.run(
         [sys.executable, str(HERE / "ocppboard.py"), "bench", "--quick", "--stations", "20"],
@@ -19287,6 +19323,7 @@ def bench_parts(folder):
     return found
 
 
+@slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_interrupted_ends_all_that_it_started(number, tmp_path):
     process = ocppboard_process("bench", "--quick", environ={"TMPDIR": str(tmp_path)})
@@ -19300,6 +19337,7 @@ def test_a_bench_that_is_interrupted_ends_all_that_it_started(number, tmp_path):
     assert not bench_parts(tmp_path) and not list(tmp_path.iterdir())
 
 
+@slow
 def test_a_bench_that_fails_says_why(tmp_path):
     status, out, err = run_ocppboard("bench", "--part", "load", "--url", "http://127.0.0.1:1",
                                      "--pid", str(os.getpid()), "--rate", "0")
@@ -20607,6 +20645,12 @@ def test_the_top_level_holds_the_five_files_alone():
         "ocppboard.py", "ocppboard.toml", "test_ocppboard.py", "README.md", "LICENSE"}
 
 
+def test_contributing_tells_of_every_section():
+    ours = list(sections("ocppboard.py"))
+    assert [name for name, _ in table_of(".github/CONTRIBUTING.md", "section", "holds")] == ours
+    assert set(sections(Path(__file__).name)) <= set(ours)
+
+
 def test_every_section_knows_only_what_stands_above_it():
     source = (HERE / "ocppboard.py").read_text()
     banners = [n for n, line in enumerate(source.split("\n"), 1) if line.startswith("# --- ")]
@@ -20629,6 +20673,12 @@ def test_every_section_knows_only_what_stands_above_it():
     ahead = [(name, line) for name, line in used(symtable.symtable(source, "ocppboard", "exec"))
              if section(line) < home.get(name, 0)]
     assert ahead == []
+
+
+for section, mark in MARKS.items():
+    for name in sections(Path(__file__).name)[section]:
+        if name.startswith("test_"):
+            globals()[name] = mark(globals()[name])
 
 
 if __name__ == "__main__":
