@@ -20323,7 +20323,7 @@ const column = {
   amperes: figure(amperes, '5rem'), percent: figure(percent, '4.4rem'),
   millis: figure(millis, '5.2rem'), duration: figure(duration, '6.6rem'),
   time: kind(iso => clock(iso), {down: true, width: '9.5rem', short: '6.2rem'}),
-  instant: kind(iso => clock(iso, true), {down: true, width: '8.6rem'}),
+  instant: kind(iso => clock(iso, !narrow()), {down: true, width: '8.6rem', short: '6.2rem'}),
   ago: figure(ago, '8.4rem'),
   station: kind(identity => stationLink(identity)),
   status: (name, field, tones, more) => kind(status => pill(status, tones[status] ?? 'bad'),
@@ -20744,7 +20744,7 @@ function attention() {
     if (one.lost) add(1, 'bad', 'relay', `${plural(one.lost, 'message')} did not get to `, one.url);
   }
   const {host = {}, loopLagMs, stateFailingSince} = sample();
-  if (stateFailingSince) add(0, 'bad', to('events', null, {type: 'STATE_FAILING'}),
+  if (stateFailingSince) add(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
     'The state file cannot be written: a restart would forget what came since ',
     clock(stateFailingSince));
   for (const [name, part] of [['disk', host.diskPercent], ['memory', host.memoryPercent]])
@@ -22994,21 +22994,27 @@ const ENDED_COLUMNS = [
 // Relay
 
 const RELAY_TONES = {translation: 'info', delivered: 'good', connected: 'good', buffered: 'warn'};
+const RELAY_WAYS = {UP: 'to the upstream', DOWN: 'to the station'};
 const relayed = ({method, toMethod}) =>
   toMethod && toMethod !== method ? `${method} ⇒ ${toMethod}` : method;
 
 const versions = (from, to) => [...new Set([from, to])].join(' ⇒ ').replaceAll('ocpp', '');
 
+const errorIn = ({error}) => error && h('span.bad', {title: error}, error);
+const relayPill = ({type}) => pill(type, RELAY_TONES[type] ?? 'bad');
 const RELAY_COLUMNS = [
   column.instant('Time', 'timestamp', {leads: true}),
-  column.station('Station', 'identity', {width: '8rem', short: '5rem'}),
-  column.status('What', 'type', RELAY_TONES, {width: '7rem', short: '6.4rem'}),
-  column.text('Action', relayed),
+  column.station('Station', 'identity', {width: '18%', wide: true}),
+  {name: 'Action and station', slim: true, cell: event => [
+    h('div.cut', h('b', relayed(event))),
+    h('div.cut.dim.small', stationLink(event.identity), ' ', relayPill(event), ' ',
+      errorIn(event) || versions(event.fromProtocol, event.toProtocol))]},
+  {name: 'What', width: '7rem', wide: true, sort: ({type}) => type, cell: relayPill},
+  column.text('Action', relayed, {wide: true, cell: event =>
+    [h('b', {title: relayed(event)}, relayed(event)), ' ', errorIn(event)]}),
   column.text('Versions', ({fromProtocol, toProtocol}) => versions(fromProtocol, toProtocol),
     {width: '7.5rem', wide: true, spare: true}),
-  column.millis('Took', 'latencyMs', {wide: true}),
-  column.text('Error', 'error', {width: '25%', wide: true, spare: true, cell: ({error}) =>
-    h('span.bad', error)}),
+  column.millis('Took', 'latencyMs', {wide: true, spare: true}),
 ];
 const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
   records: () => state.proxied, key: ({id}) => id, columns: RELAY_COLUMNS,
@@ -23043,23 +23049,29 @@ async function askRelay() {
 
 const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'warn',
   backoff: 'bad'};
-const SESSION_COLUMNS = [
-  column.station('Station', 'identity', {width: '9rem', short: '7rem', leads: true}),
+// A column of errors is there when there is an error: an empty one would cut the others.
+const sessionColumns = sessions => [
+  column.station('Station', 'identity', {width: '15%', wide: true, leads: true}),
+  {name: 'Station and error', slim: true, leads: true, cell: session => [
+    h('div.cut', stationLink(session.identity)),
+    h('div.cut.dim.small', lastErrorOf(session) || versions(session.stationProtocol,
+      session.protocol))]},
   column.status('Upstream', 'status', SESSION_TONES, {width: '6.5rem'}),
   column.text('Versions', ({stationProtocol, protocol}) => versions(stationProtocol, protocol),
-    {width: '6.5rem', wide: true}),
-  column.ago('Since', 'upSince', {width: '6rem', wide: true}),
+    {wide: true, width: '7.5rem'}),
+  column.time('Since', 'upSince', {num: true, width: '7rem', wide: true}),
   column.millis('Lag', 'lagMs', {wide: true}),
-  column.count('Waiting', 'waiting', {width: '4.8rem', short: '5rem',
-    cell: ({waiting, waitingSeconds}) => h('span', {class: waiting ? 'warn' : '',
-      title: waiting > 0 && `the oldest for ${digits(waitingSeconds)} s`}, digits(waiting))}),
-  column.count('Delivered', 'delivered', {wide: true}),
-  column.count('Refused', 'refused', {width: '5rem', wide: true}),
-  column.count('Lost', 'lost', {width: '4rem', wide: true, cell: ({lost: gone}) =>
-    h('span', {class: gone ? 'bad' : ''}, digits(gone))}),
-  column.text('Last error', 'lastError', {wide: true, cell: ({status, lastError}) =>
-    status !== 'idle' && h('span.bad.cut', {title: lastError}, lastError)}),
+  column.count('Waiting', 'waiting', {short: '5rem', cell: ({waiting: count, waitingSeconds}) =>
+    h('span', {class: count ? 'warn' : '',
+      title: count > 0 && `the oldest for ${digits(waitingSeconds)} s`}, digits(count))}),
+  column.count('Delivered', 'delivered', {wide: true, width: '6rem'}),
+  column.count('Refused', 'refused', {wide: true}),
+  column.count('Lost', 'lost', {wide: true, cell: ({lost: count}) =>
+    h('span', {class: count ? 'bad' : ''}, digits(count))}),
+  ...sessions.some(lastErrorOf) ? [column.text('Last error', lastErrorOf, {wide: true,
+    cell: session => h('span.bad', {title: lastErrorOf(session)}, lastErrorOf(session))})] : [],
 ];
+const lastErrorOf = ({status, lastError}) => status === 'idle' ? '' : lastError || '';
 
 const ORDER = ['booting', 'backoff', 'connecting', 'online', 'idle'];
 function upstreamCard(one) {
@@ -23073,8 +23085,9 @@ function upstreamCard(one) {
     one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: name},
   away && h('p.in.bad', `${away.identity}: ${away.lastError}`,
     next > 0 && `; the next attempt is in ${digits(next)} s`),
-  rows.length ? grid('lines' + name, {rows, columns: SESSION_COLUMNS,
-    key: line => line.identity, label: `Stations that go on to ${one.url}`,
+  rows.length ? grid('lines' + name, {rows: sorted('lines' + name, sessionColumns(rows), rows),
+    columns: sessionColumns(rows), key: line => line.identity,
+    label: `Stations that go on to ${one.url}`,
     row: line => ({open: to('stations', line.identity)})})
     : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
 }
@@ -23087,7 +23100,9 @@ function relayDetail(one) {
     h('h3', title, h('span.dim', ` · ${protocol || DASH}`)),
     payload == null ? h('p.dim', 'none') : pretty(JSON.stringify(payload)));
   return aside(relayed(one), () => go('relay', null, state.route.query),
-    facts([['Station', stationLink(one.identity)], ['What', one.type], ['Direction', one.direction],
+    facts([['Action', relayed(one)], ['Station', stationLink(one.identity)],
+      ['What', relayPill(one)], ['Direction', RELAY_WAYS[one.direction] || one.direction],
+      ['Versions', versions(one.fromProtocol, one.toProtocol)],
       ['Took', millis(one.latencyMs)], ['Message id', one.messageId]]),
     one.error && h('p.bad', one.error),
     h('div.sides', side('Original', one.fromProtocol, one.payload),
@@ -23147,6 +23162,26 @@ function telemetryCharts(samples) {
 
 // Security, errors and system events: lists of events, with the details of one beside it.
 
+// Names of events in words; where the name itself says it, it does so in small letters.
+const EVENT_NAMES = {
+  VALIDATION_FAILURE: 'Against the schema', CALL_TIMEOUT: 'Command without an answer',
+  CALL_ERROR: 'Command refused with an error', LATE_ANSWER: 'Answer came too late',
+  UNEXPECTED_ANSWER: 'Answer to nothing asked', BAD_MESSAGE: 'Message that cannot be read',
+  STATION_FAULT: 'Fault of a station', LIMIT_NOT_OBEYED: 'Limit not obeyed',
+  AUTH_FAILED: 'Wrong password or token', POLICY_REJECTION: 'Refused by the configuration',
+  PROTOCOL_VIOLATION: 'Against the protocol', ANOMALY: 'Out of the ordinary',
+  EVICTION: 'Connection replaced by a second one', PONG_TIMEOUT: 'Connection gone silent',
+  LOGIN: 'Login to the board', STARTED: 'Board started', STOPPED: 'Board stopped',
+  CLOCK_SET: 'Clock of the host was set', STATE_SKIPPED: 'Part of the state not readable',
+  STATE_FAILING: 'State file cannot be written',
+  PROXY_ENDED: 'Transaction ended upstream', PROXY_LIMIT: 'Limit of the upstream',
+  SMART_CHARGE_CONFIG: 'Smart charging changed', SMART_CHARGE_STATION: 'Station of the site',
+  SMART_CHARGE_SESSION: 'Session changed', SMART_CHARGE_METER: 'Meter of the site',
+  SMART_CHARGE_ABSENT: 'Station not there', SMART_CHARGE_OVERLOAD: 'Circuit over its limit',
+  SMART_CHARGE_NO_FALLBACK: 'Station without a fallback limit',
+  SMART_CHARGE_UNCONTROLLABLE: 'Station that obeys no limit',
+};
+const eventName = name => EVENT_NAMES[name] || inWords(name);
 const SEVERITIES = ['low', 'medium', 'high', 'critical'];
 const SEVERITY_TONES = {low: '', medium: 'warn'};
 const kindOf = one => one.category || one.type;
@@ -23154,20 +23189,24 @@ const EVENT_COLUMNS = [
   column.time('Time', 'timestamp', {width: '9rem', leads: true}),
   column.status('Severity', 'severity', SEVERITY_TONES, {width: '6rem', wide: true,
     sort: ({severity}) => SEVERITIES.indexOf(severity), down: true}),
-  column.text('Kind', kindOf, {width: '13rem', wide: true}),
+  column.text('Kind', event => eventName(kindOf(event)), {width: '16rem', wide: true,
+    cell: event => h('span', {title: kindOf(event)}, eventName(kindOf(event)))}),
   column.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details}) =>
     identity && identity !== 'UNKNOWN' ? stationLink(identity)
       : h('span.dim', details.ip || DASH)}),
   {name: 'What happened', cell: event => [
     h('div.cut', {title: plain(event.message)}, event.message),
-    narrow() && h('div.cut.dim.small', event.identity || kindOf(event))]},
+    narrow() && h('div.cut.dim.small', event.identity || eventName(kindOf(event)))]},
 ];
+const kindsOf = events => [...new Set(events.map(kindOf))].map(of => [of, eventName(of)])
+  .sort(([, a], [, b]) => a < b ? -1 : 1);
 const eventList = (name, title, blank) => ({name, title, label: 'Events', blank, by: 'event',
   topics: [name], records: () => state[name], key: ({id}) => id,
   columns: EVENT_COLUMNS.filter(one => one.name !== 'Severity'),
-  search: 'Search …', words: event => [event.message, event.identity, kindOf(event)],
+  search: 'Search …',
+  words: event => [event.message, event.identity, kindOf(event), eventName(kindOf(event))],
   filters: {kind: {label: 'Kind', every: 'every kind', fits: (event, of) => kindOf(event) === of,
-    options: () => new Set(state[name].map(kindOf))}},
+    options: () => kindsOf(state[name])}},
   count: rows => plural(rows.length, 'event'), detail: eventDetail});
 const ERRORS = eventList('errors', 'Events',
   'No error: stations and board understand each other.');
@@ -23180,9 +23219,10 @@ const SECURITY_EVENTS = {...SECURITY_LIST, head: h('h2', 'Security events'),
 
 function eventDetail({id, identity, message, severity, timestamp, details, ...one}) {
   const {raw, ...others} = details;
-  return aside(kindOf(one), () => filter({event: ''}), h('p', message),
+  return aside(eventName(kindOf(one)), () => filter({event: ''}), h('p', message),
     facts([['Time', clock(timestamp, true)], ['Station', stationLink(identity)],
-      severity && ['Severity', severity], ['Record', id]]),
+      severity && ['Severity', severity], ['Kind', h('code', kindOf(one))],
+      ['Record', id]]),
     raw != null && [h('h3', 'Raw'), rawText(raw)],
     Object.keys(others).length > 0 && pretty(JSON.stringify(others)),
     details.messageId && link(to('messages', null, {identity, text: details.messageId}),

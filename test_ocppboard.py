@@ -18438,6 +18438,9 @@ async def test_power_and_relay_show_what_their_endpoints_give(site):
         await look.go("relay")
         await look.page.locator("tr", has_text="translation").locator("a").first.click()
         await look.sees("StopTransaction ⇒ TransactionEvent", ".aside h2")
+        await look.sees("ActionStopTransaction ⇒ TransactionEvent", ".aside .facts")
+        await expect(look.page.locator("tr.picked")).to_contain_text(
+            "StopTransaction ⇒ TransactionEvent")
         sides = look.page.locator(".sides .json")
         assert [json.loads(t) for t in await sides.all_inner_texts()] == [
             {"meterStop": 7}, {"eventType": "Ended"}]
@@ -18584,6 +18587,22 @@ async def test_who_only_looks_on_sees_no_button_that_would_be_refused(site):
         await look.go("overview")
         await expect(look.page.get_by_role("dialog")).to_have_count(0)
         assert "CP-1" in site.board.stations
+
+
+@live()
+async def test_events_have_names_in_plain_words_and_keep_the_others_in_their_details(site):
+    await simulated(site, "ocpp1.6")
+    fill(site)
+    async with looking(site) as look:
+        await look.go("security")
+        await look.sees("Wrong password or token", "main tbody >> nth=1")
+        await look.go("events")
+        await look.page.get_by_label("Kind", exact=True).select_option("Command without an answer")
+        assert look.page.url.endswith("?kind=CALL_TIMEOUT")
+        await look.page.locator("tr.open a").first.click()
+        await look.sees("Command without an answer", ".aside h2")
+        await look.sees("CALL_TIMEOUT", ".aside .facts")
+        assert await look.page.evaluate("eventName('PASSWORD_CHANGED')") == "Password changed"
 
 
 @live()
