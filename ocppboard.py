@@ -4872,8 +4872,8 @@ def _referred(schema: dict, root: dict) -> tuple[dict, str]:
 #   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
 #   4 places               8 meter values               12 commands           16 one version
 #
-# `t` is the Translator; `station_id` and `upstream_id` are both sides' names of a transaction. None
-# as an answer: the other side has nothing to say to it, and the board's own answer is good.
+# `station_id` and `upstream_id` are both sides' names of a transaction. None as an answer: the
+# other side has nothing to say to it, and the board's own answer is good.
 
 # 1. Ids of both sides
 
@@ -4970,7 +4970,7 @@ class Translator:
         if found is None:
             found = self.mappings[station_id] = TransactionMapping(station_id, **facts)
             if len(self.mappings) > MAPPINGS_KEPT:
-                oldest = next((key for key, c in self.mappings.items() if c.ended),
+                oldest = next((key for key, mapping in self.mappings.items() if mapping.ended),
                               next(iter(self.mappings)))
                 del self.mappings[oldest]
         return found
@@ -4979,13 +4979,14 @@ class Translator:
         """The transaction that upstream calls so."""
         if upstream_id is None:                # no name, though upstream may not have given one yet
             return None
-        return next((c for c in reversed(self.mappings.values())
-                     if c.upstream_id == upstream_id), None)
+        return next((mapping for mapping in reversed(self.mappings.values())
+                     if mapping.upstream_id == upstream_id), None)
 
     def id_of_start(self, payload: dict) -> int:
         """The id that a StartTransaction is answered with: a new one, unless it is repeated."""
-        return next((c.station_id for c in reversed(self.mappings.values())
-                     if self.began_by(c, payload) and not c.ended), None) or self.new_id()
+        running = (mapping.station_id for mapping in reversed(self.mappings.values())
+                   if self.began_by(mapping, payload) and not mapping.ended)
+        return next(running, None) or self.new_id()
 
     @staticmethod
     def began_by(mapping: TransactionMapping, payload: dict) -> bool:
@@ -5004,8 +5005,8 @@ class Translator:
 
     def open_at(self, evse_id: int) -> TransactionMapping | None:
         """The transaction that runs at an EVSE."""
-        return next((c for c in reversed(self.mappings.values())
-                     if c.evse_id == evse_id and not c.ended), None)
+        return next((mapping for mapping in reversed(self.mappings.values())
+                     if mapping.evse_id == evse_id and not mapping.ended), None)
 
 
 async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]],
@@ -5028,16 +5029,17 @@ async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]],
         return end.value
 
 
-def _through(t: Translator, stages: list, action: str, payload: dict, **options: Any) -> Steps:
+def _through(translator: Translator, stages: list, action: str, payload: dict,
+             **options: Any) -> Steps:
     """A Call through converters, one after another, as one; `options` are for the first."""
     if not stages:
         return (yield action, payload)
-    steps = stages[0](t, action, payload, **options)
+    steps = stages[0](translator, action, payload, **options)
     try:
         asked = next(steps)
         while True:
             try:
-                answer = yield from _through(t, stages[1:], *asked)
+                answer = yield from _through(translator, stages[1:], *asked)
             except BoardError as error:
                 asked = steps.throw(error)
             else:
@@ -5061,34 +5063,34 @@ class Row(NamedTuple):
     new_default: Any = None
 
 
-def lifted(t: Translator, payload: dict, rows: Iterable[Row]) -> dict:
+def lifted(translator: Translator, payload: dict, rows: Iterable[Row]) -> dict:
     """What 1.6 says, as 2.0.1 says it. Raises: MissingField."""
-    return _crossed(t, payload, [(r.old, r.new, r.lift, r.new_default) for r in rows])
+    return _translated(translator, payload, [(r.old, r.new, r.lift, r.new_default) for r in rows])
 
 
-def lowered(t: Translator, payload: dict, rows: Iterable[Row]) -> dict:
+def lowered(translator: Translator, payload: dict, rows: Iterable[Row]) -> dict:
     """What 2.0.1 says, as 1.6 says it. Raises: MissingField."""
-    return _crossed(t, payload, [(r.new, r.old, r.lower, r.old_default) for r in rows])
+    return _translated(translator, payload, [(r.new, r.old, r.lower, r.old_default) for r in rows])
 
 
 NEEDED = object()                       # as a default: without the field there is no message
 
 
-def _crossed(t: Translator, payload: dict, ways: list) -> dict:
-    crossed: dict = {}
+def _translated(translator: Translator, payload: dict, ways: list) -> dict:
+    translated: dict = {}
     for source, target, convert, default in ways:
         if not target:                   # it is in one version's words only
             continue
         value = value_at(payload, source)
         if value is not None:
-            value = convert(t, value)
+            value = convert(translator, value)
         if value is None:
             if default is NEEDED:
                 raise MissingField(f"{source} is required")
             value = default
         if value is not None:
-            _put(crossed, target, value)
-    return crossed
+            _put(translated, target, value)
+    return translated
 
 
 def _put(payload: dict, path: str, value: Any) -> None:
@@ -5101,22 +5103,23 @@ def _put(payload: dict, path: str, value: Any) -> None:
 
 
 def _text(length: int) -> Callable:
-    return lambda t, value: (str(value)[:length] if isinstance(value, (str, int, float)) else None)
+    return lambda _, value: (
+        str(value)[:length] if isinstance(value, (str, int, float)) else None)
 
 
-def _whole(t: Translator, value: Any) -> int | None:
+def _whole(translator: Translator, value: Any) -> int | None:
     try:
         return _typed(value, "", int)
     except WrongType:
         return None
 
 
-def _count(t: Translator, value: Any) -> int:
+def _count(translator: Translator, value: Any) -> int:
     """A number of 1.6 that is -1 where there is nothing to count (5.10), as 2.x has it."""
-    return max(0, _whole(t, value) or 0)
+    return max(0, _whole(translator, value) or 0)
 
 
-def _time(t: Translator, value: Any) -> str | None:
+def _time(translator: Translator, value: Any) -> str | None:
     """A time as it was written, unless that was not what the standard wants."""
     try:
         when, zoned = parse_time(value)
@@ -5125,13 +5128,13 @@ def _time(t: Translator, value: Any) -> str | None:
     return value if zoned and "T" in value else wire_time(when)
 
 
-def _unsaid(t: Translator, value: Any) -> None:
+def _unsaid(translator: Translator, value: Any) -> None:
     """The other way of a field that only one version has."""
 
 
 def _word(words: dict, other: str | None = None) -> Callable:
     """An enumeration's value; one that is not among the words is `other`."""
-    return lambda t, value: words.get(value, other) if isinstance(value, str) else other
+    return lambda translator, value: words.get(value, other) if isinstance(value, str) else other
 
 
 def row(old: str, new: str, lift: Callable, lower: Callable, needed: bool = False,
@@ -5150,8 +5153,8 @@ def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) 
 def exact_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
     """A text of which no part is one, such as a URL or a certificate. Raises: NotSupported."""
     def fitting(key: str, length: int) -> Callable:
-        def convert(t: Translator, value: Any) -> str | None:
-            text = _text(1 << 30)(t, value)
+        def convert(translator: Translator, value: Any) -> str | None:
+            text = _text(1 << 30)(translator, value)
             if text is not None and len(text) > length:
                 raise NotSupported(f"{key} is longer than the {length} of the other version")
             return text
@@ -5171,18 +5174,18 @@ def time_row(old: str, new: str, **more: Any) -> Row:
 
 def object_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
     """An object, whose fields have rows of their own."""
-    return row(old, new,
-               lambda t, value: lifted(t, value, rows) if isinstance(value, dict) else None,
-               lambda t, value: lowered(t, value, rows) if isinstance(value, dict) else None,
-               **more)
+    def through(convert: Callable) -> Callable:
+        return lambda translator, value: (
+            convert(translator, value, rows) if isinstance(value, dict) else None)
+    return row(old, new, through(lifted), through(lowered), **more)
 
 
 def list_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
     """A list of such objects; an empty one is left out."""
-    return row(old, new,
-               lambda t, value: [lifted(t, item, rows) for item in _dicts(value)] or None,
-               lambda t, value: [lowered(t, item, rows) for item in _dicts(value)] or None,
-               **more)
+    def through(convert: Callable) -> Callable:
+        return lambda translator, value: (
+            [convert(translator, item, rows) for item in _dicts(value)] or None)
+    return row(old, new, through(lifted), through(lowered), **more)
 
 
 def word_row(old: str, new: str, pairs: dict, back: dict | None = None, *,
@@ -5212,9 +5215,9 @@ def _some(payload: dict, key: str) -> list[dict]:
     return found
 
 
-def _when(t: Translator, message: dict) -> str:
+def _when(translator: Translator, message: dict) -> str:
     """The `timestamp` of a message; our time where it has none that can be read."""
-    return _time(t, message.get("timestamp")) or wire_time(t.clock())
+    return _time(translator, message.get("timestamp")) or wire_time(translator.clock())
 
 
 def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
@@ -5244,26 +5247,26 @@ def shortened(token: str, length: int) -> str:
     return f"{token[:length - 11]}~{hashlib.sha256(token.encode()).hexdigest()[:10]}"
 
 
-def _lift_token(t: Translator, tag: Any) -> dict | None:
+def _lift_token(translator: Translator, tag: Any) -> dict | None:
     if not isinstance(tag, (str, int)):
         return None
-    token = t.long_tokens.get(tag) or str(tag)
-    kind = t.token_types.get(token)
+    token = translator.long_tokens.get(tag) or str(tag)
+    kind = translator.token_types.get(token)
     if kind is None:
         kind = ("NoAuthorization" if not token else "ISO14443" if _UID.match(token) else "Central")
     return {"idToken": shortened(token, 36), "type": kind}
 
 
-def _lower_token(t: Translator, token: Any) -> str | None:
+def _lower_token(translator: Translator, token: Any) -> str | None:
     text = token.get("idToken") if isinstance(token, dict) else None
     if not isinstance(text, str):
         return None
     tag = shortened(text, 20)
     if tag != text:
-        _remember(t.long_tokens, tag, text)
+        _remember(translator.long_tokens, tag, text)
     kind = lenient(token, "type", str)
     if kind in TOKEN_TYPES:
-        _remember(t.token_types, text, kind)
+        _remember(translator.token_types, text, kind)
     return tag
 
 
@@ -5301,9 +5304,9 @@ LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
 # An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
-def _numbered(t: Translator, value: Any) -> int | None:
+def _numbered(translator: Translator, value: Any) -> int | None:
     """The number of an EVSE; None for 0, the station, which 2.x does not number."""
-    return _whole(t, value) or None
+    return _whole(translator, value) or None
 
 
 EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
@@ -5313,7 +5316,7 @@ PLACE = Row("connectorId", "evse.id", _numbered, _whole, old_default=0)
 # 5. Charging profiles
 
 
-def _lower_limit(t: Translator, value: Any) -> float | None:
+def _lower_limit(translator: Translator, value: Any) -> float | None:
     """A limit in tenths, as 1.6 has it, and never above what was said."""
     try:
         tenths = math.floor(_typed(value, "", float) * 10 + 1e-6)
@@ -5322,28 +5325,28 @@ def _lower_limit(t: Translator, value: Any) -> float | None:
     return tenths / 10 if tenths % 10 else tenths // 10
 
 
-def _numeric(t: Translator, value: Any) -> float | None:
+def _numeric(translator: Translator, value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-def _lower_purpose(t: Translator, purpose: Any) -> str | None:
+def _lower_purpose(translator: Translator, purpose: Any) -> str | None:
     if purpose == "ChargingStationExternalConstraints":
         raise NotSupported("1.6 has no profiles of external constraints")
     return PURPOSES_16.get(purpose) if isinstance(purpose, str) else None
 
 
-def _lift_transaction(t: Translator, upstream_id: Any) -> int | str | None:
+def _lift_transaction(translator: Translator, upstream_id: Any) -> int | str | None:
     """A 2.x station's id of the transaction that a 1.6 upstream names."""
-    number = _whole(t, upstream_id)
-    known = t.by_upstream_id(number)
+    number = _whole(translator, upstream_id)
+    known = translator.by_upstream_id(number)
     return None if number is None else known.station_id if known else str(number)
 
 
-def _lower_transaction(t: Translator, upstream_id: Any) -> int:
+def _lower_transaction(translator: Translator, upstream_id: Any) -> int:
     """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
-    known = t.by_upstream_id(upstream_id)
+    known = translator.by_upstream_id(upstream_id)
     # One of before a restart has our own id
-    number = known.station_id if known else _whole(t, upstream_id)
+    number = known.station_id if known else _whole(translator, upstream_id)
     if type(number) is not int or not -1 << 63 < number < 1 << 63:
         raise WrongValue("the transaction is not known")
     return number
@@ -5352,8 +5355,8 @@ def _lower_transaction(t: Translator, upstream_id: Any) -> int:
 PERIOD = (
     whole_row("startPeriod", "startPeriod", needed=True),
     row("limit", "limit", _numeric, _lower_limit, needed=True),
-    Row("numberPhases", "numberPhases", lambda t, n: n if type(n) is int and 1 <= n <= 3 else None,
-        _whole),
+    Row("numberPhases", "numberPhases",
+        lambda _, n: n if type(n) is int and 1 <= n <= 3 else None, _whole),
 )
 RATE_UNIT = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))
 COMPOSITE_SCHEDULE = (
@@ -5404,18 +5407,18 @@ COMPOSED = (
 )
 
 
-def lower_composite(t: Translator, payload: dict) -> Steps:
+def lower_composite(translator: Translator, payload: dict) -> Steps:
     """2.0.1 K08; 1.6 5.7, which may leave out what 2.x needs in a schedule."""
-    asked = lowered(t, payload, COMPOSITE)
+    asked = lowered(translator, payload, COMPOSITE)
     answer = yield "GetCompositeSchedule", asked
     schedule = lenient(answer, "chargingSchedule", dict, {})
     if not schedule.get("chargingSchedulePeriod"):
-        return lifted(t, answer, YES_NO)
+        return lifted(translator, answer, YES_NO)
     start = answer.get("scheduleStart") or schedule.get("startSchedule")
-    return lifted(t, answer | {
+    return lifted(translator, answer | {
         "connectorId": asked["connectorId"],
         "chargingSchedule": {"duration": asked["duration"]} | schedule,
-        "scheduleStart": _time(t, start) or wire_time(t.clock())}, COMPOSED)
+        "scheduleStart": _time(translator, start) or wire_time(translator.clock())}, COMPOSED)
 
 
 def _is_empty(profile: Any) -> bool:
@@ -5424,34 +5427,34 @@ def _is_empty(profile: Any) -> bool:
         profile, "chargingSchedule.chargingSchedulePeriod", list)
 
 
-def lift_set_profile(t: Translator, payload: dict) -> Steps:
+def lift_set_profile(translator: Translator, payload: dict) -> Steps:
     """1.6 5.16; 2.0.1 K01."""
     if _is_empty(payload.get("csChargingProfiles")):
         return {"status": "Rejected"}
-    asked = lifted(t, payload, SET_PROFILE)
-    profile, mapping = asked["chargingProfile"], t.open_at(asked["evseId"])
+    asked = lifted(translator, payload, SET_PROFILE)
+    profile, mapping = asked["chargingProfile"], translator.open_at(asked["evseId"])
     # 1.6 may leave the transaction to the connector; 2.x wants it named (K01.FR.03).
     if profile["chargingProfilePurpose"] == "TxProfile" and mapping:
         profile.setdefault("transactionId", mapping.station_id)
-    return lowered(t, (yield "SetChargingProfile", asked), YES_NO)
+    return lowered(translator, (yield "SetChargingProfile", asked), YES_NO)
 
 
-def lower_set_profile(t: Translator, payload: dict) -> Steps:
+def lower_set_profile(translator: Translator, payload: dict) -> Steps:
     """2.0.1 K01; 1.6 5.16."""
     try:
-        asked = lowered(t, payload, SET_PROFILE)
+        asked = lowered(translator, payload, SET_PROFILE)
     except WrongValue:
         return {"status": "Rejected"}                    # of a transaction that is not there
-    return lifted(t, (yield "SetChargingProfile", asked), YES_NO)
+    return lifted(translator, (yield "SetChargingProfile", asked), YES_NO)
 
 
-def lower_clear_profile(t: Translator, payload: dict) -> Steps:
+def lower_clear_profile(translator: Translator, payload: dict) -> Steps:
     """2.0.1 K10; 1.6 5.3."""
     if value_at(payload, "chargingProfileCriteria.chargingProfilePurpose") not in (
             None, *PURPOSES.values()):
         return {"status": "Unknown"}                     # 1.6 has no such profile to clear
-    asked = lowered(t, payload, CLEAR_PROFILE)
-    return lifted(t, (yield "ClearChargingProfile", asked), CLEARED)
+    asked = lowered(translator, payload, CLEAR_PROFILE)
+    return lifted(translator, (yield "ClearChargingProfile", asked), CLEARED)
 
 
 # 6. What a station is: its boot, its firmware, its logs
@@ -5471,17 +5474,17 @@ BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
           time_row("currentTime", "currentTime", needed=True))
 
 
-def lift_boot(t: Translator, payload: dict) -> Steps:
+def lift_boot(translator: Translator, payload: dict) -> Steps:
     """1.6 4.2; 2.0.1 B01. What it has of meters, 2.x keeps elsewhere."""
-    asked = lifted(t, payload, BOOT) | {"reason": t.boot_reason}
-    t.boot_reason = "Unknown"
-    return lowered(t, _with_time(t, (yield "BootNotification", asked)), BOOTED)
+    asked = lifted(translator, payload, BOOT) | {"reason": translator.boot_reason}
+    translator.boot_reason = "Unknown"
+    return lowered(translator, _with_time(translator, (yield "BootNotification", asked)), BOOTED)
 
 
-def _with_time(t: Translator, answer: dict) -> dict:
+def _with_time(translator: Translator, answer: dict) -> dict:
     """A BootNotification's answer, with our time where it has none that can be read."""
-    if _time(t, answer.get("currentTime")) is None:
-        return answer | {"currentTime": wire_time(t.clock())}
+    if _time(translator, answer.get("currentTime")) is None:
+        return answer | {"currentTime": wire_time(translator.clock())}
     return answer
 
 
@@ -5503,38 +5506,38 @@ LOG_STATUS = (word_row("status", "status", LOGGED, {"AcceptedCanceled": "UploadF
               whole_row("requestId", "requestId"))
 
 
-def lift_firmware_status(t: Translator, payload: dict) -> Steps:
+def lift_firmware_status(translator: Translator, payload: dict) -> Steps:
     """1.6 4.5 and its security extension; 2.0.1 L01. The request's id is the last update's."""
-    yield "FirmwareStatusNotification", lifted(t, payload, (
-        FIRMWARE_STATUS, whole_row("requestId", "requestId", new_default=t.firmware_request)))
+    request = whole_row("requestId", "requestId", new_default=translator.firmware_request)
+    yield "FirmwareStatusNotification", lifted(translator, payload, (FIRMWARE_STATUS, request))
     return {}
 
 
-def lower_firmware_status(t: Translator, payload: dict) -> Steps:
+def lower_firmware_status(translator: Translator, payload: dict) -> Steps:
     """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
-    asked = lowered(t, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
-    if t.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
+    asked = lowered(translator, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
+    if translator.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
         yield "SignedFirmwareStatusNotification", asked
     else:
         yield "FirmwareStatusNotification", {"status": asked["status"]}
     return {}
 
 
-def lift_diagnostics_status(t: Translator, payload: dict) -> Steps:
+def lift_diagnostics_status(translator: Translator, payload: dict) -> Steps:
     """1.6 4.4; 2.0.1 N01."""
-    asked = lifted(t, payload, (DIAGNOSTICS_STATUS,))
-    if t.log_request is not None and asked["status"] != "Idle":
-        asked["requestId"] = t.log_request
+    asked = lifted(translator, payload, (DIAGNOSTICS_STATUS,))
+    if translator.log_request is not None and asked["status"] != "Idle":
+        asked["requestId"] = translator.log_request
     yield "LogStatusNotification", asked
     return {}
 
 
-def lower_log_status(t: Translator, payload: dict) -> Steps:
+def lower_log_status(translator: Translator, payload: dict) -> Steps:
     """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
-    if t.diagnostics:
-        yield "DiagnosticsStatusNotification", lowered(t, payload, (DIAGNOSTICS_STATUS,))
+    if translator.diagnostics:
+        yield "DiagnosticsStatusNotification", lowered(translator, payload, (DIAGNOSTICS_STATUS,))
     else:
-        yield "LogStatusNotification", lowered(t, payload, LOG_STATUS)
+        yield "LogStatusNotification", lowered(translator, payload, LOG_STATUS)
     return {}
 
 
@@ -5551,29 +5554,30 @@ FAULTS_16 = frozenset("""ConnectorLockFailure EVCommunicationError GroundFailure
     PowerSwitchFailure ReaderFailure ResetFailure UnderVoltage OverVoltage WeakSignal""".split())
 
 
-def lift_status(t: Translator, payload: dict) -> Steps:
+def lift_status(translator: Translator, payload: dict) -> Steps:
     """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
     number = max(0, required(payload, "connectorId", int))
     told = lenient(payload, "status", str, "")
-    at = _when(t, payload)
-    _note(t.statuses, (number, 1), told)
+    at = _when(translator, payload)
+    _note(translator.statuses, (number, 1), told)
     status = CONNECTOR_STATUS.get(told, "Unavailable")
     if number:
         yield "StatusNotification", {"timestamp": at, "connectorStatus": status, "evseId": number,
                                      "connectorId": 1}
     else:
-        yield "NotifyEvent", _event(t, at, {"name": "ChargingStation"}, "AvailabilityState", status)
+        yield "NotifyEvent", _event(translator, at, {"name": "ChargingStation"},
+                                    "AvailabilityState", status)
     fault = lenient(payload, "errorCode", str, "NoError")
-    if fault != t.faults.get(number, "NoError"):
-        _note(t.faults, number, fault)
+    if fault != translator.faults.get(number, "NoError"):
+        _note(translator.faults, number, fault)
         with contextlib.suppress(CallFailed):            # the status is worth more
-            yield "NotifyEvent", _problem(t, number, at, fault, payload)
-    mapping = t.open_at(number) if number else None
+            yield "NotifyEvent", _problem(translator, number, at, fault, payload)
+    mapping = translator.open_at(number) if number else None
     state = CHARGING_STATE.get(told)
     if mapping and state and state != mapping.state:
         mapping.state = state
-        yield from _told_event(mapping, _transaction_event(t, mapping, "Updated", at,
-                                                            "ChargingStateChanged"))
+        yield from _told_event(mapping, _transaction_event(translator, mapping, "Updated", at,
+                                                           "ChargingStateChanged"))
     return {}
 
 
@@ -5583,61 +5587,62 @@ def _note(memory: dict, place: Any, word: str) -> None:
         memory[place] = kept(word, 50)
 
 
-def _event(t: Translator, at: str, component: dict, variable: str, value: str,
+def _event(translator: Translator, at: str, component: dict, variable: str, value: str,
            **more: Any) -> dict:
     """A NotifyEvent of one event (2.0.1 N07)."""
     return {"generatedAt": at, "seqNo": 0, "eventData": [{
-        "eventId": t.next_request(), "timestamp": at, "trigger": "Delta", "actualValue": value,
-        "component": component, "variable": {"name": variable},
+        "eventId": translator.next_request(), "timestamp": at, "trigger": "Delta",
+        "actualValue": value, "component": component, "variable": {"name": variable},
         "eventNotificationType": "HardWiredNotification", **more}]}
 
 
-def _problem(t: Translator, number: int, at: str, fault: str, payload: dict) -> dict:
+def _problem(translator: Translator, number: int, at: str, fault: str, payload: dict) -> dict:
     """The NotifyEvent of what 1.6 has an errorCode for."""
     wrong = fault != "NoError"
     component = {"name": "ChargingStation"} if not number else {
         "name": "Connector", "evse": {"id": number, "connectorId": 1}}
     code = {"techCode": str(payload.get("vendorErrorCode") or fault)[:50]} if wrong else {}
     info = "; ".join(str(payload[key]) for key in ("info", "vendorId") if payload.get(key))
-    return _event(t, at, component, "Problem", "true" if wrong else "false", cleared=not wrong,
-                  techInfo=f"{fault} {info}".strip()[:500], **code)
+    return _event(translator, at, component, "Problem", "true" if wrong else "false",
+                  cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500], **code)
 
 
 # Of the connectors of one EVSE, the first of these tells how the EVSE is.
 STATUS_ORDER = ("Occupied", "Reserved", "Available", "Faulted", "Unavailable")
 
 
-def lower_status(t: Translator, payload: dict) -> Steps:
+def lower_status(translator: Translator, payload: dict) -> Steps:
     """2.0.1 G01; 1.6 4.9."""
     evse_id = max(0, required(payload, "evseId", int))
-    _note(t.statuses, (evse_id, lenient(payload, "connectorId", int, 1)),
+    _note(translator.statuses, (evse_id, lenient(payload, "connectorId", int, 1)),
           lenient(payload, "connectorStatus", str, ""))
-    yield "StatusNotification", _status_16(t, evse_id, _time(t, payload.get("timestamp")))
+    at = _time(translator, payload.get("timestamp"))
+    yield "StatusNotification", _status_16(translator, evse_id, at)
     return {}
 
 
-def _status_16(t: Translator, evse_id: int, at: str | None) -> dict:
+def _status_16(translator: Translator, evse_id: int, at: str | None) -> dict:
     """What 1.6 says of an EVSE, from its connectors' statuses and its transaction."""
-    told = [word for (evse, _), word in t.statuses.items() if evse == evse_id]
+    told = [word for (evse, _), word in translator.statuses.items() if evse == evse_id]
     status = next((word for word in STATUS_ORDER if word in told),
                   "Unavailable" if evse_id else "Available")         # until the station says so
-    mapping = t.open_at(evse_id)
+    mapping = translator.open_at(evse_id)
     if status == "Available":
-        for past in t.mappings.values():
+        for past in translator.mappings.values():
             past.left = past.left or (past.evse_id == evse_id and past.ended)
     if status == "Occupied" or (mapping and not told):
-        status = _occupied_16(t, evse_id, mapping)
-    _note(t.shown, evse_id, status)
-    message = {"connectorId": evse_id, "errorCode": t.faults.get(evse_id, "NoError"),
+        status = _occupied_16(translator, evse_id, mapping)
+    _note(translator.shown, evse_id, status)
+    message = {"connectorId": evse_id, "errorCode": translator.faults.get(evse_id, "NoError"),
                "status": status}
     return message | ({"timestamp": at} if at else {})
 
 
-def _occupied_16(t: Translator, evse_id: int, mapping: TransactionMapping | None) -> str:
+def _occupied_16(translator: Translator, evse_id: int, mapping: TransactionMapping | None) -> str:
     """Which of 1.6's five words for Occupied it is."""
     if mapping is None:
-        ended = any(c.evse_id == evse_id and c.ended and not c.left
-                    for c in t.mappings.values())
+        ended = any(mapping.evse_id == evse_id and mapping.ended and not mapping.left
+                    for mapping in translator.mappings.values())
         return "Finishing" if ended else "Preparing"
     if mapping.state in ("Charging", "SuspendedEV", "SuspendedEVSE"):
         return mapping.state
@@ -5646,7 +5651,7 @@ def _occupied_16(t: Translator, evse_id: int, mapping: TransactionMapping | None
     return "Preparing"
 
 
-def lower_event(t: Translator, payload: dict) -> Steps:
+def lower_event(translator: Translator, payload: dict) -> Steps:
     """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
     known = False
     for event in _dicts(payload.get("eventData")):
@@ -5655,17 +5660,18 @@ def lower_event(t: Translator, payload: dict) -> Steps:
         value = lenient(event, "actualValue", str, "")
         if variable in REPORTING:
             place = evse_id, lenient(event, "component.evse.connectorId", int, 1)
-            _note(t.statuses, place, value)
+            _note(translator.statuses, place, value)
         elif variable[1] == "Problem":
             told = str(event.get("techInfo") or "").partition(" ")[0]
             broken = value.lower() == "true" and event.get("cleared") is not True
-            _note(t.faults, evse_id, "NoError" if not broken else told if told in FAULTS_16
+            _note(translator.faults, evse_id, "NoError" if not broken else told if told in FAULTS_16
                   else "OtherError")
         else:
             continue
         known = True
-        with contextlib.suppress(CallFailed):            # the others are told all the same
-            yield "StatusNotification", _status_16(t, evse_id, _time(t, event.get("timestamp")))
+        at = _time(translator, event.get("timestamp"))
+        with contextlib.suppress(CallFailed):            # the other events go on all the same
+            yield "StatusNotification", _status_16(translator, evse_id, at)
     return {} if known else None
 
 
@@ -5706,23 +5712,27 @@ def _decimal(value: Any) -> Decimal | None:
     return number if number.is_finite() and abs(number.adjusted()) < 30 else None
 
 
-def _lift_meter_values(t: Translator, told: Any, known: dict | None = None) -> list[dict]:
+def _lift_meter_values(translator: Translator, meter_values: Any,
+                       known: dict | None = None) -> list[dict]:
     """Meter values as 2.0.1 has them. `known` are registers that a signed value may stand for."""
-    return _meter_values(t, told, _lift_samples, known or {})
+    return _meter_values(translator, meter_values, _lift_samples, known or {})
 
 
-def _lower_meter_values(t: Translator, told: Any, left_out: tuple = ()) -> list[dict]:
-    """Meter values as 1.6 has them; what it has no word for, and units `left_out`, is not there."""
-    return _meter_values(t, told, _lower_samples, left_out)
+def _lower_meter_values(translator: Translator, meter_values: Any,
+                        left_out: tuple = ()) -> list[dict]:
+    """Meter values as 1.6 has them, without units `left_out` and samples it has no word for."""
+    return _meter_values(translator, meter_values, _lower_samples, left_out)
 
 
-def _meter_values(t: Translator, told: Any, cross: Callable, more: Any) -> list[dict]:
-    return [{"timestamp": _when(t, meter), "sampledValue": samples} for meter in _dicts(told)
-            if (samples := cross(_dicts(meter.get("sampledValue")), more))]
+def _meter_values(translator: Translator, meter_values: Any, convert: Callable,
+                  more: Any) -> list[dict]:
+    return [{"timestamp": _when(translator, meter_value), "sampledValue": samples}
+            for meter_value in _dicts(meter_values)
+            if (samples := convert(_dicts(meter_value.get("sampledValue")), more))]
 
 
 def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
-    crossed, signed = [], []
+    translated, signed = [], []
     for sample in samples:
         measurand = lenient(sample, "measurand", str, REGISTER)
         if measurand not in MEASURANDS_16:
@@ -5736,10 +5746,11 @@ def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
         if sample.get("format") == "SignedData":
             signed.append((str(sample.get("value", "")), words))
         elif (number := _decimal(sample.get("value"))) is not None:
-            crossed.append({"value": _plain_number(number)} | words)
+            translated.append({"value": _plain_number(number)} | words)
     for value, words in signed:
-        _attach_signed(crossed, value, words, known)
-    return [sample for sample in crossed if sample.get("measurand") not in ("Temperature", "RPM")]
+        _attach_signed(translated, value, words, known)
+    return [sample for sample in translated
+            if sample.get("measurand") not in ("Temperature", "RPM")]
 
 
 def _sample_words(sample: dict) -> dict:
@@ -5753,7 +5764,7 @@ def _plain_number(number: Decimal) -> int | float:
     return int(number) if number == number.to_integral_value() else float(number)
 
 
-def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
+def _attach_signed(translated: list, value: str, words: dict, known: dict) -> None:
     """Give a signed value to the reading that it signs; 2.x has no signature without a number.
 
     1.6 writes it as OCMF, or as 2.x's object in JSON (OCA: Signed Meter Values in OCPP 1.6).
@@ -5767,12 +5778,12 @@ def _attach_signed(crossed: list, value: str, words: dict, known: dict) -> None:
     else:
         data = {"signedMeterData": value, "signingMethod": "", "publicKey": "",
                 "encodingMethod": "OCMF" if value.startswith("OCMF|") else ""}
-    same = [sample for sample in crossed if "signedMeterValue" not in sample and all(
+    same = [sample for sample in translated if "signedMeterValue" not in sample and all(
         sample.get(key) == words.get(key) for key in ("measurand", "context", "phase", "location"))]
     if same:
         same[0]["signedMeterValue"] = data
     elif (number := _signed_number(value, words, known)) is not None:
-        crossed.append({"value": number, "signedMeterValue": data} | words)
+        translated.append({"value": number, "signedMeterValue": data} | words)
 
 
 def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
@@ -5789,11 +5800,11 @@ def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
 
 
 def _lower_samples(samples: list[dict], left_out: tuple) -> list[dict]:
-    crossed = [one for sample in samples for one in _lower_sample(sample)]
-    for sample in crossed:
+    translated = [one for sample in samples for one in _lower_sample(sample)]
+    for sample in translated:
         if sample.get("unit") in left_out:
             del sample["unit"]
-    return crossed
+    return translated
 
 
 def _lower_sample(sample: dict) -> list[dict]:
@@ -5806,15 +5817,15 @@ def _lower_sample(sample: dict) -> list[dict]:
         words["measurand"] = measurand
     if unit:
         words["unit"] = unit
-    crossed = [{"value": f"{number:f}"} | words]
+    translated = [{"value": f"{number:f}"} | words]
     signed = sample.get("signedMeterValue")
     if isinstance(signed, dict) and isinstance(signed.get("signedMeterData"), str):
         bare = not signed.get("publicKey") and not signed.get("signingMethod")
         plain = bare and signed["signedMeterData"].startswith("OCMF|")
-        crossed.append({"value": signed["signedMeterData"] if plain else to_json(
+        translated.append({"value": signed["signedMeterData"] if plain else to_json(
             {key: value for key, value in signed.items() if key in SIGNED_LENGTHS}),
             "format": "SignedData"} | words)
-    return crossed
+    return translated
 
 
 def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
@@ -5848,33 +5859,33 @@ def _register(meter_values: Any, context: str = "") -> int | None:
     return found
 
 
-def lift_meter_values(t: Translator, payload: dict) -> Steps:
+def lift_meter_values(translator: Translator, payload: dict) -> Steps:
     """1.6 4.7; 2.0.1 J02 (of a transaction, E02 as an event) or J01."""
     number = max(0, lenient(payload, "connectorId", int, 0))
-    values = _lift_meter_values(t, payload.get("meterValue"))
+    values = _lift_meter_values(translator, payload.get("meterValue"))
     told = lenient(payload, "transactionId", int, 0)
-    mapping = t.mappings.get(told) or (t.open_at(number) if number else None)
+    mapping = translator.mappings.get(told) or (translator.open_at(number) if number else None)
     if mapping is None and told > 0 and number:
-        mapping = _resumed(t, told, number)
+        mapping = _resumed(translator, told, number)
     if not values:
         return None                      # nothing that 2.x has a word for
     if mapping is None or (mapping.ended and not mapping.ended_by_us):
         yield "MeterValues", {"evseId": number, "meterValue": values}
         return {}
     context = values[-1]["sampledValue"][0].get("context")
-    event = _transaction_event(t, mapping, "Updated", values[-1]["timestamp"],
+    event = _transaction_event(translator, mapping, "Updated", values[-1]["timestamp"],
                                TRIGGER_OF.get(context, "MeterValuePeriodic"))
     yield from _told_event(mapping, event | {"meterValue": values})
     return {}
 
 
-def lower_meter_values(t: Translator, payload: dict) -> Steps:
+def lower_meter_values(translator: Translator, payload: dict) -> Steps:
     """2.0.1 J01; 1.6 4.7."""
-    values = _lower_meter_values(t, payload.get("meterValue"))
+    values = _lower_meter_values(translator, payload.get("meterValue"))
     if not values:
         return None
     asked = {"connectorId": required(payload, "evseId", int), "meterValue": values}
-    if (mapping := t.open_at(asked["connectorId"])) and type(mapping.upstream_id) is int:
+    if (mapping := translator.open_at(asked["connectorId"])) and type(mapping.upstream_id) is int:
         asked["transactionId"] = mapping.upstream_id
     yield "MeterValues", asked
     return {}
@@ -5896,15 +5907,15 @@ STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
             "Remote"), "ImmediateReset": "HardReset", "MasterPass": "Local"}
 
 
-def _resumed(t: Translator, station_id: int, evse_id: int) -> TransactionMapping:
+def _resumed(translator: Translator, station_id: int, evse_id: int) -> TransactionMapping:
     """A transaction that began before we did. Its id is the second it began in, as the board
     gives ids, so that its events go on counting where no former one can have been."""
-    seconds = int(t.clock()) - station_id
-    return t.mapping(station_id, upstream_id=str(station_id), evse_id=evse_id,
-                      seq_no=seconds if 0 < seconds < 1 << 30 else 1)
+    seconds = int(translator.clock()) - station_id
+    return translator.mapping(station_id, upstream_id=str(station_id), evse_id=evse_id,
+                              seq_no=seconds if 0 < seconds < 1 << 30 else 1)
 
 
-def _transaction_event(t: Translator, mapping: TransactionMapping, event: str, at: str,
+def _transaction_event(translator: Translator, mapping: TransactionMapping, event: str, at: str,
                        trigger: str, **info: Any) -> dict:
     """A TransactionEvent with all that is known anyway (2.0.1 E01 to E07)."""
     state = {"chargingState": mapping.state} if mapping.state else {}
@@ -5943,22 +5954,22 @@ def _start_key(payload: dict) -> tuple:
         "connectorId", "idTag", "timestamp", "meterStart"))
 
 
-def lift_start(t: Translator, payload: dict, transaction_id: int | None = None) -> Steps:
+def lift_start(translator: Translator, payload: dict, transaction_id: int | None = None) -> Steps:
     """1.6 4.8; 2.0.1 E01, E02. Upstream gets our id as its transactionId."""
     number, tag = required(payload, "connectorId", int), lenient(payload, "idTag", str, "")
-    station_id = t.id_of_start(payload) if transaction_id is None else transaction_id
-    at = _when(t, payload)
-    state = CHARGING_STATE.get(t.statuses.get((number, 1), ""), "EVConnected")
-    mapping = t.mapping(station_id, upstream_id=str(station_id), evse_id=max(number, 0),
-                        state=state, start_key=_start_key(payload))
+    station_id = translator.id_of_start(payload) if transaction_id is None else transaction_id
+    at = _when(translator, payload)
+    state = CHARGING_STATE.get(translator.statuses.get((number, 1), ""), "EVConnected")
+    mapping = translator.mapping(station_id, upstream_id=str(station_id), evse_id=max(number, 0),
+                                 state=state, start_key=_start_key(payload))
     mapping.ended, following, mapping.seq_no = False, mapping.seq_no, 0
-    remote = _remote_start(t, number, tag)
-    event = _transaction_event(t, mapping, "Started", at,
+    remote = _remote_start(translator, number, tag)
+    event = _transaction_event(translator, mapping, "Started", at,
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
     mapping.seq_no = max(1, following)                  # if it is told once more
-    mapping.register = _whole(t, payload.get("meterStart"))
-    event |= lifted(t, payload | {"idTag": tag}, STARTED_BY)
+    mapping.register = _whole(translator, payload.get("meterStart"))
+    event |= lifted(translator, payload | {"idTag": tag}, STARTED_BY)
     if mapping.register is not None:
         event["meterValue"] = [_begin_end(at, mapping.register, "Transaction.Begin")]
     try:
@@ -5966,39 +5977,39 @@ def lift_start(t: Translator, payload: dict, transaction_id: int | None = None) 
     except BoardError:
         mapping.ended = True            # it will be told again, or never was
         raise
-    return {"transactionId": station_id} | lowered(t, answer, (ID_TOKEN_INFO,))
+    return {"transactionId": station_id} | lowered(translator, answer, (ID_TOKEN_INFO,))
 
 
-def _remote_start(t: Translator, number: int, tag: Any) -> int | None:
+def _remote_start(translator: Translator, number: int, tag: Any) -> int | None:
     """The remoteStartId of the command that this start obeys."""
-    for known in t.remote_starts:
+    for known in translator.remote_starts:
         if known[0] in (0, number) and known[1] == tag:
-            t.remote_starts.remove(known)
+            translator.remote_starts.remove(known)
             return known[2]
     return None
 
 
-def lift_stop(t: Translator, payload: dict) -> Steps:
+def lift_stop(translator: Translator, payload: dict) -> Steps:
     """1.6 4.10; 2.0.1 E06 to E08."""
     station_id = required(payload, "transactionId", int)
-    mapping = t.mappings.get(station_id) or _resumed(t, station_id, 0)
-    at = _when(t, payload)
+    mapping = translator.mappings.get(station_id) or _resumed(translator, station_id, 0)
+    at = _when(translator, payload)
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
     key = tuple(payload.get(name) for name in ("timestamp", "meterStop"))
     if mapping.ended and mapping.end_key == key:
         mapping.seq_no -= 1              # the same event, told once more
     mapping.ended, mapping.end_key, mapping.state = True, key, ""
-    event = _transaction_event(t, mapping, "Ended", at, trigger, stoppedReason=stopped)
-    meter_stop = _whole(t, payload.get("meterStop"))
+    event = _transaction_event(translator, mapping, "Ended", at, trigger, stoppedReason=stopped)
+    meter_stop = _whole(translator, payload.get("meterStop"))
     known = {"Transaction.Begin": mapping.register, "Transaction.End": meter_stop}
-    values = _lift_meter_values(t, payload.get("transactionData"), known)
+    values = _lift_meter_values(translator, payload.get("transactionData"), known)
     if meter_stop is not None and _register(values, "Transaction.End") != meter_stop:
         values.append(_begin_end(at, meter_stop, "Transaction.End"))
     if values:
         event["meterValue"] = values
-    answer = yield "TransactionEvent", event | lifted(t, payload, STOPPED_BY)
+    answer = yield "TransactionEvent", event | lifted(translator, payload, STOPPED_BY)
     mapping.end_reported = True
-    return lowered(t, answer, (ID_TOKEN_INFO._replace(old_default=None),))
+    return lowered(translator, answer, (ID_TOKEN_INFO._replace(old_default=None),))
 
 
 def ended_by(action: str, payload: dict) -> Any:
@@ -6013,34 +6024,34 @@ def ended_by(action: str, payload: dict) -> Any:
 REQUEST_START = (token_row("idTag", "idToken", needed=True), SOME_EVSE)
 
 
-def lower_request_start(t: Translator, payload: dict) -> Steps:
+def lower_request_start(translator: Translator, payload: dict) -> Steps:
     """2.0.1 F01, F02; 1.6 5.11."""
-    asked = lowered(t, payload, REQUEST_START)
+    asked = lowered(translator, payload, REQUEST_START)
     if payload.get("chargingProfile") is not None:
-        asked |= lowered(t, payload, START_PROFILE)
-    remote = _whole(t, payload.get("remoteStartId"))
+        asked |= lowered(translator, payload, START_PROFILE)
+    remote = _whole(translator, payload.get("remoteStartId"))
     answer = yield "RemoteStartTransaction", asked
     if remote is not None and answer.get("status") == "Accepted":
-        t.remote_starts = [*t.remote_starts[-19:],
-                           (asked.get("connectorId", 0), asked["idTag"], remote)]
-    return lifted(t, answer, YES_NO)
+        translator.remote_starts = [*translator.remote_starts[-19:],
+                                    (asked.get("connectorId", 0), asked["idTag"], remote)]
+    return lifted(translator, answer, YES_NO)
 
 
-def lower_request_stop(t: Translator, payload: dict) -> Steps:
+def lower_request_stop(translator: Translator, payload: dict) -> Steps:
     """2.0.1 F03; 1.6 5.12."""
     try:
-        station_id = _lower_transaction(t, payload.get("transactionId"))
+        station_id = _lower_transaction(translator, payload.get("transactionId"))
     except WrongValue:
         return {"status": "Rejected"}
     answer = yield "RemoteStopTransaction", {"transactionId": station_id}
-    return lifted(t, answer, YES_NO)
+    return lifted(translator, answer, YES_NO)
 
 
-def lower_transaction_status(t: Translator, payload: dict) -> Steps:
+def lower_transaction_status(translator: Translator, payload: dict) -> Steps:
     """2.0.1 E14, answered here. What waits for upstream was delivered before it could ask."""
     if payload.get("transactionId") is None:
         return {"messagesInQueue": False}
-    mapping = t.by_upstream_id(payload["transactionId"])
+    mapping = translator.by_upstream_id(payload["transactionId"])
     return {"ongoingIndicator": mapping is not None and not mapping.ended,
             "messagesInQueue": False}
     yield                                # never: it makes this a generator, as its like are
@@ -6049,13 +6060,13 @@ def lower_transaction_status(t: Translator, payload: dict) -> Steps:
 # 10. Transactions of a 2.x station, for a 1.6 upstream
 
 
-def lower_transaction_event(t: Translator, payload: dict) -> Steps:
+def lower_transaction_event(translator: Translator, payload: dict) -> Steps:
     """2.0.1 E01 to E12; 1.6 4.8 to 4.10 and 4.7.
 
     1.6 knows a transaction from when it is known who charges; before that there is just a car.
     Raises: NotSupported when it began before we did and nobody knows upstream's id of it.
     """
-    mapping, tag = _observed(t, payload), _lower_token(t, payload.get("idToken"))
+    mapping, tag = _observed(translator, payload), _lower_token(translator, payload.get("idToken"))
     register = _register(payload.get("meterValue"))
     answer: dict | None = {}
     has_charged = mapping.charged or (register or 0) > (mapping.register or 0)
@@ -6063,25 +6074,25 @@ def lower_transaction_event(t: Translator, payload: dict) -> Steps:
     begins = mapping.upstream_id is None and not mapping.ended and (
         tag is not None or (ends and has_charged))
     if begins:
-        answer = yield from _start_16(t, mapping, payload, tag)
+        answer = yield from _start_16(translator, mapping, payload, tag)
     elif tag is not None and not ends:
         answer = yield from _authorize_16(mapping, tag)
     mapping.register = mapping.register if register is None else register
     if ends:
-        answer = (yield from _stop_16(t, mapping, payload)) or answer
+        answer = (yield from _stop_16(translator, mapping, payload)) or answer
     else:
-        yield from _metered_16(t, mapping, payload, begins)
-    yield from _show_16(t, mapping, _when(t, payload))
-    return {} if tag is None else lifted(t, answer or {}, (ID_TOKEN_INFO,))
+        yield from _metered_16(translator, mapping, payload, begins)
+    yield from _show_16(translator, mapping, _when(translator, payload))
+    return {} if tag is None else lifted(translator, answer or {}, (ID_TOKEN_INFO,))
 
 
-def _observed(t: Translator, payload: dict) -> TransactionMapping:
+def _observed(translator: Translator, payload: dict) -> TransactionMapping:
     """The transaction of an event, with the EVSE, state and first register that it tells."""
     info = required(payload, "transactionInfo", dict)
     station_id = kept(required(info, "transactionId", str), 64)
-    if station_id not in t.mappings and payload.get("eventType") != "Started":
+    if station_id not in translator.mappings and payload.get("eventType") != "Started":
         raise NotSupported("ocpp1.6 needs upstream's id of a transaction, and its start is unknown")
-    mapping = t.mapping(station_id, upstream_id=None, started=_when(t, payload))
+    mapping = translator.mapping(station_id, upstream_id=None, started=_when(translator, payload))
     mapping.evse_id = max(0, lenient(payload, "evse.id", int, 0)) or mapping.evse_id
     if mapping.register is None:
         values = payload.get("meterValue")
@@ -6093,11 +6104,12 @@ def _observed(t: Translator, payload: dict) -> TransactionMapping:
     return mapping
 
 
-def _start_16(t: Translator, mapping: TransactionMapping, payload: dict, tag: str | None) -> Steps:
+def _start_16(translator: Translator, mapping: TransactionMapping, payload: dict,
+              tag: str | None) -> Steps:
     """Begin a transaction upstream, as of its first event."""
     answer = yield "StartTransaction", {
         "connectorId": mapping.evse_id, "idTag": tag or "", "meterStart": mapping.register or 0,
-        "timestamp": mapping.started} | lowered(t, payload, (RESERVATION,))
+        "timestamp": mapping.started} | lowered(translator, payload, (RESERVATION,))
     mapping.upstream_id, mapping.id_token = required(answer, "transactionId", int), tag
     mapping.answer = {key: answer[key] for key in ("idTagInfo",) if key in answer}
     return answer
@@ -6110,34 +6122,36 @@ def _authorize_16(mapping: TransactionMapping, tag: str) -> Steps:
     return (yield "Authorize", {"idTag": tag})
 
 
-def _stop_16(t: Translator, mapping: TransactionMapping, payload: dict) -> Steps:
+def _stop_16(translator: Translator, mapping: TransactionMapping, payload: dict) -> Steps:
     """End a transaction upstream, where it began there. What upstream cannot take comes again."""
     mapping.ended, answer = True, None
     if mapping.upstream_id is not None:
-        values = _lower_meter_values(t, payload.get("meterValue"), ("Hertz",))
-        answer = yield "StopTransaction", {
-            "transactionId": mapping.upstream_id, "timestamp": _when(t, payload),
-            "meterStop": (mapping.register or 0) - mapping.base, "reason": _reason_16(payload),
-            } | lowered(t, payload, STOPPED_BY) | ({"transactionData": values} if values else {})
+        values = _lower_meter_values(translator, payload.get("meterValue"), ("Hertz",))
+        asked = lowered(translator, payload, STOPPED_BY) | {
+            "transactionId": mapping.upstream_id, "timestamp": _when(translator, payload),
+            "meterStop": (mapping.register or 0) - mapping.base, "reason": _reason_16(payload)}
+        if values:
+            asked["transactionData"] = values
+        answer = yield "StopTransaction", asked
     mapping.end_reported = True
     return answer
 
 
-def _metered_16(t: Translator, mapping: TransactionMapping, payload: dict,
+def _metered_16(translator: Translator, mapping: TransactionMapping, payload: dict,
                 begins: bool) -> Generator[tuple, dict, None]:
     """Pass meter values on, unless a StartTransaction has just said all of them (meterStart)."""
-    values = _lower_meter_values(t, payload.get("meterValue"))
+    values = _lower_meter_values(translator, payload.get("meterValue"))
     is_start = begins and _register(payload.get("meterValue"), "Transaction.Begin") is not None
     if values and not (is_start and sum(len(value["sampledValue"]) for value in values) == 1):
         known = {} if mapping.upstream_id is None else {"transactionId": mapping.upstream_id}
         yield "MeterValues", {"connectorId": mapping.evse_id, "meterValue": values} | known
 
 
-def _show_16(t: Translator, mapping: TransactionMapping,
+def _show_16(translator: Translator, mapping: TransactionMapping,
              at: str) -> Generator[tuple, dict, None]:
     """1.6 shows the charging state in the connector's status; the event does not depend on it."""
-    former = t.shown.get(mapping.evse_id)
-    status = _status_16(t, mapping.evse_id, at)
+    former = translator.shown.get(mapping.evse_id)
+    status = _status_16(translator, mapping.evse_id, at)
     if mapping.evse_id and status["status"] not in (former, "Unavailable"):
         with contextlib.suppress(CallFailed):
             yield "StatusNotification", status
@@ -6150,25 +6164,26 @@ def _reason_16(payload: dict) -> str:
     return exact or STOPPED_16.get(stopped, "Other")
 
 
-def lift_remote_start(t: Translator, payload: dict) -> Steps:
+def lift_remote_start(translator: Translator, payload: dict) -> Steps:
     """1.6 5.11; 2.0.1 F01, F02."""
-    asked = lifted(t, payload, REQUEST_START)
-    if asked["idToken"]["idToken"] not in t.token_types and "idTag" in payload:
+    asked = lifted(translator, payload, REQUEST_START)
+    if asked["idToken"]["idToken"] not in translator.token_types and "idTag" in payload:
         asked["idToken"]["type"] = "Central"             # "issued by the central system"
-    asked["remoteStartId"] = t.next_request()
+    asked["remoteStartId"] = translator.next_request()
     if _is_empty(payload.get("chargingProfile")):
         return {"status": "Rejected"}
     if payload.get("chargingProfile") is not None:
-        asked |= lifted(t, payload, START_PROFILE)
-    return lowered(t, (yield "RequestStartTransaction", asked), YES_NO)
+        asked |= lifted(translator, payload, START_PROFILE)
+    return lowered(translator, (yield "RequestStartTransaction", asked), YES_NO)
 
 
-def lift_remote_stop(t: Translator, payload: dict) -> Steps:
+def lift_remote_stop(translator: Translator, payload: dict) -> Steps:
     """1.6 5.12; 2.0.1 F03."""
-    known = t.by_upstream_id(required(payload, "transactionId", int))
+    known = translator.by_upstream_id(required(payload, "transactionId", int))
     if known is None:
         return {"status": "Rejected"}
-    return lowered(t, (yield "RequestStopTransaction", {"transactionId": known.station_id}), YES_NO)
+    answer = yield "RequestStopTransaction", {"transactionId": known.station_id}
+    return lowered(translator, answer, YES_NO)
 
 
 # 11. Configuration keys of 1.6 and the variables that they became: (key, component, variable and,
@@ -6258,7 +6273,7 @@ def _value_across(key: str, value: Any, units: dict) -> str:
     return value
 
 
-def lift_change_configuration(t: Translator, payload: dict) -> Steps:
+def lift_change_configuration(translator: Translator, payload: dict) -> Steps:
     """1.6 5.2; 2.0.1 B05."""
     key = required(payload, "key", str)
     value = _value_across(key, optional(payload, "value", str, ""), RATE_UNITS)[:1000]
@@ -6270,7 +6285,7 @@ def lift_change_configuration(t: Translator, payload: dict) -> Steps:
             else "NotSupported"}
 
 
-def lower_set_variables(t: Translator, payload: dict) -> Steps:
+def lower_set_variables(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B05; 1.6 5.2, one after another."""
     results = []
     for told in _some(payload, "setVariableData"):
@@ -6292,7 +6307,7 @@ def _result(told: dict) -> dict:
     return {key: told[key] for key in ("attributeType", "component", "variable") if key in told}
 
 
-def lower_get_variables(t: Translator, payload: dict) -> Steps:
+def lower_get_variables(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B06; 1.6 5.8."""
     asked = _some(payload, "getVariableData")
     keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
@@ -6320,10 +6335,10 @@ def _configuration(answer: dict) -> dict:
             if isinstance(entry.get("key"), str)}
 
 
-def lift_get_configuration(t: Translator, payload: dict) -> Steps:
+def lift_get_configuration(translator: Translator, payload: dict) -> Steps:
     """1.6 5.8; 2.0.1 B06. Without keys, the standard's are asked for."""
     keys = [key for key in lenient(payload, "key", list, []) if isinstance(key, str)]
-    known = {"numberofconnectors": str(len({e for e, _ in t.statuses if e > 0})),
+    known = {"numberofconnectors": str(len({e for e, _ in translator.statuses if e > 0})),
              "supportedfeatureprofiles": FEATURES}       # what 2.x has no variable for
     asked = keys or ["NumberOfConnectors", "SupportedFeatureProfiles",
                      *(row[0] for row in VARIABLES)]
@@ -6348,14 +6363,14 @@ def _lift_keys(keys: list[str]) -> Generator[tuple, dict, list[dict]]:
             for key in keys if (name := _lower_variable(_lift_variable(key))) in values]
 
 
-def lower_base_report(t: Translator, payload: dict) -> Steps:
+def lower_base_report(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B07, answered from GetConfiguration."""
     if payload.get("reportBase") not in ("ConfigurationInventory", "FullInventory"):
         return {"status": "NotSupported"}
-    return (yield from _report(t, payload, lambda variable: True))
+    return (yield from _report(translator, payload, lambda variable: True))
 
 
-def lower_report(t: Translator, payload: dict) -> Steps:
+def lower_report(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B08, answered from GetConfiguration."""
     if payload.get("componentCriteria"):
         return {"status": "NotSupported"}                # 1.6 does not know its parts' states
@@ -6365,14 +6380,14 @@ def lower_report(t: Translator, payload: dict) -> Steps:
         return not wanted or any(
             _name(w, "component") == _name(told, "component")
             and _name(w, "variable") in ("", _name(told, "variable")) for w in wanted)
-    return (yield from _report(t, payload, is_wanted))
+    return (yield from _report(translator, payload, is_wanted))
 
 
 def _name(told: dict, part: str) -> str:
     return lenient(told, f"{part}.name", str, "").lower()
 
 
-def _report(t: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
+def _report(translator: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
     request = required(payload, "requestId", int)
     found = _configuration((yield "GetConfiguration", {}))
     entries = []
@@ -6389,9 +6404,9 @@ def _report(t: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Ste
         return {"status": "EmptyResultSet"}
     pages = [entries[at:at + REPORTED_AT_ONCE] for at in range(0, len(entries), REPORTED_AT_ONCE)]
     for number, page in enumerate(pages):
-        t.tell("NotifyReport", {"requestId": request, "generatedAt": wire_time(t.clock()),
-                                "seqNo": number, "tbc": number < len(pages) - 1,
-                                "reportData": page})
+        translator.tell("NotifyReport", {
+            "requestId": request, "generatedAt": wire_time(translator.clock()), "seqNo": number,
+            "tbc": number < len(pages) - 1, "reportData": page})
     return {"status": "Accepted"}
 
 
@@ -6415,7 +6430,7 @@ TRIGGERS_16 = {                          # 2.x's: 1.6's command and requestedMes
 TRIGGERED = status_rows("Accepted", "Rejected", "NotImplemented", worst="Rejected")
 
 
-def lift_trigger(t: Translator, payload: dict) -> Steps:
+def lift_trigger(translator: Translator, payload: dict) -> Steps:
     """1.6 5.17 and its security extension; 2.0.1 F06."""
     message = TRIGGERS.get(lenient(payload, "requestedMessage", str))
     if message is None:
@@ -6423,46 +6438,48 @@ def lift_trigger(t: Translator, payload: dict) -> Steps:
     number = lenient(payload, "connectorId", int, 0)
     places = [{"id": number}] if number > 0 else [None]
     if message == "StatusNotification":                  # wants a connector (F06.FR.12)
-        known = sorted(place for place in t.statuses if place[0] > 0 and number in (0, place[0]))
+        known = sorted(place for place in translator.statuses
+                       if place[0] > 0 and number in (0, place[0]))
         places = [{"id": e, "connectorId": c} for e, c in known] or [
             {"id": max(number, 1), "connectorId": 1}]
     answers = []
     for place in places:
         asked = {"requestedMessage": message} | ({"evse": place} if place else {})
         answers.append((yield "TriggerMessage", asked))
-    return lowered(t, answers[0], TRIGGERED)
+    return lowered(translator, answers[0], TRIGGERED)
 
 
-def lower_trigger(t: Translator, payload: dict) -> Steps:
+def lower_trigger(translator: Translator, payload: dict) -> Steps:
     """2.0.1 F06; 1.6 5.17 and its security extension."""
     message = lenient(payload, "requestedMessage", str)
     action, word = TRIGGERS_16.get(message, ("TriggerMessage", message))
-    if message == "LogStatusNotification" and t.diagnostics:
+    if message == "LogStatusNotification" and translator.diagnostics:
         action, word = "TriggerMessage", "DiagnosticsStatusNotification"
     if word not in TRIGGERS:
         return {"status": "NotImplemented"}
-    place = lowered(t, payload, (Row("connectorId", "evse.id", _numbered, _numbered),))
+    place = lowered(translator, payload, (Row("connectorId", "evse.id", _numbered, _numbered),))
     answer = yield action, {"requestedMessage": word} | place
     if message == "BootNotification" and answer.get("status") == "Accepted":
-        t.boot_reason = "Triggered"
-    return lifted(t, answer, TRIGGERED)
+        translator.boot_reason = "Triggered"
+    return lifted(translator, answer, TRIGGERED)
 
 
 RESET = (word_row("type", "type", {"Hard": "Immediate", "Soft": "OnIdle"}, needed=True),)
 RESETTING = status_rows("Accepted", "Rejected", lower={"Scheduled": "Accepted"}, worst="Rejected")
 
 
-def lower_reset(t: Translator, payload: dict) -> Steps:
+def lower_reset(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B11, B12; 1.6 5.14. A Soft one ends transactions, which OnIdle must not."""
     if payload.get("evseId") is not None:
         return {"status": "Rejected", "statusInfo": {"reasonCode": "UnsupportedParam"}}
-    asked = lowered(t, payload, RESET)
-    if asked["type"] == "Soft" and any(not c.ended for c in t.mappings.values()):
+    asked = lowered(translator, payload, RESET)
+    runs = any(not mapping.ended for mapping in translator.mappings.values())
+    if asked["type"] == "Soft" and runs:
         return {"status": "Rejected", "statusInfo": {"reasonCode": "TxInProgress"}}
     answer = yield "Reset", asked
     if answer.get("status") == "Accepted":
-        t.boot_reason = "RemoteReset"
-    return lifted(t, answer, RESETTING)
+        translator.boot_reason = "RemoteReset"
+    return lifted(translator, answer, RESETTING)
 
 
 REQUEST = whole_row("requestId", "requestId", needed=True)
@@ -6481,30 +6498,31 @@ UPDATED = status_rows("Accepted", "Rejected", "AcceptedCanceled", "InvalidCertif
                       "RevokedCertificate", worst="Rejected")
 
 
-def lift_update(t: Translator, payload: dict) -> Steps:
+def lift_update(translator: Translator, payload: dict) -> Steps:
     """1.6 5.19; 2.0.1 L01, L02. 1.6 hears of a refusal by a status notification."""
-    t.signed_firmware = False
-    answer = yield "UpdateFirmware", lifted(t, payload, UPDATE_PLAIN) | {
-        "requestId": t.next_request()}
+    translator.signed_firmware = False
+    answer = yield "UpdateFirmware", lifted(translator, payload, UPDATE_PLAIN) | {
+        "requestId": translator.next_request()}
     if answer.get("status") not in ("Accepted", "AcceptedCanceled"):
-        t.tell("FirmwareStatusNotification", {"status": "DownloadFailed"})
+        translator.tell("FirmwareStatusNotification", {"status": "DownloadFailed"})
     return {}
 
 
-def lift_signed_update(t: Translator, payload: dict) -> Steps:
+def lift_signed_update(translator: Translator, payload: dict) -> Steps:
     """1.6 security extension L01; 2.0.1 L01."""
-    t.signed_firmware = True
-    return lowered(t, (yield "UpdateFirmware", lifted(t, payload, UPDATE_SIGNED)), UPDATED)
+    translator.signed_firmware = True
+    answer = yield "UpdateFirmware", lifted(translator, payload, UPDATE_SIGNED)
+    return lowered(translator, answer, UPDATED)
 
 
-def lower_update(t: Translator, payload: dict) -> Steps:
+def lower_update(translator: Translator, payload: dict) -> Steps:
     """2.0.1 L01 as 1.6's signed update, L02 as its plain one."""
     firmware = required(payload, "firmware", dict)
-    t.firmware_request = _whole(t, payload.get("requestId"))
+    translator.firmware_request = _whole(translator, payload.get("requestId"))
     if firmware.get("signature") and firmware.get("signingCertificate"):
-        asked = lowered(t, payload, UPDATE_SIGNED)
-        return lifted(t, (yield "SignedUpdateFirmware", asked), UPDATED)
-    yield "UpdateFirmware", lowered(t, payload, UPDATE_PLAIN)
+        asked = lowered(translator, payload, UPDATE_SIGNED)
+        return lifted(translator, (yield "SignedUpdateFirmware", asked), UPDATED)
+    yield "UpdateFirmware", lowered(translator, payload, UPDATE_PLAIN)
     return {"status": "Accepted"}
 
 
@@ -6523,30 +6541,31 @@ LOG_SENT = (*status_rows("Accepted", "Rejected", "AcceptedCanceled", worst="Reje
             text_row("filename", "filename", 255, 255))
 
 
-def lift_diagnostics(t: Translator, payload: dict) -> Steps:
+def lift_diagnostics(translator: Translator, payload: dict) -> Steps:
     """1.6 5.9; 2.0.1 N01."""
-    t.diagnostics = True
-    answer = yield "GetLog", lifted(t, payload, DIAGNOSTICS_LOG) | {
-        "logType": "DiagnosticsLog", "requestId": t.next_request()}
-    accepted = answer.get("status") in ("Accepted", "AcceptedCanceled")
-    return lowered(t, answer, (text_row("fileName", "filename", 255, 255),)) if accepted else {}
+    translator.diagnostics = True
+    answer = yield "GetLog", lifted(translator, payload, DIAGNOSTICS_LOG) | {
+        "logType": "DiagnosticsLog", "requestId": translator.next_request()}
+    if answer.get("status") not in ("Accepted", "AcceptedCanceled"):
+        return {}
+    return lowered(translator, answer, (text_row("fileName", "filename", 255, 255),))
 
 
-def lift_log(t: Translator, payload: dict) -> Steps:
+def lift_log(translator: Translator, payload: dict) -> Steps:
     """1.6 security extension N01; 2.0.1 N01."""
-    t.diagnostics = False
-    return lowered(t, (yield "GetLog", lifted(t, payload, LOG)), LOG_SENT)
+    translator.diagnostics = False
+    return lowered(translator, (yield "GetLog", lifted(translator, payload, LOG)), LOG_SENT)
 
 
-def lower_log(t: Translator, payload: dict) -> Steps:
+def lower_log(translator: Translator, payload: dict) -> Steps:
     """2.0.1 N01: diagnostics go the way that every 1.6 station knows."""
     if payload.get("logType") == "DiagnosticsLog":
-        t.diagnostics, t.log_request = True, required(payload, "requestId", int)
-        answer = yield "GetDiagnostics", lowered(t, payload, DIAGNOSTICS_LOG)
-        name = _text(255)(t, answer.get("fileName"))
+        translator.diagnostics, translator.log_request = True, required(payload, "requestId", int)
+        answer = yield "GetDiagnostics", lowered(translator, payload, DIAGNOSTICS_LOG)
+        name = _text(255)(translator, answer.get("fileName"))
         return {"status": "Accepted", "filename": name} if name else {"status": "Rejected"}
-    t.diagnostics = False
-    return lifted(t, (yield "GetLog", lowered(t, payload, LOG)), LOG_SENT)
+    translator.diagnostics = False
+    return lifted(translator, (yield "GetLog", lowered(translator, payload, LOG)), LOG_SENT)
 
 
 # 13. Certificates, security events, DataTransfer
@@ -6566,26 +6585,27 @@ HASH = (word_row("hashAlgorithm", "hashAlgorithm", _same("SHA256", "SHA384", "SH
         exact_row("serialNumber", "serialNumber", 40, 40, needed=True))
 
 
-def lower_certificates(t: Translator, payload: dict) -> Steps:
+def lower_certificates(translator: Translator, payload: dict) -> Steps:
     """2.0.1 M03; 1.6 security extension M03, a type at a time."""
     asked = lenient(payload, "certificateType", list) or list(CERTIFICATES.values())
     chain = []
     for old, new in CERTIFICATES.items():
         if new in asked:
             answer = yield "GetInstalledCertificateIds", {"certificateType": old}
-            chain += [{"certificateType": new, "certificateHashData": lifted(t, data, HASH)}
+            hashes = [lifted(translator, data, HASH)
                       for data in _dicts(answer.get("certificateHashData"))]
+            chain += [{"certificateType": new, "certificateHashData": data} for data in hashes]
     return {"status": "Accepted", "certificateHashDataChain": chain} if chain else {
         "status": "NotFound"}
 
 
-def lift_certificates(t: Translator, payload: dict) -> Steps:
+def lift_certificates(translator: Translator, payload: dict) -> Steps:
     """1.6 security extension M03; 2.0.1 M03."""
     kind = CERTIFICATES.get(lenient(payload, "certificateType", str))
     if kind is None:
         raise WrongValue("certificateType is not one of 1.6")
     answer = yield "GetInstalledCertificateIds", {"certificateType": [kind]}
-    found = [lowered(t, one["certificateHashData"], HASH)
+    found = [lowered(translator, one["certificateHashData"], HASH)
              for one in _dicts(answer.get("certificateHashDataChain"))
              if isinstance(one.get("certificateHashData"), dict)]
     return {"status": "Accepted", "certificateHashData": found} if found else {
@@ -6601,7 +6621,7 @@ SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
 
 
 def _security_event(names: dict) -> Callable:
-    def convert(t: Translator, kind: Any) -> str:
+    def convert(translator: Translator, kind: Any) -> str:
         return names.get(str(kind), str(kind))[:50]
     return convert
 
@@ -6613,12 +6633,12 @@ SECURITY_EVENT = (
     text_row("techInfo", "techInfo", 255, 255))
 
 
-def _lower_data(t: Translator, data: Any) -> str:
+def _lower_data(translator: Translator, data: Any) -> str:
     """The `data` of a DataTransfer: a text in 1.6, anything in 2.x."""
     return data if isinstance(data, str) else to_json(data)
 
 
-DATA = Row("data", "data", lambda t, value: value, _lower_data)
+DATA = Row("data", "data", lambda translator, value: value, _lower_data)
 TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
             exact_row("messageId", "messageId", 50, 50), DATA)
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
@@ -6673,9 +6693,9 @@ PLAIN = (
 def _plain(action: str, cross: Callable, back: Callable, asked: tuple, answered: tuple) -> Callable:
     has_time = "currentTime" in [field_.old for field_ in answered]
 
-    def convert(t: Translator, payload: dict) -> Steps:
-        answer = yield action, cross(t, payload, asked)
-        return back(t, _with_time(t, answer) if has_time else answer, answered)
+    def convert(translator: Translator, payload: dict) -> Steps:
+        answer = yield action, cross(translator, payload, asked)
+        return back(translator, _with_time(translator, answer) if has_time else answer, answered)
     return convert
 
 
@@ -6688,10 +6708,10 @@ STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, 
 
 def _of_types(action: str, known: Container[str], default: str | None = None) -> Callable:
     """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
-    def convert(t: Translator, payload: dict) -> Steps:
+    def convert(translator: Translator, payload: dict) -> Steps:
         if payload.get("certificateType", default) not in known:
             raise NotSupported("1.6 has no certificates of this type")
-        return _PLAIN_LOWER[action](t, payload)
+        return _PLAIN_LOWER[action](translator, payload)
     return convert
 
 
@@ -6699,7 +6719,7 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
     return {name: table[name] for name in names} | others
 
 
-def _answered_here(t: Translator, payload: dict) -> Steps:
+def _answered_here(translator: Translator, payload: dict) -> Steps:
     """The other side has nothing like it and need not: the board's own answer is good."""
     return None
     yield                                # never, as above
@@ -6752,10 +6772,10 @@ LIFT_DOWN = _picked(                     # a 1.6 upstream commands a 2.0.1 stati
 
 
 def _stage(table: dict, version: str) -> Callable:
-    def stage(t: Translator, action: str, payload: dict, **options: Any) -> Steps:
+    def stage(translator: Translator, action: str, payload: dict, **options: Any) -> Steps:
         if action not in table:
             raise NotSupported(f"{version} has nothing like {shown(action)}")
-        return table[action](t, payload, **options)
+        return table[action](translator, payload, **options)
     return stage
 
 
@@ -6828,7 +6848,7 @@ BOTH_2X = frozenset({*COMMANDS["ocpp2.0.1"], *LOWER_UP, "Get15118EVCertificate",
 FROM_EVSE_1 = ("RequestStartTransaction", "NotifyEVChargingNeeds", "NotifyEVChargingSchedule")
 
 
-def older(t: Translator, action: str, payload: dict) -> Steps:
+def older(translator: Translator, action: str, payload: dict) -> Steps:
     """A Call of 2.1 as 2.0.1 has it. Raises: NotSupported."""
     _check_both(action)
     try:
@@ -6840,7 +6860,7 @@ def older(t: Translator, action: str, payload: dict) -> Steps:
     return _newer(action, (yield action, asked))
 
 
-def newer(t: Translator, action: str, payload: dict) -> Steps:
+def newer(translator: Translator, action: str, payload: dict) -> Steps:
     """A Call of 2.0.1 as 2.1 has it."""
     _check_both(action)
     answer = yield action, _newer(action, payload)
@@ -6865,16 +6885,16 @@ def _older_object(value: dict, rules: tuple) -> dict:
     measurand = value.get("measurand", REGISTER)
     if "value" in value and isinstance(measurand, str) and measurand not in MEASURANDS_201:
         raise NotSupported(f"ocpp2.0.1 has no {shown(measurand)}")
-    crossed = {}
+    translated = {}
     for key, item in value.items():
         if key in rules[0]:
             continue
         try:
-            crossed[key] = item if key in ("customData", "data") else _older(key, item, rules)
+            translated[key] = item if key in ("customData", "data") else _older(key, item, rules)
         except NotSupported:
             if not (key in SPARED or (key == "meterValue" and "eventType" in value)):
                 raise                    # the rest of the message is worth more
-    return _older_whole(crossed)
+    return _older_whole(translated)
 
 
 def _older(key: str, item: Any, rules: tuple) -> Any:
@@ -6894,55 +6914,56 @@ def _older(key: str, item: Any, rules: tuple) -> Any:
 
 def _older_list(key: str, items: list, rules: tuple) -> list:
     """A list; of some, elements that 2.0.1 has no word for are left out, unless they are all."""
-    crossed = []
+    translated = []
     for number, item in enumerate(items, 1):
         try:
-            crossed.append(_older(key, item, rules))
+            translated.append(_older(key, item, rules))
         except NotSupported:
-            if key not in PARTED or (number == len(items) and not crossed):
+            if key not in PARTED or (number == len(items) and not translated):
                 raise
-    return crossed
+    return translated
 
 
-def _older_whole(crossed: dict) -> dict:
+def _older_whole(translated: dict) -> dict:
     """What 2.0.1 wants of an object beyond its fields."""
-    if isinstance(crossed.get("idToken"), str) and str(crossed.get("type")) not in TOKEN_TYPES:
-        crossed["type"] = "Central"
+    if isinstance(translated.get("idToken"), str) and (
+            str(translated.get("type")) not in TOKEN_TYPES):
+        translated["type"] = "Central"
     for key in ("idToken", "additionalIdToken"):
-        if isinstance(crossed.get(key), str):
-            crossed[key] = shortened(crossed[key], 36)
-    if str(crossed.get("connectorType", "Unknown")) not in CONNECTOR_TYPES:
-        crossed["connectorType"] = "Unknown"
-    source = crossed.get("chargingLimitSource")
+        if isinstance(translated.get(key), str):
+            translated[key] = shortened(translated[key], 36)
+    if str(translated.get("connectorType", "Unknown")) not in CONNECTOR_TYPES:
+        translated["connectorType"] = "Unknown"
+    source = translated.get("chargingLimitSource")
     if isinstance(source, str) and source not in LIMIT_SOURCES:
-        crossed["chargingLimitSource"] = "Other"
+        translated["chargingLimitSource"] = "Other"
     if isinstance(source, list):
-        crossed["chargingLimitSource"] = [s if str(s) in LIMIT_SOURCES else "Other"
-                                          for s in source][:4]
-    if crossed.get("location") == "Upstream":
-        del crossed["location"]
-    if "startPeriod" in crossed and "limit" not in crossed:
+        translated["chargingLimitSource"] = [s if str(s) in LIMIT_SOURCES else "Other"
+                                             for s in source][:4]
+    if translated.get("location") == "Upstream":
+        del translated["location"]
+    if "startPeriod" in translated and "limit" not in translated:
         raise NotSupported("a charging period of ocpp2.0.1 has a limit")
-    if "signedMeterData" in crossed:
-        crossed = {"publicKey": "", "signingMethod": ""} | crossed
-    signed = crossed.get("signedMeterValue")
+    if "signedMeterData" in translated:
+        translated = {"publicKey": "", "signingMethod": ""} | translated
+    signed = translated.get("signedMeterValue")
     if isinstance(signed, dict) and len(str(signed.get("signedMeterData"))) > SIGNED_LENGTH_201:
-        del crossed["signedMeterValue"]                  # no part of a signature is one
-    if "ocppCsmsUrl" in crossed:
-        crossed.setdefault("ocppVersion", "OCPP20")
-    return crossed
+        del translated["signedMeterValue"]                  # no part of a signature is one
+    if "ocppCsmsUrl" in translated:
+        translated.setdefault("ocppVersion", "OCPP20")
+    return translated
 
 
 def _newer(action: str, value: Any, key: str = "") -> Any:
     """A payload, or the `key` of one, as 2.1 has it."""
     if isinstance(value, dict):
-        crossed = {name: item if name in ("customData", "data") else _newer(action, item, name)
-                   for name, item in value.items()}
-        if action == "NotifyMonitoringReport" and "severity" in crossed:
-            crossed.setdefault("eventNotificationType", "CustomMonitor")
-        if action in FROM_EVSE_1 and crossed.get("evseId") == 0:
-            crossed["evseId"] = 1
-        return crossed
+        translated = {name: item if name in ("customData", "data") else _newer(action, item, name)
+                      for name, item in value.items()}
+        if action == "NotifyMonitoringReport" and "severity" in translated:
+            translated.setdefault("eventNotificationType", "CustomMonitor")
+        if action in FROM_EVSE_1 and translated.get("evseId") == 0:
+            translated["evseId"] = 1
+        return translated
     if isinstance(value, list):
         return [_newer(action, item, key) for item in value]
     if key in NOT_NEGATIVE and type(value) in (int, float):
@@ -6956,26 +6977,27 @@ def _newer(action: str, value: Any, key: str = "") -> Any:
 
 
 def _renamed(up: bool, *path: str) -> Callable:
-    def convert(t: Translator, action: str, payload: dict) -> Steps:
-        return (yield action, _with_id(t, payload, up, path))
+    def convert(translator: Translator, action: str, payload: dict) -> Steps:
+        return (yield action, _with_id(translator, payload, up, path))
     return convert
 
 
-def _with_id(t: Translator, payload: dict, up: bool, path: tuple) -> dict:
+def _with_id(translator: Translator, payload: dict, up: bool, path: tuple) -> dict:
     """The payload with the transaction's id as the other side knows it."""
     first, *rest = path
     value = payload.get(first)
     if rest:
-        return payload | {first: _with_id(t, value, up, tuple(rest))} if isinstance(
+        return payload | {first: _with_id(translator, value, up, tuple(rest))} if isinstance(
             value, dict) else payload
-    known = t.mappings.get(_whole(t, value)) if up else t.by_upstream_id(value)
+    known = (translator.mappings.get(_whole(translator, value)) if up
+             else translator.by_upstream_id(value))
     other = (known.upstream_id if up else known.station_id) if known else None
     return payload if other is None else payload | {first: other}
 
 
-def _stopped_16(t: Translator, action: str, payload: dict) -> Steps:
-    mapping = t.mappings.get(lenient(payload, "transactionId", int))
-    answer = yield from _renamed(True, "transactionId")(t, action, payload)
+def _stopped_16(translator: Translator, action: str, payload: dict) -> Steps:
+    mapping = translator.mappings.get(lenient(payload, "transactionId", int))
+    answer = yield from _renamed(True, "transactionId")(translator, action, payload)
     if mapping:
         mapping.ended = mapping.end_reported = True
     return answer
@@ -6989,9 +7011,11 @@ RENAMED_DOWN = {"ocpp1.6": {
 
 
 def _same_version(table: dict) -> Callable:
-    def stage(t: Translator, action: str, payload: dict) -> Steps:
-        convert = table.get(t.station, {}).get(action)
-        return (yield from convert(t, action, payload)) if convert else (yield action, payload)
+    def stage(translator: Translator, action: str, payload: dict) -> Steps:
+        convert = table.get(translator.station, {}).get(action)
+        if convert is None:
+            return (yield action, payload)
+        return (yield from convert(translator, action, payload))
     return stage
 
 
@@ -14716,7 +14740,7 @@ class UpstreamSession:
                  self.protocol)
         websocket.start(functools.partial(self.upstream_said, websocket),
                         lambda code, reason: self.closed(websocket, _why_closed(websocket, code,
-                                                                               reason)))
+                                                                                reason)))
 
     def _introduce(self) -> None:
         """See that upstream hears first who the station is and how, if that was before."""
