@@ -5057,10 +5057,10 @@ class Row(NamedTuple):
 
     old: str                            # its path in 1.6
     new: str                            # in 2.x
-    lift: Callable[[Translator, Any], Any]      # 1.6's value as 2.x's; None: it cannot be said
-    lower: Callable[[Translator, Any], Any]
-    old_default: Any = None             # what 1.6 needs where 2.x says nothing
-    new_default: Any = None
+    lift: Callable[[Translator, Any], Any]      # 1.6's value as 2.x's; None: 2.x cannot say it
+    lower: Callable[[Translator, Any], Any]     # and back
+    old_default: Any = None             # 1.6's value where 2.x has none
+    new_default: Any = None             # and 2.x's
 
 
 def lifted(translator: Translator, payload: dict, rows: Iterable[Row]) -> dict:
@@ -5103,23 +5103,22 @@ def _put(payload: dict, path: str, value: Any) -> None:
 
 
 def _text(length: int) -> Callable:
-    return lambda _, value: (
-        str(value)[:length] if isinstance(value, (str, int, float)) else None)
+    return lambda value: str(value)[:length] if isinstance(value, (str, int, float)) else None
 
 
-def _whole(translator: Translator, value: Any) -> int | None:
+def _whole(value: Any) -> int | None:
     try:
         return _typed(value, "", int)
     except WrongType:
         return None
 
 
-def _count(translator: Translator, value: Any) -> int:
+def _count(value: Any) -> int:
     """A number of 1.6 that is -1 where there is nothing to count (5.10), as 2.x has it."""
-    return max(0, _whole(translator, value) or 0)
+    return max(0, _whole(value) or 0)
 
 
-def _time(translator: Translator, value: Any) -> str | None:
+def _time(value: Any) -> str | None:
     """A time as it was written, unless that was not what the standard wants."""
     try:
         when, zoned = parse_time(value)
@@ -5128,18 +5127,26 @@ def _time(translator: Translator, value: Any) -> str | None:
     return value if zoned and "T" in value else wire_time(when)
 
 
-def _unsaid(translator: Translator, value: Any) -> None:
+def _unsaid(value: Any) -> None:
     """The other way of a field that only one version has."""
 
 
 def _word(words: dict, other: str | None = None) -> Callable:
     """An enumeration's value; one that is not among the words is `other`."""
-    return lambda translator, value: words.get(value, other) if isinstance(value, str) else other
+    return lambda value: words.get(value, other) if isinstance(value, str) else other
 
 
-def row(old: str, new: str, lift: Callable, lower: Callable, needed: bool = False,
-        **defaults: Any) -> Row:
-    """A field; one that is `needed` makes a message without it impossible."""
+def row(old: str, new: str, lift: Callable[[Any], Any], lower: Callable[[Any], Any],
+        **more: Any) -> Row:
+    """A field whose value alone says what it becomes."""
+    return stateful_row(old, new, lambda _, value: lift(value), lambda _, value: lower(value),
+                        **more)
+
+
+def stateful_row(old: str, new: str, lift: Callable, lower: Callable, needed: bool = False,
+                 **defaults: Any) -> Row:
+    """A field whose value depends on what the Translator knows. A message without a field that is
+    `needed` is none."""
     if needed:
         defaults = {"old_default": NEEDED, "new_default": NEEDED}
     return Row(old, new, lift, lower, **defaults)
@@ -5153,8 +5160,8 @@ def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) 
 def exact_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
     """A text of which no part is one, such as a URL or a certificate. Raises: NotSupported."""
     def fitting(key: str, length: int) -> Callable:
-        def convert(translator: Translator, value: Any) -> str | None:
-            text = _text(1 << 30)(translator, value)
+        def convert(value: Any) -> str | None:
+            text = _text(1 << 30)(value)
             if text is not None and len(text) > length:
                 raise NotSupported(f"{key} is longer than the {length} of the other version")
             return text
@@ -5177,7 +5184,7 @@ def object_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
     def through(convert: Callable) -> Callable:
         return lambda translator, value: (
             convert(translator, value, rows) if isinstance(value, dict) else None)
-    return row(old, new, through(lifted), through(lowered), **more)
+    return stateful_row(old, new, through(lifted), through(lowered), **more)
 
 
 def list_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
@@ -5185,7 +5192,7 @@ def list_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
     def through(convert: Callable) -> Callable:
         return lambda translator, value: (
             [convert(translator, item, rows) for item in _dicts(value)] or None)
-    return row(old, new, through(lifted), through(lowered), **more)
+    return stateful_row(old, new, through(lifted), through(lowered), **more)
 
 
 def word_row(old: str, new: str, pairs: dict, back: dict | None = None, *,
@@ -5217,7 +5224,7 @@ def _some(payload: dict, key: str) -> list[dict]:
 
 def _when(translator: Translator, message: dict) -> str:
     """The `timestamp` of a message; our time where it has none that can be read."""
-    return _time(translator, message.get("timestamp")) or wire_time(translator.clock())
+    return _time(message.get("timestamp")) or wire_time(translator.clock())
 
 
 def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
@@ -5280,7 +5287,7 @@ def _remember(memory: OrderedDict, key: Any, value: Any) -> None:
 
 def token_row(old: str, new: str, **more: Any) -> Row:
     """An id token: a text in 1.6, an object with its type in 2.x."""
-    return row(old, new, _lift_token, _lower_token, **more)
+    return stateful_row(old, new, _lift_token, _lower_token, **more)
 
 
 TOKEN_INFO = (
@@ -5304,19 +5311,19 @@ LOCAL_LIST = (token_row("idTag", "idToken", needed=True),
 # An EVSE serves one vehicle at a time, so all its connectors are one of 1.6.
 
 
-def _numbered(translator: Translator, value: Any) -> int | None:
+def _numbered(value: Any) -> int | None:
     """The number of an EVSE; None for 0, the station, which 2.x does not number."""
-    return _whole(translator, value) or None
+    return _whole(value) or None
 
 
 EVSE = whole_row("connectorId", "evseId", old_default=0, new_default=0)
-SOME_EVSE = Row("connectorId", "evseId", _numbered, _whole)
-PLACE = Row("connectorId", "evse.id", _numbered, _whole, old_default=0)
+SOME_EVSE = row("connectorId", "evseId", _numbered, _whole)
+PLACE = row("connectorId", "evse.id", _numbered, _whole, old_default=0)
 
 # 5. Charging profiles
 
 
-def _lower_limit(translator: Translator, value: Any) -> float | None:
+def _lower_limit(value: Any) -> float | None:
     """A limit in tenths, as 1.6 has it, and never above what was said."""
     try:
         tenths = math.floor(_typed(value, "", float) * 10 + 1e-6)
@@ -5325,11 +5332,11 @@ def _lower_limit(translator: Translator, value: Any) -> float | None:
     return tenths / 10 if tenths % 10 else tenths // 10
 
 
-def _numeric(translator: Translator, value: Any) -> float | None:
+def _numeric(value: Any) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-def _lower_purpose(translator: Translator, purpose: Any) -> str | None:
+def _lower_purpose(purpose: Any) -> str | None:
     if purpose == "ChargingStationExternalConstraints":
         raise NotSupported("1.6 has no profiles of external constraints")
     return PURPOSES_16.get(purpose) if isinstance(purpose, str) else None
@@ -5337,7 +5344,7 @@ def _lower_purpose(translator: Translator, purpose: Any) -> str | None:
 
 def _lift_transaction(translator: Translator, upstream_id: Any) -> int | str | None:
     """A 2.x station's id of the transaction that a 1.6 upstream names."""
-    number = _whole(translator, upstream_id)
+    number = _whole(upstream_id)
     known = translator.by_upstream_id(number)
     return None if number is None else known.station_id if known else str(number)
 
@@ -5346,7 +5353,7 @@ def _lower_transaction(translator: Translator, upstream_id: Any) -> int:
     """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
     known = translator.by_upstream_id(upstream_id)
     # One of before a restart has our own id
-    number = known.station_id if known else _whole(translator, upstream_id)
+    number = known.station_id if known else _whole(upstream_id)
     if type(number) is not int or not -1 << 63 < number < 1 << 63:
         raise WrongValue("the transaction is not known")
     return number
@@ -5355,8 +5362,8 @@ def _lower_transaction(translator: Translator, upstream_id: Any) -> int:
 PERIOD = (
     whole_row("startPeriod", "startPeriod", needed=True),
     row("limit", "limit", _numeric, _lower_limit, needed=True),
-    Row("numberPhases", "numberPhases",
-        lambda _, n: n if type(n) is int and 1 <= n <= 3 else None, _whole),
+    row("numberPhases", "numberPhases",
+        lambda n: n if type(n) is int and 1 <= n <= 3 else None, _whole),
 )
 RATE_UNIT = word_row("chargingRateUnit", "chargingRateUnit", _same("A", "W"))
 COMPOSITE_SCHEDULE = (
@@ -5367,7 +5374,7 @@ COMPOSITE_SCHEDULE = (
 SCHEDULE = (
     *COMPOSITE_SCHEDULE,
     time_row("startSchedule", "startSchedule"),
-    Row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
+    row("minChargingRate", "minChargingRate", _numeric, _lower_limit),
 )
 PURPOSES = _same("TxDefaultProfile", "TxProfile") | {
     "ChargePointMaxProfile": "ChargingStationMaxProfile"}
@@ -5384,11 +5391,11 @@ PROFILE = (
     time_row("validTo", "validTo"),
     # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
     object_row("chargingSchedule", "chargingSchedule[0]", SCHEDULE, needed=True),
-    Row("chargingProfileId", "chargingSchedule[0].id", _whole, _unsaid),
+    row("chargingProfileId", "chargingSchedule[0].id", _whole, _unsaid),
 )
-SET_PROFILE = (EVSE, object_row("csChargingProfiles", "chargingProfile", (
-    *PROFILE, Row("transactionId", "transactionId", _lift_transaction, _lower_transaction)),
-    needed=True))
+PROFILED = stateful_row("transactionId", "transactionId", _lift_transaction, _lower_transaction)
+SET_PROFILE = (EVSE, object_row("csChargingProfiles", "chargingProfile", (*PROFILE, PROFILED),
+                                needed=True))
 START_PROFILE = (object_row("chargingProfile", "chargingProfile", PROFILE, needed=True),
                  )                       # of no transaction yet (F01.FR.11)
 CLEAR_PROFILE = (
@@ -5418,7 +5425,7 @@ def lower_composite(translator: Translator, payload: dict) -> Steps:
     return lifted(translator, answer | {
         "connectorId": asked["connectorId"],
         "chargingSchedule": {"duration": asked["duration"]} | schedule,
-        "scheduleStart": _time(translator, start) or wire_time(translator.clock())}, COMPOSED)
+        "scheduleStart": _time(start) or wire_time(translator.clock())}, COMPOSED)
 
 
 def _is_empty(profile: Any) -> bool:
@@ -5463,7 +5470,7 @@ BOOT = (
     text_row("chargePointVendor", "chargingStation.vendorName", 20, 50, old_default="",
              new_default=""),
     text_row("chargePointModel", "chargingStation.model", 20, 20, old_default="", new_default=""),
-    Row("chargeBoxSerialNumber", "chargingStation.serialNumber", _text(25), _unsaid),
+    row("chargeBoxSerialNumber", "chargingStation.serialNumber", _text(25), _unsaid),
     text_row("chargePointSerialNumber", "chargingStation.serialNumber", 25, 25),
     text_row("firmwareVersion", "chargingStation.firmwareVersion", 50, 50),
     text_row("iccid", "chargingStation.modem.iccid", 20, 20),
@@ -5483,7 +5490,7 @@ def lift_boot(translator: Translator, payload: dict) -> Steps:
 
 def _with_time(translator: Translator, answer: dict) -> dict:
     """A BootNotification's answer, with our time where it has none that can be read."""
-    if _time(translator, answer.get("currentTime")) is None:
+    if _time(answer.get("currentTime")) is None:
         return answer | {"currentTime": wire_time(translator.clock())}
     return answer
 
@@ -5616,7 +5623,7 @@ def lower_status(translator: Translator, payload: dict) -> Steps:
     evse_id = max(0, required(payload, "evseId", int))
     _note(translator.statuses, (evse_id, lenient(payload, "connectorId", int, 1)),
           lenient(payload, "connectorStatus", str, ""))
-    at = _time(translator, payload.get("timestamp"))
+    at = _time(payload.get("timestamp"))
     yield "StatusNotification", _status_16(translator, evse_id, at)
     return {}
 
@@ -5669,7 +5676,7 @@ def lower_event(translator: Translator, payload: dict) -> Steps:
         else:
             continue
         known = True
-        at = _time(translator, event.get("timestamp"))
+        at = _time(event.get("timestamp"))
         with contextlib.suppress(CallFailed):            # the other events go on all the same
             yield "StatusNotification", _status_16(translator, evse_id, at)
     return {} if known else None
@@ -5968,7 +5975,7 @@ def lift_start(translator: Translator, payload: dict, transaction_id: int | None
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
     mapping.seq_no = max(1, following)                  # if it is told once more
-    mapping.register = _whole(translator, payload.get("meterStart"))
+    mapping.register = _whole(payload.get("meterStart"))
     event |= lifted(translator, payload | {"idTag": tag}, STARTED_BY)
     if mapping.register is not None:
         event["meterValue"] = [_begin_end(at, mapping.register, "Transaction.Begin")]
@@ -6000,7 +6007,7 @@ def lift_stop(translator: Translator, payload: dict) -> Steps:
         mapping.seq_no -= 1              # the same event, told once more
     mapping.ended, mapping.end_key, mapping.state = True, key, ""
     event = _transaction_event(translator, mapping, "Ended", at, trigger, stoppedReason=stopped)
-    meter_stop = _whole(translator, payload.get("meterStop"))
+    meter_stop = _whole(payload.get("meterStop"))
     known = {"Transaction.Begin": mapping.register, "Transaction.End": meter_stop}
     values = _lift_meter_values(translator, payload.get("transactionData"), known)
     if meter_stop is not None and _register(values, "Transaction.End") != meter_stop:
@@ -6029,7 +6036,7 @@ def lower_request_start(translator: Translator, payload: dict) -> Steps:
     asked = lowered(translator, payload, REQUEST_START)
     if payload.get("chargingProfile") is not None:
         asked |= lowered(translator, payload, START_PROFILE)
-    remote = _whole(translator, payload.get("remoteStartId"))
+    remote = _whole(payload.get("remoteStartId"))
     answer = yield "RemoteStartTransaction", asked
     if remote is not None and answer.get("status") == "Accepted":
         translator.remote_starts = [*translator.remote_starts[-19:],
@@ -6457,7 +6464,7 @@ def lower_trigger(translator: Translator, payload: dict) -> Steps:
         action, word = "TriggerMessage", "DiagnosticsStatusNotification"
     if word not in TRIGGERS:
         return {"status": "NotImplemented"}
-    place = lowered(translator, payload, (Row("connectorId", "evse.id", _numbered, _numbered),))
+    place = lowered(translator, payload, (row("connectorId", "evse.id", _numbered, _numbered),))
     answer = yield action, {"requestedMessage": word} | place
     if message == "BootNotification" and answer.get("status") == "Accepted":
         translator.boot_reason = "Triggered"
@@ -6518,7 +6525,7 @@ def lift_signed_update(translator: Translator, payload: dict) -> Steps:
 def lower_update(translator: Translator, payload: dict) -> Steps:
     """2.0.1 L01 as 1.6's signed update, L02 as its plain one."""
     firmware = required(payload, "firmware", dict)
-    translator.firmware_request = _whole(translator, payload.get("requestId"))
+    translator.firmware_request = _whole(payload.get("requestId"))
     if firmware.get("signature") and firmware.get("signingCertificate"):
         asked = lowered(translator, payload, UPDATE_SIGNED)
         return lifted(translator, (yield "SignedUpdateFirmware", asked), UPDATED)
@@ -6562,7 +6569,7 @@ def lower_log(translator: Translator, payload: dict) -> Steps:
     if payload.get("logType") == "DiagnosticsLog":
         translator.diagnostics, translator.log_request = True, required(payload, "requestId", int)
         answer = yield "GetDiagnostics", lowered(translator, payload, DIAGNOSTICS_LOG)
-        name = _text(255)(translator, answer.get("fileName"))
+        name = _text(255)(answer.get("fileName"))
         return {"status": "Accepted", "filename": name} if name else {"status": "Rejected"}
     translator.diagnostics = False
     return lifted(translator, (yield "GetLog", lowered(translator, payload, LOG)), LOG_SENT)
@@ -6621,7 +6628,7 @@ SECURITY_EVENTS = {                      # 1.6's name: 2.x's, where they differ
 
 
 def _security_event(names: dict) -> Callable:
-    def convert(translator: Translator, kind: Any) -> str:
+    def convert(kind: Any) -> str:
         return names.get(str(kind), str(kind))[:50]
     return convert
 
@@ -6633,12 +6640,12 @@ SECURITY_EVENT = (
     text_row("techInfo", "techInfo", 255, 255))
 
 
-def _lower_data(translator: Translator, data: Any) -> str:
+def _lower_data(data: Any) -> str:
     """The `data` of a DataTransfer: a text in 1.6, anything in 2.x."""
     return data if isinstance(data, str) else to_json(data)
 
 
-DATA = Row("data", "data", lambda translator, value: value, _lower_data)
+DATA = row("data", "data", lambda value: value, _lower_data)
 TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
             exact_row("messageId", "messageId", 50, 50), DATA)
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
@@ -6670,7 +6677,7 @@ PLAIN = (
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
     ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
     ("GetLocalListVersion", "GetLocalListVersion", (),
-     (Row("listVersion", "versionNumber", _count, _whole, 0, 0),)),
+     (row("listVersion", "versionNumber", _count, _whole, old_default=0, new_default=0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
       list_row("localAuthorizationList", "localAuthorizationList", LOCAL_LIST),
@@ -6684,7 +6691,7 @@ PLAIN = (
       whole_row("reservationId", "id", needed=True)),
      status_rows("Accepted", "Faulted", "Occupied", "Rejected", "Unavailable", worst="Rejected")),
     ("UnlockConnector", "UnlockConnector",
-     (EVSE, Row("", "connectorId", _whole, _whole, None, 1)),
+     (EVSE, row("", "connectorId", _whole, _whole, new_default=1)),
      status_rows("Unlocked", "UnlockFailed", lift={"NotSupported": "UnknownConnector"},
                  worst="UnlockFailed")),
 )
@@ -6989,7 +6996,7 @@ def _with_id(translator: Translator, payload: dict, up: bool, path: tuple) -> di
     if rest:
         return payload | {first: _with_id(translator, value, up, tuple(rest))} if isinstance(
             value, dict) else payload
-    known = (translator.mappings.get(_whole(translator, value)) if up
+    known = (translator.mappings.get(_whole(value)) if up
              else translator.by_upstream_id(value))
     other = (known.upstream_id if up else known.station_id) if known else None
     return payload if other is None else payload | {first: other}
