@@ -23761,12 +23761,42 @@ PILOT_DELAY_S = 4.0                  # until a car follows a lower limit
 TAPER_PERCENT = 80                   # of its battery; above it a car takes less and less
 SESSION_READINGS, IDLE_HEARTBEATS = 20, 3        # meter values in a charging, Heartbeats before it
 HIGHEST_STACK_LEVEL, OUTLET_MAX_A = 9, 32.0
-CONFIGURATION_KEYS = {"HeartbeatInterval": "300", "MeterValueSampleInterval": "10",
-                      "NumberOfConnectors": "1",
-                      "ChargeProfileMaxStackLevel": str(HIGHEST_STACK_LEVEL),
-                      "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
-                      "MaxChargingProfilesInstalled": "20",
-                      "ProfileStackLevel": str(HIGHEST_STACK_LEVEL), "RateUnit": "A,W"}
+# Its configuration: keys of 1.6, variables of 2.x with their component (2.0.1 part 2, appendices
+# 3), and those that nobody may change.
+_CONFIGURATION_2X = {
+    "OCPPCommCtrlr.HeartbeatInterval": "300", "SampledDataCtrlr.TxUpdatedInterval": "10",
+    "AuthCtrlr.Enabled": "true", "LocalAuthListCtrlr.Entries": "0",
+    "LocalAuthListCtrlr.ItemsPerMessage": "100",
+    "DeviceDataCtrlr.ItemsPerMessage:GetVariables": "50",
+    "SmartChargingCtrlr.ProfileStackLevel": str(HIGHEST_STACK_LEVEL),
+    "SmartChargingCtrlr.RateUnit": "A,W", "ChargingStation.AvailabilityState": "Available",
+    "FirmwareCtrlr.Version": VERSION}
+CONFIGURATION = {
+    "ocpp1.6": {"HeartbeatInterval": "300", "MeterValueSampleInterval": "10",
+                "NumberOfConnectors": "1", "LocalAuthListMaxLength": "1000",
+                "SendLocalListMaxLength": "100", "GetConfigurationMaxKeys": "50",
+                "ChargeProfileMaxStackLevel": str(HIGHEST_STACK_LEVEL),
+                "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
+                "MaxChargingProfilesInstalled": "20"},
+    "ocpp2.0.1": _CONFIGURATION_2X, "ocpp2.1": _CONFIGURATION_2X}
+UNCHANGEABLE = frozenset("""NumberOfConnectors LocalAuthListMaxLength SendLocalListMaxLength
+    GetConfigurationMaxKeys ChargeProfileMaxStackLevel MaxChargingProfilesInstalled
+    ChargingScheduleAllowedChargingRateUnit LocalAuthListCtrlr.Entries FirmwareCtrlr.Version
+    LocalAuthListCtrlr.ItemsPerMessage DeviceDataCtrlr.ItemsPerMessage:GetVariables
+    SmartChargingCtrlr.ProfileStackLevel SmartChargingCtrlr.RateUnit
+    ChargingStation.AvailabilityState""".split())
+_WATTS_2X = ("SmartChargingCtrlr.RateUnit", "W")
+WATTS_ONLY = {                      # what one with that of FAULTS says of itself
+    "ocpp1.6": ("ChargingScheduleAllowedChargingRateUnit", "Power"),
+    "ocpp2.0.1": _WATTS_2X, "ocpp2.1": _WATTS_2X}
+STEP_S = 2.0                        # between the steps of an update
+TRANSFER_S, TRIES = 300.0, 5        # of a file; and how often at most it is tried
+LOG_LINES = 500                     # of a station, which it sends when asked for its log
+PROGRESS = ("DiagnosticsStatusNotification", "FirmwareStatusNotification",
+            "LogStatusNotification")
+MONITOR_FIELDS: dict[str, dict] = {      # of a NotifyMonitoringReport
+    "ocpp2.0.1": {}, "ocpp2.1": {"eventNotificationType": "CustomMonitor"}}
+ENTRIES_KEPT = 1000                 # of its local list, certificates, messages, monitors
 # What real stations do wrong with limits and connections.
 FAULTS = {
     "reject": "refuses every charging profile",
@@ -23778,6 +23808,14 @@ FAULTS = {
 }
 SIMULATED_FRAME_BYTES = 1 << 20
 LATE_S, AWAY_S, FAULT_EVERY_S = 8.0, 120.0, (60.0, 180.0)
+
+
+class Reservation(NamedTuple):
+    """An EVSE that is kept for an id token until a time (1.6 5.13; 2.0.1 H01)."""
+
+    id: int
+    id_token: str
+    expires_at: float                   # UTC seconds
 
 
 @dataclass(slots=True)
@@ -23803,6 +23841,7 @@ class Outlet:
     readings: int = 0
     sequence: int = 0
     remote_start_id: int | None = None
+    reservation: Reservation | None = None
 
     def arrive(self, id_token: str) -> None:
         """A car is plugged in."""
@@ -23849,11 +23888,15 @@ class Outlet:
 
 
 class SimulatedStation:
-    """A station of one version. Subclasses hold what versions call things."""
+    """A station of one version. Subclasses hold what versions call things.
+
+    What it is told stands in OBEYED. What that leads to is the next in its `plan`; what takes long,
+    such as an upload, is a job beside it.
+    """
 
     protocol = ""
     preparing = "Preparing"              # what a connector is with a car that does not charge yet
-    reset_reason = list_version_field = ""
+    reset_reason = ""
 
     def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
                  password: str = "", latencies: deque | None = None, stay_s: float = 0.0,
@@ -23861,11 +23904,19 @@ class SimulatedStation:
         self.identity, self.url, self.rate, self.password = identity, url, rate, password
         self.stay_s, self.faults, self.clock = stay_s, set(faults), clock
         self.outlets = [Outlet(n + 1, energy_wh=random.randrange(10**6)) for n in range(outlets)]
-        self.configuration = CONFIGURATION_KEYS | {"NumberOfConnectors": str(outlets)}
+        self.configuration = dict(CONFIGURATION[self.protocol])
+        if "NumberOfConnectors" in self.configuration:
+            self.configuration["NumberOfConnectors"] = str(outlets)
         if "watts" in self.faults:
-            self.configuration |= {"ChargingScheduleAllowedChargingRateUnit": "Power",
-                                   "RateUnit": "W"}
+            self.configuration.update([WATTS_ONLY[self.protocol]])
+        self.firmware, self.boot_reason = VERSION, "PowerUp"
         self.profiles: list[Profile] = []
+        self.list_version = 0
+        self.local_list: dict[str, dict] = {}            # {id token: its entry}
+        self.certificates: list[tuple[str, dict]] = []   # (its use, CertificateHashData)
+        self.progress: dict[str, dict] = {}              # {Action: what was told by it last}
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self._jobs: dict[str, asyncio.Task] = {}
         self.latencies = deque(maxlen=1000) if latencies is None else latencies
         self.calls = self.errors = 0
         self.online = self.accepted = False
@@ -23898,10 +23949,20 @@ class SimulatedStation:
     async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
         raise NotImplementedError
 
+    async def reservation_expired(self, reservation: Reservation) -> None:
+        """1.6 says it by the connector's status alone."""
+
     # Life
 
     async def run(self) -> None:
         """Connect, live, connect again when the connection is lost; until cancelled."""
+        try:
+            await self._run()
+        finally:
+            for job in self._jobs.values():
+                job.cancel()
+
+    async def _run(self) -> None:
         pause = 1.0
         while True:
             try:
@@ -23959,10 +24020,13 @@ class SimulatedStation:
         self._restart = False
 
     def advance(self) -> None:
-        """Let all cars charge until now."""
+        """Let all cars charge, and reservations run, until now."""
         now = self.clock()
         for outlet in self.outlets:
             outlet.advance(now, self.limit_a(outlet))
+            if (reservation := outlet.reservation) and now >= reservation.expires_at:
+                self.end_reservation(outlet)
+                self.plan.append(functools.partial(self.reservation_expired, reservation))
 
     def forget(self) -> None:
         """What a station loses when it starts over."""
@@ -23984,7 +24048,7 @@ class SimulatedStation:
                 self.clock() - outlet.started_at >= self.stay_s if self.stay_s
                 else outlet.readings >= SESSION_READINGS)
             self.plan.append(functools.partial(self.stop if full else self.meter, outlet))
-        elif self.idle < IDLE_HEARTBEATS or not outlet.operative:
+        elif self.idle < IDLE_HEARTBEATS or not outlet.operative or outlet.reservation:
             self.idle += 1
             self.plan.append(self.heartbeat)
         else:
@@ -24018,6 +24082,7 @@ class SimulatedStation:
             raise Conflict("the connection has ended")
         sent = time.perf_counter()
         call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
+        self.note("sends", call)
         message: CallResult | CallError = (await self.exchange.call(call)).message
         self.calls += 1
         self.latencies.append((time.perf_counter() - sent) * 1000)
@@ -24051,14 +24116,103 @@ class SimulatedStation:
     def obey(self, call: Call) -> CallResult | CallError:
         """The answer to a command; what follows from it goes into the plan."""
         self.obeyed[call.action] += 1
+        self.note("is told", call)
         if recorded := self.recorded.get(call.action):
             return _recorded_answer(call, recorded)
-        name = re.sub("(?<!^)(?=[A-Z])", "_", call.action).lower()       # on_change_availability
-        handler = getattr(self, f"on_{name}", None)
+        handler = OBEYED[self.protocol].get(call.action)
         if handler is None:
             return CallError(call.id_text, "NotSupported", "", {}, "{}")
-        payload = handler(call.payload)
+        try:
+            payload = handler(self, call.payload)
+        except (KeyError, TypeError, AttributeError, ValueError, FormatViolation) as error:
+            code = error_code(self.protocol, "FormatViolation")
+            return CallError(call.id_text, code, kept(error), {}, "{}")
         return CallResult(call.id_text, payload, to_json(payload))
+
+    def note(self, what: str, call: Call) -> None:
+        """Write a line of the station's log."""
+        self.log.append(f"{self.now()} {self.identity} {what} {call.action} "
+                        f"{without_secrets(call.action, call.payload, call.text)}")
+
+    # Jobs
+
+    def begin(self, kind: str, work: Callable[[], Awaitable[None]]) -> bool:
+        """Begin a job, in place of one of its kind. Returns whether that was under way."""
+        former = self._jobs.get(kind)
+        self._jobs[kind] = asyncio.create_task(self._work(work))
+        return former is not None and former.cancel()
+
+    async def _work(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except BoardError as error:                      # nobody listens any more
+            log.info("%s: %s", self.identity, error)
+
+    async def tell(self, action: str, status: str, request: dict) -> None:
+        """Say how far a job is that a command with a requestId, or without one, has asked for."""
+        self.progress[action] = {"status": status} | {
+            name: request[name] for name in ("requestId",) if name in request}
+        await self.call(action, self.progress[action])
+
+    async def upload(self, url: str, name: str, request: dict, action: str, failed: str) -> None:
+        """Send the log to a URL by HTTP, and tell by `action` how that goes."""
+        await self.tell(action, "Uploading", request)
+        url += name if url.endswith("/") else ""
+        body = "\n".join((*self.log, "")).encode()
+        sent = await self._try(request, functools.partial(
+            AsyncHTTPClient().fetch, url, method="PUT", body=body, request_timeout=TRANSFER_S))
+        await self.tell(action, "Uploaded" if sent else failed, request)
+
+    async def update(self, firmware: dict, request: dict, action: str) -> None:
+        """Fetch a firmware by HTTP, pretend to install it, and tell by `action` how that goes.
+
+        Spec: 1.6 6.11, security extension L01; 2.0.1 L01, L02.
+        """
+        tell = functools.partial(self.tell, action, request=request)
+        await self._until(firmware.get("retrieveDateTime"), tell, "DownloadScheduled")
+        await tell("Downloading")
+        size = 0
+
+        def take(chunk: bytes) -> None:
+            nonlocal size
+            size += len(chunk)
+        fetched = await self._try(request, functools.partial(
+            AsyncHTTPClient().fetch, firmware["location"], streaming_callback=take,
+            request_timeout=TRANSFER_S))
+        if not fetched or not size:
+            await tell("DownloadFailed")
+            return
+        await tell("Downloaded")
+        if "signature" in firmware:
+            await tell("SignatureVerified")
+        await self._until(firmware.get("installDateTime"), tell, "InstallScheduled")
+        await asyncio.sleep(STEP_S)
+        await tell("Installing")
+        await asyncio.sleep(STEP_S)
+        self.firmware = urlsplit(firmware["location"]).path.rpartition("/")[2][:50] or VERSION
+        self.boot_reason = "FirmwareUpdate"
+        await self.boot_again()
+        await tell("Installed")
+
+    async def _until(self, when: Any, tell: Callable[[str], Awaitable], scheduled: str) -> None:
+        """Wait for a time of a command; what may come, is told."""
+        wait_s = parse_time(when)[0] - self.clock() if when else 0.0
+        if wait_s > 0:
+            if self.protocol != "ocpp1.6":
+                await tell(scheduled)
+            await asyncio.sleep(wait_s)
+
+    async def _try(self, request: dict, transfer: Callable[[], Awaitable]) -> bool:
+        """Transfer a file, again as often as the command says. Returns whether it went well."""
+        for left in reversed(range(min(request.get("retries", 0), TRIES - 1) + 1)):
+            try:
+                await transfer()
+                return True
+            except (HTTPClientError, OSError, ValueError, KeyError, AssertionError) as error:
+                log.info("%s: %s", self.identity, error)
+            if left:
+                await asyncio.sleep(request.get("retryInterval", 1))
+        return False
 
     # What every version does
 
@@ -24111,7 +24265,8 @@ class SimulatedStation:
     def start_remotely(self, number: int | None, id_token: str,
                        remote_id: int | None = None) -> dict:
         outlet = self.outlet(number)
-        if outlet is None or outlet.transaction_id is not None or not outlet.operative:
+        if outlet is None or outlet.transaction_id is not None or not outlet.operative or (
+                outlet.reservation and outlet.reservation.id_token.lower() != id_token.lower()):
             return {"status": "Rejected"}
         outlet.remote_start_id = remote_id
         self.plan.clear()
@@ -24125,12 +24280,43 @@ class SimulatedStation:
                 return {"status": "Accepted"}
         return {"status": "Rejected"}
 
+    def reserve(self, number: int | None, reservation: Reservation) -> dict:
+        """Keep an outlet for an id token; a reservation with the same id is replaced."""
+        for outlet in self.outlets:
+            if outlet.reservation and outlet.reservation.id == reservation.id:
+                self.end_reservation(outlet)
+        found = self.outlet(number) if number else next(
+            (o for o in self.outlets if o.status == "Available" and o.operative), self.outlets[0])
+        if found is None or reservation.expires_at <= self.clock():
+            return {"status": "Rejected"}
+        if not found.operative:
+            return {"status": "Unavailable"}
+        if found.status != "Available":
+            return {"status": "Occupied"}
+        found.reservation, found.status = reservation, "Reserved"
+        self.plan.append(functools.partial(self.tell_status, found))
+        return {"status": "Accepted"}
+
+    def end_reservation(self, outlet: Outlet) -> None:
+        """It is cancelled, or has expired."""
+        outlet.reservation = None
+        outlet.status = "Available" if outlet.operative else "Unavailable"
+        self.plan.append(functools.partial(self.tell_status, outlet))
+
+    def on_cancel_reservation(self, payload: dict) -> dict:
+        for outlet in self.outlets:
+            if outlet.reservation and outlet.reservation.id == payload["reservationId"]:
+                self.end_reservation(outlet)
+                return {"status": "Accepted"}
+        return {"status": "Rejected"}
+
     def on_reset(self, payload: dict) -> dict:
         self.plan.clear()
         for outlet in self.outlets:
             if outlet.transaction_id is not None:
                 self.plan.append(functools.partial(self.stop, outlet, self.reset_reason))
         self.plan.append(self.restart)
+        self.boot_reason = "RemoteReset"
         return {"status": "Accepted"}
 
     async def restart(self) -> None:
@@ -24154,10 +24340,28 @@ class SimulatedStation:
         sends = {"Heartbeat": self.heartbeat, "BootNotification": self.boot_again,
                  "StatusNotification": functools.partial(self.tell_status, outlet),
                  "MeterValues": functools.partial(self.meter, outlet)}
+        sends |= {action: functools.partial(self.tell_progress, action) for action in PROGRESS
+                  if action in CALLS[self.protocol]}
+        sends |= dict.fromkeys(SIGN_TRIGGERS[self.protocol][1:], self.ask_for_certificate)
         if message not in sends:
             return {"status": "NotImplemented"}
         self.plan.appendleft(sends[message])
         return {"status": "Accepted"}
+
+    async def tell_progress(self, action: str) -> None:
+        """Say again how far an upload or an update is."""
+        await self.call(action, self.progress.get(action, {"status": "Idle"}))
+
+    async def ask_for_certificate(self) -> None:
+        """Make a key, and have a certificate signed for it (2.0.1 A02), where openssl is there."""
+        try:
+            request = await asyncio.get_running_loop().run_in_executor(None, functools.partial(
+                openssl, "req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", os.devnull,
+                "-subj", f"/CN={self.identity}"))
+        except ValueError as error:
+            log.warning("%s asks for no certificate: %s", self.identity, error)
+        else:
+            await self.call("SignCertificate", {"csr": request})
 
     def composite_schedule(self, number: int, duration: int) -> dict:
         outlet = self.outlet(number) or self.outlets[0]
@@ -24168,17 +24372,67 @@ class SimulatedStation:
     def on_clear_cache(self, payload: dict) -> dict:
         return {"status": "Accepted"}
 
-    def on_send_local_list(self, payload: dict) -> dict:
-        return {"status": "Accepted"}
-
     def on_data_transfer(self, payload: dict) -> dict:
         return {"status": "UnknownVendorId"}
 
-    def on_get_local_list_version(self, payload: dict) -> dict:
-        return {self.list_version_field: 0}
+    def on_send_local_list(self, payload: dict) -> dict:
+        """1.6 5.15; 2.0.1 D01."""
+        version, token = payload[LIST_VERSION[self.protocol]], LISTED_AS[self.protocol]
+        full = payload["updateType"] == "Full"
+        if not full and version <= self.list_version:
+            return {"status": "VersionMismatch"}
+        entries = {} if full else dict(self.local_list)
+        for entry in payload.get("localAuthorizationList", ()):
+            key = str(entry[token[0]]).lower()
+            entries.pop(key, None)
+            if token[1] in entry:                        # without it, it is to be removed
+                entries[key] = entry
+        if len(entries) > ENTRIES_KEPT:
+            return {"status": "Failed"}
+        self.list_version, self.local_list = version, entries
+        if "LocalAuthListCtrlr.Entries" in self.configuration:
+            self.configuration["LocalAuthListCtrlr.Entries"] = str(len(entries))
+        return {"status": "Accepted"}
 
-    def on_unlock_connector(self, payload: dict) -> dict:
-        return {"status": "Unlocked"}
+    def on_get_local_list_version(self, payload: dict) -> dict:
+        return {LIST_VERSION[self.protocol]: self.list_version}
+
+    def on_install_certificate(self, payload: dict) -> dict:
+        try:
+            digest = certificate_hash(payload["certificate"])
+        except ValueError:
+            return {"status": "Rejected"}
+        entry = (payload["certificateType"], digest)
+        if len(self.certificates) >= ENTRIES_KEPT:
+            return {"status": "Failed"}
+        self.certificates = [*(one for one in self.certificates if one != entry), entry]
+        return {"status": "Accepted"}
+
+    def on_delete_certificate(self, payload: dict) -> dict:
+        left = [one for one in self.certificates if one[1] != payload["certificateHashData"]]
+        found, self.certificates = len(left) < len(self.certificates), left
+        return {"status": "Accepted" if found else "NotFound"}
+
+    def on_certificate_signed(self, payload: dict) -> dict:
+        try:
+            found = read_certificates(payload["certificateChain"])
+        except ValueError:
+            found = []
+        return {"status": "Accepted" if found else "Rejected"}
+
+    def on_get_log(self, payload: dict) -> dict:
+        """1.6 security extension N01; 2.0.1 N01."""
+        name = f"{file_name(self.identity)}-{payload['logType']}.txt"
+        former = self.begin("log", functools.partial(
+            self.upload, payload["log"]["remoteLocation"], name, payload, "LogStatusNotification",
+            "UploadFailure"))
+        return {"status": "AcceptedCanceled" if former else "Accepted", "filename": name}
+
+    def begin_update(self, payload: dict, action: str) -> dict:
+        """Begin an update that came with a requestId."""
+        former = self.begin("firmware", functools.partial(
+            self.update, payload["firmware"], payload, action))
+        return {"status": "AcceptedCanceled" if former else "Accepted"}
 
     async def heartbeat(self) -> None:
         await self.call("Heartbeat", {})
@@ -24205,15 +24459,39 @@ def _recorded_answer(call: Call, recorded: deque[dict]) -> CallResult | CallErro
     return CallResult(call.id_text, payload, to_json(payload))
 
 
+def certificate_hash(pem: str) -> dict:
+    """The CertificateHashData of a certificate that has signed itself (2.0.1 part 2, 2.7).
+
+    Of another one the issuer's key is not known: its own stands in that place. Raises: ValueError.
+    """
+    found = PEM_CERTIFICATE.search(pem)
+    if found is None:
+        raise ValueError("no certificate in PEM")
+    try:
+        fields = [content for tag, content in
+                  der(der(der(base64.b64decode(found[1]))[0][1])[0][1]) if tag != CONTEXT_0]
+        serial, _algorithm, issuer, _validity, _subject, public, *_ = fields
+        key = der(public)[1][1][1:]                      # without the number of unused bits
+    except IndexError:
+        raise ValueError("no certificate") from None
+    size = len(issuer)
+    digits = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    head = bytes((0x30, size)) if size < 0x80 else bytes((0x30, 0x80 | len(digits))) + digits
+    return {"hashAlgorithm": "SHA256",
+            "issuerNameHash": hashlib.sha256(head + issuer).hexdigest(),
+            "issuerKeyHash": hashlib.sha256(key).hexdigest(),
+            "serialNumber": f"{int.from_bytes(serial, 'big'):x}"[:40]}
+
+
 class SimulatedStation16(SimulatedStation):
     """A Charge Point that speaks 1.6."""
 
     protocol = "ocpp1.6"
-    reset_reason, list_version_field = "SoftReset", "listVersion"
+    reset_reason = "SoftReset"
 
     def boot_payload(self) -> dict:
         return {"chargePointVendor": "ocppboard", "chargePointModel": "Simulator",
-                "chargePointSerialNumber": self.identity[:25], "firmwareVersion": VERSION}
+                "chargePointSerialNumber": self.identity[:25], "firmwareVersion": self.firmware}
 
     async def tell_status(self, outlet: Outlet) -> None:
         await self.call("StatusNotification", {
@@ -24229,7 +24507,9 @@ class SimulatedStation16(SimulatedStation):
     async def start(self, outlet: Outlet) -> None:
         answer = await self.call("StartTransaction", {
             "connectorId": outlet.number, "idTag": outlet.id_token[:20],
-            "meterStart": int(outlet.energy_wh), "timestamp": self.now()})
+            "meterStart": int(outlet.energy_wh), "timestamp": self.now(),
+            **({"reservationId": outlet.reservation.id} if outlet.reservation else {})})
+        outlet.reservation = None
         outlet.begin(self.clock(), answer.get("transactionId"))
         outlet.advance(self.clock(), self.limit_a(outlet))
         outlet.status = self.charging_status(outlet)
@@ -24301,9 +24581,43 @@ class SimulatedStation16(SimulatedStation):
     def on_trigger_message(self, payload: dict) -> dict:
         return self.trigger(payload["requestedMessage"], payload.get("connectorId"))
 
+    def on_unlock_connector(self, payload: dict) -> dict:
+        outlet = self.outlet(payload["connectorId"])
+        if outlet is None:
+            return {"status": "NotSupported"}
+        if outlet.transaction_id is not None:
+            self.plan.appendleft(functools.partial(self.stop, outlet, "UnlockCommand"))
+        return {"status": "Unlocked"}
+
+    def on_reserve_now(self, payload: dict) -> dict:
+        return self.reserve(payload["connectorId"], Reservation(
+            payload["reservationId"], payload["idTag"], parse_time(payload["expiryDate"])[0]))
+
+    def on_get_diagnostics(self, payload: dict) -> dict:
+        name = f"{file_name(self.identity)}-diagnostics.txt"
+        self.begin("log", functools.partial(
+            self.upload, payload["location"], name, payload, "DiagnosticsStatusNotification",
+            "UploadFailed"))
+        return {"fileName": name}
+
+    def on_update_firmware(self, payload: dict) -> dict:
+        self.begin("firmware", functools.partial(
+            self.update, {"location": payload["location"],
+                          "retrieveDateTime": payload["retrieveDate"]}, payload,
+            "FirmwareStatusNotification"))
+        return {}
+
+    def on_signed_update_firmware(self, payload: dict) -> dict:
+        return self.begin_update(payload, "SignedFirmwareStatusNotification")
+
+    def on_get_installed_certificate_ids(self, payload: dict) -> dict:
+        found = [digest for use, digest in self.certificates if use == payload["certificateType"]]
+        return {"status": "Accepted", "certificateHashData": found} if found else {
+            "status": "NotFound"}
+
     def on_get_configuration(self, payload: dict) -> dict:
         keys = payload.get("key") or list(self.configuration)
-        return {"configurationKey": [{"key": key, "readonly": False,
+        return {"configurationKey": [{"key": key, "readonly": key in UNCHANGEABLE,
                                       "value": self.configuration[key]}
                                      for key in keys if key in self.configuration],
                 "unknownKey": [key for key in keys if key not in self.configuration]}
@@ -24311,6 +24625,8 @@ class SimulatedStation16(SimulatedStation):
     def on_change_configuration(self, payload: dict) -> dict:
         if payload["key"] not in self.configuration:
             return {"status": "NotSupported"}
+        if payload["key"] in UNCHANGEABLE:
+            return {"status": "Rejected"}
         self.configuration[payload["key"]] = payload["value"]
         return {"status": "Accepted"}
 
@@ -24320,12 +24636,19 @@ class SimulatedStation201(SimulatedStation):
 
     protocol = "ocpp2.0.1"
     preparing = "Occupied"
-    reset_reason, list_version_field = "ImmediateReset", "versionNumber"
+    reset_reason = "ImmediateReset"
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.restarts_when_idle = False
+        self.monitors: dict[int, dict] = {}
+        self.messages: dict[int, dict] = {}              # on its display
+        self.profiles_sent: dict[tuple[int, int], dict] = {}         # {(EVSE, id): as it came}
 
     def boot_payload(self) -> dict:
-        return {"reason": "PowerUp", "chargingStation": {
+        return {"reason": self.boot_reason, "chargingStation": {
             "vendorName": "ocppboard", "model": "Simulator", "serialNumber": self.identity[:25],
-            "firmwareVersion": VERSION}}
+            "firmwareVersion": self.firmware}}
 
     async def tell_status(self, outlet: Outlet) -> None:
         await self.call("StatusNotification", {
@@ -24353,6 +24676,9 @@ class SimulatedStation201(SimulatedStation):
             "meterValue": [{"timestamp": self.now(), "sampledValue": self.sampled(outlet, kind)}]}
         if kind == "Started":
             payload["idToken"] = self.id_token(outlet)
+            if outlet.reservation:
+                payload["reservationId"] = outlet.reservation.id
+                outlet.reservation = None
         outlet.sequence += 1
         await self.call("TransactionEvent", payload)
 
@@ -24407,8 +24733,12 @@ class SimulatedStation201(SimulatedStation):
 
     def on_set_charging_profile(self, payload: dict) -> dict:
         profile = payload["chargingProfile"]
-        return self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"],
-                                 profile["id"])
+        answer = self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"],
+                                   profile["id"])
+        held = {(p.evse_id, p.id) for p in self.profiles}
+        self.profiles_sent[payload["evseId"], profile["id"]] = profile
+        self.profiles_sent = {key: sent for key, sent in self.profiles_sent.items() if key in held}
+        return answer
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
         criteria = payload.get("chargingProfileCriteria", {})
@@ -24425,40 +24755,236 @@ class SimulatedStation201(SimulatedStation):
             "evseId": payload["evseId"], "scheduleStart": self.now()}}
 
     def on_trigger_message(self, payload: dict) -> dict:
-        return self.trigger(payload["requestedMessage"], payload.get("evse", {}).get("id"))
+        number = payload.get("evse", {}).get("id")
+        if payload["requestedMessage"] != "TransactionEvent":
+            return self.trigger(payload["requestedMessage"], number)
+        charging = [o for o in self.outlets if o.transaction_id is not None
+                    and number in (None, o.number)]
+        self.plan.extendleft(functools.partial(self.transaction_event, outlet, "Updated", "Trigger")
+                             for outlet in charging)
+        return {"status": "Accepted" if charging else "Rejected"}
+
+    def on_reset_2x(self, payload: dict) -> dict:
+        """2.0.1 B11, B12: of one EVSE, or when nobody charges, too."""
+        charging = [o for o in self.outlets if o.transaction_id is not None
+                    and payload.get("evseId", o.number) == o.number]
+        if payload["type"] == "OnIdle" and charging:
+            self.restarts_when_idle = True
+            return {"status": "Scheduled"}
+        if "evseId" not in payload:
+            return self.on_reset(payload)
+        for outlet in charging:
+            self.plan.appendleft(functools.partial(self.stop, outlet, self.reset_reason))
+        return {"status": "Accepted" if self.outlet(payload["evseId"]) else "Rejected"}
+
+    def after_stop(self, outlet: Outlet) -> None:
+        super().after_stop(outlet)
+        if self.restarts_when_idle and all(o.transaction_id is None for o in self.outlets):
+            self.restarts_when_idle, self.boot_reason = False, "ScheduledReset"
+            self.plan.append(self.restart)
+
+    def on_unlock_connector(self, payload: dict) -> dict:
+        outlet = self.outlet(payload["evseId"])
+        if outlet is None or payload["connectorId"] != 1:
+            return {"status": "UnknownConnector"}
+        return {"status": "Unlocked" if outlet.transaction_id is None
+                else "OngoingAuthorizedTransaction"}
+
+    def on_reserve_now(self, payload: dict) -> dict:
+        return self.reserve(payload.get("evseId"), Reservation(
+            payload["id"], payload["idToken"]["idToken"], parse_time(payload["expiryDateTime"])[0]))
+
+    async def reservation_expired(self, reservation: Reservation) -> None:
+        await self.call("ReservationStatusUpdate", {
+            "reservationId": reservation.id, "reservationUpdateStatus": "Expired"})
+
+    def on_update_firmware(self, payload: dict) -> dict:
+        return self.begin_update(payload, "FirmwareStatusNotification")
+
+    def on_get_installed_certificate_ids(self, payload: dict) -> dict:
+        uses = payload.get("certificateType")
+        found = [{"certificateType": use, "certificateHashData": digest}
+                 for use, digest in self.certificates if not uses or use in uses]
+        return {"status": "Accepted", "certificateHashDataChain": found} if found else {
+            "status": "NotFound"}
+
+    # Its variables (2.0.1 B05 to B08)
+
+    def variable_status(self, asked: dict, write: bool = False) -> tuple[str, str]:
+        """(name in our configuration, attributeStatus) of a component and a variable."""
+        component, variable = asked["component"]["name"], asked["variable"]["name"]
+        instance = asked["variable"].get("instance", "")
+        name = f"{component}.{variable}{instance and ':'}{instance}"
+        if name in self.configuration:
+            return name, "Rejected" if write and name in UNCHANGEABLE else "Accepted"
+        known = any(one.startswith(f"{component}.") for one in self.configuration)
+        return name, "UnknownVariable" if known else "UnknownComponent"
 
     def on_get_variables(self, payload: dict) -> dict:
         results = []
-        for one in payload["getVariableData"]:
-            value = self.configuration.get(one["variable"]["name"])
-            results.append({
-                "component": one["component"], "variable": one["variable"],
-                "attributeStatus": "UnknownVariable" if value is None else "Accepted"}
-                | ({} if value is None else {"attributeValue": value}))
+        for asked in payload["getVariableData"]:
+            name, status = self.variable_status(asked)
+            results.append({"component": asked["component"], "variable": asked["variable"],
+                            "attributeStatus": status}
+                           | ({"attributeValue": self.configuration[name]}
+                              if status == "Accepted" else {}))
         return {"getVariableResult": results}
 
     def on_set_variables(self, payload: dict) -> dict:
         results = []
-        for one in payload["setVariableData"]:
-            known = one["variable"]["name"] in self.configuration
-            if known:
-                self.configuration[one["variable"]["name"]] = one["attributeValue"]
-            results.append({"component": one["component"], "variable": one["variable"],
-                            "attributeStatus": "Accepted" if known else "UnknownVariable"})
+        for asked in payload["setVariableData"]:
+            name, status = self.variable_status(asked, write=True)
+            if status == "Accepted":
+                self.configuration[name] = asked["attributeValue"]
+            results.append({"component": asked["component"], "variable": asked["variable"],
+                            "attributeStatus": status})
         return {"setVariableResult": results}
 
     def on_get_base_report(self, payload: dict) -> dict:
-        self.plan.appendleft(functools.partial(self.call, "NotifyReport", {
+        return self.report(payload, self.configuration)
+
+    def on_get_report(self, payload: dict) -> dict:
+        wanted = payload.get("componentVariable")
+        return self.report(payload, [
+            name for name in self.configuration
+            if wanted is None or any(_is_of(name, asked) for asked in wanted)])
+
+    def report(self, payload: dict, names: Iterable[str]) -> dict:
+        """Answer, and send the variables in a NotifyReport."""
+        data = [_component_and_variable(name) | {
+            "variableAttribute": [{"value": self.configuration[name], "mutability":
+                                   "ReadOnly" if name in UNCHANGEABLE else "ReadWrite"}],
+            "variableCharacteristics": {"dataType": "string", "supportsMonitoring": True}}
+            for name in names]
+        return self.send_report(payload, "NotifyReport", "reportData", data)
+
+    def send_report(self, payload: dict, action: str, items: str, data: list[dict]) -> dict:
+        """Answer a request for a report, and send it."""
+        if not data:
+            return {"status": "EmptyResultSet"}
+        self.plan.appendleft(functools.partial(self.call, action, {
             "requestId": payload["requestId"], "generatedAt": self.now(), "seqNo": 0, "tbc": False,
-            "reportData": [{"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": name},
-                            "variableAttribute": [{"value": value}]}
-                           for name, value in self.configuration.items()]}))
+            items: data}))
         return {"status": "Accepted"}
+
+    # Its monitors (2.0.1 N02 to N06)
+
+    def on_set_variable_monitoring(self, payload: dict) -> dict:
+        results = []
+        for asked in payload["setMonitoringData"]:
+            _, status = self.variable_status(asked)
+            result = {name: asked[name] for name in ("type", "severity", "component", "variable")}
+            if len(self.monitors) >= ENTRIES_KEPT:
+                status = "Rejected"
+            if status == "Accepted":
+                id_ = asked.get("id") or max(self.monitors, default=0) + 1
+                self.monitors[id_] = asked | {"id": id_}
+                result["id"] = id_
+            results.append(result | {"status": status})
+        return {"setMonitoringResult": results}
+
+    def on_clear_variable_monitoring(self, payload: dict) -> dict:
+        return {"clearMonitoringResult": [
+            {"id": id_, "status": "Accepted" if self.monitors.pop(id_, None) else "NotFound"}
+            for id_ in payload["id"]]}
+
+    def on_get_monitoring_report(self, payload: dict) -> dict:
+        wanted, data = payload.get("componentVariable"), []
+        for monitor in self.monitors.values():
+            name, _ = self.variable_status(monitor)
+            if wanted is None or any(_is_of(name, asked) for asked in wanted):
+                data.append({
+                    "component": monitor["component"], "variable": monitor["variable"],
+                    "variableMonitoring": [{name: monitor[name] for name in (
+                        "id", "value", "type", "severity")} | MONITOR_FIELDS[self.protocol]
+                        | {"transaction": monitor.get("transaction", False)}]})
+        return self.send_report(payload, "NotifyMonitoringReport", "monitor", data)
+
+    # Its display (2.0.1 O01 to O06)
+
+    def on_set_display_message(self, payload: dict) -> dict:
+        message = payload["message"]
+        transaction = message.get("transactionId")
+        if message["message"]["format"] not in ("ASCII", "UTF8"):
+            return {"status": "NotSupportedMessageFormat"}
+        if transaction and all(o.transaction_id != transaction for o in self.outlets):
+            return {"status": "UnknownTransaction"}
+        if len(self.messages) >= ENTRIES_KEPT:
+            return {"status": "Rejected"}
+        self.messages[message["id"]] = message
+        return {"status": "Accepted"}
+
+    def on_get_display_messages(self, payload: dict) -> dict:
+        found = [message for message in self.messages.values()
+                 if message["id"] in payload.get("id", (message["id"],))
+                 and all(payload.get(name) in (None, message.get(name))
+                         for name in ("priority", "state"))]
+        if not found:
+            return {"status": "Unknown"}
+        self.plan.appendleft(functools.partial(self.call, "NotifyDisplayMessages", {
+            "requestId": payload["requestId"], "messageInfo": found, "tbc": False}))
+        return {"status": "Accepted"}
+
+    def on_clear_display_message(self, payload: dict) -> dict:
+        found = self.messages.pop(payload["id"], None)
+        return {"status": "Accepted" if found else "Unknown"}
+
+    # Others
+
+    def on_customer_information(self, payload: dict) -> dict:
+        """2.0.1 N09, N10: what it knows of a customer is in its local list."""
+        token = str(payload.get("idToken")).lower()
+        entry = self.local_list.get(token)
+        if payload["clear"] and entry:
+            del self.local_list[token]
+        if payload["report"]:
+            self.plan.appendleft(functools.partial(self.call, "NotifyCustomerInformation", {
+                "requestId": payload["requestId"], "generatedAt": self.now(), "seqNo": 0,
+                "tbc": False, "data": to_json(entry)[:512] if entry else "nothing is known"}))
+        return {"status": "Accepted"}
+
+    def on_get_charging_profiles(self, payload: dict) -> dict:
+        """2.0.1 K09."""
+        wanted, held = payload["chargingProfile"], {(p.evse_id, p.id) for p in self.profiles}
+        found: dict[int, list[dict]] = {}
+        for (evse_id, id_), profile in self.profiles_sent.items():
+            if (evse_id, id_) in held and payload.get("evseId") in (None, evse_id) and (
+                    id_ in wanted.get("chargingProfileId", (id_,))) and all(
+                    wanted.get(name) in (None, profile[name])
+                    for name in ("chargingProfilePurpose", "stackLevel")):
+                found.setdefault(evse_id, []).append(profile)
+        reports = [{"requestId": payload["requestId"], "chargingLimitSource": "CSO",
+                    "evseId": evse_id, "chargingProfile": profiles, "tbc": n < len(found)}
+                   for n, (evse_id, profiles) in enumerate(found.items(), 1)]
+        self.plan.extendleft(functools.partial(self.call, "ReportChargingProfiles", report)
+                             for report in reversed(reports))
+        return {"status": "Accepted" if reports else "NoProfiles"}
 
     def on_get_transaction_status(self, payload: dict) -> dict:
         ongoing = any(o.transaction_id == payload.get("transactionId") for o in self.outlets)
         answer = {"messagesInQueue": False}
         return answer | ({"ongoingIndicator": ongoing} if "transactionId" in payload else {})
+
+    def on_clear_tariffs(self, payload: dict) -> dict:
+        """2.1 I09: it has none."""
+        return {"clearTariffsResult": [
+            {"status": "NoTariff"} | ({"tariffId": id_} if id_ else {})
+            for id_ in payload.get("tariffIds", (None,))]}
+
+
+def _component_and_variable(name: str) -> dict:
+    """Of "DeviceDataCtrlr.ItemsPerMessage:GetVariables" the two objects."""
+    component, _, variable = name.partition(".")
+    variable, _, instance = variable.partition(":")
+    return {"component": {"name": component},
+            "variable": {"name": variable} | ({"instance": instance} if instance else {})}
+
+
+def _is_of(name: str, asked: dict) -> bool:
+    """Whether a variable is what a report is asked for: a component, or one variable of it."""
+    found = _component_and_variable(name)
+    return asked["component"]["name"] == found["component"]["name"] and (
+        "variable" not in asked or asked["variable"]["name"] == found["variable"]["name"])
 
 
 class SimulatedStation21(SimulatedStation201):
@@ -24469,6 +24995,76 @@ class SimulatedStation21(SimulatedStation201):
 
 SIMULATED = {kind.protocol: kind
              for kind in (SimulatedStation16, SimulatedStation201, SimulatedStation21)}
+# {version: {Action: what a station does when it is told, and answers}}
+Obedience = Callable[[Any, dict], dict]
+
+
+def _always(**answer: Any) -> Obedience:
+    """What is not simulated, and has one answer."""
+    return lambda station, payload: answer
+
+
+_S, _S16, _S2 = SimulatedStation, SimulatedStation16, SimulatedStation201
+_OBEYED_BY_ALL: dict[str, Obedience] = {
+    "CancelReservation": _S.on_cancel_reservation, "CertificateSigned": _S.on_certificate_signed,
+    "ClearCache": _S.on_clear_cache, "DataTransfer": _S.on_data_transfer,
+    "DeleteCertificate": _S.on_delete_certificate, "GetLog": _S.on_get_log,
+    "GetLocalListVersion": _S.on_get_local_list_version,
+    "InstallCertificate": _S.on_install_certificate, "SendLocalList": _S.on_send_local_list}
+_OBEYED_2X: dict[str, Obedience] = _OBEYED_BY_ALL | {
+    "ChangeAvailability": _S2.on_change_availability,
+    "ClearChargingProfile": _S2.on_clear_charging_profile,
+    "ClearDisplayMessage": _S2.on_clear_display_message,
+    "ClearVariableMonitoring": _S2.on_clear_variable_monitoring, "CostUpdated": _always(),
+    "CustomerInformation": _S2.on_customer_information,
+    "GetBaseReport": _S2.on_get_base_report, "GetChargingProfiles": _S2.on_get_charging_profiles,
+    "GetCompositeSchedule": _S2.on_get_composite_schedule,
+    "GetDisplayMessages": _S2.on_get_display_messages,
+    "GetInstalledCertificateIds": _S2.on_get_installed_certificate_ids,
+    "GetMonitoringReport": _S2.on_get_monitoring_report, "GetReport": _S2.on_get_report,
+    "GetTransactionStatus": _S2.on_get_transaction_status, "GetVariables": _S2.on_get_variables,
+    "PublishFirmware": _always(status="Rejected"),       # it is no local controller
+    "RequestStartTransaction": _S2.on_request_start_transaction,
+    "RequestStopTransaction": _S2.on_request_stop_transaction, "ReserveNow": _S2.on_reserve_now,
+    "Reset": _S2.on_reset_2x, "SetChargingProfile": _S2.on_set_charging_profile,
+    "SetDisplayMessage": _S2.on_set_display_message,
+    "SetMonitoringBase": _always(status="Accepted"),
+    "SetMonitoringLevel": _always(status="Accepted"),
+    "SetNetworkProfile": _always(status="Accepted"), "SetVariables": _S2.on_set_variables,
+    "SetVariableMonitoring": _S2.on_set_variable_monitoring,
+    "TriggerMessage": _S2.on_trigger_message, "UnlockConnector": _S2.on_unlock_connector,
+    "UnpublishFirmware": _always(status="NoFirmware"), "UpdateFirmware": _S2.on_update_firmware}
+OBEYED: dict[str, dict[str, Obedience]] = {
+    "ocpp1.6": _OBEYED_BY_ALL | {
+        "ChangeAvailability": _S16.on_change_availability,
+        "ChangeConfiguration": _S16.on_change_configuration,
+        "ClearChargingProfile": _S16.on_clear_charging_profile,
+        "ExtendedTriggerMessage": _S16.on_trigger_message,
+        "GetCompositeSchedule": _S16.on_get_composite_schedule,
+        "GetConfiguration": _S16.on_get_configuration, "GetDiagnostics": _S16.on_get_diagnostics,
+        "GetInstalledCertificateIds": _S16.on_get_installed_certificate_ids,
+        "RemoteStartTransaction": _S16.on_remote_start_transaction,
+        "RemoteStopTransaction": _S16.on_remote_stop_transaction,
+        "ReserveNow": _S16.on_reserve_now, "Reset": _S.on_reset,
+        "SetChargingProfile": _S16.on_set_charging_profile,
+        "SignedUpdateFirmware": _S16.on_signed_update_firmware,
+        "TriggerMessage": _S16.on_trigger_message, "UnlockConnector": _S16.on_unlock_connector,
+        "UpdateFirmware": _S16.on_update_firmware},
+    "ocpp2.0.1": _OBEYED_2X,
+    "ocpp2.1": _OBEYED_2X | {
+        "AFRRSignal": _always(status="Rejected"),
+        "AdjustPeriodicEventStream": _always(status="Rejected"),
+        "ChangeTransactionTariff": _always(status="TxNotFound"),
+        "ClearDERControl": _always(status="NotFound"), "ClearTariffs": _S2.on_clear_tariffs,
+        "GetDERControl": _always(status="NotSupported"), "GetPeriodicEventStream": _always(),
+        "GetTariffs": _always(status="NoTariff"),
+        "NotifyAllowedEnergyTransfer": _always(status="Accepted"),
+        "NotifyWebPaymentStarted": _always(), "RequestBatterySwap": _always(status="Rejected"),
+        "SetDERControl": _always(status="NotSupported"),
+        "SetDefaultTariff": _always(status="Rejected"),
+        "UpdateDynamicSchedule": _always(status="Rejected"),
+        "UsePriorityCharging": _always(status="NoProfile")},
+}
 
 
 async def simulate(url: str, stations: int, protocol: str, duration: float, rate: float,

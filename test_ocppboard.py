@@ -19009,6 +19009,275 @@ async def test_a_simulated_2x_station_obeys(site, protocol):
     assert not site.board.errors.records, site.board.errors.records[-1]
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_a_simulated_station_answers_every_action_as_the_schemas_say(protocol, full):
+    station: Any = ocppboard.SIMULATED[protocol]("SIM-1", "ws://127.0.0.1:9")
+    said, jobs = [], set()
+
+    def begin(kind, work):
+        jobs.add(kind)
+        return False
+
+    async def ask(action, payload):
+        said.append((action, payload))
+        return CallResult("1", {}, "{}")
+    station.ask, station.begin = ask, begin
+    for action in sorted(COMMANDS[protocol]):
+        payload = instance(schema_of(protocol, action, "Request"), full)
+        answer = station.obey(Call('"1"', action, payload, json.dumps(payload)))
+        assert type(answer) is CallResult, (action, answer)
+        checker(protocol, action, "Response")(answer.payload)
+        while station.plan:
+            step = station.plan.popleft()
+            if getattr(step, "func", step) != station.ask_for_certificate:
+                await step()
+    for action, payload in said:
+        checker(protocol, action, "Request")(payload)
+    assert jobs == {"log", "firmware"} and len(said) >= 2
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_a_simulated_station_says_what_is_wrong_with_a_command(protocol):
+    station: Any = ocppboard.SIMULATED[protocol]("SIM-1", "ws://127.0.0.1:9")
+    for action in sorted(COMMANDS[protocol]):
+        names = schema_of(protocol, action, "Request").get("properties", ())
+        for payload in ({}, dict.fromkeys(names, 5)):
+            answer = station.obey(Call('"1"', action, payload, json.dumps(payload)))
+            if type(answer) is CallError:
+                assert answer.code == ocppboard.error_code(protocol, "FormatViolation")
+    answer = station.obey(Call('"1"', "Nonsense", {}, "{}"))
+    assert answer == CallError('"1"', "NotSupported", "", {}, "{}")
+    for job in station._jobs.values():
+        job.cancel()
+
+
+def told(site, action):
+    """The payloads of what a station said by an Action."""
+    return [json.loads(m.payload) for m in site.board.messages.records
+            if m.method == action and m.direction == "IN" and m.type == "CALL"]
+
+
+def statuses_of(site, action):
+    return [payload["status"] for payload in told(site, action)]
+
+
+@pytest.mark.parametrize("protocol, action, notification, failed", [
+    ("ocpp1.6", "GetDiagnostics", "DiagnosticsStatusNotification", "UploadFailed"),
+    ("ocpp1.6", "GetLog", "LogStatusNotification", "UploadFailure"),
+    ("ocpp2.0.1", "GetLog", "LogStatusNotification", "UploadFailure")])
+@live()
+async def test_a_simulated_station_sends_its_log(site, protocol, action, notification, failed):
+    _station, command = await simulated(site, protocol)
+    made = (await site.fetch("/api/uploads", "POST", {"identity": "SIM-1"}))[1]
+    for url in (made["url"], made["url"], "ftp://host/log", "urn:log"):      # the first is used up
+        payload = {"location": url} if action == "GetDiagnostics" else {
+            "logType": "DiagnosticsLog", "requestId": 5, "log": {"remoteLocation": url}}
+        before = len(statuses_of(site, notification))
+        answer = await command(action, payload)
+        assert answer.get("fileName", answer.get("filename")).startswith("SIM-1")
+        await until(lambda n=before: len(statuses_of(site, notification)) == n + 2, 10)
+    assert statuses_of(site, notification) == [
+        "Uploading", "Uploaded", *["Uploading", failed] * 3]
+    upload, = await site.get("/api/uploads")
+    assert upload["status"] == "received" and upload["name"].startswith("SIM-1")
+    _, text, _ = await site.fetch(f"/api/uploads/{upload['id']}")
+    assert "SIM-1 sends BootNotification" in text and f"SIM-1 is told {action}" in text
+    assert made["url"] not in text
+    assert not site.board.errors.records, site.board.errors.records[-1]
+
+
+@pytest.mark.parametrize("protocol, action", [
+    ("ocpp1.6", "UpdateFirmware"), ("ocpp1.6", "SignedUpdateFirmware"),
+    ("ocpp2.0.1", "UpdateFirmware"), ("ocpp2.1", "UpdateFirmware")])
+@live()
+async def test_a_simulated_station_updates_its_firmware(site, monkeypatch, protocol, action):
+    monkeypatch.setattr(ocppboard, "STEP_S", 0.01)
+    _station, command = await simulated(site, protocol)
+    signed = action == "SignedUpdateFirmware"
+    notification = ("Signed" if signed else "") + "FirmwareStatusNotification"
+    base = f"http://127.0.0.1:{site.port}"
+    for url, end in ((f"{base}/healthz", "Installed"), (f"{base}/nothing", "DownloadFailed")):
+        firmware = {"location": url, "retrieveDateTime": iso_now(1)}
+        firmware |= {"signature": "s", "signingCertificate": "c"} if signed else {}
+        payload = {"requestId": 3, "firmware": firmware}
+        if protocol == "ocpp1.6" and not signed:
+            payload = {"location": url, "retrieveDate": iso_now()}
+        assert (await command(action, payload)).get("status") in (None, "Accepted")
+        await until(lambda end=end: statuses_of(site, notification)[-1:] == [end], 10)
+    scheduled = [] if protocol == "ocpp1.6" else ["DownloadScheduled"]
+    assert statuses_of(site, notification) == [
+        *scheduled, "Downloading", "Downloaded", *(["SignatureVerified"] if signed else []),
+        "Installing", "Installed", *scheduled, "Downloading", "DownloadFailed"]
+    assert site.board.stations["SIM-1"].info["firmware"] == "healthz"
+    assert not site.board.errors.records, site.board.errors.records[-1]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_simulated_station_keeps_a_reservation(site, protocol):
+    station, command = await simulated(site, protocol)
+    outlet = station.outlets[0]
+
+    async def reserve(id_, seconds=60, token="ME"):
+        ends = iso_now(seconds)
+        return (await command("ReserveNow", {
+            "connectorId": 1, "reservationId": id_, "idTag": token, "expiryDate": ends}
+            if protocol == "ocpp1.6" else {
+                "id": id_, "evseId": 1, "expiryDateTime": ends,
+                "idToken": {"idToken": token, "type": "Central"}}))["status"]
+
+    async def start(token):
+        return (await command("RemoteStartTransaction", {"idTag": token})
+                if protocol == "ocpp1.6" else await command("RequestStartTransaction", {
+                    "remoteStartId": 1, "evseId": 1,
+                    "idToken": {"idToken": token, "type": "Central"}}))["status"]
+
+    def status():
+        return site.board.stations["SIM-1"].connectors[1, 1].status
+    assert await reserve(1, -5) == "Rejected"
+    assert await reserve(1) == "Accepted" and await reserve(2) == "Occupied"
+    await until(lambda: status() == "Reserved")
+    assert await reserve(1) == "Accepted", "the same one is replaced"
+    assert await command("CancelReservation", {"reservationId": 9}) == {"status": "Rejected"}
+    assert await command("CancelReservation", {"reservationId": 1}) == {"status": "Accepted"}
+    await until(lambda: status() == "Available")
+    assert await reserve(3, 0.3) == "Accepted"
+    await until(lambda: status() == "Reserved")
+    await until(lambda: status() == "Available")
+    if protocol != "ocpp1.6":
+        await until(lambda: any(m.method == "ReservationStatusUpdate"
+                                for m in site.board.messages.records))
+    assert await reserve(4) == "Accepted"
+    assert await start("SOMEONE") == "Rejected" and await start("me") == "Accepted"
+    action = "StartTransaction" if protocol == "ocpp1.6" else "TransactionEvent"
+    await until(lambda: told(site, action))
+    assert told(site, action)[0]["reservationId"] == 4
+    await until(lambda: outlet.reservation is None)
+    assert not site.board.errors.records, site.board.errors.records[-1]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_simulated_station_keeps_the_local_list(site, protocol):
+    station, command = await simulated(site, protocol)
+    for token in ("A1", "A2"):
+        await site.fetch(f"/api/id-tokens/{token}", "PUT", {"name": token})
+    status, sent, _ = await site.fetch("/api/connections/SIM-1/local-list", "POST")
+    assert (status, sent["entries"]) == (200, 2) and len(station.local_list) == 2
+    await site.fetch("/api/id-tokens/A1", "DELETE")
+    _, sent, _ = await site.fetch("/api/connections/SIM-1/local-list", "POST")
+    assert sent["entries"] == 1 and len(station.local_list) == 1
+    version = ocppboard.LIST_VERSION[protocol]
+    assert await command("GetLocalListVersion", {}) == {version: sent["version"]}
+    assert (await command("SendLocalList", {version: 1, "updateType": "Differential"})) == {
+        "status": "VersionMismatch"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@live()
+async def test_a_simulated_station_keeps_certificates(site, tmp_path, protocol):
+    _station, command = await simulated(site, protocol)
+    ocppboard.make_certificates(tmp_path / "ca", ["localhost"])
+    pem = (tmp_path / "ca" / "ca.pem").read_text()
+    use = "CentralSystemRootCertificate" if protocol == "ocpp1.6" else "CSMSRootCertificate"
+    asked = use if protocol == "ocpp1.6" else [use]
+    ids = functools.partial(command, "GetInstalledCertificateIds", {"certificateType": asked})
+    assert await ids() == {"status": "NotFound"}
+    install = {"certificateType": use, "certificate": pem}
+    assert await command("InstallCertificate", install) == {"status": "Accepted"}
+    assert await command("InstallCertificate", install | {"certificate": "none"}) == {
+        "status": "Rejected"}
+    found = await ids()
+    digest = (found["certificateHashData"][0] if protocol == "ocpp1.6"
+              else found["certificateHashDataChain"][0]["certificateHashData"])
+    text = ocppboard.openssl("x509", "-in", str(tmp_path / "ca" / "ca.pem"), "-noout", "-serial",
+                             "-ocspid", "-nocert")
+    serial = re.search(r"serial=0*(\w+)", text)
+    assert serial and digest["serialNumber"] == serial[1].lower()
+    assert await command("DeleteCertificate", {"certificateHashData": digest}) == {
+        "status": "Accepted"}
+    assert await ids() == {"status": "NotFound"}
+    assert await command("CertificateSigned", {"certificateChain": pem}) == {"status": "Accepted"}
+    assert await command("CertificateSigned", {"certificateChain": "x"}) == {"status": "Rejected"}
+    trigger, word = ocppboard.SIGN_TRIGGERS[protocol]
+    assert await command(trigger, {"requestedMessage": word}) == {"status": "Accepted"}
+    await until(lambda: any(m.method == "SignCertificate" and m.type == "CALLRESULT"
+                            for m in site.board.messages.records), 20)
+
+
+@pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
+@live()
+async def test_a_simulated_2x_station_has_a_display_monitors_and_reports(site, protocol):
+    _station, command = await simulated(site, protocol)
+    accepted = {"status": "Accepted"}
+    message = {"id": 3, "priority": "InFront", "message": {"format": "UTF8", "content": "Hello"}}
+    assert await command("SetDisplayMessage", {"message": message}) == accepted
+    assert await command("SetDisplayMessage", {"message": message | {"message": {
+        "format": "HTML", "content": "x"}}}) == {"status": "NotSupportedMessageFormat"}
+    assert await command("GetDisplayMessages", {"requestId": 1, "priority": "InFront"}) == accepted
+    assert await command("GetDisplayMessages", {"requestId": 2, "id": [9]}) == {"status": "Unknown"}
+    await until(lambda: told(site, "NotifyDisplayMessages"))
+    assert told(site, "NotifyDisplayMessages")[0]["messageInfo"] == [message]
+    assert await command("ClearDisplayMessage", {"id": 3}) == accepted
+    assert await command("ClearDisplayMessage", {"id": 3}) == {"status": "Unknown"}
+    variable = {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "HeartbeatInterval"}}
+    monitor = {"value": 5.0, "type": "UpperThreshold", "severity": 4} | variable
+    odd = monitor | {"component": {"name": "Nothing"}}
+    one, other = (await command("SetVariableMonitoring", {"setMonitoringData": [monitor, odd]}))[
+        "setMonitoringResult"]
+    assert (one["status"], one["id"], other["status"]) == ("Accepted", 1, "UnknownComponent")
+    assert await command("GetMonitoringReport", {"requestId": 3}) == accepted
+    await until(lambda: told(site, "NotifyMonitoringReport"))
+    reported = told(site, "NotifyMonitoringReport")[0]["monitor"][0]
+    assert reported["variableMonitoring"][0]["id"] == 1
+    assert (await command("ClearVariableMonitoring", {"id": [1, 2]}))["clearMonitoringResult"] == [
+        {"id": 1, "status": "Accepted"}, {"id": 2, "status": "NotFound"}]
+    assert await command("GetMonitoringReport", {"requestId": 4}) == {"status": "EmptyResultSet"}
+    asked = {"requestId": 5, "componentVariable": [{"component": {"name": "OCPPCommCtrlr"}}]}
+    assert await command("GetReport", asked) == accepted
+    await until(lambda: told(site, "NotifyReport"))
+    assert [data["variable"] for data in told(site, "NotifyReport")[0]["reportData"]] == [
+        {"name": "HeartbeatInterval"}]
+    assert await command("CustomerInformation", {
+        "requestId": 6, "report": True, "clear": False,
+        "idToken": {"idToken": "A", "type": "Central"}}) == accepted
+    await until(lambda: told(site, "NotifyCustomerInformation"))
+    assert await command("SetChargingProfile", {"evseId": 1, "chargingProfile": PROFILE | {
+        "id": 1, "chargingSchedule": [SCHEDULE | {"id": 1}]}}) == accepted
+    assert await command("GetChargingProfiles", {"requestId": 7, "chargingProfile": {
+        "chargingProfilePurpose": "TxDefaultProfile"}}) == accepted
+    await until(lambda: told(site, "ReportChargingProfiles"))
+    assert told(site, "ReportChargingProfiles")[0]["chargingProfile"][0]["id"] == 1
+    assert await command("GetChargingProfiles", {"requestId": 8, "chargingProfile": {
+        "stackLevel": 7}}) == {"status": "NoProfiles"}
+    assert await command("UnlockConnector", {"evseId": 1, "connectorId": 2}) == {
+        "status": "UnknownConnector"}
+    assert await command("TriggerMessage", {
+        "requestedMessage": "LogStatusNotification"}) == accepted
+    await until(lambda: told(site, "LogStatusNotification") == [{"status": "Idle"}])
+    assert not site.board.errors.records, site.board.errors.records[-1]
+
+
+@live()
+async def test_a_simulated_2x_station_resets_when_it_is_idle(site):
+    station, command = await simulated(site, "ocpp2.0.1")
+    assert await command("RequestStartTransaction", {
+        "remoteStartId": 1, "evseId": 1, "idToken": {"idToken": "A", "type": "Central"}}) == {
+            "status": "Accepted"}
+    await until(lambda: len(site.board.transactions))
+    before = site.board.total_connections
+    assert await command("Reset", {"type": "OnIdle"}) == {"status": "Scheduled"}
+    assert await command("TriggerMessage", {"requestedMessage": "TransactionEvent"}) == {
+        "status": "Accepted"}
+    await until(lambda: told(site, "TransactionEvent")[-1]["triggerReason"] == "Trigger")
+    await command("RequestStopTransaction", {"transactionId": station.outlets[0].transaction_id})
+    await until(lambda: site.board.total_connections == before + 1)
+    await until(lambda: told(site, "BootNotification")[-1]["reason"] == "ScheduledReset")
+
+
 @live()
 async def test_the_simulator_sums_up(site, capsys):
     status = await ocppboard.simulate(site.url("").rstrip("/"), 4, "all", 1.5, 80)
