@@ -65,6 +65,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import random
@@ -105,8 +106,20 @@ from itertools import cycle, islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from string import Template
-from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, Protocol, cast, final
+from types import NoneType, SimpleNamespace
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypedDict,
+    cast,
+    final,
+    get_args,
+    get_origin,
+)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -424,7 +437,8 @@ DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
 # ConnectorPhaseRotation, whose words these are).
 ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
-TOKEN_STATUSES = ("Accepted", "Blocked", "Expired", "Invalid")           # 1.6 7.2
+TokenStatus = Literal["Accepted", "Blocked", "Expired", "Invalid"]      # 1.6 7.2
+TOKEN_STATUSES = get_args(TokenStatus)
 GROUP_LENGTH = 20                    # of 1.6's parentIdTag
 ALERTS = ("offline", "faulted", "refused", "uncontrollable", "undelivered", "certificate", "state")
 ALERT_WORDS = ("title", "text", "site")      # $title and the like in an alert's template
@@ -1005,8 +1019,8 @@ PASSWORD_HASH = re.compile(r"scrypt\$(2048|4096|8192|16384|32768|65536)\$(8)\$([
 
 
 # --- Records ------------------------------------------------------------------------------
-# What is kept, and the bounded stores that keep it. Records hold data; `view` is the JSON that
-# REST and streams show of one. Only the Board changes them.
+# What is kept, and the bounded stores that keep it. Records hold data; a field that is shown is
+# declared once, where it stands (see `Shown`). Only the Board changes them.
 
 
 def iso(when: float | None) -> str | None:
@@ -1036,7 +1050,144 @@ def shown(text: Any, length: int = 80) -> str:
 to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-class Record:
+class Shown(NamedTuple):
+    """Declares an attribute of a record as shown: `power_w: Annotated[float | None, Shown()]`.
+
+    From this and the type follow the JSON of REST and streams, its OpenAPI schema, the columns of
+    exports and the filters of lists. A property is declared by what it returns.
+    """
+
+    name: str = ""                      # in JSON; "": the attribute's in camelCase, as powerW
+    unit: str = ""                      # "": the one that the attribute's name ends with, as W
+    csv: bool = False                   # a column of exports
+    filter: str = ""                    # what the query parameter of its name does; "": none
+    sparse: bool = False                # left out where it is None
+
+
+class Written(NamedTuple):
+    """How a value is written in JSON where its Python type does not say it."""
+
+    type: str                           # of JSON
+    convert: Callable[[Any], Any]
+    format: str = ""                    # of JSON Schema
+
+
+def _to_microseconds(milliseconds: float) -> float:
+    return round(milliseconds, 3)
+
+
+Time = Annotated[float, Written("string", iso, "date-time")]             # UTC seconds
+Milliseconds = Annotated[float, Written("number", _to_microseconds)]
+JsonText = Annotated[str, Written("object", json.loads)]
+UNIT_OF = {"w": "W", "kw": "kW", "wh": "Wh", "a": "A", "v": "V", "c": "°C", "hz": "Hz", "ms": "ms",
+           "s": "s"}                    # by the end of an attribute's name
+
+
+class Field(NamedTuple):
+    """An attribute of a record, as its type and `Shown` declare it."""
+
+    attribute: str
+    name: str                           # in JSON
+    type: Any                           # without null
+    is_nullable: bool
+    shown: Shown
+    unit: str                           # "": it has none
+
+    @property
+    def is_json(self) -> bool:
+        """Whether its value is JSON text already."""
+        return self.type is JsonText
+
+
+def fields_of(cls: type) -> tuple[Field, ...]:
+    """What is shown of a class: of each base the attributes as they stand, then the properties."""
+    declared: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        declared |= inspect.get_annotations(base)
+        declared |= {name: part.fget.__annotations__.get("return")
+                     for name, part in vars(base).items() if isinstance(part, property)}
+    return tuple(_field(name, kind) for name, kind in declared.items()
+                 if get_origin(kind) is Annotated and isinstance(kind.__metadata__[-1], Shown))
+
+
+def _field(attribute: str, declared: Any) -> Field:
+    *written, shown = declared.__metadata__
+    kind = Annotated[(declared.__origin__, *written)] if written else declared.__origin__
+    is_nullable = NoneType in get_args(kind)
+    if is_nullable:
+        others = [part for part in get_args(kind) if part is not NoneType]
+        kind = functools.reduce(operator.or_, others)
+    camel = re.sub("_(.)", lambda found: found[1].upper(), attribute)
+    return Field(attribute, shown.name or camel, kind, is_nullable, shown,
+                 shown.unit or UNIT_OF.get(attribute.rpartition("_")[2], ""))
+
+
+def _converter(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes JSON of a value of this type; None where it is written as it is."""
+    if get_origin(kind) is Annotated:
+        return kind.__metadata__[0].convert
+    if get_origin(kind) is tuple:
+        return list
+    if get_origin(kind) is list and (convert := _converter(get_args(kind)[0])):
+        return lambda items: [convert(item) for item in items]
+    if not isinstance(kind, type) or not issubclass(kind, Viewed):
+        return None
+    return kind._readers.view if kind.view is Viewed.view else kind.view
+
+
+class Readers(NamedTuple):
+    """What reads the fields of a class; see the methods of these names."""
+
+    view: Callable[[Any], dict]
+    row: Callable[[Any], dict]
+    json: Callable[[Any], str] | None   # where a field is JSON text
+
+
+def readers_of(cls: type) -> Readers:
+    """Put their source together, as `dataclasses` does: frames are shown by the thousand."""
+    fields, texts = fields_of(cls), [f for f in fields_of(cls) if f.is_json]
+    converters = {f"to_{f.attribute}": convert for f in fields if (convert := _converter(f.type))}
+    names: dict[str, Any] = converters | {"to_json": to_json}
+
+    def value(field: Field) -> str:
+        value, to = f"record.{field.attribute}", f"to_{field.attribute}"
+        if to not in converters:
+            return value
+        return (f"None if (it := {value}) is None else {to}(it)" if field.is_nullable
+                else f"{to}({value})")
+
+    def define(name: str, values: dict[Field, str], result: str) -> None:
+        always = [f"{f.name!r}: {value}" for f, value in values.items() if not f.shown.sparse]
+        sparse = [f"    if record.{f.attribute} is not None: view[{f.name!r}] = {value}\n"
+                  for f, value in values.items() if f.shown.sparse]
+        exec(f"def {name}(record):\n    view = {{{', '.join(always)}}}\n{''.join(sparse)}"
+             f"    return {result}\n", names)
+
+    values = {f: value(f) for f in fields}
+    define("view", values, "view")
+    define("row", values | {f: f"record.{f.attribute}" for f in texts}, "view")
+    parts = "".join(f',"{f.name}":{{record.{f.attribute} or "null"}}' for f in texts)
+    define("json", {f: values[f] for f in fields if f not in texts},
+           f"f'{{to_json(view)[:-1]}}{parts}}}}}'")
+    return Readers(names["view"], names["row"], names["json"] if texts else None)
+
+
+class Viewed:
+    """What has fields to show."""
+
+    __slots__ = ()
+    SCHEMA: ClassVar[str] = ""          # its name in OpenAPI; "": the class's
+    _readers: ClassVar[Readers]
+
+    def __init_subclass__(cls) -> None:
+        cls._readers = readers_of(cls)
+
+    def view(self) -> dict:
+        """It as REST shows it."""
+        return self._readers.view(self)
+
+
+class Record(Viewed):
     """What every record of a Store has: its number in its store, and JSON."""
 
     __slots__ = ("number", "changed")
@@ -1044,39 +1195,55 @@ class Record:
     changed: int                        # by which event last, of a record that changes
     size = 0                            # bytes that a stranger's text takes, where it has no bound
 
-    def view(self) -> dict:
-        """The record as REST shows it."""
-        raise NotImplementedError
-
     def json(self) -> str:
         """`view` as JSON text on one line."""
-        return to_json(self.view())
+        json = self._readers.json
+        return to_json(self.view()) if json is None else json(self)
+
+    def row(self) -> dict:
+        """Its cells in an export as CSV, by column; what is JSON text stays that."""
+        return self._readers.row(self)
+
+
+OF_STATION, OF_ACTION = "Of this station only", "Of this OCPP Action only"     # texts of filters
+OF_STATUS, OF_TYPE = "Of this status only", "Of this type only"
+OF_CATEGORY = "Of this category only"
+Direction = Literal["IN", "OUT"]
+MessageType = Literal["CALL", "CALLRESULT", "CALLERROR", "SEND", "CALLRESULTERROR"]
+Severity = Literal["low", "medium", "high", "critical"]
+ProxyEventType = Literal["translation", "error", "refused", "connected", "disconnected",
+                         "buffered", "delivered"]
+RelayDirection = Literal["UP", "DOWN"]
+TransactionStatus = Literal["active", "stopped", "orphan", "abandoned"]
+ChargeStatus = Literal["active", "waiting", "paused", "limited-by-station", "uncontrollable",
+                       "offline", "ended"]
+ConnectionStatus = Literal["online", "offline", "forgotten"]
+Quality = Literal["measured", "derived", "stale"]
+TokenSource = Literal["configuration", "board"]
+TransactionId = int | str               # of 1.6, or of 2.x
 
 
 @dataclass(slots=True)
 class LoggedMessage(Record):
     """One OCPP-J frame, in or out."""
 
-    identity: str
-    protocol: str
-    direction: str                      # IN | OUT
-    type: str                           # CALL | CALLRESULT | CALLERROR | SEND | CALLRESULTERROR
-    method: str                         # the Action; of an answer: the one it answers
-    message_id: str
-    payload: str                        # JSON text, on one line
-    timestamp: float
-    response_ms: float | None = None    # from a CALL to its answer, on both
-    error_code: str | None = None
-    error_description: str | None = None
+    SCHEMA = "Message"
+    number: Annotated[int, Written("string", "msg-%d".__mod__), Shown("id", csv=True)] = field(
+        default=0, kw_only=True)
+    timestamp: Annotated[Time, Shown(csv=True)]
+    identity: Annotated[str, Shown(csv=True, filter=OF_STATION)]
+    protocol: Annotated[str, Shown(csv=True)]
+    direction: Annotated[Direction, Shown(csv=True, filter="IN is from the station")]
+    type: Annotated[MessageType, Shown(csv=True, filter="Of this message type only")]
+    # The Action; of an answer: the one it answers.
+    method: Annotated[str, Shown(csv=True, filter=OF_ACTION)]
+    message_id: Annotated[str, Shown(csv=True, filter="Of this message id: a CALL, its answer")]
+    # From a CALL to its answer, on both.
+    response_ms: Annotated[Milliseconds | None, Shown("responseTime", csv=True)]
+    error_code: Annotated[str | None, Shown(csv=True, sparse=True)]
+    error_description: Annotated[str | None, Shown(csv=True, sparse=True)]
+    payload: Annotated[JsonText, Shown(csv=True)]
     size: int = 0                       # bytes that the payload takes in memory
-    number: int = 0
-
-    def view(self) -> dict:
-        return self.head() | {"payload": json.loads(self.payload)}
-
-    def json(self) -> str:
-        # The payload is JSON already; a page of large messages would take its time to parse.
-        return f'{to_json(self.head())[:-1]},"payload":{self.payload}}}'
 
     def mentions(self, text: str) -> bool:
         """Whether the text, given in lower case, stands anywhere in it in any case."""
@@ -1084,70 +1251,69 @@ class LoggedMessage(Record):
                  self.error_description or "")
         return text in "\n".join(words).lower() or text in self.payload.lower()
 
-    def head(self) -> dict:
-        """`view` without the payload."""
-        head = {
-            "id": f"msg-{self.number}", "identity": self.identity, "method": self.method,
-            "direction": self.direction, "type": self.type, "timestamp": iso(self.timestamp),
-            "messageId": self.message_id, "protocol": self.protocol,
-            "responseTime": None if self.response_ms is None else round(self.response_ms, 3),
-        }
-        if self.error_code is not None:
-            head |= {"errorCode": self.error_code, "errorDescription": self.error_description}
-        return head
-
 
 @dataclass(slots=True)
 class Event(Record):
-    """Something that happened: a security event, an error or a system event."""
+    """Something that happened."""
 
-    kind: str                           # its category; of a system event its type
-    identity: str
-    message: str
-    details: dict
-    timestamp: float
-    severity: str | None = None         # low | medium | high | critical, of a security event only
-    kind_name: str = "category"
-    prefix: str = "evt"
-    number: int = 0
+    number: int = field(default=0, kw_only=True)
+    kind: str
+    identity: Annotated[str, Shown(filter=OF_STATION)]
+    message: Annotated[str, Shown()]
+    details: Annotated[dict, Shown()]
+    timestamp: Annotated[Time, Shown()]
 
-    def view(self) -> dict:
-        severity = {"severity": self.severity} if self.severity else {}
-        return {"id": f"{self.prefix}-{self.number}", self.kind_name: self.kind,
-                "identity": self.identity, "message": self.message, **severity,
-                "details": self.details, "timestamp": iso(self.timestamp)}
+
+@dataclass(slots=True)
+class SecurityEvent(Event):
+    """Something that may be an attack, or that changes who is let in."""
+
+    number: Annotated[int, Written("string", "evt-%d".__mod__), Shown("id")] = field(
+        default=0, kw_only=True)
+    kind: Annotated[str, Shown("category", filter=OF_CATEGORY)]
+    severity: Annotated[Severity, Shown(filter="Of this severity only")]
+
+
+@dataclass(slots=True)
+class Fault(Event):
+    """Something that went wrong between a station and us."""
+
+    SCHEMA = "Error"
+    number: Annotated[int, Written("string", "err-%d".__mod__), Shown("id")] = field(
+        default=0, kw_only=True)
+    kind: Annotated[str, Shown("category", filter=OF_CATEGORY)]
+
+
+@dataclass(slots=True)
+class SystemEvent(Event):
+    """An event of the board itself."""
+
+    number: Annotated[int, Written("string", "sys-%d".__mod__), Shown("id")] = field(
+        default=0, kw_only=True)
+    kind: Annotated[str, Shown("type", filter=OF_TYPE)]
 
 
 @dataclass(slots=True)
 class ProxyEvent(Record):
     """What the relay did with a message, or what became of its connection."""
 
-    kind: str                           # translation | error | refused | connected | disconnected
-    identity: str                       # | buffered | delivered
-    from_protocol: str
-    to_protocol: str
-    direction: str                      # UP, to the upstream system | DOWN, to the station
-    method: str
-    timestamp: float
-    message_id: str = ""
-    to_method: str | None = None
-    payload: str | None = None          # JSON text
-    translated: str | None = None       # JSON text
-    latency_ms: float | None = None
-    error: str | None = None
+    number: Annotated[int, Written("string", "px-%d".__mod__), Shown("id")] = field(
+        default=0, kw_only=True)
+    kind: Annotated[ProxyEventType, Shown("type", filter=OF_TYPE)]
+    identity: Annotated[str, Shown(filter=OF_STATION)]
+    from_protocol: Annotated[str, Shown()]
+    to_protocol: Annotated[str, Shown()]
+    # UP, to the upstream system, or DOWN, to the station.
+    direction: Annotated[RelayDirection, Shown()]
+    method: Annotated[str, Shown(filter=OF_ACTION)]
+    timestamp: Annotated[Time, Shown()]
+    message_id: Annotated[str, Shown()] = ""
+    to_method: Annotated[str | None, Shown()] = None
+    payload: Annotated[JsonText | None, Shown()] = None
+    translated: Annotated[JsonText | None, Shown()] = None
+    latency_ms: Annotated[Milliseconds | None, Shown()] = None
+    error: Annotated[str | None, Shown()] = None
     size: int = 0                       # bytes that the payloads take in memory
-    number: int = 0
-
-    def view(self) -> dict:
-        return {
-            "id": f"px-{self.number}", "type": self.kind, "identity": self.identity,
-            "fromProtocol": self.from_protocol, "toProtocol": self.to_protocol,
-            "direction": self.direction, "method": self.method, "toMethod": self.to_method,
-            "messageId": self.message_id,
-            "payload": None if self.payload is None else json.loads(self.payload),
-            "translated": None if self.translated is None else json.loads(self.translated),
-            "latencyMs": None if self.latency_ms is None else round(self.latency_ms, 3),
-            "error": self.error, "timestamp": iso(self.timestamp)}
 
 
 @dataclass(slots=True)
@@ -1178,18 +1344,20 @@ class Base(NamedTuple):
 
 
 @dataclass(slots=True)
-class Reading:
+class Reading(Viewed):
     """The last state of a meter, in one unit for each quantity. None is unknown, not zero."""
 
+    SCHEMA = "Meter"
     at: float                           # when the station says it was read
-    energy_wh: float | None = None      # the import register
-    power_w: float | None = None
-    current_a: dict = field(default_factory=dict)    # {"L1": A, …}; {"": A} without a phase
-    voltage_v: dict = field(default_factory=dict)    # {"L1": V, …}
-    offered_a: float | None = None
-    soc: float | None = None            # percent
-    temperature_c: float | None = None
-    frequency_hz: float | None = None
+    energy_wh: Annotated[float | None, Shown()] = None           # the import register
+    power_w: Annotated[float | None, Shown()] = None
+    # {"L1": A, …}; {"": A} without a phase
+    current_a: Annotated[dict[str, float], Shown()] = field(default_factory=dict)
+    voltage_v: Annotated[dict[str, float], Shown()] = field(default_factory=dict)
+    offered_a: Annotated[float | None, Shown()] = None
+    soc: Annotated[float | None, Shown(unit="%")] = None
+    temperature_c: Annotated[float | None, Shown()] = None
+    frequency_hz: Annotated[float | None, Shown()] = None
     derived: bool = False               # power was worked out, no meter said it
     derived_current: bool = False       # so was the current of one phase or more
     stale: bool = False                 # the station has gone since
@@ -1351,15 +1519,20 @@ class Reading:
         rest_w = power_w - sum(amps.get(p, 0.0) * self._volts(p) for p in PHASES)
         return rest_w if rest_w > REST_LEAST * power_w else 0.0
 
-    def view(self) -> dict:
-        """`quality`: measured, derived, or stale; `derived`: the fields that no meter said."""
-        quality = "stale" if self.stale else "derived" if self.derived else "measured"
-        return {"timestamp": iso(self.at if self.shown_at is None else self.shown_at),
-                "energyWh": self.energy_wh, "powerW": self.power_w,
-                "currentA": self.current_a, "voltageV": self.voltage_v, "offeredA": self.offered_a,
-                "soc": self.soc, "temperatureC": self.temperature_c,
-                "frequencyHz": self.frequency_hz, "quality": quality,
-                "derived": ["powerW"] * self.derived + ["currentA"] * self.derived_current}
+    @property
+    def timestamp(self) -> Annotated[Time, Shown()]:
+        """When it was read, by our clock as far as that is known."""
+        return self.at if self.shown_at is None else self.shown_at
+
+    @property
+    def quality(self) -> Annotated[Quality, Shown()]:
+        """Of the power."""
+        return "stale" if self.stale else "derived" if self.derived else "measured"
+
+    @property
+    def derived_fields(self) -> Annotated[list[str], Shown("derived")]:
+        """The fields that no meter said."""
+        return ["powerW"] * self.derived + ["currentA"] * self.derived_current
 
 
 def _total(name: str, phases: dict) -> float:
@@ -1673,60 +1846,64 @@ class Tariff(NamedTuple):
 class Transaction(Record):
     """A charging, from its start (or from when we first heard of it) to its stop."""
 
-    id: int | str
-    identity: str
-    evse_id: int
-    connector_id: int
-    id_token: str | None
-    started_at: float
-    meter_start: float | None = None    # Wh
+    id: Annotated[TransactionId, Shown(csv=True)]
+    identity: Annotated[str, Shown(csv=True, filter=OF_STATION)]
+    evse_id: Annotated[int, Shown("evse", csv=True)]
+    connector_id: Annotated[int, Shown("connector", csv=True)]
+    id_token: Annotated[str | None, Shown(csv=True)]
+    # That its id token has.
+    token_name: Annotated[str, Shown("idTokenName", csv=True)] = field(default="", kw_only=True)
+    started_at: Annotated[Time, Shown(csv=True)]
+    stopped_at: Annotated[Time | None, Shown(csv=True)] = None
+    meter_start: Annotated[float | None, Shown(csv=True, unit="Wh")] = None
+    meter_stop: Annotated[float | None, Shown(csv=True, unit="Wh")] = None
+    energy_wh: Annotated[float | None, Shown(csv=True)] = None
+    soc: Annotated[float | None, Shown(csv=True, unit="%")] = None
+    reason: Annotated[str | None, Shown(csv=True)] = None
+    status: Annotated[TransactionStatus, Shown(csv=True, filter=OF_STATUS)] = "active"
+    charging_state: Annotated[str | None, Shown()] = None
+    # Its start was not seen, or its register is pieced together.
+    estimated: Annotated[bool, Shown(csv=True)] = False
+    # So far; what no meter told of costs nothing.
+    cost: Annotated[float | None, Shown(csv=True)] = None
+    # Its station was answered before it was on disk.
+    not_durable: Annotated[bool, Shown()] = False
+    reading: Annotated[Reading | None, Shown("meter")] = None
     start_key: tuple | None = None      # tells a repeated StartTransaction
-    status: str = "active"              # active | stopped | orphan | abandoned
-    stopped_at: float | None = None
-    meter_stop: float | None = None
     stop_key: tuple | None = None       # tells a repeated stop of an orphan
     register: Register = field(default_factory=Register)
-    energy_wh: float | None = None
     started_mono: float = -math.inf     # the times by our monotonic clock
     stopped_mono: float = math.inf
     began_unseen: bool = False          # its start did not come (yet)
     sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
-    token_name: str = ""                # that its id token has
     tariff: Tariff | None = None
-    cost: float | None = None           # so far; what no meter told of costs nothing
     cost_told: float | None = None      # to the station, last
     assumed_connector: bool = False     # only its EVSE was told
-    reading: Reading | None = None
     series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
     charge: "ChargeSession | None" = None            # the power controller's
-    soc: float | None = None
-    reason: str | None = None
-    charging_state: str | None = None
     state_mono: float = -math.inf       # since when, by our monotonic clock
-    estimated: bool = False             # its start was not seen, or its register is pieced together
     key: str = ""                       # of its rows in the State
     row_crc: int = 0                    # of what stands there
     durable_as: str = ""                # the status that is on disk
-    not_durable: bool = False           # its station was answered before that was there
     number: int = 0
     changed: int = 0
 
-    def view(self) -> dict:
-        return {
-            "id": self.id, "identity": self.identity, "evse": self.evse_id,
-            "connector": self.connector_id, "idToken": self.id_token,
-            "idTokenName": self.token_name,
-            "startedAt": iso(self.started_at), "stoppedAt": iso(self.stopped_at),
-            "meterStart": self.meter_start, "meterStop": self.meter_stop,
-            "energyWh": self.energy_wh, "powerW": self.reading and self.reading.power_w,
-            "soc": self.soc, "reason": self.reason, "status": self.status,
-            "chargingState": self.charging_state, "estimated": self.estimated,
-            "missingEvents": self.sequence.missing if self.sequence else 0,
-            "cost": self.cost, "currency": self.tariff and self.tariff.currency,
-            "notDurable": self.not_durable, "meter": self.reading and self.reading.view(),
-        }
+    @property
+    def power_w(self) -> Annotated[float | None, Shown()]:
+        """As its meter told it last."""
+        return self.reading.power_w if self.reading else None
+
+    @property
+    def missing_events(self) -> Annotated[int, Shown()]:
+        """How many of its TransactionEvents did not come."""
+        return self.sequence.missing if self.sequence else 0
+
+    @property
+    def currency(self) -> Annotated[str | None, Shown(csv=True)]:
+        """Of its cost."""
+        return self.tariff.currency if self.tariff else None
 
     def mentions(self, text: str) -> bool:
         """Whether the text, given in lower case, stands anywhere in it in any case."""
@@ -1804,42 +1981,31 @@ class EventSequence:
 class ChargeSession(Record):
     """What the site's power controller does for one transaction."""
 
-    identity: str
-    transaction_id: int | str
-    evse_id: int
-    connector_id: int
-    circuit: str
-    strategy: str
-    priority: int
-    phases: int                         # that the car uses, as far as it is known
-    started_at: float
-    updated_at: float
-    status: str = "waiting"             # active | waiting | paused | limited-by-station |
-                                        # uncontrollable | offline | ended
-    allocated_a: float = 0.0            # A per phase that the station has accepted
-    allocated_kw: float = 0.0
-    target_a: float = 0.0               # A per phase that it is to get
-    measured_a: float | None = None     # of the strongest phase
-    min_a: int | None = None            # set on the board
-    max_a: int | None = None
-    phases_set: int | None = None
-    reason: str = ""                    # one sentence: why this much
-    ended_at: float | None = None
-    number: int = 0
+    SCHEMA = "SmartCharge"
+    number: Annotated[int, Written("string", "sc-%d".__mod__), Shown("sessionId")] = field(
+        default=0, kw_only=True)
+    identity: Annotated[str, Shown(filter=OF_STATION)]
+    transaction_id: Annotated[TransactionId, Shown()]
+    evse_id: Annotated[int, Shown("evse")]
+    connector_id: Annotated[int, Shown("connector")]
+    circuit: Annotated[str, Shown()]
+    strategy: Annotated[str, Shown()]
+    priority: Annotated[int, Shown()]
+    phases: Annotated[int, Shown()]     # that the car uses, as far as it is known
+    started_at: Annotated[Time, Shown()]
+    updated_at: Annotated[Time, Shown()]
+    status: Annotated[ChargeStatus, Shown(filter=OF_STATUS)] = "waiting"
+    # In A per phase: what the station has accepted, and what it is to get.
+    allocated_a: Annotated[float, Shown()] = 0.0
+    allocated_kw: Annotated[float, Shown()] = 0.0
+    target_a: Annotated[float, Shown()] = 0.0
+    measured_a: Annotated[float | None, Shown()] = None          # of the strongest phase
+    min_a: Annotated[int | None, Shown()] = None                 # these three are set on the board
+    max_a: Annotated[int | None, Shown()] = None
+    phases_set: Annotated[int | None, Shown()] = None
+    reason: Annotated[str, Shown()] = ""                         # one sentence: why this much
+    ended_at: Annotated[Time | None, Shown()] = None
     changed: int = 0
-
-    def view(self) -> dict:
-        return {
-            "sessionId": f"sc-{self.number}", "identity": self.identity, "strategy": self.strategy,
-            "allocatedKw": self.allocated_kw, "status": self.status,
-            "startedAt": iso(self.started_at), "updatedAt": iso(self.updated_at),
-            "transactionId": self.transaction_id, "evse": self.evse_id,
-            "connector": self.connector_id, "circuit": self.circuit, "phases": self.phases,
-            "allocatedA": self.allocated_a, "targetA": self.target_a,
-            "measuredA": self.measured_a, "priority": self.priority, "minA": self.min_a,
-            "maxA": self.max_a, "phasesSet": self.phases_set, "reason": self.reason,
-            "endedAt": iso(self.ended_at),
-        }
 
 
 class Problem(NamedTuple):
@@ -1850,26 +2016,29 @@ class Problem(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Connector:
+class Connector(Viewed):
     """What a station says of one connector. (0, 0) is the station itself."""
 
-    evse_id: int
-    connector_id: int
-    status: str | None = None
+    evse_id: Annotated[int, Shown("evse")]
+    connector_id: Annotated[int, Shown("connector")]
+    status: Annotated[str | None, Shown()] = None
     error_code: str | None = None
-    vendor_error_code: str | None = None
+    vendor_error_code: Annotated[str | None, Shown()] = None
     info: str | None = None
     problems: dict[str, Problem] = field(default_factory=dict)
-    since: float | None = None
+    since: Annotated[Time | None, Shown()] = None
     status_mono: float = -math.inf      # when the station says that the status began
-    reading: Reading | None = None
-    inlet: Reading | None = None        # of the grid's side, where a meter is there
+    reading: Annotated[Reading | None, Shown("meter")] = None
+    # Of the grid's side, where a meter is there.
+    inlet: Annotated[Reading | None, Shown()] = None
     transaction: Transaction | None = None
     interrupted: Transaction | None = None           # that a reboot ended, unless it is resumed
     released_mono: float = -math.inf    # when its last transaction ended
 
     def cause(self) -> tuple[str | None, str | None]:
         """(error code, text) of what is wrong with it, if anything is."""
+        if not self.problems:
+            return self.error_code, self.info
         problems = {name: text for name, (text, _) in self.problems.items() if text is not None}
         if not problems:
             return self.error_code, self.info
@@ -1877,14 +2046,20 @@ class Connector:
         return ", ".join([*names, *problems]), "; ".join(
             filter(None, [self.info, *problems.values()])) or None
 
-    def view(self) -> dict:
-        error_code, info = self.cause()
-        return {"evse": self.evse_id, "connector": self.connector_id, "status": self.status,
-                "errorCode": error_code, "vendorErrorCode": self.vendor_error_code, "info": info,
-                "since": iso(self.since),
-                "transactionId": self.transaction and self.transaction.id,
-                "meter": self.reading and self.reading.view(),
-                "inlet": self.inlet and self.inlet.view()}
+    @property
+    def cause_code(self) -> Annotated[str | None, Shown("errorCode")]:
+        """The error code of `cause`."""
+        return self.cause()[0]
+
+    @property
+    def cause_text(self) -> Annotated[str | None, Shown("info")]:
+        """The text of `cause`."""
+        return self.cause()[1]
+
+    @property
+    def transaction_id(self) -> Annotated[TransactionId | None, Shown()]:
+        """Of the transaction that is active there."""
+        return self.transaction.id if self.transaction else None
 
 
 class StationClock:
@@ -1972,18 +2147,22 @@ class Upload:
 class IdToken(Record):
     """An id token that the site knows, or one that was shown lately and that it does not know."""
 
-    id_token: str                       # as it was written; case does not tell two apart
-    name: str = ""
-    status: str = "Accepted"            # one of TOKEN_STATUSES
-    group: str = ""
-    master: bool = False                # stops the transactions of its group, and starts none
-    expires_at: float | None = None
-    stations: tuple = ("*",)            # patterns of identities; "CP-1:2" is its EVSE 2 alone
-    source: str = ""                    # configuration | board; "": unknown
+    # As it was written; case does not tell two apart.
+    id_token: Annotated[str, Shown(csv=True)]
+    name: Annotated[str, Shown(csv=True)] = ""
+    status: Annotated[TokenStatus | Literal["Unknown"], Shown(csv=True)] = "Accepted"
+    group: Annotated[str, Shown(csv=True)] = ""
+    # Stops the transactions of its group, and starts none.
+    master: Annotated[bool, Shown(csv=True)] = False
+    expires_at: Annotated[Time | None, Shown("expires", csv=True)] = None
+    # Patterns of identities; "CP-1:2" is its EVSE 2 alone.
+    stations: Annotated[tuple[str, ...], Shown(csv=True)] = ("*",)
+    source: TokenSource | Literal[""] = ""           # "": it is unknown
     kind: str = ""                      # its type in 2.x, once that was told
-    used_at: float | None = None
-    used_by: str | None = None          # the station where it was shown last
-    answered: str | None = None         # and what that was answered
+    used_at: Annotated[Time | None, Shown("lastUsedAt", csv=True)] = None
+    # The station where it was shown last, and what that was answered.
+    used_by: Annotated[str | None, Shown("lastUsedBy", csv=True)] = None
+    answered: Annotated[str | None, Shown("lastAnswer")] = None
     list_version: int = 0               # of local lists: since then it is as it is
 
     @property
@@ -2011,11 +2190,19 @@ class IdToken(Record):
                 "master": self.master, "expires": iso(self.expires_at) or "",
                 "stations": list(self.stations)}
 
-    def view(self) -> dict:
-        return {"idToken": self.id_token} | self.settings() | {
-                "expires": iso(self.expires_at), "source": self.source or None,
-                "type": self.kind or None, "lastUsedAt": iso(self.used_at),
-                "lastUsedBy": self.used_by, "lastAnswer": self.answered}
+    @property
+    def known_source(self) -> Annotated[TokenSource | None, Shown("source")]:
+        """Where it is made; None: it is unknown."""
+        return self.source or None
+
+    @property
+    def known_kind(self) -> Annotated[str | None, Shown("type")]:
+        """Its type in 2.x, once that was told."""
+        return self.kind or None
+
+    def row(self) -> dict:
+        return self._readers.row(self) | {"stations": ", ".join(self.stations),
+                                              "master": "true" if self.master else ""}
 
 
 class KnownProfile(NamedTuple):
@@ -2052,24 +2239,35 @@ class Grant(NamedTuple):
     evses: tuple[int, ...] = ()         # where it may charge, if not everywhere at the station
 
 
+class Quirk(TypedDict):
+    """A thing that a station does against the standard, and how often."""
+
+    name: str
+    count: int
+    lastMessageId: str | None
+
+
 @dataclass(slots=True, eq=False)
 class Station(Record):
     """A charging station, from its first connection until it is forgotten."""
 
-    identity: str
-    protocol: str
-    remote_address: str
-    connected_at: float
-    connection: Any = None                    # its StationConnection; None: offline
-    disconnected_at: float | None = None
+    SCHEMA = "Connection"
+    identity: Annotated[str, Shown()]
+    protocol: Annotated[str, Shown()]
+    remote_address: Annotated[str, Shown()]
+    connected_at: Annotated[Time, Shown()]
+    connection: Any = None              # its StationConnection; None: offline
+    disconnected_at: Annotated[Time | None, Shown()] = None
     forgotten: bool = False             # its record is removed; this is the last that is told of it
-    security_profile: int = 0
-    certificate_ends_at: float | None = None    # of the one that it has shown
-    message_count: int = 0
-    last_message_at: float | None = None
-    error_count: int = 0
-    evicted_count: int = 0
-    registration: str | None = None     # what its last BootNotification was answered
+    security_profile: Annotated[int, Shown()] = 0
+    # Of the certificate that it has shown.
+    certificate_ends_at: Annotated[Time | None, Shown()] = None
+    message_count: Annotated[int, Shown()] = 0
+    last_message_at: Annotated[Time | None, Shown()] = None
+    error_count: Annotated[int, Shown()] = 0
+    evicted_count: Annotated[int, Shown()] = 0
+    # What its last BootNotification was answered.
+    registration: Annotated[str | None, Shown()] = None
     info: dict = field(default_factory=dict)         # vendor, model, serial, firmware, …
     connectors: dict = field(default_factory=dict)   # {(evse_id, connector_id): Connector}
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
@@ -2080,7 +2278,8 @@ class Station(Record):
     local_list: LocalList | None = None
     heartbeat_s: float | None = None    # what it was told with its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
-    seen_since_start: bool = True       # False: known from an earlier run alone
+    # False: known from an earlier run alone.
+    seen_since_start: Annotated[bool, Shown()] = True
     booted_since_start: bool = False
     asked: set[str] = field(default_factory=set)     # Actions that it was asked for since its boot
     introduce_mono: float | None = None  # when it is asked to boot; inf: it was, or need not be
@@ -2108,47 +2307,46 @@ class Station(Record):
         self.connectors = {(c.evse_id, c.connector_id): c for c in connectors}
 
     @property
-    def clock_skew_s(self) -> float | None:
+    def clock_skew_s(self) -> Annotated[float | None, Shown("clockSkewSeconds")]:
         """The station's clock less ours."""
         return None if self.clock.skew_s is None else round(self.clock.skew_s, 1)
 
-    def view(self) -> dict:
-        return {
-            "identity": self.identity, "remoteAddress": self.remote_address,
-            "protocol": self.protocol, "connectedAt": iso(self.connected_at),
-            "disconnectedAt": iso(self.disconnected_at),
-            "status": "forgotten" if self.forgotten else "online" if self.connection else "offline",
-            "messageCount": self.message_count, "lastMessageAt": iso(self.last_message_at),
-            "securityProfile": self.security_profile,
-            "certificateEndsAt": iso(self.certificate_ends_at), "errorCount": self.error_count,
-            "evictedCount": self.evicted_count, "registration": self.registration,
-            "seenSinceStart": self.seen_since_start,
-            "station": dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info,
-            "connectors": [c.view() for _, c in sorted(self.connectors.items())],
-            "clockSkewSeconds": self.clock_skew_s,
-            "quirks": [{"name": name, "count": count, "lastMessageId": message_id}
-                       for name, (count, message_id) in self.quirks.items()],
-        }
+    @property
+    def status(self) -> Annotated[ConnectionStatus, Shown()]:
+        """Whether it is connected."""
+        return "forgotten" if self.forgotten else "online" if self.connection else "offline"
+
+    @property
+    def nameplate(self) -> Annotated[dict[str, str | None], Shown("station")]:
+        """What it said of itself with its BootNotification: vendor, model, serial, firmware, …"""
+        return dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info
+
+    @property
+    def sorted_connectors(self) -> Annotated[list[Connector], Shown("connectors")]:
+        """Its connectors, by EVSE."""
+        return [connector for _, connector in sorted(self.connectors.items())]
+
+    @property
+    def quirk_list(self) -> Annotated[list[Quirk], Shown("quirks")]:
+        """What it does against the standard, with the newest message that did."""
+        return [{"name": name, "count": count, "lastMessageId": message_id}
+                for name, (count, message_id) in self.quirks.items()]
 
 
 @dataclass(slots=True)
 class RefusedUpgrade(Record):
     """An upgrade that was refused; same ones are counted together."""
 
-    ip: str
-    path: str
-    headers: dict
-    http_status: int
-    reason: str
-    url: str                            # that would work
-    first: float
-    last: float = 0.0
-    count: int = 0
-
-    def view(self) -> dict:
-        return {"path": self.path, "ip": self.ip, "headers": self.headers,
-                "status": self.http_status, "reason": self.reason, "url": self.url,
-                "count": self.count, "firstAt": iso(self.first), "lastAt": iso(self.last)}
+    SCHEMA = "Knocking"
+    ip: Annotated[str, Shown()]
+    path: Annotated[str, Shown()]
+    headers: Annotated[dict[str, str], Shown()]
+    http_status: Annotated[int, Shown("status")]
+    reason: Annotated[str, Shown()]
+    url: Annotated[str, Shown()]        # that would work
+    first: Annotated[Time, Shown("firstAt")]
+    last: Annotated[Time, Shown("lastAt")] = 0.0
+    count: Annotated[int, Shown()] = 0
 
 
 def _network(address: str) -> str:
@@ -4437,7 +4635,7 @@ _HIDDEN_IN_URL = rf"\1\3{HIDDEN}\2"
 
 # Security events of a station, by how much they should worry who reads them, which is our
 # judgement; others are "medium". Names: 1.6 security extension and 2.0.1 part 2, appendices.
-EVENT_SEVERITY = {
+EVENT_SEVERITY: dict[str, Severity] = {
     "TamperDetectionActivated": "critical", "SecurityLogWasCleared": "critical",
     "InvalidFirmwareSignature": "high", "InvalidFirmwareSigningCertificate": "high",
     "InvalidCsmsCertificate": "high", "InvalidCentralSystemCertificate": "high",
@@ -7782,7 +7980,7 @@ class Board:
                 del self.shown_tokens[(of_one if len(of_one) >= most_of_one
                                        else list(self.shown_tokens))[0]]
             self.shown_tokens[token.key] = token
-            token.status = status
+            token.status = "Accepted" if status == "Accepted" else "Unknown"
         token.used_at, token.used_by, token.answered = self.clock(), station.identity, status
         token.kind = kept(kind, 20) or token.kind
         if token.source:
@@ -8056,13 +8254,14 @@ class Board:
 
     # Messages and what happened
 
-    def message(self, station: Station, direction: str, kind: str, method: str, id_: str,
-                payload: str, response_ms: float | None = None, error_code: str | None = None,
+    def message(self, station: Station, direction: Direction, kind: MessageType, method: str,
+                id_: str, payload: str, response_ms: float | None = None,
+                error_code: str | None = None,
                 error_description: str | None = None) -> LoggedMessage:
         """Keep one frame. `payload` is JSON on one line; `response_ms` is known with the answer."""
         now = self.clock()
-        record = LoggedMessage(station.identity, station.protocol, direction, kind, method, id_,
-                               payload, now, response_ms, error_code, error_description,
+        record = LoggedMessage(now, station.identity, station.protocol, direction, kind, method,
+                               id_, response_ms, error_code, error_description, payload,
                                sys.getsizeof(payload))
         self.messages.append(record)
         if direction == "IN":
@@ -8096,20 +8295,19 @@ class Board:
 
     def error_of(self, category: str, identity: str, text: str, details: dict) -> Event:
         """The same, of a station that has not come since the start."""
-        event = Event(category, identity, kept(text), details, self.clock(), prefix="err")
+        event = Fault(category, identity, kept(text), details, self.clock())
         self._happened("errors", event)
         return event
 
-    def security_event(self, category: str, identity: str, text: str, severity: str,
+    def security_event(self, category: str, identity: str, text: str, severity: Severity,
                        details: dict) -> None:
         """Keep a security event. `details` has the `ip`, never a secret."""
-        self._happened("security", Event(category, identity, kept(text), details, self.clock(),
-                                         severity))
+        self._happened("security", SecurityEvent(category, identity, kept(text), details,
+                                                 self.clock(), severity))
 
     def system_event(self, kind: str, identity: str, text: str, details: dict) -> None:
         """Keep an event of the board itself."""
-        self._happened("system", Event(kind, identity, kept(text), details, self.clock(),
-                                       kind_name="type", prefix="sys"))
+        self._happened("system", SystemEvent(kind, identity, kept(text), details, self.clock()))
 
     def _happened(self, topic: str, event: Event) -> None:
         self.stores[topic].append(event)
@@ -8156,7 +8354,7 @@ class Board:
         Unless that began later: then this one is told of afterwards, and is over already.
         """
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
-                                  id_token, self.wall_of(station, started_at), None, start_key,
+                                  id_token, self.wall_of(station, started_at), start_key=start_key,
                                   started_mono=self.mono_of(station, started_at))
         if meter_start is not None:
             self.started_at_register(transaction, started_at, meter_start)
@@ -8328,7 +8526,7 @@ class Board:
 
     def transaction_stopped(self, transaction: Transaction, stopped_at: float | None,
                             meter_stop: float | None, reason: str | None,
-                            status: str = "stopped") -> None:
+                            status: TransactionStatus = "stopped") -> None:
         """A transaction ends; an orphan stays one. Late readings may come; no power from here."""
         station = self.stations.get(transaction.identity)
         transaction.status = "orphan" if transaction.status == "orphan" else status
@@ -8598,7 +8796,7 @@ class Board:
             "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
-def _token_of(id_token: str, source: str, told: dict) -> IdToken:
+def _token_of(id_token: str, source: TokenSource, told: dict) -> IdToken:
     """An id token as the configuration's words tell it."""
     return IdToken(id_token, told["name"], told["status"], told["group"], told["master"],
                    parse_time(told["expires"])[0] if told["expires"] else None,
@@ -8638,6 +8836,8 @@ IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is 
 IDS_SKIPPED = 10_000                # more than may be missing in the row of that counter
 ROWS_AT_ONCE = 50                   # made, or read, before the loop gets its turn
 
+EVENT_ROW = {"kind": "text", "identity": "text", "message": "text", "details": "object",
+             "timestamp": "time"}
 # {row: {attribute: kind}}. A kind is one of FIELD_KINDS or a row; "?" may be null, "[…]" is a list,
 # "(…)" a tuple, "{…}" an object of such values. Those, "flag", "name" (a text) and "mono" may be
 # missing, as a class has defaults for them. "mono" is a monotonic time, which stands in the row as
@@ -8691,9 +8891,7 @@ ROWS: dict[str, dict[str, str]] = {
         "identity": "text", "protocol": "text", "direction": "text", "type": "text",
         "method": "text", "message_id": "text", "payload": "text", "timestamp": "time",
         "response_ms": "number?", "error_code": "text?", "error_description": "text?"},
-    "Event": {
-        "kind": "text", "identity": "text", "message": "text", "details": "object",
-        "timestamp": "time", "severity": "text?", "kind_name": "text", "prefix": "text"},
+    "Fault": EVENT_ROW, "SystemEvent": EVENT_ROW, "SecurityEvent": EVENT_ROW | {"severity": "text"},
     "ProxyEvent": {
         "kind": "text", "identity": "text", "from_protocol": "text", "to_protocol": "text",
         "direction": "text", "method": "text", "timestamp": "time", "message_id": "text",
@@ -8717,8 +8915,8 @@ class Progress:
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Tariff, Progress, Register, Track, Point, Reading, Base, EventSequence, Series,
-    Station, StationClock, Connector, Problem, LoggedMessage, Event, ProxyEvent, Sample, IdToken,
-    LocalList, Upload)}
+    Station, StationClock, Connector, Problem, LoggedMessage, Fault, SystemEvent, SecurityEvent,
+    ProxyEvent, Sample, IdToken, LocalList, Upload)}
 # What changes with every message of a station: it is written when something else has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
@@ -9284,8 +9482,8 @@ def _series_of(row: StateRow) -> tuple[str, Series]:
 
 # The records of the Board's stores, on disk for `history_days`: {topic: their class}. The topic
 # is the kind of their rows, the number their key.
-HISTORY: dict[str, type] = {"messages": LoggedMessage, "errors": Event, "security": Event,
-                            "system": Event, "proxy": ProxyEvent, "telemetry": Sample}
+HISTORY: dict[str, type] = {"messages": LoggedMessage, "errors": Fault, "security": SecurityEvent,
+                            "system": SystemEvent, "proxy": ProxyEvent, "telemetry": Sample}
 HISTORY_LOOK_S = 1                  # so often it looks whether there is something to put
 HISTORY_AT_ONCE, HISTORY_BYTES = 2000, STATE_WAITING_BYTES // 16     # of each store, in one write
 HISTORY_PAGE, HISTORY_PAGE_BYTES = 10_000, 16 << 20      # of rows in one answer
@@ -10909,7 +11107,7 @@ class StationConnection:
 
     def pass_on(self, message: Send | CallResultError, frame: str) -> None:
         """Give the station what upstream says and no answer is wanted to."""
-        kind = "SEND" if type(message) is Send else "CALLRESULTERROR"
+        kind: MessageType = "SEND" if type(message) is Send else "CALLRESULTERROR"
         self.board.message(self.station, "OUT", kind, getattr(message, "action", ""),
                            message_id(message.id_text), message.text)
         self._write(frame)
@@ -15603,9 +15801,10 @@ class UpstreamSession:
         if isinstance(error, CallFailed):
             code = error_code_across(self.station_protocol, self.protocol, error.code)
             description, details = error.description, error.details
-        kind = "refused" if isinstance(error, (NotSupported, FormatViolation)) else "error"
-        self.counts["refused" if kind == "refused" else "errors"] += 1
-        self._record(kind, "DOWN", call, error=kept(f"{code}: {description}"),
+        refused = isinstance(error, (NotSupported, FormatViolation))
+        self.counts["refused" if refused else "errors"] += 1
+        self._record("refused" if refused else "error", "DOWN", call,
+                     error=kept(f"{code}: {description}"),
                      latency_ms=latency_ms)
         return pack(CallError(call.id_text, error_code(self.protocol, code), kept(description),
                               details, to_json(details)))
@@ -15786,7 +15985,7 @@ class UpstreamSession:
         self.counts["refused"] += 1
         self._record("refused", "UP", message, error=error)
 
-    def _record(self, kind: str, direction: str, message: Call | Send | None,
+    def _record(self, kind: ProxyEventType, direction: RelayDirection, message: Call | Send | None,
                 to: Call | None = None, error: str | None = None, message_id_: str = "",
                 latency_ms: float | None = None) -> ProxyEvent:
         """Put on record what became of a message, or of the connection: see ProxyEvent.kind."""
@@ -17708,15 +17907,12 @@ async def get_report(api: "Api") -> dict | None:
     return None
 
 
-def _write_csv(api: "Api", name: str, columns: tuple[str, ...], lines: list[dict]) -> None:
+def _write_csv(api: "Api", name: str, columns: Sequence[str], lines: list[dict]) -> None:
     """Answer with a file of CSV."""
     api.set_header("Content-Type", "text/csv; charset=utf-8")
     api.set_header("Content-Disposition", f'attachment; filename="{name}.csv"')
     api.finish("".join(_csv_line(cells) for cells in (
         columns, *(map(line.get, columns) for line in lines))))
-
-
-TOKEN_COLUMNS = ("idToken", *(s.key for s in TOKEN_SETTINGS), "lastUsedAt", "lastUsedBy")
 
 
 def get_id_tokens(api: "Api") -> Page | None:
@@ -17726,10 +17922,8 @@ def get_id_tokens(api: "Api") -> Page | None:
                                   reversed(board.shown_tokens.values())) for token in tokens
              if text in f"{token.key}\n{token.name.lower()}\n{token.group.lower()}"]
     if api.query["format"] == "csv":
-        rows = [token.view() | {"stations": ", ".join(token.stations),
-                                "master": "true" if token.master else ""}
-                for token in found if token.source]
-        _write_csv(api, "id-tokens", TOKEN_COLUMNS, rows)
+        _write_csv(api, "id-tokens", csv_columns(IdToken),
+                   [token.row() for token in found if token.source])
         return None
     start = api.query["offset"]
     return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
@@ -17989,13 +18183,6 @@ def get_healthz(api: "Api") -> dict:
     return {"status": "ok" if api.daemon.state.failing_since is None else "degraded"}
 
 
-MESSAGE_COLUMNS = ("id", "timestamp", "identity", "protocol", "direction", "type", "method",
-                   "messageId", "responseTime", "errorCode", "errorDescription", "payload")
-TRANSACTION_COLUMNS = ("id", "identity", "evse", "connector", "idToken", "idTokenName",
-                       "startedAt", "stoppedAt", "meterStart", "meterStop", "energyWh", "soc",
-                       "reason", "status", "estimated", "cost", "currency")
-
-
 async def get_messages_export(api: "Api") -> None:
     """All messages that match, oldest first, as a file."""
     history, wanted, first = api.daemon.keeper.history, _wanted(api.query), api.board.messages.first
@@ -18006,8 +18193,7 @@ async def get_messages_export(api: "Api") -> None:
         older = await history.page("messages", first, HTML_MESSAGES - len(found), 0, wanted)
         await _write_html(api, found + older, total, mask)
         return
-    write = _begin_export(api, "messages", total, MESSAGE_COLUMNS,
-                          lambda record: record.head() | {"payload": record.payload}, mask)
+    write = _begin_export(api, "messages", total, LoggedMessage, mask)
     async for messages in history.slices("messages", first, wanted):
         await write(messages)
         if api.closed:
@@ -18051,7 +18237,7 @@ async def get_transactions_export(api: "Api") -> None:
     recent = [r for r in api.board.transactions.records if match is None or match(r)]
     older = keeper.slices(**filters)
     write = _begin_export(api, "transactions", await keeper.count(**filters) + len(recent),
-                          TRANSACTION_COLUMNS, Transaction.view)
+                          Transaction)
     async for transactions in older:
         await write(transactions)
         if api.closed:
@@ -18059,16 +18245,19 @@ async def get_transactions_export(api: "Api") -> None:
     await write(recent)
 
 
-def _begin_export(api: "Api", name: str, total: int, columns: tuple, row: Callable[[Any], dict],
-                  mask: Callable[[Any], Any] = lambda record: record,
-                  ) -> Callable[[list], Awaitable]:
-    """Begin a file of JSON lines, or of CSV with these columns of `row(record)`.
+def csv_columns(record: type[Record]) -> list[str]:
+    """The columns of exports of such records."""
+    return [field.name for field in fields_of(record) if field.shown.csv]
 
-    What `mask` makes of a record stands in the file.
+
+def _begin_export(api: "Api", name: str, total: int,
+                  record: type[Record], mask: Callable[[Any], Any] = lambda record: record,
+                  ) -> Callable[[list], Awaitable]:
+    """Begin a file of JSON lines, or of CSV; what `mask` makes of a record stands in it.
 
     Returns: what writes records into it.
     """
-    kind = api.query["format"]
+    kind, columns = api.query["format"], csv_columns(record)
     api.set_header("Content-Type", "text/csv; charset=utf-8" if kind == "csv"
                    else "application/x-ndjson")
     api.set_header("Content-Disposition", f'attachment; filename="{name}.{kind}"')
@@ -18078,7 +18267,7 @@ def _begin_export(api: "Api", name: str, total: int, columns: tuple, row: Callab
 
     def line(record: Any) -> str:
         record = mask(record)
-        return (_csv_line(map(row(record).get, columns)) if kind == "csv"
+        return (_csv_line(map(record.row().get, columns)) if kind == "csv"
                 else record.json() + "\n")
     return lambda records: api.write_slices(records, line)
 
@@ -19016,8 +19205,8 @@ def wrong_by(record: Record) -> tuple[Wrong, str] | None:
     """What an event on record tells of something that went wrong once, and is never over."""
     if not isinstance(record, Event):
         return None
-    refused = record.severity and "path" in record.details       # an upgrade of a station
-    event = "refused" if refused else WRONG_BY.get(record.kind)
+    is_upgrade = isinstance(record, SecurityEvent) and "path" in record.details
+    event = "refused" if is_upgrade else WRONG_BY.get(record.kind)
     if event is None:
         return None
     identity = "" if record.identity == "UNKNOWN" else record.identity

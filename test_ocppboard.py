@@ -54,7 +54,7 @@ from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import quote
 
 import fastjsonschema
@@ -101,6 +101,7 @@ from ocppboard import (
     ConfigError,
     Deflate,
     HandshakeError,
+    Shown,
     StationConnection,
     Store,
     WebSocketError,
@@ -444,6 +445,56 @@ def test_the_sample_config_shows_every_key_with_its_default():
 
 
 # --- Records ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Sighting(ocppboard.Record):
+    """Of every kind that a field can be of."""
+
+    number: Annotated[int, ocppboard.Written("string", "s-%d".__mod__), Shown("id")] = 0
+    seen_at: Annotated[ocppboard.Time | None, Shown(csv=True)] = None
+    taken_ms: Annotated[ocppboard.Milliseconds, Shown("took")] = 0.12345
+    status: Annotated[Literal["near", "far"], Shown(csv=True, filter="So far")] = "far"
+    places: Annotated[tuple[str, ...], Shown()] = ()
+    meter: Annotated[ocppboard.Reading | None, Shown()] = None
+    said: Annotated[ocppboard.JsonText | None, Shown(csv=True)] = None
+    fault: Annotated[str | None, Shown(sparse=True)] = None
+    secret: str = "not shown"
+
+    @property
+    def is_late(self) -> Annotated[bool, Shown(csv=True)]:
+        return True
+
+
+def test_a_field_is_shown_as_it_is_declared():
+    sighting = Sighting(7)
+    assert sighting.view() == {
+        "id": "s-7", "seenAt": None, "took": 0.123, "status": "far", "places": [], "meter": None,
+        "said": None, "isLate": True}
+    reading = ocppboard.Reading(NOW, power_w=5)
+    sighting = Sighting(8, NOW, places=("A",), meter=reading,
+                        said='{"a":[1]}', fault="odd")
+    assert sighting.view() == {
+        "id": "s-8", "seenAt": ocppboard.iso(NOW), "took": 0.123, "status": "far",
+        "places": ["A"], "meter": reading.view(), "said": {"a": [1]}, "fault": "odd",
+        "isLate": True}
+    for one in (sighting, Sighting(9)):
+        assert json.loads(one.json()) == json.loads(json.dumps(one.view()))
+    columns = ocppboard.csv_columns(Sighting)
+    assert columns == ["seenAt", "status", "said", "isLate"]
+    assert [sighting.row()[name] for name in columns] == [
+        ocppboard.iso(NOW), "far", '{"a":[1]}', True]
+    assert {field.name: field.unit for field in ocppboard.fields_of(Sighting) if field.unit} == {
+        "took": "ms"}
+
+
+def test_each_class_of_records_shows_each_name_once():
+    shown = {cls: [field.name for field in ocppboard.fields_of(cls)]
+             for cls in (*ocppboard.Viewed.__subclasses__(), *ocppboard.Record.__subclasses__(),
+                         *ocppboard.Event.__subclasses__())}
+    assert {"Transaction", "Fault", "Reading"} < {cls.__name__ for cls in shown}
+    assert all(len(set(names)) == len(names) for names in shown.values())
+
 
 
 class Numbered(ocppboard.Record):
@@ -14876,8 +14927,8 @@ async def test_the_page_of_messages_has_what_the_filters_let_through(site):
 
 
 def logged(payload):
-    return ocppboard.LoggedMessage("CP-1", "ocpp1.6", "IN", "CALL", "X", "1", json.dumps(payload),
-                                   NOW)
+    return ocppboard.LoggedMessage(NOW, "CP-1", "ocpp1.6", "IN", "CALL", "X", "1", None, None, None,
+                                   json.dumps(payload))
 
 
 def test_a_mask_keeps_id_tokens_apart_and_hides_them_everywhere():
@@ -16514,7 +16565,7 @@ def kept_rows(number, at=NOW, station="CP-1", token="A", kwh=10):
     """The rows of a finished transaction of an hour, as an earlier run wrote them."""
     key = f"000000-{number:09}-earlier"
     transaction = ocppboard.Transaction(
-        number, station, 1, 1, token, at - 3600, 0.0, status="stopped", stopped_at=at,
+        number, station, 1, 1, token, at - 3600, meter_start=0.0, status="stopped", stopped_at=at,
         meter_stop=1000.0 * kwh, energy_wh=1000.0 * kwh, started_mono=at - 3600, stopped_mono=at)
     series = ocppboard.Series(at - 3600)
     for minute in range(60):
