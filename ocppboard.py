@@ -21463,7 +21463,7 @@ async function command(identity, action, payload, {title = action, protocol = un
     for (const report of reports) tellLater(entry, report.action, JSON.stringify(report.payload));
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    Object.assign(entry, failureOf(error));
+    Object.assign(entry, failureOf(error, isOnline({identity})));
   } finally {
     turnOver(identity);
   }
@@ -21473,10 +21473,11 @@ async function command(identity, action, payload, {title = action, protocol = un
 
 const FAILURES = {0: 'no connection', 400: 'not sent', 404: 'not known', 409: 'not sent',
   503: 'busy', 504: 'no answer'};
-function failureOf({message, status, data}) {
+function failureOf({message, status, data}, connected) {
   const {errorCode, errorDescription, errorDetails = {}} = data || {};
+  const said = errorCode || FAILURES[status] || 'failed';
   return {failed: [message, errorDescription].filter(Boolean).join(': '),
-    code: errorCode || FAILURES[status] || 'failed', raw: JSON.stringify(errorDetails)};
+    code: status === 409 && !connected ? 'offline' : said, raw: JSON.stringify(errorDetails)};
 }
 
 // What a station tells later of what it was asked; 1.6 has no requestId.
@@ -21717,14 +21718,20 @@ function answersOf(identity) {
   return h('ul.list', {'aria-live': 'polite'}, answers.map(answerLine));
 }
 
-function answerLine(entry) {
-  const {key, title, action, at, shown, responseTime, failed: why, warning, raw, later} = entry;
+function answerLine(entry, n) {
+  const {key, title, action, at, shown, responseTime, failed: why, warning, later} = entry;
   return h('li', {key}, h('div.stack.grow.tight',
     h('div.bar', h('b', title), title !== action && h('span.dim', action), clock(at),
       answerPills(entry), responseTime != null && h('span.dim', millis(responseTime))),
     h('code.dim.small', JSON.stringify(shown)), why && h('p.bad', why), reasonsIn(entry),
-    warning && h('p.warn', '▲ ', warning), raw && raw !== '{}' && pretty(raw),
-    later.map(laterLine)));
+    warning && h('p.warn', '▲ ', warning), payloadIn(entry, n === 0), later.map(laterLine)));
+}
+
+// What an answer has beyond its status; of older ones on demand.
+function payloadIn({result, raw}, newest) {
+  const fields = Object.keys(result || {});
+  if (!raw || raw === '{}' || fields.length === 1 && fields[0] === 'status') return null;
+  return newest ? pretty(raw) : h('details', h('summary', 'Answer'), pretty(raw));
 }
 
 // {status, info} of an answer, and of each part of one that has parts.
@@ -21737,15 +21744,16 @@ function answerPills({failed: why, code, result, queued}) {
   if (why) return pill(code, 'bad');
   if (!result) return pill(queued ? 'queued …' : 'waiting …', 'info');
   const found = [...new Set(statusesIn(result).map(({status}) => status))];
-  return found.length ? found.map(status => pill(status, GOOD.test(status) ? 'good'
-    : status === 'RebootRequired' ? 'warn' : 'bad')) : pill('answered', 'good');
+  return found.length ? found.map(status => pill(status, toneOf(status)))
+    : pill('answered', 'good');
 }
+const toneOf = status => GOOD.test(status) ? 'good' : status === 'RebootRequired' ? 'warn' : 'bad';
 
-function reasonsIn({result}) {
-  const said = statusesIn(result).map(({status, info}) => [MEANT[status],
-    info?.reasonCode && `Reason: ${[info.reasonCode, info.additionalInfo].filter(Boolean)
-      .join(', ')}.`].filter(Boolean).join(' '));
-  return [...new Set(said)].filter(Boolean).map(words => h('p', words));
+function reasonsIn({result, code}) {
+  const said = (code ? [{status: code}] : statusesIn(result)).map(({status, info}) =>
+    [MEANT[status], info?.reasonCode && `Reason: ${[info.reasonCode, info.additionalInfo]
+      .filter(Boolean).join(', ')}.`].filter(Boolean).join(' '));
+  return [...new Set(said)].filter(Boolean).map(words => h('p', {key: words}, words));
 }
 
 // What came later: a status is a word, a report has more to it.
@@ -21793,19 +21801,24 @@ const configurationRow = one => ({
 });
 
 // A NotifyReport came, in answer to what was asked for: one part of several.
-function reported(row) {
-  const report = state.reports.get(row.identity), payload = JSON.parse(row.raw);
-  if (row.type !== 'CALL' || !report || payload.requestId !== report.requestId) return;
-  for (const {component, variable, variableAttribute} of listOf(payload.reportData))
-    for (const one of listOf(variableAttribute)) {
-      const entry = variableRow(component || {}, variable || {}, one);
-      const known = report.rows.findIndex(other => other.id === entry.id);
-      if (known >= 0) report.rows[known] = entry;
-      else if (report.rows.length < EVENTS_KEPT) report.rows.push(entry);
-    }
-  report.done = !payload.tbc;
+function reported({identity, type, raw}) {
+  const report = state.reports.get(identity);
+  if (type !== 'CALL' || !report) return;
+  const {requestId: asked, reportData, tbc} = JSON.parse(raw);
+  if (asked !== report.requestId) return;
+  for (const row of listOf(reportData).flatMap(variableRows)) keepRow(report.rows, row);
+  report.done = !tbc;
   touch('answers');
 }
+
+function keepRow(rows, row) {
+  const known = rows.findIndex(({id}) => id === row.id);
+  if (known >= 0) rows[known] = row;
+  else if (rows.length < EVENTS_KEPT) rows.push(row);
+}
+
+const variableRows = ({component, variable, variableAttribute}) => listOf(variableAttribute)
+  .map(attribute => variableRow(component || {}, variable || {}, attribute));
 
 function variableRow(component, variable, {type, value, mutability}) {
   const attributeType = type && type !== 'Actual' ? type : undefined, {evse} = component;
@@ -21835,45 +21848,51 @@ async function writeRow(station, row, value) {
   touch('answers');
 }
 
+const ROWS_SHOWN = 500;
 function configuration(station) {
-  const report = state.reports.get(station.identity), text = state.ui.configText || '';
-  const what = is16(station) ? 'configuration' : 'variables', wanted = text.toLowerCase();
-  const rows = (report?.rows || [])
-    .filter(one => `${one.id} ${one.value}`.toLowerCase().includes(wanted));
-  const head = [h('h2.grow', is16(station) ? 'Configuration' : 'Variables'),
+  const report = state.reports.get(station.identity), {configText = ''} = state.ui;
+  const [title, action] = is16(station) ? ['Configuration', 'GetConfiguration']
+    : ['Variables', 'GetBaseReport'];
+  const what = title.toLowerCase(), wanted = configText.toLowerCase();
+  const head = [h('h2.grow', title),
     report && h('span.dim.small', `${plural(report.rows.length, 'row')}, read `,
       clock(new Date(report.at).toISOString())),
     h('input', {type: 'search', placeholder: 'Filter', 'aria-label': `Filter the ${what}`,
-      value: text, 'data-search': true, oninput: typing(state.ui, 'configText')}),
+      value: configText, 'data-search': true, oninput: typing(state.ui, 'configText')}),
     button(`Read the ${what}`, () => readConfiguration(station),
       {disabled: !online(station), class: report ? '' : 'main-act'})];
-  const action = is16(station) ? 'GetConfiguration' : 'GetBaseReport';
-  return card(head, {key: 'configuration'}, !report
-    ? empty(`Read what the station is set to (${action}); then change it here.`)
-    : !rows.length ? empty(report.rows.length ? 'Nothing matches.' : report.done
-      ? 'The station told of nothing that is set.' : 'The station sends its report …')
-      : plainTable(what, ['Name', 'Value', 'Before', 'Answer'],
-        rows.slice(0, ROWS_SHOWN).map(row => configurationLine(station, row))),
+  if (!report) return card(head, {key: 'configuration'},
+    empty(`Read what the station is set to (${action}); then change it here.`));
+  const rows = report.rows.filter(row => `${row.id} ${row.value}`.toLowerCase().includes(wanted));
+  return card(head, {key: 'configuration'}, rows.length
+    ? plainTable(what, ['Name', 'Value', 'Before', 'Answer'],
+      rows.slice(0, ROWS_SHOWN).map(row => configurationLine(station, row)))
+    : empty(withoutRows(report)),
   rows.length > ROWS_SHOWN && empty(`And ${rows.length - ROWS_SHOWN} more: filter for them.`));
 }
-const ROWS_SHOWN = 500;
 
-function configurationLine(station, row) {
+function withoutRows({rows, done}) {
+  if (rows.length) return 'Nothing matches.';
+  return done ? 'The station told of nothing that is set.' : 'The station sends its report …';
+}
+
+const configurationLine = (station, row) => h('tr', {key: row.id},
+  h('td', row.place && h('span.dim', row.place, ': '), row.name),
+  h('td', row.locked ? [row.value, ' ', h('span.dim.small', 'read-only')]
+    : valueForm(station, row)),
+  h('td', row.before != null && [row.before, ' ',
+    button('Restore', () => writeRow(station, row, row.before),
+      {disabled: !online(station) || row.value === row.before})]),
+  h('td', row.said && pill(row.said, toneOf(row.said))));
+
+function valueForm(station, row) {
   const text = row.edited ?? row.value;
   const write = event => { event.preventDefault(); writeRow(station, row, text); };
-  const tone = GOOD.test(row.said) ? 'good' : row.said === 'RebootRequired' ? 'warn' : 'bad';
-  return h('tr', {key: row.id},
-    h('td', row.place && h('span.dim', row.place, ': '), row.name),
-    h('td', row.locked ? [row.value, ' ', h('span.dim.small', 'read-only')]
-      : h('form.bar.one-line', {onsubmit: write},
-        h('input.grow', {value: text, 'aria-label': plain(row.id), spellcheck: 'false',
-          type: row.secret ? 'password' : 'text', autocomplete: row.secret ? 'new-password' : 'off',
-          oninput: typing(row, 'edited')}),
-        h('button.btn', {disabled: !online(station) || text === row.value}, 'Write'))),
-    h('td', row.before != null && [row.before, ' ',
-      button('Restore', () => writeRow(station, row, row.before),
-        {disabled: !online(station) || row.value === row.before})]),
-    h('td', row.said && pill(row.said, tone)));
+  return h('form.bar.one-line', {onsubmit: write},
+    h('input.grow', {value: text, 'aria-label': plain(row.id), spellcheck: 'false',
+      type: row.secret ? 'password' : 'text', autocomplete: row.secret ? 'new-password' : 'off',
+      oninput: typing(row, 'edited')}),
+    h('button.btn', {disabled: !online(station) || text === row.value}, 'Write'));
 }
 
 // --- Screens --------------------------------------------------------------------------------

@@ -17826,23 +17826,57 @@ async def test_every_form_is_sent_and_its_answer_shown(site, protocol):
 
 
 @live(ocpp_call_timeout_seconds=1)
-async def test_a_command_that_fails_says_how(site):
+async def test_an_answer_is_shown_in_words(site):
     socket_ = await site.station()
+
+    async def answers(payload=None, error=None):
+        _, id_, action, _ = json.loads(await socket_.recv())
+        await socket_.send(json.dumps([4, id_, *error] if error else [3, id_, payload]))
+        return action
     async with looking(site, expected=["status of 502", "status of 504", "status of 400"]) as look:
         await look.go("stations/CP-1/commands")
-        await look.page.get_by_role("button", name="Send").click()
-        _, id_, _action, _ = json.loads(await socket_.recv())
-        await socket_.send(json.dumps([4, id_, "GenericError", "<b>no</b>", {"why": 1}]))
-        await look.sees("GenericError")
-        await look.sees("<b>no</b>")
+        newest = look.page.locator(".cols .card li").first
+        send = look.page.locator("form.form").get_by_role("button")
+
+        async def says(status, *words):
+            await expect(newest.locator(".pill")).to_have_text(status)
+            for text in words:
+                await expect(newest).to_contain_text(text)
+        await send.click()
+        await says("waiting …")
+        await answers(error=["GenericError", "<b>no</b>", {"why": 1}])
+        await says("GenericError", "<b>no</b>", '"why": 1')
         await look.click("Remote start")
-        await look.page.get_by_role("button", name="Send").click()
-        await look.sees("The station did not answer within 1 s")
+        await send.click()
+        assert await answers({"status": "Rejected"}) == "RemoteStartTransaction"
+        await says("Rejected", "The station does not do it.")
+        await send.click()
+        await says("no answer", "The station did not answer within 1 s")
+        await socket_.recv()
+        await open_form(look, "Installed certificates")
+        await send.click()
+        await answers(error=["NotSupported", "", {}])
+        await says("NotSupported", "The station cannot do this.")
+        await open_form(look, "Install a certificate")
+        form_ = look.page.locator("form.form")
+        await form_.get_by_label("Type").select_option("V2GRootCertificate")
+        await form_.get_by_label("Certificate, PEM").fill("-----BEGIN CERTIFICATE-----")
+        await send.click()
+        await look.page.locator("dialog").get_by_role("button", name="Install").click()
+        await says("NotSupported", "1.6 has no certificates of this type")
+        await open_form(look, "Reset")
+        await form_.get_by_label("Connector").select_option("1")
+        await send.click()
+        await look.page.locator("dialog").get_by_role("button", name="Reset").click()
+        await says("Rejected", "Reason: UnsupportedParam.")
         await look.click("Any command")
         await look.page.get_by_label("Action to send").fill("RemoteStart")
-        await look.page.get_by_role("button", name="Send").click()
-        await look.sees("ocpp1.6 has no command 'RemoteStart' "
-                        "(did you mean RemoteStartTransaction?)")
+        await send.click()
+        await says("not sent", "ocpp1.6 has no command 'RemoteStart' "
+                               "(did you mean RemoteStartTransaction?)")
+        await socket_.close()
+        await look.sees("The station is offline.", "form.form")
+        await expect(send).to_be_disabled()
 
 
 @live()
