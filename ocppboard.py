@@ -10656,9 +10656,9 @@ def security_settings(action: str, payload: dict, result: dict) -> list[Security
         changes = [("", payload.get("key"), payload.get("value"), result.get("status"))]
     elif action == "SetVariables":
         statuses = {_variable_name(one): one.get("attributeStatus")
-                    for one in _objects(result.get("setVariableResult"))}
+                    for one in _dicts(result.get("setVariableResult"))}
         changes = [(*(name := _variable_name(one)), one.get("attributeValue"), statuses.get(name))
-                   for one in _objects(payload.get("setVariableData"))
+                   for one in _dicts(payload.get("setVariableData"))
                    if one.get("attributeType", "Actual") == "Actual"]
     else:
         return _network_profile(payload, result) if action == "SetNetworkProfile" else []
@@ -10679,10 +10679,6 @@ def _network_profile(payload: dict, result: dict) -> list[SecuritySetting]:
         later = "RebootRequired" if status == "Accepted" else status
         found.append(SecuritySetting("password", password, later))
     return found
-
-
-def _objects(value: Any) -> list[dict]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _variable_name(item: dict) -> tuple[str, str]:
@@ -11084,6 +11080,10 @@ class StationConnection:
             await self.schemas.prepare(protocol, action)
             if violation := self.schemas.check(protocol, action, "Request", payload):
                 raise FormatViolation(f"payload{violation.pointer}: {violation.text}")
+
+    async def ask(self, action: str, payload: dict) -> dict:
+        """The payload of a command's answer. Raises as `call` does."""
+        return (await self.call(action, payload))[0]
 
     async def _call(self, action: str, payload: dict) -> tuple[dict, float]:
         pending = await self._exchange(Call(f'"{uuid.uuid4()}"', action, payload,
@@ -11757,20 +11757,18 @@ class ProfileVariant(NamedTuple):
 
     purpose: str
     unit: str                           # A | W
-    kind: str = "Absolute"              # a Relative one cannot expire: it counts from the plug
     highest: bool = True                # on the highest stack level that the station knows; else 0
     whole: bool = False                 # for the whole station instead of one EVSE
     phases: bool = True                 # a limit in W says of how many phases
 
     def text(self) -> str:
         """For the log and the API."""
-        return ", ".join([self.purpose, self.unit, self.kind]
+        return ", ".join([self.purpose, self.unit]
                          + ["stack level 0"] * (not self.highest)
                          + ["whole station"] * self.whole
                          + ["without numberPhases"] * (not self.phases))
 
 
-STATION_MAX = "ChargingStationMaxProfile"
 # From what the standard means to what some chargers want, the next when one is refused.
 VARIANTS = (
     ProfileVariant("TxProfile", "A"), ProfileVariant("TxProfile", "W"),
@@ -11778,8 +11776,6 @@ VARIANTS = (
     ProfileVariant("TxProfile", "A", highest=False),
     ProfileVariant("TxProfile", "W", highest=False),
     ProfileVariant("TxProfile", "W", phases=False),
-    ProfileVariant(STATION_MAX, "A", whole=True), ProfileVariant(STATION_MAX, "W", whole=True),
-    ProfileVariant("TxProfile", "A", "Relative"), ProfileVariant("TxProfile", "W", "Relative"),
 )
 FALLBACK_VARIANTS = (                   # the same for what holds without us
     ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "A", whole=True),
@@ -12055,6 +12051,10 @@ class Fallback:
             return 0.0
         return self.known_a if self.sent_a is None else min(self.known_a, self.sent_a)
 
+    def renew(self) -> None:
+        """It is to be sent again at once."""
+        self.due, self.tried_mono = True, -math.inf
+
     def send(self, amps: float, now: float) -> None:
         """One is on its way."""
         self.sent_a, self.asked_a = max(amps, self.sent_a or 0.0), amps
@@ -12159,8 +12159,8 @@ class Evse:
     @property
     def fallback_a(self) -> float:
         """What it may draw when no limit of ours is alive."""
-        known, sent = self.fallback.known_a, self.fallback.sent_a
-        return self.maximum if known is None else known if sent is None else max(known, sent)
+        most = self.fallback.most_a
+        return self.maximum if most is None else most
 
     def drawn_a(self, now: float) -> float:
         """What it has drawn just now, whole amperes of which we can be sure."""
@@ -12360,6 +12360,10 @@ class SiteStation:
             return min(said, self.settings.phases)
         return 1 if self.settings.phases == 1 else None
 
+    def phases_assumed(self, evse: Evse) -> int:
+        """How many phases its car uses; all, where that is not known."""
+        return self.phase_count(evse) or self.settings.phases
+
     def flow(self, evse: Evse) -> tuple:
         """What is measured in each phase of the site."""
         rotation, flow = self.settings.phase_rotation or GRID, [0.0] * 3
@@ -12403,15 +12407,9 @@ class SiteStation:
 
     def limit_variant(self) -> ProfileVariant | None:
         """How it is told a limit; None when it has refused all that suits it."""
-        keeps_fallback = any(evse.fallback.known_a is not None for evse in self.evses.values())
-
-        def suits(variant: ProfileVariant) -> bool:
-            abilities = self.abilities or Abilities()
-            return (variant.unit in abilities.units
-                    and not (abilities.stack_level == 0 and not variant.highest)
-                    # A maximum of the station does not lift the fallback of a session.
-                    and not (variant.whole and (len(self.evses) > 1 or keeps_fallback)))
-        return self.limits.variant(suits)
+        abilities = self.abilities or Abilities()
+        return self.limits.variant(lambda variant: variant.unit in abilities.units and (
+            variant.highest or abilities.stack_level != 0))
 
     def fallback_variant(self) -> ProfileVariant | None:
         """The same for the fallback."""
@@ -13034,6 +13032,10 @@ class Controller:
             oldest = next(iter(self.session_settings))
             self._keep_of_session(oldest, {})
 
+    def _minimum(self, session: ChargeSession) -> float:
+        """The least that a session charges with, A."""
+        return session.min_a or self.settings.minimum_a
+
     def _end_session(self, evse: Evse) -> None:
         if evse.session:
             self.board.charge_ended(evse.session)
@@ -13511,7 +13513,7 @@ class Controller:
         session = evse.session
         if session is None or evse.transaction is None:
             return None
-        minimum = session.min_a or settings.minimum_a
+        minimum = self._minimum(session)
         maximum, evse.limited_by = min(
             (evse.maximum, "its hardware's most"),
             (math.inf if session.max_a is None else session.max_a, "maxA of the session"),
@@ -13534,7 +13536,7 @@ class Controller:
             session.priority, evse.transaction.started_mono,
             evse.turn.count, evse.turn.waiting_since is None and evse.turn.slot == slot,
             evse.turn.waiting_since, evse.meter.need, asleep, fact.load,
-            max(evse.fallback.known_a or 0.0, evse.fallback.sent_a or 0.0))
+            evse.fallback.most_a or 0.0)
 
     def _sunny(self, requests: dict[tuple, tuple[Fact, Request]], circuits: list[Circuit],
                now: float) -> tuple[list[Circuit], list[Request]]:
@@ -13595,7 +13597,7 @@ class Controller:
         board = self.board
         began_at = board.clock() - (board.mono() - max(transaction.started_mono, evse.began_mono
                                                        - FLOW_OLD_S))
-        phases = station.phase_count(evse) or station.settings.phases
+        phases = station.phases_assumed(evse)
         sharers = sum(1 for other in station.evses.values() if other.transaction)
         return allowed_a(profiles, board.clock(), evse.evse_id, transaction.id,
                          self.settings.voltage * phases, sharers, began_at)
@@ -13651,7 +13653,7 @@ class Controller:
         per_a = 1.0
         if schedule.get("chargingRateUnit") == "W":
             known = self.stations[station.identity]
-            per_a = self.settings.voltage * (known.phase_count(evse) or known.settings.phases)
+            per_a = self.settings.voltage * known.phases_assumed(evse)
         limits = [lenient(period, "limit", float, math.inf) / per_a for period in _dicts(
             lenient(schedule, "chargingSchedulePeriod", list, []))]
         allowed = evse.commanded_a(self.now())
@@ -13675,7 +13677,7 @@ class Controller:
         for evse in station.evses.values() if station and station.settings.managed else ():
             if profile_id in (None, FALLBACK_ID, FALLBACK_ID + evse.evse_id):
                 evse.fallback.lost()
-                evse.fallback.due, evse.fallback.tried_mono = True, -math.inf
+                evse.fallback.renew()
             if evse.transaction and profile_id in (None, LIMIT_ID + evse.evse_id):
                 evse.resend = True
 
@@ -13743,7 +13745,7 @@ class Controller:
             if not station.settings.managed:
                 continue
             path = fact.whole_path(tree)
-            holding = max(fallback.known_a or 0.0, fallback.sent_a or 0.0)
+            holding = fallback.most_a or 0.0
             if station.uncontrollable or station.station is None:
                 tree.use(path, fact.evse.maximum if station.station else fallback_a)
             elif holding:
@@ -13880,7 +13882,7 @@ class Controller:
         if now - evse.changed_mono < CHANGE_S:
             evse.waits_for = f"{CHANGE_S:g} s after the last change"
             return None
-        minimum, step = evse.session.min_a or settings.minimum_a, settings.step_a
+        minimum, step = self._minimum(evse.session), settings.step_a
         ramp = max(step, settings.raise_a_per_30s // step * step)
         if before < minimum:
             amps = float(min(evse.target, math.ceil(minimum / step) * step))
@@ -13915,7 +13917,7 @@ class Controller:
             if not station.one_slot:
                 return Command(station, "ClearChargingProfile", {
                     "chargingProfileId": LIMIT_ID + evse.evse_id}, self._clear_answered, evse)
-            evse.fallback.due, evse.fallback.tried_mono = True, -math.inf    # it takes its place
+            evse.fallback.renew()        # it takes its place
         return None
 
     def _trigger(self, fact: Fact, now: float) -> Command | None:
@@ -13945,27 +13947,26 @@ class Controller:
             return None
         profile = {"id": LIMIT_ID + evse.evse_id,
                    "stackLevel": station.stack_level(variant.highest, 1),
-                   "chargingProfilePurpose": variant.purpose, "chargingProfileKind": variant.kind}
+                   "chargingProfilePurpose": variant.purpose, "chargingProfileKind": "Absolute"}
         if variant.purpose == "TxProfile":
             profile["transactionId"] = evse.transaction.id
-        schedule, until_mono = self._schedule(station, evse, variant, amps), math.inf
-        if variant.kind == "Absolute":   # its start lies behind, for clocks that are a little off
-            starts_at, lasts_s, until_mono = self._time(station, now)
-            schedule = {"startSchedule": wire_time(starts_at), "duration": lasts_s} | schedule
-            if variant.purpose == "TxDefaultProfile" and station.one_slot:
-                profile["id"] = FALLBACK_ID + evse.evse_id
-                del schedule["duration"]
-                period, = schedule["chargingSchedulePeriod"]
-                factor = self.settings.voltage if variant.unit == "W" else 1
-                schedule["chargingSchedulePeriod"] = [period, period | {
-                    "startPeriod": lasts_s, "limit": round(factor * min(
-                        evse.fallback.wanted_a, evse.fallback.known_a or 0.0), 1)}]
+        starts_at, lasts_s, until_mono = self._time(station, now)
+        schedule = {"startSchedule": wire_time(starts_at), "duration": lasts_s} | self._schedule(
+            station, evse, variant, amps)
+        if variant.purpose == "TxDefaultProfile" and station.one_slot:
+            profile["id"] = FALLBACK_ID + evse.evse_id
+            del schedule["duration"]
+            period, = schedule["chargingSchedulePeriod"]
+            factor = self.settings.voltage if variant.unit == "W" else 1
+            schedule["chargingSchedulePeriod"] = [period, period | {
+                "startPeriod": lasts_s, "limit": round(factor * min(
+                    evse.fallback.wanted_a, evse.fallback.known_a or 0.0), 1)}]
         widest = amps * (1 if variant.unit == "A" else station.settings.phases)
         limit = SentLimit(amps, amps * fact.load, widest, until_mono,
                           outlives=variant.purpose != "TxProfile")
         evse.send(limit, now)
         return Command(station, "SetChargingProfile", {
-            "evseId": 0 if variant.whole else evse.evse_id,
+            "evseId": evse.evse_id,
             "chargingProfile": profile | {"chargingSchedule": [{"id": 1} | schedule]}},
             self._limit_answered, evse, limit, variant, evse.transaction)
 
@@ -14010,7 +14011,8 @@ class Controller:
                   amps: float) -> dict:
         period: dict = {"startPeriod": 0, "limit": float(amps)}
         if variant.unit == "W":
-            phases = (evse.transaction and station.phase_count(evse)) or station.settings.phases
+            phases = (station.phases_assumed(evse) if evse.transaction
+                      else station.settings.phases)
             period["limit"] = round(amps * self.settings.voltage * phases, 1)
             if variant.phases:
                 period["numberPhases"] = phases
@@ -14027,11 +14029,8 @@ class Controller:
         waits = state.committed() if command.durable else None
         if waits is not None:
             await waits                  # with a disk that fails, the cars charge all the same
-
-        async def ask(action: str, payload: dict) -> dict:
-            return (await connection.call(action, payload))[0]
         try:
-            payload = await carry(self.steps(command), ask)
+            payload = await carry(self.steps(command), connection.ask)
         except BoardError as error:
             self.answered(command, {}, error)
         else:
@@ -14241,7 +14240,7 @@ class Controller:
             station, evse, session = fact.station, fact.evse, fact.evse.session
             if not session:
                 continue
-            phases = station.phase_count(evse) or station.settings.phases
+            phases = station.phases_assumed(evse)
             allocated = next((limit.amps for limit in reversed(evse.sent)
                               if limit.accepted_mono is not None or limit.assumed), evse.fallback_a)
             if station.uncontrollable:
@@ -14270,8 +14269,7 @@ class Controller:
         if not evse.target:
             return "waiting"
         allowed = evse.confirmed.amps if evse.confirmed else 0.0
-        settled = now - evse.changed_mono > SETTLED_S and allowed >= (
-            session.min_a or self.settings.minimum_a)
+        settled = now - evse.changed_mono > SETTLED_S and allowed >= self._minimum(session)
         if settled and evse.meter.worst_a is not None and evse.meter.worst_a < 1:
             return "limited-by-station" if evse.state == "SuspendedEVSE" else "paused"
         reading = evse.transaction.reading if evse.transaction else None
@@ -14354,13 +14352,10 @@ class Leftovers:
         identity = connection.station.identity
         evse_ids = self.evses.pop(identity)
         translator = Translator(connection.protocol, "ocpp2.0.1", int, self.board.clock)
-
-        async def ask(action: str, payload: dict) -> dict:
-            return (await connection.call(action, payload))[0]
         try:
             for place in (0, *evse_ids):
                 await carry(translator.down("ClearChargingProfile", {
-                    "chargingProfileId": FALLBACK_ID + place}), ask)
+                    "chargingProfileId": FALLBACK_ID + place}), connection.ask)
         except Conflict:                 # it has gone: again when it is back
             self.evses[identity] = evse_ids
         except BoardError as error:      # again after the next start
@@ -15824,7 +15819,7 @@ class UpstreamSession:
         async def ask(action: str, payload: dict) -> dict:
             asked_mono, failed = self.relay.now(), None
             try:
-                return (await connection.call(action, payload))[0]
+                return await connection.ask(action, payload)
             except BoardError as error:
                 failed = kept(error)
                 raise
