@@ -11503,30 +11503,10 @@ class Budget:
         return news
 
 
-# --- Smart charging -----------------------------------------------------------------------
-# Each second: `observe` what the stations said, `decide` (pure: circuits and sessions in, amperes
-# out), then the `commands` that lead there. Every EVSE counts at the worst that it may draw, and a
-# limit rises only where the sum of all worsts leaves room, in each phase of each circuit. Limits
-# are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
+# --- Power sharing ------------------------------------------------------------------------
+# `decide` shares what the circuits of a site can carry among the sessions: pure, no I/O. Limits are
+# A per phase.
 
-CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
-PILOT_S = 6.0                           # a car has followed by then
-EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # so much later than we think it may expire
-VERIFY_S = 10.0                         # until we look whether a station has obeyed
-REFUSAL_S = 2.0                         # the end of a transaction comes by then, if that is why
-RAISE_EVERY_S = 30.0
-RETRY_S = 600.0                         # until a station that obeyed nothing is tried again
-FLOW_OLD_S = 900.0                      # a reading that says nothing of now
-PHASES_S, SETTLED_S = 30.0, 60.0        # until it is believed which phases, how much, a car uses
-SLACK_A = 3                             # what a car must leave before others get it
-ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing is served last
-METER_WARN_S, METER_LOST_S = 15.0, 60.0
-START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
-SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
-SENT_KEPT, MODELS_KEPT, SESSIONS_SET = 6, 200, 1000
-FALLBACK_START = "2020-01-01T00:00:00Z"
-STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
-GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
 GRAIN_A = 1e-6                          # sums of decimal amperes are this exact
 
 
@@ -11749,8 +11729,9 @@ def _share(request: Request, amps: int, held_by: int | None, tree: CircuitTree, 
     return Share(amps, text, circuit)
 
 
-# How a limit is told
-
+# --- Charging profiles --------------------------------------------------------------------
+# How a limit is written for a station, by what it takes (ProfileVariant, Ladder, Abilities), and
+# what a set of profiles allows (Profile, `allowed_a`); no I/O.
 
 class ProfileVariant(NamedTuple):
     """One way to tell a station a limit; what one station refuses, another one insists on."""
@@ -11866,9 +11847,6 @@ def _number(text: Any) -> int | None:
     return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,6}", text.strip()) else None
 
 
-# Upstream's profiles
-
-
 UPSTREAM_PROFILES_KEPT, PERIODS_KEPT = 50, 1024      # of one station; of one schedule
 RECURS_S = {"Daily": 86400, "Weekly": 7 * 86400}
 
@@ -11949,6 +11927,230 @@ def with_profile(profiles: list[Profile], new: Profile) -> list[Profile]:
     """The profiles after one more: it takes the place of one with its id, or purpose and level."""
     return [p for p in profiles if p.id != new.id and (p.purpose, p.stack_level, p.evse_id) != (
         new.purpose, new.stack_level, new.evse_id)] + [new]
+
+
+# --- Site ---------------------------------------------------------------------------------
+# The limits and circuits of the site: as configured, and as changed on the board.
+
+class Window(NamedTuple):
+    """A time of the day in which the site's limit is scaled; over midnight, if `until` is less."""
+
+    since: str                          # 18:00
+    until: str
+    days: tuple                         # on which it begins
+    factor: float
+
+    def holds(self, when: datetime) -> bool:
+        """Whether it is that time."""
+        clock, today = when.strftime("%H:%M"), DAYS[when.weekday()]
+        if self.since < self.until:
+            return today in self.days and self.since <= clock < self.until
+        before = DAYS[when.weekday() - 1]
+        return (today in self.days and clock >= self.since) or (
+            before in self.days and clock < self.until)
+
+
+class SiteSettings:
+    """The site's limits, strategy and margin: as configured, and as REST has changed them.
+
+    What was changed is kept in the State, with the configured value that it overrides: when that
+    changes, the change is dropped.
+    """
+
+    # JSON key of PATCH /api/smart-charge/config: the settings
+    PATCHED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "strategy": ("strategy",), "limitA": ("site_limit_a", "site_limit_kw"),
+        "limitKw": ("site_limit_a", "site_limit_kw"), "marginPercent": ("safety_margin_percent",)}
+
+    def __init__(self, board: Board):
+        self.board, self.now = board, board.config.smart_charge
+        self.changed: dict[str, Any] = {}            # {setting: its value}, since it was configured
+        self._read()
+
+    def _read(self) -> None:
+        """Read what is configured."""
+        self.configured = SimpleNamespace(**vars(self.now))
+        self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
+                        for w in self.now.window]
+        self.zone = ZoneInfo(self.now.timezone) if self.now.timezone else None
+        self.parents = {SITE: ""} | {c.name: c.parent or SITE for c in self.now.circuit}
+
+    def restore(self) -> None:
+        """Take over what an earlier run changed."""
+        for names in dict.fromkeys(self.PATCHED.values()):
+            row = next((row for row in self.board.state.rows("smart_charge_setting")
+                        if row.key == names[0]), None)
+            if row is None:
+                continue
+            value = row.value if type(row.value) is dict else {}
+            configured = [getattr(self.configured, name) for name in names]
+            try:
+                changes = {name: _checked(self._setting(name), one, "state", name) for name, one in
+                           zip(names, lenient(value, "value", list, []), strict=True)}
+                if value.get("configured") != configured or not self._is_possible(changes):
+                    raise WrongValue("the configuration has changed")
+            except (ConfigError, BoardError, ValueError):
+                self.board.state.put("smart_charge_setting", names[0], None)
+                continue
+            self._set(changes)
+
+    def reconfigure(self) -> None:
+        """The configuration has changed; what REST has changed goes before what it overrode."""
+        before, changed = self.configured, self.changed
+        self.changed = {}
+        self._read()
+        for names in dict.fromkeys(self.PATCHED.values()):
+            changes = {name: changed.get(name, getattr(before, name)) for name in names}
+            if changed.keys().isdisjoint(names):
+                continue
+            if self._is_possible(changes) and all(
+                    getattr(before, name) == getattr(self.configured, name) for name in names):
+                self._set(changes)
+            else:
+                self.board.state.put("smart_charge_setting", names[0], None)
+
+    @staticmethod
+    def _setting(name: str) -> Setting:
+        return next(s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
+
+    def _is_possible(self, changes: dict) -> bool:
+        return (changes.get("strategy") != "time_of_use" or bool(self.windows)) and (
+            changes.get("strategy") != "solar" or self.now.meter) and (
+            not {"site_limit_a", "site_limit_kw"} & set(changes)
+            or changes["site_limit_a"] >= 1 or changes["site_limit_kw"] >= 0.1)
+
+    def _set(self, changes: dict) -> None:
+        for name, value in changes.items():
+            setattr(self.now, name, value)
+            self.changed.pop(name, None)
+            if value != getattr(self.configured, name):
+                self.changed[name] = value
+
+    def change(self, body: dict) -> dict:
+        """Change limit, strategy or margin. Returns the changes.
+
+        Raises: BadRequest, and nothing is changed.
+        """
+        changes = read_changes(body, {key: self._setting(
+            "site_limit_kw" if key == "limitKw" else names[0])
+            for key, names in self.PATCHED.items()})
+        if {"limitA", "limitKw"} <= set(changes):
+            raise BadRequest("limitA and limitKw are two words for one limit: give one")
+        if changes.get("limitA", 1) < 1 or changes.get("limitKw", 1) < 0.1:
+            raise BadRequest("a limit must be at least 1 A, or 0.1 kW")
+        if changes.get("strategy") == "time_of_use" and not self.windows:
+            raise BadRequest("time_of_use needs a [[smart_charge.window]] in the configuration")
+        if changes.get("strategy") == "solar" and not self.now.meter:
+            raise BadRequest("solar needs smart_charge.meter in the configuration")
+        for key, value in changes.items():
+            names = self.PATCHED[key]
+            values = [value] if len(names) == 1 else (
+                [value, 0.0] if key == "limitA" else [0.0, value])
+            self._set(dict(zip(names, values, strict=True)))
+            self.board.state.put("smart_charge_setting", names[0], {
+                "value": values, "configured": [getattr(self.configured, n) for n in names]})
+        self.board.state.write_soon()
+        return changes
+
+    @property
+    def limit_a(self) -> float:
+        """The site's limit, A per phase, before margin and windows."""
+        return self.now.site_limit_a or self.now.site_limit_kw * 1000 / (3 * self.now.voltage)
+
+    @property
+    def configured_a(self) -> float:
+        """The same as it is configured."""
+        was = self.configured
+        return was.site_limit_a or was.site_limit_kw * 1000 / (3 * was.voltage)
+
+    def window(self) -> Window | None:
+        """The window that it is the time of."""
+        if self.now.strategy != "time_of_use":
+            return None
+        when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
+        return next((window for window in self.windows if window.holds(when)), None)
+
+    def limits(self) -> dict[str, float]:
+        """{circuit: A per phase, before margin and windows}."""
+        return {SITE: self.limit_a} | {c.name: c.limit_a for c in self.now.circuit}
+
+    def circuits(self, factor: float | None = None) -> list[Circuit]:
+        """The circuits, with what of them may be used.
+
+        A limit in kW that was set on the board is what a grid operator's dimming asks for: it is
+        taken as told, without the margin, where the minimum of one car fits only so.
+        """
+        if factor is None:
+            window = self.window()
+            factor = window.factor if window else 1.0
+        share = 1 - self.now.safety_margin_percent / 100
+        whole = self.limit_a * factor
+        dimmed = "site_limit_kw" in self.changed and self.now.site_limit_kw
+        fits_only_so = dimmed and whole * share < self.now.minimum_a <= whole + GRAIN_A
+        return [Circuit(SITE, "", whole if fits_only_so else whole * share)] + [
+            Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.now.circuit]
+
+    def least_circuits(self) -> list[Circuit]:
+        """The circuits at the smallest that the windows make of them."""
+        windows = self.windows if self.now.strategy == "time_of_use" else []
+        return self.circuits(min([1.0, *(window.factor for window in windows)]))
+
+    def view(self) -> dict:
+        """Of GET /api/smart-charge/config."""
+        now, window = self.now, self.window()
+        return {
+            "strategy": now.strategy, "limitA": round(self.limit_a, 3),
+            "limitKw": round(self.limit_a * 3 * now.voltage / 1000, 3),
+            "marginPercent": now.safety_margin_percent, "minimumA": now.minimum_a,
+            "stepA": now.step_a, "fallbackA": now.fallback_a,
+            "limitValidSeconds": now.limit_valid_seconds, "raiseAPer30s": now.raise_a_per_30s,
+            "rotateMinutes": now.rotate_minutes, "voltage": now.voltage,
+            "windowFactor": window.factor if window else 1.0,
+            "setOnBoard": sorted({key for key, names in self.PATCHED.items()
+                                  if self.changed.keys() & set(names) and not (
+                                      key == "limitA" and now.site_limit_kw)
+                                  and not (key == "limitKw" and now.site_limit_a)})}
+
+
+def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
+    """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
+    if not body:
+        raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
+    for key in body:
+        if key not in settings:
+            raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
+    try:
+        return {key: value if value is None and settings[key].section == "session"
+                else _checked(settings[key], value, "body", key)
+                for key, value in body.items()}
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+
+
+# --- Smart charging -----------------------------------------------------------------------
+# Each second: `observe` what the stations said, `decide` (pure: circuits and sessions in, amperes
+# out), then the `commands` that lead there. Every EVSE counts at the worst that it may draw, and a
+# limit rises only where the sum of all worsts leaves room, in each phase of each circuit. Limits
+# are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
+
+CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
+PILOT_S = 6.0                           # a car has followed by then
+EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # so much later than we think it may expire
+VERIFY_S = 10.0                         # until we look whether a station has obeyed
+REFUSAL_S = 2.0                         # the end of a transaction comes by then, if that is why
+RAISE_EVERY_S = 30.0
+RETRY_S = 600.0                         # until a station that obeyed nothing is tried again
+FLOW_OLD_S = 900.0                      # a reading that says nothing of now
+PHASES_S, SETTLED_S = 30.0, 60.0        # until it is believed which phases, how much, a car uses
+SLACK_A = 3                             # what a car must leave before others get it
+ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing is served last
+METER_WARN_S, METER_LOST_S = 15.0, 60.0
+START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
+SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
+SENT_KEPT, MODELS_KEPT, SESSIONS_SET = 6, 200, 1000
+FALLBACK_START = "2020-01-01T00:00:00Z"
+STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
+GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
 
 
 # What an EVSE may draw
@@ -12471,204 +12673,6 @@ class Command:
     variant: ProfileVariant | None = None
     transaction: Transaction | None = None
     durable: bool = False               # it raises something: not before the State has it
-
-
-# The site
-
-
-class Window(NamedTuple):
-    """A time of the day in which the site's limit is scaled; over midnight, if `until` is less."""
-
-    since: str                          # 18:00
-    until: str
-    days: tuple                         # on which it begins
-    factor: float
-
-    def holds(self, when: datetime) -> bool:
-        """Whether it is that time."""
-        clock, today = when.strftime("%H:%M"), DAYS[when.weekday()]
-        if self.since < self.until:
-            return today in self.days and self.since <= clock < self.until
-        before = DAYS[when.weekday() - 1]
-        return (today in self.days and clock >= self.since) or (
-            before in self.days and clock < self.until)
-
-
-class SiteSettings:
-    """The site's limits, strategy and margin: as configured, and as REST has changed them.
-
-    What was changed is kept in the State, with the configured value that it overrides: when that
-    changes, the change is dropped.
-    """
-
-    # JSON key of PATCH /api/smart-charge/config: the settings
-    PATCHED: ClassVar[dict[str, tuple[str, ...]]] = {
-        "strategy": ("strategy",), "limitA": ("site_limit_a", "site_limit_kw"),
-        "limitKw": ("site_limit_a", "site_limit_kw"), "marginPercent": ("safety_margin_percent",)}
-
-    def __init__(self, board: Board):
-        self.board, self.now = board, board.config.smart_charge
-        self.changed: dict[str, Any] = {}            # {setting: its value}, since it was configured
-        self._read()
-
-    def _read(self) -> None:
-        """Read what is configured."""
-        self.configured = SimpleNamespace(**vars(self.now))
-        self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
-                        for w in self.now.window]
-        self.zone = ZoneInfo(self.now.timezone) if self.now.timezone else None
-        self.parents = {SITE: ""} | {c.name: c.parent or SITE for c in self.now.circuit}
-
-    def restore(self) -> None:
-        """Take over what an earlier run changed."""
-        for names in dict.fromkeys(self.PATCHED.values()):
-            row = next((row for row in self.board.state.rows("smart_charge_setting")
-                        if row.key == names[0]), None)
-            if row is None:
-                continue
-            value = row.value if type(row.value) is dict else {}
-            configured = [getattr(self.configured, name) for name in names]
-            try:
-                changes = {name: _checked(self._setting(name), one, "state", name) for name, one in
-                           zip(names, lenient(value, "value", list, []), strict=True)}
-                if value.get("configured") != configured or not self._is_possible(changes):
-                    raise WrongValue("the configuration has changed")
-            except (ConfigError, BoardError, ValueError):
-                self.board.state.put("smart_charge_setting", names[0], None)
-                continue
-            self._set(changes)
-
-    def reconfigure(self) -> None:
-        """The configuration has changed; what REST has changed goes before what it overrode."""
-        before, changed = self.configured, self.changed
-        self.changed = {}
-        self._read()
-        for names in dict.fromkeys(self.PATCHED.values()):
-            changes = {name: changed.get(name, getattr(before, name)) for name in names}
-            if changed.keys().isdisjoint(names):
-                continue
-            if self._is_possible(changes) and all(
-                    getattr(before, name) == getattr(self.configured, name) for name in names):
-                self._set(changes)
-            else:
-                self.board.state.put("smart_charge_setting", names[0], None)
-
-    @staticmethod
-    def _setting(name: str) -> Setting:
-        return next(s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
-
-    def _is_possible(self, changes: dict) -> bool:
-        return (changes.get("strategy") != "time_of_use" or bool(self.windows)) and (
-            changes.get("strategy") != "solar" or self.now.meter) and (
-            not {"site_limit_a", "site_limit_kw"} & set(changes)
-            or changes["site_limit_a"] >= 1 or changes["site_limit_kw"] >= 0.1)
-
-    def _set(self, changes: dict) -> None:
-        for name, value in changes.items():
-            setattr(self.now, name, value)
-            self.changed.pop(name, None)
-            if value != getattr(self.configured, name):
-                self.changed[name] = value
-
-    def change(self, body: dict) -> dict:
-        """Change limit, strategy or margin. Returns the changes.
-
-        Raises: BadRequest, and nothing is changed.
-        """
-        changes = read_changes(body, {key: self._setting(
-            "site_limit_kw" if key == "limitKw" else names[0])
-            for key, names in self.PATCHED.items()})
-        if {"limitA", "limitKw"} <= set(changes):
-            raise BadRequest("limitA and limitKw are two words for one limit: give one")
-        if changes.get("limitA", 1) < 1 or changes.get("limitKw", 1) < 0.1:
-            raise BadRequest("a limit must be at least 1 A, or 0.1 kW")
-        if changes.get("strategy") == "time_of_use" and not self.windows:
-            raise BadRequest("time_of_use needs a [[smart_charge.window]] in the configuration")
-        if changes.get("strategy") == "solar" and not self.now.meter:
-            raise BadRequest("solar needs smart_charge.meter in the configuration")
-        for key, value in changes.items():
-            names = self.PATCHED[key]
-            values = [value] if len(names) == 1 else (
-                [value, 0.0] if key == "limitA" else [0.0, value])
-            self._set(dict(zip(names, values, strict=True)))
-            self.board.state.put("smart_charge_setting", names[0], {
-                "value": values, "configured": [getattr(self.configured, n) for n in names]})
-        self.board.state.write_soon()
-        return changes
-
-    @property
-    def limit_a(self) -> float:
-        """The site's limit, A per phase, before margin and windows."""
-        return self.now.site_limit_a or self.now.site_limit_kw * 1000 / (3 * self.now.voltage)
-
-    @property
-    def configured_a(self) -> float:
-        """The same as it is configured."""
-        was = self.configured
-        return was.site_limit_a or was.site_limit_kw * 1000 / (3 * was.voltage)
-
-    def window(self) -> Window | None:
-        """The window that it is the time of."""
-        if self.now.strategy != "time_of_use":
-            return None
-        when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
-        return next((window for window in self.windows if window.holds(when)), None)
-
-    def limits(self) -> dict[str, float]:
-        """{circuit: A per phase, before margin and windows}."""
-        return {SITE: self.limit_a} | {c.name: c.limit_a for c in self.now.circuit}
-
-    def circuits(self, factor: float | None = None) -> list[Circuit]:
-        """The circuits, with what of them may be used.
-
-        A limit in kW that was set on the board is what a grid operator's dimming asks for: it is
-        taken as told, without the margin, where the minimum of one car fits only so.
-        """
-        if factor is None:
-            window = self.window()
-            factor = window.factor if window else 1.0
-        share = 1 - self.now.safety_margin_percent / 100
-        whole = self.limit_a * factor
-        dimmed = "site_limit_kw" in self.changed and self.now.site_limit_kw
-        fits_only_so = dimmed and whole * share < self.now.minimum_a <= whole + GRAIN_A
-        return [Circuit(SITE, "", whole if fits_only_so else whole * share)] + [
-            Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.now.circuit]
-
-    def least_circuits(self) -> list[Circuit]:
-        """The circuits at the smallest that the windows make of them."""
-        windows = self.windows if self.now.strategy == "time_of_use" else []
-        return self.circuits(min([1.0, *(window.factor for window in windows)]))
-
-    def view(self) -> dict:
-        """Of GET /api/smart-charge/config."""
-        now, window = self.now, self.window()
-        return {
-            "strategy": now.strategy, "limitA": round(self.limit_a, 3),
-            "limitKw": round(self.limit_a * 3 * now.voltage / 1000, 3),
-            "marginPercent": now.safety_margin_percent, "minimumA": now.minimum_a,
-            "stepA": now.step_a, "fallbackA": now.fallback_a,
-            "limitValidSeconds": now.limit_valid_seconds, "raiseAPer30s": now.raise_a_per_30s,
-            "rotateMinutes": now.rotate_minutes, "voltage": now.voltage,
-            "windowFactor": window.factor if window else 1.0,
-            "setOnBoard": sorted({key for key, names in self.PATCHED.items()
-                                  if self.changed.keys() & set(names) and not (
-                                      key == "limitA" and now.site_limit_kw)
-                                  and not (key == "limitKw" and now.site_limit_a)})}
-
-
-def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
-    """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
-    if not body:
-        raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
-    for key in body:
-        if key not in settings:
-            raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
-    try:
-        return {key: value if value is None and settings[key].section == "session"
-                else _checked(settings[key], value, "body", key)
-                for key, value in body.items()}
-    except ConfigError as error:
-        raise BadRequest(str(error)) from None
 
 
 class SiteMeter:

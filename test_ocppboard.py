@@ -8117,11 +8117,8 @@ async def test_a_station_that_has_gone_meanwhile_is_not_answered(tmp_path):
     closed(bench.state)
 
 
-# --- Smart charging -----------------------------------------------------------------------
-# `decide` by properties; the controller in virtual time, against simulated stations whose cars
-# really draw; then over sockets.
-
-# decide
+# --- Power sharing ------------------------------------------------------------------------
+# `decide` by properties.
 
 CIRCUIT_LIMITS = st.floats(3, 200).map(lambda amps: round(amps, 1))
 GRID_PHASES = st.sampled_from([(0, 1, 2), (0,), (1,), (2,), (0, 1)])
@@ -8341,7 +8338,26 @@ def test_single_phase_cars_do_not_share_what_they_do_not_use():
     assert [shares[n].amps for n in range(4)] == [10, 20, 20, 10]
 
 
-# The controller, in virtual time
+# --- Site ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("since, until_, days, times", [
+    ("18:00", "22:00", ("mon",), {"mon 18:00": True, "mon 21:59": True, "mon 22:00": False,
+                                  "tue 19:00": False, "mon 17:59": False}),
+    ("22:00", "06:00", ("mon",), {"mon 23:00": True, "tue 05:59": True, "tue 06:00": False,
+                                  "mon 05:00": False, "tue 23:00": False}),
+    ("00:00", "24:00", ("sun",), {"sun 00:00": True, "sun 23:59": True, "mon 00:00": False}),
+])
+def test_a_window_holds_on_the_day_that_it_begins(since, until_, days, times):
+    window = ocppboard.Window(since, until_, days, 0.4)
+    for text, expected in times.items():
+        day, clock = text.split()
+        when = datetime.fromisoformat(f"2026-09-{21 + ocppboard.DAYS.index(day):02} {clock}")
+        assert window.holds(when) == expected, text
+
+
+# --- Smart charging -----------------------------------------------------------------------
+# The controller in virtual time, against simulated stations whose cars really draw; then over
+# sockets.
 
 
 @functools.cache
@@ -9155,21 +9171,6 @@ def test_windows_scale_the_sites_limit_in_the_zone_of_the_site():
     assert outlet.current_a == 15 and world.controller.view()["windowFactor"] == 0.5
     world.run(11 * 60)
     assert outlet.current_a == 30
-
-
-@pytest.mark.parametrize("since, until_, days, times", [
-    ("18:00", "22:00", ("mon",), {"mon 18:00": True, "mon 21:59": True, "mon 22:00": False,
-                                  "tue 19:00": False, "mon 17:59": False}),
-    ("22:00", "06:00", ("mon",), {"mon 23:00": True, "tue 05:59": True, "tue 06:00": False,
-                                  "mon 05:00": False, "tue 23:00": False}),
-    ("00:00", "24:00", ("sun",), {"sun 00:00": True, "sun 23:59": True, "mon 00:00": False}),
-])
-def test_a_window_holds_on_the_day_that_it_begins(since, until_, days, times):
-    window = ocppboard.Window(since, until_, days, 0.4)
-    for text, expected in times.items():
-        day, clock = text.split()
-        when = datetime.fromisoformat(f"2026-09-{21 + ocppboard.DAYS.index(day):02} {clock}")
-        assert window.holds(when) == expected, text
 
 
 def test_the_sites_meter_leaves_to_the_cars_what_the_house_does_not_draw():
