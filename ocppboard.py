@@ -11511,16 +11511,16 @@ GRAIN_A = 1e-6                          # sums of decimal amperes are this exact
 
 
 class Circuit(NamedTuple):
-    """A piece of the site's wiring; the first of a list is the one that all others hang at."""
+    """A circuit of the site's wiring; the first of a list is the root of the tree."""
 
     name: str
-    parent: str                         # "" of the first
+    parent: str                         # its name; "" of the root
     limit_a: float                      # A per phase that may be used, the margin off
     pooled: bool = False                # the limit is for the sum of the phases
 
 
 class Request(NamedTuple):
-    """A session that may be given power."""
+    """A charging session that asks for power."""
 
     id: Any
     circuit: str
@@ -11529,11 +11529,11 @@ class Request(NamedTuple):
     maximum: float = 32
     priority: int = 1
     arrived: float = 0.0
-    turns: float = 0.0                  # that it has had, the present one included
+    turns: float = 0.0                  # of charging that it has had, the present one included
     on_turn: bool = False               # it charges, and the turns have not changed since it began
     waiting_since: float | None = 0.0   # None: it charges
     need: float | None = None           # A that its car takes, where that is known and less
-    asleep: bool = False                # it had power and took none: it is served last
+    asleep: bool = False                # its car drew nothing of its share: it is served last
     load: float = 1.0                   # A that may flow in each phase for an ampere of its limit
     reserved: float = 0.0               # A that are kept for it in any case: its fallback
 
@@ -11543,20 +11543,21 @@ class Share(NamedTuple):
 
     amps: int                           # A per phase, whole steps
     reason: str                         # one sentence without its amperes
-    held_by: str = ""                   # the circuit that keeps it from more
+    held_by: str = ""                   # the circuit that has no more for it
 
 
 def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, strategy: str,
            now: float, step: int = 1, rotate_s: float = 900) -> dict[Any, Share]:
-    """Share what the circuits can among the sessions: {id of the request: Share}.
+    """Share the power of the circuits among the sessions: {id of the request: Share}.
 
-    `other_load` is what flows besides, {(circuit, phase): A}, and counts upwards from there. No
-    limit is exceeded, unless by it and what is reserved alone; a session gets 0 or from its
-    minimum to its maximum; nothing is left that one could take. First as many as fit get their
-    minimum: when not all do, the turns change every `rotate_s`, and who had fewest is next. Then
-    who has least is raised first: amperes are max-min fair under equal_share, time_of_use and
-    solar, amperes over priority under priority; under first_come, which has no turns either, who
-    came first takes what it can. Under solar those with a priority come before all others.
+    `other_load` is the current besides, {(circuit, phase): A}, and counts upwards from there. No
+    limit is exceeded, unless by it and by reserved amperes alone; a session gets 0 or from its
+    minimum to its maximum; nothing is left over that a session could use. First as many sessions as
+    fit get their minimum: when not all do, the turns change every `rotate_s`, and the session with
+    the fewest turns is next. Then the session with the least is raised first: amperes are max-min
+    fair under equal_share, time_of_use and solar, amperes over priority under priority; under
+    first_come, which has no turns either, the first to come gets all that it can use. Under solar
+    sessions with a priority come before all others.
     """
     tree = CircuitTree(circuits, other_load)
     if strategy == "first_come":
@@ -11565,14 +11566,14 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
         order = sorted(requests, key=lambda r: _place(r, strategy))
     # 1. who charges
     granted: dict = {}                  # {id: A}
-    held_by: dict = {}                  # {id: the place that kept it from more}
+    held_by: dict = {}                  # {id: the place that has no more for it}
     for request in order:
         tree.use(tree.path(request.circuit, request.phases), request.reserved)
     empty = list(tree.left)
     for request in order:
         least = math.ceil(request.minimum / step) * step
         most = math.floor(request.maximum / step) * step
-        # What is reserved for it costs nobody anything.
+        # Reserved amperes are off the circuits already.
         least = max(least, min(most, math.floor(request.reserved / request.load / step) * step))
         beyond = max(0.0, least * request.load - request.reserved)
         path = tree.path(request.circuit, request.phases)
@@ -11595,11 +11596,11 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
 
 
 def _place(request: Request, strategy: str) -> tuple:
-    """Where a session stands in the queue for the minimum.
+    """The place of a session in the queue for the minimum.
 
-    Who is on turn stays until the turns change, for all at the same time: then all compete for an
-    empty site, so that who had fewest turns fits, whatever it needs. Turns count by priority, if
-    that is the strategy; nobody waits for ever.
+    A session on turn stays until the turns change, for all at the same time: then all compete for
+    an empty site, so that the one with the fewest turns fits, whatever it needs. Turns count by
+    priority, if that is the strategy; nobody waits for ever.
     """
     turns = request.turns / (request.priority if strategy == "priority" else 1)
     since = math.inf if request.waiting_since is None else request.waiting_since
@@ -11608,7 +11609,10 @@ def _place(request: Request, strategy: str) -> tuple:
 
 
 class CircuitTree:
-    """What is left of each phase of each circuit. A path is all of them that a session loads."""
+    """The amperes that are left: a place for each phase of each circuit.
+
+    A path is the list of the places that a session loads, from its circuit up to the root.
+    """
 
     def __init__(self, circuits: list[Circuit], other_load: dict):
         self.names = [circuit.name for circuit in circuits]
@@ -11628,7 +11632,7 @@ class CircuitTree:
             self.use(self.path(name, (phase,)), amps)
 
     def path(self, circuit: str, phases: tuple) -> list[int]:
-        """The places in `left` that such a session loads, its own circuit first.
+        """The places that a session of this circuit and these phases loads, its own circuit first.
 
         A pooled circuit has one place, which stands there once for each phase.
         """
@@ -11640,7 +11644,7 @@ class CircuitTree:
         return found
 
     def full(self, path: list[int], amps: float) -> int | None:
-        """The first place that has less than that left; None if all have it."""
+        """The first place of a path with less than `amps` left; None if all have that much."""
         for place in path:
             wanted = amps * path.count(place) if place in self._pooled else amps
             if self.left[place] < wanted - GRAIN_A:
@@ -11648,13 +11652,13 @@ class CircuitTree:
         return None
 
     def use(self, path: list[int], amps: float) -> None:
-        """Take it from all places of a path."""
+        """Take `amps` from all places of a path."""
         for place in path:
             self.left[place] -= amps
 
     def fill(self, requests: list[Request], granted: dict, held_by: dict, step: int,
              level: Callable[[float, Request], float], needs: bool) -> None:
-        """Raise whoever has the lowest level by a step, until nobody can take one more."""
+        """Raise the request of the lowest level by a step, until none can be raised any more."""
         rises = []                       # (request, its path, A that it could take more)
         wanted = [0.0] * len(self.left)
         for request in requests:
@@ -11667,7 +11671,7 @@ class CircuitTree:
                 rises.append((request, path, rise))
                 for place in path:
                     wanted[place] += rise * request.load
-        # What all together cannot fill holds nobody back, and need not be looked at again.
+        # A place that all requests together cannot fill limits none of them.
         tight = {place for place, amps in enumerate(wanted) if amps > self.left[place] + GRAIN_A}
         heap = []
         for number, (request, path, rise) in enumerate(rises):
@@ -11695,18 +11699,18 @@ class CircuitTree:
             self.use([place for place in path if place not in tight], gained * request.load)
 
     def above(self, circuit: str) -> list[str]:
-        """A circuit, and all that it hangs at."""
+        """The names of a circuit and of all circuits above it."""
         return [self.names[first // 3] for first in self._firsts[circuit]]
 
     def says(self, place: int) -> str:
-        """A place in words."""
+        """A place in words: "site on L1"."""
         name = self.names[place // 3]
         return f"the {name}" if place in self._pooled else f"{name} on {PHASES[place % 3]}"
 
 
 def _share(request: Request, amps: int, held_by: int | None, tree: CircuitTree, empty: list,
            strategy: str, step: int, minutes: int) -> Share:
-    """How much a session gets and why; `empty` is what was left before all of them."""
+    """The Share of a session; `empty` is what was left before any session had its minimum."""
     if held_by is None:
         return Share(amps, f"The most that it may have is {request.maximum:g} A" if amps else
                      f"It may have {request.maximum:g} A at most, which is under its minimum")
@@ -11734,23 +11738,23 @@ def _share(request: Request, amps: int, held_by: int | None, tree: CircuitTree, 
 # what a set of profiles allows (Profile, `allowed_a`); no I/O.
 
 class ProfileVariant(NamedTuple):
-    """One way to tell a station a limit; what one station refuses, another one insists on."""
+    """A form of charging profile for a limit: some stations refuse a form that others insist on."""
 
     purpose: str
     unit: str                           # A | W
     highest: bool = True                # on the highest stack level that the station knows; else 0
     whole: bool = False                 # for the whole station instead of one EVSE
-    phases: bool = True                 # a limit in W says of how many phases
+    phases: bool = True                 # a limit in W comes with its numberPhases
 
     def text(self) -> str:
-        """For the log and the API."""
+        """The variant in words, for the log and the API."""
         return ", ".join([self.purpose, self.unit]
                          + ["stack level 0"] * (not self.highest)
                          + ["whole station"] * self.whole
                          + ["without numberPhases"] * (not self.phases))
 
 
-# From what the standard means to what some chargers want, the next when one is refused.
+# The next one is tried when one is refused: first as the standard means it, then as some want it.
 VARIANTS = (
     ProfileVariant("TxProfile", "A"), ProfileVariant("TxProfile", "W"),
     ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "W"),
@@ -11758,19 +11762,20 @@ VARIANTS = (
     ProfileVariant("TxProfile", "W", highest=False),
     ProfileVariant("TxProfile", "W", phases=False),
 )
-FALLBACK_VARIANTS = (                   # the same for what holds without us
+FALLBACK_VARIANTS = (                   # the same for the fallback
     ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "A", whole=True),
     ProfileVariant("TxDefaultProfile", "W"), ProfileVariant("TxDefaultProfile", "W", whole=True),
     ProfileVariant("TxDefaultProfile", "A", highest=False),
     ProfileVariant("TxDefaultProfile", "W", highest=False),
 )
-FALLBACK_ID, LIMIT_ID = 77_000_000, 77_100_000       # of our profiles, and the EVSE added
+FALLBACK_ID, LIMIT_ID = 77_000_000, 77_100_000       # plus the EVSE's id: ids of our profiles
 
 
 class Ladder:
-    """Which variant a station is told its limits in; the next where one is refused or disobeyed.
+    """The variant in use for a station, and the next one where that is refused or disobeyed.
 
-    One refusal of what has worked before is forgiven, and one answer that does not come.
+    A variant that has worked is left at its second refusal in a row; any variant at the second Call
+    in a row without an answer.
     """
 
     __slots__ = ("variants", "rung", "worked", "_refusals", "_unanswered")
@@ -11780,29 +11785,29 @@ class Ladder:
         self.start(0)
 
     def start(self, rung: int) -> None:
-        """Begin anew, at a rung that works for others of the model."""
+        """Begin anew, at the variant that works for others of the model."""
         self.rung, self.worked, self._refusals, self._unanswered = rung, False, 0, 0
 
     def variant(self, suits: Callable[[ProfileVariant], bool]) -> ProfileVariant | None:
-        """The first that suits, from the rung on; None when the station has refused all."""
+        """The first suitable variant from the present one on; None: the station has refused all."""
         return next(filter(suits, self.variants[self.rung:]), None)
 
     def accepted(self) -> None:
-        """The station took it."""
+        """The station has accepted a profile of the present variant."""
         self.worked, self._refusals, self._unanswered = True, 0, 0
 
     def refused(self, variant: ProfileVariant) -> bool:
-        """The station refused it. Returns whether the next one is to be tried."""
+        """The station has refused a profile. Returns whether the next variant is to be tried."""
         self._refusals += 1
         return self._refusals > self.worked and self.leave(variant)
 
     def unanswered(self, variant: ProfileVariant) -> bool:
-        """No answer came. Returns whether the next one is to be tried."""
+        """The station has not answered. Returns whether the next variant is to be tried."""
         self._unanswered += 1
         return self._unanswered > 1 and self.leave(variant)
 
     def leave(self, variant: ProfileVariant) -> bool:
-        """Go on to the next one, unless that is done already. Returns whether it went."""
+        """Go on to the variant after this one, unless that is done. Returns whether it went."""
         rung = self.variants.index(variant) + 1
         if rung <= self.rung:
             return False
@@ -11811,7 +11816,7 @@ class Ladder:
 
 
 class Abilities(NamedTuple):
-    """What a station says of its smart charging; None where it does not."""
+    """What a station reports of its smart charging; None where it reports nothing."""
 
     stack_level: int | None = None      # the highest
     units: tuple = ("A", "W")
@@ -11820,11 +11825,11 @@ class Abilities(NamedTuple):
 
     @property
     def one_slot(self) -> bool:
-        """Whether it keeps one default: then the fallback is the second period of the limit."""
+        """Whether it keeps one TxDefaultProfile: the fallback is then the limit's second period."""
         return self.stack_level == 0 or self.profiles == 1
 
 
-# What 2.x has no variable for, 1.6 has a key for; each is asked for its own.
+# {whether it is 1.6: (component, variable) to ask for}; 2.x has no variables for the last two.
 ABILITIES: dict[bool, tuple[tuple[str, str], ...]] = {
     False: (("SmartChargingCtrlr", "ProfileStackLevel"), ("SmartChargingCtrlr", "RateUnit")),
     True: (("SmartChargingCtrlr", "ProfileStackLevel"), ("SmartChargingCtrlr", "RateUnit"),
@@ -11832,7 +11837,7 @@ ABILITIES: dict[bool, tuple[tuple[str, str], ...]] = {
 
 
 def abilities_in(answer: dict) -> Abilities:
-    """Of the answer to GetVariables."""
+    """The abilities in an answer to GetVariables."""
     values = {lenient(result, "variable.name", str):
               result.get("attributeValue")
               for result in _dicts(lenient(answer, "getVariableResult", list, []))}
@@ -11853,7 +11858,7 @@ RECURS_S = {"Daily": 86400, "Weekly": 7 * 86400}
 
 @dataclass(slots=True)
 class Profile:
-    """A charging profile as whoever has to keep it reads it: limits from `start` on, wall time."""
+    """A charging profile as the station applies it: limits from `start` on, in wall time."""
 
     id: int
     purpose: str
@@ -11869,7 +11874,7 @@ class Profile:
 
     @classmethod
     def read(cls, id_: int, evse_id: int, profile: dict, schedule: dict, now: float) -> "Profile":
-        """Of the payload of either version. Raises: FormatViolation."""
+        """Read a profile and a schedule of it, in either version. Raises: FormatViolation."""
         times = {key: parse_time(value)[0] for key, value in (
             ("validFrom", profile.get("validFrom")), ("validTo", profile.get("validTo")),
             ("start", schedule.get("startSchedule"))) if value is not None}
@@ -11890,7 +11895,10 @@ class Profile:
 
     def limit(self, now: float, evse_id: int, transaction_id: Any, watts_per_a: float,
               began_at: float | None = None) -> float | None:
-        """A per phase that it allows at a time; None when it says nothing then (1.6 3.13)."""
+        """The A per phase that the profile allows at `now`; None where it does not apply.
+
+        Spec: 1.6 3.13; 2.0.1 K01.
+        """
         start = self.start
         if start is None:
             start = now if began_at is None else began_at
@@ -11924,7 +11932,7 @@ def allowed_a(profiles: list[Profile], now: float, evse_id: int, transaction_id:
 
 
 def with_profile(profiles: list[Profile], new: Profile) -> list[Profile]:
-    """The profiles after one more: it takes the place of one with its id, or purpose and level."""
+    """The profiles with a new one, in place of one with its id, or its purpose, level and EVSE."""
     return [p for p in profiles if p.id != new.id and (p.purpose, p.stack_level, p.evse_id) != (
         new.purpose, new.stack_level, new.evse_id)] + [new]
 
@@ -11976,7 +11984,7 @@ class SiteSettings:
         self.parents = {SITE: ""} | {c.name: c.parent or SITE for c in self.now.circuit}
 
     def restore(self) -> None:
-        """Take over what an earlier run changed."""
+        """Take over the changes of an earlier run."""
         for names in dict.fromkeys(self.PATCHED.values()):
             row = next((row for row in self.board.state.rows("smart_charge_setting")
                         if row.key == names[0]), None)
@@ -12059,12 +12067,12 @@ class SiteSettings:
 
     @property
     def configured_a(self) -> float:
-        """The same as it is configured."""
+        """The same limit as it is configured."""
         was = self.configured
         return was.site_limit_a or was.site_limit_kw * 1000 / (3 * was.voltage)
 
     def window(self) -> Window | None:
-        """The window that it is the time of."""
+        """The window of the present time, if there is one."""
         if self.now.strategy != "time_of_use":
             return None
         when = datetime.fromtimestamp(self.board.clock(), UTC).astimezone(self.zone)
@@ -12075,7 +12083,7 @@ class SiteSettings:
         return {SITE: self.limit_a} | {c.name: c.limit_a for c in self.now.circuit}
 
     def circuits(self, factor: float | None = None) -> list[Circuit]:
-        """The circuits, with what of them may be used.
+        """The circuits with their usable limits.
 
         A limit in kW that was set on the board is what a grid operator's dimming asks for: it is
         taken as told, without the margin, where the minimum of one car fits only so.
@@ -12091,12 +12099,12 @@ class SiteSettings:
             Circuit(c.name, c.parent or SITE, c.limit_a * share) for c in self.now.circuit]
 
     def least_circuits(self) -> list[Circuit]:
-        """The circuits at the smallest that the windows make of them."""
+        """The circuits with the lowest limits that the windows give them."""
         windows = self.windows if self.now.strategy == "time_of_use" else []
         return self.circuits(min([1.0, *(window.factor for window in windows)]))
 
     def view(self) -> dict:
-        """Of GET /api/smart-charge/config."""
+        """The settings as GET /api/smart-charge/config shows them."""
         now, window = self.now, self.window()
         return {
             "strategy": now.strategy, "limitA": round(self.limit_a, 3),
@@ -12134,16 +12142,16 @@ def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
 # are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
 
 CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
-PILOT_S = 6.0                           # a car has followed by then
-EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # so much later than we think it may expire
-VERIFY_S = 10.0                         # until we look whether a station has obeyed
-REFUSAL_S = 2.0                         # the end of a transaction comes by then, if that is why
+PILOT_S = 6.0                           # until a car has followed a limit
+EXPIRY_SLACK_S = PILOT_S + SKEW_TOLERANCE_S          # a limit may expire so much later than sent
+VERIFY_S = 10.0                         # until it is judged whether a station has obeyed
+REFUSAL_S = 2.0                         # until one is judged: its transaction may just be ending
 RAISE_EVERY_S = 30.0
 RETRY_S = 600.0                         # until a station that obeyed nothing is tried again
-FLOW_OLD_S = 900.0                      # a reading that says nothing of now
-PHASES_S, SETTLED_S = 30.0, 60.0        # until it is believed which phases, how much, a car uses
-SLACK_A = 3                             # what a car must leave before others get it
-ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # a car that takes nothing is served last
+FLOW_OLD_S = 900.0                      # after which a reading says nothing any more
+PHASES_S, SETTLED_S = 30.0, 60.0        # until a car's phases, and its need, are believed
+SLACK_A = 3                             # that a car must leave before others get it
+ASLEEP_S, ASLEEP_RETRY_S = 300.0, 1800.0             # until a car that draws nothing is asleep
 METER_WARN_S, METER_LOST_S = 15.0, 60.0
 START_EARLY_S = 60                      # a schedule begins before now, for clocks that are off
 SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
@@ -12164,34 +12172,34 @@ class SentLimit:
     flow: float                         # A that it lets this car draw in one phase
     widest: float                       # A that it lets any car draw in one phase
     until_mono: float
-    accepted_mono: float | None = None  # when the station said so
-    outlives: bool = True               # the transaction; a TxProfile does not (1.6 3.13.1)
-    assumed: bool = False               # an earlier run's, or one that nobody knows
+    accepted_mono: float | None = None  # when the station accepted it
+    outlives: bool = True               # its transaction; a TxProfile does not (1.6 3.13.1)
+    assumed: bool = False               # of an earlier run or another system: it may be there
 
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What flows at an EVSE as its station measures it, and what its car needs by that."""
+    """The current at an EVSE as its station measures it, and what its car needs by that."""
 
     flow: tuple = (0.0, 0.0, 0.0)       # A in the station's phases, read the worse way
     worst_a: float | None = None        # the strongest of them; None: not known
-    least_a: float = 0.0                # the same, what is ambiguous read in the car's favour
+    least_a: float = 0.0                # the same, where it is ambiguous, read the better way
     read_mono: float = -math.inf
-    taken: tuple = ()                   # the reading's own times, to know a new one
-    phases: tuple | None = None         # of the station's, that the car uses, once that is known
+    taken: tuple = ()                   # times of the reading, by which a new one is known
+    phases: tuple | None = None         # of the station's, that the car uses; None: not known
     candidate: tuple | None = None      # (phases, since when only these)
     slack_since: float | None = None
-    need: float | None = None           # A that the car takes, where it takes less than it may
-    idle_since: float | None = None     # has power and takes none
+    need: float | None = None           # A that the car draws, where that is less than it may
+    idle_since: float | None = None     # since when the car may draw and does not
 
     def read(self, flow: tuple[list, list], at: float) -> None:
-        """What flows in each phase: read the worse way, and the better."""
+        """Take a reading: A in each phase, read the worse way, and the better."""
         worse, better = flow
         self.flow, self.worst_a, self.least_a = tuple(worse), max(worse), max(better)
         self.read_mono = at
 
     def learn_phases(self, now: float) -> None:
-        """Which phases the car uses, where its meter tells them apart."""
+        """Learn which phases the car uses, from a meter that measures each."""
         used = tuple(p for p in range(3) if self.flow[p] >= 1.0)
         if not used:
             return
@@ -12203,7 +12211,7 @@ class Meter:
             self.phases = used
 
     def judge_need(self, allowed_a: float, settled: bool, minimum: float, now: float) -> None:
-        """What the car does not take for a while, others may have."""
+        """Learn how much the car needs: others may have the current that it leaves for a while."""
         drawn = self.worst_a or 0.0
         if self.need is not None and drawn > self.need - 1:
             self.need = self.slack_since = None
@@ -12219,27 +12227,27 @@ class Meter:
             self.idle_since = self.idle_since or now
 
     def begin(self) -> None:
-        """Another car is there."""
+        """A transaction begins: another car may be there."""
         self.read_mono, self.phases, self.candidate = -math.inf, None, None
         self.need = self.slack_since = self.idle_since = None
 
     def end(self) -> None:
-        """It has gone."""
+        """The transaction has ended: nothing flows."""
         self.flow, self.worst_a, self.least_a = (0.0, 0.0, 0.0), None, 0.0
 
 
 @dataclass(slots=True, eq=False)
 class Fallback:
-    """The limit that lies in the station for when it does not hear from us."""
+    """The limit stored in the station for the time when it does not hear from the board."""
 
-    known_a: float | None = None        # that is known to hold
-    sent_a: float | None = None         # one that may hold as well
-    asked_a: float = 0.0                # the one that was sent last
+    known_a: float | None = None        # that is known to be stored
+    sent_a: float | None = None         # that may be stored in its place
+    asked_a: float = 0.0                # of the one that was sent last
     wanted_a: float = 0.0
     tried_mono: float = -math.inf
     due: bool = False                   # to be sent again: the station was away
     unread: bool = False                # it could not be read back while a car charged
-    accepted: bool = False              # the one that was sent last
+    accepted: bool = False              # the station has accepted the one that was sent last
 
     @property
     def most_a(self) -> float | None:
@@ -12254,29 +12262,29 @@ class Fallback:
         return self.known_a if self.sent_a is None else min(self.known_a, self.sent_a)
 
     def renew(self) -> None:
-        """It is to be sent again at once."""
+        """Have the fallback sent again at once."""
         self.due, self.tried_mono = True, -math.inf
 
     def send(self, amps: float, now: float) -> None:
-        """One is on its way."""
+        """A fallback has been sent."""
         self.sent_a, self.asked_a = max(amps, self.sent_a or 0.0), amps
         self.tried_mono, self.due, self.accepted = now, False, False
 
     def holds(self) -> None:
-        """The one that was sent last is there."""
+        """The fallback that was sent last is stored."""
         self.known_a, self.sent_a = self.asked_a, None
 
     def is_due(self, now: float) -> bool:
-        """Whether one is to be sent; again at once only where the one before is there."""
+        """Whether a fallback is to be sent; at once only where the one before is stored."""
         return (self.due or self.known_a != self.wanted_a) and (
             now - self.tried_mono > RETRY_S / 10 or self.known_a == self.asked_a != self.wanted_a)
 
     def refused(self) -> None:
-        """The one that was sent is not there."""
+        """The fallback that was sent last is not stored."""
         self.sent_a, self.accepted = None, False
 
     def lost(self) -> None:
-        """None is known to be there."""
+        """No fallback is known to be stored."""
         self.known_a = self.sent_a = None
 
 
@@ -12289,7 +12297,7 @@ class Turn:
     slot: int = -1                      # in which it began; turns change from slot to slot
 
     def decided(self, charges: bool, slot: int, now: float) -> None:
-        """It is to charge, or to wait."""
+        """The session is to charge, or to wait."""
         if not charges:
             self.waiting_since = now if self.waiting_since is None else self.waiting_since
         elif self.waiting_since is not None or self.slot != slot:
@@ -12297,14 +12305,14 @@ class Turn:
 
 
 class CarNeeds(NamedTuple):
-    """What a car has told of itself (K15)."""
+    """The needs of a car, from NotifyEVChargingNeeds (K15)."""
 
     maximum: float = math.inf           # A per phase
     phases: int | None = None
 
     @classmethod
     def read(cls, payload: dict) -> "CarNeeds":
-        """Of NotifyEVChargingNeeds. What a car needs in direct current says nothing of phases."""
+        """Read a NotifyEVChargingNeeds. The needs of direct current say nothing of phases."""
         maximum = lenient(payload, "chargingNeeds.acChargingParameters.evMaxCurrent", float)
         phases = {"AC_single_phase": 1, "AC_two_phase": 2, "AC_three_phase": 3}.get(
             lenient(payload, "chargingNeeds.requestedEnergyTransfer", str, ""))
@@ -12313,11 +12321,11 @@ class CarNeeds(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Evse:
-    """What one EVSE may draw at worst, which every raise is checked against.
+    """One EVSE: the limits that may hold in it, and the most that it may draw by them.
 
     A limit that was sent counts from then on; one that it replaces counts until the new one is
     confirmed, or the old one has expired. The fallback counts always: it holds when all else is
-    lost. Where none is known, or the station obeys nothing, what the hardware can counts.
+    lost. Where none is known, or the station obeys nothing, the maximum of the hardware counts.
     """
 
     evse_id: int
@@ -12329,9 +12337,9 @@ class Evse:
     confirmed: SentLimit | None = None  # the newest that is known to hold
     transaction: Transaction | None = None
     session: ChargeSession | None = None
-    state: str | None = None            # what the station says of the charging
+    state: str | None = None            # chargingState, else the status of the connector
     needs: CarNeeds | None = None
-    limited_by: str = ""                # who sets the most that it may have
+    limited_by: str = ""                # what its maximum comes from
     target: float = 0.0
     reason: str = ""
     waits_for: str = ""                 # before its limit is raised further
@@ -12339,10 +12347,10 @@ class Evse:
     sent_mono: float = -math.inf
     changed_mono: float = -math.inf
     raised_mono: float = -math.inf
-    verified_mono: float = -math.inf    # when the newest limit was looked at last, or accepted
+    verified_mono: float = -math.inf    # when the newest limit was judged last, or accepted
     triggered_mono: float = -math.inf
-    unknown_mono: float = -math.inf     # when we began not to know what holds
-    strikes: int = 0                    # times that the newest limit was not obeyed
+    unknown_mono: float = -math.inf     # since when the limit in force is not known
+    strikes: int = 0                    # times in a row that a limit was not obeyed
     resend: bool = False
     read_back_due: bool = False
     clear_due: bool = False
@@ -12355,60 +12363,60 @@ class Evse:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether nobody knows what holds: the worst is counted, and may not be so."""
+        """Whether the limit in force is not known: an assumption is counted in its place."""
         return self.sent[-1].assumed if self.sent else self.fallback.known_a is None
 
     @property
     def fallback_a(self) -> float:
-        """What it may draw when no limit of ours is alive."""
+        """The A that it may draw when no limit of ours is in force."""
         most = self.fallback.most_a
         return self.maximum if most is None else most
 
     def drawn_a(self, now: float) -> float:
-        """What it has drawn just now, whole amperes of which we can be sure."""
+        """The A that it surely draws now, whole amperes; 0 without a fresh reading."""
         fresh = self.meter.read_mono > now - SETTLED_S
         return float(math.floor(self.meter.least_a)) if fresh else 0.0
 
     def commanded_a(self, now: float) -> float:
-        """What the station was told last, else what holds without that, or flows."""
+        """The A of the newest limit; else of the fallback, or of the meter where none is known."""
         if self.is_unknown:
             return self.drawn_a(now)
         return self.sent[-1].amps if self.sent else self.fallback.least_a
 
     def surely_a(self, now: float) -> float:
-        """A that may flow in a phase in any case: a limit up to it raises nothing."""
+        """The A that may flow in a phase in any case: a limit up to it raises nothing."""
         if any(limit.assumed for limit in self.sent) or self.is_unknown:
             return self.drawn_a(now)
         return min([limit.flow for limit in self.sent] or [self.fallback.least_a])
 
     def worst_a(self, reachable: bool) -> float:
-        """What it may draw at worst, A per phase.
+        """The most that it may draw, A per phase.
 
-        A limit under the fallback frees nothing: it ends with the transaction or a reboot, and
-        the next car is there before the others have made room. So whatever is lost, the sum of
-        all worsts holds.
+        A limit under the fallback frees nothing: it ends with the transaction or a reboot, and the
+        next car is there before the others have made room. So whatever is lost, the sum of all
+        worsts holds.
         """
         worst, drawn = self.fallback_a, self.meter.worst_a or 0.0
         for limit in self.sent:
             worst = max(worst, limit.flow)
         if not worst and not drawn:
             return 0.0
-        # What disobeys is believed to go on so.
+        # A car that disobeys is believed to go on so.
         if self.strikes or (reachable and self.meter.read_mono > self.verified_mono):
             worst = max(worst, drawn)
         return min(worst, max(self.maximum, drawn, self.row[0], self.row[1] or 0.0))
 
     def send(self, limit: SentLimit, now: float) -> None:
-        """A limit is on its way."""
+        """A limit has been sent."""
         before = self.commanded_a(now)
         if limit.amps != before or not self.sent:
             self.changed_mono = now
             if limit.amps > before:
                 self.raised_mono = now
         self.sent = [*self.sent, limit]
-        if len(self.sent) > SENT_KEPT:   # answers do not come: one stands for two
-            at = next((n for n, (one, other) in enumerate(pairwise(self.sent[:-1]))
-                       if one.flow == other.flow), 0)
+        if len(self.sent) > SENT_KEPT:   # answers do not come: two become one
+            at = next((n for n, (limit, later) in enumerate(pairwise(self.sent[:-1]))
+                       if limit.flow == later.flow), 0)
             first, second = self.sent[at:at + 2]
             self.sent[at:at + 2] = [SentLimit(
                 max(first.amps, second.amps), max(first.flow, second.flow),
@@ -12418,7 +12426,7 @@ class Evse:
         self.sent_mono, self.resend = now, False
 
     def accepted(self, limit: SentLimit, now: float) -> None:
-        """The station took a limit. One that lowers nothing is confirmed by that."""
+        """The station has accepted a limit. One that lowers nothing is confirmed by that."""
         limit.accepted_mono = now
         if limit not in self.sent:
             return
@@ -12433,21 +12441,21 @@ class Evse:
             self.verified_mono = now
 
     def refused(self, limit: SentLimit) -> None:
-        """The station did not take a limit: what was before stands."""
+        """The station has refused a limit: those before it stand."""
         self.sent = [other for other in self.sent if other is not limit]
         self.resend = bool(self.sent)
 
     def confirm(self, limit: SentLimit) -> None:
-        """A limit holds for sure: all that were sent before it are gone."""
+        """A limit is known to hold: all that were sent before it are gone."""
         self.sent = self.sent[self.sent.index(limit):]
         self.confirmed = limit
 
     def gone(self) -> None:
-        """No limit of ours is there any more."""
+        """No limit of ours is in force any more."""
         self.sent, self.confirmed = [], None
 
     def expire(self, now: float) -> None:
-        """Limits whose time is over are gone: what comes after is a raise, not a renewal."""
+        """Drop limits whose time is over: the next limit is a raise then, not a renewal."""
         left = [limit for limit in self.sent if limit.until_mono > now]
         if not left:
             self.verified_mono = now     # from here the fallback has to show
@@ -12456,7 +12464,7 @@ class Evse:
             self.confirmed = None
 
     def unknown(self, most: float, until_mono: float, now: float) -> None:
-        """Nobody knows what holds: an earlier run's limit, until it has expired."""
+        """The limit in force is not known: it counts as `most` until it must have expired."""
         self.sent = [SentLimit(most, most, self.maximum, until_mono, assumed=True)]
         self.confirmed, self.unknown_mono, self.read_back_due = None, now, True
 
@@ -12481,19 +12489,19 @@ class Evse:
             limit.flow = limit.widest
 
     def obeys(self, limit: SentLimit) -> None:
-        """The newest limit shows."""
+        """The meter shows that the newest limit is obeyed."""
         self.confirm(limit)
         self.strikes = 0
 
     def strike(self, now: float) -> int:
-        """The newest limit does not show. Returns how often that was so."""
+        """The meter shows that the newest limit is not obeyed. Returns how often it has done so."""
         self.strikes, self.verified_mono, self.resend = self.strikes + 1, now, True
         return self.strikes
 
 
 @dataclass(slots=True, eq=False)
 class SiteStation:
-    """A station as the controller knows it; also one that is named and has not come."""
+    """A station as the controller knows it, even one that is named and has not connected."""
 
     identity: str
     circuit: str
@@ -12501,19 +12509,19 @@ class SiteStation:
     station: Station | None = None
     connection: Any = None                    # the connection it was last seen on
     evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
-    connectors: dict[int, list[Connector]] = field(default_factory=dict)     # the same of the Board
-    seen: tuple = ()                    # by which it is known that there are more
-    busy: "Command | None" = None       # one at a time is under way to a station
+    connectors: dict[int, list[Connector]] = field(default_factory=dict)     # {evse_id: …}
+    seen: tuple = ()                    # the facts by which its EVSEs were found
+    busy: "Command | None" = None       # the command under way, one at a time
     abilities: Abilities | None = None  # None: not asked yet
-    model: tuple = ()                   # vendor, model, firmware: what one takes, others do
+    model: tuple = ()                   # vendor, model, firmware: those alike take the same
     limits: Ladder = field(default_factory=lambda: Ladder(VARIANTS))
     fallbacks: Ladder = field(default_factory=lambda: Ladder(FALLBACK_VARIANTS))
     reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
     triggers: bool = True               # whether it sends its meter values when it is asked to
-    unread: int = 0                     # questions in a row for its schedule, not answered
-    unasked: int = 0                    # the same for its abilities
+    unread: int = 0                     # GetCompositeSchedule in a row without an answer
+    unasked: int = 0                    # GetVariables in a row without an answer
     uncontrollable: str = ""            # why, if it is
-    disobeyed: bool = False             # it took limits and did not keep them: its word is no proof
+    disobeyed: bool = False             # it accepted limits and did not keep them
     retry_mono: float = math.inf
     failed_mono: float = -math.inf      # when an exception of it was logged
     refusals: deque = field(default_factory=lambda: deque(maxlen=8))     # (when to judge, Command,
@@ -12540,19 +12548,19 @@ class SiteStation:
         return tuple(range(self.settings.phases))
 
     def on_grid(self, phases: tuple) -> tuple:
-        """The site's phases that some of the station's are; all, where nobody knows the wiring."""
+        """The phases of the site behind phases of the station; all, if the wiring is not known."""
         rotation = self.settings.phase_rotation
         if not rotation:
             return (0, 1, 2)
         return tuple(GRID.index(rotation[phase]) for phase in phases)
 
     def phases_of(self, evse: Evse) -> tuple:
-        """The site's phases that its car may load."""
+        """The phases of the site that the car at an EVSE may load."""
         known = evse.meter.phases if self.online and evse.transaction else None
         return self.on_grid(known or self.all_phases)
 
     def phase_count(self, evse: Evse, by_the_car: bool = True) -> int | None:
-        """How many phases its car uses; None: not known, or known only `by_the_car`."""
+        """The number of phases that a car uses; None: not known, or known only `by_the_car`."""
         if evse.meter.phases is not None:
             return len(evse.meter.phases)
         said = evse.session.phases_set if evse.session else None
@@ -12563,18 +12571,18 @@ class SiteStation:
         return 1 if self.settings.phases == 1 else None
 
     def phases_assumed(self, evse: Evse) -> int:
-        """How many phases its car uses; all, where that is not known."""
+        """The number of phases that a car uses; all of the station's, where that is not known."""
         return self.phase_count(evse) or self.settings.phases
 
     def flow(self, evse: Evse) -> tuple:
-        """What is measured in each phase of the site."""
+        """The measured current in each phase of the site."""
         rotation, flow = self.settings.phase_rotation or GRID, [0.0] * 3
         for phase, amps in enumerate(evse.meter.flow):
             flow[GRID.index(rotation[phase])] += amps
         return tuple(flow)
 
     def worst(self, evse: Evse, now: float) -> float:
-        """What an EVSE counts for, A per phase: what is not managed, as measured."""
+        """The A per phase that an EVSE counts for; if the station is not managed, as measured."""
         drawn = evse.meter.worst_a or 0.0
         if not self.settings.managed:
             charges = evse.transaction or evse.state == "Charging"
@@ -12585,7 +12593,7 @@ class SiteStation:
         return evse.worst_a(self.online)
 
     def worst_of_phases(self, evse: Evse, flow: tuple, now: float) -> tuple:
-        """The same for each phase of the site. What its car does not use, the next one may."""
+        """The same for each phase of the site: the next car may use phases that this one leaves."""
         worst = self.worst(evse, now)
         if not worst and flow is NO_CURRENT:            # most are so, on a large site
             return NO_CURRENT
@@ -12598,9 +12606,9 @@ class SiteStation:
                      for phase, amps in enumerate(flow))
 
     def load(self, evse: Evse) -> float:
-        """A that may flow in one phase for each ampere that the station is told.
+        """The A that may flow in one phase for each ampere of a limit.
 
-        A limit in watts is for all phases together: who uses one, draws it all there.
+        A limit in watts is for all phases together: a car that uses one phase draws it all there.
         """
         variant = self.limit_variant() if self.abilities else None
         if variant is None or variant.unit != "W" or self.phase_count(evse, False) is not None:
@@ -12608,7 +12616,7 @@ class SiteStation:
         return float(self.settings.phases)
 
     def limit_variant(self) -> ProfileVariant | None:
-        """How it is told a limit; None when it has refused all that suits it."""
+        """The variant for its limits; None when it has refused all that suit it."""
         abilities = self.abilities or Abilities()
         return self.limits.variant(lambda variant: variant.unit in abilities.units and (
             variant.highest or abilities.stack_level != 0))
@@ -12623,15 +12631,18 @@ class SiteStation:
         return self.abilities is not None and self.abilities.one_slot
 
     def stack_level(self, highest: bool, least: int) -> int:
-        """The highest, so that no leftover of others lies above; the fallback's is one less, where
-        the limit may be of the same purpose."""
+        """The stack level of a limit (`least` 1) or a fallback (0): the highest of the station.
+
+        So no profile of others lies above; the fallback's is one less, for the limit may be of the
+        same purpose.
+        """
         top = self.abilities.stack_level if self.abilities else None
         if not highest or top == 0:
             return 0
         return least if top is None else top - 1 + least
 
     def learn(self, model: tuple, remembered: tuple | None) -> None:
-        """It has said what it is: what others of the model take is tried first."""
+        """Its vendor, model and firmware are known: variants of others like it are tried first."""
         limit, fallback = remembered or (None, None)
         self.limits.start(limit or 0)
         self.fallbacks.start(fallback or 0)
@@ -12639,7 +12650,7 @@ class SiteStation:
         self.disobeyed, self.triggers, self.reads_back = False, True, None
 
     def try_again(self) -> None:
-        """One that obeyed nothing gets another chance; meanwhile it counts at its maximum."""
+        """Give a station that obeyed nothing another chance; meanwhile it counts at its maximum."""
         self.uncontrollable, self.retry_mono = "", math.inf
         self.limits.start(0)
         self.fallbacks.start(0)
@@ -12653,7 +12664,7 @@ NO_CURRENT = (0.0, 0.0, 0.0)
 
 
 class Answer(NamedTuple):
-    """What became of a Command."""
+    """The outcome of a Command."""
 
     payload: dict
     accepted: bool
@@ -12662,7 +12673,7 @@ class Answer(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Command:
-    """A command to send, in the words of 2.0.1; `on_answer` takes what becomes of it."""
+    """A command to send, in the words of 2.0.1; `on_answer` takes its outcome."""
 
     station: SiteStation
     action: str
@@ -12672,11 +12683,11 @@ class Command:
     limit: SentLimit | None = None
     variant: ProfileVariant | None = None
     transaction: Transaction | None = None
-    durable: bool = False               # it raises something: not before the State has it
+    durable: bool = False               # it is a raise: the State must have its bound before
 
 
 class SiteMeter:
-    """The site's own meter: what the site draws besides the cars, and what the sun leaves."""
+    """The site's own meter: the load besides the cars, and the surplus that the sun leaves them."""
 
     def __init__(self, settings: SiteSettings, now: float):
         self.settings, self.started_mono = settings, now
@@ -12707,10 +12718,10 @@ class SiteMeter:
         return now - self.read_mono > METER_LOST_S
 
     def judge(self, facts: "list[Fact]", now: float) -> None:
-        """What the site draws besides the cars.
+        """Work out the load besides the cars.
 
-        While limits and meters are on their way it counts at least what is left when all cars draw
-        what they may: then nothing is freed, but a rise is seen at once.
+        While limits change and meters lag, it counts at least as what is left when all cars draw
+        the most that they may: then nothing is freed, but a rise is seen at once.
         """
         flow, most, known, settled = [0.0] * 3, [0.0] * 3, [0.0] * 3, True
         for fact in facts:
@@ -12751,7 +12762,7 @@ class SiteMeter:
                 max(0.0, *(amps for at, amps in self._surplus if at >= now - off_s), 0.0))
 
     def silence(self, now: float) -> tuple[float, str] | None:
-        """(seconds, text) of a silence that is to be told now."""
+        """(seconds, text) of a silence that is to be reported now."""
         age = now - max(self.read_mono, self.started_mono)
         lost_a = self.settings.now.meter_lost_a
         for seconds, text in ((METER_LOST_S, f"is lost: the cars share {lost_a:g} A"),
@@ -12762,7 +12773,7 @@ class SiteMeter:
         return None
 
     def view(self, now: float) -> dict:
-        """Of GET /api/smart-charge/config."""
+        """The meter as GET /api/smart-charge/config shows it."""
         age = now - self.read_mono
         return {"amps": dict(zip(PHASES, self.amps, strict=True)) if self.amps else None,
                 "ageSeconds": round(age, 1) if self.amps else None,
@@ -12778,7 +12789,7 @@ class Fact(NamedTuple):
     station: SiteStation
     evse: Evse
     worst: tuple                        # A that it may draw in each phase of the site
-    flow: tuple                         # A that it draws
+    flow: tuple                         # A that it draws in each phase of the site
     load: float                         # A in a phase for each ampere of a limit
 
     @property
@@ -12786,16 +12797,16 @@ class Fact(NamedTuple):
         return self.station.identity, self.evse.evse_id
 
     def path(self, tree: CircuitTree) -> list[int]:
-        """The places that its car may load."""
+        """The places in a CircuitTree that its car may load."""
         return tree.path(self.station.circuit, self.station.phases_of(self.evse))
 
     def whole_path(self, tree: CircuitTree) -> list[int]:
-        """The places that any car there may load."""
+        """The places in a CircuitTree that any car there may load."""
         return tree.path(self.station.circuit, self.station.on_grid(self.station.all_phases))
 
 
 class Uncontrolled(NamedTuple):
-    """A station that takes power which nobody steers."""
+    """A station that draws power, or may, without being under control."""
 
     identity: str
     circuit: str
@@ -12806,10 +12817,10 @@ class Uncontrolled(NamedTuple):
 
 
 class Controller:
-    """The site's power controller: looks at the Board, decides, and says what to send.
+    """The site's power controller: observes the Board, decides, and makes the commands.
 
-    `tick` is to be called each second; each Command that it returns is to be carried out, and its
-    outcome told to `answered`. No I/O.
+    `tick` is to be called each second, and each Command that it returns is for `carry_out`, which
+    alone does I/O.
     """
 
     def __init__(self, board: Board):
@@ -12823,7 +12834,7 @@ class Controller:
         self.leftovers = Leftovers(board)
         self.upstream_profiles: dict[str, list[Profile]] = {}        # by station
         self.session_settings: dict[str, dict] = {}  # {station and transaction: what was set}
-        # {model: (rung for limits, for fallbacks)}; None: not known
+        # {model: (index in VARIANTS, in FALLBACK_VARIANTS)}; None: not known
         self.models: OrderedDict[tuple, tuple] = OrderedDict()
         self.facts: list[Fact] = []                  # of the last tick
         self.overload_mono: dict[str, float] = {}
@@ -12872,7 +12883,7 @@ class Controller:
     # What outlives a restart
 
     def restore(self) -> None:
-        """Take over what an earlier run has sent and learnt; before the first tick."""
+        """Restore the limits, models and settings of an earlier run; before the first tick."""
         board = self.board
         self.site.restore()
         self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
@@ -12890,7 +12901,7 @@ class Controller:
                 continue
             evse = station.evses.get(evse_id) or self._add_evse(station, evse_id)
             self._restore_evse(evse, *row)
-        if any(board.state.rows("charging_run")):    # what is out there stands in the rows
+        if any(board.state.rows("charging_run")):    # all limits in force stand in the rows
             self.settled_mono = self.started_mono
         for identity in self.elsewhere & set(self.stations):
             del self.stations[identity]
@@ -12912,7 +12923,7 @@ class Controller:
             evse.unknown(limit, self._latest(now), now)
 
     def _put_all(self) -> None:
-        """Put all there is, for a file that is new."""
+        """Put all rows into a state file that is new."""
         self.board.state.put("charging_run", "", True)
         for identity in self.elsewhere:
             self.board.state.put("elsewhere", identity, True)
@@ -12925,7 +12936,7 @@ class Controller:
                 self._put_row(station, evse)
 
     def _session_of(self, row: StateRow) -> tuple[str, dict]:
-        """What was set of a session. Raises: WrongValue."""
+        """The key and the settings in a row `charging_session`. Raises: WrongValue."""
         try:
             return row.key, read_changes(unpacked("object", row.value, 0.0), self.SESSION_SETTINGS)
         except BadRequest as error:
@@ -12937,11 +12948,11 @@ class Controller:
                              {"limit": round(limit, 3), "fallback": fallback}, durable=durable)
 
     def _latest(self, now: float) -> float:
-        """When a limit that was sent up to now has expired."""
+        """The time at which every limit sent by now has expired."""
         return now + self.settings.limit_valid_seconds + EXPIRY_SLACK_S
 
     def _record_bounds(self, station: SiteStation) -> bool:
-        """Have the State know an upper bound of all that may hold. Returns whether it rises."""
+        """Put an upper bound of all limits that may hold into the State; whether it rose."""
         any_rises = False
         for evse in station.evses.values():
             before_limit, before_fallback = evse.row
@@ -12956,7 +12967,7 @@ class Controller:
             any_rises |= rises
         return any_rises
 
-    # What it is told
+    # Settings, and the site's meter
 
     def view(self) -> dict:
         """GET /api/smart-charge/config."""
@@ -12973,7 +12984,7 @@ class Controller:
                 "warning": self._warning()}
 
     def _warning(self) -> str | None:
-        """What is unsafe about the configuration."""
+        """A warning of a configuration that is not safe."""
         if self.board.config.ocpp.accept != "any":
             return None
         return ("Anybody who can connect can take power away from the cars: name the stations in "
@@ -13025,7 +13036,7 @@ class Controller:
             for key, value in changes.items()})
 
     def _keep_of_session(self, key: str, values: dict) -> None:
-        """What was set of a session outlives a restart, and ends with it."""
+        """Keep the settings of a session over a restart; with none, forget them."""
         before = self.session_settings.pop(key, None)
         if values:
             self.session_settings[key] = values
@@ -13047,7 +13058,7 @@ class Controller:
             evse.session = None
 
     def set_elsewhere(self, identity: str, elsewhere: bool) -> None:
-        """A station that the configuration does not name is not at this site, or is after all.
+        """Say whether a station that the configuration does not name is at another site.
 
         It counts for nothing then, and gets no limit. Raises: Conflict (it is named).
         """
@@ -13074,7 +13085,7 @@ class Controller:
             self.leftovers.add(station.identity, evse_id, evse.fallback.most_a)
 
     def take_meter(self, body: dict) -> None:
-        """What the site's own meter says: {"L1": A, "L2": A, "L3": A}; negative is fed in.
+        """Take a reading of the site's own meter: {"L1": A, "L2": A, "L3": A}; negative is fed in.
 
         Raises: BadRequest, Conflict (no meter is configured).
         """
@@ -13121,7 +13132,7 @@ class Controller:
         return sums
 
     def uncontrolled(self, facts: list[Fact]) -> list[Uncontrolled]:
-        """Who takes power, or may, without being under control; who takes most first."""
+        """The stations that draw power, or may, without being under control; the largest first."""
         found: dict[str, Uncontrolled] = {}
         for fact in facts:
             amps = 0.0 if fact.worst is NO_CURRENT else max(fact.worst)
@@ -13163,7 +13174,7 @@ class Controller:
     # Each second
 
     def tick(self) -> list[Command]:
-        """Look, decide, and say what to send now."""
+        """Observe, decide, and make the commands to send now."""
         now = self.now()
         self.observe(now)
         facts = self.facts = self._look_at_all(now)
@@ -13187,7 +13198,7 @@ class Controller:
         return self.patterns[fit] if fit else SITE, settings
 
     def _known(self, station: Station) -> SiteStation | None:
-        """A station that takes part in the site."""
+        """The SiteStation of a station; None for one that does not count."""
         known = self.stations.get(station.identity)
         if known is None and station.identity not in self.elsewhere and _counts(station):
             known = self._meet(station.identity)
@@ -13204,7 +13215,7 @@ class Controller:
                 for evse in station.evses.values()]
 
     def _look_at_all(self, now: float) -> list[Fact]:
-        """What each EVSE may draw, and draws."""
+        """A Fact for each EVSE: the current that it may draw, and draws."""
         facts = []
         for station in self.stations.values():
             for evse in station.evses.values():
@@ -13214,12 +13225,12 @@ class Controller:
         return facts
 
     def observe(self, now: float) -> None:
-        """See what the stations have said since, and whether they obey."""
+        """Take over what the stations have reported since, and judge whether they obey."""
         stations = self.board.stations
         for identity in [i for i, s in self.stations.items() if s.station and i not in stations]:
             self._forget(identity)
         for absent in self.stations.values():
-            if absent.station is None:   # an earlier run has told it a limit, perhaps
+            if absent.station is None:   # an earlier run may have sent it a limit
                 for evse in absent.evses.values():
                     evse.expire(now)
         for station in list(stations.values()):
@@ -13364,7 +13375,7 @@ class Controller:
                 f"{transaction.id} {known.identity}", {}))
 
     def _read(self, known: SiteStation, evse: Evse, reading: Reading, now: float) -> None:
-        """A meter was read, or a state has ended the flow."""
+        """Take a reading of an EVSE, or a state that has ended the flow."""
         evse.meter.taken = reading.flow_mono, reading.ended_mono
         at = min(now, max(reading.flow_mono, reading.ended_mono))
         flow = reading.flow(known.settings.phases, self.settings.voltage,
@@ -13377,13 +13388,13 @@ class Controller:
             evse.meter.learn_phases(now)
 
     def _judge_need(self, known: SiteStation, evse: Evse, now: float) -> None:
-        """What the car does not take: by its meter, or because it is suspended and silent."""
+        """Judge the need of a car by its meter, or because it is suspended and silent."""
         suspended = evse.state == "SuspendedEV"
         reading = evse.transaction.reading if evse.transaction else None
         apart = reading is not None and all(
             phase in reading.current_a for phase in PHASES[:known.settings.phases])
         fresh = evse.meter.read_mono >= now - 1
-        # One phase or all? Then its need cannot be told, unless nothing flows.
+        # A reading of no phase may be that of one or of all: then no need is known.
         if suspended or (fresh and (apart or known.settings.phases == 1)):
             allowed = evse.confirmed.amps if evse.confirmed else 0.0
             evse.meter.judge_need(allowed, now - evse.changed_mono > SETTLED_S,
@@ -13421,12 +13432,12 @@ class Controller:
 
     @staticmethod
     def _trusted(station: SiteStation, evse: Evse, now: float) -> bool:
-        """Whether a station without a meter has had its time: its word is all that there is."""
+        """Whether a station without a meter has had the time to follow a limit that it accepted."""
         return (evse.meter.worst_a is None and not evse.read_back_due and station.busy is None
                 and now - evse.verified_mono >= 2 * VERIFY_S)
 
     def _disobeyed(self, station: SiteStation, evse: Evse, now: float, how: str) -> None:
-        """Once more, then another variant, then none is left."""
+        """A limit is not obeyed: send it once more, then in another variant, until none is left."""
         amps, variant = evse.sent[-1].amps, station.limit_variant()
         strikes = evse.strike(now)
         self._error("LIMIT_NOT_OBEYED", station,
@@ -13500,7 +13511,7 @@ class Controller:
     @staticmethod
     def _beside(share: Share, request: Request, uncontrolled: list[Uncontrolled],
                 tree: CircuitTree) -> str:
-        """Who has, without being under control, what a session might get instead."""
+        """The stations not under control on the circuit which limits a session, in words."""
         named = [f"{u.identity} {u.amps:g} A ({u.reason})" for u in uncontrolled
                  if share.held_by in tree.above(u.circuit) and set(u.phases) & set(request.phases)]
         return f"; not under control: {', '.join(named[:3])}" + (
@@ -13567,10 +13578,10 @@ class Controller:
         return [sun, circuits[0]._replace(parent=SURPLUS), *circuits[1:]], served
 
     def _other_load(self, facts: list[Fact], now: float, without: set) -> dict:
-        """What flows at worst besides the sessions that are decided upon: {(circuit, phase): A}.
+        """The worst current besides the sessions to be decided on: {(circuit, phase): A}.
 
-        A station that is new to us lets nobody rise, but takes nothing away from others before it
-        had the time to tell what holds there: it has drawn that before, too.
+        A station that has just come lets no other be raised, but takes nothing away from others
+        before it had the time to report its limit: it has drawn that before, too.
         """
         load: dict = {}
         for fact in facts:
@@ -13586,15 +13597,15 @@ class Controller:
         return load
 
     def _house(self, now: float) -> list[float]:
-        """What the site draws besides the cars, in each phase."""
+        """The load of the site besides the cars, A in each phase."""
         if not self.settings.meter or not self.meter.is_lost(now):
             return self.meter.other_load
         return [max(0.0, self.site.circuits()[0].limit_a - self.settings.meter_lost_a)] * 3
 
-    # Upstream's profiles, and what cars say of themselves
+    # Profiles of the upstream system, and needs of cars
 
     def _upstream_a(self, station: SiteStation, evse: Evse) -> float:
-        """What the profiles of the upstream system allow: one more limit, below ours."""
+        """The A per phase that the upstream system's profiles allow: one more limit, below ours."""
         profiles, transaction = self.upstream_profiles.get(station.identity), evse.transaction
         if not profiles or transaction is None:
             return math.inf
@@ -13612,7 +13623,7 @@ class Controller:
         return station is not None and station.settings.managed
 
     def keep_profile(self, identity: str, profile: Profile) -> None:
-        """Upstream has set a profile: it counts, and is not sent to the station."""
+        """Keep a profile of the upstream system: it counts, and is not sent to the station."""
         station = self.stations.get(identity)
         if profile.purpose == "TxProfile" and profile.transaction_id is None and station:
             running = [e.transaction.id for e in station.evses.values()
@@ -13625,14 +13636,14 @@ class Controller:
             del self.upstream_profiles[next(iter(self.upstream_profiles))]
 
     def _bind_profiles(self, identity: str, evse: Evse, transaction: Transaction) -> None:
-        """A TxProfile that came with the command to start a transaction is for this one."""
+        """Bind a TxProfile that came with the command to start to the transaction."""
         for profile in self.upstream_profiles.get(identity, ()):
             if profile.purpose == "TxProfile" and profile.transaction_id is None and (
                     profile.evse_id in (0, evse.evse_id)):
                 profile.transaction_id = transaction.id
 
     def clear_profiles(self, identity: str, wanted: dict) -> bool:
-        """Upstream clears the profiles whose attributes are all as wanted; False: there is none."""
+        """Clear the upstream system's profiles with all these attributes; False: there is none."""
         profiles = self.upstream_profiles.get(identity, [])
         left = [p for p in profiles
                 if any(getattr(p, name) != value for name, value in wanted.items())]
@@ -13641,7 +13652,7 @@ class Controller:
         return len(left) < len(profiles)
 
     def car_needs(self, station: Station, payload: dict) -> bool:
-        """A car says what it needs; a TxProfile follows. False: its limits are not ours (K15)."""
+        """Take the needs of a car; a TxProfile follows. False: its limits are not ours (K15)."""
         evse = self._steered(station, payload)
         if evse is None:
             return False
@@ -13667,7 +13678,7 @@ class Controller:
         return False
 
     def _steered(self, station: Station, payload: dict) -> Evse | None:
-        """The EVSE that a car speaks of, where it charges and its limits are ours."""
+        """The EVSE of a message about a car, where it charges and its limits are ours."""
         known = self._known(station)
         if known is None:
             return None
@@ -13739,7 +13750,7 @@ class Controller:
                     f"{circuit.limit_a:.1f} A of it may be used")
 
     def _want_fallbacks(self, facts: list[Fact]) -> None:
-        """Who may keep the fallback: all, until a circuit is full; then others pause without us."""
+        """Choose who keeps the fallback: all, until a circuit is full; then the others get 0."""
         fallback_a = float(self.settings.fallback_a)
         if not fallback_a:
             return
@@ -13777,7 +13788,7 @@ class Controller:
     # 3. commands
 
     def commands(self, facts: list[Fact], now: float) -> list[Command]:
-        """What to send: to each station one command at most, reductions before raises."""
+        """The commands to send: one at most to each station, reductions before raises."""
         tree = CircuitTree(self.site.circuits(), self._other_load(facts, now, set()))
         free = [fact for fact in facts if (
             fact.evse.transaction or fact.evse.read_back_due or fact.evse.clear_due
@@ -13818,7 +13829,7 @@ class Controller:
         return True
 
     def _urgent(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
-        """What makes the site safer."""
+        """A command that makes the site safer: a question, a reduction, a fallback."""
         station, evse = fact.station, fact.evse
         if station.abilities is None:
             asked = ABILITIES[station.protocol == "ocpp1.6"]
@@ -13856,7 +13867,7 @@ class Controller:
         return True
 
     def _reduction(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
-        """Less, or something that is known where nothing was."""
+        """A lower limit, or a known one where the limit in force is not known."""
         evse, load, path = fact.evse, fact.load, fact.path(tree)
         commanded, newest = evse.commanded_a(now), evse.newest
         amps = min(evse.target, commanded)
@@ -13865,8 +13876,8 @@ class Controller:
             if least > evse.target or not self._admitted(fact, path, least * load, now, tree):
                 least = 0.0
             return self._limit(fact, least, now)
-        # While it is not known which phases a car uses, watts may let it draw more in one than it
-        # does: then what it has is less.
+        # While the phases of a car are not known, watts may let it draw more in one phase than it
+        # does: then the present limit is the lower one.
         is_less = load == 1 or not evse.meter.worst_a or amps * load <= evse.meter.worst_a or (
             now - evse.began_mono > 2 * PHASES_S)
         if is_less and (amps < commanded or (newest and newest.flow > amps * load + GRAIN_A)) and (
@@ -13875,7 +13886,7 @@ class Controller:
         return None
 
     def _raise(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
-        """More, as far as the worst of all together leaves room, and the ramp allows."""
+        """A higher limit, as far as the worst of all together leaves room, and the ramp allows."""
         evse, settings = fact.evse, self.settings
         before, evse.waits_for = evse.commanded_a(now), ""
         if not evse.transaction or not evse.session or evse.target <= before:
@@ -13907,7 +13918,7 @@ class Controller:
         return None
 
     def _upkeep(self, fact: Fact, now: float, tree: CircuitTree) -> Command | None:
-        """Renewals, and what has time."""
+        """A renewal, or a command that has time."""
         station, evse, newest = fact.station, fact.evse, fact.evse.newest
         if evse.transaction:
             due_s = CHANGE_S if evse.resend else self.settings.limit_valid_seconds / 3
@@ -13925,7 +13936,7 @@ class Controller:
         return None
 
     def _trigger(self, fact: Fact, now: float) -> Command | None:
-        """Ask for meter values, where none has shown the newest limit."""
+        """Ask for meter values, where no reading has shown the newest limit."""
         evse, newest = fact.evse, fact.evse.sent[-1]
         if newest.accepted_mono is None or evse.confirmed is newest or (
                 evse.meter.read_mono >= evse.verified_mono + PILOT_S
@@ -13946,7 +13957,7 @@ class Controller:
         """SetChargingProfile with the limit of a session."""
         station, evse = fact.station, fact.evse
         variant = station.limit_variant()
-        if variant is None or evse.transaction is None:  # its model's rung does not suit this one
+        if variant is None or evse.transaction is None:  # its model's variant does not suit it
             self._check_variants(station, "takes no kind of limit")
             return None
         profile = {"id": LIMIT_ID + evse.evse_id,
@@ -13989,7 +14000,7 @@ class Controller:
         return starts_at, int(valid_s + START_EARLY_S), now + valid_s + EXPIRY_SLACK_S
 
     def _fallback(self, fact: Fact, amps: float, now: float) -> Command | None:
-        """SetChargingProfile with what holds without us."""
+        """SetChargingProfile with the fallback."""
         station, evse = fact.station, fact.evse
         variant = station.fallback_variant()
         if variant is None:              # it counts at its maximum until it takes one
@@ -14023,12 +14034,12 @@ class Controller:
         return {"chargingRateUnit": variant.unit, "chargingSchedulePeriod": [period]}
 
     def steps(self, command: Command) -> Steps:
-        """A command as the station's version has it: what to ask it, and what that comes to."""
+        """The Calls of a command in the station's version, and what their answers come to."""
         translator = Translator(command.station.protocol, "ocpp2.0.1", int, self.board.clock)
         return translator.down(command.action, command.payload)
 
     async def carry_out(self, command: Command) -> None:
-        """Send a command and take its outcome; a raise waits until the State has it."""
+        """Send a command and take its answer; a raise waits until the State has it."""
         connection, state = command.station.connection, self.board.state
         waits = state.committed() if command.durable else None
         if waits is not None:
@@ -14040,10 +14051,10 @@ class Controller:
         else:
             self.answered(command, payload or {})
 
-    # What becomes of a command
+    # Answers
 
     def answered(self, command: Command, payload: dict, error: BoardError | None = None) -> None:
-        """An answer to a command, or the error that came instead."""
+        """Take the answer to a command, or the error that came instead."""
         if command.station.busy is command:
             command.station.busy = None
         answer = Answer(payload, error is None and payload.get("status") == "Accepted",
@@ -14054,9 +14065,9 @@ class Controller:
     def _abilities_answered(self, command: Command, answer: Answer) -> None:
         station = command.station
         station.unasked += 1
-        if not answer.unknown or station.unasked > 1:    # what it does not say, it may have
+        if not answer.unknown or station.unasked > 1:    # abilities not reported are assumed
             station.abilities, station.unasked = abilities_in(answer.payload), 0
-            if station.limit_variant() is None:          # its model's rung is none for it
+            if station.limit_variant() is None:          # its model's variant is none for it
                 station.limits.start(0)
 
     def _limit_answered(self, command: Command, answer: Answer) -> None:
@@ -14133,7 +14144,7 @@ class Controller:
         self._remember(station)
 
     def _read_back_answered(self, command: Command, answer: Answer) -> None:
-        """What the station says that holds now, against what we told it."""
+        """Compare the composite schedule of a station with the limit that it was sent."""
         station, evse, now = command.station, command.evse, self.now()
         if evse is None:
             return
@@ -14162,7 +14173,7 @@ class Controller:
                 evse.confirm(newest)
 
     def _read_first(self, station: SiteStation, evse: Evse, amps: float, flow: float) -> None:
-        """What holds in a station that has no limit of ours, as far as we know."""
+        """Take the composite schedule of a station in which no limit of ours is known."""
         fallback = evse.fallback
         known = [a for a in (fallback.known_a, fallback.sent_a) if a is not None]
         if evse.transaction:             # one of an earlier run; nobody knows when it ends
@@ -14182,8 +14193,10 @@ class Controller:
 
     def _read_schedule(self, station: SiteStation, evse: Evse,
                        schedule: Any) -> tuple[float | None, float]:
-        """(A that a composite schedule allows now, A that it lets flow in one phase); None, 0 if it
-        does not tell."""
+        """(A that a composite schedule allows now, A that it lets flow in one phase).
+
+        (None, 0) of a schedule without a limit.
+        """
         periods = schedule.get("chargingSchedulePeriod") if isinstance(schedule, dict) else None
         period = periods[0] if isinstance(periods, list) and periods else None
         limit = lenient(period, "limit", float) if isinstance(period, dict) else None
@@ -14195,7 +14208,7 @@ class Controller:
             phases = known or station.settings.phases
             limit /= self.settings.voltage * phases
             flow = limit if known else limit * phases
-        return min(limit, evse.maximum), min(flow, evse.maximum)         # many tell of 1000 A
+        return min(limit, evse.maximum), min(flow, evse.maximum)         # many report 1000 A
 
     def _clear_answered(self, command: Command, answer: Answer) -> None:
         evse = command.evse
@@ -14207,11 +14220,11 @@ class Controller:
             evse.gone()                  # else what outlives the transaction counts on
 
     def _trigger_answered(self, command: Command, answer: Answer) -> None:
-        """Its meter values are looked at when they come."""
+        """Note whether a station sends its meter values when it is asked to."""
         command.station.triggers = answer.accepted or answer.unknown
 
     def _remember(self, station: SiteStation) -> None:
-        """What works with one station of a model is tried first with the others."""
+        """Remember the variants that work with a station, to try them first with others like it."""
         if not station.model:
             return
         before = self.models.get(station.model, (None, None))
@@ -14227,7 +14240,7 @@ class Controller:
             oldest, _ = self.models.popitem(last=False)
             self.board.state.put("charging_model", to_json(oldest), None)
 
-    # 4. tell
+    # 4. report
 
     def _log_event(self, kind: str, identity: str, text: str, details: dict,
                    level: int = logging.INFO) -> None:
@@ -14283,7 +14296,7 @@ class Controller:
         return "active"
 
     def _warn_of_absent(self, now: float) -> None:
-        """Stations that have not come take power from the others: that must be known."""
+        """Warn of stations that have not connected: they take power from the others."""
         absent = [(station, amps) for station in self.stations.values() if station.station is None
                   and (amps := sum(evse.worst_a(False) for evse in station.evses.values())) >= 1]
         if not self._listed_told:
@@ -14371,7 +14384,7 @@ class Leftovers:
                                     "Its fallback was cleared: the board steers it no longer", {})
 
 
-OVER_A = 0.5                            # that meters may be wrong by
+OVER_A = 0.5                            # by which meters may be wrong
 ROUNDED_A = 0.05                        # that a limit in watts may be off
 
 
@@ -14387,9 +14400,9 @@ def takes_commands(station: Station) -> bool:
 
 
 def _counts(station: Station) -> bool:
-    """Whether a station that nobody has named takes part in the site.
+    """Whether a station that the configuration does not name counts.
 
-    Not before it has said a word; while it is not accepted only if it charges.
+    It does from its first message on; while it is not accepted, only if it charges.
     """
     if not station.has_spoken:
         return False
@@ -14404,7 +14417,7 @@ def _model_in(info: dict) -> tuple[str, str, str]:
 
 
 def _model_of(row: StateRow) -> tuple[tuple, tuple]:
-    """Of a row of `charging_model`. Raises: WrongType, WrongValue."""
+    """The model and the variants in a row `charging_model`. Raises: WrongType, WrongValue."""
     try:
         model = tuple(json.loads(row.key))
     except (ValueError, TypeError):
@@ -14421,7 +14434,7 @@ def _is_rung(value: Any, variants: tuple) -> bool:
 
 
 def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:
-    """Of a row of `charging_limit`. Raises: WrongType, WrongValue."""
+    """The place and the limits in a row `charging_limit`. Raises: WrongType, WrongValue."""
     evse_id, _, identity = row.key.partition(" ")
     value = row.value if type(row.value) is dict else {}
     limit = unpacked("number", value.get("limit"), 0.0)
@@ -14593,7 +14606,8 @@ class Relay:
                 "sessions": [s.view() for s in sorted(sessions, key=attrgetter("identity"))]})
         return views
 
-    # Upstream's charging profiles, of stations that we steer
+    # The upstream system's charging profiles, of stations that the board steers
+
 
     def limit(self, session: "UpstreamSession", call: Call) -> CallResult | None:
         """Take upstream's charging profiles for the limits of a station that we steer.

@@ -9965,9 +9965,10 @@ async def test_a_raise_is_sent_when_the_state_has_it():
     durable, calls = asyncio.get_running_loop().create_future(), []
 
     class Quick:
-        async def call(self, action, payload):
+        async def ask(self, action, payload):
             calls.append(action)
-            return {"status": "Accepted"}, 1.0
+            return {"status": "Accepted"}
+
     bench.board.state = ocppboard.SimpleNamespace(committed=lambda: durable)
     station = controller._meet("CP-1")
     station.station, station.connection = bench.station, Quick()
