@@ -1878,7 +1878,7 @@ class Transaction(Record):
     sequence: "EventSequence | None" = None  # of its TransactionEvents
     interrupted_mono: float | None = None            # the station booted meanwhile
     tariff: Tariff | None = None
-    cost_told: float | None = None      # to the station, last
+    cost_sent: float | None = None      # to the station, last
     assumed_connector: bool = False     # only its EVSE was told
     series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
@@ -2179,7 +2179,7 @@ class IdToken(Record):
                          if evse.isascii() and evse.isdecimal() and len(evse) < 10
                          and fnmatch.fnmatchcase(identity, station))
 
-    def take_use(self, other: "IdToken") -> None:
+    def copy_use(self, other: "IdToken") -> None:
         """Take over what is known of its use."""
         self.kind, self.used_at = other.kind, other.used_at
         self.used_by, self.answered = other.used_by, other.answered
@@ -2283,7 +2283,7 @@ class Station(Record):
     booted_since_start: bool = False
     asked: set[str] = field(default_factory=set)     # Actions that it was asked for since its boot
     introduce_mono: float | None = None  # when it is asked to boot; inf: it was, or need not be
-    has_spoken: bool = False            # on its present, or its last, connection
+    has_sent: bool = False            # on its present, or its last, connection
     boot_unanswered: bool = False       # upstream has yet to answer its BootNotification
     row_crc: int = 0                    # of what stands in the State
     changed: int = 0
@@ -2657,7 +2657,7 @@ class State:
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.time):
         self.path, self.clock = path and os.path.realpath(path), clock
-        self.tell: Callable[[str, str, str, dict], Any] = lambda *event: None
+        self.report: Callable[[str, str, str, dict], Any] = lambda *event: None
         self.sources: list[Callable[[], Any]] = []   # each puts all it knows, into a new file
         self.before_write: list[Callable[[], Any]] = []      # each puts what is announced
         self.when_written: list[Callable[[], Any]] = []
@@ -2675,7 +2675,7 @@ class State:
         self._renewed = False                        # all that is known is to be put
         self._made_anew = False                      # the file was gone
         self.stuck = False                           # at the end a write has not come back
-        self._told: list[tuple] = []                 # by the thread, for `tell`
+        self._unreported: list[tuple] = []                 # by the thread, for `report`
         self._lock_fd: int | None = None
         self._copy: Any = None                       # the folder of a copy that is read
         self._is_ours = False            # the file is from a run of ours
@@ -2708,7 +2708,7 @@ class State:
         except (OSError, sqlite3.Error) as error:
             self._opened_badly(error)
         self._opened = True
-        self._tell_all()
+        self._report_all()
 
     def _opened_badly(self, error: Exception) -> None:
         if not self._is_damage(error):
@@ -2743,10 +2743,10 @@ class State:
                 if not self._is_damage(error):
                     break
         if bad:
-            self._told.append(("STATE_DAMAGED", f"{bad} rows of {kind} in {self.path} are damaged "
-                               "and left out", {"kind": kind}))
-            log.error("%s", self._told[-1][1])
-        self._tell_all()
+            self._unreported.append(("STATE_DAMAGED", f"{bad} rows of {kind} in {self.path} are "
+                                     "damaged and left out", {"kind": kind}))
+            log.error("%s", self._unreported[-1][1])
+        self._report_all()
 
     @staticmethod
     def _before_newest(db: sqlite3.Connection, kind: str, limit: int,
@@ -2830,7 +2830,7 @@ class State:
             if self._durable_written < durable:
                 self._failed(TimeoutError("the disk does not answer"))
                 self._release()
-                self._tell_all()
+                self._report_all()
         return self._durable_written >= durable
 
     async def run(self) -> None:
@@ -2868,7 +2868,7 @@ class State:
             self._merge_back(batch, removals)
             self._failed(error)
         self._release()
-        self._tell_all()
+        self._report_all()
 
     def _written(self, durable: int, left: dict[str, float]) -> None:
         """The disk has what was put, so much of it durable; of removals some are `left`."""
@@ -2876,8 +2876,8 @@ class State:
         self._removals = left | self._removals
         if left:
             self._due.set()
-        for tell in self.when_written:
-            tell()
+        for report in self.when_written:
+            report()
         self._works()
         self._renew()
 
@@ -2890,7 +2890,7 @@ class State:
             self._made_anew = False
             text = f"The state file was gone, and is made anew: {self.path}"
             log.warning("%s", text)
-            self._told.append(("STATE_RENEWED", text, {}))
+            self._unreported.append(("STATE_RENEWED", text, {}))
             with contextlib.suppress(StateInUse):
                 self._lock()                 # of a folder that was gone, too
         for source in self.sources:
@@ -2931,19 +2931,19 @@ class State:
         is_known = isinstance(error, (OSError, sqlite3.Error))
         log.error("The state cannot be written, and a restart would forget it: %s", self.error,
                   exc_info=None if is_known else error)
-        self._told.append(("STATE_FAILING", f"The state cannot be written: {self.error}", {}))
+        self._unreported.append(("STATE_FAILING", f"The state cannot be written: {self.error}", {}))
 
     def _works(self) -> None:
         if self.failing_since is None:
             return
         self.failing_since, self.error = None, ""
         log.warning("The state is written again: %s", self.path)
-        self._told.append(("STATE_WORKS", "The state is written again", {"lost": self.lost}))
+        self._unreported.append(("STATE_WORKS", "The state is written again", {"lost": self.lost}))
 
-    def _tell_all(self) -> None:
-        while self._told:
-            kind, text, details = self._told.pop(0)
-            self.tell(kind, "", text, details)
+    def _report_all(self) -> None:
+        while self._unreported:
+            kind, text, details = self._unreported.pop(0)
+            self.report(kind, "", text, details)
 
     async def stop(self) -> None:
         """Write what waits, within STATE_STOP_S."""
@@ -3114,7 +3114,7 @@ class State:
         text = (f"The state file was damaged ({why}): it is now {name}, and "
                 f"{values} values of it are kept")
         log.error("%s", text)
-        self._told.append(("STATE_DAMAGED", text, {"file": name, "values": values}))
+        self._unreported.append(("STATE_DAMAGED", text, {"file": name, "values": values}))
 
     def _lock(self) -> None:
         """See that no other board has the file. Raises: StateInUse.
@@ -3443,9 +3443,9 @@ def message_id(id_text: str) -> str:
     return id_text[1:-1] if "\\" not in id_text else _read(id_text)[0]
 
 
-def same_id(one: str, other: str) -> bool:
+def same_id(first: str, second: str) -> bool:
     """Whether two ids are one, however they are written: "\\u00e9" is "é"."""
-    return one == other or message_id(one) == message_id(other)
+    return first == second or message_id(first) == message_id(second)
 
 
 def pack(message: Call | CallResult | CallError) -> str:
@@ -3630,9 +3630,10 @@ class ServerTls:
         found = {file: self._read(file)
                  for file in (*self.certificates, *filter(None, [self.client_ca]))}
         self.context, self.station_context = contexts
-        self.ends = {file: min(one.ends_at for one in read) for file, read in found.items() if read}
-        self.names = {name for file in self.certificates for one in found[file][:1]
-                      for name in one.names}
+        self.ends = {file: min(certificate.ends_at for certificate in read)
+                     for file, read in found.items() if read}
+        self.names = {name for file in self.certificates for certificate in found[file][:1]
+                      for name in certificate.names}
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3643,8 +3644,8 @@ class ServerTls:
         for number, certificate in enumerate(self.certificates):
             key = self.keys[number] if self.keys else certificate
             # Alone first: next to a pair of another kind a key that does not fit goes unseen.
-            for one in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
-                load_pair(one, "server.tls_certificate", certificate,
+            for loading in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+                load_pair(loading, "server.tls_certificate", certificate,
                           "server.tls_private_key", key)
         return context
 
@@ -7557,7 +7558,7 @@ class Subscription:
         if len(self.waiting) == 1:
             self.wake()
 
-    def take(self) -> tuple[list[Published], int]:
+    def drain(self) -> tuple[list[Published], int]:
         """(events waiting, oldest first; how many were dropped before them)."""
         events, lost = list(self.waiting), self.lost
         self.waiting.clear()
@@ -7580,7 +7581,7 @@ class Rates:
     def count(self, now: float) -> None:
         """Count a message."""
         if int(now) != self._second:
-            self._turn(now)
+            self._advance(now)
         self._messages[-1] += 1
 
     def answered(self, response_ms: float) -> None:
@@ -7591,17 +7592,17 @@ class Rates:
     def per_second(self) -> float:
         """Messages per second over the last ten; of the oldest second just the part within."""
         now = self._clock()
-        self._turn(now)
+        self._advance(now)
         oldest, *others = ([0] * RATE_WINDOW_S + list(self._messages))[-RATE_WINDOW_S - 1:]
         return round((sum(others) + oldest * (1 - now % 1)) / RATE_WINDOW_S, 2)
 
     def latency_ms(self) -> float:
         """Mean time to the answer over the last minute; 0 when nothing was answered."""
-        self._turn(self._clock())
+        self._advance(self._clock())
         answers = sum(self._answers)
         return round(sum(self._latency_ms) / answers, 3) if answers else 0.0
 
-    def _turn(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         second = int(now)
         for _ in range(min(second - self._second, LATENCY_WINDOW_S)):
             self._messages.append(0)
@@ -7662,7 +7663,7 @@ class Board:
                                store.max_message_bytes)
         self.telemetry = Store(config.telemetry.history)
         self.knocking: OrderedDict = OrderedDict()   # {(ip, path, reason): RefusedUpgrade}
-        self._knocks_told: OrderedDict = OrderedDict()       # {(ip, status): when}
+        self._refusals_reported: OrderedDict = OrderedDict()       # {(ip, status): when}
         self.approved: OrderedDict = OrderedDict()   # identities approved on the board
         self.list_version = self.full_list_before = 0        # see `new_list_version`
         self.tokens = {t.key: t for t in map(self._configured_token, config.id_tokens)}
@@ -7800,7 +7801,7 @@ class Board:
         station.protocol, station.remote_address = protocol, address
         station.connected_at, station.disconnected_at = now, None
         station.seen_since_start = True
-        station.has_spoken = station.boot_unanswered = False
+        station.has_sent = station.boot_unanswered = False
         station.security_profile = security_profile
         station.certificate_ends_at = certificate_ends_at
         station.pongs = False, station.pongs[0]
@@ -7974,11 +7975,12 @@ class Board:
             if is_key_code({"type": kind}):
                 return
             token = self.shown_tokens.pop(id_token.lower(), None) or IdToken(kept(id_token))
-            most, most_of_one = TOKENS_SHOWN
-            of_one = [key for key, t in self.shown_tokens.items() if t.used_by == station.identity]
-            if len(of_one) >= most_of_one or len(self.shown_tokens) >= most:
-                del self.shown_tokens[(of_one if len(of_one) >= most_of_one
-                                       else list(self.shown_tokens))[0]]
+            most, most_of_station = TOKENS_SHOWN
+            keys = list(self.shown_tokens)
+            of_station = [k for k in keys if self.shown_tokens[k].used_by == station.identity]
+            if len(of_station) >= most_of_station or len(keys) >= most:
+                del self.shown_tokens[(of_station if len(of_station) >= most_of_station
+                                       else keys)[0]]
             self.shown_tokens[token.key] = token
             token.status = "Accepted" if status == "Accepted" else "Unknown"
         token.used_at, token.used_by, token.answered = self.clock(), station.identity, status
@@ -7990,16 +7992,16 @@ class Board:
         if tell := self.on_change.get("id-tokens"):
             tell(token)
 
-    def set_token(self, id_token: str, told: dict) -> IdToken:
-        """Add or change an id token. `told`: each of its settings. Raises: Busy."""
-        token = _token_of(id_token, "board", told)
+    def set_token(self, id_token: str, settings: dict) -> IdToken:
+        """Add or change an id token, by all its settings. Raises: Busy."""
+        token = _token_of(id_token, "board", settings)
         token.list_version = self.new_list_version()
         known = self.tokens.get(token.key) or self.shown_tokens.get(token.key)
         if token.key not in self.tokens and (
                 len(self.tokens) >= ID_TOKENS_KEPT + len(self.config.id_tokens)):
             raise Busy(f"There are {ID_TOKENS_KEPT} id tokens on the board already")
         if known is not None:
-            token.take_use(known)
+            token.copy_use(known)
         self.shown_tokens.pop(token.key, None)
         self.tokens[token.key] = token
         self._token_changed(token)
@@ -8038,17 +8040,17 @@ class Board:
             if token.source == "board" or (now and now.settings() == token.settings()):
                 self.tokens[token.key] = token
             elif now:
-                now.take_use(token)
+                now.copy_use(token)
             else:
                 gone.append(token)
-        news = [token for token in self.tokens.values() if not token.list_version]
-        if news:
+        changed = [token for token in self.tokens.values() if not token.list_version]
+        if changed:
             version = self.new_list_version()
-            for token in news:
+            for token in changed:
                 token.list_version = version
         if gone:
             self.full_list_before = self.new_list_version()
-        return news, gone
+        return changed, gone
 
     # Connectors
 
@@ -8063,13 +8065,13 @@ class Board:
             station.connectors[evse_id, connector_id] = connector
         return connector
 
-    def limits_told(self, station: Station, limits: dict[str, int]) -> None:
+    def limits_reported(self, station: Station, limits: dict[str, int]) -> None:
         """The station told how much of something it takes."""
         if any(station.limits.get(name) != limit for name, limit in limits.items()):
             station.limits |= limits
             self.publish("connections", station)
 
-    def profile_told(self, station: Station, id_: int, profile: KnownProfile) -> None:
+    def profile_set(self, station: Station, id_: int, profile: KnownProfile) -> None:
         """A charging profile stands on the station."""
         station.profiles.pop(id_, None)
         station.profiles[id_] = profile
@@ -8081,8 +8083,8 @@ class Board:
         station.profiles = {id_: profile for id_, profile in station.profiles.items()
                             if not gone(id_, profile)}
 
-    def told(self, station: Station, **facts: str) -> None:
-        """The station told something of itself beyond its BootNotification."""
+    def described(self, station: Station, **facts: str) -> None:
+        """A station has reported facts of itself beyond its BootNotification."""
         station.info |= {key: kept(value) for key, value in facts.items()}
         self.publish("connections", station)
 
@@ -8157,7 +8159,7 @@ class Board:
 
     # Clocks
 
-    def clock_told(self, station: Station, when: float) -> None:
+    def clock_reported(self, station: Station, when: float) -> None:
         """The station's clock just said `when`."""
         station.clock.tell(when - self.clock(), self.mono())
 
@@ -8237,11 +8239,11 @@ class Board:
         """
         now, now_mono = self.clock(), self.mono()
         self.total_refused += 1
-        told_mono = self._knocks_told.pop((address, status), -math.inf)
-        news = now_mono - told_mono > COALESCE_S
-        self._knocks_told[address, status] = now_mono if news else told_mono
-        if len(self._knocks_told) > ADDRESSES_KEPT:
-            self._knocks_told.popitem(last=False)
+        reported_mono = self._refusals_reported.pop((address, status), -math.inf)
+        is_new = now_mono - reported_mono > COALESCE_S
+        self._refusals_reported[address, status] = now_mono if is_new else reported_mono
+        if len(self._refusals_reported) > ADDRESSES_KEPT:
+            self._refusals_reported.popitem(last=False)
         key = (address, path, reason)
         knock = self.knocking.pop(key, None) or RefusedUpgrade(
             address, path, headers, status, reason, advice, now)
@@ -8250,7 +8252,7 @@ class Board:
         if len(self.knocking) > KNOCKING_KEPT:           # of who knocks most
             most = Counter(ip for ip, *_ in self.knocking).most_common(1)[0][0]
             del self.knocking[next(key for key in self.knocking if key[0] == most)]
-        return news
+        return is_new
 
     # Messages and what happened
 
@@ -8265,7 +8267,7 @@ class Board:
                                sys.getsizeof(payload))
         self.messages.append(record)
         if direction == "IN":
-            station.has_spoken = True
+            station.has_sent = True
         self._count(station, now)
         if response_ms is not None and kind != "CALL":
             self.rates.answered(response_ms)
@@ -8296,20 +8298,21 @@ class Board:
     def error_of(self, category: str, identity: str, text: str, details: dict) -> Event:
         """The same, of a station that has not come since the start."""
         event = Fault(category, identity, kept(text), details, self.clock())
-        self._happened("errors", event)
+        self._log_event("errors", event)
         return event
 
     def security_event(self, category: str, identity: str, text: str, severity: Severity,
                        details: dict) -> None:
         """Keep a security event. `details` has the `ip`, never a secret."""
-        self._happened("security", SecurityEvent(category, identity, kept(text), details,
-                                                 self.clock(), severity))
+        self._log_event("security", SecurityEvent(category, identity, kept(text), details,
+                                                  self.clock(), severity))
+
 
     def system_event(self, kind: str, identity: str, text: str, details: dict) -> None:
         """Keep an event of the board itself."""
-        self._happened("system", SystemEvent(kind, identity, kept(text), details, self.clock()))
+        self._log_event("system", SystemEvent(kind, identity, kept(text), details, self.clock()))
 
-    def _happened(self, topic: str, event: Event) -> None:
+    def _log_event(self, topic: str, event: Event) -> None:
         self.stores[topic].append(event)
         self.publish(topic, event)
 
@@ -8517,9 +8520,9 @@ class Board:
             self.transaction_stopped(transaction, None, None, None, "abandoned")
             connector.interrupted = transaction
 
-    def transaction_updated(self, transaction: Transaction, **told: Any) -> None:
-        """Set what the station told of a transaction; None tells nothing."""
-        for name, value in told.items():
+    def transaction_updated(self, transaction: Transaction, **facts: Any) -> None:
+        """Set facts of a transaction that its station has reported; None is no report."""
+        for name, value in facts.items():
             if value is not None:
                 setattr(transaction, name, value)
         self.publish("transactions", transaction)
@@ -8530,17 +8533,17 @@ class Board:
         """A transaction ends; an orphan stays one. Late readings may come; no power from here."""
         station = self.stations.get(transaction.identity)
         transaction.status = "orphan" if transaction.status == "orphan" else status
-        told_mono = self.mono_of(station, stopped_at)
+        stop_mono = self.mono_of(station, stopped_at)
         shown_at = self.wall_of(station, stopped_at)
-        if shown_at < transaction.started_at or told_mono < transaction.started_mono:
-            shown_at, told_mono = max(self.clock(), transaction.started_at), self.mono()
-        transaction.stopped_at, transaction.stopped_mono = shown_at, told_mono
+        if shown_at < transaction.started_at or stop_mono < transaction.started_mono:
+            shown_at, stop_mono = max(self.clock(), transaction.started_at), self.mono()
+        transaction.stopped_at, transaction.stopped_mono = shown_at, stop_mono
         if meter_stop is not None:
-            transaction.register.end(Point(told_mono, stopped_at or shown_at, meter_stop))
+            transaction.register.end(Point(stop_mono, stopped_at or shown_at, meter_stop))
         transaction.count_energy()
         transaction.meter_stop, transaction.reason = meter_stop, reason
         if transaction.reading is not None:
-            transaction.reading.end_flow(max(told_mono, transaction.reading.flow_mono))
+            transaction.reading.end_flow(max(stop_mono, transaction.reading.flow_mono))
         self._release(transaction)
         self.publish("transactions", transaction)
 
@@ -8730,11 +8733,11 @@ class Board:
         return session
 
     def charge_updated(self, session: ChargeSession, **facts: Any) -> None:
-        """Set what changed of a session, and tell it if something did."""
-        news = {name: value for name, value in facts.items() if getattr(session, name) != value}
-        for name, value in news.items():
+        """Set facts of a session, and publish it if one of them has changed."""
+        changed = {name: value for name, value in facts.items() if getattr(session, name) != value}
+        for name, value in changed.items():
             setattr(session, name, value)
-        if news:
+        if changed:
             session.updated_at = self.clock()
             self.publish("smart-charge", session)
 
@@ -8796,11 +8799,12 @@ class Board:
             "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
-def _token_of(id_token: str, source: TokenSource, told: dict) -> IdToken:
-    """An id token as the configuration's words tell it."""
-    return IdToken(id_token, told["name"], told["status"], told["group"], told["master"],
-                   parse_time(told["expires"])[0] if told["expires"] else None,
-                   tuple(told["stations"]), source)
+def _token_of(id_token: str, source: TokenSource, settings: dict) -> IdToken:
+    """The id token of an entry in the words of the configuration."""
+    expires = settings["expires"]
+    return IdToken(id_token, settings["name"], settings["status"], settings["group"],
+                   settings["master"], parse_time(expires)[0] if expires else None,
+                   tuple(settings["stations"]), source)
 
 
 NO_ERROR = re.compile(r"(0x)?0*|no.?error|none|ok", re.I)    # what vendors write, too
@@ -8813,9 +8817,9 @@ def _place_name(connector: Connector) -> str:
         f"EVSE {connector.evse_id}, connector {connector.connector_id}")
 
 
-def _fault(told: dict | Connector) -> str:
-    """What is wrong, in one text: error code, the vendor's code and its words; "" if nothing is."""
-    get = told.get if isinstance(told, dict) else functools.partial(getattr, told)
+def _fault(cause: dict | Connector) -> str:
+    """A fault in words: error code, the vendor's code and text; "" if there is none."""
+    get = cause.get if isinstance(cause, dict) else functools.partial(getattr, cause)
     codes = [c for c in (get("error_code"), get("vendor_error_code"))
              if c and not NO_ERROR.fullmatch(c)]
     return ", ".join(codes + [get("info")] * bool(codes and get("info")))
@@ -9001,8 +9005,8 @@ def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
             values[name] = unpacked(inner, row.get(name), ahead_s)
         elif inner not in ("flag", "name", "mono") and inner[-1] not in "])}":
             raise MissingField(f"{kind} has no {name}")
-    taken = _parameters(cls) & values.keys()
-    record = cls(**{name: values.pop(name) for name in taken})
+    arguments = _parameters(cls) & values.keys()
+    record = cls(**{name: values.pop(name) for name in arguments})
     for name, value in values.items():
         default = getattr(record, name, None)
         if isinstance(default, deque):
@@ -9126,8 +9130,8 @@ class Keeper:
         self._tokens_restored(*board.restore_tokens(read_rows(
             board, "token", 2 * ID_TOKENS_KEPT + len(board.config.id_tokens), _token_in)))
 
-    def _tokens_restored(self, news: list[IdToken], gone: list[IdToken]) -> None:
-        self._changed |= dict.fromkeys(news)
+    def _tokens_restored(self, changed: list[IdToken], gone: list[IdToken]) -> None:
+        self._changed |= dict.fromkeys(changed)
         for token in gone:
             self.state.put("token", token.key, None)
 
@@ -9835,7 +9839,7 @@ def _told_time(board: Board, station: Station, payload: dict) -> float | None:
     if not zoned:
         board.quirk(station, "time_without_zone")
     if payload.get("offline") is not True:               # 2.x: it happened when we were away
-        board.clock_told(station, when)
+        board.clock_reported(station, when)
     return when
 
 
@@ -10007,7 +10011,7 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
     quirks: list[str] = []
     instants = read_meter_values(payload[key], board.clock(), quirks)
     if instants and payload.get("offline") is not True:
-        board.clock_told(station, instants[-1].at)
+        board.clock_reported(station, instants[-1].at)
     for instant in instants:
         board.metered(station, evse_id, connector_id, instant, transaction, own, not_before)
     if quirks:
@@ -10316,7 +10320,7 @@ def _read_alert(board: Board, station: Station, place: tuple[int, int], connecto
 def on_notify_report(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 B07, B08. What limits commands is remembered."""
     entries = lenient(payload, "reportData", list, [])
-    board.limits_told(station, limits_in(
+    board.limits_reported(station, limits_in(
         (entry, value) for entry in entries if isinstance(entry, dict)
         for attribute in lenient(entry, "variableAttribute", list, [])
         if isinstance(attribute, dict) and attribute.get("type", "Actual") == "Actual"
@@ -10329,7 +10333,7 @@ def on_report_charging_profiles(board: Board, station: Station, payload: dict) -
     evse_id = lenient(payload, "evseId", int, 0)
     for profile in _dicts(payload.get("chargingProfile")):
         with contextlib.suppress(FormatViolation):
-            board.profile_told(station, *known_profile(evse_id, profile))
+            board.profile_set(station, *known_profile(evse_id, profile))
     return {}
 
 
@@ -10387,7 +10391,7 @@ def on_vat_number_validation(board: Board, station: Station, payload: dict) -> d
 def _progress(name: str) -> Callable:
     """A handler that keeps the `status` in the station's data under this name."""
     def on_progress(board: Board, station: Station, payload: dict) -> dict:
-        board.told(station, **{name: required(payload, "status", str)})
+        board.described(station, **{name: required(payload, "status", str)})
         return {}
     return on_progress
 
@@ -10547,7 +10551,7 @@ class Exchange:
         """`write` sends a frame; `keep` puts a Call on record when it is sent."""
         self.pending: Pending | None = None
         self._write, self._keep, self._now = write, keep, now
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._waiting = 0
         self._closed = ""                # why, once it is
         self._given_up: OrderedDict[str, Pending] = OrderedDict()
@@ -10561,7 +10565,7 @@ class Exchange:
             raise Busy("Too many commands wait for this station")
         self._waiting += 1
         try:
-            async with self._turn:
+            async with self._lock:
                 pending = self.begin(call, frame or pack(call))
                 pending.future = asyncio.get_running_loop().create_future()
                 try:
@@ -10625,7 +10629,7 @@ class Upstream(Protocol):
                        record: LoggedMessage) -> None:
         """Take a Call, to be answered by `StationConnection.pass_answer`."""
 
-    def station_said(self, message: Send | CallResultError, frame: str) -> None:
+    def station_sent(self, message: Send | CallResultError, frame: str) -> None:
         """Take what needs no answer."""
 
     def station_left(self, connection: "StationConnection") -> None:
@@ -10655,11 +10659,11 @@ def security_settings(action: str, payload: dict, result: dict) -> list[Security
     if action == "ChangeConfiguration":
         changes = [("", payload.get("key"), payload.get("value"), result.get("status"))]
     elif action == "SetVariables":
-        statuses = {_variable_name(one): one.get("attributeStatus")
-                    for one in _dicts(result.get("setVariableResult"))}
-        changes = [(*(name := _variable_name(one)), one.get("attributeValue"), statuses.get(name))
-                   for one in _dicts(payload.get("setVariableData"))
-                   if one.get("attributeType", "Actual") == "Actual"]
+        statuses = {_variable_name(item): item.get("attributeStatus")
+                    for item in _dicts(result.get("setVariableResult"))}
+        changes = [(*(name := _variable_name(item)), item.get("attributeValue"),
+                    statuses.get(name)) for item in _dicts(payload.get("setVariableData"))
+                   if item.get("attributeType", "Actual") == "Actual"]
     else:
         return _network_profile(payload, result) if action == "SetNetworkProfile" else []
     found = [(SECURITY_SETTINGS.get((component, str(name).lower())), value, status)
@@ -10724,7 +10728,7 @@ class StationConnection:
         self.via = ""                                # the boards whose relays it came through
         self.origin = ""                             # of ours, as it has reached us: http://host
         self.ended = ""                              # why, once it has
-        self.shows_costs, self.telling_costs = "CostUpdated" in COMMANDS[protocol], False
+        self.shows_costs, self.sending_costs = "CostUpdated" in COMMANDS[protocol], False
         self._strict = board.config.ocpp.validate == "strict"
         self._durable = DURABLE if board.state else frozenset()
         self._budget = Budget(board.config.ocpp.max_calls_per_second, time.perf_counter())
@@ -10760,13 +10764,13 @@ class StationConnection:
     def receive(self, frame: str | bytes) -> Awaitable | None:
         """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
         started = time.perf_counter()
-        wait_s = self._budget.take(started, 1 + len(frame) // COSTLY_BYTES)
+        wait_s = self._budget.spend(started, 1 + len(frame) // COSTLY_BYTES)
         if wait_s:
             return self._receive_later(frame, wait_s)
         return self._receive(frame, started)
 
     async def _receive_later(self, frame: str | bytes, wait_s: float) -> None:
-        if self._budget.tell():
+        if self._budget.is_to_report():
             limit = self.board.config.ocpp.max_calls_per_second
             self.board.security_event(
                 "RATE_LIMIT", self.station.identity, f"Over {limit} messages a second: they wait",
@@ -10948,7 +10952,7 @@ class StationConnection:
             return self._send_refusal(message.id_text, message.action, UnknownMessageType(
                 "unknown message type 6", message.id_text))
         if self.upstream is not None:
-            self.upstream.station_said(message, frame)
+            self.upstream.station_sent(message, frame)
         return None
 
     def _result_refused(self, message: CallResultError, frame: str) -> None:
@@ -10956,7 +10960,7 @@ class StationConnection:
                            message.text, None, message.code, message.description)
         self._failed(f"The station cannot use our answer: {message.code}", "", message)
         if self.upstream is not None:
-            self.upstream.station_said(message, frame)
+            self.upstream.station_sent(message, frame)
 
     def _failed(self, text: str, action: str, message: CallError | CallResultError) -> None:
         """Keep a CALLERROR, theirs or ours, among the errors."""
@@ -11153,11 +11157,11 @@ class Parts(NamedTuple):
         """The answer to the whole."""
         whole = answers[-1] if self.stops else answers[0]
         for name in self.answers:
-            lists = [items for one in answers if isinstance(items := one.get(name), list)]
+            lists = [items for answer in answers if isinstance(items := answer.get(name), list)]
             if len(answers) > 1 and lists:
                 whole = whole | {name: [item for items in lists for item in items]}
-        told = [answer.get("status") for answer in answers]
-        statuses = [status for status in self.statuses if status in told]
+        answered = [answer.get("status") for answer in answers]
+        statuses = [status for status in self.statuses if status in answered]
         return whole | ({"status": statuses[0]} if statuses else {})
 
 
@@ -11222,20 +11226,21 @@ def _local_list_parts(payload: dict, items: str, groups: list[list]) -> Parts:
 
 
 def _learn_from_variables(board: Board, station: Station, asked: dict, answer: dict) -> None:
-    board.limits_told(station, limits_in(
-        (one, one.get("attributeValue")) for one in _dicts(answer.get("getVariableResult"))
-        if one.get("attributeType", "Actual") == "Actual"))
+    board.limits_reported(station, limits_in(
+        (result, result.get("attributeValue"))
+        for result in _dicts(answer.get("getVariableResult"))
+        if result.get("attributeType", "Actual") == "Actual"))
 
 
 def _learn_from_configuration(board: Board, station: Station, asked: dict, answer: dict) -> None:
-    board.limits_told(station, limits_in(
-        (one, one.get("value")) for one in _dicts(answer.get("configurationKey"))))
+    board.limits_reported(station, limits_in(
+        (key, key.get("value")) for key in _dicts(answer.get("configurationKey"))))
 
 
 def _learn_profile(board: Board, station: Station, asked: dict, answer: dict) -> None:
     if answer.get("status") == "Accepted":
         with contextlib.suppress(FormatViolation):
-            board.profile_told(station, *known_profile(
+            board.profile_set(station, *known_profile(
                 lenient(asked, "evseId", int, 0), lenient(asked, "chargingProfile", dict, {})))
 
 
@@ -11246,8 +11251,8 @@ def _learn_cleared(board: Board, station: Station, asked: dict, answer: dict) ->
     wanted = tuple(criteria.get(name) for name in (
         "chargingProfilePurpose", "evseId", "stackLevel"))
     board.profiles_gone(station, lambda known_id, profile: known_id == id_ if id_ is not None
-                        else all(asked_for is None or asked_for == told
-                                 for asked_for, told in zip(wanted, profile[:3], strict=True)))
+                        else all(criterion is None or criterion == value
+                                 for criterion, value in zip(wanted, profile[:3], strict=True)))
     _tell_cleared(board, station, id_, answer)
 
 
@@ -11289,9 +11294,9 @@ def _check_accepted(station: Station, payload: dict) -> str:
 
 def _check_set_variables(station: Station, payload: dict) -> str:
     """2.0.1 B05.FR.13."""
-    seen = Counter(to_json([one.get("component"), one.get("variable"),
-                            one.get("attributeType", "Actual")])
-                   for one in _dicts(payload.get("setVariableData")))
+    seen = Counter(to_json([item.get("component"), item.get("variable"),
+                            item.get("attributeType", "Actual")])
+                   for item in _dicts(payload.get("setVariableData")))
     twice = next((name for name, count in seen.items() if count > 1), "")
     return twice and f"the same variable twice: {kept(twice, 100)}"
 
@@ -11338,8 +11343,8 @@ def _check_size(station: Station, profile: dict, schedules: list) -> str:
     most_level, most = station.limits.get(STACK_LEVEL), station.limits.get(PERIODS)
     if most_level is not None and lenient(profile, "stackLevel", int, 0) > most_level:
         return f"the highest stackLevel of this station is {most_level}"
-    longest = max((len(lenient(one, "chargingSchedulePeriod", list, []))
-                   for one in schedules if isinstance(one, dict)), default=0)
+    longest = max((len(lenient(schedule, "chargingSchedulePeriod", list, []))
+                   for schedule in schedules if isinstance(schedule, dict)), default=0)
     return f"this station takes {most} periods in a schedule, not {longest}" if (
         most and longest > most) else ""
 
@@ -11397,8 +11402,8 @@ async def send_local_list(connection: StationConnection) -> LocalList:
     board, station = connection.board, connection.station
     if connection.upstream is not None:
         raise Conflict("The local list of this station is the upstream system's")
-    told, _ = await connection.call("GetLocalListVersion", {})
-    version = lenient(told, LIST_VERSION[connection.protocol], int, -1)
+    answer = await connection.ask("GetLocalListVersion", {})
+    version = lenient(answer, LIST_VERSION[connection.protocol], int, -1)
     if version < 0:
         raise Conflict("The station keeps no local list")        # 1.6 5.10
     known, status = station.local_list, ""
@@ -11437,8 +11442,8 @@ async def _send_list(connection: StationConnection, update: str, tokens: list[Id
 def _listed_entry(protocol: str, token: IdToken, grant: Grant | None) -> dict:
     """An id token of a local list; one without a Grant is to be removed from it."""
     name, info = LISTED_AS[protocol]
-    written, told = WRITTEN_AS[name]
-    return {name: written(token)} | ({info: told(protocol, grant)} if grant else {})
+    written, info_of = WRITTEN_AS[name]
+    return {name: written(token)} | ({info: info_of(protocol, grant)} if grant else {})
 
 
 WRITTEN_AS: dict[str, tuple[Callable[[IdToken], Any], Callable[[str, Grant], dict]]] = {
@@ -11448,20 +11453,20 @@ WRITTEN_AS: dict[str, tuple[Callable[[IdToken], Any], Callable[[str, Grant], dic
                 id_token_info)}
 
 
-def costs_to_tell(connection: StationConnection) -> list[Transaction]:
+def costs_due(connection: StationConnection) -> list[Transaction]:
     """The running transactions whose cost the station is to be told (2.0.1 I02.FR.01)."""
-    if connection.upstream is not None or not connection.shows_costs or connection.telling_costs:
+    if connection.upstream is not None or not connection.shows_costs or connection.sending_costs:
         return []
     return [t for connector in connection.station.connectors.values()
-            if (t := connector.transaction) and t.cost is not None and t.cost != t.cost_told]
+            if (t := connector.transaction) and t.cost is not None and t.cost != t.cost_sent]
 
 
-async def tell_costs(connection: StationConnection, transactions: list[Transaction]) -> None:
+async def send_costs(connection: StationConnection, transactions: list[Transaction]) -> None:
     """Tell a station what its transactions have cost; one that knows no costs is left alone."""
-    connection.telling_costs = True
+    connection.sending_costs = True
     try:
         for transaction in transactions:
-            transaction.cost_told = transaction.cost
+            transaction.cost_sent = transaction.cost
             await connection.call("CostUpdated", {"totalCost": transaction.cost,
                                                   "transactionId": transaction.id})
     except CallFailed as error:
@@ -11470,7 +11475,7 @@ async def tell_costs(connection: StationConnection, transactions: list[Transacti
     except BoardError as error:
         log.info("%s was not told a cost: %s", shown(connection.station.identity), error)
     finally:
-        connection.telling_costs = False
+        connection.sending_costs = False
 
 
 TAKERS: dict[type, Callable] = {
@@ -11482,13 +11487,13 @@ TAKERS: dict[type, Callable] = {
 class Budget:
     """A token bucket: how long the next frame of a station has to wait. Rate 0 is no limit."""
 
-    __slots__ = ("rate", "_left", "_at", "_told")
+    __slots__ = ("rate", "_left", "_at", "_reported_at")
 
     def __init__(self, rate: float, now: float):
         self.rate, self._left = rate, rate * BURST_S
-        self._at, self._told = now, -math.inf
+        self._at, self._reported_at = now, -math.inf
 
-    def take(self, now: float, cost: int = 1) -> float:
+    def spend(self, now: float, cost: int = 1) -> float:
         """Seconds that this frame waits, 0 while the budget lasts."""
         if not self.rate:
             return 0
@@ -11496,11 +11501,11 @@ class Budget:
         self._at = now
         return max(0.0, -self._left / self.rate)
 
-    def tell(self) -> bool:
+    def is_to_report(self) -> bool:
         """Whether to tell that the limit is reached: not if that was so within `COALESCE_S`."""
-        news = self._at - self._told > COALESCE_S
-        self._told = self._at
-        return news
+        is_new = self._at - self._reported_at > COALESCE_S
+        self._reported_at = self._at
+        return is_new
 
 
 # --- Power sharing ------------------------------------------------------------------------
@@ -11543,7 +11548,7 @@ class Share(NamedTuple):
 
     amps: int                           # A per phase, whole steps
     reason: str                         # one sentence without its amperes
-    held_by: str = ""                   # the circuit that has no more for it
+    limited_by: str = ""                   # the circuit that has no more for it
 
 
 def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, strategy: str,
@@ -11566,7 +11571,7 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
         order = sorted(requests, key=lambda r: _place(r, strategy))
     # 1. who charges
     granted: dict = {}                  # {id: A}
-    held_by: dict = {}                  # {id: the place that has no more for it}
+    limited_by: dict = {}                  # {id: the place that has no more for it}
     for request in order:
         tree.use(tree.path(request.circuit, request.phases), request.reserved)
     empty = list(tree.left)
@@ -11578,9 +11583,9 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
         beyond = max(0.0, least * request.load - request.reserved)
         path = tree.path(request.circuit, request.phases)
         if not 0 < least <= most:
-            held_by[request.id] = None
+            limited_by[request.id] = None
         elif (full := tree.full(path, beyond)) is not None and beyond:
-            held_by[request.id] = full
+            limited_by[request.id] = full
         else:
             tree.use(path, beyond)
             granted[request.id] = least
@@ -11589,9 +11594,9 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
              amps / request.priority}.get(strategy, lambda amps, request: amps)
     charging = [request for request in order if request.id in granted]
     for needs in (True, False) if any(r.need is not None for r in charging) else (False,):
-        tree.fill(charging, granted, held_by, step, level, needs)
+        tree.fill(charging, granted, limited_by, step, level, needs)
     minutes = math.ceil((rotate_s - now % rotate_s) / 60)
-    return {r.id: _share(r, granted.get(r.id, 0), held_by.get(r.id), tree, empty, strategy, step,
+    return {r.id: _share(r, granted.get(r.id, 0), limited_by.get(r.id), tree, empty, strategy, step,
                          minutes) for r in requests}
 
 
@@ -11656,7 +11661,7 @@ class CircuitTree:
         for place in path:
             self.left[place] -= amps
 
-    def fill(self, requests: list[Request], granted: dict, held_by: dict, step: int,
+    def fill(self, requests: list[Request], granted: dict, limited_by: dict, step: int,
              level: Callable[[float, Request], float], needs: bool) -> None:
         """Raise the request of the lowest level by a step, until none can be raised any more."""
         rises = []                       # (request, its path, A that it could take more)
@@ -11688,7 +11693,7 @@ class CircuitTree:
             amps = granted[request.id]
             full = self.full(bounds, step * request.load)
             if amps + step > most or full is not None:
-                held_by[request.id] = full
+                limited_by[request.id] = full
                 heapq.heappop(heap)
                 continue
             self.use(bounds, step * request.load)
@@ -11702,21 +11707,21 @@ class CircuitTree:
         """The names of a circuit and of all circuits above it."""
         return [self.names[first // 3] for first in self._firsts[circuit]]
 
-    def says(self, place: int) -> str:
+    def name_of(self, place: int) -> str:
         """A place in words: "site on L1"."""
         name = self.names[place // 3]
         return f"the {name}" if place in self._pooled else f"{name} on {PHASES[place % 3]}"
 
 
-def _share(request: Request, amps: int, held_by: int | None, tree: CircuitTree, empty: list,
+def _share(request: Request, amps: int, limited_by: int | None, tree: CircuitTree, empty: list,
            strategy: str, step: int, minutes: int) -> Share:
     """The Share of a session; `empty` is what was left before any session had its minimum."""
-    if held_by is None:
+    if limited_by is None:
         return Share(amps, f"The most that it may have is {request.maximum:g} A" if amps else
                      f"It may have {request.maximum:g} A at most, which is under its minimum")
-    circuit, place = tree.names[held_by // 3], tree.says(held_by)
-    if not amps and empty[held_by] < request.minimum * request.load - GRAIN_A:
-        text = (f"Waits: {max(0.0, empty[held_by]):.1f} A of {place} are all that can be shared "
+    circuit, place = tree.names[limited_by // 3], tree.name_of(limited_by)
+    if not amps and empty[limited_by] < request.minimum * request.load - GRAIN_A:
+        text = (f"Waits: {max(0.0, empty[limited_by]):.1f} A of {place} are all that can be shared "
                 "now, beside what is not under control")
     elif not amps:
         waits = (f"Waits for its turn, the next change is in {minutes} min"
@@ -11778,19 +11783,19 @@ class Ladder:
     in a row without an answer.
     """
 
-    __slots__ = ("variants", "rung", "worked", "_refusals", "_unanswered")
+    __slots__ = ("variants", "position", "worked", "_refusals", "_unanswered")
 
     def __init__(self, variants: tuple[ProfileVariant, ...]):
         self.variants = variants
         self.start(0)
 
-    def start(self, rung: int) -> None:
+    def start(self, position: int) -> None:
         """Begin anew, at the variant that works for others of the model."""
-        self.rung, self.worked, self._refusals, self._unanswered = rung, False, 0, 0
+        self.position, self.worked, self._refusals, self._unanswered = position, False, 0, 0
 
     def variant(self, suits: Callable[[ProfileVariant], bool]) -> ProfileVariant | None:
         """The first suitable variant from the present one on; None: the station has refused all."""
-        return next(filter(suits, self.variants[self.rung:]), None)
+        return next(filter(suits, self.variants[self.position:]), None)
 
     def accepted(self) -> None:
         """The station has accepted a profile of the present variant."""
@@ -11808,10 +11813,10 @@ class Ladder:
 
     def leave(self, variant: ProfileVariant) -> bool:
         """Go on to the variant after this one, unless that is done. Returns whether it went."""
-        rung = self.variants.index(variant) + 1
-        if rung <= self.rung:
+        position = self.variants.index(variant) + 1
+        if position <= self.position:
             return False
-        self.start(rung)
+        self.start(position)
         return True
 
 
@@ -11993,8 +11998,10 @@ class SiteSettings:
             value = row.value if type(row.value) is dict else {}
             configured = [getattr(self.configured, name) for name in names]
             try:
-                changes = {name: _checked(self._setting(name), one, "state", name) for name, one in
-                           zip(names, lenient(value, "value", list, []), strict=True)}
+                items = lenient(value, "value", list, [])
+                changes = {name: _checked(self._setting(name), item, "state", name)
+                           for name, item in zip(names, items, strict=True)}
+
                 if value.get("configured") != configured or not self._is_possible(changes):
                     raise WrongValue("the configuration has changed")
             except (ConfigError, BoardError, ValueError):
@@ -12185,7 +12192,7 @@ class Meter:
     worst_a: float | None = None        # the strongest of them; None: not known
     least_a: float = 0.0                # the same, where it is ambiguous, read the better way
     read_mono: float = -math.inf
-    taken: tuple = ()                   # times of the reading, by which a new one is known
+    reading_times: tuple = ()                   # times of the reading, by which a new one is known
     phases: tuple | None = None         # of the station's, that the car uses; None: not known
     candidate: tuple | None = None      # (phases, since when only these)
     slack_since: float | None = None
@@ -12563,11 +12570,11 @@ class SiteStation:
         """The number of phases that a car uses; None: not known, or known only `by_the_car`."""
         if evse.meter.phases is not None:
             return len(evse.meter.phases)
-        said = evse.session.phases_set if evse.session else None
-        if said is None and evse.needs and by_the_car:
-            said = evse.needs.phases
-        if said is not None:
-            return min(said, self.settings.phases)
+        number = evse.session.phases_set if evse.session else None
+        if number is None and evse.needs and by_the_car:
+            number = evse.needs.phases
+        if number is not None:
+            return min(number, self.settings.phases)
         return 1 if self.settings.phases == 1 else None
 
     def phases_assumed(self, evse: Evse) -> int:
@@ -12839,7 +12846,7 @@ class Controller:
         self.facts: list[Fact] = []                  # of the last tick
         self.overload_mono: dict[str, float] = {}
         self.quiet_until = -math.inf
-        self._absent_told = self._listed_told = False
+        self._absent_reported = self._listed_reported = False
         self._read_stations()
         self.settled_mono = self._latest(self.started_mono)
         self._check_fallbacks()
@@ -12888,8 +12895,8 @@ class Controller:
         self.site.restore()
         self.elsewhere = {row.key for row in board.state.rows("elsewhere")}
         self._restore_to_site()
-        for model, rungs in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
-            self.models[model] = rungs
+        for model, variants in read_rows(board, "charging_model", MODELS_KEPT, _model_of):
+            self.models[model] = variants
         self.session_settings = dict(read_rows(board, "charging_session", SESSIONS_SET,
                                                self._session_of))
         for identity, evse_id, row in read_rows(
@@ -12927,8 +12934,8 @@ class Controller:
         self.board.state.put("charging_run", "", True)
         for identity in self.elsewhere:
             self.board.state.put("elsewhere", identity, True)
-        for model, rungs in self.models.items():
-            self.board.state.put("charging_model", to_json(model), rungs)
+        for model, variants in self.models.items():
+            self.board.state.put("charging_model", to_json(model), variants)
         for key, values in self.session_settings.items():
             self.board.state.put("charging_session", key, values)
         for station, evse in self._each():
@@ -12974,10 +12981,10 @@ class Controller:
         return {"enabled": True, **self.site.view(),
                 "meter": self.meter.view(self.now()) if self.settings.meter else None,
                 "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
-                              "limit": None if rung is None else VARIANTS[rung].text(),
+                              "limit": None if index is None else VARIANTS[index].text(),
                               "fallback": None if fallback is None
                               else FALLBACK_VARIANTS[fallback].text()}
-                             for (vendor, model, firmware), (rung, fallback)
+                             for (vendor, model, firmware), (index, fallback)
                              in self.models.items()],
                 "elsewhere": sorted(self.elsewhere), "leftAlone": sorted(
                     s.identity for s in self.stations.values() if not s.settings.managed),
@@ -13019,9 +13026,9 @@ class Controller:
             raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
         self._set_of_session(session, changes)
         key = f"{session.transaction_id} {session.identity}"
-        kept_ = {name: value for name, value in (
+        values = {name: value for name, value in (
             self.session_settings.get(key, {}) | changes).items() if value is not None}
-        self._keep_of_session(key, kept_)
+        self._keep_of_session(key, values)
         self._log_event("SMART_CHARGE_SESSION", session.identity,
                         f"sc-{session.number} changed on the board: " + ", ".join(
                             f"{key} {value}" for key, value in changes.items()),
@@ -13084,7 +13091,7 @@ class Controller:
             self._end_session(evse)
             self.leftovers.add(station.identity, evse_id, evse.fallback.most_a)
 
-    def take_meter(self, body: dict) -> None:
+    def read_meter(self, body: dict) -> None:
         """Take a reading of the site's own meter: {"L1": A, "L2": A, "L3": A}; negative is fed in.
 
         Raises: BadRequest, Conflict (no meter is configured).
@@ -13181,7 +13188,7 @@ class Controller:
         self._give_shares(facts, now)
         self._want_fallbacks(facts)
         commands = self.commands(facts, now)
-        self._tell(facts, now)
+        self._report(facts, now)
         return commands
 
     # 1. observe
@@ -13321,11 +13328,11 @@ class Controller:
             for (evse_id, _), connector in station.connectors.items():
                 if evse_id:
                     known.connectors.setdefault(evse_id, []).append(connector)
-            said = known.connectors.keys()
-            for evse_id in {*said, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(known.evses):
+            found = known.connectors.keys()
+            for evse_id in {*found, *range(1, min(evses, CONNECTORS_KEPT) + 1)} - set(known.evses):
                 self._forget_limits(self._add_evse(known, evse_id), now)
             first = known.evses.get(1)
-            if first and said and 1 not in said and evses == 0 and (
+            if first and found and 1 not in found and evses == 0 and (
                     now >= self.settled_mono) and not (
                     first.transaction or first.sent or first.fallback.most_a):
                 del known.evses[1]                   # it was assumed
@@ -13351,7 +13358,7 @@ class Controller:
         reading = transaction.reading if transaction else max(
             filter(None, (c.reading for c in connectors)), key=attrgetter("flow_mono"),
             default=None)
-        if reading and (reading.flow_mono, reading.ended_mono) != evse.meter.taken:
+        if reading and (reading.flow_mono, reading.ended_mono) != evse.meter.reading_times:
             self._read(known, evse, reading, now)
 
     def _change_transaction(self, known: SiteStation, evse: Evse,
@@ -13376,7 +13383,7 @@ class Controller:
 
     def _read(self, known: SiteStation, evse: Evse, reading: Reading, now: float) -> None:
         """Take a reading of an EVSE, or a state that has ended the flow."""
-        evse.meter.taken = reading.flow_mono, reading.ended_mono
+        evse.meter.reading_times = reading.flow_mono, reading.ended_mono
         at = min(now, max(reading.flow_mono, reading.ended_mono))
         flow = reading.flow(known.settings.phases, self.settings.voltage,
                             0.0 if known.settings.managed else evse.maximum)
@@ -13513,7 +13520,8 @@ class Controller:
                 tree: CircuitTree) -> str:
         """The stations not under control on the circuit which limits a session, in words."""
         named = [f"{u.identity} {u.amps:g} A ({u.reason})" for u in uncontrolled
-                 if share.held_by in tree.above(u.circuit) and set(u.phases) & set(request.phases)]
+                 if share.limited_by in tree.above(u.circuit)
+                 and set(u.phases) & set(request.phases)]
         return f"; not under control: {', '.join(named[:3])}" + (
             f" and {len(named) - 3} more" if len(named) > 3 else "") if named else ""
 
@@ -13909,7 +13917,7 @@ class Controller:
         path, least = fact.path(tree), max(minimum, before + step)
         full = self._full(fact, path, least * fact.load, now, tree)
         if full is not None:
-            evse.waits_for = f"others to show that they have left room in {tree.says(full)}"
+            evse.waits_for = f"others to show that they have left room in {tree.name_of(full)}"
             return None
         while amps >= least:
             if self._admitted(fact, path, amps * fact.load, now, tree):
@@ -14094,12 +14102,12 @@ class Controller:
         station, evse, variant = command.station, command.evse, command.variant
         if evse is None or variant is None or evse.transaction is not command.transaction:
             return
-        self._tell_refusal(station, "limit", variant, answer)
+        self._report_refusal(station, "limit", variant, answer)
         if station.limits.refused(variant):
             self._check_variants(station, "refuses every kind of limit")
 
-    def _tell_refusal(self, station: SiteStation, what: str, variant: ProfileVariant,
-                      answer: Answer) -> None:
+    def _report_refusal(self, station: SiteStation, what: str, variant: ProfileVariant,
+                        answer: Answer) -> None:
         self._error("PROFILE_REFUSED", station, f"It refused a {what} ({variant.text()})",
                     {"dialect": variant.text(),
                      "status": kept(answer.payload.get("status", "CALLERROR"))})
@@ -14120,7 +14128,7 @@ class Controller:
         elif answer.unknown:
             evse.fallback.due = True
         else:
-            self._tell_refusal(station, "fallback", variant, answer)
+            self._report_refusal(station, "fallback", variant, answer)
             self._next_fallback(station, evse, variant)
 
     def _next_fallback(self, station: SiteStation, evse: Evse,
@@ -14228,14 +14236,14 @@ class Controller:
         if not station.model:
             return
         before = self.models.get(station.model, (None, None))
-        rungs = tuple(min((rung for rung in (known, ladder.rung if ladder.worked else None)
-                           if rung is not None), default=None)   # of the most willing of them
-                      for known, ladder in zip(before, (station.limits, station.fallbacks),
-                                               strict=True))
-        self.models[station.model] = rungs
+        working = [ladder.position if ladder.worked else None
+                   for ladder in (station.limits, station.fallbacks)]
+        variants = tuple(min((index for index in pair if index is not None), default=None)
+                         for pair in zip(before, working, strict=True))   # of the most willing
+        self.models[station.model] = variants
         self.models.move_to_end(station.model)
-        if rungs != before:
-            self.board.state.put("charging_model", to_json(station.model), rungs)
+        if variants != before:
+            self.board.state.put("charging_model", to_json(station.model), variants)
         if len(self.models) > MODELS_KEPT:
             oldest, _ = self.models.popitem(last=False)
             self.board.state.put("charging_model", to_json(oldest), None)
@@ -14251,7 +14259,7 @@ class Controller:
         if station.station:
             self.board.error(kind, station.station, text, details)
 
-    def _tell(self, facts: list[Fact], now: float) -> None:
+    def _report(self, facts: list[Fact], now: float) -> None:
         """Bring the records of the sessions up to date, and warn of circuits that draw too much."""
         for fact in facts:
             station, evse, session = fact.station, fact.evse, fact.evse.session
@@ -14299,16 +14307,16 @@ class Controller:
         """Warn of stations that have not connected: they take power from the others."""
         absent = [(station, amps) for station in self.stations.values() if station.station is None
                   and (amps := sum(evse.worst_a(False) for evse in station.evses.values())) >= 1]
-        if not self._listed_told:
-            self._listed_told = True
+        if not self._listed_reported:
+            self._listed_reported = True
             if warning := self._warning():
                 log.warning("%s", warning)
             if absent:
                 log.warning("Counted, though not under control until they connect: %s", ", ".join(
                     f"{shown(station.identity)} {amps:g} A" for station, amps in absent[:20]))
-        if self._absent_told or now < self.started_mono + RETRY_S:
+        if self._absent_reported or now < self.started_mono + RETRY_S:
             return
-        self._absent_told = True
+        self._absent_reported = True
         for station, amps in absent:
             where = "is named in the configuration" if station.identity in self.named else (
                 "was here before the start")
@@ -14321,8 +14329,8 @@ class Controller:
             return
         limits = self.site.limits()
         for name, amps in self._sums(facts, attrgetter("flow")).items():
-            most, told_mono = max(amps), self.overload_mono.get(name, -math.inf)
-            if most > limits[name] + OVER_A and now - told_mono > COALESCE_S:
+            most, warned_mono = max(amps), self.overload_mono.get(name, -math.inf)
+            if most > limits[name] + OVER_A and now - warned_mono > COALESCE_S:
                 self.overload_mono[name] = now
                 self._log_event("SMART_CHARGE_OVERLOAD", "", f"The cars draw {most:.1f} A on "
                                 f"circuit {name}, which can {limits[name]:g} A",
@@ -14395,7 +14403,7 @@ def tolerance(amps: float) -> float:
 
 def takes_commands(station: Station) -> bool:
     """Whether it has sent a message on this connection, and its boot has been answered."""
-    return bool(station.connection and station.has_spoken and not station.boot_unanswered
+    return bool(station.connection and station.has_sent and not station.boot_unanswered
                 and station.registration in (None, "Accepted"))
 
 
@@ -14404,7 +14412,7 @@ def _counts(station: Station) -> bool:
 
     It does from its first message on; while it is not accepted, only if it charges.
     """
-    if not station.has_spoken:
+    if not station.has_sent:
         return False
     return station.registration in (None, "Accepted") or any(
         connector.transaction or connector.status == "Charging" or (
@@ -14424,12 +14432,12 @@ def _model_of(row: StateRow) -> tuple[tuple, tuple]:
         raise WrongValue("its key is no model") from None
     limit, fallback = row.value[:2] if type(row.value) is list and len(row.value) > 1 else (-1, -1)
     if len(model) != 3 or not all(type(part) is str for part in model) or not (
-            _is_rung(limit, VARIANTS) and _is_rung(fallback, FALLBACK_VARIANTS)):
+            _is_variant(limit, VARIANTS) and _is_variant(fallback, FALLBACK_VARIANTS)):
         raise WrongValue(f"{shown(row.text)} are no rungs")
     return model, (limit, fallback)
 
 
-def _is_rung(value: Any, variants: tuple) -> bool:
+def _is_variant(value: Any, variants: tuple) -> bool:
     return value is None or (type(value) is int and 0 <= value < len(variants))
 
 
@@ -14956,7 +14964,7 @@ class UpstreamSession:
         self.relay.is_there(self.settings)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
-        websocket.start(functools.partial(self.upstream_said, websocket),
+        websocket.start(functools.partial(self.upstream_sent, websocket),
                         lambda code, reason: self.closed(websocket, _why_closed(websocket, code,
                                                                                 reason)))
 
@@ -15253,7 +15261,7 @@ class UpstreamSession:
                 self._unanswered.append(other)
         return True
 
-    def station_said(self, message: Send | CallResultError, frame: str) -> None:
+    def station_sent(self, message: Send | CallResultError, frame: str) -> None:
         """What needs no answer goes on at once, if upstream can read it."""
         if self.websocket is not None and self.station_protocol == self.protocol and frame:
             self.websocket.write(frame)
@@ -15736,7 +15744,7 @@ class UpstreamSession:
 
     # Upstream's side
 
-    def upstream_said(self, websocket: WebSocket, frame: str | bytes) -> None:
+    def upstream_sent(self, websocket: WebSocket, frame: str | bytes) -> None:
         """Take a frame of upstream."""
         if websocket is not self.websocket:              # of a connection that is over
             return
@@ -16086,10 +16094,11 @@ def import_journal(path: str, state: State, now: float) -> int:
     except sqlite3.Error as error:
         log.error("proxy.journal: %s cannot be taken over: %s", path, error)
         return 0
-    for number, identity, protocol, given, frame in waiting:
+    for number, identity, protocol, transaction_id, frame in waiting:
         state.put("queued", f"{number:015d}", {
-            "identity": identity, "protocol": protocol, "frame": frame, "transactionId": given,
-            "asked": None, "answered": True, "ends": None}, at=number)
+            "identity": identity, "protocol": protocol, "frame": frame,
+            "transactionId": transaction_id, "asked": None, "answered": True, "ends": None},
+            at=number)
         if not number % 1000:
             state.write_at_start()
     for identity, place, protocol, frame in reported:
@@ -16183,7 +16192,7 @@ class Failures:
     def __init__(self, clock: Callable[[], float], most: int = LOGIN_FAILURES):
         self._clock, self._most = clock, most
         self._times: OrderedDict[Any, deque] = OrderedDict()
-        self._turns: OrderedDict[Any, float] = OrderedDict()     # when the next one has its turn
+        self._next: OrderedDict[Any, float] = OrderedDict()      # when the next attempt may be made
 
     def count(self, key: Any) -> int:
         """The failures that still count."""
@@ -16204,19 +16213,19 @@ class Failures:
         """A success: what failed before counts no more."""
         self._times.pop(key, None)
 
-    async def turn(self, key: Any) -> None:
-        """Wait for a turn, where many have failed. Raises: TooMany, where too many wait."""
+    async def slow_down(self, key: Any) -> None:
+        """Delay an attempt where many have failed. Raises: TooMany, where too many wait."""
         if self.count(key) < self._most:
             return
         now = self._clock()
-        turn = max(now, self._turns.pop(key, now))
-        if turn - now <= TURNS_WAIT_S:
-            self._turns[key] = turn + TURN_S
-            if len(self._turns) > ADDRESSES_KEPT:
-                self._turns.popitem(last=False)
-            await asyncio.sleep(turn - now)
+        start = max(now, self._next.pop(key, now))
+        if start - now <= TURNS_WAIT_S:
+            self._next[key] = start + TURN_S
+            if len(self._next) > ADDRESSES_KEPT:
+                self._next.popitem(last=False)
+            await asyncio.sleep(start - now)
         else:
-            self._turns[key] = turn
+            self._next[key] = start
             raise TooMany("Too many failed logins", TURNS_WAIT_S)
 
 
@@ -16352,15 +16361,12 @@ class Access:
             raise Forbidden("Session expired")
         return found
 
-    async def turn(self, bearer: str | None, address: str) -> None:
-        """Wait until a request's bearer may be looked at: only if it is a guess, after many.
-
-        Raises: TooMany.
-        """
+    async def slow_down(self, bearer: str | None, address: str) -> None:
+        """Delay a request whose bearer token is a guess, after many. Raises: TooMany."""
         if self.config.auth.mode == "token" and bearer and _digest(bearer) not in self._sessions:
             mark = self._mark(_network(address), bearer.encode("utf-8", "replace"))
             if mark not in self._proven and mark not in self._stale:
-                await self._failures.turn(_network(address))
+                await self._failures.slow_down(_network(address))
 
     def _mark(self, whose: Any, secret: bytes) -> tuple:
         """By which a secret is known again that was right, or wrong, before."""
@@ -16391,16 +16397,17 @@ class Access:
         """
         mode = self.config.auth.mode
         names = {"token": ("token",), "credentials": ("username", "password")}.get(mode, ())
-        given = [text for name in names if isinstance(text := body.get(name), str)]
-        if len(given) < len(names):
+        texts = [text for name in names if isinstance(text := body.get(name), str)]
+        if len(texts) < len(names):
+
             raise BadRequest(f"{' and '.join(names)} must be given as text")
-        await self._failures.turn(_network(address))
+        await self._failures.slow_down(_network(address))
         self._hashing.admit()
         attempt = self._failures.add(_network(address))      # before the wait: many try at once
         if mode == "token":
-            role = self._role_of_token(given[0].encode("utf-8", "replace"))
+            role = self._role_of_token(texts[0].encode("utf-8", "replace"))
         else:
-            role = "admin" if mode == "none" else await self._role_of(*given)
+            role = "admin" if mode == "none" else await self._role_of(*texts)
         if not role:
             self._failed(address, attempt, "Invalid token provided" if mode == "token"
                          else "Invalid username or password")
@@ -16512,7 +16519,7 @@ class Access:
         found = await self._match(identity, settings, address, given, [
             password, known.offered, known.former or configured])
         if found == 1:                   # the station has taken it, whatever we heard of it
-            self._take_over(identity, known)
+            self._adopt(identity, known)
         if found in (0, 1):
             return True
         if not password:                 # no password counts as yet, so none is wrong
@@ -16529,8 +16536,8 @@ class Access:
         # One bad charger must not slow down a site; but an entry for many has one password.
         key, entry = (_network(address), identity), (_network(address), id(settings))
         if (mark := self._mark(key, given)) not in self._proven:
-            await self._failures.turn(key)
-            await self._entry_failures.turn(entry)
+            await self._failures.slow_down(key)
+            await self._entry_failures.slow_down(entry)
         self._station_hashing.admit()
         attempt, _ = self._failures.add(key), self._entry_failures.add(entry)
         found = await self._station_hashing.first_match(_readings(given), passwords)
@@ -16596,7 +16603,7 @@ class Access:
             if what == "password" and not accepted:
                 known.offered = ""                       # A01.FR.04
             elif what == "password" and status == "Accepted" and station.security_profile:
-                self._take_over(station.identity, known)
+                self._adopt(station.identity, known)
             elif what == "slot" and accepted:
                 slot, profile = value
                 known.slots = dict(list(known.slots.items())[-9:])
@@ -16615,7 +16622,7 @@ class Access:
         known.raised = profile if profile > station.security_profile else 0
         known.floor = min(known.floor, profile) if profile else known.floor
 
-    def _take_over(self, identity: str, known: Credentials) -> None:
+    def _adopt(self, identity: str, known: Credentials) -> None:
         if known.offered:
             known.former, known.password, known.offered = known.password, known.offered, ""
             self.credentials[identity] = known
@@ -18147,7 +18154,7 @@ def get_smart_charge_circuits(api: "Api") -> Page:
 
 def post_smart_charge_meter(api: "Api") -> dict:
     """Tell what the site's own meter reads."""
-    _controller(api).take_meter(api.body)
+    _controller(api).read_meter(api.body)
     return {"success": True}
 
 
@@ -18455,7 +18462,7 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
                 heartbeat_at = time.monotonic() + heartbeat_s
             if api.closed:
                 break
-            (events, lost), restarted = subscription.take(), False
+            (events, lost), restarted = subscription.drain(), False
     finally:
         api.daemon.streams.discard(api)
         board.unsubscribe(subscription)
@@ -18901,7 +18908,8 @@ class Api(RequestHandler):
         A refusal waits for the body: an answer in the middle of it would be lost with a reset.
         """
         try:
-            await self.daemon.access.turn(self.bearer(), self.address)
+            await self.daemon.access.slow_down(self.bearer(), self.address)
+
             self.check()
         except TooLarge:
             raise
@@ -19404,7 +19412,7 @@ class Notifier:
         alerts.look(wrong_now(board, self.controller, settled),
                     lambda key: bool(key.identity) and key.identity not in board.stations,
                     now, now_mono)
-        for published in self._events.take()[0]:
+        for published in self._events.drain()[0]:
             if found := wrong_by(published.record):
                 alerts.happened(*found, now, now_mono)
 
@@ -26273,7 +26281,7 @@ class Daemon:
         self._read = read or functools.partial(read_config, config.source or None)
         self.state = State(state_path(config, os.environ))
         self.board = Board(config, state=self.state)
-        self.state.tell = self.board.system_event
+        self.state.report = self.board.system_event
         self.keeper = Keeper(self.board)
         self.access = Access(self.board)
         self.uploads = Uploads(self.board)
@@ -26719,8 +26727,8 @@ class Daemon:
         for connection, websocket in list(self.sockets.items()):
             if connection.station.introduce_mono != math.inf and not connection.ended:
                 self._introduce(connection, now)
-            if self.board.tariff and (due := costs_to_tell(connection)):
-                self.spawn("costs", tell_costs(connection, due))
+            if self.board.tariff and (due := costs_due(connection)):
+                self.spawn("costs", send_costs(connection, due))
             if interval:
                 self._keep_alive(connection, websocket, now, interval)
         for connection in self.leftovers.due():
@@ -26735,7 +26743,7 @@ class Daemon:
         if station.booted_since_start:
             station.introduce_mono = math.inf
         elif station.introduce_mono is None:
-            if station.has_spoken:
+            if station.has_sent:
                 station.introduce_mono = now + INTRODUCE_S
         elif now >= station.introduce_mono:
             station.introduce_mono = math.inf

@@ -4369,12 +4369,12 @@ def test_a_subscription_keeps_the_newest_and_counts_the_lost():
     assert (missed, lost) == ([], 0)
     for _ in range(4):
         bench.call("Heartbeat", {})
-    events, lost = subscription.take()
+    events, lost = subscription.drain()
     assert [e.number for e in events] == [6, 7, 8] and lost == 5 and wakes == [1]
-    assert subscription.take() == ([], 0)
+    assert subscription.drain() == ([], 0)
     bench.board.unsubscribe(subscription)
     bench.call("Heartbeat", {})
-    assert subscription.take() == ([], 0) and not bench.board.listeners["messages"]
+    assert subscription.drain() == ([], 0) and not bench.board.listeners["messages"]
 
 
 def test_a_subscription_is_bounded_by_bytes_too():
@@ -4383,7 +4383,7 @@ def test_a_subscription_is_bounded_by_bytes_too():
     for _ in range(8):
         bench.call("DataTransfer", {"vendorId": "v", "data": "x" * 1_000_000})
     assert subscription.bytes <= ocppboard.QUEUE_BYTES and len(subscription.waiting) == 9
-    assert subscription.take()[1] == 7 and subscription.bytes == 0
+    assert subscription.drain()[1] == 7 and subscription.bytes == 0
 
 
 def test_a_record_becomes_text_once_for_all_and_never_for_nobody(monkeypatch):
@@ -4399,7 +4399,7 @@ def test_a_record_becomes_text_once_for_all_and_never_for_nobody(monkeypatch):
     followers = [bench.board.subscribe(["messages"], None, lambda: None)[0] for _ in range(5)]
     bench.call("Heartbeat", {})
     assert made == []
-    texts = [[event.text for event in follower.take()[0]] for follower in followers]
+    texts = [[event.text for event in follower.drain()[0]] for follower in followers]
     assert made == [3, 4] and all(text == texts[0] for text in texts)
 
 
@@ -6521,7 +6521,7 @@ def test_a_key_code_stands_in_no_record(type_):
         "idTokenInfo": {"status": "Accepted"}}
     tell_event(bench, "Started", 0, NOW, idToken=token, evse={"id": 1})
     texts = [r.json() for store in bench.board.stores.values() for r in store.records]
-    texts += [event.text for event in followed.take()[0]]
+    texts += [event.text for event in followed.drain()[0]]
     assert texts and not any("4711" in text or '"1234"' in text for text in texts)
     assert bench.transaction()["idToken"] == ocppboard.HIDDEN
 
@@ -7646,27 +7646,27 @@ async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
     bench.call(*cost_event("Started", 0))
     for wh, cost in ((1000, 0.9), (2000, 1.3)):
         bench.call(*cost_event("Updated", wh))
-        due = ocppboard.costs_to_tell(bench.connection)
-        task = asyncio.create_task(ocppboard.tell_costs(bench.connection, due))
+        due = ocppboard.costs_due(bench.connection)
+        task = asyncio.create_task(ocppboard.send_costs(bench.connection, due))
         await turn()
         _, id_, action, payload = json.loads(bench.sent[-1])
         assert (action, payload) == ("CostUpdated", {"transactionId": "T", "totalCost": cost})
         bench.call(*cost_event("Updated", wh + 100))
-        assert not ocppboard.costs_to_tell(bench.connection), "one at a time"
+        assert not ocppboard.costs_due(bench.connection), "one at a time"
         bench.receive([3, id_, {}])
         await task
     bench.call(*cost_event("Updated", 3000))
-    task = asyncio.create_task(ocppboard.tell_costs(bench.connection, ocppboard.costs_to_tell(
+    task = asyncio.create_task(ocppboard.send_costs(bench.connection, ocppboard.costs_due(
         bench.connection)))
     await turn()
     bench.receive([4, json.loads(bench.sent[-1])[1], "NotImplemented", "", {}])
     await task
     bench.call(*cost_event("Updated", 4000))
-    assert not ocppboard.costs_to_tell(bench.connection), "it shows none"
+    assert not ocppboard.costs_due(bench.connection), "it shows none"
     old = Bench("ocpp1.6", **TARIFF)
     old.call("StartTransaction", {"connectorId": 1, "idTag": "A", "meterStart": 0,
                                   "timestamp": "2026-09-21T13:33:20Z"})
-    assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_to_tell(old.connection)
+    assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_due(old.connection)
 
 
 @pytest.mark.parametrize("action, good, bad, words", [
@@ -7914,11 +7914,11 @@ def test_a_callresulterror_is_understood():
 
 def test_a_flood_waits_by_its_place_beyond_the_burst():
     budget = ocppboard.Budget(100, NOW)
-    assert [budget.take(NOW) for _ in range(1000)] == [0] * 1000
-    assert [budget.take(NOW) for _ in range(3)] == [0.01, 0.02, 0.03]
-    assert budget.take(NOW + 5) == 0 and budget.take(NOW + 5.0001) == 0
-    assert budget.tell() and not budget.tell()
-    assert ocppboard.Budget(0, NOW).take(NOW) == 0, "no limit"
+    assert [budget.spend(NOW) for _ in range(1000)] == [0] * 1000
+    assert [budget.spend(NOW) for _ in range(3)] == [0.01, 0.02, 0.03]
+    assert budget.spend(NOW + 5) == 0 and budget.spend(NOW + 5.0001) == 0
+    assert budget.is_to_report() and not budget.is_to_report()
+    assert ocppboard.Budget(0, NOW).spend(NOW) == 0, "no limit"
 
 
 @with_loop
@@ -9181,7 +9181,7 @@ def test_the_sites_meter_leaves_to_the_cars_what_the_house_does_not_draw():
     def house(amps, seconds):
         for _ in range(seconds):
             drawn = world.currents()["site"][0]
-            world.controller.take_meter(dict.fromkeys(("L1", "L2", "L3"), amps + drawn))
+            world.controller.read_meter(dict.fromkeys(("L1", "L2", "L3"), amps + drawn))
             world.step()
     world.run(70)
     assert [o.current_a for o in outlets] == [7, 7], "the meter has not spoken: 14 A"
@@ -9383,7 +9383,7 @@ def test_nothing_is_sent_before_a_station_has_spoken_and_its_boot_is_answered():
         bench.clock.now += 1
         assert controller.tick() == []
     bench.station.boot_unanswered = True             # upstream is asked
-    bench.station.has_spoken = True
+    bench.station.has_sent = True
     assert controller.tick() == []
     bench.board.registered(bench.station, "Accepted", 60)
     command, = controller.tick()
@@ -9856,7 +9856,7 @@ def test_a_refusal_because_the_transaction_is_ending_is_no_refusal():
     world.leave(station, outlet)
     world.run(10)
     assert not world.board.errors.records
-    assert world.controller.stations["CP-1"].limits.rung == 0
+    assert world.controller.stations["CP-1"].limits.position == 0
 
 
 # What outlives a restart
@@ -9994,7 +9994,7 @@ def sunny(*stations, **keys):
         """`house`: A of each phase without the cars; negative is fed in."""
         for _ in range(seconds):
             drawn = world.currents()["site"]
-            world.controller.take_meter(dict(zip(("L1", "L2", "L3"), (
+            world.controller.read_meter(dict(zip(("L1", "L2", "L3"), (
                 house + amps for amps in drawn), strict=True)))
             world.step()
     return world, shine
@@ -10364,7 +10364,7 @@ class Far:
         self.say(f"[3,{call.id_text},{json.dumps(payload)}]")
 
     def say(self, frame):
-        self.session.upstream_said(self.websocket, frame)
+        self.session.upstream_sent(self.websocket, frame)
         self.settle()
 
     def turn(self, seconds=1.0):
@@ -13800,22 +13800,24 @@ async def test_a_wrong_bearer_counts_once_and_guesses_are_slowed(monkeypatch):
     monkeypatch.setattr(ocppboard, "TURNS_WAIT_S", 0.25)
     access, board, _ = access_of(auth_token="t")
     for _ in range(50):
-        await access.turn("of an earlier start", "192.0.2.1")
+        await access.slow_down("of an earlier start", "192.0.2.1")
         with pytest.raises(ocppboard.Unauthorized):
             access.session(None, "of an earlier start", "192.0.2.1")
     began = time.monotonic()
     for number in range(14):
-        await access.turn(f"guess {number}", "192.0.2.1")
+        await access.slow_down(f"guess {number}", "192.0.2.1")
         with pytest.raises(ocppboard.Unauthorized):
             access.session(None, f"guess {number}", "192.0.2.1")
     assert time.monotonic() - began >= 0.3
-    await access.turn("t", "192.0.2.1")
+    await access.slow_down("t", "192.0.2.1")
     assert access.session(None, "t", "192.0.2.1"), "the right one waits for its turn, and is let in"
-    waiting = [asyncio.create_task(access.turn(f"one more {n}", "192.0.2.1")) for n in range(9)]
+    waiting = [asyncio.create_task(access.slow_down(f"one more {n}", "192.0.2.1"))
+               for n in range(9)]
+
     await turn()
     for known in ("t", "of an earlier start"):
         async with asyncio.timeout(0.05):
-            await access.turn(known, "192.0.2.1")
+            await access.slow_down(known, "192.0.2.1")
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert ocppboard.TooMany in map(type, results)
     assert len(board.security) == 11
