@@ -2611,22 +2611,22 @@ STATE_ROWS = """SELECT kind, key, at, value, crc FROM kept WHERE kind = ? AND (a
     ORDER BY at, key"""
 STATE_REMOVE = """DELETE FROM kept WHERE rowid IN (
     SELECT rowid FROM kept WHERE kind = ? AND at < ? LIMIT ?)"""
-WRITE_BEHIND_S = 300                # so long what can wait does
-STATE_WAITING, STATE_WAITING_BYTES = 50_000, 16 << 20    # not written yet; the oldest go beyond it
+WRITE_BEHIND_S = 300                # until values are written that no answer waits for
+STATE_WAITING, STATE_WAITING_BYTES = 50_000, 16 << 20    # rows not written; the oldest go first
 STATE_RETRY_S = (1, 60)             # the first and longest pause after a failed write
-COMMIT_S = 2                        # so long an answer waits for the disk
+COMMIT_S = 2                        # for which an answer waits for the disk at most
 STATE_STOP_S = 3                    # and the end of the process
-ROW_BYTES = 100                     # of memory, that a row takes beside key and text
 LOCKED_S = 1                        # and a write for another program's lock
+ROW_BYTES = 100                     # of memory, for a row beside key and text
 CHECKED_BYTES = 64 << 20            # a file up to this size is checked whole at the start
 REMOVED_AT_ONCE = 2000              # rows that became old; a start or a stop may wait for them
 SET_ASIDE_KEPT = 3                  # damaged files; the oldest is removed
-SALVAGED_AT_ONCE = 5000             # rows of one of them
-SALVAGE_TRIES = 1000                # bad pages of one of them, behind which reading goes on
+SALVAGED_AT_ONCE = 5000             # rows of a damaged file
+SALVAGE_TRIES = 1000                # bad pages of such a file, behind which reading goes on
 
 
 class StateRow(NamedTuple):
-    """A value of the state: `at` is its own time in UTC seconds, `text` its JSON; None: removed."""
+    """A row of the state file: `at` is its time in UTC seconds, `text` its JSON; None: removed."""
 
     kind: str
     key: str
@@ -2635,31 +2635,31 @@ class StateRow(NamedTuple):
 
     @property
     def crc(self) -> int:
-        """By which a row that was altered, or torn, is known."""
+        """The checksum by which a row that was altered, or torn, is recognised."""
         return zlib.crc32(f"{self.kind}\0{self.key}\0{self.at!r}\0{self.text}".encode())
 
     @property
     def value(self) -> Any:
-        """The JSON, read."""
+        """The value that the JSON holds."""
         return json.loads(self.text or "null")
 
 
 class StateInUse(BoardError):
-    """Another board has this state file."""
+    """The state file is in use by another board."""
 
 
 class State:
-    """What outlives a restart. Without a path nothing does, and all methods do nothing.
+    """The state file: JSON values under a kind and a key, which outlive a restart.
 
-    `tell(kind, "", text, details)` is called in the loop when the file fails, works again, or was
-    damaged.
+    Without a path nothing is kept, and all methods do nothing. `report(kind, "", text, details)` is
+    called in the loop when the file fails, works again, or was damaged.
     """
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.time):
         self.path, self.clock = path and os.path.realpath(path), clock
         self.report: Callable[[str, str, str, dict], Any] = lambda *event: None
         self.sources: list[Callable[[], Any]] = []   # each puts all it knows, into a new file
-        self.before_write: list[Callable[[], Any]] = []      # each puts what is announced
+        self.before_write: list[Callable[[], Any]] = []      # each puts announced values
         self.when_written: list[Callable[[], Any]] = []
         self.failing_since: float | None = None
         self.error = ""
@@ -2668,14 +2668,14 @@ class State:
         self._durable_written = 0
         self._pending: OrderedDict[tuple[str, str], StateRow] = OrderedDict()
         self._pending_bytes = 0
-        self._removals: dict[str, float] = {}        # {kind: time}: older rows are to go
-        self._waiters: list[tuple[int, asyncio.Future]] = []     # for so many durable puts
+        self._removals: dict[str, float] = {}        # {kind: time before which rows are removed}
+        self._waiters: list[tuple[int, asyncio.Future]] = []     # (durable puts awaited, …)
         self._due = asyncio.Event()
         self._retry = 0
-        self._renewed = False                        # all that is known is to be put
+        self._renewed = False                        # the `sources` are to put everything
         self._made_anew = False                      # the file was gone
-        self.stuck = False                           # at the end a write has not come back
-        self._unreported: list[tuple] = []                 # by the thread, for `report`
+        self.stuck = False                           # a write has not come back at the end
+        self._unreported: list[tuple] = []           # events of the thread, for `report`
         self._lock_fd: int | None = None
         self._copy: Any = None                       # the folder of a copy that is read
         self._is_ours = False            # the file is from a run of ours
@@ -2694,7 +2694,7 @@ class State:
     def open(self) -> None:
         """Open the file, before anything reads it. Raises: StateInUse.
 
-        One that cannot be opened is tried again while the board runs.
+        A file that cannot be opened is tried again while the board runs.
         """
         if not self.path:
             return
@@ -2722,7 +2722,7 @@ class State:
 
     def rows(self, kind: str, limit: int = -1,
              most_bytes: float = math.inf) -> Iterator[StateRow]:
-        """The rows of a kind, or the newest of them, the oldest first; damaged ones left out.
+        """The rows of a kind, or its newest ones, the oldest first; damaged rows are left out.
 
         A kind may be larger than memory: one row of it is there at a time.
         """
@@ -2751,7 +2751,7 @@ class State:
     @staticmethod
     def _before_newest(db: sqlite3.Connection, kind: str, limit: int,
                        most_bytes: float) -> tuple[float, str]:
-        """(time, key) of the row before the newest."""
+        """(time, key) of the row before the newest ones."""
         if limit >= 0:
             for at, key, size in db.execute(
                     "SELECT at, key, length(key) + length(value) FROM kept WHERE kind = ? "
@@ -2789,21 +2789,21 @@ class State:
         self._drop_beyond_bounds()
 
     def announce(self) -> None:
-        """Something durable will be put `before_write`, as it is then: an answer waits for it."""
+        """Announce a durable value that is put `before_write`: an answer waits for it."""
         if self.path:
             self.durable += 1
             self._due.set()
 
     def write_soon(self) -> None:
-        """Do not let what was put wait for WRITE_BEHIND_S."""
+        """Write what is put without waiting for WRITE_BEHIND_S."""
         self._due.set()
 
     def remove_before(self, kind: str, at: float) -> None:
-        """Remove what is older of a kind, with the next write."""
+        """Remove the rows of a kind that are older, with the next write."""
         self._removals[kind] = at
 
     def write_at_start(self) -> None:
-        """Write what was put before the loop runs; what fails waits."""
+        """Write the values put so far, before the loop runs; where that fails, they wait."""
         if not self.path:
             return
         batch, self._pending, self._pending_bytes = self._pending, OrderedDict(), 0
@@ -2814,9 +2814,10 @@ class State:
             self._failed(error)
 
     def committed(self) -> Awaitable[bool] | None:
-        """What to await before an answer: whether all that is durable is on disk, in COMMIT_S.
+        """An awaitable for an answer: whether all durable values are on disk, within COMMIT_S.
 
-        None: there is nothing to wait for; either it is there, or the file fails (`failing_since`).
+        None: there is nothing to wait for; either all is on disk, or the file fails
+        (`failing_since`).
         """
         if self.durable == self._durable_written or self.failing_since is not None:
             return None
@@ -2834,7 +2835,7 @@ class State:
         return self._durable_written >= durable
 
     async def run(self) -> None:
-        """Write what is put, until cancelled."""
+        """Write the values that are put, until cancelled."""
         while self.path:
             pause_s = WRITE_BEHIND_S
             if self.failing_since is not None:           # nothing new makes it try sooner
@@ -2847,7 +2848,7 @@ class State:
             await self.write()
 
     async def write(self) -> None:
-        """Write all that waits, in one transaction; what fails waits for another try."""
+        """Write all values that wait, in one transaction; where it fails, they wait for another."""
         self._due.clear()
         batch: OrderedDict[tuple[str, str], StateRow] = OrderedDict()
         removals: dict[str, float] = {}
@@ -2864,14 +2865,14 @@ class State:
         except asyncio.CancelledError:
             self._merge_back(batch, removals)
             raise
-        except Exception as error:           # whatever it is: nothing else writes
+        except Exception as error:           # of any kind: nothing else would write
             self._merge_back(batch, removals)
             self._failed(error)
         self._release()
         self._report_all()
 
     def _written(self, durable: int, left: dict[str, float]) -> None:
-        """The disk has what was put, so much of it durable; of removals some are `left`."""
+        """The disk has so many of the durable puts; `left` are the removals still to be done."""
         self._durable_written = durable
         self._removals = left | self._removals
         if left:
@@ -2882,7 +2883,7 @@ class State:
         self._renew()
 
     def _renew(self) -> None:
-        """Put all that is known, where the file is a new one or rows were dropped."""
+        """Put all values anew, where the file is a new one or rows were dropped."""
         if not self._renewed:
             return
         self._renewed = False
@@ -2898,7 +2899,7 @@ class State:
         self._due.set()
 
     def _release(self) -> None:
-        """Let go on whoever waits for what is written now, or all, while the file fails."""
+        """Wake the answers that wait for what is on disk now; all of them, while the file fails."""
         waiters, self._waiters = self._waiters, []
         for durable, waiter in waiters:
             if durable > self._durable_written and self.failing_since is None:
@@ -2907,7 +2908,7 @@ class State:
                 waiter.set_result(None)
 
     def _merge_back(self, batch: dict, removals: dict) -> None:
-        """What was not written waits again, under what came since."""
+        """Have a batch that was not written wait again, under newer values of the same keys."""
         newer, self._pending = self._pending, OrderedDict(batch)
         self._pending.update(newer)
         self._pending_bytes = sum(map(_row_bytes, self._pending.values()))
@@ -2920,7 +2921,7 @@ class State:
             self._pending_bytes -= _row_bytes(row)
             self.lost += 1
             if self.failing_since is not None:
-                self._renewed = True         # what is in memory yet is put anew, once it works
+                self._renewed = True         # values still in memory are put anew, once it works
 
     def _failed(self, error: Exception) -> None:
         self.error = kept(f"{self.path}: {error}")
@@ -2946,7 +2947,7 @@ class State:
             self.report(kind, "", text, details)
 
     async def stop(self) -> None:
-        """Write what waits, within STATE_STOP_S."""
+        """Write the values that wait, within STATE_STOP_S."""
         if not self.path:
             return
         self.stuck = True
@@ -2960,7 +2961,7 @@ class State:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
-        """What a function reads from the file, off the loop. Raises: Unavailable."""
+        """The result of a function that reads the file, off the loop. Raises: Unavailable."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._reader, self._query, ask)
@@ -2983,7 +2984,7 @@ class State:
 
     def _write(self, batch: dict[tuple, StateRow],
                removals: dict[str, float]) -> dict[str, float]:
-        """Write rows, and remove old ones. Returns the removals that go on."""
+        """Write rows, and remove old ones. Returns the removals still to be done."""
         if self._db is not None and not self._is_there():
             self._close()
         try:
@@ -3028,7 +3029,7 @@ class State:
 
     def _connect(self) -> sqlite3.Connection:
         """Open the file, made where there is none. Raises: OSError, sqlite3.Error."""
-        with contextlib.suppress(FileExistsError):       # id tokens are nobody's
+        with contextlib.suppress(FileExistsError):       # it holds id tokens: for our user alone
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._renewed = self._made_anew = self._opened
         db = sqlite3.connect(_address(self.path), LOCKED_S, isolation_level=None, uri=True,
@@ -3063,7 +3064,7 @@ class State:
         return db
 
     def _connect_read_only(self) -> sqlite3.Connection | None:
-        """A copy of a file that takes no writes, for what is in it and in its WAL."""
+        """A copy of a file that takes no writes, to read its rows and those in its WAL."""
         try:
             self._copy = tempfile.TemporaryDirectory()
             copy = os.path.join(self._copy.name, "state")
@@ -3089,7 +3090,7 @@ class State:
             self._copy = None
 
     def _set_aside(self, error: Exception) -> None:
-        """Keep a damaged file under another name; what can be read goes into a new one.
+        """Rename a damaged file, and salvage its readable rows into a new one.
 
         Raises: OSError, sqlite3.Error.
         """
@@ -3117,7 +3118,7 @@ class State:
         self._unreported.append(("STATE_DAMAGED", text, {"file": name, "values": values}))
 
     def _lock(self) -> None:
-        """See that no other board has the file. Raises: StateInUse.
+        """Lock the file against other boards. Raises: StateInUse.
 
         The file beside it that is locked says whether a board of ours has used that path.
         """
@@ -3136,7 +3137,7 @@ class State:
             pass                         # read-only, or a file system without locks
 
     def _is_damage(self, error: Exception) -> bool:
-        """Whether the file itself is damaged: not locked, not full, and not somebody else's."""
+        """Whether the file itself is damaged: not locked, not full, and not another program's."""
         return type(error) is sqlite3.DatabaseError and self._is_ours
 
 
@@ -3152,7 +3153,7 @@ def _address(path: str, **options: str) -> str:
 
 
 def _decoded(data: bytes) -> str:
-    return data.decode(errors="replace")     # what was altered is known by its checksum
+    return data.decode(errors="replace")     # an altered text is known by its checksum
 
 
 def _row_bytes(row: StateRow) -> int:
@@ -3167,7 +3168,7 @@ def _size_of(path: str) -> int | None:
 
 
 def _salvaged(path: str) -> Iterator[StateRow]:
-    """What can still be read of a damaged file: behind a bad page it goes on, further each time."""
+    """The readable rows of a damaged file: reading goes on behind a bad page, further each time."""
     _pad(path)
     with contextlib.closing(sqlite3.connect(path, LOCKED_S)) as db:
         db.text_factory = _decoded
@@ -3188,7 +3189,7 @@ def _salvaged(path: str) -> Iterator[StateRow]:
 
 
 def _pad(path: str) -> None:
-    """Make a file that was cut as long as its header says, or SQLite reads nothing of it."""
+    """Make a file that was cut as long as its header says; SQLite would read nothing of it else."""
     with open(path, "rb") as file:
         header = file.read(32)
     page_bytes = int.from_bytes(header[16:18], "big")
@@ -3278,7 +3279,7 @@ _CALL_ID = re.compile(rf'\s*\[\s*2\s*,\s*("[^"\\\x00-\x1f]{{1,{MESSAGE_ID_LENGTH
 _TAIL = re.compile(r"\s*\]\s*\Z")
 _COMMA = re.compile(r"\s*,\s*")
 
-UNKNOWN_ERROR = "UnknownError"       # the code of a CALLERROR that tells none
+UNKNOWN_ERROR = "UnknownError"       # the code of a CALLERROR without one
 
 # Tried on a frame that is not JSON, one after the other until it is. The names become quirks.
 REPAIRS = (
@@ -3290,7 +3291,7 @@ REPAIRS = (
 
 
 def unpack(frame: str) -> Message:
-    """Take a frame apart.
+    """Read a frame as a message.
 
     Raises: BadFrame, with the id if it is a CALL whose id can be read.
     Spec: OCPP-J 1.6 4.1, 4.2; 2.1 part 4, 4.2.
@@ -3343,7 +3344,7 @@ def _unpack_request(frame: str, kind: str, id_text: str, second: str | None,
 
 def _unpack_error(frame: str, kind: str, id_text: str, code: str | None,
                   at: int) -> CallError | CallResultError:
-    # Chargers leave out the description or the details; what is there is taken.
+    # Some chargers leave out the description or the details.
     rest: list[Any] = []
     try:
         if code is None:
@@ -3390,7 +3391,7 @@ def _payload(frame: str, start: int, id_text: str, action: str = "",
 
 
 def unsigned(call: Call, suffix: str) -> Call:
-    """The Call that a signed one holds; its signature is not looked at, as TLS does that already.
+    """The Call inside a signed one; the signature is not checked, for TLS protects the frame.
 
     Raises: FormatViolation, SecurityError (what was signed is another Action).
     Spec: 2.0.1 part 4, 7.1, 7.2; RFC 7515 7.2.2.
@@ -3421,7 +3422,7 @@ def deeper(value: Any, limit: int) -> bool:
 
 
 def unpack_mended(frame: str) -> tuple[Message, list[str]]:
-    """A frame that `unpack` refuses, put right if we know its faults: (message, their names).
+    """A frame that `unpack` refuses, its known faults mended: (message, names of the faults).
 
     Raises: BadFrame, as `unpack` did.
     """
@@ -3437,19 +3438,19 @@ def unpack_mended(frame: str) -> tuple[Message, list[str]]:
 
 
 def message_id(id_text: str) -> str:
-    """The id as a text: of "abc" the abc."""
+    """The id as a text: abc for "abc"."""
     if id_text[0] != '"':
         return id_text
     return id_text[1:-1] if "\\" not in id_text else _read(id_text)[0]
 
 
 def same_id(first: str, second: str) -> bool:
-    """Whether two ids are one, however they are written: "\\u00e9" is "é"."""
+    """Whether two ids are equal, however they are written: "\\u00e9" is "é"."""
     return first == second or message_id(first) == message_id(second)
 
 
 def pack(message: Call | CallResult | CallError) -> str:
-    """The frame of a message that we send."""
+    """The frame of a message to send."""
     if isinstance(message, CallResult):
         return f"[3,{message.id_text},{message.text}]"
     if isinstance(message, Call):
@@ -3459,14 +3460,14 @@ def pack(message: Call | CallResult | CallError) -> str:
 
 
 # --- Certificates -------------------------------------------------------------------------
-# What X.509 certificates and requests for them say, read from their DER; TLS made of the configured
-# files; a CA of the site's own. Which station a certificate lets in is for Access to say.
+# X.509 certificates and certificate requests, read from their DER; TLS contexts of the configured
+# files; a CA of the site's own. Access decides which station a certificate lets in.
 
 # The four of A00.FR.318 and those that browsers prefer; of TLS 1.3, all. AES128-GCM-SHA256 and
 # AES256-GCM-SHA384 are TLS_RSA_…: without forward secrecy, hence the last.
 CIPHERS = ("ECDHE+AESGCM:ECDHE+CHACHA20:AES128-GCM-SHA256:AES256-GCM-SHA384:"
            "!aNULL:!eNULL:!PSK:!DSS")
-ENDS_SOON_S = 30 * 86400            # before a certificate's end it is told, and renewed
+ENDS_SOON_S = 30 * 86400            # before its end a certificate is reported, and renewed
 PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\\s]+)"
                              "-----END CERTIFICATE-----")
 PEM_REQUEST = re.compile("-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----([A-Za-z0-9+/=\\s]+)"
@@ -3477,10 +3478,10 @@ COMMON_NAME = bytes.fromhex("550403")       # 2.5.4.3
 RSA, EC = bytes.fromhex("2a864886f70d010101"), bytes.fromhex("2a8648ce3d0201")
 CURVES = {bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2b81040022"),
           bytes.fromhex("2b81040023")}      # P-256, P-384, P-521
-RSA_BITS = (2048, 8192)             # A00.FR.502; beyond it, it is work for nothing
-SIGNED_DAYS = 365                   # a certificate of our CA holds so long
+RSA_BITS = (2048, 8192)             # A00.FR.502; larger keys cost time and protect nothing more
+SIGNED_DAYS = 365                   # for which a certificate of our CA is valid
 SIGN_S = 20                         # the program openssl takes some 10 ms
-# What a certificate of a type may be used for; without a type it is for both (2.0.1 A02).
+# The uses of a certificate by its type; without a type it is for both (2.0.1 A02).
 USES = {"ChargingStationCertificate": "clientAuth", "V2GCertificate": "serverAuth",
         "V2G20Certificate": "serverAuth", "": "clientAuth,serverAuth"}
 EXTENSIONS = """basicConstraints=critical,CA:FALSE
@@ -3493,20 +3494,20 @@ DER_TEXTS = {0x0C: "utf-8", 0x13: "ascii", 0x16: "ascii"}   # UTF8String, Printa
 
 
 class Certificate(NamedTuple):
-    """What we need to know of a certificate."""
+    """The names and the end of an X.509 certificate."""
 
     names: tuple[str, ...]              # its subject's common names
     ends_at: float                      # UTC seconds
 
 
 def der(data: bytes) -> list[tuple[int, bytes]]:
-    """The elements of DER that stand in a row: (tag, content). Raises: ValueError (X.690 8.1)."""
+    """The elements of DER in a row: (tag, content). Raises: ValueError (X.690 8.1)."""
     found, at = [], 0
     while at < len(data):
         if len(data) < at + 2 or data[at] & 0x1F == 0x1F:
             raise ValueError("no DER")
         tag, size, at = data[at], data[at + 1], at + 2
-        if size >= 0x80:                 # so many bytes tell the length
+        if size >= 0x80:                 # the length is in so many bytes
             digits, at = data[at:at + (size & 0x7F)], at + (size & 0x7F)
             size = int.from_bytes(digits, "big")
             if not 1 <= len(digits) <= 4:
@@ -3536,7 +3537,7 @@ def _read_certificate(data: bytes) -> Certificate:
 
 
 class SigningRequest(NamedTuple):
-    """What a PKCS #10 request asks for (RFC 2986)."""
+    """The contents of a PKCS #10 certificate request (RFC 2986)."""
 
     pem: str
     names: tuple[str, ...]              # its subject's common names
@@ -3544,7 +3545,7 @@ class SigningRequest(NamedTuple):
 
 
 def read_request(pem: str) -> SigningRequest:
-    """A request in PEM, whose key is one that we sign. Raises: ValueError."""
+    """Read a request in PEM, with a key that may be signed. Raises: ValueError."""
     found = PEM_REQUEST.search(pem) if len(pem) <= REQUEST_SIZE else None
     if found is None:
         raise ValueError("it is no certificate request in PEM")
@@ -3574,7 +3575,7 @@ def _check_key(algorithm: list[bytes], key: bytes) -> bool:
 
 
 def common_names(subject: bytes) -> tuple[str, ...]:
-    """The common names of a Name's content. Raises: ValueError, also for one in an odd coding."""
+    """The common names in the content of a Name. Raises: ValueError, also for an odd encoding."""
     names = []
     for _, attributes in der(subject):
         for _, attribute in der(attributes):
@@ -3587,7 +3588,7 @@ def common_names(subject: bytes) -> tuple[str, ...]:
 
 
 class ServerTls:
-    """The TLS of our listeners, of the configured files. `renew` loads them anew.
+    """The TLS contexts of our listeners, from the configured files. `renew` loads them anew.
 
     A context serves the handshakes to come: connections that are open keep theirs.
     """
@@ -3598,12 +3599,12 @@ class ServerTls:
         self.keys = files_of(config.server.tls_private_key)
         self.client_ca = config.ocpp.client_ca or config.ocpp.ca_certificate
         self.ends: dict[str, float] = {}             # {file: UTC seconds}
-        self.names: set[str] = set()                 # of our certificates
+        self.names: set[str] = set()                 # for which our certificates are
         self._stamps = self._look()
         self._load()
 
     def _look(self) -> list:
-        """By which a file that has changed is known."""
+        """A stamp of the files, by which a change is noticed."""
         stamps = []
         for file in (*self.certificates, *self.keys, *filter(None, [self.client_ca])):
             with contextlib.suppress(OSError):
@@ -3650,7 +3651,7 @@ class ServerTls:
         return context
 
     def _ask_for_certificates(self, context: ssl.SSLContext) -> None:
-        """Ask stations for a certificate, and let those in that have none."""
+        """Ask stations for a client certificate, and let those in that have none."""
         _readable("ocpp.client_ca", self.client_ca)
         try:
             context.load_verify_locations(self.client_ca)
@@ -3685,9 +3686,9 @@ class Authority:
             raise ConfigError("ocpp.ca_certificate needs the program openssl")
 
     def sign(self, request: SigningRequest, uses: str, now: float) -> str:
-        """The certificate of a request in PEM, and those between it and the root. Takes a while.
+        """Sign a request: the certificate in PEM, and those between it and the root. Takes a while.
 
-        Subject and key are taken from the request, and nothing else.
+        Subject and key are copied from the request, and nothing else.
         Raises: ValueError, also where the request is not signed with its own key.
         """
         days = min(SIGNED_DAYS, int((self.ends_at - now) / 86400))
@@ -3708,13 +3709,13 @@ class Authority:
         return "\n".join([found[0], *self._intermediates(), ""])
 
     def _intermediates(self) -> list[str]:
-        """Our own certificate and its chain, but for a root: that one the station has."""
+        """Our own certificate and its chain, but for a root, which the station has."""
         return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)
                 if not _is_root(base64.b64decode(found[1]))]
 
     @property
     def root(self) -> str:
-        """What a station needs to know us by: the last certificate of the file, in PEM."""
+        """The certificate by which a station knows us: the last one of the file, in PEM."""
         return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)][-1] + "\n"
 
 
@@ -3762,7 +3763,7 @@ def make_certificates(folder: Path, names: list[str]) -> bool:
 
 
 def _new_pair(stem: Path, *arguments: str | Path) -> None:
-    """Make a key and what is asked for it: `arguments` are its kind, settings, name and more."""
+    """Make a key and a certificate, or request, for it; `arguments`: kind, settings, name, more."""
     kind, settings, name, *more = arguments
     openssl("req", "-new", "-config", str(settings), "-newkey", str(kind), *map(str, more),
             "-nodes", "-sha256", "-subj", f"/CN={name}", "-keyout", f"{stem}.key", "-out",
@@ -3779,7 +3780,7 @@ def _new_board_pair(folder: Path, scratch: Path, kind: str, key: tuple, settings
             "-out", f"{stem}.pem")
     shutil.copyfile(f"{asked}.key", f"{stem}.key")
     os.chmod(f"{stem}.key", 0o600)
-    for end in ("pem", "key"):           # a board that runs takes both up when they fit
+    for end in ("pem", "key"):           # a running board loads both once they fit
         os.replace(f"{stem}.{end}", folder / f"{kind}.{end}")
 
 
@@ -3795,7 +3796,7 @@ def _is_root(data: bytes) -> bool:
 
 
 def openssl(*arguments: str) -> str:
-    """What the program openssl prints. Raises: ValueError, with its last line."""
+    """The output of the program openssl. Raises: ValueError, with its last line."""
     program = shutil.which("openssl") or "openssl"
     try:                                 # the arguments are ours: a station's text is in a file
         done = subprocess.run([program, *arguments], stdin=subprocess.DEVNULL,
@@ -3847,7 +3848,7 @@ def _without_place(error: Exception) -> str:
     return re.sub(r" ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
 
 
-TLS_REASONS = {                          # part of OpenSSL's reason: what to tell
+TLS_REASONS = {                          # {part of OpenSSL's reason: our words}
     "NO_SHARED_CIPHER": "no cipher suite in common, or none for our kind of certificate",
     "NO_SUITABLE_SIGNATURE_ALGORITHM": "no signature algorithm in common",
     "UNSUPPORTED_PROTOCOL": "speaks no TLS 1.2 or newer",
@@ -3862,7 +3863,7 @@ TLS_REASONS = {                          # part of OpenSSL's reason: what to tel
 
 
 def tls_trouble(error: Exception) -> str:
-    """Why a TLS handshake failed, in words for whoever installs the station."""
+    """The cause of a failed TLS handshake, in words for whoever installs the station."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is refused: {error.verify_message}"
     if isinstance(error, TimeoutError):
@@ -3877,19 +3878,19 @@ def tls_trouble(error: Exception) -> str:
 
 # --- WebSocket ----------------------------------------------------------------------------
 # RFC 6455 with permessage-deflate (RFC 7692), for both roles. A Codec has no I/O; a WebSocket
-# reads and writes a socket with it, whatever the other side does: it may go, or not read.
+# reads and writes a socket with it, though the other side may go away, or not read.
 
 TEXT_FRAME, BINARY_FRAME = 0x1, 0x2                                  # opcodes (RFC 6455 5.2)
 CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x8, 0x9, 0xA
 FINAL, RSV1, CONTROL, OPCODE = 0x80, 0x40, 0x08, 0x0F                # bits of the first byte
 WHOLE_TEXT = FINAL | TEXT_FRAME
-# What a frame may begin with: no control frame is a fragment, no other bits have a meaning.
+# The first bytes that a frame may have: no control frame is a fragment, other bits are reserved.
 FIRST_BYTES = frozenset((0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A))
 DEFLATED_FIRST_BYTES = FIRST_BYTES | {0x41, 0x42, 0xC1, 0xC2}        # RSV1: compressed
 CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}     # on the wire
-NO_CODE, NO_CLOSE = 1005, 1006       # never on it: a Close frame without a code, and none at all
+NO_CODE, NO_CLOSE = 1005, 1006       # never on it: a Close frame without a code; no Close frame
 CONTROL_BYTES = 125                  # in a control frame
-READ_BYTES = 16 * 1024               # from one connection, then others have their turn
+READ_BYTES = 16 * 1024               # from one connection, before others are read
 CLOSE_S, LINGER_S = 5, 1             # for the answer to our Close; for reading why, after an error
 HEAD_BYTES = 16 * 1024               # of the answer to our upgrade
 CLOGGED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # try again later
@@ -3899,7 +3900,7 @@ DEFLATE_TAIL = b"\x00\x00\xff\xff"   # the end of every message, which is not se
 
 
 class WebSocketError(Exception):
-    """The other side breaks the protocol; `code` is for our Close frame."""
+    """The other side breaks the WebSocket protocol; `code` is for our Close frame."""
 
     def __init__(self, code: int, text: str):
         super().__init__(text)
@@ -3907,11 +3908,11 @@ class WebSocketError(Exception):
 
 
 class HandshakeError(OSError):
-    """No connection came about. The text says why, with the HTTP status if there is one."""
+    """The connection failed before it was open. The text says why, with the HTTP status if any."""
 
 
 class Deflate(NamedTuple):
-    """The parameters of permessage-deflate that were agreed on, seen from our side."""
+    """The agreed parameters of permessage-deflate, seen from our side."""
 
     send_bits: int = WINDOW_BITS         # the window is 2^bits bytes
     receive_bits: int = WINDOW_BITS
@@ -3920,26 +3921,26 @@ class Deflate(NamedTuple):
 
 
 class Codec:
-    """The frames of one connection, from bytes and to bytes (RFC 6455 5)."""
+    """The frames of one WebSocket connection, from bytes and to bytes (RFC 6455 5)."""
 
     def __init__(self, client: bool, max_size: int, deflate: Deflate | None = None):
         self._client, self._max_size, self._deflate = client, max_size, deflate
-        self._mask_bit = 0x80 if client else 0           # that we set, and the other side does not
+        self._mask_bit = 0x80 if client else 0           # of our frames; theirs have the other one
         self._first_bytes = DEFLATED_FIRST_BYTES if deflate else FIRST_BYTES
         self._unread = bytearray()                       # the beginning of a frame
         self._inflater: Any = None                       # these are made when needed
         self._deflater: Any = None
-        self._needed = 0                                 # bytes of it, before it is looked at again
+        self._needed = 0                                 # bytes of it that make a whole frame
         self._fragments = bytearray()                    # of a message
         self._begun = 0                                  # first byte of their first frame
-        self._over = False                               # nothing has a meaning any more
+        self._over = False                               # what comes now is ignored
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
-        """Read on: yields (TEXT_FRAME, str), (BINARY_FRAME, bytes), (PING_FRAME or PONG_FRAME,
+        """Read frames: yields (TEXT_FRAME, str), (BINARY_FRAME, bytes), (PING_FRAME or PONG_FRAME,
         bytes) and (CLOSE_FRAME, (code, reason)).
 
-        One at a time, so that one is dealt with before the next is inflated. After a Close, an
-        error, or messages that were not asked for, there are no more.
+        A message is dealt with before the next one is inflated. None follows a Close, an error, or
+        messages that were not asked for.
 
         Raises: WebSocketError.
         """
@@ -3976,7 +3977,7 @@ class Codec:
         self._over = False
 
     def _with_unread(self, data: bytes) -> bytes:
-        """The data after what was not read before; nothing, while that is no frame yet."""
+        """The data behind what was not read before; nothing, while that makes no whole frame."""
         self._unread += data
         if len(self._unread) < self._needed:
             return b""
@@ -3985,7 +3986,7 @@ class Codec:
         return data
 
     def _check(self, first: int, second: int, size: int) -> None:
-        """RFC 6455 5.1, 5.2 and 5.5."""
+        """Check the head of a frame (RFC 6455 5.1, 5.2 and 5.5)."""
         if first not in self._first_bytes:
             raise WebSocketError(1002, f"a frame begins with 0x{first:02x}")
         if second & 0x80 == self._mask_bit:
@@ -4004,7 +4005,10 @@ class Codec:
         return WebSocketError(1009, f"a message of more than {self._max_size} bytes")
 
     def _message(self, first: int, payload: bytes) -> tuple[int, Any] | None:
-        """What a frame says, or the message that it completes (RFC 6455 5.4, 5.5)."""
+        """The content of a control frame, or of the message that a frame completes.
+
+        Spec: RFC 6455 5.4, 5.5.
+        """
         if first == FINAL | CLOSE_FRAME:
             return CLOSE_FRAME, closing(payload)
         if first & CONTROL:
@@ -4022,7 +4026,7 @@ class Codec:
         return begun & OPCODE, decoded(payload) if begun & OPCODE == TEXT_FRAME else payload
 
     def _inflated(self, data: bytes) -> bytes:
-        """RFC 7692 7.2.2. However large it would become, not more than `max_size` is inflated."""
+        """Inflate a message, never beyond `max_size` (RFC 7692 7.2.2)."""
         agreed = self._deflate or Deflate()
         if self._inflater is None or agreed.receive_afresh:
             self._inflater = zlib.decompressobj(wbits=-agreed.receive_bits)
@@ -4039,7 +4043,7 @@ class Codec:
         return message
 
     def frame(self, opcode: int, data: bytes) -> bytes:
-        """The frame that sends `data`, compressed where that is agreed."""
+        """The frame for `data`, compressed where that is agreed."""
         first = FINAL | opcode
         if self._deflate and not first & CONTROL:
             first, data = first | RSV1, self._deflated(data)
@@ -4056,13 +4060,13 @@ class Codec:
         return head + mask + masked(mask, data)
 
     def forget(self) -> None:
-        """The connection is over: its buffers go at once, not with what else refers to it."""
+        """Free the buffers at once when the connection is over, whatever still refers to it."""
         self._over = True
         self._inflater = self._deflater = None
         self._unread, self._fragments = bytearray(), bytearray()
 
     def _deflated(self, data: bytes) -> bytes:
-        """RFC 7692 7.2.1."""
+        """Deflate a message (RFC 7692 7.2.1)."""
         agreed = self._deflate or Deflate()
         if self._deflater is None or agreed.send_afresh:
             self._deflater = zlib.compressobj(wbits=-agreed.send_bits, memLevel=MEMORY_LEVEL)
@@ -4084,7 +4088,7 @@ except ImportError:                      # Tornado was built without its part in
 
 
 def decoded(data: bytes) -> str:
-    """A text of a message. Raises: WebSocketError, where it is not UTF-8 (RFC 6455 8.1)."""
+    """The text of a message. Raises: WebSocketError, where it is not UTF-8 (RFC 6455 8.1)."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -4092,7 +4096,7 @@ def decoded(data: bytes) -> str:
 
 
 def closing(data: bytes) -> tuple[int, str]:
-    """Code and reason of a Close frame (RFC 6455 5.5.1, 7.4)."""
+    """The code and reason of a Close frame (RFC 6455 5.5.1, 7.4)."""
     if not data:
         return NO_CODE, ""
     code = int.from_bytes(data[:2], "big")
@@ -4103,7 +4107,7 @@ def closing(data: bytes) -> tuple[int, str]:
 
 # Handshake
 
-# zlib cannot compress with a window of 2^8: who insists on it goes without compression.
+# zlib cannot compress with a window of 2^8: a client that insists on it gets no compression.
 _BITS = frozenset(map(str, range(9, 16)))
 DEFLATE_PARAMETERS = {                   # and their values (RFC 7692 7.1)
     "server_no_context_takeover": {""}, "client_no_context_takeover": {""},
@@ -4115,7 +4119,7 @@ DEFLATE_OFFER = (f"permessage-deflate; server_max_window_bits={WINDOW_BITS}; "
 
 
 def deflate_offers(header: str) -> list[dict[str, str]]:
-    """The parameters of each permessage-deflate in Sec-WebSocket-Extensions that we can do."""
+    """The usable permessage-deflate offers in Sec-WebSocket-Extensions, each as parameters."""
     offers = []
     for name, *parameters in (extension.split(";") for extension in header.split(",")):
         pairs = [(key.strip(), value.strip().strip('"')) for key, _, value in (
@@ -4127,7 +4131,7 @@ def deflate_offers(header: str) -> list[dict[str, str]]:
 
 
 def accept_deflate(header: str) -> tuple[str, Deflate | None]:
-    """What a server makes of a client's offers: (Sec-WebSocket-Extensions of its answer, meaning).
+    """The server's choice of a client's offers: (Sec-WebSocket-Extensions of the answer, meaning).
 
     Windows are limited by name only where the client did so: simple clients know no parameters.
     """
@@ -4141,10 +4145,7 @@ def accept_deflate(header: str) -> tuple[str, Deflate | None]:
 
 
 def agreed_deflate(header: str) -> Deflate | None:
-    """What a client makes of the answer to DEFLATE_OFFER.
-
-    Raises: HandshakeError.
-    """
+    """The compression in the answer to DEFLATE_OFFER. Raises: HandshakeError."""
     if not header:
         return None
     agreed = deflate_offers(header)
@@ -4168,7 +4169,7 @@ def accept_key(key: str) -> str:
 
 
 def http_head(first_line: str, headers: dict[str, str | None]) -> bytes:
-    """The head of a request or answer; a header without a value is left out."""
+    """The head of an HTTP request or answer; a header whose value is None is left out."""
     lines = [first_line, *(f"{name}: {value}" for name, value in headers.items() if value)]
     if any("\r" in line or "\n" in line for line in lines):
         raise ValueError("a header has more than one line")
@@ -4177,7 +4178,7 @@ def http_head(first_line: str, headers: dict[str, str | None]) -> bytes:
 
 def accept_websocket(handler: RequestHandler, max_size: int, subprotocol: str | None = None,
                      compress: bool = True) -> "WebSocket":
-    """Answer an upgrade that is in order with 101 (RFC 6455 4.2.2); `handler` is done then."""
+    """Answer a valid upgrade with 101 (RFC 6455 4.2.2); `handler` is done then."""
     headers = handler.request.headers
     extensions, deflate = accept_deflate(
         ",".join(headers.get_list("Sec-WebSocket-Extensions")) if compress else "")
@@ -4275,10 +4276,10 @@ def read_answer(head: bytes, key: str,
 
 
 class WebSocket:
-    """An open connection. `start` it, `write` and `close` it; any end calls `on_close` once.
+    """An open WebSocket. `start` it, `write` and `close` it; any end calls `on_close` once.
 
-    Tornado's stream opens and closes it. In between the socket is ours: to have a stream read it
-    takes as long as all that is done with a message.
+    Tornado's stream opens and closes the socket. In between the socket is read here: to have a
+    stream read it takes as long as all that is done with a message.
     """
 
     def __init__(self, stream: IOStream, codec: Codec, subprotocol: str | None):
@@ -4288,9 +4289,10 @@ class WebSocket:
         self.closed_by_us = False                        # also for what the other side did wrong
         self._stream, self._codec, self._loop = stream, codec, IOLoop.current()
         self._socket: Any = stream.socket                # None, if it is gone already
-        self._unsent = bytearray()                       # what a clogged socket did not take
-        self._sent: asyncio.Future | None = None         # done when it has
-        self._waiting: asyncio.Task | None = None        # until a message can be dealt with
+        self._unsent = bytearray()                       # bytes that a clogged socket left
+        self._sent: asyncio.Future | None = None         # done when they are sent
+        self._waiting: asyncio.Task | None = None        # until a message is dealt with
+
         self._on_message: Any = None                     # set by `start`
         self._on_close: Callable[[int, str], Any] | None = None
         self._end = (NO_CLOSE, "connection lost")        # for `on_close`
@@ -4324,9 +4326,9 @@ class WebSocket:
             self._take(self._codec.feed(early.result()))
 
     def write(self, text: str) -> Awaitable | None:
-        """Send a text. If the socket is clogged: what can be awaited until it is not.
+        """Send a text. Returns an awaitable while the socket is clogged.
 
-        That raises StreamClosedError when the connection ends, and may be ignored.
+        It raises StreamClosedError when the connection ends, and may be ignored.
         """
         return None if self._ending else self.send(self._codec.frame(TEXT_FRAME, text.encode()))
 
@@ -4378,7 +4380,7 @@ class WebSocket:
         return self._sent
 
     def _try_to_send(self, data: bytes | bytearray) -> int:
-        """How much the socket took. Where it is broken, the connection ends."""
+        """Send what the socket takes now: its bytes. A broken socket ends the connection."""
         try:
             return self._socket.send(data)
         except CLOGGED:
@@ -4395,7 +4397,7 @@ class WebSocket:
             self._listen()
 
     def _listen(self) -> None:
-        """Have the loop tell what we wait for; nothing is read while a message is awaited."""
+        """Register with the loop what is waited for; nothing is read while a message is awaited."""
         if self._on_message and not self._stream.closed():
             self._loop.update_handler(self._socket, (0 if self._waiting else IOLoop.READ) | (
                 IOLoop.WRITE if self._unsent else 0))
@@ -4453,7 +4455,7 @@ class WebSocket:
         self.close(1011, "internal error", LINGER_S)
 
     def _control(self, opcode: int, content: Any) -> Awaitable | None:
-        """RFC 6455 5.5. Nothing is read while a Pong is unsent: who does not read cannot go on."""
+        """Answer a control frame (RFC 6455 5.5). Nothing is read while a Pong is unsent."""
         if opcode == PONG_FRAME:
             self.last_pong = self.last_sign
         elif opcode == PING_FRAME and not self._ending:
