@@ -7518,7 +7518,7 @@ CHANGING = ("connections", "transactions", "smart-charge")
 
 
 class Published:
-    """One event on its way to listeners. Its text is made once, when the first one asks."""
+    """An event on its way to listeners. Its text is made once, when the first one asks for it."""
 
     __slots__ = ("topic", "number", "record", "_text")
 
@@ -7534,7 +7534,7 @@ class Published:
 
 
 class Subscription:
-    """What one listener follows and has not read yet.
+    """The topics that a listener follows, and the events that it has not read yet.
 
     The oldest events go beyond `limit`, and beyond QUEUE_BYTES of message payloads.
     """
@@ -7587,7 +7587,7 @@ class Rates:
         self._messages[-1] += 1
 
     def answered(self, response_ms: float) -> None:
-        """Count the time that the call took whose answer was counted just now."""
+        """Count the response time of the Call whose answer was counted just now."""
         self._answers[-1] += 1
         self._latency_ms[-1] += response_ms
 
@@ -7614,7 +7614,7 @@ class Rates:
 
 
 class PowerController(Protocol):
-    """Whoever sets the limits of charging."""
+    """The power controller, as the Board and the connections know it."""
 
     def car_needs(self, station: Station, payload: dict) -> bool:
         """Whether a limit by these needs of a car follows (K15)."""
@@ -7635,13 +7635,13 @@ def _has_ended(session: ChargeSession) -> bool:
 
 
 def _tariff_of(config: Config) -> Tariff | None:
-    """The tariff; None where nothing costs anything."""
+    """The tariff; None where charging costs nothing."""
     tariff = Tariff(**vars(config.tariff))
     return tariff if any(tariff[1:]) else None
 
 
 class Board:
-    """All that is known of the stations, and who follows it."""
+    """All records of the stations, and the listeners that follow their changes."""
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time,
                  mono: Callable[[], float] | None = None, state: State | None = None):
@@ -7688,7 +7688,7 @@ class Board:
         self._links_since, self._links_logged = self._started_mono, 0
 
     def reconfigure(self) -> None:
-        """The configuration has changed: take over what is made of it."""
+        """Apply a changed configuration."""
         store = self.config.store
         self.messages.resize(store.max_messages, store.max_message_bytes)
         self.proxy.resize(store.max_proxy_events, store.max_message_bytes)
@@ -7702,14 +7702,14 @@ class Board:
         self.tariff = _tariff_of(self.config)
 
     def _owners_of(self, record: Event | Transaction) -> tuple[str, str]:
-        """Whose a record is: from which network, and of which station."""
+        """The owners of a record: a network, and a station in it."""
         station = self.stations.get(record.identity)
         address = record.details.get("ip") if isinstance(record, Event) else None
         address = address or (station.remote_address if station else "")
         return _network(kept(address, 64)), record.identity
 
     def _owners_upstream(self, record: ProxyEvent) -> tuple[str, str]:
-        """Whose a record of the relay is: of which system upstream, and of which station."""
+        """The owners of a record of the relay: an upstream system, and a station of it."""
         upstream = self.config.upstream(record.identity)
         return upstream.url if upstream else "", record.identity
 
@@ -7741,7 +7741,7 @@ class Board:
             self.listeners[topic].remove(subscription)
 
     def pass_over(self, subscription: Subscription) -> None:
-        """Nothing waits: what came and did not match is as good as read."""
+        """Count events that came and did not match as read, where none waits."""
         if not subscription.waiting:
             subscription.cursor |= {topic: self._last_number(topic)
                                     for topic in subscription.topics}
@@ -7761,13 +7761,13 @@ class Board:
                 subscription.offer(event)
 
     def _name_token(self, transaction: Transaction) -> None:
-        """Give a transaction the name that its id token has."""
+        """Copy the name of its id token to a transaction."""
         if transaction.status == "active" or not transaction.token_name:
             token = self.tokens.get((transaction.id_token or "").lower())
             transaction.token_name = token.name if token else transaction.token_name
 
     def _count_cost(self, transaction: Transaction) -> None:
-        """Work out what a transaction has cost up to now, or to its end."""
+        """Work out the cost of a transaction up to now, or to its end."""
         if transaction.tariff is not None and transaction.status != "orphan":
             end = transaction.stopped_at or self.clock()
             transaction.cost = transaction.tariff.cost(
@@ -7781,7 +7781,7 @@ class Board:
         return self.changes[topic] if topic in self.changes else self.stores[topic].total
 
     def _since(self, topic: str, number: int) -> tuple[list[Published], int]:
-        """The events of a topic after that number. Of a changing record, only as it is now."""
+        """The events of a topic after that number; of a changing record the present state alone."""
         if topic in CHANGING:
             kept = (self.stations.values() if topic == "connections"
                     else self.stores[topic].records)
@@ -7794,7 +7794,7 @@ class Board:
 
     def connected(self, identity: str, protocol: str, address: str, connection: Any,
                   security_profile: int = 0, certificate_ends_at: float | None = None) -> Any:
-        """A station's connection is open. Returns the one that it replaces, if any."""
+        """A station's connection is open. Returns the connection that it replaces, if any."""
         now = self.clock()
         station = self.stations.get(identity)
         if station is None:
@@ -7828,7 +7828,7 @@ class Board:
         return replaced
 
     def disconnected(self, identity: str, connection: Any, reason: str) -> None:
-        """A connection has ended. One that was replaced before changes nothing."""
+        """A connection has ended; one that was replaced before changes nothing."""
         station = self.stations.get(identity)
         if station is None or station.connection is not connection:
             return
@@ -7844,7 +7844,7 @@ class Board:
         self.publish("connections", station)
 
     def _log_link(self, text: str, *words: Any) -> None:
-        """Log that a station came or went, LINKS_LOGGED a minute; then it is an event alone."""
+        """Log that a station came or went; beyond LINKS_LOGGED a minute it is an event alone."""
         now = self.mono()
         if now - self._links_since > COALESCE_S:
             self._links_since, self._links_logged = now, 0
@@ -7855,7 +7855,7 @@ class Board:
             log.info("Stations come and go by dozens: for this minute they are events alone")
 
     def forget(self, identity: str) -> None:
-        """Remove the record of an offline station; who follows it is told once more."""
+        """Remove the record of an offline station; its listeners get a last event."""
         station = self.stations.pop(identity, None)
         self._gone.pop(identity, None)
         if station is None:              # beyond `max_connections` it went by itself
@@ -7870,7 +7870,7 @@ class Board:
             self.forget(next(iter(self._gone)))
 
     def booted(self, station: Station, info: dict, status: str) -> None:
-        """A BootNotification came, and was answered with this status."""
+        """A BootNotification has been answered with this status."""
         station.info = {key: kept(value) for key, value in info.items() if value is not None}
         station.registration, station.booted_since_start = status, True
         station.boot_unanswered = False
@@ -7907,23 +7907,22 @@ class Board:
         return _token_of(id_token, "configuration", vars(self.config.id_tokens[id_token]))
 
     def new_list_version(self, versions: int = 1) -> int:
-        """A version of local lists that no earlier run gave, and those before it: seconds since
-        2020, or more.
+        """The last of so many new versions of local lists: seconds since 2020, or more.
 
-        An id token changes at one, and a station's list is of one. A list from before
+        An id token changes at a version, and a station's list has one. A list from before
         `full_list_before` may have tokens that are gone.
         """
         self.list_version = max(int(self.clock()) - LIST_EPOCH, self.list_version) + versions
         return self.list_version
 
     def is_list_current(self, station: Station) -> bool:
-        """Whether the station's local list is as the table of id tokens is."""
+        """Whether the station's local list agrees with the table of id tokens."""
         return station.local_list is not None and station.local_list.version >= max(
             (token.list_version for token in self.tokens.values()), default=0) and (
             station.local_list.version >= self.full_list_before)
 
     def listed(self, station: Station, token: IdToken) -> Grant | None:
-        """What the station's local list is to have of an id token; None: nothing."""
+        """The entry of an id token in the station's local list; None: it is not in it."""
         evses = token.evses_at(station.identity)
         if len(token.id_token) > TOKEN_LENGTH[station.protocol] or evses == frozenset() or (
                 token.master and not LISTS_MASTERS[station.protocol]):
@@ -7932,14 +7931,14 @@ class Board:
                      tuple(sorted(evses or ())))
 
     def local_list_sent(self, station: Station, version: int, entries: int) -> LocalList:
-        """The station has taken its local list."""
+        """The station has accepted its local list."""
         station.local_list = LocalList(version, self.clock(), entries)
         self.publish("connections", station)
         return station.local_list
 
     def grant(self, station: Station, id_token: str, kind: str = "", evse_id: int = 0,
               starts: bool = False) -> Grant:
-        """Whether an id token may charge there. `starts`: it is to start a transaction."""
+        """The answer to an id token shown at an EVSE. `starts`: it is to start a transaction."""
         token = self.tokens.get(id_token.lower())
         evses = token.evses_at(station.identity) if token else None
         if not self.is_approved(station.identity):
@@ -7955,7 +7954,7 @@ class Board:
         return Grant(status, token.group, token.expires_at, tuple(sorted(evses or ())))
 
     def _is_listed(self, id_token: str) -> bool:
-        """Whether the short form of the configuration accepts it."""
+        """Whether the short form of the configuration accepts an id token."""
         return self.config.ocpp.authorize == "any" or any(
             fnmatch.fnmatchcase(id_token.lower(), pattern.lower())
             for pattern in self.config.ocpp.id_tokens)
@@ -7972,7 +7971,7 @@ class Board:
 
     def _token_shown(self, station: Station, token: IdToken | None, id_token: str, kind: str,
                      status: str) -> None:
-        """Keep when and where it was shown; of a code that was typed in, only if it is known."""
+        """Record when and where an id token was shown; a typed code, only if it is known."""
         if token is None:
             if is_key_code({"type": kind}):
                 return
@@ -8010,9 +8009,9 @@ class Board:
         return token
 
     def remove_token(self, token: IdToken) -> None:
-        """Remove what the board knows of an id token; what the configuration says holds again.
+        """Remove an id token of the board; an entry of the configuration holds again.
 
-        Raises: Conflict, where that is all there is.
+        Raises: Conflict, where there is none but that entry.
         """
         if token.source != "board":
             raise Conflict("This id token stands in the configuration: remove it there, "
@@ -8031,9 +8030,9 @@ class Board:
         return self.restore_tokens(former)
 
     def restore_tokens(self, tokens: list[IdToken]) -> tuple[list[IdToken], list[IdToken]]:
-        """Take over what an earlier run knew of id tokens, or an earlier configuration said.
+        """Take over the id tokens of an earlier run, or of an earlier configuration.
 
-        Returns: those that are new or other since; those that the configuration had then.
+        Returns: those that are new or have changed since; those that the configuration had then.
         """
         gone = []
         for token in tokens:
@@ -8057,7 +8056,7 @@ class Board:
     # Connectors
 
     def connector(self, station: Station, evse_id: int, connector_id: int) -> Connector | None:
-        """The record of a connector, made when it is first heard of; None beyond all reason."""
+        """The record of a connector, made at its first message; None for one beyond all bounds."""
         connector = station.connectors.get((evse_id, connector_id))
         if connector is None:
             if len(station.connectors) >= CONNECTORS_KEPT or evse_id < 0 or connector_id < 0:
@@ -8068,13 +8067,13 @@ class Board:
         return connector
 
     def limits_reported(self, station: Station, limits: dict[str, int]) -> None:
-        """The station told how much of something it takes."""
+        """A station has reported its limits, such as the items that it takes in a message."""
         if any(station.limits.get(name) != limit for name, limit in limits.items()):
             station.limits |= limits
             self.publish("connections", station)
 
     def profile_set(self, station: Station, id_: int, profile: KnownProfile) -> None:
-        """A charging profile stands on the station."""
+        """A charging profile has been installed in a station."""
         station.profiles.pop(id_, None)
         station.profiles[id_] = profile
         if len(station.profiles) > PROFILES_KEPT:
@@ -8094,7 +8093,7 @@ class Board:
                          when: float | None, **cause: str | None) -> None:
         """A connector's status since `when`; `cause`: error_code, vendor_error_code, info.
 
-        One that is older than what is known is history. `since` is when we heard of it first.
+        A status older than the known one is history. `since` is when the first such message came.
         """
         connector = self.connector(station, evse_id, connector_id)
         at_mono = self.mono_of(station, when)
@@ -8127,7 +8126,7 @@ class Board:
 
     def connector_alert(self, station: Station, evse_id: int, connector_id: int, name: str,
                         text: str, when: float | None) -> None:
-        """A 2.x station alerts of something (2.0.1 N07)."""
+        """A 2.x station reports an alert at a connector (2.0.1 N07)."""
         connector = self.connector(station, evse_id, connector_id)
         at_mono = self.mono_of(station, when)
         known, known_mono = connector.problems.get(name, (None, -math.inf)) if connector else (
@@ -8143,7 +8142,7 @@ class Board:
 
     def alert_over(self, station: Station, evse_id: int, connector_id: int | None, name: str,
                    when: float | None) -> None:
-        """What a 2.x station alerted of is over: at a connector, or wherever at an EVSE."""
+        """An alert of a 2.x station is over: at a connector, or wherever at an EVSE."""
         at_mono = self.mono_of(station, when)
         places = [c for c in station.connectors.values()
                   if c.evse_id == evse_id and c.problems.get(name, (None, 0))[0] is not None]
@@ -8162,11 +8161,11 @@ class Board:
     # Clocks
 
     def clock_reported(self, station: Station, when: float) -> None:
-        """The station's clock just said `when`."""
+        """A message that was made just now has this time of the station's clock."""
         station.clock.tell(when - self.clock(), self.mono())
 
     def mono_of(self, station: Station | None, when: float | None) -> float:
-        """A time that a station told, by our monotonic clock; now, where it told none.
+        """A station's time by our monotonic clock; now, for None.
 
         It is never after now, nor from before any clock of a station can be right.
         """
@@ -8177,8 +8176,10 @@ class Board:
         return at_mono if now - CLOCK_LOST_S < at_mono < now else now
 
     def wall_of(self, station: Station | None, when: float | None) -> float:
-        """A time that a station told, as it is shown: by our clock where the station's is off,
-        never after now, and now where it cannot be true."""
+        """A station's time as it is shown: by our clock where the station's is off.
+
+        It is never after now, and now where it cannot be true.
+        """
         now = self.clock()
         if when is None or not now - CLOCK_LOST_S < when:
             return now
@@ -8186,7 +8187,7 @@ class Board:
         return min(now, when - ahead_s if abs(ahead_s) > SKEW_TOLERANCE_S else when)
 
     def watch_clock(self) -> None:
-        """See whether our own wall clock was set: then those of the stations are judged anew."""
+        """Notice that our own wall clock was set: those of the stations are judged anew then."""
         ahead_s = self.clock() - self.mono()
         jump_s = ahead_s - self.ahead_s
         if abs(jump_s) < CLOCK_JUMP_S:
@@ -8221,23 +8222,23 @@ class Board:
             session.ended_at = past(session.ended_at)
 
     def quirk(self, station: Station, name: str, times: int = 1, in_message: bool = True) -> int:
-        """Count a thing that the station does against the standard. Returns how often it did."""
+        """Count a violation of the standard by a station. Returns how often it was seen."""
         entry = station.quirks.get(name)
         if entry is None:
             if len(station.quirks) >= QUIRKS_KEPT:
                 return 0
             entry = station.quirks[name] = [0, None]
         entry[0] += times
-        if in_message:                   # the message being handled is the next to be kept
+        if in_message:                   # the message being handled is the next on record
             entry[1] = f"msg-{self.messages.total + 1}"
         return entry[0]
 
     def knocked(self, address: str, path: str, headers: dict, status: int, reason: str,
                 advice: str) -> bool:
-        """An upgrade was refused. Returns whether it is news.
+        """An upgrade was refused. Returns whether it is to be logged, and a security event.
 
-        It is not within `COALESCE_S` of another one from that address with that status: nobody
-        must be able to wash the log, or the security events, away.
+        It is not within `COALESCE_S` of another one from that address with that status: nobody must
+        be able to wash the log, or the security events, away.
         """
         now, now_mono = self.clock(), self.mono()
         self.total_refused += 1
@@ -8251,18 +8252,18 @@ class Board:
             address, path, headers, status, reason, advice, now)
         knock.last, knock.count = now, knock.count + 1
         self.knocking[key] = knock
-        if len(self.knocking) > KNOCKING_KEPT:           # of who knocks most
+        if len(self.knocking) > KNOCKING_KEPT:           # the oldest of the most frequent address
             most = Counter(ip for ip, *_ in self.knocking).most_common(1)[0][0]
             del self.knocking[next(key for key in self.knocking if key[0] == most)]
         return is_new
 
-    # Messages and what happened
+    # Messages and events
 
     def message(self, station: Station, direction: Direction, kind: MessageType, method: str,
                 id_: str, payload: str, response_ms: float | None = None,
                 error_code: str | None = None,
                 error_description: str | None = None) -> LoggedMessage:
-        """Keep one frame. `payload` is JSON on one line; `response_ms` is known with the answer."""
+        """Record a frame. `payload` is JSON on one line; `response_ms` is known with the answer."""
         now = self.clock()
         record = LoggedMessage(now, station.identity, station.protocol, direction, kind, method,
                                id_, response_ms, error_code, error_description, payload,
@@ -8285,33 +8286,33 @@ class Board:
         station.last_message_at = now
 
     def count_unreadable(self, station: Station) -> None:
-        """A frame came that could not be read; as an error it is on record already."""
+        """Count a frame that could not be read; it is on record as an error already."""
         self._count(station, self.clock())
 
     def answered(self, record: LoggedMessage, response_ms: float) -> None:
-        """A CALL that is on record has its answer, whose own record tells listeners the same."""
+        """Add the response time to a CALL on record; the answer's own record is published."""
         record.response_ms = response_ms
 
     def error(self, category: str, station: Station, text: str, details: dict) -> Event:
-        """Keep something that went wrong between a station and us."""
+        """Record an error between a station and the board."""
         station.error_count += 1
         return self.error_of(category, station.identity, text, details)
 
     def error_of(self, category: str, identity: str, text: str, details: dict) -> Event:
-        """The same, of a station that has not come since the start."""
+        """Record an error of a station that may not have connected since the start."""
         event = Fault(category, identity, kept(text), details, self.clock())
         self._log_event("errors", event)
         return event
 
     def security_event(self, category: str, identity: str, text: str, severity: Severity,
                        details: dict) -> None:
-        """Keep a security event. `details` has the `ip`, never a secret."""
+        """Record a security event. `details` has the `ip`, never a secret."""
         self._log_event("security", SecurityEvent(category, identity, kept(text), details,
                                                   self.clock(), severity))
 
-
-    def system_event(self, kind: str, identity: str, text: str, details: dict) -> None:
-        """Keep an event of the board itself."""
+    def system_event
+(self, kind: str, identity: str, text: str, details: dict) -> None:
+        """Record an event of the board itself."""
         self._log_event("system", SystemEvent(kind, identity, kept(text), details, self.clock()))
 
     def _log_event(self, topic: str, event: Event) -> None:
@@ -8321,21 +8322,21 @@ class Board:
     # Transactions
 
     def new_transaction_id(self) -> int:
-        """A transaction id for 1.6: of 31 bits, and none that an earlier run gave out."""
+        """A new transaction id for 1.6: of 31 bits, and used by no earlier run."""
         self.last_transaction_id = max(int(self.clock()), self.last_transaction_id + 1)
         return self.last_transaction_id & 0x7FFFFFFF
 
     def transaction_id_used(self, number: int) -> None:
-        """An earlier run gave this id out, whatever the clock says now."""
+        """An earlier run used this transaction id, whatever the clock says now."""
         self.last_transaction_id = max(self.last_transaction_id, number)
 
     def transaction(self, station: Station, transaction_id: int | str) -> Transaction | None:
-        """The transaction that the station calls so, if we know it."""
+        """The transaction of a station by its id, if it is known."""
         return self.transaction_of.get((station.identity, transaction_id))
 
     def same_start(self, station: Station, start_key: tuple,
                    within_s: float = math.inf) -> Transaction | None:
-        """The transaction that this very StartTransaction began before: a repeated one.
+        """The transaction that an equal StartTransaction began: this one is a repetition.
 
         A stop shows that the station had its answer, and that this start is another one.
         """
@@ -8356,7 +8357,7 @@ class Board:
                             start_key: tuple | None = None) -> Transaction:
         """A transaction begins; another one still open on its connector is abandoned.
 
-        Unless that began later: then this one is told of afterwards, and is over already.
+        If that one began later, this start is a late report, and the transaction is over already.
         """
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
                                   id_token, self.wall_of(station, started_at), start_key=start_key,
@@ -8377,7 +8378,7 @@ class Board:
     def transaction_adopted(self, station: Station, transaction_id: int | str, evse_id: int,
                             connector_id: int, id_token: str | None,
                             seen_at: float | None) -> Transaction:
-        """A transaction whose start did not come: from before our time, or it comes yet."""
+        """A transaction whose start did not come: it is from before our time, or comes late."""
         transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
                                                id_token, seen_at)
         transaction.began_unseen = transaction.estimated = True
@@ -8386,7 +8387,7 @@ class Board:
     def transaction_orphaned(self, station: Station, transaction_id: int | str, evse_id: int,
                              connector_id: int, id_token: str | None,
                              stopped_at: float | None) -> Transaction:
-        """A transaction of which only the stop came; what runs on its connector is not touched."""
+        """A transaction of which only the stop came; its connector may have another one running."""
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
                                   id_token, self.wall_of(station, stopped_at), status="orphan",
                                   started_mono=self.mono_of(station, stopped_at),
@@ -8409,7 +8410,7 @@ class Board:
         transaction.count_energy()
 
     def answered_early(self, station: Station) -> None:
-        """The station was answered before the disk had what it said."""
+        """A station was answered before its message was on disk."""
         for transaction in self.transactions.records:
             if transaction.identity == station.identity and not transaction.not_durable and (
                     transaction.durable_as != transaction.status):
@@ -8417,14 +8418,14 @@ class Board:
                 self.publish("transactions", transaction)
 
     def now_durable(self, transaction: Transaction, status: str) -> None:
-        """The disk has a transaction, with this status."""
+        """A transaction is on disk, with this status."""
         transaction.durable_as = status
         if transaction.not_durable:
             transaction.not_durable = False
             self.publish("transactions", transaction)
 
     def _keep_transaction(self, transaction: Transaction) -> None:
-        """Keep it; for it goes the oldest that is not active, if there is one."""
+        """Store a transaction; the oldest that is not active goes for it, if there is one."""
         former = self.transaction_of.get((transaction.identity, transaction.id))
         if former is not None and former.status == "active" and (
                 former.evse_id in (0, transaction.evse_id) or not transaction.evse_id):
@@ -8436,7 +8437,7 @@ class Board:
         self.transaction_of[transaction.identity, transaction.id] = transaction
 
     def _forget_transaction(self, transaction: Transaction) -> None:
-        """It is in the store no more."""
+        """A transaction has left the store."""
         self._release(transaction)
         key = transaction.identity, transaction.id
         if self.transaction_of.get(key) is transaction:
@@ -8444,10 +8445,11 @@ class Board:
 
     def transaction_alive(self, station: Station, transaction: Transaction, at_mono: float,
                           certain: bool = True) -> None:
-        """A sign of that time that an abandoned transaction goes on, or one after a reboot.
+        """A message shows that an abandoned transaction goes on, or one after a reboot.
 
-        A sign from before it was given up is none, nor is one while another runs there; one that
-        is not `certain`, an id with a reading, is none either while its connector is free.
+        It shows nothing if it is from before the transaction was given up, or while another one
+        runs there; nor, where it is not `certain` (an id with a reading), while its connector is
+        free.
         """
         if transaction.status == "active":
             if transaction.interrupted_mono is not None and at_mono > transaction.interrupted_mono:
@@ -8472,23 +8474,23 @@ class Board:
                    certain: bool) -> bool:
         """Whether an abandoned transaction can be the one that runs at its connector."""
         there = connector.transaction
-        if there is not None:            # one of an unknown start gives way to one of a known start
+        if there is not None:            # a known start goes before an unknown one
             return there.began_unseen and not transaction.began_unseen and (
                 at_mono > there.latest_mono())
         return certain or connector.status in (None, *CHARGING)
 
     def transaction_at(self, station: Station, transaction_id: int | str,
                        evse_id: int) -> Transaction | None:
-        """The newest transaction of that id and EVSE: some stations count for each EVSE."""
+        """The newest transaction of that id and EVSE: some stations number them for each EVSE."""
         found = self.transactions.newest(1, lambda t: t.identity == station.identity and (
             t.id == transaction_id) and t.evse_id == evse_id)
         return found[0] if found else None
 
     def transaction_located(self, station: Station, transaction: Transaction, evse_id: int,
                             connector_id: int | None) -> None:
-        """Where a transaction is may be told later than that it is: a card before the plug.
+        """The place of a transaction, which may follow its start: a card before the plug.
 
-        `evse_id` 0 and `connector_id` None tell nothing. Spec: 2.0.1 E02, E03.
+        `evse_id` 0 and `connector_id` None are no place. Spec: 2.0.1 E02, E03.
         """
         same = evse_id in (0, transaction.evse_id) and connector_id in (
             None, transaction.connector_id)
@@ -8506,7 +8508,7 @@ class Board:
             self._occupy(station, transaction)
 
     def _follow_car(self, station: Station, connector: Connector) -> None:
-        """A car is at this connector: a transaction of which only the EVSE was told is here."""
+        """A car is at this connector: a transaction whose EVSE alone is known is here."""
         for other in list(station.connectors.values()):
             transaction = other.transaction
             if (transaction and transaction.assumed_connector and other is not connector
@@ -8515,7 +8517,7 @@ class Board:
                 self._move(station, transaction, connector.evse_id, connector.connector_id)
 
     def _end_interrupted(self, connector: Connector, at_mono: float) -> None:
-        """The station has booted in mid-transaction, and its connector does not charge."""
+        """A station has booted in mid-transaction, and its connector does not charge."""
         transaction = connector.transaction
         if transaction and transaction.interrupted_mono is not None and (
                 at_mono >= transaction.interrupted_mono - SKEW_TOLERANCE_S):
@@ -8551,7 +8553,7 @@ class Board:
 
     def connector_free(self, station: Station, evse_id: int, connector_id: int,
                        at_mono: float = math.inf) -> None:
-        """The connector can have no transaction then; one that is open was never stopped."""
+        """A connector is in a state without a transaction; an open one was never stopped."""
         connector = station.connectors.get((evse_id, connector_id))
         if connector and connector.transaction and (
                 at_mono >= connector.transaction.started_mono - SKEW_TOLERANCE_S):
@@ -8559,7 +8561,7 @@ class Board:
 
     def metered(self, station: Station, evse_id: int, connector_id: int, instant: Instant,
                 transaction: Transaction | None, own: bool, not_before: float) -> None:
-        """A meter was read: of a transaction, where it belongs to one, or of a connector.
+        """A meter value of a transaction, where it belongs to one, or of a connector.
 
         `own`: the message is the transaction's own; else it may go on under the id of one that
         ended. `not_before`: a time that the message is known not to be before.
@@ -8584,7 +8586,7 @@ class Board:
         if instant.inlet:
             connector.inlet = connector.inlet or Reading(instant.at)
             connector.inlet.update(instant.at, instant.inlet, at_mono, shown_at)
-        # A late one, of a transaction that has ended, is not the connector's
+        # A late reading, of a transaction that has ended, is not the connector's
         if idle and instant.found and at_mono >= connector.released_mono - SKEW_TOLERANCE_S:
             if connector.reading is None:
                 connector.reading = Reading(instant.at)
@@ -8631,7 +8633,7 @@ class Board:
 
     def _count_energy(self, transaction: Transaction, instant: Instant, at_mono: float,
                       begins: bool, newest: bool) -> None:
-        """Take what an instant tells of the energy of a transaction."""
+        """Count the energy of a transaction by an instant of its meter."""
         register = transaction.register
         at_mono = min(at_mono, transaction.stopped_mono)
         if instant.interval_wh is not None:
@@ -8650,7 +8652,7 @@ class Board:
 
     def _chart(self, transaction: Transaction, at_mono: float, reading: Reading,
                energy_wh: float | None) -> None:
-        """Keep a reading in the series of the transaction, by our wall clock."""
+        """Add a reading to the series of a transaction, by our wall clock."""
         at = at_mono + self.ahead_s
         if transaction.series is None:
             transaction.series = Series(at)
@@ -8659,7 +8661,7 @@ class Board:
                                charge.allocated_a if charge and not charge.ended_at else None)
 
     def charging_state(self, transaction: Transaction, state: str, at_mono: float) -> None:
-        """A transaction's state changes; from the times of some on, nothing flows."""
+        """A transaction's chargingState changes; from the times of some on, nothing flows."""
         if state != transaction.charging_state:
             transaction.state_mono = at_mono
             if state in NO_FLOW and transaction.reading:
@@ -8667,8 +8669,8 @@ class Board:
         transaction.charging_state = state
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
-        """Put a transaction at its connector; one that began before the one there is over."""
-        if transaction.evse_id == 0:                     # nobody told where it is
+        """Put a transaction at its connector; of two there, the one that began first is over."""
+        if transaction.evse_id == 0:                     # its place is not known
             return
         connector = self.connector(station, transaction.evse_id, transaction.connector_id)
         if connector is None:
@@ -8689,13 +8691,13 @@ class Board:
     def _release(self, transaction: Transaction) -> None:
         connector, transaction.connector = transaction.connector, None
         if connector is not None:
-            connector.transaction = connector.reading = None     # what flowed flows no more
+            connector.transaction = connector.reading = None     # nothing flows any more
             connector.released_mono = self.mono()
 
     # Over a restart
 
     def restore_station(self, station: Station) -> None:
-        """Take over a station that an earlier run knew: offline, and not seen since."""
+        """Take over a station of an earlier run: offline, and not seen since."""
         station.seen_since_start = False
         station.disconnected_at = (station.disconnected_at or station.last_message_at
                                    or station.connected_at)
@@ -8723,7 +8725,7 @@ class Board:
 
     def charge_started(self, transaction: Transaction, circuit: str, strategy: str, priority: int,
                        phases: int) -> ChargeSession:
-        """The power controller takes a transaction on."""
+        """The power controller begins a session for a transaction."""
         now = self.clock()
         session = ChargeSession(transaction.identity, transaction.id, transaction.evse_id,
                                 transaction.connector_id, circuit, strategy, priority, phases,
@@ -8752,13 +8754,13 @@ class Board:
     # Relay
 
     def relayed(self, event: ProxyEvent) -> None:
-        """Keep what the relay did."""
+        """Record an event of the relay."""
         event.size = len(event.payload or "") + len(event.translated or "")
         self.proxy.append(event)
         self.publish("proxy", event)
 
     def registered(self, station: Station, status: str, heartbeat_s: float | None) -> None:
-        """Upstream's answer to a BootNotification counts, not ours."""
+        """The upstream system has answered a BootNotification; its answer counts, not ours."""
         station.heartbeat_s = heartbeat_s or station.heartbeat_s
         station.boot_unanswered = False
         if station.registration != status:
@@ -8768,7 +8770,7 @@ class Board:
     # Overview
 
     def sample(self, machine: dict) -> dict:
-        """The telemetry now; `machine` is what the process and its host are at."""
+        """A telemetry sample of now; `machine` has the figures of the process and its host."""
         total = self.total_messages
         return {
             "messagesPerSecond": self.rates.per_second(),
@@ -8782,13 +8784,13 @@ class Board:
         }
 
     def _charging(self) -> dict:
-        """How many transactions run, and the power that their meters tell."""
+        """The number of running transactions, and the power by their meters."""
         active = [t.reading for t in self.transactions.records if t.status == "active"]
         return {"activeTransactions": len(active),
                 "powerW": round(sum(r.power_w or 0 for r in active if r and not r.stale), 1)}
 
     def sampled(self, values: dict) -> None:
-        """Keep a telemetry sample and tell it."""
+        """Store a telemetry sample and publish it."""
         sample = Sample(self.clock(), values)
         self.telemetry.append(sample)
         self.publish("telemetry", sample)
@@ -8837,8 +8839,8 @@ def _shown_cause(cause: dict) -> dict:
 # for both directions. A Keeper puts what changes, and restores it before the first station comes.
 
 RUNNING_AT = 1e11                   # the time of a transaction's rows until it has stopped
-CURVE_S = 3600                      # so often the curve of a running one is written
-IDS_END = 2**31 - 2**24             # a counter of transaction ids beyond it is none
+CURVE_S = 3600                      # between two writes of the curve of a running one
+IDS_END = 2**31 - 2**24             # the end of plausible counters of transaction ids
 IDS_SKIPPED = 10_000                # more than may be missing in the row of that counter
 ROWS_AT_ONCE = 50                   # made, or read, before the loop gets its turn
 
@@ -8916,14 +8918,14 @@ ROWS: dict[str, dict[str, str]] = {
 
 
 class Progress:
-    """What a transaction needs to go on, as its row says: attributes of a Transaction."""
+    """The attributes that a Transaction needs to go on, as their row has them."""
 
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
     Transaction, Tariff, Progress, Register, Track, Point, Reading, Base, EventSequence, Series,
     Station, StationClock, Connector, Problem, LoggedMessage, Fault, SystemEvent, SecurityEvent,
     ProxyEvent, Sample, IdToken, LocalList, Upload)}
-# What changes with every message of a station: it is written when something else has changed.
+# Fields that change with every message: they are written when another one has changed.
 COUNTS = ("message_count", "last_message_at", "error_count", "quirk_counts", "clock",
           "status_mono")
 
@@ -8949,7 +8951,7 @@ BRACKETS: dict[str, Any] = {"[": list, "(": list, "{": dict}
 
 
 def packed(kind: str, value: Any, ahead_s: float) -> Any:
-    """A value as it stands in a row; `ahead_s` is wall time less monotonic time."""
+    """The value in a row for a value of this kind; `ahead_s` is wall time less monotonic time."""
     if value is None or value is False or value is True:
         return value
     if kind[-1] == "?":
@@ -8966,7 +8968,7 @@ def packed(kind: str, value: Any, ahead_s: float) -> Any:
 
 
 def _packed_record(kind: str, record: Any, ahead_s: float) -> list | dict:
-    """A record by its fields; a tuple has all of them, of others the empty are left out."""
+    """The fields of a record in a row: all of a tuple, of others those that are not empty."""
     fields = {name: packed(inner, getattr(record, name), ahead_s)
               for name, inner in ROWS[kind].items()}
     if isinstance(record, tuple):
@@ -8976,7 +8978,7 @@ def _packed_record(kind: str, record: Any, ahead_s: float) -> list | dict:
 
 
 def unpacked(kind: str, value: Any, ahead_s: float) -> Any:
-    """The value that stands in a row so. Raises: WrongType, MissingField."""
+    """The value of this kind from a row. Raises: WrongType, MissingField."""
     if kind[-1] == "?":
         return None if value is None else unpacked(kind[:-1], value, ahead_s)
     if kind in ROWS:
@@ -8994,7 +8996,7 @@ def unpacked(kind: str, value: Any, ahead_s: float) -> Any:
 
 
 def _record_of(kind: str, row: Any, ahead_s: float) -> Any:
-    """The record of a row, with the defaults of its class for what may be missing."""
+    """The record in a row, with the defaults of its class for fields that are missing."""
     cls: Any = ROW_CLASSES[kind]
     fields = ROWS[kind]
     if issubclass(cls, tuple):                           # such a one stands as a list
@@ -9066,7 +9068,7 @@ GROUP_OF: dict[str, Callable[[Transaction], str]] = {
 
 
 class Keeper:
-    """Puts what changes on a Board into its State, and restores it at the start.
+    """Writes the changes of a Board into its State, and restores them at the start.
 
     Starts, ends and approvals are put with the next write, which comes at once; the rest every
     WRITE_BEHIND_S. A row is made when it is put, however often its record has changed.
@@ -9075,20 +9077,20 @@ class Keeper:
     def __init__(self, board: Board):
         self.board, self.state = board, board.state
         self.history = History(board)
-        self._run = 0                                # how many runs there were before
+        self._run = 0                                # number of runs before
         self._changed: dict[Any, None] = {}          # records, to be put when their time comes
         self._urgent: dict[Any, None] = {}           # and with the next write
         self._put_now: list[tuple[Transaction, str]] = []            # with the status put
         self._being_written: list[tuple[Transaction, str]] = []
-        self._approved: set[str] = set()             # as it stands in the file
+        self._approved: set[str] = set()             # identities, as in the file
         self._curves: dict[Transaction, float] = {}  # monotonic time of the last put
         self._last_id = 0
-        self._lists = (0, 0)                         # as they stand in the file
+        self._lists = (0, 0)                         # list versions, as in the file
 
     # The start
 
     def restore(self) -> None:
-        """Take over what an earlier run knew, and follow what changes from here on."""
+        """Restore the records of an earlier run, and follow the changes from here on."""
         if not self.state:
             return
         board, most = self.board, self.board.config.store
@@ -9110,9 +9112,9 @@ class Keeper:
         self.state.put("counter", "run", self._run)
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
-        """A nonsense value must not use the ids up: they have 31 bits.
+        """Restore the counters; a nonsense value must not use the ids up, which have 31 bits.
 
-        Ids that were given out while the disk failed are not in the row. By the clock all new ones
+        Ids that were given out while the disk failed are not in the row. By the clock all new ids
         are beyond them; where it is behind the row, as many are skipped as may be missing.
         """
         last_id, run = counters.get("transaction_id"), counters.get("run")
@@ -9138,7 +9140,7 @@ class Keeper:
             self.state.put("token", token.key, None)
 
     def reconfigure(self) -> None:
-        """The configuration has changed: take over its id tokens."""
+        """Apply the id tokens of a changed configuration."""
         self._tokens_restored(*self.board.reconfigure_tokens())
 
     def _station_of(self, row: StateRow) -> Station:
@@ -9179,7 +9181,7 @@ class Keeper:
         ahead_s = self._ahead_s(unpacked("time", value.get("written_at"), 0.0))
         return row.key, unpacked("Progress", value, ahead_s)
 
-    # What changes
+    # Changes
 
     def transaction_changed(self, transaction: Transaction) -> None:
         """A transaction has changed; its start and its end are urgent."""
@@ -9188,14 +9190,14 @@ class Keeper:
             self._announce(transaction)
 
     def station_changed(self, station: Station) -> None:
-        """A station has changed; that it was forgotten, or approved, is urgent."""
+        """A station has changed; its approval, and that it was forgotten, are urgent."""
         self._changed[station] = None
         if station.forgotten or (station.identity in self.board.approved
                                  and station.identity not in self._approved):
             self._announce(station)
 
     def token_changed(self, token: IdToken) -> None:
-        """An id token has changed; that it was used is not urgent."""
+        """An id token has changed; its use is not urgent."""
         self._changed[token] = None
         known = self.board.tokens.get(token.key)
         if known is not token or token.list_version > self._lists[0]:
@@ -9207,13 +9209,13 @@ class Keeper:
             self.state.announce()
 
     async def run(self) -> None:
-        """Put what has changed, every WRITE_BEHIND_S, until cancelled."""
+        """Put the changes every WRITE_BEHIND_S, until cancelled."""
         while self.state:
             await asyncio.sleep(WRITE_BEHIND_S)
             await self.put_changed()
 
     async def put_changed(self) -> None:
-        """Put all that has changed, a slice at a time."""
+        """Put all changes, a slice at a time."""
         while self._changed:
             for record in list(islice(self._changed, ROWS_AT_ONCE)):
                 self._put(record)
@@ -9221,7 +9223,7 @@ class Keeper:
         self.state.write_soon()
 
     def put_all(self) -> None:
-        """Put all there is, for a file that is new."""
+        """Put all rows into a state file that is new."""
         board = self.board
         for record in (*board.stations.values(), *board.transactions.records):
             record.row_crc = 0
@@ -9235,10 +9237,10 @@ class Keeper:
         self.state.put("counter", "run", self._run)
         self._put_lists()
 
-    # What is asked of the file
+    # Queries of the file
 
     async def count(self, **wanted: str | None) -> int:
-        """How many finished transactions that are no longer in memory match.
+        """The number of matching finished transactions that are no longer in memory.
 
         `wanted`: identity, status, id, text. While the file cannot be read, there are none.
         """
@@ -9246,7 +9248,7 @@ class Keeper:
         return found[0][0] if found else 0
 
     async def page(self, limit: int, offset: int = 0, **wanted: str | None) -> list[Transaction]:
-        """Those that match, the newest first."""
+        """The matching transactions of `count`, the newest first."""
         values = self._values(wanted) | {"limit": limit, "offset": offset}
         rows, found = await self._ask(KEPT_PAGE, values) if limit else [], []
         for number, row in enumerate(rows, 1):
@@ -9257,7 +9259,7 @@ class Keeper:
         return found
 
     def slices(self, **wanted: str | None) -> AsyncIterator[list[Transaction]]:
-        """All that match and are not in memory now, the oldest first, some at a time."""
+        """All matching transactions that are not in memory, the oldest first, some at a time."""
         return self._slices(self._values(wanted) | {"limit": ROWS_AT_ONCE, "after": ""})
 
     async def _slices(self, values: dict[str, Any]) -> AsyncIterator[list[Transaction]]:
@@ -9276,7 +9278,7 @@ class Keeper:
         return await asked(self.state, lambda db: db.execute(question, values).fetchall())
 
     def _kept_transaction(self, columns: tuple) -> Transaction | None:
-        """The transaction of two rows that were read together, unless it is damaged."""
+        """The transaction of two rows read together, unless they are damaged."""
         row, progress = StateRow(*columns[:4]), None
         with contextlib.suppress(BoardError):
             if columns[8] is not None and State.is_good(StateRow(*columns[5:9]), columns[9]):
@@ -9287,7 +9289,7 @@ class Keeper:
         return None
 
     async def series(self, transaction: Transaction) -> Series | None:
-        """The curve of a transaction: as it is in memory, else as the file has it."""
+        """The curve of a transaction: from memory, else from the file."""
         if transaction.series is not None:
             return transaction.series
         for *columns, crc in await self._ask(
@@ -9317,7 +9319,7 @@ class Keeper:
         return groups, bool(found)
 
     def clean(self) -> None:
-        """Remove what is older than `transactions_days`."""
+        """Remove transactions older than `transactions_days`."""
         before = self.board.clock() - 86400 * self.board.config.state.transactions_days
         for kind in ("transaction", "progress", "curve"):
             self.state.remove_before(kind, before)
@@ -9326,7 +9328,7 @@ class Keeper:
     # Rows
 
     def _put_urgent(self) -> None:
-        if self.board.last_transaction_id != self._last_id:      # given out, whatever came of it
+        if self.board.last_transaction_id != self._last_id:      # it is used up in any case
             self._last_id = self.board.last_transaction_id
             self.state.put("counter", "transaction_id", self._last_id)
         for record in self._urgent:
@@ -9340,7 +9342,7 @@ class Keeper:
         self._put_now = []
 
     def _written(self) -> None:
-        """The disk has all that was put."""
+        """All values put are on disk."""
         written, self._being_written = self._being_written, []
         for transaction, status in written:
             self.board.now_durable(transaction, status)
@@ -9405,7 +9407,7 @@ class Keeper:
             self._curves.pop(transaction, None)
 
     def _name(self, transaction: Transaction) -> None:
-        """Give a transaction its key, in the order in which they came over all runs.
+        """Give a transaction its key, in the order of their starts over all runs.
 
         With it goes the station, where that is new.
         """
@@ -9416,7 +9418,7 @@ class Keeper:
 
 
 async def asked(state: State, ask: Callable[[sqlite3.Connection], list]) -> list:
-    """What a function reads from the file; [] where there is none, or it cannot be read."""
+    """The result of a function that reads the file; [] where there is none, or it is unreadable."""
     if not state:
         return []
     try:
@@ -9427,7 +9429,7 @@ async def asked(state: State, ask: Callable[[sqlite3.Connection], list]) -> list
 
 def read_rows(board: Board, kind: str, limit: int, record_of: Callable[[StateRow], Any],
               most_bytes: float = math.inf) -> list:
-    """The records of the newest rows of a kind; what cannot be read is said, and left out."""
+    """The records of the newest rows of a kind; rows that cannot be read are reported."""
     records, skipped = [], []
     for row in board.state.rows(kind, limit, most_bytes):
         try:
@@ -9440,7 +9442,7 @@ def read_rows(board: Board, kind: str, limit: int, record_of: Callable[[StateRow
 
 
 def report_skipped(board: Board, kind: str, reasons: list[str]) -> None:
-    """Say that rows of a kind are left out."""
+    """Report rows of a kind that are left out."""
     text = kept(f"{len(reasons)} rows of {kind} are not understood and left out: {reasons[0]}")
     log.error("%s", shown(text, TEXT_KEPT))
     board.system_event("STATE_SKIPPED", "", text, {"kind": kind, "rows": len(reasons)})
@@ -9451,7 +9453,7 @@ def _crc(row: dict) -> int:
 
 
 def _crc_of_station(row: dict) -> int:
-    """Of what does not change with every message."""
+    """The checksum of the fields that do not change with every message."""
     steady = [{name: value for name, value in part.items() if name not in COUNTS}
               for part in (row, *row.get("connector_list", ()))]
     steady[0]["connector_list"] = steady[1:]
@@ -9490,10 +9492,10 @@ def _series_of(row: StateRow) -> tuple[str, Series]:
 # is the kind of their rows, the number their key.
 HISTORY: dict[str, type] = {"messages": LoggedMessage, "errors": Fault, "security": SecurityEvent,
                             "system": SystemEvent, "proxy": ProxyEvent, "telemetry": Sample}
-HISTORY_LOOK_S = 1                  # so often it looks whether there is something to put
+HISTORY_LOOK_S = 1                  # between two looks for records to put
 HISTORY_AT_ONCE, HISTORY_BYTES = 2000, STATE_WAITING_BYTES // 16     # of each store, in one write
 HISTORY_PAGE, HISTORY_PAGE_BYTES = 10_000, 16 << 20      # of rows in one answer
-NUMBERS_AHEAD = 1_000_000           # numbers that a run may give before it says so on disk
+NUMBERS_AHEAD = 1_000_000           # numbers that a run may use before it puts them on disk
 
 # Rows of a topic whose records are older than memory's, and match; see KEPT_MATCH.
 HISTORY_WORDS = " || char(10) || ".join(
@@ -9505,10 +9507,11 @@ HISTORY_TEXT = ("(instr(lower(WORDS), lower(:text)) OR instr(WORDS, :text))"
 
 
 class History:
-    """Keeps on disk what the Board's stores drop, with `history_days`.
+    """The records that the Board's stores drop, kept on disk for `history_days`.
 
-    What waits to be put waits in the stores. So a message costs nothing as it comes, and a disk
-    that fails costs no memory; what a store drops before the disk works again is lost.
+    Records wait in the stores until they are put. So a message costs nothing as it comes, and a
+    disk that fails costs no memory; records that a store drops before the disk works again are
+    lost.
     """
 
     def __init__(self, board: Board):
@@ -9520,7 +9523,7 @@ class History:
         self._put_mono = board.mono()
 
     def restore(self) -> None:
-        """Fill the stores with what earlier runs had last."""
+        """Fill the stores with the last records of earlier runs."""
         if not self.days:
             return
         ahead: dict[str, int] = {}
@@ -9542,7 +9545,7 @@ class History:
         self.state.when_written.append(self._write_ends)
 
     async def run(self) -> None:
-        """Put what came, when it is much or has waited for WRITE_BEHIND_S, until cancelled."""
+        """Put new records, when they are many or as old as WRITE_BEHIND_S, until cancelled."""
         while self.days:
             await asyncio.sleep(HISTORY_LOOK_S)
             if self._is_due() and self.state.failing_since is None and self._put == self._written:
@@ -9560,7 +9563,7 @@ class History:
         return False
 
     async def put(self) -> None:
-        """Put what came since the last time, as much as one write should have."""
+        """Put the records since the last time, as many as a write should have."""
         self._put_mono = self.board.mono()
         for topic in HISTORY:
             store, size = self.board.stores[topic], 0
@@ -9582,7 +9585,7 @@ class History:
         self.state.write_soon()
 
     async def put_last(self) -> None:
-        """Put all that came, at the end."""
+        """Put all records at the end."""
         if not self.days:
             return
         for _ in range(2):               # twice as much as there can be, but for a flood
@@ -9590,23 +9593,23 @@ class History:
                 await self.put()
         self._use_up(0)
 
-    # What is asked of the file: records of a topic with a number below `first`. `wanted` are
-    # attributes that must be equal, and a `text` that a message must have.
+    # Queries of the file: records of a topic with a number below `first`. `wanted` are attributes
+    # that must be equal, and a `text` that a message must have.
 
     def first(self, topic: str) -> int:
-        """The number from which on the records come from memory; those before it from the file."""
+        """The number from which on the records are in memory; those before it are in the file."""
         store = self.board.stores[topic]
         written = self._written[topic] + 1 if self.days else store.first
         return max(store.first, min(store.unbroken, written))
 
     async def count(self, topic: str, first: int, wanted: dict[str, str]) -> int:
-        """How many match."""
+        """The number of matching records in the file."""
         found = await self._ask("SELECT count(*)", topic, first, wanted)
         return found[0][0] if found else 0
 
     async def page(self, topic: str, first: int, limit: int, offset: int,
                    wanted: dict[str, str]) -> list:
-        """Those that match, the newest first; HISTORY_PAGE at most."""
+        """The matching records in the file, the newest first; HISTORY_PAGE at most."""
         if limit <= 0:
             return []
         records, _ = await self._records(
@@ -9616,14 +9619,14 @@ class History:
 
     async def slices(self, topic: str, first: int,
                      wanted: dict[str, str]) -> AsyncIterator[list]:
-        """All that match, the oldest first, some at a time."""
+        """All matching records in the file, the oldest first, some at a time."""
         records, after = await self._records(topic, first, wanted, HISTORY_SLICE, after="")
         while after:
             yield records
             records, after = await self._records(topic, first, wanted, HISTORY_SLICE, after=after)
 
     async def get(self, topic: str, number: int) -> Any:
-        """The record of that number, or None."""
+        """The record of that number from the file, or None."""
         found = await self.page(topic, number + 1, 1, 0, {})
         return found[0] if found and found[0].number == number else None
 
@@ -9637,7 +9640,7 @@ class History:
     async def _ask(self, select: str, topic: str, first: int, wanted: dict[str, str],
                    more: str = "", read: Callable[[Iterable], list] = list,
                    **values: Any) -> list:
-        """What `read` makes, in the thread, of the rows that match."""
+        """The result of `read`, in the thread, for the matching rows."""
         if not self.days:
             return []
         tests = [HISTORY_TEXT if name == "text" else f"json_extract(value, '$.{name}') = :{name}"
@@ -9649,18 +9652,18 @@ class History:
         return await asked(self.state, lambda db: read(db.execute(f"{question} {more}", values)))
 
     def clean(self) -> None:
-        """Remove what is older than `history_days`."""
+        """Remove rows older than `history_days`."""
         before = self.board.clock() - 86400 * self.days
         for topic in HISTORY if self.state else ():
             self.state.remove_before(topic, before)
 
     def _use_up(self, ahead: int) -> None:
-        """Let the next run number its records behind those that this one may give."""
+        """Have the next run number its records behind those that this one may number."""
         self._ahead = {topic: self.board.stores[topic].total + ahead for topic in HISTORY}
         self.state.put("numbers", "", self._ahead, durable=True)
 
     def _put_all(self) -> None:
-        """The file is new: put again what is in memory."""
+        """Put the records in memory again: the file is new."""
         for topic in HISTORY:
             self._put[topic] = self.board.stores[topic].first - 1
         self._written, self._put_mono = dict(self._put), -math.inf
@@ -10525,12 +10528,12 @@ RECEIVED = {version: {*calls, *SENDS[version]} for version, calls in CALLS.items
 
 # --- Outgoing calls -----------------------------------------------------------------------
 # An Exchange has the Calls of one side of a connection, one at a time. A StationConnection is one
-# live connection of a station: it takes what the station sends, answers, and sends commands.
+# live connection of a station: it answers the station's Calls, and sends commands.
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A Call that is under way, or one that was given up."""
+    """A Call without its answer yet: under way, or given up."""
 
     call: Call
     sent_mono: float
@@ -10591,7 +10594,7 @@ class Exchange:
         return pending
 
     def answered(self, message: CallResult | CallError, frame: str) -> tuple[Pending | None, bool]:
-        """Take an answer: (what it is to, or None if that was never sent; whether it is late)."""
+        """Take an answer: (the Call that it answers, or None; whether it is late)."""
         pending, late = self.pending, False
         if pending is not None and same_id(message.id_text, pending.call.id_text):
             self.pending = None
@@ -10604,9 +10607,9 @@ class Exchange:
         return pending, late
 
     def give_up(self, error: BoardError | None = None) -> None:
-        """Wait no more for the answer to the Call under way; a late one will be known.
+        """Wait no more for the answer to the Call under way; a late answer will be known.
 
-        Who awaits it is told the error.
+        The error is raised where the Call is awaited.
         """
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -10617,7 +10620,7 @@ class Exchange:
                 self._given_up.popitem(last=False)
 
     def close(self, reason: str) -> None:
-        """The connection has ended: whoever waits is told, and nothing is sent any more."""
+        """The connection has ended: all Calls that wait raise Conflict, and no more are sent."""
         self._closed = reason
         pending, self.pending = self.pending, None
         if pending is not None and pending.future is not None and not pending.future.done():
@@ -10625,20 +10628,20 @@ class Exchange:
 
 
 class Upstream(Protocol):
-    """Whoever takes what a station says to a system upstream; its answers come from there."""
+    """The relay's end of a station's connection: it passes Calls on and gives the answers."""
 
     def station_called(self, call: Call, frame: str, started: float,
                        record: LoggedMessage) -> None:
         """Take a Call, to be answered by `StationConnection.pass_answer`."""
 
     def station_sent(self, message: Send | CallResultError, frame: str) -> None:
-        """Take what needs no answer."""
+        """Take a message that needs no answer."""
 
     def station_left(self, connection: "StationConnection") -> None:
         """The connection is over."""
 
 
-SECURITY_SETTINGS = {                   # (component, variable), in 1.6 ("", key), in lower case
+SECURITY_SETTINGS = {                   # {(component, variable), in 1.6 ("", key): …}, lower case
     ("", "authorizationkey"): "password", ("", "securityprofile"): "profile",
     ("securityctrlr", "basicauthpassword"): "password",
     ("ocppcommctrlr", "networkconfigurationpriority"): "priority"}
@@ -10646,15 +10649,15 @@ GUARDED = frozenset(("ChangeConfiguration", "SetNetworkProfile", "SetVariables")
 
 
 class SecuritySetting(NamedTuple):
-    """What a command changes of how a station comes in, and what the station answered to it."""
+    """A change of a station's password or security profile by a command, and its status."""
 
-    what: str                           # password, profile, priority (of slots), or slot
+    what: str                           # password, profile, priority (of slots) or slot
     value: Any
     status: str = ""
 
 
 def security_settings(action: str, payload: dict, result: dict) -> list[SecuritySetting]:
-    """What a command changes of how a station comes in: mostly nothing.
+    """The changes of password or security profile in a command, with their statuses.
 
     Spec: 1.6 security extension 2.1, 2.2; 2.0.1 A01, A05, B09.
     """
@@ -10694,7 +10697,7 @@ def _variable_name(item: dict) -> tuple[str, str]:
 
 
 class Outcome(NamedTuple):
-    """What a command came to, in the words in which it was given."""
+    """The answer to a command, in the words in which it was given."""
 
     payload: dict                        # of the CALLRESULT
     ms: float                            # that the station took, for all it was asked
@@ -10708,17 +10711,17 @@ class Outcome(NamedTuple):
 
 
 class Guard(Protocol):
-    """Whoever needs to know of commands in GUARDED, whoever sends them."""
+    """Access, as a connection knows it: follows the commands in GUARDED, whoever sends them."""
 
     async def before(self, station: Station, call: Call) -> None:
-        """Take note of one that is to be sent."""
+        """A command in GUARDED is about to be sent."""
 
     def answered(self, station: Station, call: Call, result: dict) -> None:
-        """The station has answered it, in time or late; a CALLERROR has no result."""
+        """The station has answered such a command, in time or late; a CALLERROR has no result."""
 
 
 class StationConnection:
-    """One live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
+    """A live connection of a station; `write(text)` and `close(code, reason)` are its socket."""
 
     def __init__(self, board: Board, schemas: Schemas | None, protocol: str,
                  write: Callable[[str], Any], close: Callable[[int, str], Any]):
@@ -10728,7 +10731,7 @@ class StationConnection:
         self.upstream: Upstream | None = None        # of a station that goes on to one
         self.guard: Guard | None = None
         self.via = ""                                # the boards whose relays it came through
-        self.origin = ""                             # of ours, as it has reached us: http://host
+        self.origin = ""                             # of the board, as it reached it: http://host
         self.ended = ""                              # why, once it has
         self.shows_costs, self.sending_costs = "CostUpdated" in COMMANDS[protocol], False
         self._strict = board.config.ocpp.validate == "strict"
@@ -10764,7 +10767,7 @@ class StationConnection:
     # Frames in
 
     def receive(self, frame: str | bytes) -> Awaitable | None:
-        """Take a frame. Where it has to wait, what it waits for is returned, to be awaited."""
+        """Take a frame. Returns an awaitable, where no other may be read before it is handled."""
         started = time.perf_counter()
         wait_s = self._budget.spend(started, 1 + len(frame) // COSTLY_BYTES)
         if wait_s:
@@ -10783,7 +10786,7 @@ class StationConnection:
             await later
 
     def _receive(self, frame: str | bytes, started: float) -> Awaitable | None:
-        if self.ended:                   # it would be kept as answered, and is not: it comes again
+        if self.ended:                   # no answer can be sent: the station repeats it
             return None
         try:
             message, text = self._unpack(frame)
@@ -10800,7 +10803,7 @@ class StationConnection:
         return TAKERS[type(message)](self, message, text)
 
     def _unpack(self, data: str | bytes) -> tuple[Message, str]:
-        """(the message, its frame as text; "" where that had to be mended)."""
+        """(message, its frame as text; "" where that had to be mended)."""
         if isinstance(data, bytes):
             self.board.quirk(self.station, "binary_frame")
         frame = data if isinstance(data, str) else data.decode("utf-8", "replace")
@@ -10861,14 +10864,14 @@ class StationConnection:
         flushed = self._write(pack(reply))
         response_ms = (time.perf_counter() - started) * 1000
         action, id_ = call.action, message_id(call.id_text)
-        known = action if action in RECEIVED[protocol] else ""   # else who knows what is in it
+        known = action if action in RECEIVED[protocol] else ""   # else its secrets are not known
         board.message(station, "IN", "CALL", action, id_,
                       without_secrets(known, call.payload, call.text), response_ms)
         self._keep_answer(reply, action, id_, response_ms, "We")
         return flushed
 
     def _until_durable(self, call: Call) -> Awaitable[bool] | None:
-        """What the answer to a start or an end of a transaction waits for, if anything."""
+        """An awaitable for the answer to a start or an end of a transaction, if it has to wait."""
         if call.payload.get("eventType") == "Updated":
             return None
         state = self.board.state
@@ -10879,7 +10882,7 @@ class StationConnection:
 
     async def _answer_later(self, waits: Awaitable[bool], record: LoggedMessage,
                             reply: CallResult | CallError, started: float) -> None:
-        """Answer a Call when the disk has what it said, or does not get it in time."""
+        """Answer a Call when its facts are on disk, or not in time."""
         if not await waits:
             self.board.answered_early(self.station)
         self.pass_answer(record, reply, pack(reply), started, "We")
@@ -10896,7 +10899,7 @@ class StationConnection:
 
     def _keep_answer(self, reply: CallResult | CallError, action: str, id_: str,
                      response_ms: float, who: str) -> None:
-        """Put an answer to the station on record."""
+        """Record an answer to the station."""
         board, station = self.board, self.station
         if isinstance(reply, CallResult):
             board.message(station, "OUT", "CALLRESULT", action, id_,
@@ -10910,7 +10913,7 @@ class StationConnection:
 
     def _violation(self, message: Call | Send | CallResult, action: str, part: str,
                    who: str = "") -> Violation | None:
-        """What the schema says against the payload; it goes on record, and among the quirks."""
+        """The violation of a message's schema, if any; it goes on record, and among the quirks."""
         violation = None if self.schemas is None else self.schemas.check(
             self.protocol, action, part, message.payload)
         if violation:
@@ -10924,7 +10927,7 @@ class StationConnection:
         return violation
 
     def _refuse(self, frame: str | bytes, error: BadFrame) -> Awaitable | None:
-        """A frame that is no message: kept as an error, and answered if it is a CALL with an id."""
+        """Record a frame that is no message; answer it if it is a CALL with an id."""
         board, station = self.board, self.station
         raw = frame if isinstance(frame, str) else frame.decode("utf-8", "backslashreplace")
         if board.quirk(station, "bad_message", in_message=False) == 1:
@@ -10937,7 +10940,7 @@ class StationConnection:
         return None
 
     def _send_refusal(self, id_text: str, action: str, error: BoardError) -> Awaitable | None:
-        """Answer with a CALLERROR what never came to its handler."""
+        """Answer a message that never came to its handler with a CALLERROR."""
         reply = refusal(self.protocol, id_text, error)
         self.board.message(self.station, "OUT", "CALLERROR", action, message_id(id_text), "{}",
                            None, reply.code, reply.description)
@@ -10965,14 +10968,14 @@ class StationConnection:
             self.upstream.station_sent(message, frame)
 
     def _failed(self, text: str, action: str, message: CallError | CallResultError) -> None:
-        """Keep a CALLERROR, theirs or ours, among the errors."""
+        """Record a CALLERROR, theirs or ours, among the errors."""
         self.board.error("CALL_ERROR", self.station, text,
                          {"action": action, "errorCode": message.code,
                           "errorDescription": message.description,
                           "messageId": message_id(message.id_text)})
 
     def _answered(self, message: CallResult | CallError, frame: str) -> None:
-        """An answer to a command: the one under way, one given up, or none of ours."""
+        """Take the answer to a command: the one under way, one given up, or none of ours."""
         board, station, id_ = self.board, self.station, message_id(message.id_text)
         pending, late = self.exchange.answered(message, frame or pack(message))
         if pending is None:
@@ -10994,7 +10997,7 @@ class StationConnection:
                         f"{action} was answered after {response_ms / 1000:.1f} s", details)
 
     def _learn(self, call: Call, message: CallResult | CallError) -> None:
-        """Draw from the answer to a command what it says of the station."""
+        """Learn about the station from its answer to a command."""
         result = message if isinstance(message, CallResult) else None
         if self.guard and call.action in GUARDED:
             self.guard.answered(self.station, call, result.payload if result else {})
@@ -11005,7 +11008,7 @@ class StationConnection:
 
     def _record_answer(self, message: CallResult | CallError, call: Call | None,
                        response_ms: float | None) -> None:
-        """Record an answer without what is secret in it, or in the command."""
+        """Record an answer without the secrets in it, or in the command."""
         action, payload = (call.action, call.payload) if call else ("", {})
         hidden, id_ = hidden_texts(action, payload), message_id(message.id_text)
         if isinstance(message, CallResult):
@@ -11025,7 +11028,7 @@ class StationConnection:
     async def call(self, action: str, payload: dict) -> tuple[dict, float]:
         """Send a command and wait for its answer: (payload of the CALLRESULT, ms it took).
 
-        What is too much for the station at a time goes in parts, their answers come as one.
+        A command too large for the station goes in parts, and their answers come as one.
 
         Raises: UnknownAction, FormatViolation (the payload does not fit the schema, or the
             station), Busy, Conflict (offline), CallFailed (CALLERROR), NoAnswer.
@@ -11112,7 +11115,7 @@ class StationConnection:
         return pending.message, pending.frame
 
     def pass_on(self, message: Send | CallResultError, frame: str) -> None:
-        """Give the station what upstream says and no answer is wanted to."""
+        """Give the station a message of the upstream system that needs no answer."""
         kind: MessageType = "SEND" if type(message) is Send else "CALLRESULTERROR"
         self.board.message(self.station, "OUT", kind, getattr(message, "action", ""),
                            message_id(message.id_text), message.text)
@@ -11148,7 +11151,7 @@ def _check_known(protocol: str, action: str) -> None:
 
 
 class Parts(NamedTuple):
-    """A command as the station takes it: in one or several parts."""
+    """A command in one or several parts, as the station takes it."""
 
     payloads: list[dict]
     answers: tuple[str, ...] = ()        # lists of their answers, to be put together
@@ -11156,7 +11159,7 @@ class Parts(NamedTuple):
     stops: bool = False                  # where one is not Accepted, no other follows
 
     def put_together(self, answers: list[dict]) -> dict:
-        """The answer to the whole."""
+        """The answer to the whole command."""
         whole = answers[-1] if self.stops else answers[0]
         for name in self.answers:
             lists = [items for answer in answers if isinstance(items := answer.get(name), list)]
@@ -11171,9 +11174,9 @@ FRAME_BYTES = 64                     # of a command beside its Action and its pa
 
 
 def parts_of(station: Station, action: str, payload: dict) -> Parts:
-    """A command in parts, where the station told how much it takes, or the standard wants it.
+    """The parts of a command, by the limits that the station reported, or by the standard.
 
-    Raises: WrongValue, where it is too much and cannot be split.
+    Raises: WrongValue, where it is too large and cannot be split.
     """
     if action == "ClearChargingProfile" and CLEARED_EACH[station.protocol] and not (
             payload.get("chargingProfileId") is not None or payload.get("chargingProfileCriteria")):
@@ -11199,7 +11202,7 @@ def parts_of(station: Station, action: str, payload: dict) -> Parts:
 
 
 def _groups(items: list, most: float, most_bytes: float) -> list[list]:
-    """Items in groups of so many and so many bytes; one that is too large is a group."""
+    """Items in groups of so many and so many bytes; an item too large is a group of its own."""
     groups: list[list] = [[]]
     size = 0
     for item in items:
@@ -11247,7 +11250,7 @@ def _learn_profile(board: Board, station: Station, asked: dict, answer: dict) ->
 
 
 def _learn_cleared(board: Board, station: Station, asked: dict, answer: dict) -> None:
-    """Accepted or Unknown: what was to be cleared is not there any more."""
+    """Accepted or Unknown: the profiles to be cleared are gone."""
     id_, criteria = asked.get("chargingProfileId"), lenient(asked, "chargingProfileCriteria",
                                                             dict, {})
     wanted = tuple(criteria.get(name) for name in (
@@ -11271,7 +11274,7 @@ Learner = Callable[[Board, Station, dict, dict], None]
 _LEARNT_2X: dict[str, Learner] = {
     "GetVariables": _learn_from_variables, "SetChargingProfile": _learn_profile,
     "ClearChargingProfile": _learn_cleared}
-# What is learnt of a station from its answer to a command.
+# {version: {Action: the function that learns of the station from its answer}}
 LEARNT_FROM: dict[str, dict[str, Learner]] = {
     "ocpp1.6": {"GetConfiguration": _learn_from_configuration,
                 "ClearChargingProfile": _learn_cleared_16},
@@ -11279,7 +11282,7 @@ LEARNT_FROM: dict[str, dict[str, Learner]] = {
 
 
 def check_command(station: Station, action: str, payload: dict) -> None:
-    """See whether the standard lets us send a command to this station, beyond its schema.
+    """Check a command against the standard's rules beyond its schema.
 
     Raises: WrongValue, with the reason.
     """
@@ -11341,7 +11344,7 @@ def _check_profile(station: Station, payload: dict) -> str:
 
 
 def _check_size(station: Station, profile: dict, schedules: list) -> str:
-    """Whether a charging profile is larger than the station told that it takes."""
+    """Whether a charging profile is larger than the station's reported limits."""
     most_level, most = station.limits.get(STACK_LEVEL), station.limits.get(PERIODS)
     if most_level is not None and lenient(profile, "stackLevel", int, 0) > most_level:
         return f"the highest stackLevel of this station is {most_level}"
@@ -11374,7 +11377,7 @@ INTRODUCED_CONNECTORS = 20           # of one station, at most
 
 
 async def introduce(connection: StationConnection) -> None:
-    """Ask a station that goes on without a boot what it is, and how its connectors are.
+    """Ask a station that goes on without a boot for its BootNotification and statuses.
 
     A refusal, or no answer, is the end of it. Spec: 1.6 5.17; 2.0.1 F06.
     """
@@ -11396,7 +11399,7 @@ async def introduce(connection: StationConnection) -> None:
 
 
 async def send_local_list(connection: StationConnection) -> LocalList:
-    """Bring a station's local list up to date: what has changed, or all of it.
+    """Bring a station's local list up to date, by its changes or in full.
 
     Raises: Conflict (it takes none), and what `StationConnection.call` raises.
     Spec: 1.6 3.5.2, 5.10, 5.15; 2.0.1 D01, D02.
@@ -11410,7 +11413,7 @@ async def send_local_list(connection: StationConnection) -> LocalList:
         raise Conflict("The station keeps no local list")        # 1.6 5.10
     known, status = station.local_list, ""
     if _LOCAL_LIST.most not in station.limits and len(board.tokens) > 1:
-        with contextlib.suppress(CallFailed):        # that it does not know how much it takes
+        with contextlib.suppress(CallFailed):        # it may not know its own limit
             await connection.call(*LIST_LIMITS[connection.protocol])
     if known is not None and known.version == version >= board.full_list_before:
         changed = [t for t in board.tokens.values() if t.list_version > version]
@@ -11442,7 +11445,7 @@ async def _send_list(connection: StationConnection, update: str, tokens: list[Id
 
 
 def _listed_entry(protocol: str, token: IdToken, grant: Grant | None) -> dict:
-    """An id token of a local list; one without a Grant is to be removed from it."""
+    """The entry of an id token in a local list; without a Grant it removes the token."""
     name, info = LISTED_AS[protocol]
     written, info_of = WRITTEN_AS[name]
     return {name: written(token)} | ({info: info_of(protocol, grant)} if grant else {})
@@ -11456,7 +11459,7 @@ WRITTEN_AS: dict[str, tuple[Callable[[IdToken], Any], Callable[[str, Grant], dic
 
 
 def costs_due(connection: StationConnection) -> list[Transaction]:
-    """The running transactions whose cost the station is to be told (2.0.1 I02.FR.01)."""
+    """The running transactions with a cost to report to the station (2.0.1 I02.FR.01)."""
     if connection.upstream is not None or not connection.shows_costs or connection.sending_costs:
         return []
     return [t for connector in connection.station.connectors.values()
@@ -11464,7 +11467,7 @@ def costs_due(connection: StationConnection) -> list[Transaction]:
 
 
 async def send_costs(connection: StationConnection, transactions: list[Transaction]) -> None:
-    """Tell a station what its transactions have cost; one that knows no costs is left alone."""
+    """Send a station the costs of its transactions; one that knows no costs is left alone."""
     connection.sending_costs = True
     try:
         for transaction in transactions:
@@ -11483,11 +11486,11 @@ async def send_costs(connection: StationConnection, transactions: list[Transacti
 TAKERS: dict[type, Callable] = {
     Send: StationConnection._sent, CallResult: StationConnection._answered,
     CallError: StationConnection._answered,
-    CallResultError: StationConnection._result_refused}   # of what is no Call
+    CallResultError: StationConnection._result_refused}   # the handlers of all but Calls
 
 
 class Budget:
-    """A token bucket: how long the next frame of a station has to wait. Rate 0 is no limit."""
+    """A token bucket for the messages of a station; rate 0 is no limit."""
 
     __slots__ = ("rate", "_left", "_at", "_reported_at")
 
@@ -11496,7 +11499,7 @@ class Budget:
         self._at, self._reported_at = now, -math.inf
 
     def spend(self, now: float, cost: int = 1) -> float:
-        """Seconds that this frame waits, 0 while the budget lasts."""
+        """The seconds that this frame waits, 0 while the budget lasts."""
         if not self.rate:
             return 0
         self._left = min(self._left + (now - self._at) * self.rate, self.rate * BURST_S) - cost
@@ -11504,7 +11507,7 @@ class Budget:
         return max(0.0, -self._left / self.rate)
 
     def is_to_report(self) -> bool:
-        """Whether to tell that the limit is reached: not if that was so within `COALESCE_S`."""
+        """Whether to report that the limit is reached: not twice within `COALESCE_S`."""
         is_new = self._at - self._reported_at > COALESCE_S
         self._reported_at = self._at
         return is_new
@@ -14455,25 +14458,25 @@ def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:
 
 
 # --- Relay --------------------------------------------------------------------------------
-# Stations that go on to an upstream central system, whose answers count. An UpstreamSession is one
-# station's way there: a MessageQueue has its QueuedCalls, and one of them at a time is sent. A
-# start or stop is in the State before it is sent, and so is whatever the station has our answer to.
+# Stations that go on to an upstream central system, whose answers count. An UpstreamSession is the
+# connection of one station there: a MessageQueue has its QueuedCalls, which are sent one at a time.
+# A start or stop is in the State before it is sent, and so is each Call that was answered here.
 
-TICK_S = 0.25                       # how often sessions look at the clock
+TICK_S = 0.25                       # between two ticks of the sessions
 SESSION_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
                   "answeredHere")
-CLEARED_BY = {                           # what a ClearChargingProfile names, in either version
+CLEARED_BY = {                           # {field of a ClearChargingProfile: attribute of a Profile}
     "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
     "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
 STARTING = {"RemoteStartTransaction": "connectorId", "RequestStartTransaction": "evseId"}
-KNOWN_S = 400 * 86400               # so long what a restart needs of a station is kept unused
+KNOWN_S = 400 * 86400               # for which the rows of a station that is away are kept
 RELAY_BYTES = 64 << 20              # of frames that wait for upstream, of all stations
 SESSION_BYTES = 2 << 20             # and of one
-DROPPED_AT_ONCE = 500               # rows that are read at the start, until that is looked at
+DROPPED_AT_ONCE = 500               # rows read at the start between two looks at RELAY_BYTES
 
 
 class Relay:
-    """All sessions, and what they share: the clock, the state, what passes between them and us."""
+    """The sessions of all stations, and what they share: clock, state, limits of memory."""
 
     def __init__(self, board: Board, schemas: Schemas | None,
                  spawn: Callable[[str, Any], asyncio.Task], controller: Controller | None = None,
@@ -14481,12 +14484,12 @@ class Relay:
         self.board, self.schemas, self.spawn, self.controller = board, schemas, spawn, controller
         self.now, self.state = now, board.state
         self.sessions: dict[str, UpstreamSession] = {}
-        self.asking: dict[str, tuple] = {}       # {identity: (connection, …)}, who asks
+        self.asking: dict[str, tuple] = {}       # {identity: (connection, …)}, until approved
         self._last_key = 0                       # of a QueuedCall in the state
         self.state.sources.append(self.keep_all)
 
     def start(self) -> None:
-        """Take up what an earlier run knew, and had to deliver."""
+        """Restore the sessions of an earlier run, and the Calls that it had to deliver."""
         self.board.transaction_id_used(import_journal(
             self.board.config.proxy.journal, self.state, self.board.clock()))
         for kind, restore in RESTORED.items():
@@ -14510,7 +14513,7 @@ class Relay:
         self._drop_beyond_bound()
 
     def attach(self, connection: StationConnection, authorization: str) -> None:
-        """A station has connected: it goes on upstream if an upstream is there for it."""
+        """A station has connected: it goes on upstream if there is an upstream for it."""
         identity = connection.station.identity
         settings = self.board.config.upstream(identity)
         if settings is None or connection.ended:
@@ -14526,7 +14529,7 @@ class Relay:
         self._session(identity, settings).attach(connection, authorization)
 
     def _make_room(self) -> bool:
-        """Forget a session that nobody uses; False where there is none."""
+        """Forget a session that is not needed; False where there is none."""
         idle = next((s for s in self.sessions.values() if not s.is_needed()
                      and s.status == IDLE), None)
         if idle is None:
@@ -14564,7 +14567,7 @@ class Relay:
             websocket.ping_if_due(now, ping_s)
 
     def _drop_beyond_bound(self) -> None:
-        """Many stations together must not take all memory: the longest queue gives way."""
+        """Bound the memory of all queues together: the longest one gives way."""
         over = sum(s.queue.bytes for s in self.sessions.values()) - RELAY_BYTES
         while over > 0:
             session = max(self.sessions.values(), key=lambda s: s.queue.bytes)
@@ -14573,24 +14576,24 @@ class Relay:
             over -= before - session.queue.bytes
 
     def next_key(self, after: str = "0") -> str:
-        """A key for a row of the state that sorts behind all before it, and behind `after`."""
+        """A key for a row of the state, behind all keys before it, and behind `after`."""
         self._last_key = max(self._last_key + 1, int(after), int(self.board.clock() * 1000))
         return f"{self._last_key:015d}"
 
     def keep_all(self) -> None:
-        """Put all that a restart needs into the state: its file is a new one."""
+        """Put all rows into a state file that is new."""
         for session in self.sessions.values():
             session.keep_all()
 
     def is_there(self, settings: SimpleNamespace) -> None:
-        """One session has got through: the others of this upstream need not wait as long."""
+        """A session has connected: the others of this upstream need not wait as long."""
         now = self.now()
         for session in self.sessions.values():
             if session.settings is settings and session.status == BACKOFF:
                 session.connect_after = min(session.connect_after, now + random.uniform(0, SOON_S))
 
     def stop(self) -> None:
-        """Let go of everything; what was not delivered is in the log."""
+        """Close all sessions; undelivered messages are in the log."""
         for session in self.sessions.values():
             if waiting := session.waiting:
                 log.warning("%s: %d messages for %s %s", shown(session.identity), waiting,
@@ -14620,7 +14623,7 @@ class Relay:
 
 
     def limit(self, session: "UpstreamSession", call: Call) -> CallResult | None:
-        """Take upstream's charging profiles for the limits of a station that we steer.
+        """Keep charging profiles of the upstream system, for a station that the board steers.
 
         Returns the answer to upstream; None where the Call is for the station.
         """
@@ -14647,7 +14650,7 @@ class Relay:
 
     def _limit(self, controller: Controller, session: "UpstreamSession", profile: dict,
                evse_id: int) -> None:
-        """Keep a profile of upstream, in either version. Raises: FormatViolation."""
+        """Keep an upstream system's charging profile, of either version. Raises: FormatViolation."""
         schedule = profile.get("chargingSchedule")
         schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
         if not isinstance(schedule, dict):
@@ -14663,7 +14666,7 @@ class Relay:
                                     "evse": evse_id})
 
     def without_profile(self, session: "UpstreamSession", call: Call) -> Call:
-        """A command to start a transaction, its profile taken for ours where we steer."""
+        """A command to start a transaction, without its profile where the board steers."""
         profile, controller = call.payload.get("chargingProfile"), self._steering(session)
         if call.action not in STARTING or not isinstance(profile, dict) or controller is None:
             return call
@@ -14674,18 +14677,18 @@ class Relay:
         return call._replace(payload=payload, text=to_json(payload))
 
 
-# What waits
+# The queue
 
 TRANSACTION, EVENT, TELEMETRY = 3, 2, 1      # priorities; with 0 nothing waits for an upstream away
 PRIORITY = {"StartTransaction": TRANSACTION, "StopTransaction": TRANSACTION,
             "SecurityEventNotification": EVENT, "MeterValues": TELEMETRY}
 EVENT_PRIORITY = {"Started": TRANSACTION, "Ended": TRANSACTION}      # others: EVENT
 METERED = ("MeterValuePeriodic", "MeterValueClock")
-CALL_BYTES = 500                    # of memory, that a QueuedCall takes beside its frame
+CALL_BYTES = 500                    # of memory, for a QueuedCall beside its frame
 
 
 def priority_of(call: Call) -> int:
-    """How much it matters that upstream hears of a Call, though it be away now."""
+    """The priority of a Call: how much it matters that upstream gets it though it is away now."""
     if call.action == "TransactionEvent":
         event = lenient(call.payload, "eventType", str, "")
         if "idToken" in call.payload:    # to a 1.6 upstream it is the start
@@ -14693,18 +14696,18 @@ def priority_of(call: Call) -> int:
         return EVENT_PRIORITY.get(event, TELEMETRY if lenient(
             call.payload, "triggerReason", str) in METERED else EVENT)
     if call.action == "MeterValues" and lenient(call.payload, "transactionId", int, 0) <= 0:
-        return 0                         # of no transaction
+        return 0                         # meter values outside of transactions
     return PRIORITY.get(call.action, 0)
 
 
 def digest_of(call: Call) -> str:
-    """By what the same Call is known that a station says again, under whatever message id."""
+    """The digest by which a repeated Call is recognised, under whatever message id."""
     return hashlib.blake2b(f"{call.action}\n{call.text}".encode(errors="replace"),
                            digest_size=16).hexdigest()
 
 
 def read_call(frame: str) -> Call:
-    """A frame that was kept. Raises: BadFrame."""
+    """The Call in a stored frame. Raises: BadFrame."""
     call = unpack(frame)
     if not isinstance(call, Call):
         raise BadFrame("this is no Call")
@@ -14717,38 +14720,38 @@ class QueuedCall:
 
     action: str
     frame: str                          # as the station wrote it
-    id_text: str                        # of the Call to answer: the station may say it again
+    id_text: str                        # of the Call to answer: of its repetition, if any
     protocol: str                       # the station's
     priority: int
     came_mono: float                    # by the relay's clock
     status: str = "queued"              # queued | sent | delivered | lost
-    digest: str = ""                    # of what has a priority
+    digest: str = ""                    # of a Call with a priority
     call: Call | None = None            # the frame, read; not while it waits
     started: float = 0.0                # when it came, by `perf_counter`
     record: LoggedMessage | None = None      # while the station waits for the answer
-    answered: bool = False              # the station has our answer, and counts on us
+    answered: bool = False              # the station has our answer, and relies on the delivery
     missed: bool = False                # the station left before it had an answer
     reply: CallResult | CallError | None = None      # ours, where upstream has none
-    transaction_id: int | None = None   # that the board gave
+    transaction_id: int | None = None   # of the board's own
     steps: Steps | None = None          # of its translation
-    asked: Call | None = None           # what upstream is asked, until it has answered
-    sent: Call | None = None            # what it was asked last
-    answer_frame: str = ""              # its last answer, and the payload of that
+    asked: Call | None = None           # the translated Call, until upstream has answered it
+    sent: Call | None = None            # the Call that was sent upstream last
+    answer_frame: str = ""              # of upstream's last answer, and the payload of that
     reply_payload: dict | None = None
     attempts: int = 0                   # that upstream answered with an error
-    disconnects: int = 0                # connections that ended while it was sent
-    introduces: bool = False            # our repetition of the last BootNotification
+    disconnects: int = 0                # connections that ended while it was under way
+    introduces: bool = False            # it is our repetition of the last BootNotification
     ends: int | str | None = None       # the transaction that it ends in the station's name
     key: str = ""                       # of its row in the state; "": there is none
 
     def read(self) -> Call:
-        """The Call."""
+        """The Call in its frame."""
         if self.call is None:
             self.call = read_call(self.frame)
         return self.call
 
     def row(self, identity: str) -> dict:
-        """What the state keeps of it."""
+        """The row of the State."""
         asked = self.asked and [self.asked.id_text, self.asked.action, self.asked.text]
         return {"identity": identity, "protocol": self.protocol, "frame": self.frame,
                 "transactionId": self.transaction_id, "asked": asked,
@@ -14758,7 +14761,7 @@ class QueuedCall:
 class MessageQueue:
     """The Calls that wait for upstream, in order; no I/O.
 
-    Bounded by count and bytes; the least priority gives way, of that the oldest.
+    Bounded by count and bytes: the oldest Call of the least priority gives way.
     """
 
     def __init__(self, most: int, most_bytes: int = SESSION_BYTES):
@@ -14775,16 +14778,16 @@ class MessageQueue:
 
     @property
     def first(self) -> QueuedCall | None:
-        """What is to be sent next."""
+        """The Call to be sent next."""
         return self._calls[0] if self._calls else None
 
     @property
     def is_over(self) -> bool:
-        """Whether something has to give way."""
+        """Whether a Call has to give way."""
         return len(self._calls) > self.most or self.bytes > self.most_bytes
 
     def add(self, queued: QueuedCall, first: bool = False) -> None:
-        """Put it at the end, or before all others."""
+        """Put a Call at the end, or before all others."""
         queued.status = "queued"
         if first:
             self._calls.appendleft(queued)
@@ -14795,18 +14798,18 @@ class MessageQueue:
             self._by_digest[queued.digest] = queued
 
     def remove(self, queued: QueuedCall) -> None:
-        """Take it out, wherever it stands."""
+        """Take a Call out, wherever it stands."""
         self._calls.remove(queued)
         self.bytes -= sys.getsizeof(queued.frame) + CALL_BYTES
         if self._by_digest.get(queued.digest) is queued:
             del self._by_digest[queued.digest]
 
     def least(self) -> QueuedCall:
-        """What gives way first: no start or stop while there is something else."""
+        """The Call that gives way first: no start or stop while there is another."""
         return min(self._calls, key=attrgetter("priority"))
 
     def find(self, digest: str) -> QueuedCall | None:
-        """The same Call, if it waits already."""
+        """The queued Call of this digest, if there is one."""
         return self._by_digest.get(digest)
 
 
@@ -14814,27 +14817,27 @@ class MessageQueue:
 
 IDLE, BACKOFF, CONNECTING, BOOTING, ONLINE = "idle", "backoff", "connecting", "booting", "online"
 BILLED = ("transactionId", "connectorId", "idTag", "meterStart", "meterStop", "reason", "timestamp",
-          "eventType", "seqNo", "transactionInfo", "evse", "idToken")      # what an invoice needs
-SOON_S = 5                          # until the others try, when one station has got through
+          "eventType", "seqNo", "transactionInfo", "evse", "idToken")      # facts for an invoice
+SOON_S = 5                          # until the others try, when one station has connected
 RECONNECT_S = (1, 60)               # the shortest and longest pause between two attempts
 PAUSE_S = (2, 300)                  # the same, when upstream could not take a message
-GRACE_S = 10                       # so long a station may be gone until upstream is told
+GRACE_S = 10                       # until the connection of a station that has left is closed
 SILENT_CALLS = 3                    # unanswered Calls in a row: upstream is not there
 ATTEMPTS = {TELEMETRY: 3, EVENT: 3, TRANSACTION: 10}     # while upstream answers with its own error
 DISCONNECTS = {TELEMETRY: 5, EVENT: 5, TRANSACTION: 30}  # connections that may end over one message
 ANYTIME = {"timestamp": None}
-CONVERTER_FAULTS = (                # on a payload that nobody thought of
+CONVERTER_FAULTS = (                # of the translation of an unforeseen payload
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-ANSWERS_KEPT = 50                   # of upstream, that a station may have missed: it asks again
+ANSWERS_KEPT = 50                   # of upstream, for Calls that a station may repeat
 ANSWER_BYTES = 4096                 # of such an answer; a larger one is not kept
 ABANDONED_S = 600                   # until an abandoned transaction is ended upstream
-TRANSIENT = ("InternalError", "GenericError")        # such an answer may be another one later
-# Of a mapping: a change of one of the first is written at once, the others with it.
+TRANSIENT = ("InternalError", "GenericError")        # errors after which a Call is sent again
+# Fields of a mapping: a change of a fact is written at once, the readings with it.
 MAPPING_FACTS = ("upstream_id", "evse_id", "id_token", "started", "base", "start_key", "ended",
                  "end_key", "ended_by_us")
 MAPPING_READINGS = ("seq_no", "charged", "register")
 SEQUENCE_RESERVED = 50              # seqNo that may be used before the state is written again
-ABANDONED = {                       # the end that we tell upstream of, by the station's version
+ABANDONED = {                       # the end of an abandoned transaction, by the station's version
     "ocpp1.6": ("StopTransaction", lambda id_, at, wh: {
         "transactionId": id_, "meterStop": int(wh), "timestamp": at, "reason": "Other"}),
     "2.x": ("TransactionEvent", lambda id_, at, wh: {
@@ -14843,7 +14846,7 @@ ABANDONED = {                       # the end that we tell upstream of, by the s
 
 
 class Disconnected(Exception):
-    """The connection upstream is over, or none came about; `at_once`: another may be tried now."""
+    """The connection upstream has ended, or failed; `at_once`: another may be tried now."""
 
     def __init__(self, reason: str, at_once: bool = False):
         super().__init__(reason)
@@ -14858,7 +14861,7 @@ class Reported(NamedTuple):
 
 
 class UpstreamSession:
-    """One station's way to its upstream system: connect, introduce it, deliver, and again."""
+    """The connection of one station upstream: connect, introduce, deliver, and again."""
 
     def __init__(self, relay: Relay, identity: str, settings: SimpleNamespace):
         self.relay, self.board, self.identity = relay, relay.board, identity
@@ -14871,20 +14874,20 @@ class UpstreamSession:
         self.left_mono = -math.inf
         self.last_reported: dict[str, Reported] = {}     # {place: …}; "" is the BootNotification
         self.has_answered = False            # this connection of the station has had an answer
-        self.is_restored = False             # what it reported to an earlier run is repeated
+        self.is_restored = False             # `last_reported` is of an earlier run: repeat it
         # the connection upstream
         self.status = IDLE
         self.protocol = ""
         self.websocket: WebSocket | None = None
         self.exchange: Exchange                      # of that, or of the last one
-        self.first_attempt = True            # none has failed since the station came: it can wait
+        self.first_attempt = True            # none has failed since the station came
         self.answered_once = False           # upstream has, on this connection
         self.failures = self.silent = 0      # attempts to connect, Calls without answer, in a row
         self.connect_after = self.boot_after = self.send_after = 0.0
         self.opened_mono = self._looked_mono = 0.0
         self._end: Disconnected | None = None
         self._wake = asyncio.Event()
-        # what goes through it
+        # the Calls
         self.queue = MessageQueue(settings.queue)
         self.in_flight: QueuedCall | None = None
         self._unanswered: list[QueuedCall] = []      # in the queue, while their stations wait
@@ -14904,7 +14907,7 @@ class UpstreamSession:
     # Its life
 
     async def run(self) -> None:
-        """Connect when it is needed, and deliver, until it is not; then again."""
+        """Connect while that is needed, and deliver; then again."""
         while True:
             try:
                 sent_away = self.failures and self.settings.when_down == "close"
@@ -14929,7 +14932,7 @@ class UpstreamSession:
             await self._woken()
 
     async def _woken(self) -> None:
-        """Wait until something happens. Raises: Disconnected, when that did."""
+        """Wait for an event of the session. Raises: Disconnected, when the connection has ended."""
         self._wake.clear()
         await self._wake.wait()
         if self._end is not None:
@@ -14938,7 +14941,7 @@ class UpstreamSession:
     def is_needed(self) -> bool:
         """Whether a connection upstream is of use: also for a while after the station has left.
 
-        Where the station's own password is passed on, nobody else knows it.
+        Where the station's own password is passed on, only the station knows it.
         """
         if self.connection is not None:
             return True
@@ -14971,7 +14974,7 @@ class UpstreamSession:
                                                                                 reason)))
 
     def _introduce(self) -> None:
-        """See that upstream hears first who the station is and how, if that was before."""
+        """Queue the last BootNotification and statuses, where upstream may not have them."""
         self.status = ONLINE
         repeats, self.is_restored = self.has_answered or self.is_restored, False
         boot = self.last_reported.get("")
@@ -14985,14 +14988,14 @@ class UpstreamSession:
                     self.queue.add(self._repeated(reported))
 
     def _repeated(self, reported: Reported) -> QueuedCall:
-        """A Call of the station told once more, under an id of its own."""
+        """A reported Call once more, under a message id of its own."""
         call = reported.call._replace(id_text=f'"{uuid.uuid4()}"')
         return QueuedCall(call.action, pack(call), call.id_text, reported.protocol, 0,
                           self.relay.now(), call=call,
                           introduces=call.action == "BootNotification")
 
     async def _deliver(self) -> None:
-        """Send what waits, in order, while the session is needed. Raises: Disconnected."""
+        """Send the queued Calls, in order, while the session is needed. Raises: Disconnected."""
         while self.is_needed():
             queued = self._due()
             if queued is None:
@@ -15009,7 +15012,7 @@ class UpstreamSession:
                 await self._send(queued)
 
     def _due(self) -> QueuedCall | None:
-        """What upstream is to be told now: until it has accepted the station, only who that is."""
+        """The Call to send now; until upstream has accepted the station, its BootNotification."""
         now, first = self.relay.now(), self.queue.first
         if self._end is not None:
             raise self._end
@@ -15024,7 +15027,7 @@ class UpstreamSession:
         return self._repeated(boot)
 
     def _disconnected(self, end: Disconnected) -> None:
-        """The connection is over: what was under way is first, next time, as it was."""
+        """The connection has ended: the Call under way is the first of the next one."""
         was_open = self.websocket is not None or self._end is not None
         reason = kept(end)
         if was_open:
@@ -15049,7 +15052,7 @@ class UpstreamSession:
         self._drop_own()
 
     def _drop_own(self) -> None:
-        """What we repeat or report ourselves is made anew for the next connection."""
+        """Drop the session's own repetitions and reports: each connection has new ones."""
         for queued in [q for q in self.queue if not q.priority and q.record is None]:
             self.queue.remove(queued)
 
@@ -15063,14 +15066,14 @@ class UpstreamSession:
                      self.settings.url, shown(reason))
 
     def _back_off(self) -> None:
-        """When to connect again: later each time, and not with all others."""
+        """Set the time of the next attempt to connect: later each time, and at random."""
         shortest, longest = RECONNECT_S
         wait_s = min(longest, shortest * 2 ** min(self.failures, 10))
         self.failures += 1
         self.connect_after = self.relay.now() + wait_s * random.uniform(0.5, 1.0)
 
     def _requeue(self, queued: QueuedCall) -> None:
-        """The connection ended over a Call: it is first again, or lost."""
+        """Queue the Call under way again, as the first; one that ends many connections is lost."""
         self.in_flight = None
         queued.disconnects += self.answered_once
         if queued.priority and queued.record is None and (
@@ -15096,13 +15099,13 @@ class UpstreamSession:
             self.hang_up(reason)
 
     def stop(self) -> None:
-        """The process ends: what is known exactly is kept so."""
+        """The process ends: put the mappings as they are."""
         self._keep_mappings(exact=True)
         if self.websocket is not None:
             self.websocket.close()
 
     def tick(self, now: float) -> None:
-        """Look at the clock: answers that are due, silence, another attempt."""
+        """Act on the time: answers that are due, silence, another attempt."""
         timeout_s = self.board.config.ocpp.call_timeout_seconds
         due = now - max(timeout_s - 2 * TICK_S - COMMIT_S * bool(self.state), timeout_s / 2)
         self._unanswered = [q for q in self._unanswered
@@ -15132,7 +15135,7 @@ class UpstreamSession:
         return sends or (self.status == BOOTING and now >= self.boot_after) or not self.is_needed()
 
     def _look_for_silence(self, queued: QueuedCall, silent_s: float, timeout_s: float) -> None:
-        """What has to be delivered keeps its place; what has not is given up."""
+        """Give up a Call that upstream does not answer, or hang up where it has to be delivered."""
         if queued.priority and silent_s >= 2 * timeout_s:
             self.hang_up(f"upstream does not answer {queued.action}")
         elif not queued.priority and silent_s >= timeout_s:
@@ -15174,7 +15177,7 @@ class UpstreamSession:
         connection.end("upstream is away", 1013)               # try again later
 
     def station_left(self, connection: StationConnection) -> None:
-        """The station's connection is over. What it has no answer to, it will tell again."""
+        """The station's connection has ended: it will repeat Calls that it has no answer to."""
         if connection is not self.connection:
             return
         self.connection, self.left_mono = None, self.relay.now()
@@ -15196,7 +15199,7 @@ class UpstreamSession:
         queued = QueuedCall(call.action, frame, call.id_text, connection.protocol, priority,
                             self.relay.now(), digest=digest_of(call) if priority else "",
                             call=call, started=started, record=record)
-        if call.action != "StartTransaction":            # of that, the answer makes the record
+        if call.action != "StartTransaction":            # its record needs the answer's id
             queued.reply = answer(self.board, connection.station, connection.protocol, call)
         if call.action in ("BootNotification", "StatusNotification"):
             self._keep_reported(queued, call)
@@ -15216,7 +15219,7 @@ class UpstreamSession:
             self._enqueue(queued, first=boots)           # nothing goes before a boot
 
     def _can_pass(self, queued: QueuedCall) -> bool:
-        """Whether it goes upstream at once, as it is, and nothing is to be written before."""
+        """Whether a Call goes upstream at once and unchanged, with no row to be written before."""
         return (self.status == ONLINE and self.in_flight is None and not self.queue
                 and self.websocket is not None and self.relay.now() >= self.send_after
                 and not (queued.priority == TRANSACTION and self.state)
@@ -15229,7 +15232,7 @@ class UpstreamSession:
         self.exchange.begin(call, queued.frame)
 
     def _keep_reported(self, queued: QueuedCall, call: Call) -> None:
-        """Keep what a new connection upstream is to be told: how the station is now."""
+        """Keep the last BootNotification and statuses, for the next connection upstream."""
         place = "" if call.action == "BootNotification" else to_json(
             [call.payload.get("evseId"), call.payload.get("connectorId")])
         former = self.last_reported.get(place)
@@ -15237,12 +15240,12 @@ class UpstreamSession:
                 place and former is None and len(self.last_reported) > CONNECTORS_KEPT):
             return
         self.last_reported[place] = reported = Reported(call, queued.protocol)
-        # Many repeat what has not changed, each minute: that is no reason to write to a disk.
+        # Many repeat an unchanged status each minute: that is no reason to write to a disk.
         if former is None or former.call.payload | ANYTIME != call.payload | ANYTIME:
             self._put_reported(place, reported)
 
     def _is_repeated(self, queued: QueuedCall) -> bool:
-        """Whether the station says again what it missed the answer to; then it gets that."""
+        """Whether a Call is a repeated one; the station gets the answer to the first then."""
         if (answered := self.answers.get(queued.digest)) is not None:
             self._give(queued, answered)
             return True
@@ -15251,7 +15254,7 @@ class UpstreamSession:
             other = flying
         if other is None:
             return False
-        if other.record is None and not other.missed:    # it had ours, or should have
+        if other.record is None and not other.missed:    # it had our answer, or should have
             queued.reply, queued.transaction_id = other.reply or queued.reply, other.transaction_id
             self._answer_here(queued, holds=False)
             other.reply = queued.reply
@@ -15264,7 +15267,7 @@ class UpstreamSession:
         return True
 
     def station_sent(self, message: Send | CallResultError, frame: str) -> None:
-        """What needs no answer goes on at once, if upstream can read it."""
+        """Pass on a message that needs no answer, if upstream can read it."""
         if self.websocket is not None and self.station_protocol == self.protocol and frame:
             self.websocket.write(frame)
         elif type(message) is Send:
@@ -15272,11 +15275,11 @@ class UpstreamSession:
                              else "upstream is away")
 
     def _answer_here(self, queued: QueuedCall, holds: bool = True) -> None:
-        """Answer the station ourselves; `holds`: it counts on us then to deliver what matters."""
+        """Answer the station in upstream's place; `holds`: the Call is to be delivered later."""
         connection = self.connection
         if queued.record is None or connection is None:
             return
-        if queued.reply is None:                         # a start, of which upstream hears later
+        if queued.reply is None:                         # a start, which goes upstream later
             queued.reply = answer(
                 self.board, connection.station, connection.protocol, queued.read(),
                 transaction_id=queued.transaction_id)
@@ -15293,19 +15296,21 @@ class UpstreamSession:
             queued.call = None               # it is read again when it is sent
 
     def _answer_waiting(self, queued: QueuedCall) -> None:
-        """The same for one that waits: it waits on where that matters."""
+        """Answer a queued Call in upstream's place; it stays in the queue if it has a priority."""
         self._answer_here(queued)
         if not queued.priority:
             self.queue.remove(queued)
 
     def _give(self, queued: QueuedCall, reply: CallResult | CallError, frame: str = "") -> None:
-        """Give the station its answer, `frame` where it is upstream's; first, what it counts on
-        is on the disk."""
+        """Give the station its answer, `frame` where it is upstream's.
+
+        If the station relies on the Call's delivery then, it must be on disk before.
+        """
         record, queued.record, connection = queued.record, None, self.connection
         if record is None or connection is None:
             return
         self.has_answered = True
-        if not same_id(reply.id_text, queued.id_text):       # it was asked for again meanwhile
+        if not same_id(reply.id_text, queued.id_text):       # it was repeated meanwhile
             reply, frame = reply._replace(id_text=queued.id_text), ""
         by = "Upstream" if frame else "We"
         give = functools.partial(connection.pass_answer, record, reply, frame or pack(reply),
@@ -15324,11 +15329,11 @@ class UpstreamSession:
             self.board.answered_early(connection.station)
         give()
 
-    # What waits
+    # Delivery
 
     @property
     def waiting(self) -> int:
-        """How many messages wait whose station has its answer already."""
+        """The number of messages that wait and whose station has its answer already."""
         flying = [self.in_flight] if self.in_flight is not None else []
         return sum(1 for q in (*self.queue, *flying) if q.answered)
 
@@ -15342,7 +15347,7 @@ class UpstreamSession:
         self._wake.set()
 
     def drop_least(self, why: str) -> None:
-        """Make room: what matters least goes, and that is on record."""
+        """Drop the Call of the least priority, and record that."""
         least = self.queue.least()
         if least.record is not None:
             self._answer_here(least)
@@ -15352,7 +15357,7 @@ class UpstreamSession:
             self._lost(least, f"lost: {why}")
 
     def _lost(self, queued: QueuedCall, error: str) -> None:
-        """Upstream will not hear of it: a start or stop is told by itself, others are counted."""
+        """A Call is lost: a start or stop has an event of its own, the others are counted."""
         queued.status = "lost"
         self._forget_row(queued)
         self.counts["lost"] += 1
@@ -15371,13 +15376,13 @@ class UpstreamSession:
 
     @staticmethod
     def _count_loss(error: str, proxied: ProxyEvent, event: Event) -> None:
-        """One event an outage and station: thousands would wash away all other errors."""
+        """Count further losses in the event of the first: thousands would wash away all others."""
         count = event.details["count"] = event.details["count"] + 1
         proxied.error = kept(f"{error}; {count} messages")
         event.message = kept(f"{count} messages for upstream: {error}")
 
     def _record_undelivered(self, queued: QueuedCall, error: str) -> Event:
-        """Put what is not delivered where it stays longer than among all that is relayed."""
+        """Record an undelivered Call as an error, which stays longer than a relay event."""
         call = queued.read()
         facts = {key: kept(to_json(call.payload[key])) for key in BILLED if key in call.payload}
         if queued.priority == TRANSACTION:
@@ -15393,7 +15398,7 @@ class UpstreamSession:
     # Sending
 
     async def _send(self, queued: QueuedCall) -> None:
-        """Tell upstream of a Call, and the station of the answer. Raises: Disconnected."""
+        """Send a Call upstream, and its answer to the station. Raises: Disconnected."""
         self.in_flight, queued.status = queued, "sent"
         if self.queue.first is queued:
             self.queue.remove(queued)
@@ -15416,10 +15421,10 @@ class UpstreamSession:
             self._report(self._translator(queued.protocol).told())
 
     async def _ask_for(self, queued: QueuedCall) -> tuple[CallResult | CallError, str] | None:
-        """(upstream's answer in the station's words, its frame where that is as it came).
+        """(upstream's answer in the station's words; its frame if that is unchanged, else "").
 
-        None: upstream has nothing to say to it. Raises: CallFailed (a CALLERROR, untranslated),
-            NotSupported, FormatViolation, NoAnswer, Disconnected.
+        None: upstream's version has nothing like the Call. Raises: CallFailed (a CALLERROR, not
+            translated), NotSupported, FormatViolation, NoAnswer, Disconnected.
         """
         call, translator = queued.read(), self._translator(queued.protocol)
         self._follow_board(translator, queued)
@@ -15450,7 +15455,7 @@ class UpstreamSession:
 
     async def _ask(self, queued: QueuedCall, asked: Call,
                    frame: str) -> tuple[CallResult | CallError, str]:
-        """Send one Call upstream, and wait for the answer. Raises: NoAnswer, Disconnected."""
+        """Send a Call upstream, and wait for its answer. Raises: NoAnswer, Disconnected."""
         queued.asked = queued.sent = asked
         if queued.priority == TRANSACTION or (queued.key and asked is not queued.call):
             self._put_row(queued)
@@ -15490,13 +15495,13 @@ class UpstreamSession:
         return message.payload
 
     def _translated(self, queued: QueuedCall, action: str, payload: dict) -> Call:
-        """The Call that upstream is asked; what it was asked before is the same, to the id."""
+        """The Call of a translation to send; when it is sent again, it is the same, to the id."""
         call, asked = queued.read(), queued.asked
         if asked is not None and asked.action == action:
             return asked
         if payload is call.payload and action == call.action:
             return call
-        # The id follows from what is asked: after a restart, too, it is the same message.
+        # The id follows from the content: after a restart, too, it is the same message.
         text = to_json(payload)
         name = f"{self.identity} {call.id_text} {action} {text}".encode(errors="replace").hex()
         return Call(f'"{uuid.uuid5(uuid.NAMESPACE_OID, name)}"', action, payload, text)
@@ -15508,7 +15513,7 @@ class UpstreamSession:
                                        error.details, to_json(error.details)), "", error.code)
 
     def _refused(self, queued: QueuedCall, error: BoardError) -> None:
-        """There is no translation. A fact stays one: the station is answered by us."""
+        """A Call has no translation; one with a priority is answered here, for it is a fact."""
         self._refused_up(queued.read(), str(error))
         if queued.priority:
             self.counts["lost"] += 1
@@ -15523,14 +15528,14 @@ class UpstreamSession:
         self._land(queued)
 
     def _land(self, queued: QueuedCall) -> None:
-        """It is not under way any more; another one may go."""
+        """A Call is no longer under way; the next one may be sent."""
         if self.in_flight is queued:
             self.in_flight = None
         self._wake.set()
 
     def _finish(self, queued: QueuedCall, reply: CallResult | CallError, frame: str,
                 code: str = "") -> None:
-        """Upstream has answered: the station hears it, unless it has had our answer."""
+        """Upstream has answered: the station gets its answer, unless it had ours."""
         if isinstance(reply, CallError):
             if queued.answered and self._is_retried(queued, code or reply.code):
                 return
@@ -15556,7 +15561,7 @@ class UpstreamSession:
             self._booted(queued, reply)
 
     def _is_retried(self, queued: QueuedCall, code: str) -> bool:
-        """Whether what upstream could not take now, and the station counts on, is sent again."""
+        """Whether a Call is sent again: upstream had an error, and the station relies on us."""
         queued.attempts += 1
         if code not in TRANSIENT or queued.attempts >= ATTEMPTS[queued.priority]:
             return False
@@ -15583,7 +15588,7 @@ class UpstreamSession:
         return _result_of(reply, reply.payload | {"transactionId": queued.transaction_id}), ""
 
     def _make_record(self, queued: QueuedCall, reply: CallResult) -> None:
-        """What upstream's answer says of the station counts on the board."""
+        """Have the board record what upstream has answered."""
         station = self.board.stations.get(self.identity)
         if station is None:
             return
@@ -15595,7 +15600,7 @@ class UpstreamSession:
                                   lenient(reply.payload, "interval", float))
 
     def _keep_answer(self, queued: QueuedCall, reply: CallResult) -> None:
-        """Keep the answer, for the station may not have read it: then it asks again."""
+        """Keep an answer: a station that has not read it repeats its Call."""
         if not queued.digest:
             return
         if queued.answered and type(queued.reply) is CallResult:
@@ -15613,7 +15618,7 @@ class UpstreamSession:
                 self.state.put("answer", to_json([self.identity, oldest]), None)
 
     def _booted(self, queued: QueuedCall, reply: CallResult | CallError) -> None:
-        """Upstream's answer to a BootNotification: until it accepts, nothing else is told."""
+        """Take upstream's answer to a BootNotification: until it accepts, nothing else is sent."""
         payload = reply.payload if type(reply) is CallResult else {}
         status = lenient(payload, "status", str, "")
         final = type(reply) is CallError and reply.code not in TRANSIENT     # it says no to more
@@ -15639,11 +15644,11 @@ class UpstreamSession:
         return found
 
     def known_upstream(self, upstream_id: Any) -> TransactionMapping | None:
-        """The transaction that upstream calls so, where the station has another name for it."""
+        """The transaction of this id of upstream's, where the station's id is another one."""
         return self._translator(self.station_protocol).by_upstream_id(upstream_id)
 
     def _report(self, reports: list[Steps]) -> None:
-        """Tell upstream what is ours to tell, such as a report that a 1.6 station has not."""
+        """Queue messages that a 2.x station would send by itself, such as a report."""
         for steps in reports:
             call = Call(f'"{uuid.uuid4()}"', "", {}, "{}")
             self._enqueue(QueuedCall("", "", call.id_text, self.station_protocol, 0,
@@ -15652,8 +15657,10 @@ class UpstreamSession:
     # Transactions that the station will not end
 
     def _follow_board(self, translator: Translator, queued: QueuedCall) -> None:
-        """A transaction that we have ended upstream goes on, if it does so at the board, or now
-        that the station ends it itself: upstream is told that until it has taken it."""
+        """Reopen transactions that were ended upstream in the station's name, and go on.
+
+        The board shows that, or the station ends it itself: upstream gets that end then.
+        """
         ended_id = None if queued.ends is not None else ended_by(queued.action,
                                                                  queued.read().payload)
         for mapping in translator.mappings.values():
@@ -15666,7 +15673,7 @@ class UpstreamSession:
         return transaction.status if transaction else ""
 
     def _ends_before(self, queued: QueuedCall) -> list[QueuedCall]:
-        """Ends to tell of before a start: it shows that the station has nothing older to tell."""
+        """The ends to send before a start: it shows that the station has no older facts to send."""
         translator = self._translator(queued.protocol)
         is_start = queued.action == "StartTransaction" or (
             queued.action == "TransactionEvent" and queued.priority == TRANSACTION
@@ -15682,8 +15689,8 @@ class UpstreamSession:
                         payload: dict) -> bool:
         """Whether a start is of the next transaction at the same EVSE, by the station's words.
 
-        The board may take it for an older one that is told of afterwards, where a clock was set
-        in between: the station's own times tell. Then the board, too, gives up the former.
+        The board may take it for the late report of an older one, where a clock was set in between:
+        the station's own times tell. Then the board, too, gives up the former.
         """
         if mapping.start_key:            # a 1.6 station
             evse_id, started = lenient(payload, "connectorId", int, 0), mapping.start_key[2]
@@ -15691,7 +15698,7 @@ class UpstreamSession:
         else:
             evse_id, started = lenient(payload, "evse.id", int, 0), mapping.started
             is_same = value_at(payload, "transactionInfo.transactionId") == mapping.station_id
-        if is_same or not evse_id or evse_id != mapping.evse_id:     # 0: nobody has told it yet
+        if is_same or not evse_id or evse_id != mapping.evse_id:     # 0: not known yet
             return False
         try:
             is_later = parse_time(started)[0] <= parse_time(payload.get("timestamp"))[0]
@@ -15714,7 +15721,7 @@ class UpstreamSession:
             >= transaction.stopped_mono)
 
     def _end_abandoned(self) -> None:
-        """End upstream what was given up at the board, and has not come back in ABANDONED_S."""
+        """End abandoned transactions upstream that did not go on within ABANDONED_S."""
         for protocol, translator in self.translators.items():
             for mapping in translator.open_mappings() if translator.ends_for_station else ():
                 transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
@@ -15726,7 +15733,7 @@ class UpstreamSession:
                         self._enqueue(ended)
 
     def _end_of(self, mapping: TransactionMapping, protocol: str) -> QueuedCall:
-        """The end of a transaction, said in the station's name."""
+        """The Call that ends a transaction in the station's name."""
         transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
         at = transaction and (transaction.stopped_at if transaction.status == "abandoned" else
                               transaction.reading and transaction.reading.shown_at)
@@ -15736,7 +15743,7 @@ class UpstreamSession:
                              register or mapping.register or 0)
         call = Call(f'"{uuid.uuid4()}"', action, payload, to_json(payload))
         mapping.ended_by_us = True
-        self._keep_mappings()                    # after a restart, too, the station may go on
+        self._keep_mappings()                    # for a station that goes on after a restart
         self.board.system_event("PROXY_ENDED", self.identity, "A transaction that the station "
                                 "never ended is ended upstream", {
                                     "transactionId": mapping.station_id})
@@ -15781,7 +15788,7 @@ class UpstreamSession:
             self._finish(queued, message, text)
 
     def _nonsense(self, websocket: WebSocket, text: str, error: BadFrame) -> None:
-        """A frame that is no message; where it is about what is under way, that is over."""
+        """Refuse a frame that is no message; it may be the answer to the Call under way."""
         self.counts["errors"] += 1
         self._record("error", "DOWN", None, error=f"upstream sent nonsense: {error}")
         if error.id_text:
@@ -15792,7 +15799,7 @@ class UpstreamSession:
                                      "upstream's answer cannot be read", {}, "{}"), "")
 
     def _commanded(self, websocket: WebSocket, call: Call, frame: str) -> None:
-        """A Call of upstream, for the station."""
+        """Take a Call of upstream for the station."""
         if self.commands >= CALLS_WAITING:
             websocket.write(pack(refusal(self.protocol, call.id_text,
                                          Busy("Too many commands wait for this station"))))
@@ -15811,7 +15818,7 @@ class UpstreamSession:
             text = pack(reply) if reply else await self._command(self.connection, call, frame)
         except BoardError as error:
             text = self._command_failed(call, error, (self.relay.now() - started) * 1000)
-        finally:                         # what is unexpected is logged as the task's failure
+        finally:                         # an unexpected exception is logged as the task's failure
             self.commands -= 1
             if websocket is self.websocket:
                 websocket.write(text)
@@ -15833,7 +15840,7 @@ class UpstreamSession:
                               details, to_json(details)))
 
     async def _command(self, connection: StationConnection, call: Call, frame: str) -> str:
-        """Have the station do what upstream asks; the frame of the answer."""
+        """Send a command of upstream to the station; the frame of the answer."""
         translator = self._translator(self.station_protocol)
         without = self.relay.without_profile(self, call)
         if without is not call:
@@ -15862,7 +15869,7 @@ class UpstreamSession:
         return pack(_result_of(call, payload))
 
     def _check_answer(self, action: str, payload: dict) -> None:
-        """A translated answer must fit its schema, where that is at hand."""
+        """Check a translated answer against its schema. Raises: FormatViolation."""
         schemas = self.relay.schemas
         if schemas and schemas.ready(self.protocol, action) and (
                 violation := schemas.check(self.protocol, action, "Response", payload)):
@@ -15895,7 +15902,7 @@ class UpstreamSession:
             "identity": self.identity, "hasPassword": self.has_password})
 
     def _keep_mappings(self, exact: bool = False) -> bool:
-        """Put what changed of the ids of both sides. Returns whether something did.
+        """Put the changes of the transaction mappings. Returns whether there were any.
 
         The seqNo is written ahead, so that none is used twice; `exact`: as it is, at the end.
         """
@@ -15924,7 +15931,7 @@ class UpstreamSession:
             "station_id": mapping.station_id, "seq_reserved": mapping.seq_reserved}, durable=True)
 
     def keep_all(self) -> None:
-        """Put everything anew."""
+        """Put all rows of the session anew."""
         self._put_session()
         for place, reported in self.last_reported.items():
             self._put_reported(place, reported)
@@ -15939,7 +15946,7 @@ class UpstreamSession:
                     self._put_mapping(translator, mapping)
 
     def forget(self) -> None:
-        """End for good: nobody needs to know of the station any more."""
+        """End the session for good, and remove its rows."""
         self.task.cancel()
         self.state.put("session", self.identity, None)
         for place in self.last_reported:
@@ -15948,18 +15955,18 @@ class UpstreamSession:
             self.state.put("answer", to_json([self.identity, digest]), None)
 
     def restore_session(self, row: StateRow) -> None:
-        """Whether the station had a password."""
+        """Restore whether the station had a password."""
         self.has_password = bool(row.value["hasPassword"])
 
     def restore_reported(self, row: StateRow) -> None:
-        """What an earlier run was told last; upstream may not have heard it."""
+        """Restore the last report of a kind; upstream may not have had it."""
         value, self.is_restored = row.value, True
         call = read_call(value["frame"])
         self.last_reported[value["place"]] = Reported(call, value["protocol"])
         self.station_protocol = self.station_protocol or value["protocol"]
 
     def restore_mapping(self, row: StateRow) -> None:
-        """The ids of a transaction; what was told since is not known, but for its bounds."""
+        """Restore the ids of a transaction; its seqNo since is known by its bound alone."""
         facts = dict(row.value)
         del facts["identity"]
         protocol = facts.pop("protocol")
@@ -15971,13 +15978,13 @@ class UpstreamSession:
         self.stored_mappings.setdefault(protocol, []).append(facts)
 
     def restore_answer(self, row: StateRow) -> None:
-        """An answer that the station may have missed."""
+        """Restore an answer that the station may not have read."""
         payload = row.value["payload"]
         self.answers[row.value["digest"]] = CallResult('""', payload, to_json(payload))
         self.stored_answers.add(row.value["digest"])
 
     def restore_queued(self, row: StateRow) -> None:
-        """What an earlier run had not delivered waits again."""
+        """Queue an undelivered Call of an earlier run."""
         value, frame = row.value, row.value["frame"]
         call = read_call(frame)
         asked = value["asked"]
@@ -15997,7 +16004,7 @@ class UpstreamSession:
     # On record
 
     def _note(self, error: str) -> None:
-        """What went wrong with upstream; the same again is not told again."""
+        """Record and log a failure of the upstream connection, unless it is the last one again."""
         if error != self.last_error:
             self._record("error", "UP", None, error=error)
             log.warning("%s has no way to %s: %s", shown(self.identity), self.settings.url,
@@ -16011,7 +16018,7 @@ class UpstreamSession:
     def _record(self, kind: ProxyEventType, direction: RelayDirection, message: Call | Send | None,
                 to: Call | None = None, error: str | None = None, message_id_: str = "",
                 latency_ms: float | None = None) -> ProxyEvent:
-        """Put on record what became of a message, or of the connection: see ProxyEvent.kind."""
+        """Record what became of a message, or of the connection: see ProxyEvent.kind."""
         ends = (self.station_protocol, self.protocol)
         source, target = ends if direction == "UP" else ends[::-1]
         action = message.action if message else ""
@@ -16049,7 +16056,7 @@ class UpstreamSession:
             **{name: self.counts[name] for name in SESSION_COUNTS}}
 
     def _behind_s(self) -> int | None:
-        """How long ago that came which waits longest."""
+        """The seconds that the first Call with a priority has waited."""
         first = self.in_flight or self.queue.first
         return int(self.relay.now() - first.came_mono) if first and first.priority else None
 
@@ -16061,7 +16068,7 @@ RESTORED = {"session": UpstreamSession.restore_session,      # {kind of a row: w
 
 
 def _disowned(reply: CallResult | CallError) -> str | None:
-    """What is to be said of an answer that comes when the station has had ours."""
+    """The objection of an answer that comes when the station has had ours, if any."""
     payload = reply.payload if type(reply) is CallResult else {}
     info = payload.get("idTagInfo") or payload.get("idTokenInfo")
     status = lenient(info, "status", str, "") if isinstance(info, dict) else ""
@@ -16078,7 +16085,7 @@ JOURNAL_FACTS = ("upstream_id", "evse_id", "id_token", "seq_no", "state", "charg
 
 
 def import_journal(path: str, state: State, now: float) -> int:
-    """Take over what a former version kept in `proxy.journal`, once.
+    """Import the rows of a former version's `proxy.journal`, once.
 
     Returns the highest transaction id that was given out.
     """
@@ -16109,7 +16116,7 @@ def import_journal(path: str, state: State, now: float) -> int:
     for identity, protocol, station_id, at, facts in mappings:
         try:
             known = dict(zip(JOURNAL_FACTS, json.loads(facts), strict=True))
-            # What was told since is not known; there were less events than seconds.
+            # Its events since are not known; there were less of them than seconds.
             known |= {"identity": identity, "protocol": protocol,
                       "station_id": json.loads(station_id), "start_key": [], "end_key": [],
                       "ended": False, "ended_by_us": False,
@@ -16126,7 +16133,8 @@ def import_journal(path: str, state: State, now: float) -> int:
     return last_id
 
 
-RELAY_HEADER = "X-Ocppboard-Run"     # by which we know a connection of ours that comes back to us
+RELAY_HEADER = "X-Ocppboard-Run"     # the boards on the way: a relay must not lead back to us
+
 
 
 @functools.lru_cache(8)              # reading the system's authorities takes some 10 ms
@@ -16163,7 +16171,7 @@ def _why_closed(websocket: WebSocket, code: int, reason: str) -> str:
 
 
 # --- Access -------------------------------------------------------------------------------
-# Who may see the board, and which station is whom it says it is. Secrets are compared in constant
+# Logins to the board, and passwords and certificates of stations. Secrets are compared in constant
 # time and never kept; hashes are worked out in one thread of their own, so that guessing cannot
 # stop the loop.
 
@@ -16187,8 +16195,8 @@ class Session:
 class Failures:
     """Failed attempts by key, within `LOGIN_WINDOW_S`. The longest quiet keys are forgotten.
 
-    From `most` on each attempt waits for its turn: who guesses is slowed, and who shares the
-    guesser's address gets in all the same.
+    From `most` on attempts are delayed, one after another: guessing is slowed, and a user who
+    shares the address of a guesser gets in all the same.
     """
 
     def __init__(self, clock: Callable[[], float], most: int = LOGIN_FAILURES):
@@ -16197,14 +16205,14 @@ class Failures:
         self._next: OrderedDict[Any, float] = OrderedDict()      # when the next attempt may be made
 
     def count(self, key: Any) -> int:
-        """The failures that still count."""
+        """The number of failures within the window."""
         times = self._times.get(key, ())
         while times and times[0] <= self._clock() - LOGIN_WINDOW_S:
             times.popleft()
         return len(times)
 
     def add(self, key: Any) -> int:
-        """One more failure. Returns how many count."""
+        """Count a failure. Returns how many there are within the window."""
         self._times.setdefault(key, deque(maxlen=FAILURES_COUNTED)).append(self._clock())
         self._times.move_to_end(key)
         if len(self._times) > ADDRESSES_KEPT:
@@ -16212,7 +16220,7 @@ class Failures:
         return self.count(key)
 
     def clear(self, key: Any) -> None:
-        """A success: what failed before counts no more."""
+        """Forget the failures of a key: it had a success."""
         self._times.pop(key, None)
 
     async def slow_down(self, key: Any) -> None:
@@ -16233,18 +16241,18 @@ class Failures:
 
 @dataclass(slots=True)
 class Credentials:
-    """How a station comes in, where that is no longer as configured. Passwords are hashes."""
+    """The credentials of a station that are no longer as configured. Passwords are hashes."""
 
-    password: str = ""                  # counts instead of the configured one
-    offered: str = ""                   # was sent to the station, which has not confirmed it
-    former: str = ""                    # counted before; "" is the configured one
-    floor: int = 0                      # below this security profile it is not let in
-    raised: int = 0                     # what it was told to go up to, until it has
+    password: str = ""                  # in the place of the configured one
+    offered: str = ""                   # sent to the station, which has not confirmed it
+    former: str = ""                    # the one before; "" is the configured one
+    floor: int = 0                      # the lowest security profile that is let in
+    raised: int = 0                     # the security profile that it has been sent to use
     slots: dict[str, int] = field(default_factory=dict)      # {configuration slot: its profile}
 
     @classmethod
     def read(cls, row: Any) -> "Credentials":
-        """Those of a row of the State. Raises: ValueError."""
+        """The credentials in a row of the State. Raises: ValueError."""
         kinds = {"password": str, "offered": str, "former": str, "floor": int, "raised": int,
                  "slots": dict}
         if type(row) is not dict or any(type(row.get(name)) is not kind
@@ -16253,12 +16261,12 @@ class Credentials:
         return cls(**{name: row[name] for name in kinds})
 
     def row(self) -> dict:
-        """What stands in the State."""
+        """The row of the State."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Access:
-    """Sessions, tokens and passwords."""
+    """The logins of users, and the passwords of stations."""
 
     def __init__(self, board: Board):
         self.board, self.config = board, board.config
@@ -16275,7 +16283,7 @@ class Access:
         self._hashing, self._station_hashing = Hashing(), Hashing()
 
     def _read_credentials(self) -> None:
-        """Read what one logs in with."""
+        """Read the users' token and passwords."""
         auth = self.config.auth
         makes_token = auth.mode == "token" and not auth.token
         self.made_token = (self.made_token or secrets.token_urlsafe(24)) if makes_token else ""
@@ -16285,7 +16293,7 @@ class Access:
             None, (auth.viewer_token, auth.viewer_password))))
 
     def reconfigure(self) -> None:
-        """The configuration has changed: all logins end if what one logs in with has."""
+        """Apply a changed configuration: all logins end if token or passwords have changed."""
         before = self._credentials
         self._read_credentials()
         if before != self._credentials:
@@ -16297,7 +16305,7 @@ class Access:
     # Over a restart
 
     def restore(self) -> None:
-        """Take over the logins of an earlier run, unless what one logs in with has changed."""
+        """Restore the logins of an earlier run, unless token or passwords have changed."""
         state = self.board.state
         if not state:
             return
@@ -16315,7 +16323,7 @@ class Access:
         state.sources.append(self.put_all)
 
     def _end_kept_logins(self) -> None:
-        """The State is to have no login, and by what that is known."""
+        """Remove all logins from the State, and put the fingerprint of token and passwords."""
         self._fingerprint = hash_password(self._credentials)
         self.board.state.put("credentials", "fingerprint", self._fingerprint)
         self.board.state.remove_before("login", math.inf)
@@ -16371,7 +16379,7 @@ class Access:
                 await self._failures.slow_down(_network(address))
 
     def _mark(self, whose: Any, secret: bytes) -> tuple:
-        """By which a secret is known again that was right, or wrong, before."""
+        """A digest by which a secret that was right, or wrong, before is recognised."""
         return whose, hmac.digest(self._pepper, secret, "sha256")
 
     def _bearer_session(self, bearer: bytes, address: str) -> Session:
@@ -16393,7 +16401,7 @@ class Access:
         raise Unauthorized()
 
     async def login(self, body: dict, address: str) -> Session:
-        """A new session for the right token, or the right name and password.
+        """Log in with the token, or with name and password: a new session.
 
         Raises: BadRequest, Unauthorized, TooMany.
         """
@@ -16419,7 +16427,7 @@ class Access:
         return self._new_session(address, role == VIEWER)
 
     def knows_host(self, name: str) -> bool:
-        """Whether the board is known by this name."""
+        """Whether this is a name of the board."""
         return is_known_host(name, self.config.server.hosts)
 
     def logout(self, session: Session) -> None:
@@ -16428,12 +16436,12 @@ class Access:
         self.board.state.put("login", session.digest, None, durable=True)
 
     def _role_of_token(self, token: bytes) -> str:
-        """admin, viewer, or "" for a token that is neither's."""
+        """The role of a token: admin, viewer, or "" for a wrong one."""
         is_viewer = hmac.compare_digest(token, self._viewer_token) and bool(self._viewer_token)
         return "admin" if hmac.compare_digest(token, self._token) else VIEWER if is_viewer else ""
 
     async def _role_of(self, username: str, password: str) -> str:
-        """admin, viewer, or "" for a user name and password that are neither's."""
+        """The role of a user name and password: admin, viewer, or "" for wrong ones."""
         auth = self.config.auth
         is_viewer = bool(auth.viewer_password) and username == VIEWER
         right = await self._hashing.matches([password.encode("utf-8", "replace")],
@@ -16457,7 +16465,7 @@ class Access:
         return session
 
     def _failed(self, address: str, attempt: int, text: str, identity: str = "UNKNOWN") -> None:
-        """Keep a failed login: the first ones, and then one in a while."""
+        """Record failed logins: the first ones, and then one in a while."""
         if attempt <= LOGIN_FAILURES or attempt % 50 == 0:
             self.board.security_event(
                 "AUTH_FAILED", identity, text, "high" if attempt >= LOGIN_FAILURES and (
@@ -16471,10 +16479,10 @@ class Access:
 
     async def station_profile(self, identity: str, authorization: str, address: str,
                               secure: bool = False, certificate: dict | None = None) -> int:
-        """The security profile of a station that wants in.
+        """The security profile of a station that wants to connect.
 
         0, or 1 with its HTTP Basic password, 2 with that over TLS (`secure`), 3 with its
-        `certificate`, as Python's ssl tells of one that a CA of ours has signed.
+        `certificate`, as Python's ssl describes one that a CA of ours has signed.
 
         Raises: Refused with 401, 403 or 429.
         Spec: OCPP 1.6 security extension 3; 2.0.1 A00.
@@ -16552,10 +16560,10 @@ class Access:
                          "The password that counted before the last change", identity)
         return found
 
-    # What commands change of it
+    # Commands that change passwords and profiles
 
     def check_command(self, identity: str, action: str, payload: dict) -> None:
-        """See that a command of ours may set the password that is in it, if any is.
+        """Check a command that sets a station's password.
 
         Raises: WrongValue (2.0.1 A00.FR.205; 1.6 security extension 2.1), Conflict.
         """
@@ -16580,9 +16588,9 @@ class Access:
                            "not know the new one: set the upstream's password")
 
     async def before(self, station: Station, call: Call) -> None:
-        """Keep the password that a command gives a station before it is sent.
+        """Store the password in a command before that is sent.
 
-        So it is known also if we do not live to see the answer, or the answer gets lost.
+        So it is known also if the process dies before the answer, or the answer is lost.
         Raises: TooMany.
         """
         for setting in security_settings(call.action, call.payload, {}):
@@ -16598,7 +16606,7 @@ class Access:
                     await waits
 
     def answered(self, station: Station, call: Call, result: dict) -> None:
-        """Take over what a station has accepted (2.0.1 A01.FR.03, A05.FR.07)."""
+        """Apply the settings that a station has accepted (2.0.1 A01.FR.03, A05.FR.07)."""
         for what, value, status in security_settings(call.action, call.payload, result):
             known = self.credentials.get(station.identity) or Credentials()
             accepted = status in ("Accepted", "RebootRequired")
@@ -16620,7 +16628,7 @@ class Access:
                 self._put_credentials(station.identity)
 
     def _raise(self, known: Credentials, station: Station, profile: int) -> None:
-        """A station was told another security profile; a lower one is the operator's wish."""
+        """A station has accepted another security profile; a lower one is the operator's wish."""
         known.raised = profile if profile > station.security_profile else 0
         known.floor = min(known.floor, profile) if profile else known.floor
 
@@ -16633,7 +16641,7 @@ class Access:
                                     "From here on the new password of the station counts", {})
 
     def reset_credentials(self, identity: str) -> bool:
-        """Let a station in as the configuration says, again. Returns whether that is a change."""
+        """Reset a station's credentials to the configured ones. Returns whether they differed."""
         known = self.credentials.pop(identity, None)
         if known is not None:
             self._put_credentials(identity)
@@ -16676,7 +16684,7 @@ class Hashing:
         return await self.first_match(readings, [configured]) is not None
 
     async def first_match(self, readings: list[bytes], passwords: list[str]) -> int | None:
-        """The place of the first password, of those that are any, that is one of the readings."""
+        """The index of the first password, "" left out, that is one of the readings; or None."""
         def look() -> int | None:
             return next((place for place, password in enumerate(passwords)
                          if password and _matches_one(readings, password)), None)
@@ -16685,7 +16693,7 @@ class Hashing:
         return await self._in_thread(look)
 
     async def hash(self, password: str) -> str:
-        """What is kept of a password."""
+        """The hash of a password, for the State."""
         return await self._in_thread(hash_password, password)
 
     async def _in_thread(self, work: Callable, *arguments: Any) -> Any:
@@ -16698,8 +16706,10 @@ class Hashing:
 
 
 def is_known_host(name: str, hosts: Iterable[str]) -> bool:
-    """Whether a name is of this machine for sure: a page of elsewhere has none of these, whatever
-    address it has its own name stand for (DNS rebinding)."""
+    """Whether a name is surely of this machine.
+
+    A page from elsewhere has none of these, whatever address its name stands for (DNS rebinding).
+    """
     name, own = name.lower().rstrip("."), socket.gethostname().lower()
     with contextlib.suppress(ValueError):
         return bool(ip_address(name.strip("[]").partition("%")[0]))
@@ -16708,7 +16718,7 @@ def is_known_host(name: str, hosts: Iterable[str]) -> bool:
 
 
 def is_same_origin(origin: str, host: str, scheme: str, any_port: bool) -> bool:
-    """Whether an Origin is that of the page that we serve by this Host and scheme.
+    """Whether an Origin is that of the page served by this Host and scheme.
 
     A reverse proxy may end TLS before us, and leave its port out of Host (`any_port`).
     """
@@ -16725,8 +16735,9 @@ def is_same_origin(origin: str, host: str, scheme: str, any_port: bool) -> bool:
 
 
 def check_certificate(certificate: dict, name: str, now: float) -> None:
-    """See that a client certificate is of whom it should be, and has not ended since it was shown
-    (TLS may resume a session without it).
+    """Check that a client certificate is of this name, and has not ended since it was shown.
+
+    TLS may resume a session without it.
 
     Raises: Refused.
     Spec: 2.0.1 A00.FR.403 to 407.
@@ -16746,7 +16757,7 @@ def _digest(session_id: str) -> str:
 
 
 def hash_password(password: str) -> str:
-    """What stands in the configuration instead of a plain password."""
+    """The hash for the configuration, in the place of a plain password."""
     salt = secrets.token_bytes(16)
     key = _scrypt(password.encode("utf-8", "replace"), salt, 16384, 8, 1)
     return f"{HASH_PREFIX}16384$8$1${salt.hex()}${key.hex()}"
@@ -16785,8 +16796,11 @@ HEX_DIGITS = re.compile(rb"(?:[0-9a-fA-F]{2})+")
 
 
 def _readings(password: bytes) -> list[bytes]:
-    """What a station may mean by a password: AuthorizationKey is set in hexadecimal (1.6 security
-    extension 3.3), and some send its digits, some the bytes that they stand for."""
+    """The passwords that a station may mean by what it sends.
+
+    AuthorizationKey is set in hexadecimal (1.6 security extension 3.3): some send its digits, some
+    the bytes that they stand for.
+    """
     readings = [password, password.hex().encode(), password.hex().upper().encode()]
     if HEX_DIGITS.fullmatch(password):
         readings += [bytes.fromhex(password.decode()), password.lower()]
@@ -16794,13 +16808,13 @@ def _readings(password: bytes) -> list[bytes]:
 
 
 def canonical(password: str) -> str:
-    """A password that is set, as `_readings` has it in any case of its hexadecimal digits."""
+    """The form of a password in which upper and lower hexadecimal digits are equal."""
     digits = HEX_DIGITS.fullmatch(password.encode("utf-8", "replace"))
     return password.lower() if digits else password
 
 
 # --- OCPP endpoint ------------------------------------------------------------------------
-# The stations' WebSocket: which upgrades are let in, and the socket of each connection.
+# The WebSocket upgrades of stations, and the socket of each connection.
 
 HOST = re.compile(r"[\w.:\[\]-]{1,255}", re.ASCII)      # a name or an address, and a port
 SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-WebSocket-Version",
@@ -16808,7 +16822,7 @@ SHOWN_HEADERS = ("Host", "Upgrade", "Connection", "Origin", "User-Agent", "Sec-W
 
 
 class Admission(NamedTuple):
-    """A station's upgrade that may go on."""
+    """An admitted upgrade of a station."""
 
     identity: str
     protocol: str
@@ -16817,7 +16831,7 @@ class Admission(NamedTuple):
 
 
 def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
-    """Read a WebSocket upgrade as a station's; passwords are checked after.
+    """Check a WebSocket upgrade of a station; passwords are checked later.
 
     Raises: Refused with the HTTP status and why.
     Spec: OCPP-J 1.6 3.1 to 3.4; 2.0.1 part 4, 3.1 and 3.2.
@@ -16862,7 +16876,7 @@ def _subprotocol(headers: HTTPHeaders, wanted: list[str]) -> tuple[str, str | No
 
 
 def identity_of(path: str, prefix: str) -> str:
-    """The identity that a URL's path ends in; "" if there is none.
+    """The identity at the end of a URL's path; "" if there is none.
 
     Odd shapes work: //id, id/, the prefix twice or not at all, a whole URL as the path. An encoded
     slash is part of the identity.
@@ -16881,7 +16895,7 @@ def identity_of(path: str, prefix: str) -> str:
 
 @stream_request_body
 class StationUpgrade(RequestHandler):
-    """The OCPP endpoint: lets a station in, whose socket goes to a StationConnection then."""
+    """The OCPP endpoint: it admits a station, and gives its socket to a StationConnection."""
 
     def initialize(self, daemon: "Daemon", here: bool = True) -> None:
         self.daemon, self.here = daemon, here            # here: stations connect to this port
@@ -16918,7 +16932,8 @@ class StationUpgrade(RequestHandler):
         except (Refused, TooMany) as error:
             self._refuse(error)
             return
-        if self.gone:                    # it did not wait for its password's check
+        if self.gone:                    # it left during the check of its password
+
             return
         websocket = accept_websocket(self, config.ocpp.max_frame_bytes, admission.offered)
         connection = StationConnection(
@@ -16936,7 +16951,7 @@ class StationUpgrade(RequestHandler):
         websocket.start(connection.receive, functools.partial(daemon.socket_closed, connection))
 
     def _is_of_a_page(self) -> bool:
-        """Whether a browser has opened it for a page that is not ours; chargers send any Origin."""
+        """Whether the upgrade is of a page that is not ours; chargers send any Origin."""
         headers, request = self.request.headers, self.request
         origin = headers.get("Origin", "")
         return bool(origin) and headers.get("User-Agent", "").startswith("Mozilla/") and not (
@@ -16944,7 +16959,7 @@ class StationUpgrade(RequestHandler):
             and self.daemon.access.knows_host(request.host_name))
 
     def _certificate(self) -> dict | None:
-        """The client certificate that the station has shown, verified; None or {} without."""
+        """The verified client certificate of the station; None or {} without."""
         stream = getattr(self.request.connection, "stream", None)
         connection = stream and stream.socket
         return connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
@@ -16981,7 +16996,7 @@ class StationUpgrade(RequestHandler):
 
 
 def log_unexpected(handler: RequestHandler, error: BaseException | None) -> None:
-    """Log what we did not raise on purpose; without the query, which may hold a token."""
+    """Log an unexpected exception; without the query, which may hold a token."""
     if not isinstance(error, (BoardError, HTTPError)):
         log.error("A request to %s failed", shown(handler.request.path), exc_info=error)
 
@@ -16989,7 +17004,7 @@ def log_unexpected(handler: RequestHandler, error: BaseException | None) -> None
 class IsUpgrade(Matcher):
     """Routes every WebSocket upgrade to the stations' endpoint.
 
-    A wrong path is the first thing that goes wrong with a new charger, so any will do.
+    A wrong path is the most frequent fault of a new charger, so any path will do.
     """
 
     def match(self, request: HTTPServerRequest) -> dict | None:
