@@ -14650,7 +14650,7 @@ class Relay:
 
     def _limit(self, controller: Controller, session: "UpstreamSession", profile: dict,
                evse_id: int) -> None:
-        """Keep an upstream system's charging profile, of either version. Raises: FormatViolation."""
+        """Keep a charging profile of upstream, in either version. Raises: FormatViolation."""
         schedule = profile.get("chargingSchedule")
         schedule = schedule[0] if isinstance(schedule, list) and schedule else schedule
         if not isinstance(schedule, dict):
