@@ -699,12 +699,12 @@ def test_a_register_of_the_session_and_a_glitch_are_no_resets():
 
 
 class TellingState(ocppboard.State):
-    """A state file; what it tells stands in `told`."""
+    """A state file; what it tells stands in `reported`."""
 
     def __init__(self, path, clock):
         super().__init__(path, clock)
-        self.told: list[str] = []
-        self.tell = lambda kind, *_: self.told.append(kind)
+        self.reported: list[str] = []
+        self.report = lambda kind, *_: self.reported.append(kind)
 
 
 def state_of(path, at=NOW):
@@ -836,11 +836,11 @@ async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing
             assert await waiting is False
     assert state.failing_since == NOW and state.view()["waiting"] == 50
     await asyncio.sleep(0.2)
-    assert state.told == ["STATE_FAILING"] and len(caplog.records) == 1
+    assert state.reported == ["STATE_FAILING"] and len(caplog.records) == 1
     writes = state.writes
     state._db.execute("PRAGMA query_only = 0")
     await until(lambda: state.failing_since is None)
-    assert state.writes == writes + 1 and state.told[1:] == ["STATE_WORKS"]
+    assert state.writes == writes + 1 and state.reported[1:] == ["STATE_WORKS"]
     assert values(state) == {"before": 0} | {str(n): n for n in range(50)}
     writer.cancel()
     closed(state)
@@ -863,11 +863,11 @@ async def test_an_unexpected_error_is_a_failure_too_and_tried_again(
     state.put("t", "a", 1, durable=True)
     await state.committed()
     await asyncio.sleep(0.2)
-    assert state.told == ["STATE_FAILING"] and "unheard of" in state.error
+    assert state.reported == ["STATE_FAILING"] and "unheard of" in state.error
     assert ["RuntimeError" in str(record.exc_info) for record in caplog.records] == [True]
     broken.clear()
     await until(lambda: state.failing_since is None)
-    assert values(state) == {"a": 1} and state.told[1:] == ["STATE_WORKS"]
+    assert values(state) == {"a": 1} and state.reported[1:] == ["STATE_WORKS"]
     writer.cancel()
     closed(state)
 
@@ -909,7 +909,7 @@ async def test_a_file_that_was_removed_is_made_anew_with_all_that_is_known(tmp_p
     state.put("t", "new", 1)
     await state.write()
     await state.write()
-    assert state.told == ["STATE_RENEWED"]
+    assert state.reported == ["STATE_RENEWED"]
     closed(state)
     again = state_of(path)
     assert values(again) == {"known": "all along", "new": 1}
@@ -928,7 +928,7 @@ async def test_rows_that_were_altered_are_left_out_and_that_is_said(tmp_path):
     again = state_of(tmp_path / "s.db")
     assert values(again) == {"a": {"wh": 1000}}
     await again.write()
-    assert again.told == ["STATE_DAMAGED"]
+    assert again.reported == ["STATE_DAMAGED"]
     closed(again)
 
 
@@ -977,7 +977,7 @@ async def test_damage_that_shows_while_the_board_runs_costs_what_is_damaged_alon
         state.put("t", str(number), "new")
     await state.write()
     await state.write()
-    assert state.failing_since is None and state.told[0] == "STATE_DAMAGED"
+    assert state.failing_since is None and state.reported[0] == "STATE_DAMAGED"
     assert sum(value == "new" for value in values(state).values()) == 100
     closed(state)
 
@@ -999,7 +999,7 @@ async def test_another_programs_file_and_a_newer_one_are_not_touched(tmp_path, c
     state.put("t", "a", 1, durable=True)
     assert state.committed() is None and values(state) == {}
     await state.write()
-    assert state.told == ["STATE_FAILING"] and path.read_bytes() == before
+    assert state.reported == ["STATE_FAILING"] and path.read_bytes() == before
     closed(state)
 
 
@@ -1048,7 +1048,7 @@ async def test_a_disk_that_hangs_fails_and_costs_the_answers_no_more(tmp_path, m
     monkeypatch.setattr(state, "_write", lambda *batch: hangs.wait() and write(*batch))
     writer = asyncio.create_task(state.run())
     state.put("t", "a", 1, durable=True)
-    assert await state.committed() is False and state.told == ["STATE_FAILING"]
+    assert await state.committed() is False and state.reported == ["STATE_FAILING"]
     assert state.committed() is None and "does not answer" in state.error
     hangs.set()
     await until(lambda: state.failing_since is None)
