@@ -8310,8 +8310,7 @@ class Board:
         self._log_event("security", SecurityEvent(category, identity, kept(text), details,
                                                   self.clock(), severity))
 
-    def system_event
-(self, kind: str, identity: str, text: str, details: dict) -> None:
+    def system_event(self, kind: str, identity: str, text: str, details: dict) -> None:
         """Record an event of the board itself."""
         self._log_event("system", SystemEvent(kind, identity, kept(text), details, self.clock()))
 
