@@ -19780,7 +19780,7 @@ function h(name, ...children) {
   const given = children[0]?.constructor === Object && !children[0].tag ? children.shift() : null;
   const all = [...classes, given?.class].filter(Boolean).join(' ');
   const props = all ? {...given, class: all} : given || {};
-  return {tag, props, children: children.flat(9).filter(one => one != null && one !== false)};
+  return {tag, props, children: children.flat(9).filter(child => child != null && child !== false)};
 }
 
 const SVG = 'http://www.w3.org/2000/svg';
@@ -19791,7 +19791,7 @@ const plain = text => String(text).replace(HIDDEN,
 // Make the children of a node those of the list; ones with a `key` keep their node when they move.
 function patch(parent, list) {
   const keys = new Map(), spare = [];
-  for (const one of list) if (one.props?.key != null) keys.set(one.props.key, null);
+  for (const item of list) if (item.props?.key != null) keys.set(item.props.key, null);
   for (const node of [...parent.childNodes]) {
     const key = node.is?.props?.key;
     if (key == null) continue;
@@ -19802,19 +19802,19 @@ function patch(parent, list) {
     }
   }
   // Rows that came take the nodes of those that went: thousands a minute are not made anew.
-  const taken = one => one.props?.key != null && !one.props.made && spare.at(-1)?.is.tag === one.tag
-    ? spare.pop() : make(one, parent);
+  const taken = item => item.props?.key != null && !item.props.made
+    && spare.at(-1)?.is.tag === item.tag ? spare.pop() : make(item, parent);
   let next = parent.firstChild;
-  for (const one of list) {
-    const key = one.props?.key;
+  for (const item of list) {
+    const key = item.props?.key;
     let node = key != null ? keys.get(key) : next?.is && next.is.props?.key == null ? next : null;
-    if (node && (node.is.tag !== one.tag || one.props?.made && !node.is.props.made)) node = null;
+    if (node && (node.is.tag !== item.tag || item.props?.made && !node.is.props.made)) node = null;
     if (node === next && next) next = next.nextSibling;
     else {
-      node ||= taken(one);
+      node ||= taken(item);
       parent.insertBefore(node, next);
     }
-    update(node, one);
+    update(node, item);
   }
   while (next) {
     const gone = next;
@@ -19823,28 +19823,28 @@ function patch(parent, list) {
   }
 }
 
-function make(one, parent) {
-  if (one.tag === undefined) return Object.assign(document.createTextNode(''), {is: {}});
-  const drawn = one.tag === 'svg' || parent.namespaceURI === SVG;
-  const node = drawn ? document.createElementNS(SVG, one.tag) : document.createElement(one.tag);
-  node.is = h(one.tag);
-  one.props.made?.(node);
+function make(item, parent) {
+  if (item.tag === undefined) return Object.assign(document.createTextNode(''), {is: {}});
+  const drawn = item.tag === 'svg' || parent.namespaceURI === SVG;
+  const node = drawn ? document.createElementNS(SVG, item.tag) : document.createElement(item.tag);
+  node.is = h(item.tag);
+  item.props.made?.(node);
   return node;
 }
 
-function update(node, one) {
-  if (node.is === one) return;
-  if (one.tag === undefined) {
-    if (node.is.text !== one) node.data = plain(one);
-    node.is = {text: one};
+function update(node, item) {
+  if (node.is === item) return;
+  if (item.tag === undefined) {
+    if (node.is.text !== item) node.data = plain(item);
+    node.is = {text: item};
     return;
   }
-  patch(node, one.children);
-  for (const name in node.is.props) if (!(name in one.props)) set(node, name, null);
-  for (const name in one.props)
-    if (one.props[name] !== node.is.props[name] || name === 'value' || name === 'checked')
-      set(node, name, one.props[name]);
-  node.is = one;
+  patch(node, item.children);
+  for (const name in node.is.props) if (!(name in item.props)) set(node, name, null);
+  for (const name in item.props)
+    if (item.props[name] !== node.is.props[name] || name === 'value' || name === 'checked')
+      set(node, name, item.props[name]);
+  node.is = item;
 }
 
 function set(node, name, value) {
@@ -19984,7 +19984,8 @@ const asks = row => row.type === 'CALL' || row.type === 'SEND';
 const number = record => +/\d+$/.exec(record.id)[0];
 const pairOf = (identity, messageId) => identity + '\n' + messageId;
 const keyOf = transaction => pairOf(transaction.identity, transaction.id);
-const running = () => [...state.transactions.values()].filter(one => one.status === 'active');
+const running = () =>
+  [...state.transactions.values()].filter(({status}) => status === 'active');
 const sample = () => state.samples.at(-1) || {};
 
 // Drop the oldest of a Map beyond so many.
@@ -20046,13 +20047,13 @@ async function attempt(work) {
 
 const NOTICE_MS = {info: 3000, warn: 12000, bad: 12000};
 function notice(text, kind = 'info') {
-  const one = {text, kind, key: Math.random()};
-  state.notices = [...state.notices.filter(other => other.text !== text).slice(-2), one];
-  setTimeout(() => dismiss(one), NOTICE_MS[kind]);
+  const note = {text, kind, key: Math.random()};
+  state.notices = [...state.notices.filter(other => other.text !== text).slice(-2), note];
+  setTimeout(() => dismiss(note), NOTICE_MS[kind]);
   touch('notice');
 }
-function dismiss(one) {
-  state.notices = state.notices.filter(other => other !== one);
+function dismiss(note) {
+  state.notices = state.notices.filter(other => other !== note);
   touch('notice');
 }
 
@@ -20070,14 +20071,16 @@ async function load(lists = true) {
   const turn = ++loading;
   waiting ??= [];
   try {
-    const got = await Promise.all(Object.values(SOURCES).map(one => ask('GET', 'api/' + one)));
+    const got = await Promise.all(Object.values(SOURCES).map(source =>
+      ask('GET', 'api/' + source)));
     if (turn !== loading) return;
     const all = Object.fromEntries(Object.keys(SOURCES).map((name, n) => [name, got[n].data]));
     Object.assign(state, all, {loaded: true, series: new Map(), findings: new Map(),
       recent: rowsIn(got.at(-1).text),
-      stations: new Map(all.stations.map(one => [one.identity, one])),
-      transactions: new Map(all.transactions.reverse().map(one => [keyOf(one), one])),
-      charges: new Map(all.charges.reverse().map(one => [one.sessionId, one]))});
+      stations: new Map(all.stations.map(station => [station.identity, station])),
+      transactions: new Map(all.transactions.reverse().map(transaction =>
+        [keyOf(transaction), transaction])),
+      charges: new Map(all.charges.reverse().map(session => [session.sessionId, session]))});
     state.errors.forEach(find);
     tellTime();
     if (lists && state.list) openList(state.list.filter);
@@ -20184,7 +20187,7 @@ function keep(pile, row) {
   pile.size += row.raw?.length || 0;
   if (pile.rows.length <= ROWS_KEPT && pile.size <= ROW_BYTES_KEPT) return 0;
   const gone = pile.rows.splice(0, Math.ceil(pile.rows.length / 20));
-  pile.size -= sum(gone.map(one => one.raw?.length));
+  pile.size -= sum(gone.map(row => row.raw?.length));
   return gone.length;
 }
 
@@ -20233,7 +20236,7 @@ const findings = row => foundAt(row).filter(({category, details, timestamp}) =>
   category === 'VALIDATION_FAILURE' && (details.part === 'Request') === asks(row)
     && Math.abs(ms(timestamp) - ms(row.timestamp)) < FINDING_MS);
 const unanswered = row => row.direction === 'OUT' && row.responseTime == null
-  && foundAt(row).some(one => one.category === 'CALL_TIMEOUT');
+  && foundAt(row).some(error => error.category === 'CALL_TIMEOUT');
 
 // --- Events ---------------------------------------------------------------------------------
 // One key for each event of the stream.
@@ -20267,11 +20270,11 @@ const on = {
     if (TELLS_LATER.has(row.method)) toldLater(row);
     if (SHOWS_TOKEN.has(row.method)) tokenShown = true;
   },
-  telemetry(one) {
+  telemetry(telemetrySample) {
     const last = state.samples.at(-1);
-    if (last && last.timestamp >= one.timestamp) return;
-    if (one.refusedConnections !== last?.refusedConnections) refreshKnocking();
-    state.samples.push(one);
+    if (last && last.timestamp >= telemetrySample.timestamp) return;
+    if (telemetrySample.refusedConnections !== last?.refusedConnections) refreshKnocking();
+    state.samples.push(telemetrySample);
     if (state.samples.length > SAMPLES_KEPT) state.samples.shift();
     tellTime();
     touch('telemetry');
@@ -20292,12 +20295,12 @@ const on = {
     else state.stations.set(station.identity, station);
     touch('connections');
   },
-  transaction(one) {
-    const key = keyOf(one), {meter} = one;
-    state.transactions.set(key, one);
+  transaction(transaction) {
+    const key = keyOf(transaction), {meter} = transaction;
+    state.transactions.set(key, transaction);
     bound(state.transactions, EVENTS_KEPT);
-    if (meter && one.status === 'active') extend(state.series.get(key),
-      [{...meter, energyWh: one.energyWh, allowedA: chargeOf(one)?.allocatedA}]);
+    if (meter && transaction.status === 'active') extend(state.series.get(key),
+      [{...meter, energyWh: transaction.energyWh, allowedA: chargeOf(transaction)?.allocatedA}]);
     touch('transactions');
   },
   'smart-charge'(record) {
@@ -20313,7 +20316,7 @@ const on = {
 function extend(series, points) {
   if (!series) return;
   const last = ms(series.at(-1)?.timestamp) || 0;
-  series.push(...points.filter(one => ms(one.timestamp) > last));
+  series.push(...points.filter(point => ms(point.timestamp) > last));
   if (series.length > EVENTS_KEPT) series.splice(1, series.length - EVENTS_KEPT);
 }
 
@@ -20491,11 +20494,11 @@ const howToConnect = () => [
 // ones only there, `spare` ones give way to what is open `beside` the table.
 
 function sorted(id, columns, rows) {
-  const sort = state.ui[id + '.sort'], column = sort && columns.find(one => one.name === sort.by);
-  if (!column) return rows;
-  const value = one => column.sort(one) ?? '', sign = sort.down ? -1 : 1;
-  return rows.map(one => [value(one), one])
-    .sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0) * sign).map(([, one]) => one);
+  const sort = state.ui[id + '.sort'], by = sort && columns.find(({name}) => name === sort.by);
+  if (!by) return rows;
+  const value = row => by.sort(row) ?? '', sign = sort.down ? -1 : 1;
+  return rows.map(row => [value(row), row])
+    .sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0) * sign).map(([, row]) => row);
 }
 
 function headCell(id, column) {
@@ -20524,9 +20527,10 @@ function headCell(id, column) {
 function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, wraps}) {
   if (!rows.length) return blank;
   const slim = narrow();
-  const shown = columns.filter(one => !(slim ? one.wide : one.slim) && !(beside && one.spare));
+  const shown = columns.filter(({wide, slim: ofPhone, spare}) =>
+    !(slim ? wide : ofPhone) && !(beside && spare));
   const height = rowHeight(), view = remembered(id + '.view', {top: 0, height: 900});
-  const fresh = view.top > 0 ? rows.findIndex(one => key(one) === view.newest) : 0;
+  const fresh = view.top > 0 ? rows.findIndex(record => key(record) === view.newest) : 0;
   if (fresh > 0 && !state.ui[id + '.sort']) {
     view.top += fresh * height;
     after.push(() => { view.node.scrollTop = view.top; });
@@ -20547,21 +20551,21 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
   };
   const spacer = (name, count) => h('tr.spacer', {key: name, 'aria-hidden': 'true'},
     h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
-  const line = one => {
-    const {open, ...props} = row(one), cells = shown.map(column => {
-      const content = column.cell(one);
+  const line = record => {
+    const {open, ...props} = row(record), cells = shown.map(column => {
+      const content = column.cell(record);
       return h('td', {class: column.num && 'num'},
         column.leads && open ? link(open, content) : content);
     });
-    return h('tr' + (open ? '.open' : ''), {key: key(one), ...props,
+    return h('tr' + (open ? '.open' : ''), {key: key(record), ...props,
       onpointerdown: open && (event => press(event, open))}, cells);
   };
   return h('div.grid' + (tall ? '.tall' : '') + (wraps ? '.wraps' : ''),
     {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
-      h('colgroup', shown.map(one => h('col',
-        {key: one.name, style: {width: slim && one.short || one.width || 'auto'}}))),
-      h('thead', h('tr', shown.map(one => headCell(id, one)))),
+      h('colgroup', shown.map(column => h('col',
+        {key: column.name, style: {width: slim && column.short || column.width || 'auto'}}))),
+      h('thead', h('tr', shown.map(column => headCell(id, column)))),
       h('tbody', first > 0 && spacer('above', first), rows.slice(first, last).map(line),
         last < rows.length && spacer('below', rows.length - last))));
 }
@@ -20578,7 +20582,7 @@ const column = {
   text: kind(text => text || DASH), count: figure(digits, '5.6rem'),
   power: figure(power, '6.2rem'), energy: figure(energy, '7rem'),
   amperes: figure(amperes, '5rem'), percent: figure(percent, '4.4rem'),
-  millis: figure(millis, '5.2rem'), duration: figure(duration, '6.6rem'),
+  millis: figure(millis, '5.8rem'), duration: figure(duration, '6.6rem'),
   time: kind(iso => clock(iso), {down: true, width: '9.5rem', short: '6.2rem'}),
   instant: kind(iso => clock(iso, !narrow()), {down: true, width: '8.6rem', short: '6.2rem'}),
   ago: figure(ago, '8.4rem'),
@@ -20603,7 +20607,8 @@ function release({clientX, clientY}) {
 }
 
 const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
-  names.length > 0 && h('thead', h('tr', names.map(one => h('th', {key: one, scope: 'col'}, one)))),
+  names.length > 0 && h('thead', h('tr', names.map(name =>
+    h('th', {key: name, scope: 'col'}, name)))),
   h('tbody', rows)));
 
 // --- Charts ---------------------------------------------------------------------------------
@@ -20649,10 +20654,10 @@ function pointAt(points, at) {
 // Of each of so many buckets the highest point: peaks must show.
 function thinned(points, most) {
   if (points.length <= most) return points;
-  const step = points.length / most, value = one => one[1] ?? -Infinity;
+  const step = points.length / most, value = point => point[1] ?? -Infinity;
   return Array.from({length: Math.floor(most)}, (_, n) =>
     points.slice(Math.floor(n * step), Math.floor((n + 1) * step))
-      .reduce((best, one) => value(one) > value(best) ? one : best));
+      .reduce((best, point) => value(point) > value(best) ? point : best));
 }
 
 // The values of all lines at the same times, each on top of those before it.
@@ -20669,7 +20674,7 @@ function stacked(lines, from, till) {
 // Round marks from 0 to at least `top`.
 function marksTo(top) {
   const rough = top / 3, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * TICKS.find(one => one * unit >= rough * .999);
+  const step = unit * TICKS.find(tick => tick * unit >= rough * .999);
   return Array.from({length: Math.ceil(top / step * .999) + 1}, (_, n) => n * step);
 }
 
@@ -20714,8 +20719,8 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
   from = Math.min(from, till - 60000);
   lines = lines.map((line, n) => ({colour: COLOURS[n % COLOURS.length], ...line}));
   if (areas) lines = stacked(lines, from, till);
-  const values = areas ? lines.at(-1).band.map(one => one[2])
-    : lines.flatMap(line => line.points.map(one => one[1] ?? 0));
+  const values = areas ? lines.at(-1).band.map(point => point[2])
+    : lines.flatMap(line => line.points.map(point => point[1] ?? 0));
   const marks = marksTo(Math.max(least, limit ?? 0, highest(values)));
   const left = 58, right = width - 8, bottom = height - 20;
   const x = at => left + (at - from) / (till - from) * (right - left);
@@ -20764,7 +20769,7 @@ function timeMarks(from, till, count) {
 function linePath({name, colour, most, steps, points}, x, y, width, shown) {
   let path = '', pen = 'M';
   for (const [at, value] of thinned(points.filter(([at]) => shown(at)), width)) {
-    const [right, up] = [x(at), y(value)].map(one => one.toFixed(1));
+    const [right, up] = [x(at), y(value)].map(size => size.toFixed(1));
     if (value != null) path += steps && pen === 'L' ? `H${right}V${up}` : `${pen}${right} ${up}`;
     pen = value == null ? 'M' : 'L';
   }
@@ -20773,7 +20778,7 @@ function linePath({name, colour, most, steps, points}, x, y, width, shown) {
 }
 
 function areaPath({name, colour, band}, x, y) {
-  const edge = side => band.map(one => `${x(one[0]).toFixed(1)} ${y(one[side]).toFixed(1)}`);
+  const edge = side => band.map(point => `${x(point[0]).toFixed(1)} ${y(point[side]).toFixed(1)}`);
   return h('path.edged', {key: 'area ' + name, style: {fill: colour}, opacity: .78,
     d: `M${edge(2).join('L')}L${edge(1).reverse().join('L')}Z`});
 }
@@ -20794,7 +20799,7 @@ function seriesOf(transaction) {
   });
   return [];
 }
-const pointsOf = (series, value) => series.map(one => [ms(one.timestamp), value(one)]);
+const pointsOf = (series, value) => series.map(point => [ms(point.timestamp), value(point)]);
 const PHASES = ['L1', 'L2', 'L3', ''];
 const allowed = points =>
   ({name: 'Allowed', colour: 'var(--ink)', most: true, steps: true, points});
@@ -20819,14 +20824,14 @@ function meterCharts(transaction) {
     chart(`${title} ${keyOf(transaction)}`, {label: title, ...props, lines}));
   const colour = colourOf(transaction.identity);
   const line = (name, value) => ({name, colour, points: pointsOf(series, value)});
-  const of = (field, name) => series.some(one => one[field] != null)
-    ? [line(name, one => one[field])] : [];
-  const phases = PHASES.filter(phase => series.some(one => one.currentA[phase] != null));
+  const of = (field, name) => series.some(point => point[field] != null)
+    ? [line(name, point => point[field])] : [];
+  const phases = PHASES.filter(phase => series.some(point => point.currentA[phase] != null));
   return h('div.stack', {key: 'charts'},
     part('Power', {format: power, least: 1000}, [...of('powerW', 'Power'),
       ...allowedOf(series, wattsPerAmpere(transaction, series))]),
     part('Current', {format: amperes, least: 6, height: 130},
-      [...phases.map((phase, n) => ({...line(phase || 'Current', one => one.currentA[phase]),
+      [...phases.map((phase, n) => ({...line(phase || 'Current', point => point.currentA[phase]),
         colour: COLOURS[n], steps: true})),
       ...allowedOf(series, 1), ...offeredOf(series)]),
     part('Energy', {format: energy, least: 10, height: 110}, of('energyWh', 'Energy')),
@@ -20846,15 +20851,15 @@ const sum = values => values.reduce((total, value) => total + (value || 0), 0);
 // The power that flows for a transaction: of a station that has gone, nobody knows.
 const isOnline = ({identity}) => online(state.stations.get(identity) || {});
 const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
-const flow = one => isOnline(one) ? one.powerW || 0 : 0;
+const flow = transaction => isOnline(transaction) ? transaction.powerW || 0 : 0;
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
 // The sessions of smart charging that go on.
-const charges = () => [...state.charges.values()].filter(one => one.status !== 'ended');
-const chargeAt = (station, connector) => charges().find(one =>
-  one.identity === station.identity && one.evse === connector.evse);
-const chargeOf = ({identity, id}) => charges().find(one =>
-  one.identity === identity && one.transactionId === id);
+const charges = () => [...state.charges.values()].filter(session => session.status !== 'ended');
+const chargeAt = (station, connector) => charges().find(session =>
+  session.identity === station.identity && session.evse === connector.evse);
+const chargeOf = ({identity, id}) => charges().find(session =>
+  session.identity === identity && session.transactionId === id);
 
 function nameOf(station, {evse, connector}) {
   if (evse === 0) return 'Station';
@@ -20950,14 +20955,15 @@ function refusedToken(identity, from) {
 
 const PILLS = 8, PILL_ORDER = ['good', 'warn', 'info', 'bad'];
 function connectorPills(station) {
-  const rank = one => PILL_ORDER.indexOf(TONES[statusOf(station, one)]);
-  const shown = station.connectors.filter(one => one.evse > 0 || one.status === 'Faulted')
+  const rank = connector => PILL_ORDER.indexOf(TONES[statusOf(station, connector)]);
+  const shown = station.connectors.filter(({evse, status}) => evse > 0 || status === 'Faulted')
     .sort((a, b) => rank(b) - rank(a));
-  return h('div.cut', shown.slice(0, PILLS).map(one => {
-    const status = statusOf(station, one), watts = transactionAt(station, one)?.powerW;
-    return h('span', {key: `${one.evse}.${one.connector}`, title: plain(why(station, one)),
+  return h('div.cut', shown.slice(0, PILLS).map(connector => {
+    const status = statusOf(station, connector), watts = transactionAt(station, connector)?.powerW;
+    return h('span', {key: `${connector.evse}.${connector.connector}`,
+      title: plain(why(station, connector)),
       class: 'pill ' + (online(station) && TONES[status] || '')},
-    `${one.evse || 'all'} ${status || 'unknown'}${watts > 0 ? ' ' + power(watts) : ''}`);
+    `${connector.evse || 'all'} ${status || 'unknown'}${watts > 0 ? ' ' + power(watts) : ''}`);
   }), shown.length > PILLS && ` and ${shown.length - PILLS} more`);
 }
 
@@ -20965,19 +20971,19 @@ function connectorPills(station) {
 const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead' : 'behind'}`;
 
 // Who takes power that smart charging cannot steer. The site has all, a circuit those below it.
-const uncontrolled = () => state.circuits.find(one => !one.parent)?.uncontrolled || [];
+const uncontrolled = () => state.circuits.find(circuit => !circuit.parent)?.uncontrolled || [];
 const nameOfCircuit = ({name}) => name === 'site' ? 'The site' : `Circuit ${name}`;
 
 // What needs attention, the worst first: {rank, tone, where it leads, text, more, act}.
 const HOUR = 3600e3, DAY = 24 * HOUR;
 const sessionsAway = upstream =>
-  upstream.sessions.filter(one => one.lastError && one.status !== 'idle');
+  upstream.sessions.filter(session => session.lastError && session.status !== 'idle');
 
 function attention() {
-  const loose = new Map(uncontrolled().map(one => [one.identity, one])), wrong = new Map();
-  const found = [...state.circuits.filter(one => one.overLimit).map(overLimit),
+  const loose = new Map(uncontrolled().map(entry => [entry.identity, entry])), wrong = new Map();
+  const found = [...state.circuits.filter(circuit => circuit.overLimit).map(overLimit),
     ...[...loose.values()].map(notSteered),
-    ...[...state.stations.values()].flatMap(one => attentionTo(one, loose))];
+    ...[...state.stations.values()].flatMap(station => attentionTo(station, loose))];
   const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
   if (state.power?.warning) add(3, 'warn', 'help', state.power.warning);
   for (const error of state.errors) {
@@ -20986,19 +20992,20 @@ function attention() {
   }
   for (const [identity, errors] of wrong) add(5, 'warn', to('events', null, {identity}), identity,
     `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`);
-  for (const one of state.knocking) if (ms(one.lastAt) > now() - DAY) add(3, 'warn', 'security',
-    `${one.ip} wants in and is refused: ${one.reason} (${plural(one.count, 'time')})`);
-  for (const one of state.security) {
-    const rank = {critical: 0, high: 2}[one.severity];
-    if (rank != null && ms(one.timestamp) > now() - DAY) add(rank, 'bad',
-      to('security', null, {event: one.id}), `${one.message} (${one.identity}), `,
-        ago(one.timestamp));
+  for (const knock of state.knocking) if (ms(knock.lastAt) > now() - DAY) add(3, 'warn', 'security',
+    `${knock.ip} wants in and is refused: ${knock.reason} (${plural(knock.count, 'time')})`);
+  for (const event of state.security) {
+    const rank = {critical: 0, high: 2}[event.severity];
+    if (rank != null && ms(event.timestamp) > now() - DAY) add(rank, 'bad',
+      to('security', null, {event: event.id}), `${event.message} (${event.identity}), `,
+        ago(event.timestamp));
   }
-  for (const one of state.upstreams) {
-    const away = sessionsAway(one);
+  for (const upstream of state.upstreams) {
+    const away = sessionsAway(upstream);
     if (away.length) add(1, 'bad', 'relay', `${plural(away.length, 'station')} without a way to `,
-      `${one.url}: ${away[0].lastError}`);
-    if (one.lost) add(1, 'bad', 'relay', `${plural(one.lost, 'message')} did not get to `, one.url);
+      `${upstream.url}: ${away[0].lastError}`);
+    if (upstream.lost) add(1, 'bad', 'relay', `${plural(upstream.lost, 'message')} did not get to `,
+      upstream.url);
   }
   const {host = {}, loopLagMs, stateFailingSince} = sample();
   if (stateFailingSince) add(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
@@ -21044,7 +21051,8 @@ function attentionTo(station, loose) {
     text: [identity, ...text]});
   if (!online(station)) {
     if (loose.has(identity)) return found;
-    const busy = station.connectors.some(one => transactionAt(station, one)?.status === 'active');
+    const busy = station.connectors.some(connector =>
+      transactionAt(station, connector)?.status === 'active');
     add(busy ? 2 : 4, busy ? 'bad' : 'warn',
       station.seenSinceStart ? ` has been offline for ${duration(since(station.disconnectedAt))}`
         : ' is known, but has not been seen since the start of the board',
@@ -21052,10 +21060,10 @@ function attentionTo(station, loose) {
     return found;
   }
   if (station.registration === 'Pending') add(0, 'warn', ' waits to be approved');
-  for (const one of station.connectors) {
-    const told = toldWith(one), name = nameOf(station, one).toLowerCase();
-    if (one.status === 'Faulted') add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
-    else if (hasError(one)) add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
+  for (const connector of station.connectors) {
+    const told = toldWith(connector), name = nameOf(station, connector).toLowerCase();
+    if (connector.status === 'Faulted') add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
+    else if (hasError(connector)) add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
   }
   if (Math.abs(skew) > 60) add(6, 'warn', `: its clock is ${skewOf(skew)}`);
   return found;
@@ -21828,12 +21836,12 @@ async function readConfiguration(station) {
   touch('answers');
 }
 const listOf = value =>
-  Array.isArray(value) ? value.filter(one => one?.constructor === Object) : [];
+  Array.isArray(value) ? value.filter(entry => entry?.constructor === Object) : [];
 
-const configurationRow = one => ({
-  id: String(one.key), name: String(one.key), value: String(one.value ?? ''),
-  locked: `${one.readonly}`.toLowerCase() === 'true', secret: SECRET.test(one.key),
-  payload: value => ['ChangeConfiguration', {key: one.key, value}],
+const configurationRow = entry => ({
+  id: String(entry.key), name: String(entry.key), value: String(entry.value ?? ''),
+  locked: `${entry.readonly}`.toLowerCase() === 'true', secret: SECRET.test(entry.key),
+  payload: value => ['ChangeConfiguration', {key: entry.key, value}],
   status: answer => answer.status,
 });
 
@@ -21957,7 +21965,7 @@ const searchBox = (name, text) => h('input', {type: 'search', placeholder: text,
   oninput: event => filter({[name]: event.target.value})});
 const choice = (name, label, options) => h('select', {'aria-label': label,
   value: state.route.query[name] || '', onchange: event => filter({[name]: event.target.value})},
-options.map(one => Array.isArray(one) ? one : [one, one]).map(([value, text]) =>
+options.map(option => Array.isArray(option) ? option : [option, option]).map(([value, text]) =>
   h('option', {key: value, value}, text)));
 const downloads = (file, fields, formats = ['ndjson', 'csv']) => formats.map(format =>
   h('a.btn', {key: format, download: true,
@@ -22036,7 +22044,7 @@ const listScreen = (list, ...above) => [heading(list.title), ...above, listSplit
 const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
 
 const SITE_TOPICS = ['telemetry', 'transactions', 'circuits', 'smart-charge'];
-function overview() {
+function overviewScreen() {
   const address = panel('address', [], () =>
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
   const numbers = panel('tiles', SITE_TOPICS, tiles);
@@ -22082,11 +22090,11 @@ function loadTile() {
 
 function tiles() {
   const samples = state.samples.slice(-120), last = sample(), going = running();
-  const of = name => samples.map(one => one[name]);
+  const of = name => samples.map(point => point[name]);
   const {errorRate} = last;
   return h('div.tiles', {key: 'tiles'},
     tile('Charging now', 'transactions?status=active', power(sum(going.map(flow))),
-      `${digits(going.filter(one => flow(one) > 0).length)} of ${plural(going.length, 'car')}`,
+      `${digits(going.map(flow).filter(Boolean).length)} of ${plural(going.length, 'car')}`,
       {values: of('powerW')}),
     loadTile(),
     tile('Energy today', 'report', energy(energyToday()), 'ended today, or running'),
@@ -22102,7 +22110,8 @@ function tiles() {
     tile('Security events', 'security', digits(last.securityEventCount), 'since the start',
       {values: steps(of('securityEventCount'))}),
     tile('Memory', 'telemetry', bytes(last.memoryUsage?.rss),
-      `${percent(last.cpuPercent)} of a core`, {values: samples.map(one => one.memoryUsage.rss)}),
+      `${percent(last.cpuPercent)} of a core`,
+      {values: samples.map(({memoryUsage}) => memoryUsage.rss)}),
     tile('Uptime', 'telemetry', duration(last.uptimeSeconds).replace(/^(\d+ \S+) .*/, '$1'),
       ['since ', clock(state.about?.startedAt)]));
 }
@@ -22117,9 +22126,10 @@ function attentionCard() {
         ? 'Nothing: no station is faulted, offline or refused, and no error in the last hour.'
         : 'Nothing yet.')
       : h('ul.list.scrolls', {tabindex: 0, 'aria-label': 'What needs attention'},
-        found.slice(0, ATTENTION_SHOWN).map((one, n) => h('li', {key: n},
-        h('span', {class: one.tone, 'aria-hidden': 'true'}, one.tone === 'bad' ? '●' : '▲'),
-        saying(one, h('a', {href: '#/' + one.where, class: one.rank < 0 && 'bad'}, one.text)))),
+        found.slice(0, ATTENTION_SHOWN).map((entry, n) => h('li', {key: n},
+        h('span', {class: entry.tone, 'aria-hidden': 'true'}, entry.tone === 'bad' ? '●' : '▲'),
+        saying(entry, h('a', {href: '#/' + entry.where, class: entry.rank < 0 && 'bad'},
+          entry.text)))),
       found.length > ATTENTION_SHOWN && h('li.dim', {key: 'more'},
         `and ${found.length - ATTENTION_SHOWN} more`)));
 }
@@ -22240,22 +22250,22 @@ const stationTabs = () => Object.entries(TABS).filter(([name]) => mayChange()
   || !['commands', 'configuration'].includes(name));
 const tabOf = name => stationTabs().some(([known]) => known === name) ? name : 'now';
 
-function station() {
-  const {id, tab} = state.route, one = state.stations.get(id);
-  if (!one) return [heading(h('bdi', id)), card('', {}, empty(state.loaded
+function stationScreen() {
+  const {id, tab} = state.route, station = state.stations.get(id);
+  if (!station) return [heading(h('bdi', id)), card('', {}, empty(state.loaded
     ? 'This station is not known: it was forgotten, or has not connected since the board was '
       + 'started.' : 'Loading …',
   link('stations', 'All stations')))];
-  return [panel('station head', ['connections'], () => stationHead(one)),
+  return [panel('station head', ['connections'], () => stationHead(station)),
     h('nav.tabs', {'aria-label': 'Of this station'}, stationTabs().map(([name, [text]]) =>
       h('a.btn', {key: name, href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
         'aria-current': name === tab && 'page'},
-      name === 'configuration' && !is16(one) ? 'Variables' : text))),
-    ...TABS[tab][1](one)];
+      name === 'configuration' && !is16(station) ? 'Variables' : text))),
+    ...TABS[tab][1](station)];
 }
 
-function stationHead(one) {
-  const {identity} = one, send = (method, ...parts) => () =>
+function stationHead(station) {
+  const {identity} = station, send = (method, ...parts) => () =>
     attempt(() => ask(method, path('connections', identity, ...parts)));
   const disconnect = async () => {
     const text = 'Its connection is closed; most stations come back at once.';
@@ -22267,37 +22277,37 @@ function stationHead(one) {
     if (await send('DELETE')()) go('stations');
   };
   return h('div.title', h('h1.cut', h('bdi', {title: plain(identity)}, identity)),
-    pill(one.status, online(one) ? 'good' : 'bad'), h('span.grow'),
-    one.registration === 'Pending' && [pill('pending', 'warn'),
+    pill(station.status, online(station) ? 'good' : 'bad'), h('span.grow'),
+    station.registration === 'Pending' && [pill('pending', 'warn'),
       act('Approve', send('POST', 'approve'), {class: 'main-act'})],
-    act('Disconnect …', disconnect, {disabled: !online(one)}),
+    act('Disconnect …', disconnect, {disabled: !online(station)}),
     act('Forget …', forget, {class: 'danger'}));
 }
 
-function stationNow(one) {
+function stationNow(station) {
   return [h('div.cols.wide-left',
     h('div.stack',
       panel('connectors', ['connections', 'transactions', 'smart-charge', 'messages', 'tick'],
-        () => card('Connectors', {key: 'connectors'}, one.connectors.length
-          ? one.connectors.map(connector => connectorLine(one, connector))
+        () => card('Connectors', {key: 'connectors'}, station.connectors.length
+          ? station.connectors.map(connector => connectorLine(station, connector))
           : empty('The station has told of no connector yet: trigger a StatusNotification.'))),
-      panel('charts', ['transactions', 'connections', 'hover'], () => stationCharts(one))),
+      panel('charts', ['transactions', 'connections', 'hover'], () => stationCharts(station))),
     h('div.stack',
       panel('about', ['connections', 'tick'], () => card('About', {key: 'about'},
-        h('div.in', facts(stationFacts(one))))),
-      panel('quirks', ['connections'], () => card('Quirks', {key: 'quirks'}, one.quirks.length
-        ? h('ul.list', one.quirks.map(quirkLine))
-          : empty(one.errorCount ? 'None against the standard; but see its errors under Events.'
+        h('div.in', facts(stationFacts(station))))),
+      panel('quirks', ['connections'], () => card('Quirks', {key: 'quirks'}, station.quirks.length
+        ? h('ul.list', station.quirks.map(quirkLine))
+          : empty(station.errorCount ? 'None against the standard; but see its errors under Events.'
             : 'None: all it does is as the standard says.')))))];
 }
 
-function connectorLine(one, connector) {
-  const status = statusOf(one, connector);
+function connectorLine(station, connector) {
+  const status = statusOf(station, connector);
   return h('div.why', {key: `${connector.evse}.${connector.connector}`},
-    h('div.bar', h('h3', nameOf(one, connector)),
-      pill(status || 'unknown', online(one) ? TONES[status] : ''),
+    h('div.bar', h('h3', nameOf(station, connector)),
+      pill(status || 'unknown', online(station) ? TONES[status] : ''),
       connector.since && h('span.dim.small', 'since ', clock(connector.since))),
-    h('p', coded(why(one, connector))), connector.meter && meterLine(connector.meter),
+    h('p', coded(why(station, connector))), connector.meter && meterLine(connector.meter),
     connector.inlet && meterLine(connector.inlet, 'at the inlet, where the grid comes in'));
 }
 
@@ -22316,33 +22326,35 @@ function meterLine(meter, where) {
   return h('p.dim.small', said.filter(Boolean).map(text => text + ' · '), clock(meter.timestamp));
 }
 
-function stationCharts(one) {
-  const going = one.connectors.map(connector => transactionAt(one, connector)).filter(Boolean);
-  const last = newestFirst(state.transactions).find(other => other.identity === one.identity);
+function stationCharts(station) {
+  const going = station.connectors.map(connector => transactionAt(station, connector))
+    .filter(Boolean);
+  const last = newestFirst(state.transactions).find(other => other.identity === station.identity);
   const shown = going.length ? going.slice(0, 4) : last ? [last] : [];
   if (!shown.length) return card('Charging', {key: 'none'}, empty('No transaction of this station '
     + 'is known: power and current are drawn here while a car charges.'));
   return shown.map(transaction => card([
     h('h2.grow', transaction.status === 'active' ? 'Charging' : 'Last charging',
-      h('span.dim', `, ${place(one).replace('C', 'c')} ${transaction.evse}`)),
+      h('span.dim', `, ${place(station).replace('C', 'c')} ${transaction.evse}`)),
     h('span.cut', link(to('transactions', placeOf(transaction)), `Transaction ${transaction.id}`))],
   {key: 'chart ' + keyOf(transaction)}, h('div.in', meterCharts(transaction))));
 }
 
-function stationFacts(one) {
-  const {vendor, model, serial, firmware, ...others} = one.station, skew = one.clockSkewSeconds;
-  const from = online(one) ? one.connectedAt : one.disconnectedAt;
+function stationFacts(station) {
+  const {vendor, model, serial, firmware, ...others} = station.station;
+  const {clockSkewSeconds: skew} = station;
+  const from = online(station) ? station.connectedAt : station.disconnectedAt;
   return [
     ['Vendor', vendor], ['Model', model], ['Serial number', serial], ['Firmware', firmware],
-    ['Protocol', one.protocol], ['Address', one.remoteAddress],
-    ['Security profile', digits(one.securityProfile)], ['Registration', one.registration],
-    [online(one) ? 'Connected' : 'Offline', [clock(from), ` (${duration(since(from))})`]],
-    !one.seenSinceStart && ['Since the start', 'known, not seen'],
-    ['Last seen', ago(one.lastMessageAt)], ['Messages', digits(one.messageCount)],
-    ['Errors', one.errorCount ? link(to('events', null, {identity: one.identity}),
-      digits(one.errorCount)) : '0'],
-    one.evictedCount > 0 && ['Connections replaced by a second one',
-      h('span.warn', digits(one.evictedCount))],
+    ['Protocol', station.protocol], ['Address', station.remoteAddress],
+    ['Security profile', digits(station.securityProfile)], ['Registration', station.registration],
+    [online(station) ? 'Connected' : 'Offline', [clock(from), ` (${duration(since(from))})`]],
+    !station.seenSinceStart && ['Since the start', 'known, not seen'],
+    ['Last seen', ago(station.lastMessageAt)], ['Messages', digits(station.messageCount)],
+    ['Errors', station.errorCount ? link(to('events', null, {identity: station.identity}),
+      digits(station.errorCount)) : '0'],
+    station.evictedCount > 0 && ['Connections replaced by a second one',
+      h('span.warn', digits(station.evictedCount))],
     ['Its clock', skew == null ? DASH : Math.abs(skew) < 2 ? 'as the board\'s, within 2 s'
       : h('span', {class: Math.abs(skew) > 60 && 'warn'}, skewOf(skew))],
     ...Object.entries(others).map(([name, value]) => [inWords(name), value]),
@@ -22354,27 +22366,27 @@ const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
     : name.replaceAll('_', ' ')), h('span.dim.nowrap', plural(count, 'time')),
   lastMessageId && h('span.nowrap', link(to('messages', lastMessageId), 'show')));
 
-function stationCommands(one) {
+function stationCommands(station) {
   return [h('div.cols',
     panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () =>
-      card('Commands', {key: 'form'}, h('div.in.stack', commandForm(one)))),
+      card('Commands', {key: 'form'}, h('div.in.stack', commandForm(station)))),
     h('div.stack', panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
-      answersOf(one.identity))), panel('files', ['uploads'], () => filesCard(one)))),
+      answersOf(station.identity))), panel('files', ['uploads'], () => filesCard(station)))),
   ...messageList('command messages')];
 }
 
-function stationConfiguration(one) {
+function stationConfiguration(station) {
   return [panel('configuration', ['answers', 'connections'], () => h('div.stack',
-        configuration(one),
-    card('Answers', {key: 'answers'}, answersOf(one.identity))))];
+        configuration(station),
+    card('Answers', {key: 'answers'}, answersOf(station.identity))))];
 }
 
-function stationTransactions(one) {
+function stationTransactions(station) {
   const list = {...TRANSACTIONS, name: 'its transactions', tall: false,
-    records: () => TRANSACTIONS.records().filter(({identity}) => identity === one.identity),
+    records: () => TRANSACTIONS.records().filter(({identity}) => identity === station.identity),
     columns: TRANSACTION_COLUMNS.filter(({name}) => name !== 'Station'),
     open: transaction => to('transactions', placeOf(transaction)),
-    tools: () => downloads('transactions', {...state.route.query, identity: one.identity})};
+    tools: () => downloads('transactions', {...state.route.query, identity: station.identity})};
   return [panel(list.name, list.topics, () => listCard(list))];
 }
 
@@ -22622,9 +22634,8 @@ const frame = row => h('div.pair', {key: row.number},
       : 'from the board'),
     h('span.dim.small', clock(row.timestamp, true))),
   row.errorCode && h('p.bad', h('b', row.errorCode), ' ', row.errorDescription),
-  findings(row).map(one => h('p.warn', {key: one.id}, '▲ ', h('code', one.details.pointer || '/'),
-      ' ',
-    one.details.text)),
+  findings(row).map(({id, details}) => h('p.warn', {key: id}, '▲ ',
+    h('code', details.pointer || '/'), ' ', details.text)),
   state.ui.raw ? rawText(row.raw) : pretty(row.raw),
   h('div.bar', button(state.ui.raw ? 'Pretty' : 'Raw', () => {
     state.ui.raw = !state.ui.raw;
@@ -22644,7 +22655,7 @@ function frameOf({type, messageId, method, errorCode, errorDescription, raw}) {
 
 const STATUS_TONES = {active: 'info', stopped: 'good', orphan: 'warn', abandoned: 'bad'};
 const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
-const estimate = one => one.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
+const estimate = transaction => transaction.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
 const holder = transaction => transaction.idTokenName || transaction.idToken || '';
 const TRANSACTION_COLUMNS = [
@@ -22681,23 +22692,23 @@ const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
   blank: 'No transaction yet: they stand here from the first charging on.',
 };
 
-function transactionDetail(one) {
-  return aside(`Transaction ${one.id}`, () => go('transactions', null, state.route.query),
-    facts([['Station', stationLink(one.identity)],
-      [place(state.stations.get(one.identity)), digits(one.evse)],
-      ['Status', one.status === 'active' ? one.chargingState || 'active' : one.status],
-      ['Id token', one.idTokenName ? `${one.idTokenName} (${one.idToken})` : one.idToken],
-      one.cost !== null && ['Cost', `${one.cost.toFixed(2)} ${one.currency}`],
-      ['Started', clock(one.startedAt)], ['Stopped', clock(one.stoppedAt)],
-      ['Duration', duration(lasted(one))], ['Energy', [estimate(one), energy(one.energyWh)]],
-      ['Power', one.status === 'active' ? power(one.powerW) : DASH], ['State of charge',
-        percent(one.soc)],
-      ['Meter at start', register(one.meterStart)],
-      ['Meter at stop', register(one.meterStop)],
-      ['Reason', one.reason],
-      one.missingEvents > 0 && ['Events missing', digits(one.missingEvents)]].filter(Boolean)),
-    meterCharts(one), link(to('messages', null, {identity: one.identity}),
-      'Messages of this station'));
+function transactionDetail(transaction) {
+  const {identity, id, evse, status, idToken, idTokenName, cost, currency} = transaction;
+  const goesOn = status === 'active';
+  return aside(`Transaction ${id}`, () => go('transactions', null, state.route.query),
+    facts([['Station', stationLink(identity)], [place(state.stations.get(identity)), digits(evse)],
+      ['Status', goesOn ? transaction.chargingState || 'active' : status],
+      ['Id token', idTokenName ? `${idTokenName} (${idToken})` : idToken],
+      cost !== null && ['Cost', `${cost.toFixed(2)} ${currency}`],
+      ['Started', clock(transaction.startedAt)], ['Stopped', clock(transaction.stoppedAt)],
+      ['Duration', duration(lasted(transaction))],
+      ['Energy', [estimate(transaction), energy(transaction.energyWh)]],
+      ['Power', goesOn ? power(transaction.powerW) : DASH],
+      ['State of charge', percent(transaction.soc)],
+      ['Meter at start', register(transaction.meterStart)],
+      ['Meter at stop', register(transaction.meterStop)], ['Reason', transaction.reason],
+      transaction.missingEvents > 0 && ['Events missing', digits(transaction.missingEvents)]]),
+    meterCharts(transaction), link(to('messages', null, {identity}), 'Messages of this station'));
 }
 
 // Report: what the transactions that were stopped come to. Its days are those of UTC.
@@ -22787,22 +22798,22 @@ async function askTokens() {
   tokensAsked = Date.now();
   tokenShown = false;
   await attempt(async () => {
-    const [tokens, lists] = await Promise.all(['id-tokens', 'local-lists'].map(one =>
-      get('api/' + one)));
+    const [tokens, lists] = await Promise.all(['id-tokens', 'local-lists'].map(list =>
+      get('api/' + list)));
     Object.assign(state, {tokens, lists});
   });
   touch('tokens');
 }
-const tokenCalled = text => state.tokens.find(one =>
-  one.idToken.toLowerCase() === text.toLowerCase());
+const tokenCalled = text => state.tokens.find(token =>
+  token.idToken.toLowerCase() === text.toLowerCase());
 function tokenOf(text) {
-  const one = tokenCalled(text);
-  return one?.source ? one : null;
+  const token = tokenCalled(text);
+  return token?.source ? token : null;
 }
 
 const TOKEN_TONES = {Accepted: 'good', Blocked: 'bad', Expired: 'warn', Invalid: 'bad'};
-const expired = one => one.expires && ms(one.expires) < now();
-const standing = one => one.status === 'Accepted' && expired(one) ? 'Expired' : one.status;
+const expired = token => token.expires && ms(token.expires) < now();
+const standing = token => token.status === 'Accepted' && expired(token) ? 'Expired' : token.status;
 const TOKEN_COLUMNS = [
   column.text('Id token', 'idToken', {width: '26%', leads: true, cell: ({idToken}) =>
     h('bdi', idToken)}),
@@ -22824,7 +22835,7 @@ const KNOWN_TOKENS = {name: 'tokens', title: 'Id tokens', topics: ['tokens', 'ti
   blank: 'No id token is known by name: learn one above, or import a list.',
 };
 
-function tokens() {
+function tokensScreen() {
   const {id} = state.route;
   return [heading('Id tokens'), panel('shown', ['tokens', 'tick'], shownTokens),
     split(panel('tokens', KNOWN_TOKENS.topics, () => listCard({...KNOWN_TOKENS, beside: !!id})),
@@ -22833,11 +22844,11 @@ function tokens() {
 }
 
 function shownTokens() {
-  const shown = state.tokens.filter(one => !one.source);
-  const line = one => h('tr', {key: one.idToken}, h('td', h('code', one.idToken)),
-    h('td', one.type || DASH), h('td', stationLink(one.lastUsedBy)),
-    h('td.nowrap', ago(one.lastUsedAt)), h('td', one.lastAnswer),
-    h('td', act('Learn it', () => go('tokens', one.idToken))));
+  const shown = state.tokens.filter(token => !token.source);
+  const line = token => h('tr', {key: token.idToken}, h('td', h('code', token.idToken)),
+    h('td', token.type || DASH), h('td', stationLink(token.lastUsedBy)),
+    h('td.nowrap', ago(token.lastUsedAt)), h('td', token.lastAnswer),
+    h('td', act('Learn it', () => go('tokens', token.idToken))));
   return card([h('h2.grow', 'Shown lately, and unknown'),
     h('span.dim.small', 'hold a card to a reader')], {key: 'shown'}, shown.length
     ? plainTable('Shown lately', ['Id token', 'Type', 'Station', 'When', 'Answered', ''],
@@ -22871,7 +22882,7 @@ function csvRows(text) {
       : undefined).replaceAll('""', '"') : part;
   }
   ends();
-  return [...rows, row].filter(one => one.some(Boolean));
+  return [...rows, row].filter(cells => cells.some(Boolean));
 }
 
 /** @type {Record<string, (text: string) => any>} */
@@ -22880,13 +22891,13 @@ const TOKEN_CELLS = {idToken: String, name: String, status: text => text || 'Acc
   stations: text => text.split(/\s*,\s*/).filter(Boolean)};
 async function importTokens(text) {
   const [head, ...rows] = csvRows(text);
-  const names = (head || []).map(one => Object.keys(TOKEN_CELLS).find(name =>
-    name.toLowerCase() === one.toLowerCase()));
+  const names = (head || []).map(word => Object.keys(TOKEN_CELLS).find(name =>
+    name.toLowerCase() === word.toLowerCase()));
   if (!names.includes('idToken')) throw new Failure('The first line must name its columns, and one '
     + `must be idToken; others are ${Object.keys(TOKEN_CELLS).slice(1).join(', ')}.`, 0);
   const entries = rows.map(row => Object.fromEntries(names.map((name, n) =>
     [name, name && TOKEN_CELLS[name](row[n] || '')]).filter(([name, value]) =>
-    name && (name !== 'stations' || value.length)))).filter(one => one.idToken);
+    name && (name !== 'stations' || value.length)))).filter(entry => entry.idToken);
   for (let n = 0; n < entries.length; n += TOKENS_AT_ONCE)
     await ask('POST', 'api/id-tokens', {tokens: entries.slice(n, n + TOKENS_AT_ONCE)});
   notice(`${plural(entries.length, 'id token')} imported`);
@@ -22899,17 +22910,18 @@ const TOKEN_FIELDS = {name: ['Name', {}], group: ['Group', {maxlength: 20}],
   stations: ['Stations', {placeholder: '*', title: 'identities or patterns, with commas; "CP-1:2" '
     + 'is EVSE 2 of CP-1'}]};
 function tokenDetail(id) {
-  const one = tokenCalled(id) || {idToken: id, name: '', status: 'Accepted', group: '',
+  const token = tokenCalled(id) || {idToken: id, name: '', status: 'Accepted', group: '',
     master: false, expires: null, stations: ['*'], source: null};
-  const typed = remembered('token ' + one.idToken, {}), whole = {...one, expires: one.expires || '',
-    stations: one.stations.join(', '), status: one.source ? one.status : 'Accepted'};
+  const typed = remembered('token ' + token.idToken, {});
+  const whole = {...token, expires: token.expires || '',
+    stations: token.stations.join(', '), status: token.source ? token.status : 'Accepted'};
   const value = name => typed[name] ?? whole[name];
   const changes = Object.fromEntries(Object.entries(typed).filter(([name, to]) =>
     to !== whole[name]).map(([name, to]) =>
     [name, typeof to === 'string' ? TOKEN_CELLS[name](to) : to]));
   const change = (method, body, said) => attempt(async () => {
-    await ask(method, path('id-tokens', one.idToken), body);
-    state.ui['token ' + one.idToken] = {};
+    await ask(method, path('id-tokens', token.idToken), body);
+    state.ui['token ' + token.idToken] = {};
     notice(said);
     await askTokens();
   });
@@ -22919,11 +22931,11 @@ function tokenDetail(id) {
       + 'where it says nothing, it is unknown.', 'Remove it'))
       change('DELETE', undefined, 'Removed');
   };
-  return aside(one.idToken, () => go('tokens', null, state.route.query),
-    one.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
-      [one.source]], ['Type', one.type], ['Last use', ago(one.lastUsedAt)],
-    ['Where', stationLink(one.lastUsedBy)], ['Answered', one.lastAnswer]]),
-    mayChange() && h('form.form', {key: one.idToken, onsubmit: send},
+  return aside(token.idToken, () => go('tokens', null, state.route.query),
+    token.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
+      [token.source]], ['Type', token.type], ['Last use', ago(token.lastUsedAt)],
+    ['Where', stationLink(token.lastUsedBy)], ['Answered', token.lastAnswer]]),
+    mayChange() && h('form.form', {key: token.idToken, onsubmit: send},
       Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
         h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
           oninput: typing(typed, name)}))),
@@ -22933,19 +22945,19 @@ function tokenDetail(id) {
       h('label.inline', {key: 'master'}, h('input', {type: 'checkbox', checked: value('master'),
         onchange: ({target}) => { typed.master = target.checked; touch('ui'); }}),
       'Master pass: ends charging of its group, starts none'),
-      h('div.bar.whole', h('button.btn.main-act', {disabled: one.source
-        && !Object.keys(changes).length}, one.source ? 'Change' : 'Learn it'),
-      one.source && (one.status === 'Accepted'
+      h('div.bar.whole', h('button.btn.main-act', {disabled: token.source
+        && !Object.keys(changes).length}, token.source ? 'Change' : 'Learn it'),
+      token.source && (token.status === 'Accepted'
         ? button('Block it', () => change('PUT', {status: 'Blocked'}, 'Blocked'),
           {class: 'danger'})
         : button('Accept it', () => change('PUT', {status: 'Accepted'}, 'Accepted'))),
-      one.source === 'board' && button('Remove it', remove))),
-    one.source && link(to('transactions', null, {text: one.idToken}), 'Its transactions'));
+      token.source === 'board' && button('Remove it', remove))),
+    token.source && link(to('transactions', null, {text: token.idToken}), 'Its transactions'));
 }
 
 function listsCard() {
-  const lists = state.lists.filter(one => one.online || one.version != null);
-  const late = lists.filter(one => one.online && !one.current);
+  const lists = state.lists.filter(list => list.online || list.version != null);
+  const late = lists.filter(list => list.online && !list.current);
   const send = async identities => {
     for (const identity of identities) {
       state.ui.sendingList = identity;
@@ -22967,7 +22979,7 @@ function listsCard() {
   return card([h('h2.grow', 'Local lists'),
     h('span.dim.small.wide', 'who may charge while the board is away'),
     late.length > 1 && act(`Send to ${digits(late.length)}`, () =>
-      send(late.map(one => one.identity)), {disabled: !!state.ui.sendingList})], {key: 'lists'},
+      send(late.map(list => list.identity)), {disabled: !!state.ui.sendingList})], {key: 'lists'},
   lists.length ? plainTable('Local lists', ['Station', 'State', 'Id tokens', 'Version', 'Sent', ''],
     lists.map(line)) : empty('No station is online.'));
 }
@@ -22995,8 +23007,8 @@ let powerAsked = 0;
 async function askPower() {
   powerAsked = Date.now();
   try {
-    const [power, circuits] = await Promise.all(['config', 'circuits'].map(one =>
-      get('api/smart-charge/' + one)));
+    const [power, circuits] = await Promise.all(['config', 'circuits'].map(name =>
+      get('api/smart-charge/' + name)));
     Object.assign(state, {power, circuits});
     if (state.about?.smartCharging) state.about.smartCharging.limitKw = power.limitKw;
     touch('circuits');
@@ -23007,14 +23019,14 @@ async function askPower() {
 
 function powerCard() {
   const from = now() - HOUR, going = running().sort((a, b) => flow(b) - flow(a));
-  const past = newestFirst(state.transactions).filter(one => ms(one.stoppedAt) > from);
+  const past = newestFirst(state.transactions).filter(({stoppedAt}) => ms(stoppedAt) > from);
   const shown = [...going, ...past].slice(0, SERIES_SHOWN), places = new Map();
-  for (const one of shown.reverse()) {             // what ended stands before what goes on
-    const name = `${one.identity} ${one.evse}`, line = places.get(name)
-      || {name, colour: colourOf(one.identity), points: []};
-    const points = pointsOf(seriesOf(one), point => point.powerW);
-    const ended = one.stoppedAt || !isOnline(one)
-      && state.stations.get(one.identity)?.disconnectedAt;
+  for (const transaction of shown.reverse()) {             // what ended stands before what goes on
+    const name = `${transaction.identity} ${transaction.evse}`, line = places.get(name)
+      || {name, colour: colourOf(transaction.identity), points: []};
+    const points = pointsOf(seriesOf(transaction), point => point.powerW);
+    const ended = transaction.stoppedAt || !isOnline(transaction)
+      && state.stations.get(transaction.identity)?.disconnectedAt;
     if (points.length && ended) points.push([ms(ended), 0]);
     places.set(name, {...line, points: [...line.points, ...points].sort(([a], [b]) => a - b)});
   }
@@ -23034,13 +23046,14 @@ function powerCard() {
 function circuitsCard() {
   const {power, circuits} = state;
   if (!power?.enabled) return null;
-  const depth = {}, rows = [], under = parent => circuits.filter(one => one.parent === parent);
-  const place = (one, deep) => {
-    depth[one.name] = deep;
-    rows.push(one);
-    for (const child of under(one.name)) place(child, deep + 1);
+  const depth = {}, rows = [];
+  const under = name => circuits.filter(({parent}) => parent === name);
+  const place = (circuit, deep) => {
+    depth[circuit.name] = deep;
+    rows.push(circuit);
+    for (const child of under(circuit.name)) place(child, deep + 1);
   };
-  for (const one of under(null)) place(one, 0);
+  for (const circuit of under(null)) place(circuit, 0);
   const {meter, windowFactor, strategy} = power;
   return card([h('h2.grow', 'Circuits'),
     windowFactor < 1 && pill(`window: ${percent(windowFactor * 100)} of the limit`, 'info'),
@@ -23048,7 +23061,8 @@ function circuitsCard() {
     h('b', strategy.replaceAll('_', ' '))], {key: 'circuits'},
   h('div.in.stack', h('p.legend', LOADS.map(([name, text]) =>
     h('span', {key: name}, h('i.dot', {class: name, 'aria-hidden': 'true'}), text))),
-  rows.map(one => circuitView(one, depth[one.name])), meter && meterView(meter), looseView(),
+  rows.map(circuit => circuitView(circuit, depth[circuit.name])), meter && meterView(meter),
+  looseView(),
   mayChange() && limitForm(power)));
 }
 
@@ -23062,7 +23076,8 @@ const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.smal
 function looseView() {
   const found = uncontrolled().map(notSteered);
   return found.length > 0 && h('div', h('h3', 'Not under control'), h('ul.list.flush',
-    found.map((one, n) => h('li', {key: n}, saying(one, h('p', {class: one.tone}, one.text))))));
+    found.map((entry, n) => h('li', {key: n},
+      saying(entry, h('p', {class: entry.tone}, entry.text))))));
 }
 
 function elsewhereCard() {
@@ -23072,14 +23087,16 @@ function elsewhereCard() {
       act('It is at this site', () => setElsewhere(identity, false))))));
 }
 
-const circuitView = (one, deep) => h('div.circuit', {key: one.name,
+const circuitView = (circuit, deep) => h('div.circuit', {key: circuit.name,
     style: {'margin-left': deep * (narrow() ? .3 : 1.2) + 'rem'}},
-  h('div.bar', h('h3.grow', nameOfCircuit(one)), one.overLimit && pill('over its limit', 'bad'),
-    h('span.dim.small', `${amperes(one.limitA)} a phase, ${amperes(one.usableA)} to be used`)),
-  Object.keys(one.measuredA).map(phase => phaseView(one, phase)));
+  h('div.bar', h('h3.grow', nameOfCircuit(circuit)),
+    circuit.overLimit && pill('over its limit', 'bad'),
+    h('span.dim.small',
+      `${amperes(circuit.limitA)} a phase, ${amperes(circuit.usableA)} to be used`)),
+  Object.keys(circuit.measuredA).map(phase => phaseView(circuit, phase)));
 
 function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase) {
-  const [drawn, told, worst] = [measuredA, allocatedA, worstA].map(one => one[phase]);
+  const [drawn, told, worst] = [measuredA, allocatedA, worstA].map(byPhase => byPhase[phase]);
   const part = amps => Math.min(100, amps / limitA * 100);
   const text = `draws ${amperes(drawn)}, allowed ${amperes(told)}`
     + (worst > told + 1 ? `, counted ${amperes(worst)}` : '');
@@ -23105,7 +23122,7 @@ function limitForm(power) {
     && value(name) !== String(power[name])).map(name =>
     [name, name === 'strategy' ? typed[name] : Number(typed[name])]));
   const type = name => event => {
-    if (ONE_LIMIT.includes(name)) for (const one of ONE_LIMIT) delete typed[one];
+    if (ONE_LIMIT.includes(name)) for (const limit of ONE_LIMIT) delete typed[limit];
     typing(typed, name)(event);
   };
   const send = async event => {
@@ -23127,8 +23144,9 @@ function limitForm(power) {
     Object.entries(LIMITS).map(([name, [label, props]]) => field(name, label,
       h('input', {type: 'number', ...props, value: value(name), oninput: type(name)}))),
     field('strategy', 'Strategy', h('select', {value: value('strategy'),
-      oninput: type('strategy')}, STRATEGIES.filter(one => one !== 'solar' || power.meter)
-      .map(one => h('option', {key: one, value: one}, one.replaceAll('_', ' '))))),
+      oninput: type('strategy')}, STRATEGIES.filter(strategy => strategy !== 'solar' || power.meter)
+      .map(strategy => h('option', {key: strategy, value: strategy},
+        strategy.replaceAll('_', ' '))))),
     h('div.bar', h('button.btn.main-act', {disabled: !Object.keys(changes).length}, 'Change'),
       Object.keys(typed).length > 0 && button('Leave it', () => {
         state.ui.limits = {};
@@ -23142,27 +23160,29 @@ function carsCard() {
   const going = charges().filter(transactionOf).sort(byStation);
   return going.length > 0 && card([h('h2.grow', 'Each car, drawn and allowed'),
     going.length > CARS_SHOWN && h('span.dim.small', `the first ${CARS_SHOWN}; the others are with `
-      + 'their sessions')], {key: 'cars'}, h('div.in.sides', going.slice(0, CARS_SHOWN).map(one =>
-    h('div', {key: one.sessionId}, h('h3', dot(colourOf(one.identity)),
-      link(to('power', one.sessionId), one.identity), h('span.dim', ` ${one.evse}`)),
-    carChart('car', one)))));
+      + 'their sessions')], {key: 'cars'},
+  h('div.in.sides', going.slice(0, CARS_SHOWN).map(session => h('div', {key: session.sessionId},
+    h('h3', dot(colourOf(session.identity)),
+      link(to('power', session.sessionId), session.identity), h('span.dim', ` ${session.evse}`)),
+    carChart('car', session)))));
 }
 const transactionOf = ({identity, transactionId}) =>
   state.transactions.get(keyOf({identity, id: transactionId}));
 const byStation = (a, b) => a.identity < b.identity ? -1 : a.identity > b.identity ? 1
   : a.evse - b.evse;
 
-function carChart(id, one) {
-  const series = seriesOf(transactionOf(one)), from = now() - HOUR;
+function carChart(id, session) {
+  const series = seriesOf(transactionOf(session)), from = now() - HOUR;
   if (!series.length) return h('p.dim', 'Its chart begins with its first meter value.');
   const drawn = ({currentA}) => Object.keys(currentA).length
     ? highest(Object.values(currentA)) : null;
-  const limits = [...pointsOf(series, point => point.allowedA), [now(), one.allocatedA]];
+  const limits = [...pointsOf(series, point => point.allowedA), [now(), session.allocatedA]];
   const flows = pointsOf(series, drawn);
-  if (!isOnline(one)) flows.push([now(), null]);
-  return chart(`${id} ${one.sessionId}`, {label: `${one.identity} ${one.evse}`, format: amperes,
+  if (!isOnline(session)) flows.push([now(), null]);
+  return chart(`${id} ${session.sessionId}`, {label: `${session.identity} ${session.evse}`,
+    format: amperes,
     least: 6, height: 130, from: Math.max(from, ms(series[0].timestamp)), till: now(),
-    lines: [{name: 'Drawn', colour: colourOf(one.identity), steps: true, points: flows},
+    lines: [{name: 'Drawn', colour: colourOf(session.identity), steps: true, points: flows},
       allowed(limits)]});
 }
 
@@ -23180,8 +23200,8 @@ const changeSession = (sessionId, changes) => attempt(async () => {
 const SESSION_FIELDS = {priority: ['Priority', 'priority'], minA: ['Least, A', 'minA'],
   maxA: ['Most, A; 0 pauses', 'maxA'], phases: ['Phases its car uses', 'phasesSet']};
 function chargeDetail({sessionId}) {
-  const one = state.charges.get(sessionId), typed = remembered('charge ' + sessionId, {});
-  const told = name => String(one[SESSION_FIELDS[name][1]] ?? '');
+  const session = state.charges.get(sessionId), typed = remembered('charge ' + sessionId, {});
+  const told = name => String(session[SESSION_FIELDS[name][1]] ?? '');
   const changed = Object.keys(typed).filter(name => typed[name] !== told(name));
   const send = event => {
     event.preventDefault();
@@ -23189,21 +23209,21 @@ function chargeDetail({sessionId}) {
       [name, typed[name] === '' ? null : Number(typed[name])])));
   };
   return aside(`Session ${sessionId}`, () => go('power'),
-    h('p', chargePill(one), ' ', coded(one.reason)),
-    facts([['Station', stationLink(one.identity)], ['EVSE', digits(one.evse)],
-      ['Allowed', amperes(one.allocatedA)], ['To get', amperes(one.targetA)],
-      ['Draws', amperes(one.measuredA)], ['Circuit', one.circuit],
-      ['Phases', digits(one.phases)], ['Since', clock(one.startedAt)],
-      one.endedAt && ['Ended', clock(one.endedAt)]]),
-    one.status !== 'ended' && transactionOf(one) && carChart('session', one),
-    one.status !== 'ended' && mayChange() && h('form.form', {onsubmit: send},
+    h('p', chargePill(session), ' ', coded(session.reason)),
+    facts([['Station', stationLink(session.identity)], ['EVSE', digits(session.evse)],
+      ['Allowed', amperes(session.allocatedA)], ['To get', amperes(session.targetA)],
+      ['Draws', amperes(session.measuredA)], ['Circuit', session.circuit],
+      ['Phases', digits(session.phases)], ['Since', clock(session.startedAt)],
+      session.endedAt && ['Ended', clock(session.endedAt)]]),
+    session.status !== 'ended' && transactionOf(session) && carChart('session', session),
+    session.status !== 'ended' && mayChange() && h('form.form', {onsubmit: send},
       Object.entries(SESSION_FIELDS).map(([name, [label]]) => h('label', {key: name}, label,
         h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual',
           value: typed[name] ?? told(name), oninput: typing(typed, name)}))),
       h('div.bar.whole', h('button.btn.main-act', {disabled: !changed.length}, 'Change'),
-        one.maxA === 0 ? button('Go on', () => changeSession(sessionId, {maxA: null}))
+        session.maxA === 0 ? button('Go on', () => changeSession(sessionId, {maxA: null}))
           : button('Pause', () => changeSession(sessionId, {maxA: 0})))),
-    link(to('transactions', [one.identity, one.transactionId]),
+    link(to('transactions', [session.identity, session.transactionId]),
       'Its transaction'));
 }
 
@@ -23215,7 +23235,7 @@ function chargesCard() {
     ? 'It is on, and no car charges.'
     : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
       + 'set by hand, among the commands of each station.'));
-  const kilowatts = sum(going.map(one => one.allocatedKw)), {allCharges} = state.ui;
+  const kilowatts = sum(going.map(session => session.allocatedKw)), {allCharges} = state.ui;
   const rows = sorted('charges', CHARGE_COLUMNS, going);
   return card([h('h2.grow', 'Smart charging'), !on && pill('switched off', 'warn'),
     going.length > CHARGES_SHOWN && button(`All ${going.length}`, () => {
@@ -23224,17 +23244,17 @@ function chargesCard() {
     }, {'aria-pressed': String(!!allCharges)}),
     h('b', `${power(kilowatts * 1000)} allowed`)], {key: 'charges'},
   going.length > 0 && h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allowed: '
-    + going.map(one => `${one.identity} ${power(one.allocatedKw * 1000)}`).join(', ')},
-  going.map(one => h('i', {key: one.sessionId,
-    title: `${plain(one.identity)}: ${power(one.allocatedKw * 1000)}`,
-    style: {width: one.allocatedKw / (kilowatts || 1) * 100 + '%',
-      background: colourOf(one.identity)}})))),
+    + going.map(session => `${session.identity} ${power(session.allocatedKw * 1000)}`).join(', ')},
+  going.map(session => h('i', {key: session.sessionId,
+    title: `${plain(session.identity)}: ${power(session.allocatedKw * 1000)}`,
+    style: {width: session.allocatedKw / (kilowatts || 1) * 100 + '%',
+      background: colourOf(session.identity)}})))),
   chargeGrid({name: 'charges', label: 'Smart charging sessions', columns: CHARGE_COLUMNS,
     wraps: true}, allCharges ? rows : rows.slice(0, CHARGES_SHOWN)));
 }
 
 function endedCard() {
-  const rows = newestFirst(state.charges).filter(one => one.status === 'ended');
+  const rows = newestFirst(state.charges).filter(session => session.status === 'ended');
   return rows.length > 0 && card([h('h2.grow', 'Ended'), counted(plural(rows.length, 'session'))],
     {key: 'ended'}, chargeGrid({name: 'ended', label: 'Ended sessions', columns: ENDED_COLUMNS},
     rows));
@@ -23245,11 +23265,12 @@ const SESSIONS = {records: () => [...state.charges.values()], key: ({sessionId})
 const chargeGrid = (list, rows) =>
   listGrid({...SESSIONS, beside: state.charges.has(state.route.id), ...list}, rows);
 
-const chargeName = one => [dot(colourOf(one.identity)), stationLink(one.identity),
-  one.evse != null && h('span.dim', ` ${one.evse}`)];
-const chargePill = one => pill(one.status, CHARGE_TONES[one.status] ?? 'bad');
-const chargeAllowed = one =>
-  (one.allocatedA != null ? `${amperes(one.allocatedA)}, ` : '') + power(one.allocatedKw * 1000);
+const chargeName = session => [dot(colourOf(session.identity)), stationLink(session.identity),
+  session.evse != null && h('span.dim', ` ${session.evse}`)];
+const chargePill = session => pill(session.status, CHARGE_TONES[session.status] ?? 'bad');
+const chargeAllowed = session =>
+  (session.allocatedA != null ? `${amperes(session.allocatedA)}, ` : '')
+  + power(session.allocatedKw * 1000);
 const CHARGE_COLUMNS = [
   {name: 'Why, and which', slim: true, cell: session => [h('p', coded(session.reason || DASH)),
     h('div.bar.small', h('span', chargeName(session)), chargePill(session),
@@ -23350,52 +23371,53 @@ const sessionColumns = sessions => [
 const lastErrorOf = ({status, lastError}) => status === 'idle' ? '' : lastError || '';
 
 const ORDER = ['booting', 'backoff', 'connecting', 'online', 'idle'];
-function upstreamCard(one) {
-  const name = one.url + one.patterns, [away] = sessionsAway(one), next = away?.nextAttemptSeconds;
-  const rows = [...one.sessions].sort((a, b) =>
+function upstreamCard(upstream) {
+  const name = upstream.url + upstream.patterns, [away] = sessionsAway(upstream);
+  const next = away?.nextAttemptSeconds;
+  const rows = [...upstream.sessions].sort((a, b) =>
     ORDER.indexOf(a.status) - ORDER.indexOf(b.status) || b.waiting - a.waiting);
-  return card([h('h2.grow.whole', one.url),
-    one.stations > 0 && h('span.dim.small',
-      `${digits(one.up)} of ${plural(one.stations, 'station')} online`),
-    one.waiting > 0 && pill(`${digits(one.waiting)} waiting`, 'warn'),
-    one.lost > 0 && pill(`${digits(one.lost)} lost`, 'bad')], {key: name},
+  return card([h('h2.grow.whole', upstream.url),
+    upstream.stations > 0 && h('span.dim.small',
+      `${digits(upstream.up)} of ${plural(upstream.stations, 'station')} online`),
+    upstream.waiting > 0 && pill(`${digits(upstream.waiting)} waiting`, 'warn'),
+    upstream.lost > 0 && pill(`${digits(upstream.lost)} lost`, 'bad')], {key: name},
   away && h('p.in.bad', `${away.identity}: ${away.lastError}`,
     next > 0 && `; the next attempt is in ${digits(next)} s`),
   rows.length ? grid('lines' + name, {rows: sorted('lines' + name, sessionColumns(rows), rows),
     columns: sessionColumns(rows), key: line => line.identity,
-    label: `Stations that go on to ${one.url}`,
+    label: `Stations that go on to ${upstream.url}`,
     row: line => ({open: to('stations', line.identity)})})
-    : empty(`No station has come yet that fits ${one.patterns.join(', ')}.`));
+    : empty(`No station has come yet that fits ${upstream.patterns.join(', ')}.`));
 }
 
-const relay = () => listScreen(RELAYED, !state.route.id
+const relayScreen = () => listScreen(RELAYED, !state.route.id
   && panel('upstreams', ['upstreams', 'tick'], () => state.upstreams.map(upstreamCard)));
 
-function relayDetail(one) {
+function relayDetail(event) {
   const side = (title, protocol, payload) => h('div.pair', {key: title},
     h('h3', title, h('span.dim', ` · ${protocol || DASH}`)),
     payload == null ? h('p.dim', 'none') : pretty(JSON.stringify(payload)));
-  return aside(relayed(one), () => go('relay', null, state.route.query),
-    facts([['Action', relayed(one)], ['Station', stationLink(one.identity)],
-      ['What', relayPill(one)], ['Direction', RELAY_WAYS[one.direction] || one.direction],
-      ['Versions', versions(one.fromProtocol, one.toProtocol)],
-      ['Took', millis(one.latencyMs)], ['Message id', one.messageId]]),
-    one.error && h('p.bad', one.error),
-    h('div.sides', side('Original', one.fromProtocol, one.payload),
-      side('Translated', one.toProtocol, one.translated)));
+  return aside(relayed(event), () => go('relay', null, state.route.query),
+    facts([['Action', relayed(event)], ['Station', stationLink(event.identity)],
+      ['What', relayPill(event)], ['Direction', RELAY_WAYS[event.direction] || event.direction],
+      ['Versions', versions(event.fromProtocol, event.toProtocol)],
+      ['Took', millis(event.latencyMs)], ['Message id', event.messageId]]),
+    event.error && h('p.bad', event.error),
+    h('div.sides', side('Original', event.fromProtocol, event.payload),
+      side('Translated', event.toProtocol, event.translated)));
 }
 
 // Telemetry
 
 const RANGES = [[5, '5 min'], [15, '15 min'], [60, '1 h'], [0, 'all']];
-function telemetry() {
+function telemetryScreen() {
   const range = state.ui.range ?? 15;
   return [heading('Telemetry', h('div.tabs', {role: 'group', 'aria-label': 'Time shown'},
     RANGES.map(([minutes, text]) => button(text, () => { state.ui.range = minutes; touch('ui'); },
       {key: text, 'aria-pressed': String(range === minutes)})))),
   panel('telemetry', ['telemetry', 'hover'], () => {
     const from = range ? now() - range * 60000 : 0;
-    const samples = state.samples.filter(one => ms(one.timestamp) >= from);
+    const samples = state.samples.filter(point => ms(point.timestamp) >= from);
     return h('div.stack', {key: 'telemetry'},
       card('', {}, h('div.in.top', facts(telemetryFacts(sample())))), samples.length < 2
         ? card('', {}, empty('The first samples are on their way.'))
@@ -23415,24 +23437,24 @@ const telemetryFacts = last => [
 ];
 
 function telemetryCharts(samples) {
-  const line = (name, value) => ({name, points: samples.map(one => [ms(one.timestamp),
-          value(one)])});
+  const line = (name, value) => ({name, points: samples.map(point => [ms(point.timestamp),
+          value(point)])});
   const part = (title, props, ...lines) => h('div', {key: title}, h('h3', title),
     chart(title, {label: title, height: 150, ...props, lines}));
-  const errors = steps(samples.map(one => one.errorCount));
+  const errors = steps(samples.map(point => point.errorCount));
   return [
-    part('Messages per second', {format: one => digits(one, 1)},
-      line('Messages', one => one.messagesPerSecond)),
-    part('Time to answer', {format: millis}, line('Mean', one => one.avgLatencyMs)),
-    part('Stations online', {least: 3}, line('Stations', one => one.connectionCount)),
+    part('Messages per second', {format: value => digits(value, 1)},
+      line('Messages', point => point.messagesPerSecond)),
+    part('Time to answer', {format: millis}, line('Mean', point => point.avgLatencyMs)),
+    part('Stations online', {least: 3}, line('Stations', point => point.connectionCount)),
     part('Errors', {least: 3},
-      {name: 'Errors', points: samples.map((one, n) => [ms(one.timestamp), errors[n]])}),
-    part('Charging power', {format: power, least: 1000}, line('Power', one => one.powerW)),
-    part('Memory', {format: bytes, least: 1e6}, line('Resident', one => one.memoryUsage.rss),
-      line('Private', one => one.memoryUsage.heapUsed)),
+      {name: 'Errors', points: samples.map((point, n) => [ms(point.timestamp), errors[n]])}),
+    part('Charging power', {format: power, least: 1000}, line('Power', point => point.powerW)),
+    part('Memory', {format: bytes, least: 1e6}, line('Resident', point => point.memoryUsage.rss),
+      line('Private', point => point.memoryUsage.heapUsed)),
     part('Processor, of one core', {format: percent, least: 10},
-      line('Board', one => one.cpuPercent), line('Host', one => one.host?.cpuPercent)),
-    part('Loop lag', {format: millis, least: 10}, line('Lag', one => one.loopLagMs)),
+      line('Board', point => point.cpuPercent), line('Host', point => point.host?.cpuPercent)),
+    part('Loop lag', {format: millis, least: 10}, line('Lag', point => point.loopLagMs)),
   ];
 }
 
@@ -23460,7 +23482,7 @@ const EVENT_NAMES = {
 const eventName = name => EVENT_NAMES[name] || inWords(name);
 const SEVERITIES = ['low', 'medium', 'high', 'critical'];
 const SEVERITY_TONES = {low: '', medium: 'warn'};
-const kindOf = one => one.category || one.type;
+const kindOf = event => event.category || event.type;
 const EVENT_COLUMNS = [
   column.time('Time', 'timestamp', {width: '9rem', leads: true}),
   column.status('Severity', 'severity', SEVERITY_TONES, {width: '6rem', wide: true,
@@ -23478,7 +23500,7 @@ const kindsOf = events => [...new Set(events.map(kindOf))].map(of => [of, eventN
   .sort(([, a], [, b]) => a < b ? -1 : 1);
 const eventList = (name, title, blank) => ({name, title, label: 'Events', blank, by: 'event',
   topics: [name], records: () => state[name], key: ({id}) => id,
-  columns: EVENT_COLUMNS.filter(one => one.name !== 'Severity'),
+  columns: EVENT_COLUMNS.filter(column => column.name !== 'Severity'),
   search: 'Search …',
   words: event => [event.message, event.identity, kindOf(event), eventName(kindOf(event))],
   filters: {kind: {label: 'Kind', every: 'every kind', fits: (event, of) => kindOf(event) === of,
@@ -23493,11 +23515,11 @@ const SECURITY_EVENTS = {...SECURITY_LIST, head: h('h2', 'Security events'),
   filters: {severity: {label: 'Severity', every: 'every severity', options: () => SEVERITIES},
     ...SECURITY_LIST.filters}};
 
-function eventDetail({id, identity, message, severity, timestamp, details, ...one}) {
+function eventDetail({id, identity, message, severity, timestamp, details, ...event}) {
   const {raw, ...others} = details;
-  return aside(eventName(kindOf(one)), () => filter({event: ''}), h('p', message),
+  return aside(eventName(kindOf(event)), () => filter({event: ''}), h('p', message),
     facts([['Time', clock(timestamp, true)], ['Station', stationLink(identity)],
-      severity && ['Severity', severity], ['Kind', h('code', kindOf(one))],
+      severity && ['Severity', severity], ['Kind', h('code', kindOf(event))],
       ['Record', id]]),
     raw != null && [h('h3', 'Raw'), rawText(raw)],
     Object.keys(others).length > 0 && pretty(JSON.stringify(others)),
@@ -23505,26 +23527,27 @@ function eventDetail({id, identity, message, severity, timestamp, details, ...on
       'Show the message'));
 }
 
-const security = () => listScreen(SECURITY_EVENTS,
+const securityScreen = () => listScreen(SECURITY_EVENTS,
   panel('knocking', ['knocking', 'tick'], knockingCard));
 
 const KNOCKS_SHOWN = 50;
 const LAGS_BEHIND = /before the last change|has reached security profile/;
 
 // A station goes on with a password or security profile that commands have changed.
-async function letIn(one) {
-  const identity = decodeURIComponent(one.url.split('/').pop());
+async function letIn(knock) {
+  const identity = decodeURIComponent(knock.url.split('/').pop());
   const text = 'The password and the security profile that commands gave it are forgotten: what '
     + 'the configuration says counts again.';
   if (await confirmed(`Let in ${identity}`, text, 'Let in'))
     await attempt(() => ask('POST', path('connections', identity, 'credentials', 'reset')));
 }
 function knockingCard() {
-  const line = (one, n) => h('tr', {key: n}, h('td.nowrap', one.ip), h('td', h('code', one.path)),
-    h('td', h('span.bad', one.status), ' ', one.reason), h('td.num', digits(one.count)),
-    h('td.nowrap', ago(one.lastAt)),
-    h('td', one.url && h('span.url', h('code', one.url), copyButton(() => one.url)),
-      LAGS_BEHIND.test(one.reason) && act('Let in as configured …', () => letIn(one))));
+  const line = (knock, n) => h('tr', {key: n}, h('td.nowrap', knock.ip),
+    h('td', h('code', knock.path)),
+    h('td', h('span.bad', knock.status), ' ', knock.reason), h('td.num', digits(knock.count)),
+    h('td.nowrap', ago(knock.lastAt)),
+    h('td', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
+      LAGS_BEHIND.test(knock.reason) && act('Let in as configured …', () => letIn(knock))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', 'who was refused, and what would work')],
     {key: 'knocking'}, state.knocking.length
@@ -23535,7 +23558,7 @@ function knockingCard() {
         + 'at the network between.'), howToConnect()));
 }
 
-function events() {
+function eventsScreen() {
   const system = state.route.id === 'system';
   return [heading('Events', h('nav.tabs', {'aria-label': 'Kind of event'},
     [['', 'Errors'], ['system', 'System']].map(([id, text]) => h('a.btn', {key: id,
@@ -23552,11 +23575,11 @@ const KEYS = [['/', 'search'], ['p', 'pause and resume the messages'],
 const ACCEPTED = {any: 'any station', listed: 'the stations of the configuration',
   ask: 'any, once approved here'};
 
-function help() {
+function helpScreen() {
   const {about} = state, keys = Object.values(SCREENS).map(([name, , key]) => [`g ${key}`, name]);
   return [heading('Help'), h('div.cols',
     card('Connect a charger', {key: 'connect'}, h('div.in.stack', howToConnect(), facts([
-      ['OCPP', (about?.protocols || []).map(one => one.slice(4)).join(', ')],
+      ['OCPP', (about?.protocols || []).map(version => version.slice(4)).join(', ')],
       ['Who may connect', ACCEPTED[about?.accept]],
       ['Checked against the schemas', about?.validated ? 'yes'
         : 'no: install ocpp and fastjsonschema'],
@@ -23574,7 +23597,7 @@ function apiCard() {
       Object.entries(methods).map(line(at)))) : empty('Loading …'));
 }
 
-function login() {
+function loginScreen() {
   const token = state.mode === 'token', focus = node => setTimeout(() => node.focus());
   const send = async event => {
     event.preventDefault();
@@ -23604,21 +23627,22 @@ function login() {
 
 // Name, function and key of each screen, and its picture.
 const SCREENS = {
-  overview: ['Overview', overview, 'o', 'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z'],
-  stations: ['Stations', () => state.route.id ? station() : listScreen(STATIONS), 's',
+  overview: ['Overview', overviewScreen, 'o',
+    'M3 13h8V3H3zM13 21h8V11h-8zM3 21h8v-6H3zM13 3v6h8V3z'],
+  stations: ['Stations', () => state.route.id ? stationScreen() : listScreen(STATIONS), 's',
     'M5 21V5a2 2 0 0 1 2-2h6a2 2 0 0 1 2 2v16M3 21h14M8 8h4M15 11h2a2 2 0 0 1 2 2v3a1.5 1.5 0 0 0 '
     + '3 0V9l-3-3'],
   messages: ['Messages', () => [heading('Messages'), ...messageList('messages')], 'm',
     'M4 7h13l-3-3M20 17H7l3 3'],
   transactions: ['Transactions', () => listScreen(TRANSACTIONS), 't', 'M13 2 5 13h6l-1 9 8-12h-6z'],
   report: ['Report', reportScreen, 'd', 'M5 3h10l4 4v14H5zM9 17v-4M12 17v-7M15 17v-2'],
-  tokens: ['Id tokens', tokens, 'i', 'M3 5h18v14H3zM7 10h5M7 14h3M16 10v4'],
+  tokens: ['Id tokens', tokensScreen, 'i', 'M3 5h18v14H3zM7 10h5M7 14h3M16 10v4'],
   power: ['Power', powerScreen, 'p', 'M3 20h18M5 20v-6h4v6M10 20V9h4v11M15 20V4h4v16'],
-  relay: ['Relay', relay, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
-  telemetry: ['Telemetry', telemetry, 'l', 'M3 12h4l3-8 4 16 3-8h4'],
-  security: ['Security', security, 'k', 'M12 3l8 3v6c0 5-3.5 8-8 9-4.5-1-8-4-8-9V6z'],
-  events: ['Events', events, 'e', 'M12 3 2 20h20zM12 10v4M12 17v.5'],
-  help: ['Help', help, 'h',
+  relay: ['Relay', relayScreen, 'r', 'M4 12h6m4 0h6M10 8v8l4-4zM4 8v8M20 8v8'],
+  telemetry: ['Telemetry', telemetryScreen, 'l', 'M3 12h4l3-8 4 16 3-8h4'],
+  security: ['Security', securityScreen, 'k', 'M12 3l8 3v6c0 5-3.5 8-8 9-4.5-1-8-4-8-9V6z'],
+  events: ['Events', eventsScreen, 'e', 'M12 3 2 20h20zM12 10v4M12 17v.5'],
+  help: ['Help', helpScreen, 'h',
     'M9 9a3 3 0 1 1 4.5 2.6c-1 .6-1.5 1.2-1.5 2.4M12 17.5v.5M12 2a10 10 0 1 0 0 20 '
     + '10 10 0 0 0 0-20'],
 };
@@ -23708,10 +23732,10 @@ async function showMessage(id, before) {
     const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
     const {identity, messageId} = row, both = await ask('GET', 'api/messages?'
       + query({identity, messageId}));
-    const others = rowsIn(both.text).filter(one => one.direction !== row.direction
-      && asks(one) !== asks(row));                 // newest first
-    if (asks(row)) row.answer = others.findLast(one => one.number > row.number);
-    else row.call = others.find(one => one.number < row.number);
+    const others = rowsIn(both.text).filter(other => other.direction !== row.direction
+      && asks(other) !== asks(row));                 // newest first
+    if (asks(row)) row.answer = others.findLast(other => other.number > row.number);
+    else row.call = others.find(other => other.number < row.number);
     route.message = row;
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -23749,7 +23773,7 @@ function draw() {
   const away = state.live.status === 'off' && 'away';
   const app = () => h('div.app', {key: 'app'}, header(), screenList(),
     h('main.main', {tabindex: -1, class: away}, SCREENS[state.route.screen][1]()));
-  if (state.mode) patch(document.getElementById('board'), [state.session ? app() : login(),
+  if (state.mode) patch(document.getElementById('board'), [state.session ? app() : loginScreen(),
       notices(),
     ...state.confirm ? [question(state.confirm)] : []]);
   dirty.clear();
@@ -23793,9 +23817,9 @@ function screenList() {
 }
 
 function notices() {
-  return h('div.notices', {role: 'status', key: 'notices'}, state.notices.map(one =>
-    h('div', {class: 'notice ' + one.kind, key: one.key}, h('span.grow', one.text),
-      button('✕', () => dismiss(one), {class: 'plain', 'aria-label': 'Dismiss'}))));
+  return h('div.notices', {role: 'status', key: 'notices'}, state.notices.map(note =>
+    h('div', {class: 'notice ' + note.kind, key: note.key}, h('span.grow', note.text),
+      button('✕', () => dismiss(note), {class: 'plain', 'aria-label': 'Dismiss'}))));
 }
 
 function question({title, text, yes, done}) {
@@ -23864,8 +23888,8 @@ function step(by) {
   if (!next) return;
   if (route.screen === 'messages') go('messages', next.id, route.query);
   else filter({message: next.id});
-  const view = Object.values(state.ui).find(one => one?.node?.ariaLabel === 'Messages'
-    && one.node.isConnected), top = (rows.length - 1 - at) * rowHeight();
+  const view = Object.values(state.ui).find(view => view?.node?.ariaLabel === 'Messages'
+    && view.node.isConnected), top = (rows.length - 1 - at) * rowHeight();
   if (view && (top < view.top || top > view.top + view.height - 3 * rowHeight()))
     view.node.scrollTop = top - view.height / 3;
 }
