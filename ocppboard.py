@@ -2129,7 +2129,7 @@ class StationClock:
 
 @dataclass(slots=True, eq=False)
 class Upload:
-    """A file that a station sends, or is to send, to a URL that holds once."""
+    """A file of a station, and the one-time URL for it."""
 
     id: str
     identity: str
@@ -2137,10 +2137,10 @@ class Upload:
     created_at: float
     expires_at: float                   # of the URL
     received_at: float | None = None    # when the whole file was there
-    name: str = ""                      # as the station calls it, harmless letters alone
-    size: int = 0                       # bytes, as far as they have come
+    name: str = ""                      # by the station, harmless letters alone
+    size: int = 0                       # bytes, of a complete file
     address: str = ""                   # where it came from
-    error: str = ""                     # why the last try failed
+    error: str = ""                     # why the last attempt failed
 
 
 @dataclass(slots=True, eq=False)
@@ -17012,14 +17012,14 @@ class IsUpgrade(Matcher):
 
 # --- Uploads ------------------------------------------------------------------------------
 # Files that stations send, such as logs and diagnostics, each to a URL of its own that needs no
-# login and holds once. They lie in a folder beside the state file, without one in memory; a thread
-# reads and writes them. Who may have them is for REST to say.
+# login and is good for one file. They are in a folder beside the state file, or without one in
+# memory; a thread reads and writes them. REST says who may see them.
 
-UPLOADS_KEPT = 50                   # URLs and files; expired ones go first, then the oldest file
-UPLOAD_BYTES, UPLOADS_BYTES = 64 << 20, 256 << 20      # of a file; of all: the oldest goes
-MEMORY_SHARE = 8                    # without a state file it is the eighth part of that
+UPLOADS_KEPT = 50                   # URLs and files; expired URLs go first, then the oldest file
+UPLOAD_BYTES, UPLOADS_BYTES = 64 << 20, 256 << 20      # of a file; of all: the oldest is dropped
+MEMORY_SHARE = 8                    # in memory they may have an eighth of it
 DISK_SPARE_BYTES = 128 << 20        # of the disk, left to everything else
-UPLOAD_S = 1800                     # so long one may take, from its first byte to its last
+UPLOAD_S = 1800                     # for an upload, from its first byte to its last
 UPLOAD_HOURS = 24, 168              # that a URL holds: by default, and at most
 FORM_BYTES = 8192                   # of the head of a part, and of the body around the file
 FILE_NAME_LENGTH = 100
@@ -17032,7 +17032,7 @@ def file_name(text: str) -> str:
 
 
 class FormFile:
-    """Reads the first file of a form as it comes in (multipart/form-data, RFC 7578); no I/O."""
+    """A parser that finds the first file of a form (multipart/form-data, RFC 7578); no I/O."""
 
     def __init__(self, boundary: str):
         self._mark = b"\r\n--" + boundary.encode("latin1", "replace")
@@ -17041,7 +17041,7 @@ class FormFile:
         self.name = ""
 
     def feed(self, chunk: bytes) -> bytes:
-        """What the chunk has of the file. Raises: BadRequest."""
+        """The bytes of the file in the next chunk of the body. Raises: BadRequest."""
         if self.complete:
             return b""
         self._rest += chunk
@@ -17074,16 +17074,16 @@ class FormFile:
 
 
 class Reception:
-    """A file that comes in: it is fed what comes, then it is finished or broken off."""
+    """An upload under way: `feed` it the body, then `finish` it, or let it `fail`."""
 
     def __init__(self, uploads: "Uploads", upload: Upload, name: str, form: FormFile | None):
         self.uploads, self.upload, self.name, self.form = uploads, upload, name, form
         self.size = 0
         self.file: Any = None
-        self.fault: BoardError | None = None             # why no more of it is taken
+        self.fault: BoardError | None = None             # after which the rest is ignored
 
     async def feed(self, chunk: bytes) -> None:
-        """Take the next bytes of the body; after a fault they are let go."""
+        """Write the next bytes of the body; after a fault they are ignored."""
         if self.fault is not None:
             return
         try:
@@ -17103,7 +17103,7 @@ class Reception:
         self.file.write(data)
 
     async def finish(self) -> None:
-        """The whole body was there. Raises: BoardError, where it is no file, or was not kept."""
+        """Complete the file at the end of the body. Raises: BoardError, where there is none."""
         if self.form and not self.form.complete:
             self.fail(BadRequest("The form has no file, or not the whole of it"))
         elif not self.size:
@@ -17124,7 +17124,7 @@ class Reception:
             self.file.close()
 
     def fail(self, error: BoardError) -> None:
-        """It does not come to its end, or not to a good one."""
+        """End it for a reason; the URL stays good for another attempt."""
         if self.uploads.receptions.get(self.upload) is self:
             self.fault = error
             self.uploads.failed(self)
@@ -17137,7 +17137,7 @@ class Reception:
 
 
 class Uploads:
-    """The files of stations, and the URLs that wait for one."""
+    """The files of stations, and the URLs that wait for a file."""
 
     def __init__(self, board: Board):
         self.board, self.state = board, board.state
@@ -17150,7 +17150,7 @@ class Uploads:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "uploads")
 
     def restore(self) -> None:
-        """Take over what an earlier run has received, and the URLs that still hold."""
+        """Read files and URLs of an earlier run from the state."""
         found = read_rows(self.board, "upload", UPLOADS_KEPT, _upload_of)
         self.entries = {upload.id: upload for upload in sorted(
             found, key=attrgetter("created_at"))}
@@ -17160,7 +17160,7 @@ class Uploads:
             self._later(self._remove_others, names)
 
     def _remove_others(self, names: set[str]) -> None:
-        """Remove files that were not received whole when the board died."""
+        """Remove files that were incomplete when the board died; in the thread."""
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.folder):
                 if name not in names:
@@ -17177,7 +17177,7 @@ class Uploads:
         """Read and write no more."""
         self._thread.shutdown(wait=False)
 
-    # What REST shows and does
+    # For REST
 
     def status(self, upload: Upload) -> str:
         """waiting | receiving | received | expired"""
@@ -17198,7 +17198,7 @@ class Uploads:
             "error": upload.error or None}
 
     def expect(self, identity: str, hours: float) -> tuple[Upload, str]:
-        """Make a URL for a station's file: (what is to come, the secret in it). Raises: Busy."""
+        """Make a URL for a station's file: (its upload, the secret in the URL). Raises: Busy."""
         if len(self.entries) >= UPLOADS_KEPT:
             over = [upload for status in ("expired", "received")
                     for upload in self.entries.values() if self.status(upload) == status]
@@ -17244,19 +17244,19 @@ class Uploads:
                 os.unlink(os.path.join(self.folder, name))
 
     def _drop(self, upload: Upload) -> None:
-        """Remove one that has to make room."""
+        """Remove an upload to make room."""
         self.remove(upload)
         if upload.received_at is not None:
             self.board.system_event("FILE_DROPPED", upload.identity,
                                     f"{upload.name} has made room for newer files",
                                     {"uploadId": upload.id, "size": upload.size})
 
-    # What comes in
+    # Receiving
 
     def begin(self, secret: str, name: str, headers: HTTPHeaders, address: str) -> Reception:
-        """Take a file at the URL with this secret. The newest try counts, an older one ends.
+        """Begin to receive a file at the URL with this secret; an earlier attempt ends.
 
-        Raises: NotFound (no such URL, or it holds no more), TooLarge, BadRequest.
+        Raises: NotFound (no such URL, or one that is used or has expired), TooLarge, BadRequest.
         """
         digest = _digest_of(secret)
         upload = next((u for u in self.entries.values() if u.digest == digest), None)
@@ -17274,13 +17274,13 @@ class Uploads:
                 raise BadRequest("The form has no boundary")
             form = FormFile(boundary[1])
         if former := self.receptions.get(upload):
-            former.fail(Conflict("A newer try has taken its place"))
+            former.fail(Conflict("A newer attempt has taken its place"))
         upload.address = address
         reception = self.receptions[upload] = Reception(self, upload, name, form)
         return reception
 
     def make_room(self, reception: Reception, size: int) -> None:
-        """See that so much more can be kept. Raises: TooLarge, Busy."""
+        """Make room for `size` more bytes. Raises: TooLarge, Busy."""
         if reception.size + size > self.most_bytes:
             raise TooLarge(f"A file may have {self.most_bytes} bytes at most")
         while self._size() + size > self.most_bytes_in_all:
@@ -17290,12 +17290,12 @@ class Uploads:
             self._drop(oldest)
 
     def _size(self) -> int:
-        """Bytes of all files, and of what has come of others."""
+        """Bytes of all files, also of those under way."""
         return sum(upload.size for upload in self.entries.values()) + sum(
             reception.size for reception in self.receptions.values())
 
     def received(self, reception: Reception) -> None:
-        """The file is whole, and on disk where there is one."""
+        """Record that a file is complete."""
         upload = reception.upload
         del self.receptions[upload]
         names = (reception.form.name if reception.form else "", reception.name,
@@ -17308,7 +17308,7 @@ class Uploads:
                                 {"uploadId": upload.id, "size": upload.size})
 
     def failed(self, reception: Reception) -> None:
-        """It did not come, or not whole: the URL holds for another try."""
+        """Record that an attempt has failed, and remove its file."""
         del self.receptions[reception.upload]
         reception.upload.error = kept(reception.fault)
         self._later(reception.discard)
@@ -17316,11 +17316,11 @@ class Uploads:
     # In the thread
 
     def in_thread(self, work: Callable, *args: Any) -> Awaitable:
-        """Have the thread do something, one thing after the other."""
+        """The result of work in the thread, which does one thing at a time."""
         return asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
     def _later(self, work: Callable[..., None], *args: Any) -> None:
-        """The same, where nobody waits for it."""
+        """Do work in the thread without waiting for it."""
         self._thread.submit(work, *args).add_done_callback(_log_failure)
 
     def create(self, upload: Upload) -> Any:
@@ -19103,9 +19103,9 @@ class Api(RequestHandler):
 
 
 class UploadReceiver(Api):
-    """Takes a file of a station: its URL says which one, a session is not needed.
+    """Receives a file of a station; the secret in the URL takes the place of a session.
 
-    A name may follow the URL's end; curl and some stations put that of their file there.
+    A file name may follow the URL; curl and some stations append it.
     """
 
     reception: Reception
@@ -24022,16 +24022,17 @@ PAGE_ROUTE = Route("GET", "/", get_page, "text/html", public=True)
 
 
 # --- Simulator ----------------------------------------------------------------------------
-# Stations for trying out the board, and for the tests: they boot, charge, obey commands. What a
-# station does next stands in its `plan`; it does one thing a time, each is one Call.
+# Simulated stations, for trying out the board and for the tests: they boot, charge and answer
+# commands. The `plan` of a station has its next Calls, one at a time; jobs that take long, such as
+# an upload, run beside it. A replay sends the messages of an export again.
 
 VOLTAGE_V = 230.0
 PILOT_DELAY_S = 4.0                  # until a car follows a lower limit
-TAPER_PERCENT = 80                   # of its battery; above it a car takes less and less
-SESSION_READINGS, IDLE_HEARTBEATS = 20, 3        # meter values in a charging, Heartbeats before it
+TAPER_PERCENT = 80                   # of its battery; above it a car draws less and less
+SESSION_READINGS, IDLE_HEARTBEATS = 20, 3    # meter values of a transaction, Heartbeats before
 HIGHEST_STACK_LEVEL, OUTLET_MAX_A = 9, 32.0
-# Its configuration: keys of 1.6, variables of 2.x with their component (2.0.1 part 2, appendices
-# 3), and those that nobody may change.
+# The configuration of a station: keys of 1.6, "Component.Variable:Instance" of 2.x (2.0.1 part 2,
+# appendices 3); UNCHANGEABLE ones are refused.
 _CONFIGURATION_2X = {
     "OCPPCommCtrlr.HeartbeatInterval": "300", "SampledDataCtrlr.TxUpdatedInterval": "10",
     "AuthCtrlr.Enabled": "true", "LocalAuthListCtrlr.Entries": "0",
@@ -24055,7 +24056,7 @@ UNCHANGEABLE = frozenset("""NumberOfConnectors LocalAuthListMaxLength SendLocalL
     SmartChargingCtrlr.ProfileStackLevel SmartChargingCtrlr.RateUnit
     ChargingStation.AvailabilityState""".split())
 _WATTS_2X = ("SmartChargingCtrlr.RateUnit", "W")
-WATTS_ONLY = {                      # what one with that of FAULTS says of itself
+WATTS_ONLY = {                      # the configuration that goes with FAULTS["watts"]
     "ocpp1.6": ("ChargingScheduleAllowedChargingRateUnit", "Power"),
     "ocpp2.0.1": _WATTS_2X, "ocpp2.1": _WATTS_2X}
 STEP_S = 2.0                        # between the steps of an update
@@ -24080,7 +24081,7 @@ LATE_S, AWAY_S, FAULT_EVERY_S = 8.0, 120.0, (60.0, 180.0)
 
 
 class Reservation(NamedTuple):
-    """An EVSE that is kept for an id token until a time (1.6 5.13; 2.0.1 H01)."""
+    """A reservation of an EVSE for an id token (1.6 5.13; 2.0.1 H01)."""
 
     id: int
     id_token: str
@@ -24113,13 +24114,13 @@ class Outlet:
     reservation: Reservation | None = None
 
     def arrive(self, id_token: str) -> None:
-        """A car is plugged in."""
+        """Plug a car in, whose driver shows an id token."""
         self.id_token, self.readings, self.soc = id_token, 0, random.uniform(20, 70)
         self.phases, self.car_a = random.choice((1, 3, 3)), random.choice((13.0, 16.0, 16.0, 32.0))
         self.battery_wh = random.uniform(20_000, 90_000)
 
     def begin(self, now: float, transaction_id: Any) -> None:
-        """Its transaction begins; the car takes what is offered at once."""
+        """Begin a transaction; the car follows the first offer at once."""
         self.transaction_id, self.started_at, self.sequence = transaction_id, now, 0
         self.offered_at = -math.inf
         self.offered_a = -1.0
@@ -24127,7 +24128,8 @@ class Outlet:
     def advance(self, now: float, limit_a: float) -> None:
         """Let the car charge until now, at what it and the limit allow.
 
-        It takes more at once, less after a while; under 6 A it pauses (IEC 61851-1).
+        It follows a higher limit at once, a lower one after a while; under 6 A it pauses
+        (IEC 61851-1).
         """
         hours = (now - self.advanced_at) / 3600 if self.advanced_at else 0.0
         self.energy_wh += self.power_w * hours
@@ -24143,7 +24145,7 @@ class Outlet:
         self.advanced_at = now
 
     def allowed_a(self, now: float) -> float:
-        """The limit that the car follows by now."""
+        """The limit that the car follows by now, in A."""
         return self.offered_a if now - self.offered_at >= PILOT_DELAY_S else self.followed_a
 
     @property
@@ -24151,20 +24153,20 @@ class Outlet:
         return self.current_a * VOLTAGE_V * self.phases
 
     def currents(self) -> list[tuple[str, float]]:
-        """What its meter tells of each phase."""
+        """Currents of the phases, as the meter measures them: (phase, A)."""
         return [(phase, self.current_a if n < self.phases else 0.0)
                 for n, phase in enumerate(PHASES)]
 
 
 class SimulatedStation:
-    """A station of one version. Subclasses hold what versions call things.
+    """A charging station and its connection. A subclass writes the payloads of its version.
 
-    What it is told stands in OBEYED. What that leads to is the next in its `plan`; what takes long,
-    such as an upload, is a job beside it.
+    SIMULATED_HANDLERS answer its commands: a handler changes the station, puts Calls that follow
+    into the `plan`, and begins jobs.
     """
 
     protocol = ""
-    preparing = "Preparing"              # what a connector is with a car that does not charge yet
+    preparing = "Preparing"              # status of a connector whose car does not charge yet
     reset_reason = ""
 
     def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
@@ -24182,8 +24184,8 @@ class SimulatedStation:
         self.profiles: list[Profile] = []
         self.list_version = 0
         self.local_list: dict[str, dict] = {}            # {id token: its entry}
-        self.certificates: list[tuple[str, dict]] = []   # (its use, CertificateHashData)
-        self.progress: dict[str, dict] = {}              # {Action: what was told by it last}
+        self.certificates: list[tuple[str, dict]] = []   # (type, CertificateHashData)
+        self.progress: dict[str, dict] = {}              # {Action: its last payload}
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self._jobs: dict[str, asyncio.Task] = {}
         self.latencies = deque(maxlen=1000) if latencies is None else latencies
@@ -24193,12 +24195,12 @@ class SimulatedStation:
         self.idle = random.randrange(IDLE_HEARTBEATS)
         self._socket: WebSocket | None = None
         self.exchange: Exchange | None = None            # of the connection
-        self.obeyed: Counter = Counter()                 # {Action: Calls of the central system}
-        self.recorded: dict[str, deque[dict]] = {}       # {Action: answers that go before ours}
+        self.calls_received: Counter = Counter()         # {Action: Calls of the central system}
+        self.recorded: dict[str, deque[dict]] = {}       # {Action: answers of a replay}
         self._restart = False
         self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
 
-    # What each version says in its own words
+    # The Calls of each version
 
     def boot_payload(self) -> dict:
         raise NotImplementedError
@@ -24219,12 +24221,12 @@ class SimulatedStation:
         raise NotImplementedError
 
     async def reservation_expired(self, reservation: Reservation) -> None:
-        """1.6 says it by the connector's status alone."""
+        """Notify of it; in 1.6 the connector's status is enough."""
 
     # Life
 
     async def run(self) -> None:
-        """Connect, live, connect again when the connection is lost; until cancelled."""
+        """Connect, live, and connect again when the connection is lost, until cancelled."""
         try:
             await self._run()
         finally:
@@ -24269,7 +24271,7 @@ class SimulatedStation:
             self._socket = None
 
     async def live(self) -> None:
-        """Boot, then do what the plan says, at the station's rate."""
+        """Boot, then send what is in the plan, at the station's rate."""
         await self.boot()
         self.plan = deque(functools.partial(self.tell_status, outlet) for outlet in self.outlets)
         interval = 1 / self.rate
@@ -24289,7 +24291,7 @@ class SimulatedStation:
         self._restart = False
 
     def advance(self) -> None:
-        """Let all cars charge, and reservations run, until now."""
+        """Let all cars charge, and end reservations that have expired."""
         now = self.clock()
         for outlet in self.outlets:
             outlet.advance(now, self.limit_a(outlet))
@@ -24298,11 +24300,11 @@ class SimulatedStation:
                 self.plan.append(functools.partial(self.reservation_expired, reservation))
 
     def forget(self) -> None:
-        """What a station loses when it starts over."""
+        """Forget what a restart of the station loses."""
         self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
 
     async def boot(self) -> None:
-        """BootNotification, again until the central system accepts."""
+        """Send BootNotification until the central system accepts it."""
         while not self.accepted:
             answer = await self.call("BootNotification", self.boot_payload())
             self.accepted = answer.get("status") == "Accepted"
@@ -24310,7 +24312,7 @@ class SimulatedStation:
                 await asyncio.sleep(min(answer.get("interval", 10), 10))
 
     def plan_more(self) -> None:
-        """What comes next without being told: some idling, then a charging."""
+        """Plan what comes without a command: some Heartbeats, then a transaction."""
         outlet = random.choice(self.outlets)
         if outlet.transaction_id is not None:
             full = outlet.soc >= 99.9 or (
@@ -24324,7 +24326,7 @@ class SimulatedStation:
             self.plan_start(outlet, f"{random.randrange(16**8):08X}")
 
     def plan_start(self, outlet: Outlet, id_token: str) -> None:
-        """A car comes and charges."""
+        """Plan the Calls of a car that arrives and charges."""
         self.idle = 0
         outlet.arrive(id_token)
         outlet.status = self.preparing
@@ -24358,7 +24360,7 @@ class SimulatedStation:
         return message
 
     def send(self, action: str, payload: dict) -> None:
-        """Send what is not answered (2.1)."""
+        """Write a SEND, which has no answer (2.1)."""
         if self._socket:
             self._socket.write(f'[6,"{uuid.uuid4()}","{action}",{to_json(payload)}]')
 
@@ -24383,12 +24385,12 @@ class SimulatedStation:
             self.online = False
 
     def obey(self, call: Call) -> CallResult | CallError:
-        """The answer to a command; what follows from it goes into the plan."""
-        self.obeyed[call.action] += 1
-        self.note("is told", call)
+        """The answer to a Call of the central system: of a record, or a handler's."""
+        self.calls_received[call.action] += 1
+        self.note("receives", call)
         if recorded := self.recorded.get(call.action):
             return _recorded_answer(call, recorded)
-        handler = OBEYED[self.protocol].get(call.action)
+        handler = SIMULATED_HANDLERS[self.protocol].get(call.action)
         if handler is None:
             return CallError(call.id_text, "NotSupported", "", {}, "{}")
         try:
@@ -24406,7 +24408,7 @@ class SimulatedStation:
     # Jobs
 
     def begin(self, kind: str, work: Callable[[], Awaitable[None]]) -> bool:
-        """Begin a job, in place of one of its kind. Returns whether that was under way."""
+        """Begin a job; one of its kind is cancelled. Returns whether there was one under way."""
         former = self._jobs.get(kind)
         self._jobs[kind] = asyncio.create_task(self._work(work))
         return former is not None and former.cancel()
@@ -24414,61 +24416,61 @@ class SimulatedStation:
     async def _work(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
-        except BoardError as error:                      # nobody listens any more
+        except BoardError as error:                      # the connection has ended
             log.info("%s: %s", self.identity, error)
 
-    async def tell(self, action: str, status: str, request: dict) -> None:
-        """Say how far a job is that a command with a requestId, or without one, has asked for."""
+    async def notify_progress(self, action: str, status: str, request: dict) -> None:
+        """Send the status of a job by `action`, with the requestId of its command."""
         self.progress[action] = {"status": status} | {
             name: request[name] for name in ("requestId",) if name in request}
         await self.call(action, self.progress[action])
 
     async def upload(self, url: str, name: str, request: dict, action: str, failed: str) -> None:
-        """Send the log to a URL by HTTP, and tell by `action` how that goes."""
-        await self.tell(action, "Uploading", request)
+        """Send the log to a URL by HTTP, and notify by `action` of start and end."""
+        await self.notify_progress(action, "Uploading", request)
         url += name if url.endswith("/") else ""
         body = "\n".join((*self.log, "")).encode()
         sent = await self._try(request, functools.partial(
             AsyncHTTPClient().fetch, url, method="PUT", body=body, request_timeout=TRANSFER_S))
-        await self.tell(action, "Uploaded" if sent else failed, request)
+        await self.notify_progress(action, "Uploaded" if sent else failed, request)
 
     async def update(self, firmware: dict, request: dict, action: str) -> None:
-        """Fetch a firmware by HTTP, pretend to install it, and tell by `action` how that goes.
+        """Fetch a firmware by HTTP, pretend to install it, and notify by `action` of each step.
 
         Spec: 1.6 6.11, security extension L01; 2.0.1 L01, L02.
         """
-        tell = functools.partial(self.tell, action, request=request)
-        await self._until(firmware.get("retrieveDateTime"), tell, "DownloadScheduled")
-        await tell("Downloading")
+        notify = functools.partial(self.notify_progress, action, request=request)
+        await self._until(firmware.get("retrieveDateTime"), notify, "DownloadScheduled")
+        await notify("Downloading")
         size = 0
 
-        def take(chunk: bytes) -> None:
+        def count(chunk: bytes) -> None:
             nonlocal size
             size += len(chunk)
         fetched = await self._try(request, functools.partial(
-            AsyncHTTPClient().fetch, firmware["location"], streaming_callback=take,
+            AsyncHTTPClient().fetch, firmware["location"], streaming_callback=count,
             request_timeout=TRANSFER_S))
         if not fetched or not size:
-            await tell("DownloadFailed")
+            await notify("DownloadFailed")
             return
-        await tell("Downloaded")
+        await notify("Downloaded")
         if "signature" in firmware:
-            await tell("SignatureVerified")
-        await self._until(firmware.get("installDateTime"), tell, "InstallScheduled")
+            await notify("SignatureVerified")
+        await self._until(firmware.get("installDateTime"), notify, "InstallScheduled")
         await asyncio.sleep(STEP_S)
-        await tell("Installing")
+        await notify("Installing")
         await asyncio.sleep(STEP_S)
         self.firmware = urlsplit(firmware["location"]).path.rpartition("/")[2][:50] or VERSION
         self.boot_reason = "FirmwareUpdate"
         await self.boot_again()
-        await tell("Installed")
+        await notify("Installed")
 
-    async def _until(self, when: Any, tell: Callable[[str], Awaitable], scheduled: str) -> None:
-        """Wait for a time of a command; what may come, is told."""
+    async def _until(self, when: Any, notify: Callable[[str], Awaitable], scheduled: str) -> None:
+        """Wait for the time that a command gives, if any; 2.x has a status for the wait."""
         wait_s = parse_time(when)[0] - self.clock() if when else 0.0
         if wait_s > 0:
             if self.protocol != "ocpp1.6":
-                await tell(scheduled)
+                await notify(scheduled)
             await asyncio.sleep(wait_s)
 
     async def _try(self, request: dict, transfer: Callable[[], Awaitable]) -> bool:
@@ -24483,13 +24485,13 @@ class SimulatedStation:
                 await asyncio.sleep(request.get("retryInterval", 1))
         return False
 
-    # What every version does
+    # What all versions do
 
     def now(self) -> str | None:
         return iso(self.clock())
 
     def limit_a(self, outlet: Outlet) -> float:
-        """The limit that the profiles set."""
+        """The limit that the charging profiles set, in A."""
         return min(OUTLET_MAX_A, allowed_a(self.profiles, self.clock(), outlet.number,
                                            outlet.transaction_id, began_at=outlet.started_at))
 
@@ -24526,7 +24528,7 @@ class SimulatedStation:
         return {"status": "Accepted" if cleared else "Unknown"}
 
     def outlet(self, number: int | None) -> Outlet | None:
-        """The outlet of that number, or a free one."""
+        """The outlet of that number; without a number, a free one."""
         if number:
             return next((o for o in self.outlets if o.number == number), None)
         return next((o for o in self.outlets if o.transaction_id is None), None)
@@ -24567,7 +24569,7 @@ class SimulatedStation:
         return {"status": "Accepted"}
 
     def end_reservation(self, outlet: Outlet) -> None:
-        """It is cancelled, or has expired."""
+        """Let an outlet be free again."""
         outlet.reservation = None
         outlet.status = "Available" if outlet.operative else "Unavailable"
         self.plan.append(functools.partial(self.tell_status, outlet))
@@ -24609,7 +24611,7 @@ class SimulatedStation:
         sends = {"Heartbeat": self.heartbeat, "BootNotification": self.boot_again,
                  "StatusNotification": functools.partial(self.tell_status, outlet),
                  "MeterValues": functools.partial(self.meter, outlet)}
-        sends |= {action: functools.partial(self.tell_progress, action) for action in PROGRESS
+        sends |= {action: functools.partial(self.repeat_progress, action) for action in PROGRESS
                   if action in CALLS[self.protocol]}
         sends |= dict.fromkeys(SIGN_TRIGGERS[self.protocol][1:], self.ask_for_certificate)
         if message not in sends:
@@ -24617,8 +24619,8 @@ class SimulatedStation:
         self.plan.appendleft(sends[message])
         return {"status": "Accepted"}
 
-    async def tell_progress(self, action: str) -> None:
-        """Say again how far an upload or an update is."""
+    async def repeat_progress(self, action: str) -> None:
+        """Send the last status of an upload or an update again, as a trigger asks."""
         await self.call(action, self.progress.get(action, {"status": "Idle"}))
 
     async def ask_for_certificate(self) -> None:
@@ -24645,7 +24647,7 @@ class SimulatedStation:
         return {"status": "UnknownVendorId"}
 
     def on_send_local_list(self, payload: dict) -> dict:
-        """1.6 5.15; 2.0.1 D01."""
+        """Replace or update the local list (1.6 5.15; 2.0.1 D01)."""
         version, token = payload[LIST_VERSION[self.protocol]], LISTED_AS[self.protocol]
         full = payload["updateType"] == "Full"
         if not full and version <= self.list_version:
@@ -24674,11 +24676,12 @@ class SimulatedStation:
         entry = (payload["certificateType"], digest)
         if len(self.certificates) >= ENTRIES_KEPT:
             return {"status": "Failed"}
-        self.certificates = [*(one for one in self.certificates if one != entry), entry]
+        self.certificates = [*(other for other in self.certificates if other != entry), entry]
         return {"status": "Accepted"}
 
     def on_delete_certificate(self, payload: dict) -> dict:
-        left = [one for one in self.certificates if one[1] != payload["certificateHashData"]]
+        left = [(kind, digest) for kind, digest in self.certificates
+                if digest != payload["certificateHashData"]]
         found, self.certificates = len(left) < len(self.certificates), left
         return {"status": "Accepted" if found else "NotFound"}
 
@@ -24690,7 +24693,7 @@ class SimulatedStation:
         return {"status": "Accepted" if found else "Rejected"}
 
     def on_get_log(self, payload: dict) -> dict:
-        """1.6 security extension N01; 2.0.1 N01."""
+        """Begin to upload the log (1.6 security extension N01; 2.0.1 N01)."""
         name = f"{file_name(self.identity)}-{payload['logType']}.txt"
         former = self.begin("log", functools.partial(
             self.upload, payload["log"]["remoteLocation"], name, payload, "LogStatusNotification",
@@ -24698,7 +24701,7 @@ class SimulatedStation:
         return {"status": "AcceptedCanceled" if former else "Accepted", "filename": name}
 
     def begin_update(self, payload: dict, action: str) -> dict:
-        """Begin an update that came with a requestId."""
+        """Begin a firmware update whose command has a requestId."""
         former = self.begin("firmware", functools.partial(
             self.update, payload["firmware"], payload, action))
         return {"status": "AcceptedCanceled" if former else "Accepted"}
@@ -24710,7 +24713,7 @@ class SimulatedStation:
         await self.call("BootNotification", self.boot_payload())
 
     def after_stop(self, outlet: Outlet) -> None:
-        """The car goes; an availability that was to change by then does."""
+        """Let the car go, and change the availability that was scheduled."""
         outlet.transaction_id, outlet.current_a, outlet.remote_start_id = None, 0.0, None
         outlet.status = "Available" if outlet.operative else "Unavailable"
         self.profiles = [p for p in self.profiles
@@ -24719,7 +24722,7 @@ class SimulatedStation:
 
 
 def _recorded_answer(call: Call, recorded: deque[dict]) -> CallResult | CallError:
-    """The next answer on record; the last one is given again and again."""
+    """The next answer on record; the last one is repeated."""
     answer = recorded.popleft() if len(recorded) > 1 else recorded[0]
     payload = answer["payload"]
     if answer["type"] == "CALLERROR":
@@ -24731,7 +24734,8 @@ def _recorded_answer(call: Call, recorded: deque[dict]) -> CallResult | CallErro
 def certificate_hash(pem: str) -> dict:
     """The CertificateHashData of a certificate that has signed itself (2.0.1 part 2, 2.7).
 
-    Of another one the issuer's key is not known: its own stands in that place. Raises: ValueError.
+    A certificate does not hold its issuer's key: of others the hash is that of their own. Raises:
+    ValueError.
     """
     found = PEM_CERTIFICATE.search(pem)
     if found is None:
@@ -25033,15 +25037,15 @@ class SimulatedStation201(SimulatedStation):
                              for outlet in charging)
         return {"status": "Accepted" if charging else "Rejected"}
 
-    def on_reset_2x(self, payload: dict) -> dict:
-        """2.0.1 B11, B12: of one EVSE, or when nobody charges, too."""
+    def on_reset(self, payload: dict) -> dict:
+        """Reset the station or one EVSE, at once or when no transaction runs (2.0.1 B11, B12)."""
         charging = [o for o in self.outlets if o.transaction_id is not None
                     and payload.get("evseId", o.number) == o.number]
         if payload["type"] == "OnIdle" and charging:
             self.restarts_when_idle = True
             return {"status": "Scheduled"}
         if "evseId" not in payload:
-            return self.on_reset(payload)
+            return super().on_reset(payload)
         for outlet in charging:
             self.plan.appendleft(functools.partial(self.stop, outlet, self.reset_reason))
         return {"status": "Accepted" if self.outlet(payload["evseId"]) else "Rejected"}
@@ -25086,7 +25090,7 @@ class SimulatedStation201(SimulatedStation):
         name = f"{component}.{variable}{instance and ':'}{instance}"
         if name in self.configuration:
             return name, "Rejected" if write and name in UNCHANGEABLE else "Accepted"
-        known = any(one.startswith(f"{component}.") for one in self.configuration)
+        known = any(key.startswith(f"{component}.") for key in self.configuration)
         return name, "UnknownVariable" if known else "UnknownComponent"
 
     def on_get_variables(self, payload: dict) -> dict:
@@ -25119,7 +25123,7 @@ class SimulatedStation201(SimulatedStation):
             if wanted is None or any(_is_of(name, asked) for asked in wanted)])
 
     def report(self, payload: dict, names: Iterable[str]) -> dict:
-        """Answer, and send the variables in a NotifyReport."""
+        """Answer, and plan the NotifyReport of these variables."""
         data = [_component_and_variable(name) | {
             "variableAttribute": [{"value": self.configuration[name], "mutability":
                                    "ReadOnly" if name in UNCHANGEABLE else "ReadWrite"}],
@@ -25128,7 +25132,7 @@ class SimulatedStation201(SimulatedStation):
         return self.send_report(payload, "NotifyReport", "reportData", data)
 
     def send_report(self, payload: dict, action: str, items: str, data: list[dict]) -> dict:
-        """Answer a request for a report, and send it."""
+        """Answer a request for a report, and plan the Call that has it."""
         if not data:
             return {"status": "EmptyResultSet"}
         self.plan.appendleft(functools.partial(self.call, action, {
@@ -25201,7 +25205,7 @@ class SimulatedStation201(SimulatedStation):
     # Others
 
     def on_customer_information(self, payload: dict) -> dict:
-        """2.0.1 N09, N10: what it knows of a customer is in its local list."""
+        """Report or clear a customer's entry in the local list (2.0.1 N09, N10)."""
         token = str(payload.get("idToken")).lower()
         entry = self.local_list.get(token)
         if payload["clear"] and entry:
@@ -25213,7 +25217,7 @@ class SimulatedStation201(SimulatedStation):
         return {"status": "Accepted"}
 
     def on_get_charging_profiles(self, payload: dict) -> dict:
-        """2.0.1 K09."""
+        """Report the charging profiles that match (2.0.1 K09)."""
         wanted, held = payload["chargingProfile"], {(p.evse_id, p.id) for p in self.profiles}
         found: dict[int, list[dict]] = {}
         for (evse_id, id_), profile in self.profiles_sent.items():
@@ -25235,7 +25239,7 @@ class SimulatedStation201(SimulatedStation):
         return answer | ({"ongoingIndicator": ongoing} if "transactionId" in payload else {})
 
     def on_clear_tariffs(self, payload: dict) -> dict:
-        """2.1 I09: it has none."""
+        """Answer for each tariff that the station has none (2.1 I09)."""
         return {"clearTariffsResult": [
             {"status": "NoTariff"} | ({"tariffId": id_} if id_ else {})
             for id_ in payload.get("tariffIds", (None,))]}
@@ -25250,41 +25254,41 @@ def _component_and_variable(name: str) -> dict:
 
 
 def _is_of(name: str, asked: dict) -> bool:
-    """Whether a variable is what a report is asked for: a component, or one variable of it."""
+    """Whether a report of a component, or of one variable of it, has this variable."""
     found = _component_and_variable(name)
     return asked["component"]["name"] == found["component"]["name"] and (
         "variable" not in asked or asked["variable"]["name"] == found["variable"]["name"])
 
 
 class SimulatedStation21(SimulatedStation201):
-    """A Charging Station that speaks 2.1: of what it does, all is as in 2.0.1."""
+    """A Charging Station that speaks 2.1; its Calls are those of 2.0.1."""
 
     protocol = "ocpp2.1"
 
 
 SIMULATED = {kind.protocol: kind
              for kind in (SimulatedStation16, SimulatedStation201, SimulatedStation21)}
-# {version: {Action: what a station does when it is told, and answers}}
-Obedience = Callable[[Any, dict], dict]
+# {version: {Action: the function that carries a command out and returns its answer}}
+SimulatedHandler = Callable[[Any, dict], dict]
 
 
-def _always(**answer: Any) -> Obedience:
-    """What is not simulated, and has one answer."""
-    return lambda station, payload: answer
+def _answer(**payload: Any) -> SimulatedHandler:
+    """A handler of a command that is not simulated."""
+    return lambda station, command: payload
 
 
 _S, _S16, _S2 = SimulatedStation, SimulatedStation16, SimulatedStation201
-_OBEYED_BY_ALL: dict[str, Obedience] = {
+_HANDLERS_OF_ALL: dict[str, SimulatedHandler] = {
     "CancelReservation": _S.on_cancel_reservation, "CertificateSigned": _S.on_certificate_signed,
     "ClearCache": _S.on_clear_cache, "DataTransfer": _S.on_data_transfer,
     "DeleteCertificate": _S.on_delete_certificate, "GetLog": _S.on_get_log,
     "GetLocalListVersion": _S.on_get_local_list_version,
     "InstallCertificate": _S.on_install_certificate, "SendLocalList": _S.on_send_local_list}
-_OBEYED_2X: dict[str, Obedience] = _OBEYED_BY_ALL | {
+_HANDLERS_2X: dict[str, SimulatedHandler] = _HANDLERS_OF_ALL | {
     "ChangeAvailability": _S2.on_change_availability,
     "ClearChargingProfile": _S2.on_clear_charging_profile,
     "ClearDisplayMessage": _S2.on_clear_display_message,
-    "ClearVariableMonitoring": _S2.on_clear_variable_monitoring, "CostUpdated": _always(),
+    "ClearVariableMonitoring": _S2.on_clear_variable_monitoring, "CostUpdated": _answer(),
     "CustomerInformation": _S2.on_customer_information,
     "GetBaseReport": _S2.on_get_base_report, "GetChargingProfiles": _S2.on_get_charging_profiles,
     "GetCompositeSchedule": _S2.on_get_composite_schedule,
@@ -25292,19 +25296,20 @@ _OBEYED_2X: dict[str, Obedience] = _OBEYED_BY_ALL | {
     "GetInstalledCertificateIds": _S2.on_get_installed_certificate_ids,
     "GetMonitoringReport": _S2.on_get_monitoring_report, "GetReport": _S2.on_get_report,
     "GetTransactionStatus": _S2.on_get_transaction_status, "GetVariables": _S2.on_get_variables,
-    "PublishFirmware": _always(status="Rejected"),       # it is no local controller
+    "PublishFirmware": _answer(status="Rejected"),       # it is no local controller
     "RequestStartTransaction": _S2.on_request_start_transaction,
     "RequestStopTransaction": _S2.on_request_stop_transaction, "ReserveNow": _S2.on_reserve_now,
-    "Reset": _S2.on_reset_2x, "SetChargingProfile": _S2.on_set_charging_profile,
+    "Reset": _S2.on_reset, "SetChargingProfile": _S2.on_set_charging_profile,
     "SetDisplayMessage": _S2.on_set_display_message,
-    "SetMonitoringBase": _always(status="Accepted"),
-    "SetMonitoringLevel": _always(status="Accepted"),
-    "SetNetworkProfile": _always(status="Accepted"), "SetVariables": _S2.on_set_variables,
+    "SetMonitoringBase": _answer(status="Accepted"),
+    "SetMonitoringLevel": _answer(status="Accepted"),
+    "SetNetworkProfile": _answer(status="Accepted"), "SetVariables": _S2.on_set_variables,
     "SetVariableMonitoring": _S2.on_set_variable_monitoring,
     "TriggerMessage": _S2.on_trigger_message, "UnlockConnector": _S2.on_unlock_connector,
-    "UnpublishFirmware": _always(status="NoFirmware"), "UpdateFirmware": _S2.on_update_firmware}
-OBEYED: dict[str, dict[str, Obedience]] = {
-    "ocpp1.6": _OBEYED_BY_ALL | {
+    "UnpublishFirmware": _answer(status="NoFirmware"),
+    "UpdateFirmware": _S2.on_update_firmware}
+SIMULATED_HANDLERS: dict[str, dict[str, SimulatedHandler]] = {
+    "ocpp1.6": _HANDLERS_OF_ALL | {
         "ChangeAvailability": _S16.on_change_availability,
         "ChangeConfiguration": _S16.on_change_configuration,
         "ClearChargingProfile": _S16.on_clear_charging_profile,
@@ -25319,27 +25324,27 @@ OBEYED: dict[str, dict[str, Obedience]] = {
         "SignedUpdateFirmware": _S16.on_signed_update_firmware,
         "TriggerMessage": _S16.on_trigger_message, "UnlockConnector": _S16.on_unlock_connector,
         "UpdateFirmware": _S16.on_update_firmware},
-    "ocpp2.0.1": _OBEYED_2X,
-    "ocpp2.1": _OBEYED_2X | {
-        "AFRRSignal": _always(status="Rejected"),
-        "AdjustPeriodicEventStream": _always(status="Rejected"),
-        "ChangeTransactionTariff": _always(status="TxNotFound"),
-        "ClearDERControl": _always(status="NotFound"), "ClearTariffs": _S2.on_clear_tariffs,
-        "GetDERControl": _always(status="NotSupported"), "GetPeriodicEventStream": _always(),
-        "GetTariffs": _always(status="NoTariff"),
-        "NotifyAllowedEnergyTransfer": _always(status="Accepted"),
-        "NotifyWebPaymentStarted": _always(), "RequestBatterySwap": _always(status="Rejected"),
-        "SetDERControl": _always(status="NotSupported"),
-        "SetDefaultTariff": _always(status="Rejected"),
-        "UpdateDynamicSchedule": _always(status="Rejected"),
-        "UsePriorityCharging": _always(status="NoProfile")},
+    "ocpp2.0.1": _HANDLERS_2X,
+    "ocpp2.1": _HANDLERS_2X | {
+        "AFRRSignal": _answer(status="Rejected"),
+        "AdjustPeriodicEventStream": _answer(status="Rejected"),
+        "ChangeTransactionTariff": _answer(status="TxNotFound"),
+        "ClearDERControl": _answer(status="NotFound"), "ClearTariffs": _S2.on_clear_tariffs,
+        "GetDERControl": _answer(status="NotSupported"), "GetPeriodicEventStream": _answer(),
+        "GetTariffs": _answer(status="NoTariff"),
+        "NotifyAllowedEnergyTransfer": _answer(status="Accepted"),
+        "NotifyWebPaymentStarted": _answer(), "RequestBatterySwap": _answer(status="Rejected"),
+        "SetDERControl": _answer(status="NotSupported"),
+        "SetDefaultTariff": _answer(status="Rejected"),
+        "UpdateDynamicSchedule": _answer(status="Rejected"),
+        "UsePriorityCharging": _answer(status="NoProfile")},
 }
 
 
 async def simulate(url: str, stations: int, protocol: str, duration: float, rate: float,
                    password: str = "", prefix: str = "SIM-", stay: float = 0.0,
                    faults: Sequence[str] = ()) -> int:
-    """Run stations, tell how they fare, and sum up. Returns the exit status: 1 if none got through.
+    """Run stations, print progress and a summary. Returns the exit status: 1 if none got through.
 
     `rate` is Calls per second of all together, 0: one in two seconds from each; `duration` 0: until
     interrupted; `stay` seconds a car stays, 0: for 20 meter values. The first station has the first
@@ -25359,7 +25364,7 @@ async def simulate(url: str, stations: int, protocol: str, duration: float, rate
         while not duration or time.monotonic() - started < duration:
             left = duration - (time.monotonic() - started) if duration else math.inf
             await asyncio.sleep(min(2.0, max(0.0, left)))
-            _tell_progress(fleet, time.monotonic() - started)
+            _print_progress(fleet, time.monotonic() - started)
     except asyncio.CancelledError:
         pass                             # Ctrl-C: still sum up
     elapsed = time.monotonic() - started
@@ -25372,10 +25377,10 @@ async def simulate(url: str, stations: int, protocol: str, duration: float, rate
     return 0 if calls else 1
 
 
-# A replay: the messages of stations as they were exported, sent again
+# Replays of exported messages
 
 REPLAYED_BYTES = 256 << 20          # of a file
-DIFFERENCES_SHOWN = 100             # lines about answers; the rest is only counted
+DIFFERENCES_SHOWN = 100             # lines about answers; others are counted
 TIME_IN_JSON = re.compile(r'"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:?\d\d)?"')
 ANSWER_TYPES = ("CALLRESULT", "CALLERROR")
 
@@ -25393,7 +25398,7 @@ class ReplayedMessage:
 
 @dataclass(slots=True)
 class StationRecord:
-    """What one station said, in its order."""
+    """The messages of one station, in their order."""
 
     identity: str
     protocol: str
@@ -25411,7 +25416,7 @@ def read_replay(path: str) -> list[StationRecord]:
             raise ConfigError(f"--replay {path}: larger than {REPLAYED_BYTES >> 20} MiB")
         with open(path, encoding="utf-8") as file:
             for line in filter(str.strip, file):
-                _take_line(json.loads(line), stations, open_calls)
+                _read_line(json.loads(line), stations, open_calls)
     except OSError as error:
         raise ConfigError(f"--replay {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, WrongValue, RecursionError):
@@ -25423,13 +25428,16 @@ def read_replay(path: str) -> list[StationRecord]:
     return found
 
 
-def _take_line(line: dict, stations: dict[str, StationRecord],
+def _read_line(line: dict, stations: dict[str, StationRecord],
                open_calls: dict[tuple[str, str], ReplayedMessage]) -> None:
-    """Put a message of an export where it belongs. Raises: what a line that is none makes of it."""
+    """Add a line of an export to its station.
+
+    Raises: KeyError, TypeError, ValueError, WrongValue, for a line that is no message.
+    """
     identity, protocol, kind, id_ = (line[name] for name in (
         "identity", "protocol", "type", "messageId"))
     if protocol not in SIMULATED or type(identity) is not str or type(line["payload"]) is not dict:
-        raise ValueError("not one of ours")
+        raise ValueError("no message")
     station = stations.setdefault(identity, StationRecord(identity, protocol))
     from_station = line["direction"] == "IN"
     if kind in ("CALL", "SEND") and from_station:
@@ -25458,13 +25466,13 @@ def moved(text: str, seconds: float) -> str:
 
 
 def differences(now: Any, before: Any, pointer: str = "") -> list[str]:
-    """What of an answer is other than on record; times and transaction ids always are."""
+    """How an answer differs from the one on record, but for times and transaction ids."""
     if isinstance(now, dict) and isinstance(before, dict):
         return [text for name in dict.fromkeys((*now, *before)) if name != "transactionId"
                 for text in differences(now.get(name), before.get(name), f"{pointer}/{name}")]
     if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
-        return [text for index, (one, other) in enumerate(zip(now, before, strict=True))
-                for text in differences(one, other, f"{pointer}/{index}")]
+        return [text for index, pair in enumerate(zip(now, before, strict=True))
+                for text in differences(*pair, f"{pointer}/{index}")]
     texts = [to_json(value) for value in (now, before)]
     if now == before or all(map(TIME_IN_JSON.fullmatch, texts)):
         return []
@@ -25473,7 +25481,7 @@ def differences(now: Any, before: Any, pointer: str = "") -> list[str]:
 
 
 class Replay:
-    """Plays what one station said again, and tells what is answered otherwise.
+    """Plays the messages of a station again, and reports which answers differ.
 
     Each message waits for its time on record, and for the answer to the one before. Its times are
     moved to now; transaction ids are those of now. What the central system asks is
@@ -25481,8 +25489,9 @@ class Replay:
     does.
     """
 
-    def __init__(self, record: StationRecord, url: str, password: str, tell: Callable[[str], Any]):
-        self.record, self.tell = record, tell
+    def __init__(self, record: StationRecord, url: str, password: str,
+                 report: Callable[[str], Any]):
+        self.record, self.report = record, report
         self.station = SIMULATED[record.protocol](record.identity, url, password=password)
         self.station.recorded = record.answers
         self.transaction_ids: dict[Any, Any] = {}    # {on record: now}
@@ -25502,7 +25511,7 @@ class Replay:
                     await self.station.connect()
                 await self._send(message)
         except (OSError, BoardError) as error:
-            self.tell(f"{self.record.identity}: {error}")
+            self.report(f"{self.record.identity}: {error}")
             return False
         finally:
             self.station.disconnect()
@@ -25520,12 +25529,12 @@ class Replay:
             answer = await self.station.ask(message.action, payload)
         except (NoAnswer, Conflict) as error:            # the next one connects again
             self.unanswered += 1
-            self.tell(f"{self.record.identity} {message.action}: {error}")
+            self.report(f"{self.record.identity} {message.action}: {error}")
             return
         self._compare(message, answer)
 
     def _rename_transaction(self, payload: dict) -> None:
-        """Put in the id of now: in 1.6 the one that was given, in 2.x a new one of ours."""
+        """Put in the new id: in 1.6 that of the central system, in 2.x one of ours."""
         ids, info = self.transaction_ids, payload.get("transactionInfo")
         if isinstance(info, dict) and isinstance(old := info.get("transactionId"), str):
             info["transactionId"] = ids.setdefault(old, str(uuid.uuid4()))
@@ -25533,7 +25542,7 @@ class Replay:
             payload["transactionId"] = ids.get(old, old)
 
     def _compare(self, message: ReplayedMessage, answer: CallResult | CallError) -> None:
-        """Tell how the answer differs, and learn the transaction id in it."""
+        """Report how the answer differs, and learn the transaction id in it."""
         if (before := message.answer) is None:
             return
         if isinstance(answer, CallError) or before["type"] == "CALLERROR":
@@ -25542,16 +25551,17 @@ class Replay:
             found = [] if now == then else [f"is {now}, on record {then}"]
         else:
             found = differences(answer.payload, before["payload"])
-            old, given = (one.get("transactionId") for one in (before["payload"], answer.payload))
+            old, given = (payload.get("transactionId") for payload in (
+                before["payload"], answer.payload))
             if type(old) is int and given is not None:
                 self.transaction_ids[old] = given
         if found:
             self.different += 1
-            self.tell(f"{self.record.identity} {message.action}: {'; '.join(found)}")
+            self.report(f"{self.record.identity} {message.action}: {'; '.join(found)}")
 
     def summary(self) -> str:
-        """How it went, in a line."""
-        record, came = self.record, self.station.obeyed
+        """The result in a line."""
+        record, came = self.record, self.station.calls_received
         text = (f"{record.identity}, {record.protocol}: {self.sent} of {len(record.messages)} "
                 f"messages sent, {self.different} answered otherwise, {self.unanswered} not at "
                 f"all; the central system sent {came.total()} Calls")
@@ -25567,33 +25577,33 @@ async def replay(path: str, url: str, speed: float = 1.0, password: str = "") ->
 
     Returns the exit status: 1 where not all could be sent. Raises: ConfigError.
     """
-    told = 0
+    reported = 0
 
-    def tell(text: str) -> None:
-        nonlocal told
-        told += 1
-        if told <= DIFFERENCES_SHOWN:
+    def report(text: str) -> None:
+        nonlocal reported
+        reported += 1
+        if reported <= DIFFERENCES_SHOWN:
             print(shown_line(text), flush=True)
     records = read_replay(path)
     first_at = min(record.messages[0].at for record in records)
     lasts_s = max(record.messages[-1].at for record in records) - first_at
     print(f"{len(records)} stations, {sum(len(record.messages) for record in records)} messages, "
           f"over {lasts_s / speed:.0f} s", flush=True)
-    replays = [Replay(record, url.rstrip("/"), password, tell) for record in records]
-    done = await asyncio.gather(*(one.run(first_at, speed) for one in replays))
-    if told > DIFFERENCES_SHOWN:
-        print(f"… and {told - DIFFERENCES_SHOWN} lines more")
-    for one in replays:
-        print(shown_line(one.summary()))
+    replays = [Replay(record, url.rstrip("/"), password, report) for record in records]
+    done = await asyncio.gather(*(played.run(first_at, speed) for played in replays))
+    if reported > DIFFERENCES_SHOWN:
+        print(f"… and {reported - DIFFERENCES_SHOWN} lines more")
+    for played in replays:
+        print(shown_line(played.summary()))
     return 0 if all(done) else 1
 
 
 def shown_line(text: str) -> str:
-    """A line for the terminal, which nothing in it can steer."""
+    """A line for the terminal, without control characters."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
-def _tell_progress(fleet: list[SimulatedStation], elapsed: float) -> None:
+def _print_progress(fleet: list[SimulatedStation], elapsed: float) -> None:
     calls, errors = sum(s.calls for s in fleet), sum(s.errors for s in fleet)
     charging = sum(o.transaction_id is not None for s in fleet for o in s.outlets)
     line = (f"{elapsed:4.0f} s  {sum(s.online for s in fleet)} online, {charging} charging, "
@@ -25633,7 +25643,7 @@ PLACES = ID_PLACE, TIME_PLACE, WH_PLACE = "<id 8>--", "<ISO 8601 with ms and Z>"
 
 
 class BenchError(Exception):
-    """A part of the bench failed; the text says why."""
+    """A failure of the bench or a part of it; the text has the reason."""
 
 
 class BenchCase(NamedTuple):
@@ -25724,7 +25734,7 @@ class LoadStation:
         return json.loads(answer)[2]
 
     def call(self, due_mono: float, now_texts: list[bytes]) -> None:
-        """A Call falls due: sent now, or, as late, when the one before it is answered."""
+        """Send the Call that falls due: now, or late, when the one before it is answered."""
         self.due_mono.append(due_mono)
         if len(self.due_mono) == 1:
             self.send(now_texts)
@@ -25753,7 +25763,7 @@ class LoadStation:
         self.socket.send(self._codec.frame(TEXT_FRAME, call.encode()))
 
     def answer(self) -> str:
-        """The CallResult to the Call under way; "" while it is not there as a whole."""
+        """The CallResult to the Call under way; "" until all of it has come."""
         data = self.socket.recv(READ_BYTES)
         text = "".join(f"{content}" for opcode, content in self._codec.feed(data)
                        if opcode != PING_FRAME)
@@ -25784,7 +25794,7 @@ class Load:
                 station.call(self._began_mono, self._texts())
 
     def run(self, seconds: float) -> None:
-        """Go on for so long. Raises: BenchError at the first answer that is no CallResult."""
+        """Call for `seconds`. Raises: BenchError at the first answer that is no CallResult."""
         until_mono = time.monotonic() + seconds
         while (now := time.monotonic()) < until_mono:
             texts = self._texts()
@@ -25804,7 +25814,7 @@ class Load:
                         key.data.call(now, texts)
 
     def _texts(self) -> list[bytes]:
-        """Time and register of now, masked."""
+        """The texts of time and register now, masked."""
         wh = BENCH_FIRST_WH + BENCH_W * (time.monotonic() - self._began_mono) / 3600
         return [f"{text}".encode().translate(MASKED) for text in (iso(time.time()), int(wh))]
 
@@ -25833,7 +25843,7 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 async def serve_bare() -> None:
-    """The least that answers: Tornado's own WebSocket handler, JSON in and JSON out."""
+    """The server to compare with: Tornado's own WebSocket handler, JSON in and JSON out."""
     # The daemon has no use for it, and it takes memory.
     from tornado.websocket import WebSocketHandler
 
@@ -26011,7 +26021,7 @@ POWER_STATIONS, POWER_CARS, POWER_CIRCUITS = 1000, 200, 20
 
 
 def bench_power(seconds: int) -> str:
-    """How long the power controller takes for a second of a large site, and `decide` of that."""
+    """A sentence: the time that the power controller needs for a second of a large site."""
     config = read_config(environ={
         "OCPPBOARD_CONFIG": os.devnull, "OCPPBOARD_SMART_CHARGE_ENABLED": "true",
         "OCPPBOARD_SMART_CHARGE_SITE_LIMIT_A": "2000", "OCPPBOARD_STORE_MAX_CONNECTIONS": "2000",
@@ -26093,7 +26103,7 @@ async def _stall(port: int) -> None:
 
 
 async def run_soak(folder: str, seconds: float, mqtt: str) -> str:
-    """A board with all that it has, under load for so long: in Markdown, what it holds meanwhile.
+    """Put a board with all its parts under load: in Markdown, the resources it holds meanwhile.
 
     Raises: BenchError, also where it holds more and more.
     """
@@ -26136,7 +26146,7 @@ async def run_soak(folder: str, seconds: float, mqtt: str) -> str:
 
 
 def soak_table(result: dict, held: list[dict[str, float]], seconds: float) -> str:
-    """What the board held over the time of a soak. Raises: BenchError, where it grew.
+    """The table of the resources that the board held in a soak. Raises: BenchError, if they grew.
 
     The first quarter fills the stores; the largest of the last one is judged by the second's.
     """

@@ -19169,7 +19169,7 @@ async def test_a_simulated_station_sends_its_log(site, protocol, action, notific
     upload, = await site.get("/api/uploads")
     assert upload["status"] == "received" and upload["name"].startswith("SIM-1")
     _, text, _ = await site.fetch(f"/api/uploads/{upload['id']}")
-    assert "SIM-1 sends BootNotification" in text and f"SIM-1 is told {action}" in text
+    assert "SIM-1 sends BootNotification" in text and f"SIM-1 receives {action}" in text
     assert made["url"] not in text
     assert not site.board.errors.records, site.board.errors.records[-1]
 
