@@ -4508,7 +4508,7 @@ _COMMANDS_21 = _COMMANDS_201 | frozenset("""
     NotifyWebPaymentStarted RequestBatterySwap SetDERControl SetDefaultTariff UpdateDynamicSchedule
     UsePriorityCharging""".split())
 
-# The version in whose words a station of any version can be told something.
+# The version in whose words a station of any version can be commanded.
 PIVOT = "ocpp2.0.1"
 # The Actions that a central system may send to a station.
 COMMANDS = {"ocpp1.6": _COMMANDS_16, "ocpp2.0.1": _COMMANDS_201, "ocpp2.1": _COMMANDS_21}
@@ -4526,8 +4526,8 @@ ERROR_CODES_16 = frozenset("""FormatViolation GenericError InternalError NotImpl
     TypeConstraintViolation""".split())              # in the spelling of 2.x
 ERROR_CODES_2X = ERROR_CODES_16 | {"MessageTypeNotSupported", "RpcFrameworkError"}
 KNOWN_CODES = {"ocpp1.6": ERROR_CODES_16, "ocpp2.0.1": ERROR_CODES_2X, "ocpp2.1": ERROR_CODES_2X}
-# A message of an unknown type is refused or ignored (1.6 and 2.1 part 4, 4.1.3; 2.0.1 4.3), and the
-# answer to a frame without a readable id has this one, if there is any (2.x part 4, 4.2.3).
+# A message of an unknown type is refused or ignored (1.6 and 2.1 part 4, 4.1.3; 2.0.1 4.3). A frame
+# without a readable id is answered under UNREADABLE_ID, or not at all (2.x part 4, 4.2.3).
 REFUSES_UNKNOWN_TYPE = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": False}
 UNREADABLE_ID = {"ocpp1.6": "", "ocpp2.0.1": '"-1"', "ocpp2.1": '"-1"'}
 # Whether "Heartbeat-Signed" is a Heartbeat whose payload is a JWS (2.x part 4, 7).
@@ -4566,25 +4566,25 @@ CHARGING = frozenset("Charging SuspendedEV SuspendedEVSE".split())       # a tra
 SUSPENDED = frozenset(("SuspendedEV", "SuspendedEVSE"))
 NO_FLOW = frozenset("""Available Preparing SuspendedEV SuspendedEVSE Finishing Reserved Unavailable
     EVConnected Idle""".split())
-# With these no transaction can be open (1.6 4.9, state A; in 2.x TxStartPoint may be Authorized),
-# and with these what ran before a boot runs no more.
+# Connector statuses with which no transaction can be open (1.6 4.9, state A; in 2.x TxStartPoint
+# may be Authorized), and those after a boot that show that the former transaction has ended.
 NO_TRANSACTION = {"ocpp1.6": frozenset({"Available"}), "ocpp2.0.1": frozenset(),
                   "ocpp2.1": frozenset()}
 ENDED_BY_BOOT = {"ocpp1.6": frozenset({"Preparing", "Finishing"}),
                  "ocpp2.0.1": frozenset({"Available"}), "ocpp2.1": frozenset({"Available"})}
 EXPORT_IS_ODD = {"ocpp1.6": True, "ocpp2.0.1": True, "ocpp2.1": False}   # 2.1 has V2X
-REPORTING = {                            # where a 2.x station alerts of nothing that is wrong
+AVAILABILITY = {                         # variables that report a status, and never an alert
     ("Connector", "AvailabilityState"), ("EVSE", "AvailabilityState"),
     ("ChargingStation", "AvailabilityState")}
 
 # Whether a StatusNotification is triggered of one connector at a time (2.0.1 F06.FR.12).
 TRIGGERED_EACH = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
-# What has a station ask for a new certificate: (Action, requestedMessage).
+# The command that makes a station ask for a new certificate: (Action, requestedMessage).
 _SIGN_2 = "TriggerMessage", "SignChargingStationCertificate"
 SIGN_TRIGGERS = {"ocpp1.6": ("ExtendedTriggerMessage", "SignChargePointCertificate"),
                  "ocpp2.0.1": _SIGN_2, "ocpp2.1": _SIGN_2}
 
-# Fields that only one version's body has: a station that sends them elsewhere mixes versions.
+# Fields of another version's payload: a station that sends them mixes versions.
 TELLTALES = {
     "ocpp1.6": {"BootNotification": "chargingStation", "StatusNotification": "connectorStatus",
                 "MeterValues": "evseId"},
@@ -4594,12 +4594,13 @@ TELLTALES = {
                 "MeterValues": "connectorId"},
 }
 
-# Before the board's user approves a station it gets nothing, but what it tells is a fact and kept.
-# From 2.x on, once its boot was answered so, that is refused as well, but for what it was asked
-# for (2.0.1 B02.FR.09: SecurityError). 1.6 transactions are answered, their id token refused.
+# Until a user approves a station, the Actions of NEEDS_APPROVAL are refused; what it reports is
+# recorded. From 2.x on, once its boot was answered with Pending or Rejected, reports are refused,
+# too, but for those it was asked for (2.0.1 B02.FR.09: SecurityError). A 1.6 transaction is
+# answered, with its id token refused.
 WAITING = frozenset(("Pending", "Rejected"))
 REFUSED_WHILE_WAITING = {"ocpp1.6": False, "ocpp2.0.1": True, "ocpp2.1": True}
-ASKED_FOR = {                            # what a command asks for; a TriggerMessage names it itself
+ASKED_FOR = {                            # {command: the Action it asks for}; see `asked_for`
     "CustomerInformation": "NotifyCustomerInformation", "GetBaseReport": "NotifyReport",
     "GetChargingProfiles": "ReportChargingProfiles", "GetDERControl": "ReportDERControl",
     "GetDisplayMessages": "NotifyDisplayMessages", "GetLog": "LogStatusNotification",
@@ -4613,7 +4614,7 @@ NEEDS_APPROVAL = frozenset("""
     VatNumberValidation""".split())
 
 # Actions whose payload may hold a secret, and the fields and variables that do: by their names,
-# of any vendor. A KeyCode is one wherever an IdToken stands (2.0.1 C04.FR.04).
+# of any vendor. A KeyCode is a secret wherever an IdToken stands (2.0.1 C04.FR.04).
 SECRET_ACTIONS = frozenset("""
     ChangeConfiguration DataTransfer GetConfiguration GetReport GetVariables NotifyReport
     SetNetworkProfile SetVariables GetLog GetDiagnostics UpdateFirmware SignedUpdateFirmware
@@ -4636,8 +4637,8 @@ SECRET_LEAST = 3                     # characters, before a secret is looked for
 HIDDEN = "***"
 _HIDDEN_IN_URL = rf"\1\3{HIDDEN}\2"
 
-# Security events of a station, by how much they should worry who reads them, which is our
-# judgement; others are "medium". Names: 1.6 security extension and 2.0.1 part 2, appendices.
+# The severity of a station's security events, by our judgement; others are "medium". Names: 1.6
+# security extension and 2.0.1 part 2, appendices.
 EVENT_SEVERITY: dict[str, Severity] = {
     "TamperDetectionActivated": "critical", "SecurityLogWasCleared": "critical",
     "InvalidFirmwareSignature": "high", "InvalidFirmwareSigningCertificate": "high",
@@ -4653,16 +4654,16 @@ EVENT_SEVERITY: dict[str, Severity] = {
 
 
 class Split(NamedTuple):
-    """A command of which a station takes so much at a time, and how it is put together again."""
+    """How a command with a long list is sent in parts, and their answers become one."""
 
-    items: str                           # the list in it
-    answers: tuple[str, ...] = ()        # the lists of its answer; (): it cannot be split
-    most: str = ""                       # the variable that tells how many items
-    most_bytes: str = ""                 # and how many bytes
+    items: str                           # the list in its payload
+    answers: tuple[str, ...] = ()        # the lists in its answer; (): it cannot be split
+    most: str = ""                       # the variable that limits the items of a part
+    most_bytes: str = ""                 # and that of its bytes
 
     @classmethod
     def by(cls, component: str, items: str, *answers: str, of: str) -> "Split":
-        """Where variables of a component tell it (2.0.1 part 2, appendices 3.1)."""
+        """With a component's variables as limits (2.0.1 part 2, appendices 3.1)."""
         return cls(items, answers, f"{component}.ItemsPerMessage{of}",
                    f"{component}.BytesPerMessage{of}")
 
@@ -4689,7 +4690,7 @@ SPLITS: dict[str, dict[str, Split]] = {
     "ocpp2.0.1": _SPLITS_2X, "ocpp2.1": _SPLITS_2X}
 STACK_LEVEL, PERIODS = ("SmartChargingCtrlr.ProfileStackLevel",
                         "SmartChargingCtrlr.PeriodsPerSchedule")
-# What a station may tell of itself that limits a command; 1.6 has keys for some.
+# The variables of a station that limit a command; 1.6 has keys for some.
 LIMITS = frozenset((STACK_LEVEL, PERIODS, *(name for splits in SPLITS.values()
                     for split in splits.values() for name in (split.most, split.most_bytes))))
 LIMIT_OF_KEY = {
@@ -4699,7 +4700,7 @@ LIMIT_OF_KEY = {
 _LIST_LIMITS_2X = ("GetVariables", {"getVariableData": [
     {"component": {"name": "LocalAuthListCtrlr"}, "variable": {"name": name}}
     for name in ("ItemsPerMessage", "BytesPerMessage")]})
-# What asks a station how long a local list it takes at a time.
+# The command that asks a station how long a part of its local list may be.
 LIST_LIMITS: dict[str, tuple[str, dict]] = {
     "ocpp1.6": ("GetConfiguration", {"key": ["SendLocalListMaxLength"]}),
     "ocpp2.0.1": _LIST_LIMITS_2X, "ocpp2.1": _LIST_LIMITS_2X}
@@ -4710,10 +4711,10 @@ CLEARED_EACH: dict[str, tuple[str, ...]] = {
     "ocpp2.1": (*_PURPOSES_201, "PriorityCharging", "LocalGeneration")}
 
 
-def limits_in(told: Iterable[tuple[dict, Any]]) -> dict[str, int]:
-    """The LIMITS among (component and variable, or key of 1.6; its value)."""
+def limits_in(values: Iterable[tuple[dict, Any]]) -> dict[str, int]:
+    """The LIMITS among values: [(object with component and variable, or key of 1.6; value)]."""
     limits = {}
-    for entry, value in told:
+    for entry, value in values:
         name = LIMIT_OF_KEY.get(kept(entry.get("key", "")), "")
         if not name:
             component, variable, instance = (lenient(entry, path, str, "") for path in (
@@ -4753,16 +4754,16 @@ def error_code_across(source: str, target: str, code: str) -> str:
 
 
 def without_secrets(action: str, payload: dict, text: str) -> str:
-    """The payload as JSON for the record: `text` itself, or with what is secret in it hidden."""
+    """The payload as JSON for the record: `text` itself, or with its secrets hidden."""
     if action and action not in SECRET_ACTIONS and (
             action not in TOKEN_ACTIONS or not _KEY_CODE.search(text)):
         return text
-    hidden = _hide(payload)              # also where nobody knows what it answers
+    hidden = _hide(payload)              # also of an answer to an unknown command
     return text if hidden == payload else to_json(hidden)
 
 
 def hidden_texts(action: str, payload: dict) -> list[str]:
-    """The secrets of a command, the longest first: some stations say them again in their answer."""
+    """The secrets of a command, the longest first: some stations repeat them in their answer."""
     found: list[str] = []
 
     def look(value: Any, shown_value: Any) -> None:
@@ -4806,7 +4807,7 @@ def _hide(value: Any) -> Any:
 
 
 def _names_of(value: dict) -> list:
-    """What says what a field of the object is of."""
+    """The names by which an object says what its value is."""
     named = [inner for field_ in ("variable", "component")
              if isinstance(inner := value.get(field_), dict)]
     return [value.get("key"), value.get("messageId"),
@@ -4814,7 +4815,7 @@ def _names_of(value: dict) -> list:
 
 
 def hide_in_text(text: str) -> str:
-    """A text without what is secret in it: vendors write objects into it, or URLs."""
+    """A text with its secrets hidden: vendors write JSON objects, pairs or URLs into it."""
     if text[:1] in "{[" and len(text) > 1:
         with contextlib.suppress(ValueError, RecursionError):
             inner = _read(text)[0]
@@ -4864,7 +4865,7 @@ def wire_time(when: float) -> str:
 
 
 def required(payload: dict, key: str, kind: type) -> Any:
-    """A field that must be there. A number or a text that stands in the other's form is taken.
+    """A field that must be there; a number may be written as a text, and a text as a number.
 
     Raises: MissingField, WrongType.
     """
@@ -4883,7 +4884,7 @@ def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
 
 
 def lenient(payload: dict, path: str, kind: Any, default: Any = None) -> Any:
-    """A field that is worth less than what stands beside it: of a wrong type, it is missing."""
+    """A field that no message fails for, by its path: one of a wrong type counts as missing."""
     value: Any = value_at(payload, path) if "." in path else payload.get(path)
     try:
         return default if value is None else _typed(value, path, kind)
@@ -4922,8 +4923,8 @@ def _typed(value: Any, key: str, kind: type) -> Any:
             pass
     if kind is str and type(value) in (int, float):
         return str(value)
-    told = "" if isinstance(value, (dict, list)) else f" {shown(value, 40)}"
-    raise WrongType(f"{key} must not be {type(value).__name__}{told}")
+    text = "" if isinstance(value, (dict, list)) else f" {shown(value, 40)}"
+    raise WrongType(f"{key} must not be {type(value).__name__}{text}")
 
 
 class Violation(NamedTuple):
@@ -5013,7 +5014,7 @@ class Schemas:
                     {})
 
     def _compile(self, protocol: str, action: str) -> None:
-        if self.ready(protocol, action):             # by the one before us in the queue
+        if self.ready(protocol, action):             # by an earlier task of the pool
             return
         schemas = {part: self._read(protocol, action, part) for part in ("Request", "Response")}
         self._compiled |= {(protocol, action, part): self._compiler.compile(schema) if schema
@@ -5063,18 +5064,18 @@ def _referred(schema: dict, root: dict) -> tuple[dict, str]:
 
 
 # --- Translation --------------------------------------------------------------------------
-# A Call of one version in, what the other side is to be asked in its version out; no I/O. The
-# pivot is 2.0.1: `lift_…` turns 1.6 into it, `lower_…` it into 1.6, `newer` and `older` are the
-# steps to 2.1 and back. A converter is a generator: it yields (Action, payload) for the other
-# side, is sent the answer's payload, and returns the answer in the words of who asked.
+# A Call in one version in, Calls in the other side's version out; no I/O. The pivot is 2.0.1:
+# `lift_…` turns 1.6 into it, `lower_…` it into 1.6, `newer` and `older` are the steps to 2.1 and
+# back. A converter is a generator: it yields (Action, payload) for the other side, is sent the
+# answer's payload, and returns the answer's payload for the caller, in the caller's version; or
+# None where the other version has no such Action: then the board's own answer is given.
 #
 #   1 ids of both sides    5 charging profiles           9 transactions up    13 certificates
 #   2 fields               6 what a station is          10 transactions down  14 who speaks what
 #   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
 #   4 places               8 meter values               12 commands           16 one version
 #
-# `station_id` and `upstream_id` are both sides' names of a transaction. None as an answer: the
-# other side has nothing to say to it, and the board's own answer is good.
+# `station_id` and `upstream_id` are a transaction's ids on both sides.
 
 # 1. Ids of both sides
 
@@ -5084,55 +5085,55 @@ MAPPINGS_KEPT = 200                 # transactions of a station whose ids we rem
 
 @dataclass(slots=True)
 class TransactionMapping:
-    """A transaction under the names that it has on both sides."""
+    """A transaction, with its ids on both sides and what converters need to know of it."""
 
-    station_id: int | str                     # the station's transaction id
-    upstream_id: int | str | None             # upstream's; None until a 1.6 one has given it
+    station_id: int | str               # the station's transactionId
+    upstream_id: int | str | None       # upstream's; None until a 1.6 one has given it
     evse_id: int = 0
-    id_token: str | None = None         # as upstream was told it
+    id_token: str | None = None         # 1.6 upstream: of its StartTransaction
     seq_no: int = 0                     # 2.x upstream: of the next event
-    state: str = ""                     # the chargingState told last
-    charged: bool = False               # energy has flowed
+    state: str = ""                     # the latest chargingState
+    charged: bool = False               # that was Charging once
     ended: bool = False
-    end_reported: bool = False              # and upstream has heard of it
+    end_reported: bool = False          # and upstream has answered its end
     left: bool = False                  # and the vehicle has left
     started: str = ""                   # 2.x station: when it began
-    register: int | None = None         # Wh, as last heard
-    base: int = 0                       # what it was where a 1.6 upstream had to be told 0
-    start_key: tuple = ()               # 1.6 station: what makes a repeated start the same one
-    answer: dict = field(default_factory=dict)       # 2.x station: upstream's to the start
-    end_key: tuple = ()                 # 1.6 station: of the stop that was told
-    ended_by_us: bool = False           # the station has not said so (yet)
-    seq_reserved: int = 0               # up to this seqNo the state knows that it may be used
-    stored: tuple = ()                  # what the state has of it
+    register: int | None = None         # Wh, the latest
+    base: int = 0                       # Wh: of the first register, where meterStart was sent as 0
+    start_key: tuple = ()               # 1.6 station: equal in a repeated StartTransaction
+    answer: dict = field(default_factory=dict)       # 1.6 upstream: to its StartTransaction
+    end_key: tuple = ()                 # 1.6 station: equal in a repeated StopTransaction
+    ended_by_us: bool = False           # the relay has ended it upstream, the station has not (yet)
+    seq_reserved: int = 0               # the state allows for seqNo up to this one
+    stored: tuple = ()                  # the facts that the state has of it
 
 
 class Translator:
-    """Stands between a station and an upstream of another version, and knows what is whose id.
+    """Converts Calls between a station and an upstream of another version, and maps their ids.
 
-    With one version on both sides it only knows transaction ids that the board gave out while
-    upstream was away, and `passes` whatever does not speak of them.
+    With one version on both sides it maps the transaction ids that the board gave out while
+    upstream was away; frames without one `passes` as they are.
     """
 
     def __init__(self, station: str, upstream: str, new_id: Callable[[], int],
                  clock: Callable[[], float] = time.time):
         self.station, self.upstream, self.new_id, self.clock = station, upstream, new_id, clock
         self.mappings: OrderedDict = OrderedDict()      # {the station's id: TransactionMapping}
-        self.statuses: dict = {}             # {(evse, connector): the station's word}
+        self.statuses: dict = {}             # {(evse, connector): its status, as the station says}
         self.faults: dict = {}               # {evse: 1.6's errorCode}
-        self.shown: dict = {}                # {evse: the word that a 1.6 upstream has heard last}
+        self.shown: dict = {}                # {evse: the status last sent to a 1.6 upstream}
         self.remote_starts: list = []        # [(evse or 0, id token, remoteStartId)]
-        self.token_types: OrderedDict = OrderedDict()    # {id token: its type, as upstream says}
+        self.token_types: OrderedDict = OrderedDict()    # {id token: its type in 2.x}
         self.long_tokens: OrderedDict = OrderedDict()    # {idTag: the token that it stands for}
         self.boot_reason = "Unknown"         # of the next BootNotification; 1.6 says none
         self.firmware_request: int | None = None
         self.log_request: int | None = None
-        self.signed_firmware = self.diagnostics = False  # which of 1.6's two ways upstream took
-        self._told: list = []
+        self.signed_firmware = self.diagnostics = False  # which of 1.6's commands asked
+        self._reports: list = []
         self._request_id = int(clock()) & 0x7FFFFFF
 
     def up(self, action: str, payload: dict, transaction_id: int | None = None) -> Steps:
-        """A Call of the station, for upstream; a StartTransaction with the id that it is given.
+        """Convert a Call of the station; a StartTransaction may have its transaction's id already.
 
         Raises (as it runs): NotSupported, MissingField.
         """
@@ -5140,20 +5141,20 @@ class Translator:
         return _through(self, STAGES[self.station, self.upstream][0], action, payload, **options)
 
     def down(self, action: str, payload: dict) -> Steps:
-        """A Call of upstream, for the station. Raises (as it runs): NotSupported, MissingField."""
+        """Convert a Call of upstream. Raises (as it runs): NotSupported, MissingField."""
         return _through(self, STAGES[self.station, self.upstream][1], action, payload)
 
-    def told(self) -> list[Steps]:
-        """What upstream is to be told beyond the answers, such as reports; each but once."""
-        told, self._told = self._told, []
-        return [_through(self, TELLING[self.upstream], *call) for call in told]
+    def reports(self) -> list[Steps]:
+        """The Calls of converters to upstream, such as a NotifyReport; each is given out once."""
+        reports, self._reports = self._reports, []
+        return [_through(self, REPORT_STAGES[self.upstream], *call) for call in reports]
 
-    def tell(self, action: str, payload: dict) -> None:
-        """Have upstream told something, in 2.0.1."""
-        self._told.append((action, payload))
+    def report(self, action: str, payload: dict) -> None:
+        """Have a Call of 2.0.1 sent upstream, after the answer."""
+        self._reports.append((action, payload))
 
     def passes(self, action: str, up: bool) -> bool:
-        """Whether a frame of this Action goes on as it is, byte for byte."""
+        """Whether a frame of this Action is passed on as it is, byte for byte."""
         if self.station != self.upstream:
             return False
         if not self.mappings:
@@ -5161,12 +5162,12 @@ class Translator:
         return action not in (RENAMED_UP if up else RENAMED_DOWN).get(self.station, ())
 
     def next_request(self) -> int:
-        """A request id for what 1.6 asks without one."""
+        """A requestId, for a command of 1.6 that has none."""
         self._request_id = self._request_id % 0x7FFFFFFF + 1
         return self._request_id
 
     def mapping(self, station_id: int | str, **facts: Any) -> TransactionMapping:
-        """The transaction that the station calls so, made if it is not known."""
+        """The transaction with this id of the station's, made if it is not known."""
         found = self.mappings.get(station_id)
         if found is None:
             found = self.mappings[station_id] = TransactionMapping(station_id, **facts)
@@ -5177,8 +5178,8 @@ class Translator:
         return found
 
     def by_upstream_id(self, upstream_id: int | str | None) -> TransactionMapping | None:
-        """The transaction that upstream calls so."""
-        if upstream_id is None:                # no name, though upstream may not have given one yet
+        """The transaction with this id of upstream's."""
+        if upstream_id is None:          # as of transactions that wait for upstream's id
             return None
         return next((mapping for mapping in reversed(self.mappings.values())
                      if mapping.upstream_id == upstream_id), None)
@@ -5196,7 +5197,7 @@ class Translator:
 
     @property
     def ends_for_station(self) -> bool:
-        """Whether the end of a transaction can be told in the station's name: 1.6 has no seqNo."""
+        """Whether the relay can end a transaction in the station's name: 1.6 counts no seqNo."""
         return self.station != self.upstream and "ocpp1.6" in (self.station, self.upstream)
 
     def open_mappings(self) -> list[TransactionMapping]:
@@ -5212,10 +5213,10 @@ class Translator:
 
 async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]],
                 asked: tuple | None = None) -> dict | None:
-    """Go through a translation: `ask` sends each Call of it, and returns the answer's payload.
+    """Run a translation: `ask` sends each of its Calls, and returns the answer's payload.
 
-    A BoardError that `ask` raises is told to the translation; after another error it can go on
-    with what was `asked` last. Returns what it comes to.
+    A BoardError of `ask` is raised in the translation. After another error the translation can be
+    run on, from the Call that was `asked` last. Returns what the translation returns.
     """
     try:
         asked = asked or next(steps)
@@ -5232,7 +5233,7 @@ async def carry(steps: Steps, ask: Callable[[str, dict], Awaitable[dict]],
 
 def _through(translator: Translator, stages: list, action: str, payload: dict,
              **options: Any) -> Steps:
-    """A Call through converters, one after another, as one; `options` are for the first."""
+    """Chain converters: the Calls of each go through those after it; `options` are the first's."""
     if not stages:
         return (yield action, payload)
     steps = stages[0](translator, action, payload, **options)
@@ -5249,8 +5250,8 @@ def _through(translator: Translator, stages: list, action: str, payload: dict,
         return end.value
 
 
-# 2. Fields. A row says how one field crosses: its path in 1.6 and in 2.x, and its value both ways.
-# "chargingSchedule[0].id" is a path: the field of the first, and only, object of a list.
+# 2. Fields. A row says how a field is converted: its path in 1.6 and in 2.x, its value both ways.
+# "chargingSchedule[0].id" is a path: of a field in the first, and only, object of a list.
 
 
 class Row(NamedTuple):
@@ -5265,12 +5266,12 @@ class Row(NamedTuple):
 
 
 def lifted(translator: Translator, payload: dict, rows: Iterable[Row]) -> dict:
-    """What 1.6 says, as 2.0.1 says it. Raises: MissingField."""
+    """The fields of 1.6 as those of 2.0.1. Raises: MissingField."""
     return _translated(translator, payload, [(r.old, r.new, r.lift, r.new_default) for r in rows])
 
 
 def lowered(translator: Translator, payload: dict, rows: Iterable[Row]) -> dict:
-    """What 2.0.1 says, as 1.6 says it. Raises: MissingField."""
+    """The fields of 2.0.1 as those of 1.6. Raises: MissingField."""
     return _translated(translator, payload, [(r.new, r.old, r.lower, r.old_default) for r in rows])
 
 
@@ -5280,7 +5281,7 @@ NEEDED = object()                       # as a default: without the field there 
 def _translated(translator: Translator, payload: dict, ways: list) -> dict:
     translated: dict = {}
     for source, target, convert, default in ways:
-        if not target:                   # it is in one version's words only
+        if not target:                   # a field of one version only
             continue
         value = value_at(payload, source)
         if value is not None:
@@ -5314,13 +5315,13 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _count(value: Any) -> int:
-    """A number of 1.6 that is -1 where there is nothing to count (5.10), as 2.x has it."""
+def _list_version(value: Any) -> int:
+    """A listVersion of 1.6, which is -1 without a list (5.10), as 2.x has it, which is 0 then."""
     return max(0, _whole(value) or 0)
 
 
 def _time(value: Any) -> str | None:
-    """A time as it was written, unless that was not what the standard wants."""
+    """A time as it was written, or in our form where that is not the standard's; None: no time."""
     try:
         when, zoned = parse_time(value)
     except WrongValue:
@@ -5329,7 +5330,7 @@ def _time(value: Any) -> str | None:
 
 
 def _unsaid(value: Any) -> None:
-    """The other way of a field that only one version has."""
+    """The way back of a field that only one version has."""
 
 
 def _word(words: dict, other: str | None = None) -> Callable:
@@ -5354,12 +5355,12 @@ def stateful_row(old: str, new: str, lift: Callable, lower: Callable, needed: bo
 
 
 def text_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
-    """A text, cut to what the other side takes."""
+    """A text, cut to the other version's length."""
     return row(old, new, _text(new_length), _text(old_length), **more)
 
 
 def exact_row(old: str, new: str, old_length: int, new_length: int, **more: Any) -> Row:
-    """A text of which no part is one, such as a URL or a certificate. Raises: NotSupported."""
+    """A text that must not be cut, such as a URL or a certificate. Raises: NotSupported."""
     def fitting(key: str, length: int) -> Callable:
         def convert(value: Any) -> str | None:
             text = _text(1 << 30)(value)
@@ -5389,7 +5390,7 @@ def object_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
 
 
 def list_row(old: str, new: str, rows: tuple, **more: Any) -> Row:
-    """A list of such objects; an empty one is left out."""
+    """A list of objects with rows of their own; an empty list is left out."""
     def through(convert: Callable) -> Callable:
         return lambda translator, value: (
             [convert(translator, item, rows) for item in _dicts(value)] or None)
@@ -5411,12 +5412,12 @@ def _same(*names: str) -> dict:
 
 
 def _dicts(items: Any) -> list[dict]:
-    """The objects in a list; what is no list has none."""
+    """The objects in a list; none where it is no list."""
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def _some(payload: dict, key: str) -> list[dict]:
-    """The objects in a list without which there is no message. Raises: MissingField, WrongType."""
+    """The objects in a list that must hold some. Raises: MissingField, WrongType."""
     found = _dicts(required(payload, key, list))
     if not found:
         raise MissingField(f"{key} is empty")
@@ -5430,7 +5431,7 @@ def _when(translator: Translator, message: dict) -> str:
 
 def status_rows(*both: str, lift: dict | None = None, lower: dict | None = None,
                 worst: str) -> tuple:
-    """The `status` of an answer: words of both, of one side only, and what stands for others."""
+    """The `status` of an answer: words of both, of one version only, and `worst` for others."""
     pairs = _same(*both) | (lift or {})
     return (word_row("status", "status", pairs, lower, old_other=worst, new_other=worst,
                      old_default=worst, new_default=worst),)
@@ -5446,9 +5447,9 @@ _UID = re.compile(r"(?:[0-9A-Fa-f]{8}|[0-9A-Fa-f]{14}|[0-9A-Fa-f]{20})\Z")
 
 
 def shortened(token: str, length: int) -> str:
-    """A token that fits: itself, or a text that no other token has.
+    """An id token that fits: itself, or a text that no other token has.
 
-    Just cut, two tokens could be the same one, and the wrong customer would pay.
+    Two tokens that were only cut could be equal, and the wrong customer would pay.
     """
     if len(token) <= length:
         return token
@@ -5525,7 +5526,7 @@ PLACE = row("connectorId", "evse.id", _numbered, _whole, old_default=0)
 
 
 def _lower_limit(value: Any) -> float | None:
-    """A limit in tenths, as 1.6 has it, and never above what was said."""
+    """A limit in tenths, as 1.6 has it, rounded down."""
     try:
         tenths = math.floor(_typed(value, "", float) * 10 + 1e-6)
     except WrongType:
@@ -5553,7 +5554,7 @@ def _lift_transaction(translator: Translator, upstream_id: Any) -> int | str | N
 def _lower_transaction(translator: Translator, upstream_id: Any) -> int:
     """A 1.6 station's id of the transaction that upstream names. Raises: WrongValue."""
     known = translator.by_upstream_id(upstream_id)
-    # One of before a restart has our own id
+    # A transaction from before a restart has one id on both sides.
     number = known.station_id if known else _whole(upstream_id)
     if type(number) is not int or not -1 << 63 < number < 1 << 63:
         raise WrongValue("the transaction is not known")
@@ -5683,7 +5684,7 @@ BOOTED = (*status_rows("Accepted", "Pending", "Rejected", worst="Rejected"),
 
 
 def lift_boot(translator: Translator, payload: dict) -> Steps:
-    """1.6 4.2; 2.0.1 B01. What it has of meters, 2.x keeps elsewhere."""
+    """1.6 4.2; 2.0.1 B01, which has no fields for the meter."""
     asked = lifted(translator, payload, BOOT) | {"reason": translator.boot_reason}
     translator.boot_reason = "Unknown"
     return lowered(translator, _with_time(translator, (yield "BootNotification", asked)), BOOTED)
@@ -5765,10 +5766,10 @@ FAULTS_16 = frozenset("""ConnectorLockFailure EVCommunicationError GroundFailure
 def lift_status(translator: Translator, payload: dict) -> Steps:
     """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
     number = max(0, required(payload, "connectorId", int))
-    told = lenient(payload, "status", str, "")
+    status_16 = lenient(payload, "status", str, "")
     at = _when(translator, payload)
-    _note(translator.statuses, (number, 1), told)
-    status = CONNECTOR_STATUS.get(told, "Unavailable")
+    _note(translator.statuses, (number, 1), status_16)
+    status = CONNECTOR_STATUS.get(status_16, "Unavailable")
     if number:
         yield "StatusNotification", {"timestamp": at, "connectorStatus": status, "evseId": number,
                                      "connectorId": 1}
@@ -5778,19 +5779,19 @@ def lift_status(translator: Translator, payload: dict) -> Steps:
     fault = lenient(payload, "errorCode", str, "NoError")
     if fault != translator.faults.get(number, "NoError"):
         _note(translator.faults, number, fault)
-        with contextlib.suppress(CallFailed):            # the status is worth more
+        with contextlib.suppress(CallFailed):            # the status was taken
             yield "NotifyEvent", _problem(translator, number, at, fault, payload)
     mapping = translator.open_at(number) if number else None
-    state = CHARGING_STATE.get(told)
+    state = CHARGING_STATE.get(status_16)
     if mapping and state and state != mapping.state:
         mapping.state = state
-        yield from _told_event(mapping, _transaction_event(translator, mapping, "Updated", at,
+        yield from _send_event(mapping, _transaction_event(translator, mapping, "Updated", at,
                                                            "ChargingStateChanged"))
     return {}
 
 
 def _note(memory: dict, place: Any, word: str) -> None:
-    """Remember how a place is, of as many as a station may have."""
+    """Remember a place's status or fault, for as many places as a station may have."""
     if place in memory or len(memory) < CONNECTORS_KEPT:
         memory[place] = kept(word, 50)
 
@@ -5805,7 +5806,7 @@ def _event(translator: Translator, at: str, component: dict, variable: str, valu
 
 
 def _problem(translator: Translator, number: int, at: str, fault: str, payload: dict) -> dict:
-    """The NotifyEvent of what 1.6 has an errorCode for."""
+    """The NotifyEvent of an errorCode of 1.6."""
     wrong = fault != "NoError"
     component = {"name": "ChargingStation"} if not number else {
         "name": "Connector", "evse": {"id": number, "connectorId": 1}}
@@ -5815,7 +5816,7 @@ def _problem(translator: Translator, number: int, at: str, fault: str, payload: 
                   cleared=not wrong, techInfo=f"{fault} {info}".strip()[:500], **code)
 
 
-# Of the connectors of one EVSE, the first of these tells how the EVSE is.
+# The status of an EVSE is the first of these that a connector of it has.
 STATUS_ORDER = ("Occupied", "Reserved", "Available", "Faulted", "Unavailable")
 
 
@@ -5830,15 +5831,15 @@ def lower_status(translator: Translator, payload: dict) -> Steps:
 
 
 def _status_16(translator: Translator, evse_id: int, at: str | None) -> dict:
-    """What 1.6 says of an EVSE, from its connectors' statuses and its transaction."""
-    told = [word for (evse, _), word in translator.statuses.items() if evse == evse_id]
-    status = next((word for word in STATUS_ORDER if word in told),
+    """The StatusNotification of an EVSE, by its connectors' statuses and its transaction."""
+    known = [status for (evse, _), status in translator.statuses.items() if evse == evse_id]
+    status = next((status for status in STATUS_ORDER if status in known),
                   "Unavailable" if evse_id else "Available")         # until the station says so
     mapping = translator.open_at(evse_id)
     if status == "Available":
         for past in translator.mappings.values():
             past.left = past.left or (past.evse_id == evse_id and past.ended)
-    if status == "Occupied" or (mapping and not told):
+    if status == "Occupied" or (mapping and not known):
         status = _occupied_16(translator, evse_id, mapping)
     _note(translator.shown, evse_id, status)
     message = {"connectorId": evse_id, "errorCode": translator.faults.get(evse_id, "NoError"),
@@ -5847,7 +5848,7 @@ def _status_16(translator: Translator, evse_id: int, at: str | None) -> dict:
 
 
 def _occupied_16(translator: Translator, evse_id: int, mapping: TransactionMapping | None) -> str:
-    """Which of 1.6's five words for Occupied it is."""
+    """Which of 1.6's five statuses stands for Occupied."""
     if mapping is None:
         ended = any(mapping.evse_id == evse_id and mapping.ended and not mapping.left
                     for mapping in translator.mappings.values())
@@ -5860,20 +5861,20 @@ def _occupied_16(translator: Translator, evse_id: int, mapping: TransactionMappi
 
 
 def lower_event(translator: Translator, payload: dict) -> Steps:
-    """2.0.1 N07: what 1.6 has a StatusNotification for; the rest the board takes."""
+    """2.0.1 N07; 1.6 4.9 for an availability or a problem. The board answers the rest."""
     known = False
     for event in _dicts(payload.get("eventData")):
         variable = (lenient(event, "component.name", str), lenient(event, "variable.name", str))
         evse_id = max(0, lenient(event, "component.evse.id", int, 0))
         value = lenient(event, "actualValue", str, "")
-        if variable in REPORTING:
+        if variable in AVAILABILITY:
             place = evse_id, lenient(event, "component.evse.connectorId", int, 1)
             _note(translator.statuses, place, value)
         elif variable[1] == "Problem":
-            told = str(event.get("techInfo") or "").partition(" ")[0]
+            fault = str(event.get("techInfo") or "").partition(" ")[0]
             broken = value.lower() == "true" and event.get("cleared") is not True
-            _note(translator.faults, evse_id, "NoError" if not broken else told if told in FAULTS_16
-                  else "OtherError")
+            _note(translator.faults, evse_id, "NoError" if not broken else fault
+                  if fault in FAULTS_16 else "OtherError")
         else:
             continue
         known = True
@@ -5978,11 +5979,11 @@ def _attach_signed(translated: list, value: str, words: dict, known: dict) -> No
     1.6 writes it as OCMF, or as 2.x's object in JSON (OCA: Signed Meter Values in OCPP 1.6).
     """
     try:
-        told = json.loads(value)
+        signed = json.loads(value)
     except ValueError:
-        told = None
-    if isinstance(told, dict) and isinstance(told.get("signedMeterData"), str):
-        data = {key: str(told.get(key, ""))[:length] for key, length in SIGNED_LENGTHS.items()}
+        signed = None
+    if isinstance(signed, dict) and isinstance(signed.get("signedMeterData"), str):
+        data = {key: str(signed.get(key, ""))[:length] for key, length in SIGNED_LENGTHS.items()}
     else:
         data = {"signedMeterData": value, "signingMethod": "", "publicKey": "",
                 "encodingMethod": "OCMF" if value.startswith("OCMF|") else ""}
@@ -6008,7 +6009,7 @@ def _signed_number(value: str, words: dict, known: dict) -> int | float | None:
 
 
 def _lower_samples(samples: list[dict], left_out: tuple) -> list[dict]:
-    translated = [one for sample in samples for one in _lower_sample(sample)]
+    translated = [old for sample in samples for old in _lower_sample(sample)]
     for sample in translated:
         if sample.get("unit") in left_out:
             del sample["unit"]
@@ -6039,8 +6040,8 @@ def _lower_sample(sample: dict) -> list[dict]:
 def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
     """(the number, its unit) in a unit that 1.6 has; (None, None) where there is none."""
     number = _decimal(sample.get("value"))
-    told = lenient(sample, "unitOfMeasure", dict, {})
-    unit, power = lenient(told, "unit", str), told.get("multiplier") or 0
+    unit = lenient(sample, "unitOfMeasure.unit", str)
+    power = value_at(sample, "unitOfMeasure.multiplier") or 0
     unit = "Hertz" if unit == "Hz" else unit
     if number is None or type(power) is not int or abs(power) > 12:
         return None, None
@@ -6055,7 +6056,7 @@ def _unit_16(sample: dict) -> tuple[Decimal | None, str | None]:
 
 
 def _register(meter_values: Any, context: str = "") -> int | None:
-    """The last import register in 2.x meter values, in Wh; of that context, where one is asked."""
+    """The last import register in 2.x meter values, in Wh; of samples of a `context` or of any."""
     found = None
     for sample in [s for m in _dicts(meter_values) for s in _dicts(m.get("sampledValue"))]:
         if sample.get("phase") or context not in ("", sample.get("context")) or (
@@ -6071,19 +6072,20 @@ def lift_meter_values(translator: Translator, payload: dict) -> Steps:
     """1.6 4.7; 2.0.1 J02 (of a transaction, E02 as an event) or J01."""
     number = max(0, lenient(payload, "connectorId", int, 0))
     values = _lift_meter_values(translator, payload.get("meterValue"))
-    told = lenient(payload, "transactionId", int, 0)
-    mapping = translator.mappings.get(told) or (translator.open_at(number) if number else None)
-    if mapping is None and told > 0 and number:
-        mapping = _resumed(translator, told, number)
+    station_id = lenient(payload, "transactionId", int, 0)
+    mapping = translator.mappings.get(station_id) or (
+        translator.open_at(number) if number else None)
+    if mapping is None and station_id > 0 and number:
+        mapping = _resumed(translator, station_id, number)
     if not values:
-        return None                      # nothing that 2.x has a word for
+        return None                      # 2.x has no word for any of it
     if mapping is None or (mapping.ended and not mapping.ended_by_us):
         yield "MeterValues", {"evseId": number, "meterValue": values}
         return {}
     context = values[-1]["sampledValue"][0].get("context")
     event = _transaction_event(translator, mapping, "Updated", values[-1]["timestamp"],
                                TRIGGER_OF.get(context, "MeterValuePeriodic"))
-    yield from _told_event(mapping, event | {"meterValue": values})
+    yield from _send_event(mapping, event | {"meterValue": values})
     return {}
 
 
@@ -6116,8 +6118,8 @@ STOPPED_16 = {                           # 2.x's stoppedReason: 1.6's reason
 
 
 def _resumed(translator: Translator, station_id: int, evse_id: int) -> TransactionMapping:
-    """A transaction that began before we did. Its id is the second it began in, as the board
-    gives ids, so that its events go on counting where no former one can have been."""
+    """A transaction from before we started, by its id: the second of its start, as the board gives
+    ids. Its age in seconds is a seqNo that none of its events can have had."""
     seconds = int(translator.clock()) - station_id
     return translator.mapping(station_id, upstream_id=str(station_id), evse_id=evse_id,
                               seq_no=seconds if 0 < seconds < 1 << 30 else 1)
@@ -6125,7 +6127,7 @@ def _resumed(translator: Translator, station_id: int, evse_id: int) -> Transacti
 
 def _transaction_event(translator: Translator, mapping: TransactionMapping, event: str, at: str,
                        trigger: str, **info: Any) -> dict:
-    """A TransactionEvent with all that is known anyway (2.0.1 E01 to E07)."""
+    """A TransactionEvent with all that its mapping knows (2.0.1 E01 to E07)."""
     state = {"chargingState": mapping.state} if mapping.state else {}
     message = {"eventType": event, "timestamp": at, "triggerReason": trigger,
                "seqNo": mapping.seq_no,
@@ -6136,12 +6138,12 @@ def _transaction_event(translator: Translator, mapping: TransactionMapping, even
     return message
 
 
-def _told_event(mapping: TransactionMapping, event: dict) -> Steps:
-    """Tell of an event; what upstream could not take comes again, under the same number."""
+def _send_event(mapping: TransactionMapping, event: dict) -> Steps:
+    """Send an event; one that upstream refuses is repeated, under the same seqNo."""
     try:
         return (yield "TransactionEvent", event)
     except BoardError as error:
-        if not isinstance(error, NoAnswer):              # then it may have taken it
+        if not isinstance(error, NoAnswer):              # upstream may have recorded it
             mapping.seq_no = event["seqNo"]
         raise
 
@@ -6175,7 +6177,7 @@ def lift_start(translator: Translator, payload: dict, transaction_id: int | None
     event = _transaction_event(translator, mapping, "Started", at,
                                "Authorized" if remote is None else "RemoteStart",
                                **({} if remote is None else {"remoteStartId": remote}))
-    mapping.seq_no = max(1, following)                  # if it is told once more
+    mapping.seq_no = max(1, following)   # of the events after a repeated start
     mapping.register = _whole(payload.get("meterStart"))
     event |= lifted(translator, payload | {"idTag": tag}, STARTED_BY)
     if mapping.register is not None:
@@ -6183,13 +6185,13 @@ def lift_start(translator: Translator, payload: dict, transaction_id: int | None
     try:
         answer = yield "TransactionEvent", event
     except BoardError:
-        mapping.ended = True            # it will be told again, or never was
+        mapping.ended = True             # until it is repeated
         raise
     return {"transactionId": station_id} | lowered(translator, answer, (ID_TOKEN_INFO,))
 
 
 def _remote_start(translator: Translator, number: int, tag: Any) -> int | None:
-    """The remoteStartId of the command that this start obeys."""
+    """The remoteStartId of the command that a StartTransaction obeys."""
     for known in translator.remote_starts:
         if known[0] in (0, number) and known[1] == tag:
             translator.remote_starts.remove(known)
@@ -6205,7 +6207,7 @@ def lift_stop(translator: Translator, payload: dict) -> Steps:
     stopped, trigger = STOPPED.get(lenient(payload, "reason", str, "Local"), STOPPED["Other"])
     key = tuple(payload.get(name) for name in ("timestamp", "meterStop"))
     if mapping.ended and mapping.end_key == key:
-        mapping.seq_no -= 1              # the same event, told once more
+        mapping.seq_no -= 1              # the same event is repeated
     mapping.ended, mapping.end_key, mapping.state = True, key, ""
     event = _transaction_event(translator, mapping, "Ended", at, trigger, stoppedReason=stopped)
     meter_stop = _whole(payload.get("meterStop"))
@@ -6221,7 +6223,7 @@ def lift_stop(translator: Translator, payload: dict) -> Steps:
 
 
 def ended_by(action: str, payload: dict) -> Any:
-    """The station's id of the transaction that a Call of it ends; None where it ends none."""
+    """The station's id of the transaction that one of its Calls ends; None where it ends none."""
     if action == "StopTransaction":
         return lenient(payload, "transactionId", int)
     if action == "TransactionEvent" and payload.get("eventType") == "Ended":
@@ -6256,13 +6258,13 @@ def lower_request_stop(translator: Translator, payload: dict) -> Steps:
 
 
 def lower_transaction_status(translator: Translator, payload: dict) -> Steps:
-    """2.0.1 E14, answered here. What waits for upstream was delivered before it could ask."""
+    """2.0.1 E14, answered by us: upstream has all messages of a transaction before it can ask."""
     if payload.get("transactionId") is None:
         return {"messagesInQueue": False}
     mapping = translator.by_upstream_id(payload["transactionId"])
     return {"ongoingIndicator": mapping is not None and not mapping.ended,
             "messagesInQueue": False}
-    yield                                # never: it makes this a generator, as its like are
+    yield                                # never: it makes this a generator, as converters are
 
 
 # 10. Transactions of a 2.x station, for a 1.6 upstream
@@ -6295,7 +6297,7 @@ def lower_transaction_event(translator: Translator, payload: dict) -> Steps:
 
 
 def _observed(translator: Translator, payload: dict) -> TransactionMapping:
-    """The transaction of an event, with the EVSE, state and first register that it tells."""
+    """The mapping of an event's transaction, with the event's EVSE, state and first register."""
     info = required(payload, "transactionInfo", dict)
     station_id = kept(required(info, "transactionId", str), 64)
     if station_id not in translator.mappings and payload.get("eventType") != "Started":
@@ -6324,14 +6326,14 @@ def _start_16(translator: Translator, mapping: TransactionMapping, payload: dict
 
 
 def _authorize_16(mapping: TransactionMapping, tag: str) -> Steps:
-    """Upstream's word on an id token; on that of the start it has given it."""
+    """Upstream's answer on an id token; to that of the start it has answered already."""
     if tag == mapping.id_token:
         return mapping.answer
     return (yield "Authorize", {"idTag": tag})
 
 
 def _stop_16(translator: Translator, mapping: TransactionMapping, payload: dict) -> Steps:
-    """End a transaction upstream, where it began there. What upstream cannot take comes again."""
+    """End a transaction upstream, where it began there; an end that it refuses is repeated."""
     mapping.ended, answer = True, None
     if mapping.upstream_id is not None:
         values = _lower_meter_values(translator, payload.get("meterValue"), ("Hertz",))
@@ -6347,7 +6349,7 @@ def _stop_16(translator: Translator, mapping: TransactionMapping, payload: dict)
 
 def _metered_16(translator: Translator, mapping: TransactionMapping, payload: dict,
                 begins: bool) -> Generator[tuple, dict, None]:
-    """Pass meter values on, unless a StartTransaction has just said all of them (meterStart)."""
+    """Send meter values upstream, unless meterStart of the StartTransaction was all of them."""
     values = _lower_meter_values(translator, payload.get("meterValue"))
     is_start = begins and _register(payload.get("meterValue"), "Transaction.Begin") is not None
     if values and not (is_start and sum(len(value["sampledValue"]) for value in values) == 1):
@@ -6461,12 +6463,12 @@ def _lift_variable(key: str) -> dict:
             "variable": {"name": name[:50]} | ({"instance": instance} if instance else {})}
 
 
-def _lower_variable(told: Any) -> str | None:
+def _lower_variable(entry: Any) -> str | None:
     """The key of 1.6 that a component's variable is; None where 1.6 can have none."""
-    component, variable, instance = (str(value_at(told, path) or "") for path in (
+    component, variable, instance = (str(value_at(entry, path) or "") for path in (
         "component.name", "variable.name", "variable.instance"))
     if not component or not variable or any(
-            value_at(told, f"component.{part}") for part in ("instance", "evse")):
+            value_at(entry, f"component.{part}") for part in ("instance", "evse")):
         return None
     key = KEY_OF.get((component.lower(), variable.lower(), instance.lower()))
     if key is None and not instance:
@@ -6496,42 +6498,42 @@ def lift_change_configuration(translator: Translator, payload: dict) -> Steps:
 def lower_set_variables(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B05; 1.6 5.2, one after another."""
     results = []
-    for told in _some(payload, "setVariableData"):
-        key, word = _lower_variable(told), "UnknownVariable"
-        value = _value_across(key or "", told.get("attributeValue"), RATE_UNITS_16)
-        if told.get("attributeType", "Actual") != "Actual":
+    for entry in _some(payload, "setVariableData"):
+        key, word = _lower_variable(entry), "UnknownVariable"
+        value = _value_across(key or "", entry.get("attributeValue"), RATE_UNITS_16)
+        if entry.get("attributeType", "Actual") != "Actual":
             word = "NotSupportedAttributeType"
         elif key and len(value) > 500:
             word = "Rejected"
         elif key:
             answer = yield "ChangeConfiguration", {"key": key, "value": value}
             word = SET_STATUSES.get(answer.get("status"), "Rejected")
-        results.append(_result(told) | {"attributeStatus": word})
+        results.append(_result(entry) | {"attributeStatus": word})
     return {"setVariableResult": results}
 
 
-def _result(told: dict) -> dict:
-    """What the answer on a variable repeats of the question."""
-    return {key: told[key] for key in ("attributeType", "component", "variable") if key in told}
+def _result(entry: dict) -> dict:
+    """The fields of a variable's entry that the entry of the answer repeats."""
+    return {key: entry[key] for key in ("attributeType", "component", "variable") if key in entry}
 
 
 def lower_get_variables(translator: Translator, payload: dict) -> Steps:
     """2.0.1 B06; 1.6 5.8."""
     asked = _some(payload, "getVariableData")
-    keys = list(dict.fromkeys(key for told in asked if (key := _lower_variable(told))))
+    keys = list(dict.fromkeys(key for entry in asked if (key := _lower_variable(entry))))
     values: dict = {}
     for at in range(0, len(keys), KEYS_AT_ONCE):
         answer = yield "GetConfiguration", {"key": keys[at:at + KEYS_AT_ONCE]}
         values |= _configuration(answer)
     results = []
-    for told in asked:
-        key, found = _lower_variable(told), {"attributeStatus": "UnknownVariable"}
-        if told.get("attributeType", "Actual") != "Actual":
+    for entry in asked:
+        key, found = _lower_variable(entry), {"attributeStatus": "UnknownVariable"}
+        if entry.get("attributeType", "Actual") != "Actual":
             found = {"attributeStatus": "NotSupportedAttributeType"}
         elif key and key.lower() in values:
             value = _value_across(key, values[key.lower()][1], RATE_UNITS)[:2500]
             found = {"attributeStatus": "Accepted", "attributeValue": value}
-        results.append(_result(told) | found)
+        results.append(_result(entry) | found)
     return {"getVariableResult": results}
 
 
@@ -6547,7 +6549,7 @@ def lift_get_configuration(translator: Translator, payload: dict) -> Steps:
     """1.6 5.8; 2.0.1 B06. Without keys, the standard's are asked for."""
     keys = [key for key in lenient(payload, "key", list, []) if isinstance(key, str)]
     known = {"numberofconnectors": str(len({e for e, _ in translator.statuses if e > 0})),
-             "supportedfeatureprofiles": FEATURES}       # what 2.x has no variable for
+             "supportedfeatureprofiles": FEATURES}       # 2.x has no variable for these
     asked = keys or ["NumberOfConnectors", "SupportedFeatureProfiles",
                      *(row[0] for row in VARIABLES)]
     found: list[dict] = [{"key": key, "readonly": True, "value": known[key.lower()]}
@@ -6584,15 +6586,15 @@ def lower_report(translator: Translator, payload: dict) -> Steps:
         return {"status": "NotSupported"}                # 1.6 does not know its parts' states
     wanted = _dicts(payload.get("componentVariable"))
 
-    def is_wanted(told: dict) -> bool:
+    def is_wanted(entry: dict) -> bool:
         return not wanted or any(
-            _name(w, "component") == _name(told, "component")
-            and _name(w, "variable") in ("", _name(told, "variable")) for w in wanted)
+            _name(w, "component") == _name(entry, "component")
+            and _name(w, "variable") in ("", _name(entry, "variable")) for w in wanted)
     return (yield from _report(translator, payload, is_wanted))
 
 
-def _name(told: dict, part: str) -> str:
-    return lenient(told, f"{part}.name", str, "").lower()
+def _name(entry: dict, part: str) -> str:
+    return lenient(entry, f"{part}.name", str, "").lower()
 
 
 def _report(translator: Translator, payload: dict, wanted: Callable[[dict], bool]) -> Steps:
@@ -6612,7 +6614,7 @@ def _report(translator: Translator, payload: dict, wanted: Callable[[dict], bool
         return {"status": "EmptyResultSet"}
     pages = [entries[at:at + REPORTED_AT_ONCE] for at in range(0, len(entries), REPORTED_AT_ONCE)]
     for number, page in enumerate(pages):
-        translator.tell("NotifyReport", {
+        translator.report("NotifyReport", {
             "requestId": request, "generatedAt": wire_time(translator.clock()), "seqNo": number,
             "tbc": number < len(pages) - 1, "reportData": page})
     return {"status": "Accepted"}
@@ -6712,7 +6714,7 @@ def lift_update(translator: Translator, payload: dict) -> Steps:
     answer = yield "UpdateFirmware", lifted(translator, payload, UPDATE_PLAIN) | {
         "requestId": translator.next_request()}
     if answer.get("status") not in ("Accepted", "AcceptedCanceled"):
-        translator.tell("FirmwareStatusNotification", {"status": "DownloadFailed"})
+        translator.report("FirmwareStatusNotification", {"status": "DownloadFailed"})
     return {}
 
 
@@ -6813,9 +6815,9 @@ def lift_certificates(translator: Translator, payload: dict) -> Steps:
     if kind is None:
         raise WrongValue("certificateType is not one of 1.6")
     answer = yield "GetInstalledCertificateIds", {"certificateType": [kind]}
-    found = [lowered(translator, one["certificateHashData"], HASH)
-             for one in _dicts(answer.get("certificateHashDataChain"))
-             if isinstance(one.get("certificateHashData"), dict)]
+    found = [lowered(translator, chain["certificateHashData"], HASH)
+             for chain in _dicts(answer.get("certificateHashDataChain"))
+             if isinstance(chain.get("certificateHashData"), dict)]
     return {"status": "Accepted", "certificateHashData": found} if found else {
         "status": "NotFound"}
 
@@ -6878,7 +6880,7 @@ PLAIN = (
      status_rows("Accepted", "Failed", "NotFound", worst="Failed")),
     ("InstallCertificate", "InstallCertificate", INSTALL, INSTALLED),
     ("GetLocalListVersion", "GetLocalListVersion", (),
-     (row("listVersion", "versionNumber", _count, _whole, old_default=0, new_default=0),)),
+     (row("listVersion", "versionNumber", _list_version, _whole, old_default=0, new_default=0),)),
     ("SendLocalList", "SendLocalList",
      (whole_row("listVersion", "versionNumber", needed=True),
       list_row("localAuthorizationList", "localAuthorizationList", LOCAL_LIST),
@@ -6915,7 +6917,7 @@ STATIONS_OWN = "ChargingStationCertificate"      # the one type that 1.6 signs, 
 
 
 def _of_types(action: str, known: Container[str], default: str | None = None) -> Callable:
-    """A plain converter to 1.6 of what is about a certificate; 1.6 knows these types."""
+    """A plain converter to 1.6 that refuses certificates of types that 1.6 does not know."""
     def convert(translator: Translator, payload: dict) -> Steps:
         if payload.get("certificateType", default) not in known:
             raise NotSupported("1.6 has no certificates of this type")
@@ -6928,12 +6930,12 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
 
 
 def _answered_here(translator: Translator, payload: dict) -> Steps:
-    """The other side has nothing like it and need not: the board's own answer is good."""
+    """A report that 1.6 has no Action for: the board answers it."""
     return None
     yield                                # never, as above
 
 
-# What a 2.x station only tells, and of which a 1.6 upstream knows nothing, or not all.
+# Reports of a 2.x station that 1.6 has no Action for, or not always.
 NEWS = frozenset("""
     ClearedChargingLimit MeterValues NotifyChargingLimit NotifyCustomerInformation
     NotifyDisplayMessages NotifyEVChargingSchedule NotifyEvent NotifyMonitoringReport NotifyReport
@@ -7043,8 +7045,8 @@ LONGEST_201 = {
 LONGEST_OF_201 = {"SetVariables": {"attributeValue": 1000}}
 SIGNED_LENGTH_201 = 2500                                 # of signedMeterData, which is left out
 PARTED = frozenset("sampledValue meterValue certificateType certificateHashDataChain monitor "
-                   "variableMonitoring".split())        # lists of which a part is worth something
-SPARED = frozenset("certificateHashDataChain monitor".split())      # without which a message is
+                   "variableMonitoring".split())        # lists that may lose elements
+SPARED = frozenset("certificateHashDataChain monitor".split())      # lists that may be left out
 WHOLE_201 = frozenset("energyAmount evMinCurrent evMaxCurrent evMaxVoltage evMaxPower "
                       "evEnergyCapacity".split())
 NOT_NEGATIVE = frozenset("""id requestId evseId connectorId reservationId seqNo stackLevel retries
@@ -7089,7 +7091,7 @@ def _to_201(action: str, payload: dict) -> dict:
 
 
 def _older_object(value: dict, rules: tuple) -> dict:
-    """An object without what 2.0.1 does not have. Raises: NotSupported."""
+    """An object with only the fields and words of 2.0.1. Raises: NotSupported."""
     measurand = value.get("measurand", REGISTER)
     if "value" in value and isinstance(measurand, str) and measurand not in MEASURANDS_201:
         raise NotSupported(f"ocpp2.0.1 has no {shown(measurand)}")
@@ -7101,7 +7103,7 @@ def _older_object(value: dict, rules: tuple) -> dict:
             translated[key] = item if key in ("customData", "data") else _older(key, item, rules)
         except NotSupported:
             if not (key in SPARED or (key == "meterValue" and "eventType" in value)):
-                raise                    # the rest of the message is worth more
+                raise
     return _older_whole(translated)
 
 
@@ -7133,7 +7135,7 @@ def _older_list(key: str, items: list, rules: tuple) -> list:
 
 
 def _older_whole(translated: dict) -> dict:
-    """What 2.0.1 wants of an object beyond its fields."""
+    """An object with the values that 2.0.1 allows, and the fields that it needs."""
     if isinstance(translated.get("idToken"), str) and (
             str(translated.get("type")) not in TOKEN_TYPES):
         translated["type"] = "Central"
@@ -7156,7 +7158,7 @@ def _older_whole(translated: dict) -> dict:
         translated = {"publicKey": "", "signingMethod": ""} | translated
     signed = translated.get("signedMeterValue")
     if isinstance(signed, dict) and len(str(signed.get("signedMeterData"))) > SIGNED_LENGTH_201:
-        del translated["signedMeterValue"]                  # no part of a signature is one
+        del translated["signedMeterValue"]                  # a signature cannot be cut
     if "ocppCsmsUrl" in translated:
         translated.setdefault("ocppVersion", "OCPP20")
     return translated
@@ -7231,8 +7233,8 @@ def _same_version(table: dict) -> Callable:
 
 _LIFT_UP, _LOWER_UP = _stage(LIFT_UP, "2.x"), _stage(LOWER_UP, "ocpp1.6")
 _LIFT_DOWN, _LOWER_DOWN = _stage(LIFT_DOWN, "2.x"), _stage(LOWER_DOWN, "ocpp1.6")
-# What the converters tell upstream of their own is in 2.0.1.
-TELLING = {"ocpp1.6": [_LOWER_UP], "ocpp2.0.1": [], "ocpp2.1": [newer]}
+# The converters of reports, which are in 2.0.1.
+REPORT_STAGES = {"ocpp1.6": [_LOWER_UP], "ocpp2.0.1": [], "ocpp2.1": [newer]}
 # (the station's version, upstream's): the converters of its Calls, and of upstream's.
 STAGES = {
     ("ocpp1.6", "ocpp2.0.1"): ([_LIFT_UP, older], [_LOWER_DOWN]),
@@ -10300,7 +10302,7 @@ def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
             board.connector_status(station, *place,
                                    meant(board, station, status, STATUSES[station.protocol]),
                                    _told_time(board, station, event))
-        elif names[0] and (names[0], names[2]) not in REPORTING:
+        elif names[0] and (names[0], names[2]) not in AVAILABILITY:
             _read_alert(board, station, place, connector_id,
                         kept(" ".join(filter(None, names)), 100), event)
     return {}
@@ -11070,7 +11072,7 @@ class StationConnection:
             ms += took_ms
             return answer
         answer = await carry(translator.down(action, payload), ask)
-        return Outcome(answer or {}, ms, [next(steps) for steps in translator.told()])
+        return Outcome(answer or {}, ms, [next(steps) for steps in translator.reports()])
 
     def _translator(self, protocol: str) -> Translator:
         """Stands between the station and REST, whose ids of transactions are texts in 2.x."""
@@ -15417,7 +15419,7 @@ class UpstreamSession:
             else:
                 reply, frame = answered
                 self._finish(queued, reply, frame)
-            self._report(self._translator(queued.protocol).told())
+            self._report(self._translator(queued.protocol).reports())
 
     async def _ask_for(self, queued: QueuedCall) -> tuple[CallResult | CallError, str] | None:
         """(upstream's answer in the station's words; its frame if that is unchanged, else "").
@@ -15822,7 +15824,7 @@ class UpstreamSession:
             if websocket is self.websocket:
                 websocket.write(text)
         if websocket is self.websocket:
-            self._report(self._translator(self.station_protocol).told())
+            self._report(self._translator(self.station_protocol).reports())
 
     def _command_failed(self, call: Call, error: BoardError, latency_ms: float) -> str:
         """The frame of the CALLERROR to a command, which goes on record."""

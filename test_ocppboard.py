@@ -3072,8 +3072,8 @@ def test_the_names_of_fields_are_those_of_the_schemas(version):
     ("2026-09-21 15:33:20+02:00", NOW, True), ("2026-09-21t13:33:20z", NOW, True),
 ])
 def test_times_are_read_as_chargers_write_them(text, seconds, zoned):
-    when, told = ocppboard.parse_time(text)
-    assert int(when) == seconds and told is zoned
+    when, has_zone = ocppboard.parse_time(text)
+    assert int(when) == seconds and has_zone is zoned
 
 
 @pytest.mark.parametrize("text", ["", "now", None, 5, "0001-01-01T00:00:00Z", "2026-13-01", [], {},
@@ -3220,10 +3220,10 @@ def bounds_of(node):
 
 def numeric(value):
     """The value with a number where 1.6 has it as text: a sampled value that is not signed."""
-    for one in value.get("sampledValue", ()):
-        if isinstance(one["value"], str) and one.get("format") != "SignedData":
-            number = zlib.crc32(one["value"].encode()) % 10 ** 7
-            one["value"] = (str(number), f"{number / 100:.2f}", f"-{number / 10}")[number % 3]
+    for sample in value.get("sampledValue", ()):
+        if isinstance(sample["value"], str) and sample.get("format") != "SignedData":
+            number = zlib.crc32(sample["value"].encode()) % 10 ** 7
+            sample["value"] = (str(number), f"{number / 100:.2f}", f"-{number / 10}")[number % 3]
     return value
 
 
@@ -3279,7 +3279,7 @@ def test_what_does_not_fit_its_schema_is_told(version, action, part, payload, wo
     assert words in misfit(version, action, part, payload)
 
 
-def interpreter(direction, caller, other):
+def translator_of(direction, caller, other):
     station, upstream = (caller, other) if direction == "up" else (other, caller)
     return ocppboard.Translator(station, upstream, itertools.count(1).__next__, lambda: NOW)
 
@@ -3321,15 +3321,15 @@ STARTED = {"eventType": "Started", "timestamp": "2026-09-21T13:00:00Z", "seqNo":
            "triggerReason": "Authorized", "idToken": {"idToken": "AB", "type": "Central"}}
 
 
-def translate(direction, caller, other, action, payload, answer, mediator=None):
-    """Translate a Call and what is to be told afterwards, and check all of it. Returns the Calls
-    and the answer, or None where it is refused."""
-    mediator, before = mediator or interpreter(direction, caller, other), json.dumps(payload)
+def translate(direction, caller, other, action, payload, answer, translator=None):
+    """Translate a Call and the reports after it, and check all of it. Returns the Calls and the
+    answer, or None where it is refused."""
+    translator, before = translator or translator_of(direction, caller, other), json.dumps(payload)
     if action == "TransactionEvent" and other == "ocpp1.6":          # its start must be known
         info = {"transactionId": payload["transactionInfo"]["transactionId"]}
-        carry(mediator.up(action, STARTED | {"transactionInfo": info}), answering(other))
+        carry(translator.up(action, STARTED | {"transactionInfo": info}), answering(other))
     try:
-        calls, answered = carry(getattr(mediator, direction)(action, payload), answer,
+        calls, answered = carry(getattr(translator, direction)(action, payload), answer,
                                 speaking(direction, other))
     except ocppboard.NotSupported as error:
         always = action in REFUSED.get((direction, caller, other), ())
@@ -3342,9 +3342,9 @@ def translate(direction, caller, other, action, payload, answer, mediator=None):
         found = misfit(caller, action, "Response", answered)
         assert found is None, (found, answered, calls)
     upstream = other if direction == "up" else caller
-    for steps in mediator.told():
+    for steps in translator.reports():
         carry(steps, answering(upstream), speaking("up", upstream))
-    assert not mediator.told(), "no end of what is told"
+    assert not translator.reports(), "no end of reports"
     return calls, answered
 
 
@@ -3429,27 +3429,27 @@ def failing_at(numbers, failure, version):
 
 
 def talks(seed, number, station, upstream):
-    """Random Calls of both sides, a few to an interpreter: (rng, interpreter, direction, caller,
+    """Random Calls of both sides, a few to a Translator: (rng, Translator, direction, caller,
     other, Action, its schema)."""
     rng = random.Random(seed)
     for _ in range(number):
-        mediator = interpreter("up", station, upstream)
+        translator = translator_of("up", station, upstream)
         for _ in range(rng.randint(1, 6)):
             direction = rng.choice(["up", "down"])
             caller, other = (station, upstream) if direction == "up" else (upstream, station)
             action = rng.choice(sorted(SPEAKS[direction][caller]))
-            yield (rng, mediator, direction, caller, other, action,
+            yield (rng, translator, direction, caller, other, action,
                    official(caller, action, "Request"))
 
 
 @pytest.mark.parametrize("station, upstream", PAIRS)
 def test_whatever_comes_before_and_after(station, upstream):
-    for rng, mediator, direction, caller, other, action, node in talks(
+    for rng, translator, direction, caller, other, action, node in talks(
             f"{station} {upstream}", 80, station, upstream):
         fails, make = rng.random() < 0.2, functools.partial(anything, rng)
         with contextlib.suppress(*[BoardError] * fails):
             translate(direction, caller, other, action, make(node),
-                      (lambda *_: UNABLE) if fails else answering(other, make), mediator)
+                      (lambda *_: UNABLE) if fails else answering(other, make), translator)
 
 
 STRANGE_VALUES: list[Any] = [
@@ -3476,7 +3476,7 @@ def places_in(value):
 
 @pytest.mark.parametrize("station, upstream", PAIRS)
 def test_nothing_off_the_schema_raises_what_is_not_ours(station, upstream):
-    for rng, mediator, direction, _, other, action, node in talks(
+    for rng, translator, direction, _, other, action, node in talks(
             f"{upstream} {station}", 700, station, upstream):
         def answer(asked, payload, rng=rng, side=other):
             json.dumps(payload, allow_nan=False)
@@ -3484,8 +3484,8 @@ def test_nothing_off_the_schema_raises_what_is_not_ours(station, upstream):
             return UNABLE if rng.random() < 0.1 else spoiled(rng, said)
         payload = spoiled(rng, made(node, nth=rng.randrange(6)))
         with contextlib.suppress(BoardError):
-            carry(getattr(mediator, direction)(action, payload), answer)
-            for steps in mediator.told():
+            carry(getattr(translator, direction)(action, payload), answer)
+            for steps in translator.reports():
                 carry(steps, functools.partial(answer, side=upstream))
 
 
@@ -3620,9 +3620,9 @@ def kept_paths(text):
 
 def grouped(path):
     above, dot, name = path.rpartition(".")
-    for one in GROUPS.get(name, name).split():
-        yield "-" * (one[0] == "-" and name in GROUPS) + above + dot + (
-            one.lstrip("-") if name in GROUPS else one)
+    for path in GROUPS.get(name, name).split():
+        yield "-" * (path[0] == "-" and name in GROUPS) + above + dot + (
+            path.lstrip("-") if name in GROUPS else path)
 
 
 KEPT_PATHS = {version: dict(kept_paths(text)) for version, text in KEPT.items()}
@@ -3660,7 +3660,7 @@ def spoken(node, lines):
 
 def there_and_back(direction, caller, other, action, payload, answer):
     """A Call through another version and back: the Calls that arrive, and the answer to it."""
-    there, back = interpreter(direction, caller, other), interpreter(direction, other, caller)
+    out, back = translator_of(direction, caller, other), translator_of(direction, other, caller)
     arrived = []
 
     def pass_on(asked, said):
@@ -3673,7 +3673,7 @@ def there_and_back(direction, caller, other, action, payload, answer):
         assert (error := misfit(other, asked, "Response", answered)) is None, (error, answered)
         return answered
 
-    calls, answered = carry(getattr(there, direction)(action, payload), pass_on,
+    calls, answered = carry(getattr(out, direction)(action, payload), pass_on,
                             speaking(direction, other))
     assert calls, f"{action} was answered without a Call"
     return arrived, answered
@@ -3854,20 +3854,20 @@ def test_meter_values_keep_their_unit(caller, other):
     sent = [{"value": "12.5", "unit": unit} for unit in units] if caller == "ocpp1.6" else [
         {"value": 12.5, "unitOfMeasure": {"unit": unit, "multiplier": power}}
         for unit in {*units, "Hz"} - {"Celcius", "Hertz"} for power in (-1, 0, 3)]
-    for one in sent:
-        assert value_and_unit(values_back(caller, other, one)) == value_and_unit(one)
+    for sample in sent:
+        assert value_and_unit(values_back(caller, other, sample)) == value_and_unit(sample)
 
 
 # What a transaction needs to come out right on the other side.
 
 def answers(**said):
-    """A side that answers each Action with what is given for it, or as its schema has it least."""
+    """A side that answers each Action with the payload given for it, or with {}."""
     return lambda action, payload: said.get(action, {})
 
 
-def started_16(mediator, answer=None, **more):
+def started_16(translator, answer=None, **more):
     payload = {"connectorId": 1, "idTag": "AB", "meterStart": 5, "timestamp": STARTED["timestamp"]}
-    return carry(mediator.up("StartTransaction", payload | more), lambda *_: answer or {})
+    return carry(translator.up("StartTransaction", payload | more), lambda *_: answer or {})
 
 
 def status_16(status, connector=1, **more):
@@ -3884,7 +3884,7 @@ def event_2x(kind, trigger="Authorized", state="Charging", **more):
 
 @pytest.mark.parametrize("upstream", ["ocpp2.0.1", "ocpp2.1"])
 def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
-    mediator = interpreter("up", "ocpp1.6", upstream)
+    translator = translator_of("up", "ocpp1.6", upstream)
     numbers = []
 
     def upstream_says(action, payload):
@@ -3896,74 +3896,74 @@ def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
             ("MeterValues", {"connectorId": 1, "transactionId": 7, "meterValue": value}),
             ("StopTransaction", {"transactionId": 7, "meterStop": 9})):
         for _ in range(2):
-            given = 7 if action == "StartTransaction" else None
+            transaction_id = 7 if action == "StartTransaction" else None
             with contextlib.suppress(BoardError):
-                carry(mediator.up(action, payload, given), upstream_says)
+                carry(translator.up(action, payload, transaction_id), upstream_says)
     assert numbers == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_stop_that_upstream_could_not_take_is_told_again():
-    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
-    carry(mediator.up(*event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
+    translator = translator_of("up", "ocpp2.0.1", "ocpp1.6")
+    carry(translator.up(*event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
           answers(StartTransaction={"transactionId": 4}))
     with pytest.raises(BoardError):
-        carry(mediator.up(*event_2x("Ended")), answers(StopTransaction=BROKEN))
+        carry(translator.up(*event_2x("Ended")), answers(StopTransaction=BROKEN))
     for expected in ([4], []):
-        calls, _ = carry(mediator.up(*event_2x("Ended", "RemoteStop")), answers())
+        calls, _ = carry(translator.up(*event_2x("Ended", "RemoteStop")), answers())
         assert [payload["transactionId"] for action, payload in calls
                 if action == "StopTransaction"] == expected
 
 
 def test_a_profile_of_no_transaction_gets_none_while_upstream_has_not_named_one():
-    mediator = interpreter("up", "ocpp1.6", "ocpp1.6")
-    mediator.mapping(7, upstream_id=None)
+    translator = translator_of("up", "ocpp1.6", "ocpp1.6")
+    translator.mapping(7, upstream_id=None)
     profile = {"connectorId": 1, "csChargingProfiles": {"chargingProfileId": 1}}
-    assert carry(mediator.down("SetChargingProfile", profile), answers())[0] == [
+    assert carry(translator.down("SetChargingProfile", profile), answers())[0] == [
         ("SetChargingProfile", profile)]
 
 
 def test_a_fault_that_upstream_cannot_be_told_does_not_keep_the_status_from_it():
-    mediator = interpreter("up", "ocpp1.6", "ocpp2.0.1")
-    started_16(mediator)
-    calls, answered = carry(mediator.up(*status_16("SuspendedEV", errorCode="WeakSignal")),
+    translator = translator_of("up", "ocpp1.6", "ocpp2.0.1")
+    started_16(translator)
+    calls, answered = carry(translator.up(*status_16("SuspendedEV", errorCode="WeakSignal")),
                             answers(NotifyEvent=UNABLE))
     assert [action for action, _ in calls] == [
         "StatusNotification", "NotifyEvent", "TransactionEvent"] and answered == {}
 
 
 def test_a_profile_of_a_transaction_names_it_to_a_2x_station():
-    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
-    carry(mediator.up(*event_2x("Started")), answers())
+    translator = translator_of("up", "ocpp2.0.1", "ocpp1.6")
+    carry(translator.up(*event_2x("Started")), answers())
     payload: dict[str, Any] = {"connectorId": 1, "csChargingProfiles": {
         "chargingProfileId": 1, "stackLevel": 0, "chargingProfilePurpose": "TxProfile",
         "chargingProfileKind": "Relative", "chargingSchedule": {
             "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 6}]}}}
-    (_, asked), = carry(mediator.down("SetChargingProfile", payload), answers())[0]
+    (_, asked), = carry(translator.down("SetChargingProfile", payload), answers())[0]
     assert asked["chargingProfile"]["transactionId"] == "T"
     payload["csChargingProfiles"]["chargingSchedule"]["chargingSchedulePeriod"] = []
     for action, empty in (("SetChargingProfile", payload), ("RemoteStartTransaction", {
             "idTag": "AB", "chargingProfile": payload["csChargingProfiles"]})):
-        assert carry(mediator.down(action, empty), answers()) == ([], {"status": "Rejected"})
+        assert carry(translator.down(action, empty), answers()) == ([], {"status": "Rejected"})
 
 
 def test_a_problem_of_a_part_does_not_make_the_station_unavailable():
-    mediator = interpreter("up", "ocpp2.0.1", "ocpp1.6")
+    translator = translator_of("up", "ocpp2.0.1", "ocpp1.6")
     event = {"component": {"name": "Modem"}, "variable": {"name": "Problem"}, "actualValue": "true"}
-    (_, told), = carry(mediator.up("NotifyEvent", {"eventData": [event]}), answers())[0]
-    assert told == {"connectorId": 0, "errorCode": "OtherError", "status": "Available"}
+    (_, status), = carry(translator.up("NotifyEvent", {"eventData": [event]}), answers())[0]
+    assert status == {"connectorId": 0, "errorCode": "OtherError", "status": "Available"}
 
 
 @pytest.mark.parametrize("said, reason", [("Accepted", "Triggered"), ("Rejected", "Unknown")])
 def test_only_a_boot_that_was_triggered_says_so(said, reason):
-    mediator = interpreter("up", "ocpp1.6", "ocpp2.0.1")
-    carry(mediator.down("TriggerMessage", {"requestedMessage": "BootNotification"}),
+    translator = translator_of("up", "ocpp1.6", "ocpp2.0.1")
+    carry(translator.down("TriggerMessage", {"requestedMessage": "BootNotification"}),
           answers(TriggerMessage={"status": said}))
-    (_, told), = carry(mediator.up("BootNotification", {}), answers())[0]
-    assert told["reason"] == reason
+    (_, boot), = carry(translator.up("BootNotification", {}), answers())[0]
+    assert boot["reason"] == reason
 
 
 def test_a_station_without_a_local_list_has_version_0():
-    steps = interpreter("down", "ocpp2.1", "ocpp1.6").down("GetLocalListVersion", {})
+    steps = translator_of("down", "ocpp2.1", "ocpp1.6").down("GetLocalListVersion", {})
     assert carry(steps, answers(GetLocalListVersion={"listVersion": -1}))[1] == {
         "versionNumber": 0}
 
@@ -3972,7 +3972,7 @@ def test_a_station_without_a_local_list_has_version_0():
     ("UpdateFirmware", {"retrieveDate": "2026-09-21T13:33:20Z"}), ("GetDiagnostics", {})])
 def test_an_address_is_not_cut(action, payload):
     with pytest.raises(ocppboard.NotSupported, match="location is longer"):
-        carry(interpreter("down", "ocpp1.6", "ocpp2.0.1").down(
+        carry(translator_of("down", "ocpp1.6", "ocpp2.0.1").down(
             action, payload | {"location": "https://host.example/" + "x" * 600}), answers())
 
 
@@ -3980,7 +3980,7 @@ def test_a_signed_value_costs_no_time():
     value = "OCMF|" + '"RV":1,' * 10_000
     meter = {"timestamp": "2026-09-21T13:33:20Z",
              "sampledValue": [{"value": value, "format": "SignedData"}]}
-    steps, before = interpreter("up", "ocpp1.6", "ocpp2.1"), time.process_time()
+    steps, before = translator_of("up", "ocpp1.6", "ocpp2.1"), time.process_time()
     carry(steps.up("MeterValues", {"connectorId": 1, "meterValue": [meter]}), answers())
     assert time.process_time() - before < 0.5
 
@@ -3996,8 +3996,8 @@ def size_of(value):
 
 
 @pytest.mark.parametrize("station, upstream", PAIRS)
-def test_an_interpreter_stays_small_whatever_it_hears(station, upstream):
-    mediator, most = interpreter("up", station, upstream), "x" * 20_000
+def test_a_translator_stays_small_whatever_is_said(station, upstream):
+    translator, most = translator_of("up", station, upstream), "x" * 20_000
     for n in range(1500):
         token = {"idToken": f"{n}{most}", "type": "Central"}
         for action, payload in (
@@ -4012,13 +4012,13 @@ def test_an_interpreter_stays_small_whatever_it_hears(station, upstream):
                          transactionInfo={"transactionId": f"{n}{most}"})):
             if action in CALLS[station] and (n % 5 == 0 or "Token" in str(payload)):
                 with contextlib.suppress(BoardError):
-                    carry(mediator.up(action, payload), answers(
+                    carry(translator.up(action, payload), answers(
                         StartTransaction={"transactionId": n}))
         with contextlib.suppress(BoardError):
-            carry(mediator.down("RequestStartTransaction", {
+            carry(translator.down("RequestStartTransaction", {
                 "idToken": token, "evseId": n, "remoteStartId": n}),
                 answers(RemoteStartTransaction={"status": "Accepted"}))
-    assert size_of(vars(mediator)) < 1_000_000
+    assert size_of(vars(translator)) < 1_000_000
 
 
 # The table in relay.md: what each Action becomes on the other side.
@@ -4029,30 +4029,33 @@ UNDER_WAY = [
     ("down", "GetDiagnostics", {"location": "ftp://host.example/"})]
 
 def asked_of(direction, caller, other, action):
-    """Which Actions a translation may ask for, and tell afterwards: of a side that knows nothing
+    """Which Actions a translation may send, and report afterwards: of a side that knows nothing
     yet, and of one with a transaction and a log under way. None if it is refused."""
     node, refused = official(caller, action, "Request"), True
     asked: set[str] = set()
     for payload, primed in itertools.product(
             [least(node), *(made(node, nth=nth) for nth in range(words_in(node)))], (False, True)):
-        mediator, payload = interpreter(direction, caller, other), json.loads(json.dumps(payload))
+        payload = json.loads(json.dumps(payload))
+        translator = translator_of(direction, caller, other)
         if primed:
-            for way, name, told in UNDER_WAY:
+            for way, name, former in UNDER_WAY:
                 with contextlib.suppress(BoardError):
-                    carry(getattr(mediator, way)(name, told), answers(
+                    carry(getattr(translator, way)(name, former), answers(
                         StartTransaction={"transactionId": 4}))
-            there = list(mediator.mappings.values())[-1].upstream_id if mediator.mappings else "T"
+            mappings = list(translator.mappings.values())
+            upstream_id = mappings[-1].upstream_id if mappings else "T"
             if action.endswith("StopTransaction"):
-                payload["transactionId"] = there
+                payload["transactionId"] = upstream_id
             if direction == "down" and "chargingProfile" in payload:
-                payload["chargingProfile"]["transactionId"] = there
+                payload["chargingProfile"]["transactionId"] = upstream_id
             payload.get("transactionInfo", {})["transactionId"] = "T"
             for event in payload.get("eventData", ()):
                 event |= {"variable": {"name": "Problem"}}
         with contextlib.suppress(BoardError):
-            calls, _ = carry(getattr(mediator, direction)(action, payload), answering(other))
-            told = [call for steps in mediator.told() for call in carry(steps, answers())[0]]
-            asked, refused = asked | {name for name, _ in [*calls, *told]}, False
+            calls, _ = carry(getattr(translator, direction)(action, payload), answering(other))
+            for steps in translator.reports():
+                calls += carry(steps, answers())[0]
+            asked, refused = asked | {name for name, _ in calls}, False
     return None if refused else asked
 
 
@@ -4077,10 +4080,10 @@ def rows_of_the_table():
 
 
 def test_the_readme_tells_what_each_action_becomes():
-    told = {(who, action): becomes
-            for who, actions, *becomes in table_of(".github/docs/relay.md", "who speaks", "Action")
-            for action in actions.split(", ")}
-    assert told == dict(rows_of_the_table())
+    rows = table_of(".github/docs/relay.md", "who speaks", "Action")
+    documented = {(who, action): becomes for who, actions, *becomes in rows
+                  for action in actions.split(", ")}
+    assert documented == dict(rows_of_the_table())
     for table, version, who, column in (
             (ocppboard.LIFT_UP, "ocpp1.6", "station", 0),
             (ocppboard.LOWER_UP, "ocpp2.0.1", "station", 1),
@@ -4090,8 +4093,9 @@ def test_the_readme_tells_what_each_action_becomes():
             (ocppboard.BOTH_2X & COMMANDS["ocpp2.1"], "ocpp2.0.1", "upstream", 2)):
         assert set(table) == {
             action for action in SPEAKS["up" if who == "station" else "down"][version]
-            if told[who, action][column] not in ("refused", "–")}
-    news = {action for (who, action), row in told.items() if row[1] == "here" and who == "station"}
+            if documented[who, action][column] not in ("refused", "–")}
+    news = {action for (who, action), row in documented.items()
+            if row[1] == "here" and who == "station"}
     assert news == ocppboard.NEWS - {"MeterValues", "NotifyEvent"}
 
 
@@ -4104,7 +4108,7 @@ def sample(value, measurand=None, unit=None, phase=None, **more):
 
 
 def read_meter(*samples, timestamp="2026-09-21T13:33:20Z"):
-    """(values, quirks) of one MeterValue, as a Reading shows them that took nothing before."""
+    """(values, quirks) of one MeterValue, as a new Reading shows them."""
     quirks: list[str] = []
     found = ocppboard.read_meter_values([{"timestamp": timestamp, "sampledValue": list(samples)}],
                                         NOW, quirks)
@@ -4158,19 +4162,19 @@ def test_the_normaliser_reads_what_is_wrong_and_says_so(samples, field, value, q
     assert getattr(reading, field) == value and quirks == [quirk]
 
 
-@pytest.mark.parametrize("one", [
+@pytest.mark.parametrize("sampled_value", [
     sample("1e308", POWER, "kW"), sample(1e300, unitOfMeasure={"unit": "Wh", "multiplier": 29}),
     sample("-inf"), sample("1e400"), sample(""), sample(None), sample("null"), sample("1.2.3")])
-def test_a_value_that_is_no_number_is_no_reading(one):
-    assert read_meter(one) == (None, ["meter_value_not_a_number"])
+def test_a_value_that_is_no_number_is_no_reading(sampled_value):
+    assert read_meter(sampled_value) == (None, ["meter_value_not_a_number"])
 
 
-@pytest.mark.parametrize("one", [
+@pytest.mark.parametrize("sampled_value", [
     sample("1e15"), sample("65535", "SoC"), sample("-1", "SoC"), sample("255", "SoC", "Percent"),
     sample("65535", "Temperature", "Celsius"), sample("65535", "Frequency"),
     sample("4294967295", CURRENT), sample("-1", "Current.Offered")])
-def test_a_value_beyond_all_reason_is_no_reading(one):
-    assert read_meter(one) == (None, ["meter_value_implausible"])
+def test_a_value_beyond_all_reason_is_no_reading(sampled_value):
+    assert read_meter(sampled_value) == (None, ["meter_value_implausible"])
 
 
 def test_signed_data_and_unknown_measurands_are_passed_over():
@@ -4260,19 +4264,19 @@ GOLDEN = json.loads((HERE / ".testdata" / "meter_messages.json").read_text("utf-
 def golden_bench(entry):
     """A station that has sent the messages of an entry, each when its newest stamp says."""
     bench = Bench(entry["protocol"])
-    given = 1001                         # stands for the id that the board gives
+    transaction_id = 1001                # stands for the id that the board gives
     for action, payload in entry["messages"]:
         stamps = re.findall(r'"timestamp": "([^"]+)"', json.dumps(payload))
         with contextlib.suppress(BoardError):
             bench.clock.now = max(ocppboard.parse_time(stamp)[0] for stamp in stamps)
         if payload.get("transactionId") == 1001:
-            payload = payload | {"transactionId": given}
-        given = bench.call(action, payload).get("transactionId", given)
+            payload = payload | {"transactionId": transaction_id}
+        transaction_id = bench.call(action, payload).get("transactionId", transaction_id)
     return bench
 
 
 def within(found, expected):
-    """Whether a meter's view says what is expected, and nothing else of what was told."""
+    """Whether a meter's view says what is expected, and no other energy or soc."""
     for name, value in expected.items():
         if isinstance(value, dict):
             assert set(found[name]) == set(value), (name, found[name], value)
