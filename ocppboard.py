@@ -120,7 +120,7 @@ from typing import (
     get_args,
     get_origin,
 )
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import psutil
@@ -510,6 +510,12 @@ SETTINGS = (
     Setting("smart_charge", "solar_on_seconds", 60, (0, 900)),
     Setting("smart_charge", "solar_off_seconds", 180, (0, 900)),
     Setting("proxy", "journal", "", restart=True),
+    Setting("mqtt", "url", ""),
+    Setting("mqtt", "topic", "ocppboard"),
+    Setting("mqtt", "site", ""),
+    Setting("mqtt", "ca", ""),
+    Setting("mqtt", "certificate", ""),
+    Setting("mqtt", "private_key", ""),
     Setting("notify", "url", ""),
     Setting("notify", "events", list(ALERTS), ALERTS),
     Setting("notify", "template", ""),
@@ -572,7 +578,8 @@ TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", s
 
 SECRET_KEYS = ("password", "token", "viewer_password", "viewer_token")
 # The URL of a webhook is its password, and a template may hold secrets, too.
-SECRET_SETTINGS = {("notify", "url"), ("notify", "headers"), ("notify", "template")}
+SECRET_SETTINGS = {("notify", "url"), ("notify", "headers"), ("notify", "template"),
+                   ("mqtt", "url")}
 VIEWER = "viewer"                    # the name of the user who sees all and changes nothing
 
 
@@ -808,6 +815,7 @@ def _check_together(config: Config) -> None:
     _check_smart_charge(config.smart_charge, source)
     _check_upstreams(config.proxy.upstream, source)
     _check_notify(config.notify, source)
+    _check_mqtt(config.mqtt, source)
     if config.smart_charge.limit_valid_seconds < 2 * config.ocpp.call_timeout_seconds:
         raise ConfigError(f"{source}: smart_charge.limit_valid_seconds must be at least twice "
                           "ocpp.call_timeout_seconds, or limits end before they are renewed")
@@ -988,6 +996,19 @@ def _check_notify(notify: SimpleNamespace, source: str) -> None:
                               f"{', '.join('$' + word for word in ALERT_WORDS)}; $$ is a dollar")
     if not all(re.fullmatch(r"[\w-]+: *[ -~]+", header) for header in notify.headers):
         raise ConfigError(f'{source}: notify.headers must be as ["Title: $title"]')
+
+
+def _check_mqtt(mqtt: SimpleNamespace, source: str) -> None:
+    """What no single key of [mqtt] can tell."""
+    if mqtt.url and not _is_url(mqtt.url, "mqtt", "mqtts"):
+        raise ConfigError(f'{source}: mqtt.url must be as "mqtt://user:password@host", or mqtts://')
+    for key in ("topic", "site"):
+        text = vars(mqtt)[key]
+        if len(text) > TEXT_KEPT or not text.isprintable() or re.search(
+                r"[+#]|^/|/$|^\$", text) or (key == "topic" and not text):
+            raise ConfigError(f"{source}: mqtt.{key} must be a topic without + and #: {text!r}")
+    if mqtt.private_key and not mqtt.certificate:
+        raise ConfigError(f"{source}: mqtt.private_key needs mqtt.certificate")
 
 
 def _is_url(text: str, *schemes: str) -> bool:
@@ -4210,7 +4231,9 @@ async def open_websocket(url: str, subprotocols: Iterable[str], max_size: int,
             "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key,
             "Sec-WebSocket-Protocol": ", ".join(subprotocols),
             "Sec-WebSocket-Extensions": DEFLATE_OFFER if compress else "", **(headers or {})})
-        stream = await _connected(where, ssl_options, timeout_s)
+        secure = where.scheme == "wss"
+        stream = await connect_stream(where.hostname, where.port or (443 if secure else 80),
+                                      secure, ssl_options, timeout_s)
         async with asyncio.timeout(timeout_s):
             await stream.write(head)
             answer = await stream.read_until(b"\r\n\r\n", max_bytes=HEAD_BYTES)
@@ -4224,11 +4247,10 @@ async def open_websocket(url: str, subprotocols: Iterable[str], max_size: int,
             stream.close()
 
 
-async def _connected(where: SplitResult, ssl_options: ssl.SSLContext | None,
-                     timeout_s: float) -> IOStream:
-    secure = where.scheme == "wss"
-    stream = await TCPClient().connect(where.hostname or "", where.port or (443 if secure else 80),
-                                       timeout=timeout_s)
+async def connect_stream(host: str, port: int, secure: bool, ssl_options: ssl.SSLContext | None,
+                         timeout_s: float) -> IOStream:
+    """Connect; TCP and TLS may take `timeout_s` each. Raises: OSError, gen.TimeoutError."""
+    stream = await TCPClient().connect(host, port, timeout=timeout_s)
     if not secure:
         return stream
     if stream.closed():                  # it hung up already
@@ -4237,7 +4259,7 @@ async def _connected(where: SplitResult, ssl_options: ssl.SSLContext | None,
     with stream.socket.dup() as handle:
         try:
             async with asyncio.timeout(timeout_s):
-                return await stream.start_tls(False, ssl_options, where.hostname)
+                return await stream.start_tls(False, ssl_options, host)
         except BaseException:
             with contextlib.suppress(OSError):
                 handle.shutdown(socket.SHUT_RDWR)
@@ -19143,8 +19165,8 @@ class UploadReceiver(Api):
 
 
 # --- Outward ------------------------------------------------------------------------------
-# What the board tells without being asked: alerts by HTTP. Nothing here holds up the loop, a
-# station or the end of the process, and a receiver that is away costs bounded memory.
+# What the board tells without being asked: alerts by HTTP, and its records by MQTT. Nothing here
+# holds up the loop, a station or the end of the process, and who is away costs bounded memory.
 
 
 def site_name(board: Board) -> str:
@@ -19152,6 +19174,8 @@ def site_name(board: Board) -> str:
 
     Two hosts may be called raspberrypi: hence a few letters, of the hardware where nothing is kept.
     """
+    if board.config.mqtt.site:
+        return str(board.config.mqtt.site)
     kept_name = next((row.value for row in board.state.rows("site")), "")
     addresses = sorted(a.address for of_one in psutil.net_if_addrs().values() for a in of_one
                        if a.family == psutil.AF_LINK)
@@ -19482,6 +19506,720 @@ class Notifier:
         other = urlsplit(kept(answer.headers.get("Location", "")))
         return (f"it answers {answer.code} and points to {other.scheme}://{other.hostname}: an "
                 "alert does not follow")
+
+
+# MQTT: the connection
+
+PACKET_BYTES = 256 * 1024           # of one that comes; a larger one ends the connection
+ASKED_PER_S, ASKED_BURST = 20, 200  # messages to us; those beyond are dropped
+KEEPALIVE_S = 30
+BROKER_TIMEOUT_S = 10               # for each of TCP, TLS and the broker's welcome
+RETRY_BROKER_S = 1, 60              # the first and longest pause before the next connection
+PUBLISH = 3                         # the type of a packet (MQTT 5.0 2.1.2)
+
+
+class BrokerError(Exception):
+    """There is no connection to the broker; the text is one line.
+
+    `other_version`: perhaps it speaks another version of MQTT.
+    """
+
+    def __init__(self, text: str, other_version: bool = False):
+        super().__init__(text)
+        self.other_version = other_version
+
+
+class Inflow:
+    """What a broker sends, packet by packet: what is published to us passes within a budget.
+
+    So a flood costs the loop a look at each packet, and paho's parser sees none that is too large.
+    Retained messages pass while they are `looked` for. Spec: MQTT 5.0 2.1.4, 3.3.
+    """
+
+    def __init__(self, mono: Callable[[], float]):
+        self.looked = True
+        self.dropped = 0
+        self._mono, self._at = mono, mono()
+        self._left = float(ASKED_BURST)
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The packets that are whole now and pass. Raises: BrokerError, of one too large."""
+        data, start, passed = self._rest + data, 0, []
+        while (end := self._end(data, start)) <= len(data):
+            if data[start] >> 4 != PUBLISH or self._admits(bool(data[start] & 1)):
+                passed.append(data[start:end])
+            start = end
+        self._rest = data[start:]
+        return b"".join(passed)
+
+    @staticmethod
+    def _end(data: bytes, start: int) -> int:
+        """Where a packet ends; beyond the data while its length is not known."""
+        length, shift = 0, 0
+        for at in range(start + 1, min(start + 5, len(data))):
+            length |= (data[at] & 0x7F) << shift
+            shift += 7
+            if length > PACKET_BYTES:
+                raise BrokerError(f"it sent a packet of more than {PACKET_BYTES:,} bytes")
+            if data[at] < 0x80:
+                return at + 1 + length
+        if len(data) > start + 4:
+            raise BrokerError("it sent what is no MQTT")
+        return len(data) + 1
+
+    def _admits(self, retained: bool) -> bool:
+        if retained:
+            return self.looked
+        now = self._mono()
+        self._left = min(self._left + (now - self._at) * ASKED_PER_S, ASKED_BURST)
+        self._at = now
+        if self._left < 1:
+            self.dropped += 1
+            return False
+        self._left -= 1
+        return True
+
+
+class Incoming(NamedTuple):
+    """A message from the broker."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    response_topic: str                 # "": no answer is wanted
+    correlation: bytes                  # goes back with the answer
+    expires_s: float                    # so long it is meant
+
+
+class BrokerConnection:
+    """A connection to an MQTT broker: paho-mqtt speaks it, the loop carries it, without a thread.
+
+    paho would wait for names, TCP and TLS. So Tornado connects, and paho has one end of a pair of
+    sockets, whose other end is carried to the broker and back.
+    """
+
+    def __init__(self, stream: IOStream, five: bool, client_id: str):
+        loop, (theirs, ours) = asyncio.get_running_loop(), socket.socketpair()
+        self.five = five
+        self.ended: asyncio.Future[str] = loop.create_future()   # with the reason
+        self.inflow = Inflow(time.monotonic)
+        self.on_message: Callable[[Incoming], Any] = lambda message: None
+        self._welcome: asyncio.Future[None] = loop.create_future()
+        self._drained = asyncio.Event()
+        self._leaving, self._why = False, ""
+        self._io = IOLoop.current()
+        self._paho = importlib.import_module("paho.mqtt.client")
+        self._properties = importlib.import_module("paho.mqtt.properties")
+        self._client = self._make_client(client_id, theirs)
+        self._stream, self._inner = stream, IOStream(ours)
+        self._carriers = [asyncio.create_task(self._carry(self._inner, stream, lambda data: data)),
+                          asyncio.create_task(self._carry(stream, self._inner, self.inflow.feed))]
+
+    def _make_client(self, client_id: str, theirs: socket.socket) -> Any:
+        paho = self._paho
+        options: dict[str, Any] = {
+            "client_id": client_id, "protocol": paho.MQTTv5 if self.five else paho.MQTTv311,
+            "reconnect_on_failure": False}
+        if versions := getattr(paho, "CallbackAPIVersion", None):        # from paho 2 on
+            options["callback_api_version"] = versions.VERSION2
+        client = paho.Client(**options)
+        client._create_socket_connection = lambda: theirs
+        client.on_socket_open = lambda _, __, end: self._io.add_handler(
+            end, self._handle, IOLoop.READ)
+        client.on_socket_close = lambda _, __, end: self._io.remove_handler(end)
+        client.on_socket_register_write = self._wants_to_write
+        client.on_socket_unregister_write = self._has_written
+        client.on_connect = lambda _, __, ___, reason, *____: self._welcomed(reason)
+        client.on_disconnect = lambda _, __, *told: self._left(told)
+        client.on_message = lambda _, __, message: self.on_message(self._incoming(message))
+        return client
+
+    async def open(self, user: str | None, password: str | None, will_topic: str,
+                   will: str) -> None:
+        """Introduce ourselves, with a last will. Raises: BrokerError."""
+        client, more = self._client, {}
+        if user is not None:
+            client.username_pw_set(user, password)
+        client.will_set(will_topic, will, 0, True)
+        if self.five:
+            more["properties"] = self._properties_of("CONNECT", MaximumPacketSize=PACKET_BYTES)
+        with contextlib.suppress(OSError):               # then it has ended already
+            client.connect("broker", keepalive=KEEPALIVE_S, **more)
+        first: list[asyncio.Future] = [self._welcome, self.ended]
+        await asyncio.wait(first, timeout=BROKER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._welcome.done():
+            self._end("it does not answer as a broker")
+            raise BrokerError(self.ended.result(), True)
+        if error := self._welcome.exception():
+            self._end("it refuses")
+            raise error
+
+    def _welcomed(self, reason: Any) -> None:
+        code = getattr(reason, "value", reason)
+        if self._welcome.done():
+            return
+        if code == 0:
+            self._welcome.set_result(None)
+        else:
+            # 1 and 132: unacceptable protocol version (3.1.1 3.2.2.3; 5.0 3.2.2.2)
+            text = self._paho.connack_string(code) if isinstance(reason, int) else str(reason)
+            self._welcome.set_exception(BrokerError(f"it refuses: {text}", code in (1, 132)))
+            self._welcome.exception()
+
+    # Bytes
+
+    async def _carry(self, source: IOStream, target: IOStream,
+                     through: Callable[[bytes], bytes]) -> None:
+        """Carry what comes from one stream to the other, until either ends."""
+        try:
+            while True:
+                data = through(await source.read_bytes(65536, partial=True))
+                if data:
+                    await target.write(data)
+        except BrokerError as error:
+            self._end(str(error))
+        except StreamClosedError:
+            if source is self._stream:   # paho has yet to read what came last
+                self._why = "the connection is lost"
+                self._inner.close()
+            elif not self._why:
+                self._end("the connection is lost")
+
+    def _wants_to_write(self, _: Any, __: Any, end: socket.socket) -> None:
+        self._drained.clear()
+        self._io.update_handler(end, IOLoop.READ | IOLoop.WRITE)
+
+    def _has_written(self, _: Any, __: Any, end: socket.socket) -> None:
+        self._drained.set()
+        self._io.update_handler(end, IOLoop.READ)
+
+    def _handle(self, _: Any, events: int) -> None:
+        try:
+            if events & IOLoop.WRITE:
+                self._client.loop_write()
+            if events & IOLoop.READ:
+                self._client.loop_read()
+        except Exception as error:       # whatever paho's parser makes of garbage
+            self._end(f"it sent what is no MQTT: {kept(error, 100)}")
+
+    # Messages
+
+    def subscribe(self, *filters: str) -> None:
+        """Have messages of these topics come to `on_message`, also those of our own."""
+        self._client.subscribe([(one, 0) for one in filters])
+
+    def unsubscribe(self, *filters: str) -> None:
+        """Stop that."""
+        self._client.unsubscribe(list(filters))
+
+    def publish(self, topic: str, text: str, retain: bool = False,
+                correlation: bytes = b"") -> None:
+        """Send a message; an empty one that is retained removes what the broker has kept."""
+        properties = self._properties_of("PUBLISH", CorrelationData=correlation) if (
+            correlation and self.five) else None
+        if not self.ended.done():
+            self._client.publish(topic, text, 0, retain, properties)
+
+    async def drained(self) -> None:
+        """Wait until all that was published has gone out, as fast as the broker takes it."""
+        if self._client.want_write() and not self.ended.done():
+            await self._drained.wait()
+
+    def _properties_of(self, packet: str, **values: Any) -> Any:
+        properties = self._properties.Properties(
+            getattr(importlib.import_module("paho.mqtt.packettypes").PacketTypes, packet))
+        for name, value in values.items():
+            setattr(properties, name, value)
+        return properties
+
+    @staticmethod
+    def _incoming(message: Any) -> Incoming:
+        properties = getattr(message, "properties", None)
+        return Incoming(message.topic, message.payload, message.retain,
+                        getattr(properties, "ResponseTopic", ""),
+                        getattr(properties, "CorrelationData", b""),
+                        getattr(properties, "MessageExpiryInterval", math.inf))
+
+    # The end
+
+    def _left(self, told: tuple) -> None:
+        """paho has ended it; where we have, its last bytes are still on their way."""
+        reason = told[1] if len(told) > 2 else told[0]   # its versions tell it differently
+        if not self._leaving:
+            self._end(self._why or f"the connection ended: {reason}")
+
+    def tick(self) -> None:
+        """To be called each second: pings, and finds out that the broker is silent."""
+        if not self.ended.done():
+            self._client.loop_misc()
+
+    async def close(self) -> None:
+        """Take our leave, so that the last will is not told; a second at most."""
+        if not self.ended.done():
+            self._leaving = True
+            self._client.disconnect()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self.ended
+        self._end("closed by us")
+
+    def _end(self, reason: str) -> None:
+        if self.ended.done():
+            return
+        self.ended.set_result(reason)
+        self._drained.set()
+        if (end := self._client.socket()) is not None:
+            self._io.remove_handler(end)
+            end.close()
+        for task in self._carriers:
+            task.cancel()
+        self._stream.close()
+        self._inner.close()
+
+
+async def connect_broker(settings: SimpleNamespace, five: bool, client_id: str, will_topic: str,
+                         will: str) -> BrokerConnection:
+    """A connection to mqtt.url, by MQTT 5 or 3.1.1. Raises: BrokerError."""
+    where = urlsplit(settings.url)
+    secure = where.scheme == "mqtts"
+    try:
+        context = broker_tls(settings) if secure else None
+        stream = await connect_stream(where.hostname or "",
+                                      where.port or (8883 if secure else 1883), secure, context,
+                                      BROKER_TIMEOUT_S)
+    except (OSError, ValueError, gen.TimeoutError, ConfigError) as error:
+        raise BrokerError(_one_line(error)) from None
+    connection = BrokerConnection(stream, five, client_id)
+    await connection.open(unquote(where.username) if where.username else None,
+                          unquote(where.password) if where.password else None, will_topic, will)
+    return connection
+
+
+def broker_tls(settings: SimpleNamespace) -> ssl.SSLContext:
+    """TLS towards the broker. Raises: ConfigError, OSError."""
+    context = _tls_context(settings.ca)
+    if settings.certificate:
+        load_pair(context, "mqtt.certificate", settings.certificate, "mqtt.private_key",
+                  settings.private_key or settings.certificate)
+    return context
+
+
+# MQTT: what is published
+
+PUBLISH_S = 1.0                     # what changed is published so often; of each topic the newest
+LOAD_S = 10.0                       # and how the site is doing
+LOOK_LEAST_S, LOOK_QUIET_S, LOOK_MOST_S = 3.0, 1.0, 30.0         # at what the broker has retained
+RETAINED_LOOKED_AT = 100_000        # topics; those beyond stay
+RIVAL_S = 60.0                      # how often it is looked whether another board is still there
+EVENTS_WAITING = 1000               # for the broker; the oldest go first
+ENDED_WAITING = 1000                # transactions that ended while it was away
+ANSWERS = "answers"                 # below a station's topic, for the answers to commands
+NO_LOAD = dict.fromkeys(PHASES, 0.0)
+WHY = {                             # the sentence for a status, where smart charging has none
+    "Available": "No car is connected", "Preparing": "A car is connected and waits to begin",
+    "Occupied": "A car is connected", "EVConnected": "A car is connected", "Charging": "Charges",
+    "SuspendedEV": "The car takes nothing", "SuspendedEVSE": "The station gives nothing",
+    "Finishing": "The charging has ended, the car is still connected",
+    "Idle": "The charging is interrupted", "Reserved": "Is reserved",
+    "Unavailable": "Is out of service", "Faulted": "Reports a fault"}
+
+
+def in_topic(text: str | int) -> str:
+    """An identity as one level of a topic: percent-encoded where that has a meaning in topics."""
+    return re.sub(r"[\x00-\x1f\x7f/+#%]", lambda found: f"%{ord(found[0]):02X}", str(text))
+
+
+class SiteClaim:
+    """Whose a site's name is: of the board that has it, else of the one that began first.
+
+    A board that wants it claims it, and whoever has it says so. No I/O.
+    """
+
+    def __init__(self, board_id: str, since: str):
+        self.board_id, self.since = board_id, since
+        self.held = False                # by us
+        self.rival = ""                  # the board that has it
+        self.status_due = False          # who asks, or has overwritten it, is to see our status
+
+    def reset(self) -> None:
+        """A new connection: all may have changed."""
+        self.held, self.rival, self.status_due = False, "", False
+
+    def status_came(self, told: dict, retained: bool) -> None:
+        """A status under the site's name; a retained one may be of a board that is dead."""
+        if told.get("board") == self.board_id or retained:
+            return
+        if told.get("status") == "online" and (not self.held or self._goes_before(told)):
+            self.held, self.rival = False, kept(told.get("board"), 64)
+        else:                            # a predecessor's last will, or a stranger's word
+            self.status_due = self.held
+
+    def claim_came(self, told: dict) -> None:
+        """Another board, or we, want the name."""
+        if told.get("board") == self.board_id:
+            return
+        if self.held:
+            self.status_due = True
+        elif self._goes_before(told):
+            self.rival = kept(told.get("board"), 64)
+
+    def _goes_before(self, told: dict) -> bool:
+        other = (kept(told.get("since"), 32), kept(told.get("board"), 64))
+        return other < (self.since, self.board_id)
+
+
+def connector_facts(station: Station, connector: Connector, register_wh: float | None) -> dict:
+    """The record of a connector, and in figures of its own what automations look at.
+
+    `register_wh`: as it was last told; between two chargings no meter tells it.
+    """
+    reading, transaction = connector.reading, connector.transaction
+    session = transaction.charge if transaction else None
+    flows = reading is not None and not reading.stale
+    at_rest = 0.0 if station.connection and connector.status in NO_FLOW else None
+    amps = [a for phase, a in reading.current_a.items() if phase != "N"] if reading else []
+    state = transaction.charging_state if transaction else None
+    if station.connection is None:
+        reason = "The station is offline"
+    elif trouble := fault_of(connector):
+        reason = f"{_place_name(connector)} reports {trouble}"
+    elif session and session.ended_at is None:
+        reason = session.reason
+    else:
+        reason = WHY.get(state or connector.status or "", "")
+    return connector.view() | {
+        "identity": station.identity, "online": station.connection is not None,
+        "charging": transaction is not None, "chargingState": state,
+        "powerW": reading.power_w if reading and flows else at_rest,
+        "currentA": max(amps) if flows and amps else at_rest,
+        "energyWh": register_wh, "soc": transaction.soc if transaction else None,
+        "limitA": session.allocated_a if session and session.ended_at is None else None,
+        "reason": kept(reason)}
+
+
+def site_load(board: Board, controller: Controller | None) -> dict:
+    """How the site is doing: how many stations and chargings, and what flows, A per phase."""
+    site = controller.circuits()[0] if controller else {}
+    stations = board.stations.values()
+    sample = board.sample({})
+    return {
+        "stations": len(stations), "online": board.online,
+        "charging": sample["activeTransactions"], "powerW": sample["powerW"],
+        "faulted": sum(any(map(fault_of, s.connectors.values())) for s in stations),
+        "limitA": site.get("limitA"), "loadA": site.get("measuredA") or _measured(board),
+        "allocatedA": site.get("allocatedA"), "overLimit": site.get("overLimit", False)}
+
+
+def _measured(board: Board) -> dict[str, float]:
+    """What the cars draw, A in each of their own phases."""
+    amps = dict(NO_LOAD)
+    for transaction in board.transactions.records:
+        reading = transaction.reading
+        if transaction.status == "active" and reading and not reading.stale:
+            for phase in PHASES:
+                amps[phase] += reading.current_a.get(phase, 0.0)
+    return {phase: round(a, 1) for phase, a in amps.items()}
+
+
+class Mqtt:
+    """The site on an MQTT broker: what the Board knows, retained, and what happens.
+
+    Topics below `topic/site`: `status` (whose last will says offline), `load`; of each station
+    `state`, `connectors/evse/connector`, `transactions/id` while it runs, and `events`.
+    """
+
+    def __init__(self, board: Board, controller: Controller | None):
+        self.board, self.controller = board, controller
+        self.settings = board.config.mqtt            # a reload changes it
+        self.topics = ("connections", "transactions", "smart-charge", "errors", "security",
+                       "system")
+        self.connection: BrokerConnection | None = None
+        self.claim = SiteClaim(board.epoch, iso(board.started_at) or "")
+        self.prefix = ""
+        self.published: dict[str, dict[str, int]] = {}   # {identity: {retained topic: its CRC}}
+        self._used: dict = {}                        # the settings of the last connection
+        self._stopping = False
+        self._five = True                            # whether MQTT 5 is tried
+        self._failures, self._error = 0, ""
+        self._changed: dict[Station | Transaction, None] = {}
+        self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_WAITING)
+        self._registers: dict[str, dict[tuple, float]] = {}      # {identity: {connector: Wh}}
+        self._load_mono = self._flood_mono = self._told_mono = -math.inf
+        self._check()
+
+    def _check(self) -> None:
+        """Raises: ConfigError."""
+        if self.settings.url and not find_spec("paho"):
+            raise ConfigError("mqtt.url needs the package paho-mqtt: apt install "
+                              "python3-paho-mqtt, or pip install paho-mqtt")
+        try:
+            broker_tls(self.settings)
+        except OSError as error:
+            raise ConfigError(f"mqtt.ca: {self.settings.ca}: {_one_line(error)}") from None
+
+    @property
+    def host(self) -> str:
+        """The broker, without password."""
+        return urlsplit(self.settings.url).netloc.rpartition("@")[2]
+
+    # The Board tells
+
+    def offer(self, event: Published) -> None:
+        """Take what the Board publishes: the newest state of each record is all that is kept."""
+        record = event.record
+        if isinstance(record, Event):
+            self._events.append((record.identity, f'{{"topic":"{event.topic}",'
+                                 f'"event":{record.json()}}}'))
+        elif isinstance(record, ChargeSession):
+            if station := self.board.stations.get(record.identity):
+                self._changed[station] = None
+        elif isinstance(record, (Station, Transaction)):
+            self._changed[record] = None
+            if isinstance(record, Transaction) and self.connection is None:
+                self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """While the broker is away; what runs, and the stations, are published anew anyway."""
+        self._changed = {record: None for record in self._changed
+                         if isinstance(record, Transaction) and record.status != "active"}
+        while len(self._changed) > ENDED_WAITING:
+            del self._changed[next(iter(self._changed))]
+
+    # The connection
+
+    async def run(self) -> None:
+        """Stay on the broker until cancelled; that it is away is told once."""
+        while not self._stopping:
+            self._used, pause_s = dict(vars(self.settings)), 1.0
+            self._follow(bool(self.settings.url))
+            if self.settings.url:
+                self.prefix = f"{self.settings.topic}/{in_topic(site_name(self.board))}"
+                pause_s = await self._stay()
+            await asyncio.sleep(pause_s)
+
+    def _follow(self, wanted: bool) -> None:
+        """Follow the Board, or not any more."""
+        for listeners in map(self.board.listeners.__getitem__, self.topics):
+            if wanted and self not in listeners:
+                listeners.append(self)
+            elif not wanted and self in listeners:
+                listeners.remove(self)
+                self._events.clear()
+                self._changed.clear()
+
+    async def _stay(self) -> float:
+        """Connect, and stay until that ends. Returns how long to wait before the next time."""
+        will = self._status("offline")
+        try:
+            connection = await connect_broker(
+                self.settings, self._five, f"ocppboard-{self.board.epoch}-{secrets.token_hex(3)}",
+                f"{self.prefix}/status", will)
+        except BrokerError as error:
+            self._five ^= error.other_version
+            return self._away(str(error))
+        try:
+            self.connection = connection
+            connection.on_message = self._came
+            reason = await self._serve(connection)
+        finally:
+            self.connection = None
+            await connection.close()
+        if self.claim.rival:
+            return RIVAL_S
+        return 0.0 if self._stopping or self._used != vars(self.settings) else self._away(reason)
+
+    def _away(self, error: str) -> float:
+        """Tell an outage once, and another reason a minute later. Returns the pause."""
+        now = self.board.mono()
+        if error != self._error and (not self._failures or now - self._told_mono > COALESCE_S):
+            self._error, self._told_mono = error, now
+            self._tell("MQTT_AWAY", f"The MQTT broker {self.host} is away: {error}",
+                       logging.WARNING)
+        self._failures += 1
+        least_s, most_s = RETRY_BROKER_S
+        return min(least_s * 2**min(self._failures - 1, 10), most_s) * random.uniform(0.8, 1.2)
+
+    def _tell(self, kind: str, text: str, level: int = logging.INFO) -> None:
+        log.log(level, "%s", text)
+        self.board.system_event(kind, "", text, {"host": self.host, "site": self.prefix})
+
+    async def stop(self) -> None:
+        """Say that the board is offline, and leave."""
+        self._stopping = True
+        if (connection := self.connection) is not None:
+            if self.claim.held:
+                connection.publish(f"{self.prefix}/status", self._status("offline"), True)
+            await connection.close()
+
+    async def _serve(self, connection: BrokerConnection) -> str:
+        """Publish until the connection ends, or another board has the site's name. Returns why."""
+        retained = await self._take_site(connection)
+        if self.claim.held:
+            self._tell("MQTT_CONNECTED", f"Published at {self.host} as {self.prefix}, by MQTT "
+                       f"{'5' if connection.five else '3.1.1'}")
+            self._error, self._failures = "", 0
+            self.published = {}
+            self._changed |= dict.fromkeys(self.board.stations.values())
+            self._changed |= {t: None for t in self.board.transactions.records
+                              if t.status == "active"}
+            self._load_mono = -math.inf
+        first = True
+        while self.claim.held and not connection.ended.done() and (
+                self._used == vars(self.settings)):
+            connection.tick()
+            await self._publish_site(connection)
+            await self._publish_changed(connection)
+            if first:                    # of an earlier run, or a stranger's
+                for topic in retained.difference(*self.published.values()):
+                    connection.publish(topic, "", True)
+                first = False
+            await asyncio.wait([connection.ended], timeout=PUBLISH_S)
+        if self.claim.rival:
+            self._rival()
+        elif any(self._used[key] != vars(self.settings)[key] for key in ("url", "topic", "site")):
+            self._leave(connection)
+        return connection.ended.result() if connection.ended.done() else "it is left"
+
+    def _leave(self, connection: BrokerConnection) -> None:
+        """The site goes elsewhere: nothing of it stays here."""
+        for topic in {f"{self.prefix}/status"}.union(*self.published.values()):
+            connection.publish(topic, "", True)
+
+    def _rival(self) -> None:
+        text = (f"Another board, {self.claim.rival}, is alive under the name of this site, "
+                f"{self.prefix}: nothing is published. Set mqtt.site")
+        if text != self._error:
+            self._tell("MQTT_SITE_TAKEN", text, logging.WARNING)
+        self._error = text
+
+    async def _take_site(self, connection: BrokerConnection) -> set[str]:
+        """Claim the site's name, unless another board has it. Returns all retained topics."""
+        everything, retained, began = f"{self.prefix}/#", set[str](), time.monotonic()
+        last_mono = began
+
+        def look(message: Incoming) -> None:
+            nonlocal last_mono
+            if message.retained and len(retained) < RETAINED_LOOKED_AT:
+                retained.add(message.topic)
+                last_mono = time.monotonic()
+            self._status_or_claim(message)
+        connection.on_message = look
+        self.claim.reset()
+        connection.subscribe(everything)
+        connection.publish(f"{self.prefix}/status/claim", self._status("claims"))
+        while not connection.ended.done() and not self.claim.rival:
+            now = time.monotonic()
+            if now - began > LOOK_MOST_S or (
+                    now - began > LOOK_LEAST_S and now - last_mono > LOOK_QUIET_S):
+                self.claim.held = self.claim.status_due = True
+                break
+            connection.tick()
+            await asyncio.wait([connection.ended], timeout=0.1)
+        connection.inflow.looked = False
+        connection.subscribe(f"{self.prefix}/status", f"{self.prefix}/status/claim")
+        connection.unsubscribe(everything)
+        connection.on_message = self._came
+        return retained - {f"{self.prefix}/status"}
+
+    def _came(self, message: Incoming) -> None:
+        """A message on one of the topics that we listen to."""
+        self._status_or_claim(message)
+
+    def _status_or_claim(self, message: Incoming) -> None:
+        if message.topic == f"{self.prefix}/status":
+            self.claim.status_came(_json_object(message.payload), message.retained)
+        elif message.topic == f"{self.prefix}/status/claim" and not message.retained:
+            self.claim.claim_came(_json_object(message.payload))
+
+    # Publishing
+
+    def _status(self, status: str) -> str:
+        return to_json({"status": status, "site": self.prefix.rpartition("/")[2],
+                        "board": self.claim.board_id, "since": self.claim.since,
+                        "version": VERSION})
+
+    async def _publish_site(self, connection: BrokerConnection) -> None:
+        """Publish the site's status where it is due, its load, and what happened."""
+        now = self.board.mono()
+        if self.claim.status_due:
+            self.claim.status_due = False
+            connection.publish(f"{self.prefix}/status", self._status("online"), True)
+        if now - self._load_mono >= LOAD_S:
+            self._load_mono = now
+            self._publish_new(connection, "", {f"{self.prefix}/load": to_json(
+                site_load(self.board, self.controller))})
+        while self._events and not connection.ended.done():
+            identity, text = self._events.popleft()
+            below = f"{in_topic(identity)}/" if identity in self.board.stations else ""
+            connection.publish(f"{self.prefix}/{below}events", text)
+            await connection.drained()
+        if connection.inflow.dropped and now - self._flood_mono > COALESCE_S:
+            self._flood_mono = now
+            self._tell("MQTT_FLOOD", f"{connection.inflow.dropped} messages to the board were "
+                       f"dropped: more than {ASKED_PER_S} a second", logging.WARNING)
+            connection.inflow.dropped = 0
+
+    async def _publish_changed(self, connection: BrokerConnection) -> None:
+        """Publish the records that have changed, as fast as the broker takes them."""
+        changed, self._changed = self._changed, {}
+        for number, record in enumerate(changed):
+            if connection.ended.done():
+                break
+            if isinstance(record, Station):
+                self._publish_station(connection, record)
+            else:
+                self._publish_transaction(connection, record)
+            await connection.drained()
+            if number % 20 == 0:
+                await asyncio.sleep(0)
+
+    def _publish_station(self, connection: BrokerConnection, station: Station) -> None:
+        identity, base = station.identity, f"{self.prefix}/{in_topic(station.identity)}"
+        if station.forgotten:
+            if identity not in self.board.stations:      # else it is back already
+                self._registers.pop(identity, None)
+                for topic in self.published.pop(identity, ()):
+                    connection.publish(topic, "", True)
+            return
+        registers = self._registers.setdefault(identity, {})
+        texts = {f"{base}/state": station.json()}
+        for place, connector in station.connectors.items():
+            if connector.reading and connector.reading.energy_wh is not None:
+                registers[place] = connector.reading.energy_wh
+            facts = connector_facts(station, connector, registers.get(place))
+            texts[f"{base}/connectors/{place[0]}/{place[1]}"] = to_json(facts)
+        self._publish_new(connection, identity, texts)
+
+    def _publish_transaction(self, connection: BrokerConnection, transaction: Transaction) -> None:
+        """A running one is retained; its end is told, and it is retained no more."""
+        identity = transaction.identity
+        topic = f"{self.prefix}/{in_topic(identity)}/transactions/{in_topic(transaction.id)}"
+        if transaction.status == "active":
+            if identity in self.board.stations:
+                self._publish_new(connection, identity, {topic: transaction.json()})
+            return
+        connection.publish(topic, transaction.json())
+        if self.published.get(identity, {}).pop(topic, None) is not None:
+            connection.publish(topic, "", True)
+
+    def _publish_new(self, connection: BrokerConnection, identity: str,
+                     texts: dict[str, str]) -> None:
+        """Publish, retained, what is not as it was published last."""
+        known = self.published.setdefault(identity, {})
+        for topic, text in texts.items():
+            if known.get(topic) != (crc := zlib.crc32(text.encode())):
+                known[topic] = crc
+                connection.publish(topic, text, True)
+
+
+def _json_object(payload: bytes) -> dict:
+    """The JSON object of a message, {} where it is none."""
+    try:
+        value = json.loads(payload, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and not deeper(value, NESTING) else {}
 
 
 # --- Dashboard ----------------------------------------------------------------------------
@@ -26378,6 +27116,7 @@ class Daemon:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
             self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
         self.notifier = Notifier(self.board, self.controller)
+        self.mqtt = Mqtt(self.board, self.controller)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
                 self._tell_systemd, min(1000 * TOLD_S, watchdog_ms(os.environ) / 3)))
@@ -26407,6 +27146,7 @@ class Daemon:
                        self.spawn("keeper", self.keeper.run()),
                        self.spawn("history", self.keeper.history.run())]
         self.spawn("alerts", self.notifier.run())
+        self.spawn("mqtt", self.mqtt.run())
         self._sample()
         self._progress = dict.fromkeys(self._progress, time.monotonic())
         for periodic in self._periodic:
@@ -26681,6 +27421,7 @@ class Daemon:
             server.stop()
         if self.relay:
             self.relay.stop()
+        await self.mqtt.stop()
         for connection in list(self.sockets):
             connection.end("the central system stops", 1001)
         for stream in self.streams:
@@ -27059,8 +27800,7 @@ def tell_start(daemon: Daemon) -> None:
         log.info("Messages are not checked: install ocpp and fastjsonschema for it")
     for url in daemon.station_urls():
         log.info("Stations connect to %s<identity>", url)
-    if config.notify.url:
-        log.info("Alerts go to %s", daemon.notifier.host)
+    _tell_outward(daemon)
     for upstream in config.proxy.upstream:
         log.info("Stations %s go on to %s/<identity>", ", ".join(upstream.stations),
                  upstream.url.rstrip("/"))
@@ -27092,6 +27832,13 @@ def tell_address(daemon: Daemon) -> None:
         scheme = "https" if daemon.tls else "http"
         print(f"The board: {scheme}://{host}:{daemon.board_port}{server.base_path}/{token}",
               flush=True)
+
+
+def _tell_outward(daemon: Daemon) -> None:
+    for what, host in (("The MQTT broker is", daemon.mqtt.host),
+                       ("Alerts go to", daemon.notifier.host)):
+        if host:
+            log.info("%s %s", what, host)
 
 
 def _addresses(address: str) -> list[str]:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["tornado>=6.2", "psutil>=5.9", "pytest", "hypothesis", "ocpp>=2.0",
 #                 "fastjsonschema", "jsonschema", "websockets>=13", "playwright",
-#                 "axe-playwright-python"]
+#                 "axe-playwright-python", "paho-mqtt>=1.6"]
 # ///
 """Tests of ocppboard, in the order of its sections. What has no I/O is tested without a loop;
 the edges run over a loopback socket, against stations and clients that are not ours."""
@@ -63,11 +63,14 @@ import ocpp.exceptions
 import ocpp.v16
 import ocpp.v21
 import ocpp.v201
+import paho.mqtt.client as mqtt
 import pytest
 import websockets
 from axe_playwright_python.async_playwright import Axe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
@@ -334,6 +337,11 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[ocpp]\nid_tokens = "A"', ["must be a list of texts"]),
     ('[ocpp]\npath = "ocpp"', ["ocpp.path"]),
     ('[ocpp]\nport = 9000', ["ocpp.port is server.port"]),
+    ('[mqtt]\nurl = "http://bob:geheim@host"', ["mqtt.url must be as"]),
+    ('[mqtt]\ntopic = "a/#"', ["mqtt.topic must be a topic without + and #"]),
+    ('[mqtt]\ntopic = ""', ["mqtt.topic must be a topic"]),
+    ('[mqtt]\nsite = "/a"', ["mqtt.site must be a topic"]),
+    ('[mqtt]\nprivate_key = "a"', ["mqtt.private_key needs mqtt.certificate"]),
     ('[notify]\nurl = "ntfy.example/geheim"', ["notify.url must be as"]),
     ('[notify]\nurl = 5', ["notify.url must be a text"]),
     ('[notify]\nevents = ["offlin"]', ["did you mean offline?"]),
@@ -17308,6 +17316,491 @@ def test_the_site_keeps_its_name(kept_bench, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "other.example")
     assert ocppboard.site_name(kept_bench.board) == first
     assert re.fullmatch("other-[0-9a-f]{4}", ocppboard.site_name(forgetful))
+
+
+# MQTT, at a real Mosquitto
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
+class Mosquitto:
+    """A broker of its own, that can be stopped and started; `lines` of its configuration."""
+
+    def __init__(self, folder, *lines):
+        self.port, self.path = free_port(), folder / "mosquitto.conf"
+        self.path.write_text("\n".join((f"listener {self.port} 127.0.0.1", "max_queued_messages 0",
+                                        *(lines or ["allow_anonymous true"]), "")))
+        self.start()
+
+    def start(self):
+        assert MOSQUITTO, "these tests need Mosquitto: apt install mosquitto"
+        self.process = subprocess.Popen([MOSQUITTO, "-c", str(self.path)],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.02)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def url(self):
+        return f"mqtt://127.0.0.1:{self.port}"
+
+
+class Follower:
+    """Somebody else at the broker: what is retained there by topic, and all that came."""
+
+    def __init__(self, broker, topic="#", five=True):
+        options = {"protocol": mqtt.MQTTv5 if five else mqtt.MQTTv311}
+        if versions := getattr(mqtt, "CallbackAPIVersion", None):
+            options["callback_api_version"] = versions.VERSION2
+        self.retained: dict[str, Any] = {}
+        self.came: list[tuple[str, Any]] = []
+        self.client = mqtt.Client(**cast(Any, options))
+        subscribed = threading.Event()
+        self.client.on_connect = lambda client, *_: client.subscribe(topic)
+        self.client.on_subscribe = lambda *_: subscribed.set()
+        self.client.on_message = self.take
+        self.client.connect("127.0.0.1", broker.port)
+        self.client.loop_start()
+        assert subscribed.wait(10)
+
+    def take(self, client, data, message):
+        try:
+            told = json.loads(message.payload) if message.payload else None
+        except (ValueError, RecursionError):
+            told = message.payload
+        self.came.append((message.topic, told))
+        if told is None:
+            self.retained.pop(message.topic, None)
+        else:
+            self.retained[message.topic] = told
+
+    def publish(self, topic, payload, retain=False, **properties):
+        made = None
+        if properties:
+            made = Properties(PacketTypes.PUBLISH)
+            for name, value in properties.items():
+                setattr(made, name, value)
+        if not isinstance(payload, (str, bytes)):
+            payload = json.dumps(payload)
+        self.client.publish(topic, payload, 0, retain, made).wait_for_publish(10)
+
+    def close(self):
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+@pytest.fixture
+def broker(tmp_path, monkeypatch):
+    for name, value in (("LOOK_LEAST_S", 0.3), ("LOOK_QUIET_S", 0.1), ("PUBLISH_S", 0.05),
+                        ("RETRY_BROKER_S", (0.2, 0.2)), ("LOAD_S", 0.2), ("RIVAL_S", 0.2)):
+        monkeypatch.setattr(ocppboard, name, value)
+    made = Mosquitto(tmp_path)
+    yield made
+    made.stop()
+
+
+def at_broker(**keys):
+    """A test with a running Site that publishes to the fixture `broker`, and a Follower."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(broker, *args, **kwargs):
+            async def inside():
+                follower, topic = Follower(broker), keys.get("mqtt_topic", "ocppboard")
+                try:
+                    async with Site(**{"mqtt_url": broker.url, "mqtt_site": "home"} | keys) as site:
+                        await until(lambda: follower.retained.get(f"{topic}/home/status", {}).get(
+                            "status") == "online", 10)
+                        await test(site, follower, broker, *args, **kwargs)
+                finally:
+                    follower.close()
+            asyncio.run(asyncio.wait_for(inside(), 60))
+        return without_site(without_site(run, test), run)
+    return decorate
+
+
+async def charging_station(site, identity="CP-1"):
+    """A 1.6 station that charges with 16 A."""
+    socket_ = await site.station(identity)
+    await exchange(socket_, "BootNotification", BOOT_16)
+    await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": "Charging",
+                                                   "errorCode": "NoError"})
+    start = START_16 | {"timestamp": iso_now()}
+    number = (await exchange(socket_, "StartTransaction", start))[2]["transactionId"]
+    await exchange(socket_, "MeterValues", {
+        "connectorId": 1, "transactionId": number, "meterValue": [{"timestamp": iso_now(),
+            "sampledValue": [sample("2500", "Energy.Active.Import.Register", "Wh"),
+                             sample("3680", POWER, "W"), sample("16", CURRENT, "A", "L1"),
+                             sample("55", "SoC", "Percent")]}]})
+    return socket_, number
+
+
+@at_broker()
+async def test_what_the_board_knows_is_retained_at_the_broker(site, follower, broker):
+    socket_, number = await charging_station(site)
+    here = "ocppboard/home/CP-1"
+    await until(lambda: follower.retained.get(f"{here}/connectors/1/1", {}).get("powerW") == 3680)
+    connector = follower.retained[f"{here}/connectors/1/1"]
+    assert {"identity": "CP-1", "online": True, "charging": True, "status": "Charging",
+            "currentA": 16, "energyWh": 2500, "soc": 55, "reason": "Charges",
+            "transactionId": number}.items() <= connector.items()
+    assert connector["meter"]["powerW"] == 3680
+    await until(lambda: f"{here}/transactions/{number}" in follower.retained)
+    assert follower.retained[f"{here}/transactions/{number}"]["status"] == "active"
+    state = follower.retained[f"{here}/state"]
+    assert state["status"] == "online" and state["station"]["vendor"] == "V"
+    await until(lambda: follower.retained["ocppboard/home/load"]["powerW"] == 3680)
+    assert {"stations": 1, "online": 1, "charging": 1, "faulted": 0, "limitA": None,
+            "loadA": {"L1": 16.0, "L2": 0.0, "L3": 0.0}}.items() <= (
+                follower.retained["ocppboard/home/load"].items())
+    late = Follower(broker)              # sees the same, without what is over
+    await until(lambda: f"{here}/transactions/{number}" in late.retained)
+    await exchange(socket_, "StopTransaction", {"transactionId": number, "meterStop": 3000,
+                                                "timestamp": iso_now(), "idTag": "=A"})
+    await until(lambda: f"{here}/transactions/{number}" not in late.retained)
+    ended = [told for topic, told in late.came if topic == f"{here}/transactions/{number}" and told]
+    assert ended[-1]["status"] == "stopped" and ended[-1]["energyWh"] == 2900
+    late.close()
+    facts = follower.retained[f"{here}/connectors/1/1"]
+    assert facts["energyWh"] == 2500, "the register goes on where it was"
+    await socket_.close()
+    await until(lambda: follower.retained[f"{here}/state"]["status"] == "offline")
+    events = [told for topic, told in follower.came if topic == f"{here}/events"]
+    assert [e["event"]["type"] for e in events if e["topic"] == "system"] == [
+        "STATION_CONNECTED", "STATION_DISCONNECTED"]
+    await site.fetch("/api/connections/CP-1", "DELETE")
+    await until(lambda: not any(topic.startswith(f"{here}/") for topic in follower.retained if (
+        not topic.endswith("events"))))
+
+
+def test_the_last_will_is_told_when_the_board_dies_and_offline_when_it_stops(broker):
+    async def inside():
+        follower, status = Follower(broker), "ocppboard/home/status"
+        async with Site(mqtt_url=broker.url, mqtt_site="home") as site:
+            await until(lambda: status in follower.retained, 10)
+            site.daemon.mqtt._stopping = True            # it does not come back
+            site.daemon.mqtt.connection._stream.close()
+            await until(lambda: follower.retained[status]["status"] == "offline")
+        async with Site(mqtt_url=broker.url, mqtt_site="home") as site:
+            await until(lambda: follower.retained[status]["status"] == "online", 10)
+            assert follower.retained[status]["board"] == site.board.epoch
+        await until(lambda: follower.retained[status]["status"] == "offline")
+        follower.close()
+    asyncio.run(asyncio.wait_for(inside(), 30))
+
+
+@at_broker()
+async def test_a_broker_that_restarts_gets_all_anew_and_its_outage_is_told_once(
+        site, follower, broker):
+    socket_, number = await charging_station(site)
+    await until(lambda: "ocppboard/home/CP-1/connectors/1/1" in follower.retained)
+    broker.stop()
+    await until(lambda: site.daemon.mqtt.connection is None)
+    await exchange(socket_, "StatusNotification", {"connectorId": 2, "status": "Available",
+                                                   "errorCode": "NoError"})
+    await exchange(socket_, "StopTransaction", {"transactionId": number, "meterStop": 3000,
+                                                "timestamp": iso_now(), "idTag": "=A"})
+    await asyncio.sleep(1)
+    broker.start()
+    other = Follower(broker)
+    await until(lambda: "ocppboard/home/CP-1/connectors/2/1" in other.retained, 10)
+    ended = f"ocppboard/home/CP-1/transactions/{number}"
+    assert other.retained[ended]["status"] == "stopped"
+    kinds = [e.kind for e in site.board.system.records if e.kind.startswith("MQTT")]
+    assert kinds == ["MQTT_CONNECTED", "MQTT_AWAY", "MQTT_CONNECTED"]
+    late = Follower(broker)
+    await asyncio.sleep(0.3)
+    assert ended not in late.retained, "what is over is not retained"
+    other.close()
+    late.close()
+
+
+def test_what_is_left_of_an_earlier_run_or_of_a_stranger_is_cleared(broker):
+    left = {"ocppboard/home/GONE/state": "{}", "ocppboard/home/GONE/transactions/7": "{}",
+            "ocppboard/home/CP-1/call": '{"action": "Reset"}', "ocppboard/home/x": "\0",
+            "ocppboard/other/CP-1/state": "{}", "ocppboard/home/status": "nonsense"}
+
+    async def inside():
+        follower = Follower(broker)
+        for topic, text in left.items():
+            follower.publish(topic, text, True)
+        await until(lambda: len(follower.retained) == len(left))
+        async with Site(mqtt_url=broker.url, mqtt_site="home") as site:
+            await site.station("CP-1")
+            await until(lambda: "ocppboard/home/GONE/state" not in follower.retained, 10)
+            await until(lambda: len(follower.retained) >= 4)
+            late = Follower(broker)
+            await until(lambda: len(late.retained) >= 4)
+            assert set(late.retained) == {
+                "ocppboard/home/status", "ocppboard/home/load", "ocppboard/home/CP-1/state",
+                "ocppboard/other/CP-1/state"}
+            late.close()
+            for garbage in ("[]", "\xff", '{"board": 5}', "[" * 5000, ""):
+                follower.publish("ocppboard/home/status", garbage, True)
+                follower.publish("ocppboard/home/status/claim", garbage)
+            await until(lambda: b"online" in json.dumps(follower.retained.get(
+                "ocppboard/home/status"), default=str).encode())
+            assert site.daemon.mqtt.claim.held
+        follower.close()
+    asyncio.run(asyncio.wait_for(inside(), 30))
+
+
+def test_of_two_boards_with_one_name_the_second_says_so_and_publishes_nothing(broker):
+    async def inside():
+        follower, keys = Follower(broker), {"mqtt_url": broker.url, "mqtt_site": "home"}
+        async with Site(**keys) as first:
+            await until(lambda: "ocppboard/home/status" in follower.retained, 10)
+            async with Site(**keys) as second:
+                await second.station("CP-2")
+                await until(lambda: second.daemon.mqtt.claim.rival == first.board.epoch, 10)
+                await asyncio.sleep(1)
+                assert first.daemon.mqtt.claim.held
+                told = [e for e in second.board.system.records if e.kind.startswith("MQTT")]
+                assert [e.kind for e in told] == ["MQTT_SITE_TAKEN"]
+                assert "Set mqtt.site" in told[0].message
+                status = follower.retained["ocppboard/home/status"]
+                assert (status["board"], status["status"]) == (first.board.epoch, "online")
+                assert not any("CP-2" in topic for topic in follower.retained)
+                await first.daemon.mqtt.stop()           # the name is free
+                await until(lambda: second.daemon.mqtt.claim.held, 10)
+                await until(lambda: "ocppboard/home/CP-2/state" in follower.retained)
+        follower.close()
+    asyncio.run(asyncio.wait_for(inside(), 60))
+
+
+def test_of_two_boards_that_come_at_once_the_older_gets_the_name():
+    older, younger = ocppboard.SiteClaim("b", "2026-01-01"), ocppboard.SiteClaim("a", "2026-01-02")
+    same = ocppboard.SiteClaim("a", "2026-01-01")
+    for ours, theirs, yields in ((older, younger, False), (younger, older, True),
+                                 (older, same, True), (same, older, False)):
+        ours.reset()
+        ours.claim_came({"board": theirs.board_id, "since": theirs.since})
+        assert bool(ours.rival) is yields
+        ours.reset()
+        ours.held = True
+        ours.claim_came({"board": theirs.board_id, "since": theirs.since})
+        assert ours.held and ours.status_due, "who has it says so"
+        ours.status_came({"board": theirs.board_id, "since": theirs.since, "status": "online"},
+                         False)
+        assert ours.held is not yields, "after a broker in two halves is one again"
+
+
+@pytest.mark.parametrize("identity, level", [
+    ("CP 1", "CP 1"), ("a/b", "a%2Fb"), ("a+b#", "a%2Bb%23"), ("100%", "100%25"), ("é|x", "é|x"),
+    ("$SYS", "$SYS"), ("a\0b", "a%00b")])
+def test_an_identity_is_one_level_of_a_topic(identity, level):
+    assert ocppboard.in_topic(identity) == level
+
+
+@at_broker(mqtt_topic="a/b")
+async def test_odd_identities_have_topics_of_their_own(site, follower, broker):
+    for identity in ("a/b", "+", "#", "a%2Fb", "status", "é|"):
+        StationConnection(site.board, None, "ocpp1.6", lambda text: None, lambda *end: None).start(
+            identity, "192.0.2.1", 0, ())
+    wanted = {f"a/b/home/{level}/state" for level in ("a%2Fb", "%2B", "%23", "a%252Fb", "status",
+                                                      "é|")}
+    await until(lambda: wanted <= set(follower.retained))
+    assert {follower.retained[topic]["identity"] for topic in wanted} == {
+        "a/b", "+", "#", "a%2Fb", "status", "é|"}
+
+
+@at_broker()
+async def test_a_reload_takes_the_site_elsewhere_and_nothing_stays_behind(site, follower, broker):
+    await site.station("CP-1")
+    await until(lambda: "ocppboard/home/CP-1/state" in follower.retained)
+    site.daemon.config.mqtt.site = "new"
+    await until(lambda: "ocppboard/new/CP-1/state" in follower.retained, 10)
+    assert not any(topic.startswith("ocppboard/home/") and told and not topic.endswith(
+        ("events", "claim")) for topic, told in follower.retained.items())
+    site.daemon.config.mqtt.url = ""
+    await until(lambda: not site.board.listeners["connections"])
+
+
+def packets_of(sizes, first=0x30):
+    """MQTT packets with so many bytes after their header."""
+    found = []
+    for size in sizes:
+        length, header = size, bytearray([first])
+        while True:
+            length, digit = divmod(length, 128)
+            header.append(digit | (128 if length else 0))
+            if not length:
+                break
+        found.append(bytes(header) + bytes(size))
+    return found
+
+
+@given(st.lists(st.integers(0, 20_000), max_size=8), st.lists(st.integers(1, 5000), max_size=30))
+def test_packets_pass_whole_however_they_are_cut(sizes, cuts):
+    inflow, data, passed = ocppboard.Inflow(Clock()), b"".join(packets_of(sizes)), b""
+    whole = data
+    for cut in [*cuts, len(data)]:
+        passed += inflow.feed(data[:cut])
+        data = data[cut:]
+    assert passed == whole and inflow.dropped == 0
+
+
+def test_a_flood_of_messages_is_cut_to_a_budget_and_the_rest_of_the_protocol_passes():
+    clock = Clock()
+    inflow = ocppboard.Inflow(clock)
+    inflow.looked = False
+    message, = packets_of([50])
+    retained, = packets_of([50], 0x31)
+    pong = b"\xd0\x00"
+    passed = b"".join(inflow.feed(message * 10_000 + retained + pong) for _ in range(3))
+    assert passed == message * ocppboard.ASKED_BURST + pong * 3
+    assert inflow.dropped == 30_000 - ocppboard.ASKED_BURST
+    clock.now += 1
+    assert inflow.feed(message * 100) == message * ocppboard.ASKED_PER_S
+    began = time.perf_counter()
+    inflow.feed(message * 10_000)
+    assert time.perf_counter() - began < 0.2
+
+
+@pytest.mark.parametrize("data, words", [
+    (packets_of([300_000])[0][:100], "more than 262,144 bytes"),
+    (b"\x30\xff\xff\xff\xff\x01", "more than"), (b"\x30\x80\x80\x80\x80\x80", "no MQTT")])
+def test_a_packet_that_is_too_large_ends_the_connection(data, words):
+    with pytest.raises(ocppboard.BrokerError, match=words):
+        ocppboard.Inflow(Clock()).feed(data)
+
+
+class OddBroker:
+    """Somebody who is no good broker: `answers` what comes, {type of packet: bytes}."""
+
+    def __init__(self, answers=None, listens=True):
+        self.answers, self.listens, self.seen = answers or {}, listens, []
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, limit=1 << 22)
+        self.port = self.server.sockets[0].getsockname()[1]
+        if not self.listens:
+            self.server.close()
+        return self
+
+    async def __aexit__(self, *error):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                kind = (await reader.readexactly(1))[0] >> 4
+                length, shift = 0, 0
+                while True:
+                    digit = (await reader.readexactly(1))[0]
+                    length, shift = length | (digit & 127) << shift, shift + 7
+                    if digit < 128:
+                        break
+                body = await reader.readexactly(length)
+                self.seen.append((kind, body))
+                answer = self.answers.get(kind, b"")
+                answer = answer(body) if callable(answer) else answer
+                if answer is None:
+                    break
+                writer.write(answer)
+                if kind == 1 and self.answers.get("deaf"):
+                    await asyncio.sleep(60)
+        writer.close()
+
+
+WELCOME_5 = b"\x20\x03\x00\x00\x00"
+
+
+@pytest.mark.parametrize("answers, listens, words", [
+    ({}, False, "refused"), ({}, True, "it does not answer as a broker"),
+    ({1: None}, True, "connection"),
+    ({1: b"\x20\x03\x00\x87\x00"}, True, "it refuses: Not authorized"),
+    ({1: b"HTTP/1.1 400 Bad Request\r\n\r\n"}, True, ""),
+    ({1: WELCOME_5 + b"\x30\x05\xff\xff\xff\xff\xff"}, True, "Protocol error"),
+    ({1: WELCOME_5 + b"\x00\x00" * 50}, True, ""),
+    ({1: WELCOME_5 + b"\x30\xff\xff\xff\x7f"}, True, "more than 262,144 bytes"),
+    ({1: WELCOME_5, "deaf": True}, True, "Keep alive"),
+])
+@with_loop
+async def test_a_broker_that_misbehaves_is_told_once_and_stations_are_served(
+        answers, listens, words, monkeypatch, caplog):
+    for name, value in (("RETRY_BROKER_S", (0.1, 0.1)), ("BROKER_TIMEOUT_S", 0.3),
+                        ("LOOK_LEAST_S", 0.2), ("LOOK_QUIET_S", 0.1), ("KEEPALIVE_S", 1)):
+        monkeypatch.setattr(ocppboard, name, value)
+    async with OddBroker(answers, listens) as odd, Site(
+            mqtt_url=f"mqtt://bob:geheim@127.0.0.1:{odd.port}") as site:
+        socket_ = await site.station()
+        began = time.monotonic()
+
+        def away():
+            return [e.message for e in site.board.system.records if e.kind == "MQTT_AWAY"]
+        while not away() or time.monotonic() - began < 1.5:
+            asked = time.monotonic()
+            await exchange(socket_, "Heartbeat", {})
+            assert time.monotonic() - asked < 0.5 and asked - began < 15
+            await asyncio.sleep(0.02)
+        told = away()
+        assert len(told) <= 3 and len(set(told)) == len(told), told
+        assert any(words.lower() in text.lower() for text in told), told
+        assert "geheim" not in caplog.text + "".join(told)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 4
+
+
+@with_loop
+async def test_a_broker_that_knows_no_mqtt_5_is_spoken_to_in_3_1_1(monkeypatch):
+    monkeypatch.setattr(ocppboard, "RETRY_BROKER_S", (0.05, 0.05))
+    monkeypatch.setattr(ocppboard, "LOOK_LEAST_S", 0.1)
+    monkeypatch.setattr(ocppboard, "LOOK_QUIET_S", 0.1)
+
+    def welcome(body):
+        return b"\x20\x02\x00\x00" if body[6] == 4 else b"\x20\x02\x00\x01"
+    async with OddBroker({1: welcome}) as odd, Site(
+            mqtt_url=f"mqtt://127.0.0.1:{odd.port}") as site:
+        await until(lambda: any(e.kind == "MQTT_CONNECTED" for e in site.board.system.records), 10)
+        assert site.board.system.records[-1].message.endswith("by MQTT 3.1.1")
+        assert [body[6] for kind, body in odd.seen if kind == 1] == [5, 4]
+
+
+def test_mqtts_with_a_certificate_a_user_and_a_password(pki, tmp_path, monkeypatch):
+    for name, value in (("LOOK_LEAST_S", 0.2), ("LOOK_QUIET_S", 0.1), ("PUBLISH_S", 0.05),
+                        ("RETRY_BROKER_S", (0.2, 0.2))):
+        monkeypatch.setattr(ocppboard, name, value)
+    passwords = tmp_path / "passwords"
+    subprocess.run(["mosquitto_passwd", "-c", "-b", passwords, "bob", "ge:h/m"], check=True,
+                   env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"})
+    secure = free_port()
+    broker = Mosquitto(
+        tmp_path, "allow_anonymous false", f"password_file {passwords}",
+        f"listener {secure} 127.0.0.1", f"cafile {pki['ca.pem']}", f"certfile {pki['ecdsa.pem']}",
+        f"keyfile {pki['ecdsa.key']}", "require_certificate true", "user root")
+    keys = {"mqtt_url": f"mqtts://bob:ge%3Ah%2Fm@127.0.0.1:{secure}", "mqtt_ca": pki["ca.pem"],
+            "mqtt_certificate": pki["CP-1.pem"], "mqtt_private_key": pki["CP-1.key"]}
+
+    async def kind_of(**changes):
+        async with Site(**keys | changes) as site:
+            def told():
+                return [e for e in site.board.system.records if e.kind.startswith("MQTT")]
+            await until(told, 10)
+            return told()[0].kind, told()[0].message
+    try:
+        assert asyncio.run(kind_of())[0] == "MQTT_CONNECTED"
+        for changes, words in (
+                ({"mqtt_url": f"mqtts://bob:wrong@127.0.0.1:{secure}"}, "refuses: Not authorized"),
+                ({"mqtt_ca": pki["stranger.pem"]}, "CERTIFICATE_VERIFY_FAILED"),
+                ({"mqtt_url": f"mqtt://bob:ge%3Ah%2Fm@127.0.0.1:{secure}"}, "away: ")):
+            kind, message = asyncio.run(kind_of(**changes))
+            assert kind == "MQTT_AWAY" and words in message, message
+    finally:
+        broker.stop()
+
+
+def test_without_its_package_a_broker_is_refused_in_one_line(monkeypatch):
+    config = config_of(mqtt_url="mqtt://127.0.0.1")
+    monkeypatch.setattr(ocppboard, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="paho-mqtt: apt install python3-paho-mqtt"):
+        ocppboard.Mqtt(Board(config), None)
 
 
 # --- Dashboard ----------------------------------------------------------------------------
