@@ -22469,16 +22469,23 @@ function noEffectOf(station, payload) {
 
 // What an answer's status says where the word alone does not.
 const GOOD = /^(Accepted|AcceptedCanceled|Unlocked|Scheduled)$/;
+const NEITHER = /^(RebootRequired|EmptyResultSet|NoProfiles|NotFound|Unknown)$/;
 const MEANT = {
   AcceptedCanceled: 'The station does it, and gives up what was under way.',
+  Duplicate: 'There is such a monitor already.',
   EmptyResultSet: 'There is nothing like that.',
   Failed: 'The station tried, and could not.',
   Faulted: 'Something is broken there.',
+  Invalid: 'The station cannot tell who the customer is.',
   InvalidCertificate: 'The certificate is not valid.',
+  NoProfiles: 'No such limit is installed.',
   NotFound: 'The station has nothing like that.',
   NotImplemented: 'The station does not know how.',
   NotSupported: 'The station cannot do this.',
   NotSupportedAttributeType: 'The variable has no such attribute.',
+  NotSupportedMessageFormat: 'The display cannot show this format.',
+  NotSupportedPriority: 'The display does not know this priority.',
+  NotSupportedState: 'The display cannot wait for this state.',
   Occupied: 'A car or a reservation is there already.',
   OngoingAuthorizedTransaction: 'Somebody is charging there.',
   RebootRequired: 'It holds after the next reset.',
@@ -22490,9 +22497,11 @@ const MEANT = {
   UnknownComponent: 'The station has no such component.',
   UnknownConnector: 'The station has no such connector.',
   UnknownMessageId: 'The station does not know such messages of this vendor.',
+  UnknownTransaction: 'The station knows no such transaction.',
   UnknownVariable: 'The component has no such variable.',
   UnknownVendorId: 'The station does not know this vendor.',
   UnlockFailed: 'The connector stayed locked.',
+  UnsupportedMonitorType: 'The station has no monitors of this kind for the variable.',
   VersionMismatch: 'The station has this version of the list, or a later one.',
 };
 
@@ -22532,7 +22541,7 @@ function answerPills({failed: why, code, result, queued}) {
   return found.length ? found.map(status => pill(status, toneOf(status)))
     : pill('answered', 'good');
 }
-const toneOf = status => GOOD.test(status) ? 'good' : status === 'RebootRequired' ? 'warn' : 'bad';
+const toneOf = status => GOOD.test(status) ? 'good' : NEITHER.test(status) ? 'warn' : 'bad';
 
 function reasonsIn({result, code}) {
   const said = (code ? [{status: code}] : statusesIn(result)).map(({status, info}) =>

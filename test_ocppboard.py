@@ -18212,6 +18212,14 @@ SENT_BY_FORMS = """async typed => {
 }"""
 
 
+def statuses_in_answers_to(action):
+    """The statuses that an answer of 2.0.1 may have."""
+    schema = official("ocpp2.0.1", action, "Response")
+    fields = ocppboard.schema_fields(schema, schema)
+    return {value for field_ in fields for value in field_.values
+            if field_.name.rpartition(".")[2] in ("status", "attributeStatus")}
+
+
 @live()
 async def test_what_a_form_sends_fits_the_schema_of_every_version(site):
     socket_ = await site.station("SIM-1", "ocpp2.0.1")
@@ -18224,8 +18232,11 @@ async def test_what_a_form_sends_fits_the_schema_of_every_version(site):
         await look.go("stations/SIM-1/commands")
         await look.sees("Remote start")
         titles, sent = await look.page.evaluate(SENT_BY_FORMS, TYPED)
+        meant = {"Accepted", "Unlocked", *await look.page.evaluate("Object.keys(MEANT)")}
     assert {title for title, _, _ in sent} == set(titles)
     assert len(sent) > 3 * len(titles)
+    for action in {action for _, action, _ in sent}:
+        assert statuses_in_answers_to(action) <= meant, action
     for _, action, payload in sent:
         assert (found := misfit("ocpp2.0.1", action, "Request", payload)) is None, (found, payload)
         for version in PROTOCOLS:
