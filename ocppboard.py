@@ -113,12 +113,15 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    NotRequired,
     Protocol,
     TypedDict,
     cast,
     final,
     get_args,
     get_origin,
+    get_type_hints,
+    is_typeddict,
 )
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -427,12 +430,16 @@ class Setting(NamedTuple):
         return self.key in SECRET_KEYS or (self.section, self.key) in SECRET_SETTINGS
 
 
-MODES, ACCEPT = ("token", "credentials", "none"), ("any", "listed", "ask")
+AuthMode = Literal["token", "credentials", "none"]
+Accept = Literal["any", "listed", "ask"]
+MODES, ACCEPT = get_args(AuthMode), get_args(Accept)
 VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
-PROTOCOLS = ("ocpp2.1", "ocpp2.0.1", "ocpp1.6")
+Version = Literal["ocpp2.1", "ocpp2.0.1", "ocpp1.6"]
+PROTOCOLS = get_args(Version)
 PORT, KEPT = (0, 65535), (1, 10_000_000)
 WHEN_DOWN = ("answer", "close")
-STRATEGIES = ("equal_share", "priority", "time_of_use", "first_come", "solar")
+Strategy = Literal["equal_share", "priority", "time_of_use", "first_come", "solar"]
+STRATEGIES = get_args(Strategy)
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
 # ConnectorPhaseRotation, whose words these are).
@@ -2010,7 +2017,7 @@ class ChargeSession(Record):
     evse_id: Annotated[int, Shown("evse")]
     connector_id: Annotated[int, Shown("connector")]
     circuit: Annotated[str, Shown()]
-    strategy: Annotated[str, Shown()]
+    strategy: Annotated[Strategy, Shown()]
     priority: Annotated[int, Shown()]
     phases: Annotated[int, Shown()]     # that the car uses, as far as it is known
     started_at: Annotated[Time, Shown()]
@@ -8746,8 +8753,8 @@ class Board:
 
     # Smart charging
 
-    def charge_started(self, transaction: Transaction, circuit: str, strategy: str, priority: int,
-                       phases: int) -> ChargeSession:
+    def charge_started(self, transaction: Transaction, circuit: str, strategy: Strategy,
+                       priority: int, phases: int) -> ChargeSession:
         """The power controller begins a session for a transaction."""
         now = self.clock()
         session = ChargeSession(transaction.identity, transaction.id, transaction.evse_id,
@@ -12069,14 +12076,18 @@ class SiteSettings:
             if value != getattr(self.configured, name):
                 self.changed[name] = value
 
+    @classmethod
+    def body(cls) -> dict[str, Setting]:
+        """{key of a body that changes it: its setting}."""
+        return {key: cls._setting("site_limit_kw" if key == "limitKw" else names[0])
+                for key, names in cls.PATCHED.items()}
+
     def change(self, body: dict) -> dict:
         """Change limit, strategy or margin. Returns the changes.
 
         Raises: BadRequest, and nothing is changed.
         """
-        changes = read_changes(body, {key: self._setting(
-            "site_limit_kw" if key == "limitKw" else names[0])
-            for key, names in self.PATCHED.items()})
+        changes = read_changes(body, self.body())
         if {"limitA", "limitKw"} <= set(changes):
             raise BadRequest("limitA and limitKw are two words for one limit: give one")
         if changes.get("limitA", 1) < 1 or changes.get("limitKw", 1) < 0.1:
@@ -14486,8 +14497,6 @@ def _limits_of(row: StateRow) -> tuple[str, int, tuple[float, float | None]]:
 # A start or stop is in the State before it is sent, and so is each Call that was answered here.
 
 TICK_S = 0.25                       # between two ticks of the sessions
-SESSION_COUNTS = ("passed", "translated", "refused", "buffered", "delivered", "lost", "errors",
-                  "answeredHere")
 CLEARED_BY = {                           # {field of a ClearChargingProfile: attribute of a Profile}
     "id": "id", "chargingProfileId": "id", "connectorId": "evse_id", "evseId": "evse_id",
     "chargingProfilePurpose": "purpose", "stackLevel": "stack_level"}
@@ -14496,6 +14505,22 @@ KNOWN_S = 400 * 86400               # for which the rows of a station that is aw
 RELAY_BYTES = 64 << 20              # of frames that wait for upstream, of all stations
 SESSION_BYTES = 2 << 20             # and of one
 DROPPED_AT_ONCE = 500               # rows read at the start between two looks at RELAY_BYTES
+
+
+class RelayCounts(TypedDict):
+    """What became of the messages of a session, or of all of an upstream system."""
+
+    passed: int
+    translated: int
+    refused: int
+    buffered: int
+    delivered: int
+    lost: int
+    errors: int
+    answeredHere: int
+
+
+SESSION_COUNTS = tuple(RelayCounts.__annotations__)
 
 
 class Relay:
@@ -18567,9 +18592,9 @@ class Route(NamedTuple):
     method: str
     path: str
     act: Callable
-    answer: str = ""                     # a key of SHAPES, "[…]" a list of it; or a media type
+    answer: Any                          # its type (a tuple: of all these); or a media type
     query: tuple = ()
-    body: str = ""                       # a key of SHAPES, or a media type of what is streamed
+    body: Any = None                     # its type, or the media type of what is streamed
     public: bool = False                 # needs no session
     errors: tuple = ()                   # beyond 400, 401, 403, 404, 405, 413, 500
 
@@ -18581,249 +18606,453 @@ class Route(NamedTuple):
 
 SSE, FILE = "text/event-stream", "application/octet-stream"
 STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
+# What is written of things that are no records, and what a body may be: TypedDicts, as JSON has
+# them. In OpenAPI they have their name without View or Body, which tells them from what they show.
+
+Timestamp = Annotated[str, Written("string", str, "date-time")]
+
+
+class ErrorAnswer(TypedDict):
+    error: str
+
+
+class Success(TypedDict):
+    success: bool
+
+
+class Health(TypedDict):
+    status: Literal["ok", "degraded"]
+
+
+class Reload(TypedDict):
+    changed: list[str]
+    restart: list[str]
+
+
+class OpenAPI(TypedDict):
+    openapi: str
+    paths: dict
+
+
+class CredentialsBody(TypedDict, total=False):
+    token: str
+    username: str
+    password: str
+
+
+class User(TypedDict):
+    name: str
+
+
+class Login(TypedDict):
+    sessionId: str
+    user: User
+    expiresAt: Timestamp
+    role: NotRequired[Literal["viewer"]]
+
+
+class SessionInfo(TypedDict):
+    authenticated: bool
+    user: User | None
+    expiresAt: Timestamp | None
+    authMode: AuthMode
+    role: NotRequired[Literal["viewer"]]
+
+
+class CommandBody(TypedDict):
+    action: str
+    payload: NotRequired[dict]
+    protocol: NotRequired[Version]
+
+
+class ReportedLater(TypedDict):
+    action: str
+    payload: dict
+
+
+class CallAnswer(TypedDict):
+    success: bool
+    result: dict
+    responseTime: float
+    warning: NotRequired[str]
+    reports: NotRequired[list[ReportedLater]]
+
+
+class CommandField(TypedDict):
+    name: str
+    type: str
+    required: bool
+    values: list[str]
+
+
+class CommandSchema(TypedDict):
+    protocol: Version
+    action: str
+    payload: dict
+    fields: list[CommandField]
+
+
+class Overview(TypedDict):
+    connectedClients: int
+    totalConnections: int
+    messagesPerSecond: float
+    avgLatencyMs: float
+    errorRate: float
+    uptimeSeconds: int
+    totalMessages: int
+    recentMessages: list[LoggedMessage]
+    securityEventCount: int
+    errorCount: int
+    systemEventCount: int
+
+
+class WithMessages(TypedDict):
+    recentMessages: list[LoggedMessage]
+
+
+class MeterSample(TypedDict):
+    timestamp: Timestamp
+    powerW: float | None
+    energyWh: float | None
+    soc: float | None
+    currentA: dict[str, float]
+    allowedA: float | None
+
+
+class WithSeries(TypedDict):
+    series: list[MeterSample]
+
+
+class SiteLimit(TypedDict):
+    limitKw: float
+
+
+class StateFile(TypedDict):
+    path: str | None
+    sizeBytes: int | None
+    writes: int
+    bytesWritten: int
+    waiting: int
+    lost: int
+    failingSince: Timestamp | None
+    error: str | None
+
+
+class About(TypedDict):
+    version: str
+    startedAt: Timestamp
+    stationUrls: list[str]
+    protocols: list[Version]
+    accept: Accept
+    validated: bool
+    actions: dict[str, list[str]]
+    commands: dict[str, list[str]]
+    commandsAcross: dict
+    smartCharging: SiteLimit | None
+    relay: bool
+    state: StateFile
+    ca: str | None
+
+
+class UploadWanted(TypedDict):
+    identity: str
+    hours: NotRequired[float]
+
+
+class UploadView(TypedDict):
+    id: str
+    identity: str
+    name: str | None
+    size: int
+    status: str
+    createdAt: Timestamp
+    expiresAt: Timestamp
+    receivedAt: Timestamp | None
+    remoteAddress: str | None
+    error: str | None
+
+
+class UploadUrl(UploadView):
+    url: str
+
+
+class ReportLine(TypedDict):
+    sessions: int
+    energyWh: float
+    seconds: int
+    cost: float
+    month: NotRequired[str]
+    day: NotRequired[str]
+    station: NotRequired[str]
+    token: NotRequired[str]
+    name: NotRequired[str]
+
+
+Report = TypedDict("Report", {
+    "by": Literal["month", "day", "station", "token"], "from": Timestamp | None,
+    "to": Timestamp | None, "fromFile": bool, "sessions": int, "energyWh": float, "cost": float,
+    "currency": str, "lines": list[ReportLine]})
+
+
+class LocalListView(TypedDict):
+    identity: str
+    online: bool
+    version: int | None
+    entries: int | None
+    sentAt: Timestamp | None
+    current: bool
+
+
+class LocalListSent(TypedDict):
+    success: bool
+    version: int
+    entries: int
+
+
+class IdTokens(TypedDict):
+    tokens: list[dict]
+
+
+class Memory(TypedDict):
+    rss: int
+    heapUsed: int
+    heapTotal: int
+
+
+class Telemetry(TypedDict):
+    messagesPerSecond: float
+    avgLatencyMs: float
+    errorRate: float
+    connectionCount: int
+    peakConnections: int
+    uptimeSeconds: int
+    totalMessages: int
+    totalConnections: int
+    errorCount: int
+    securityEventCount: int
+    systemEventCount: int
+    refusedConnections: int
+    activeTransactions: int
+    powerW: float
+    memoryUsage: Memory
+    cpuPercent: float
+    loopLagMs: float
+    stateFailingSince: Timestamp | None
+    streams: int
+    tasks: int
+    timestamp: Timestamp
+
+
+class SmartChargeStation(TypedDict):
+    elsewhere: bool
+
+
+class SiteMeterBody(TypedDict):
+    L1: float
+    L2: float
+    L3: float
+
+
+class PhaseAmps(TypedDict):
+    L1: float
+    L2: float
+    L3: float
+
+
+class SiteMeterState(TypedDict):
+    amps: PhaseAmps | None
+    ageSeconds: float | None
+    otherLoadA: PhaseAmps
+    surplusA: float | None
+    status: Literal["ok", "late", "lost"]
+
+
+class DialectView(TypedDict):
+    vendor: str
+    model: str
+    firmware: str
+    limit: str | None
+    fallback: str | None
+    readsBack: bool | None
+
+
+class SmartChargeConfig(TypedDict):
+    enabled: bool
+    strategy: NotRequired[Strategy]
+    limitA: NotRequired[float]
+    limitKw: NotRequired[float]
+    marginPercent: NotRequired[float]
+    minimumA: NotRequired[int]
+    stepA: NotRequired[int]
+    fallbackA: NotRequired[int]
+    limitValidSeconds: NotRequired[int]
+    raiseAPer30s: NotRequired[int]
+    rotateMinutes: NotRequired[int]
+    voltage: NotRequired[float]
+    windowFactor: NotRequired[float]
+    setOnBoard: NotRequired[list[str]]
+    meter: NotRequired[SiteMeterState | None]
+    dialects: NotRequired[list[DialectView]]
+    elsewhere: NotRequired[list[str]]
+    leftAlone: NotRequired[list[str]]
+    warning: NotRequired[str | None]
+
+
+class UncontrolledView(TypedDict):
+    identity: str
+    amps: float
+    reason: str
+    advice: str
+    named: bool
+
+
+class CircuitView(TypedDict):
+    name: str
+    parent: str | None
+    limitA: float
+    usableA: float
+    stations: list[str]
+    allocatedA: PhaseAmps
+    worstA: PhaseAmps
+    measuredA: PhaseAmps
+    overLimit: bool
+    uncontrolled: list[UncontrolledView]
+
+
+class UpstreamSessionView(RelayCounts):
+    identity: str
+    status: str
+    stationOnline: bool
+    protocol: str
+    stationProtocol: str
+    upSince: Timestamp | None
+    lagMs: float | None
+    waiting: int
+    waitingSeconds: int | None
+    nextAttemptSeconds: float | None
+    lastError: str | None
+
+
+class UpstreamView(RelayCounts):
+    url: str
+    protocol: str
+    patterns: list[str]
+    whenDown: str
+    queue: int
+    stations: int
+    up: int
+    upSince: Timestamp | None
+    lagMs: float | None
+    waiting: int
+    sessions: list[UpstreamSessionView]
+
+
+class SettingsBody(NamedTuple):
+    """A body that changes settings: any of them, each as the configuration takes it."""
+
+    name: str                            # in OpenAPI
+    settings: Mapping[str, Setting]
+    is_nullable: bool = False            # null gives the usual value back
+
+
+SMART_CHARGE_PATCH = SettingsBody("SmartChargePatch", SiteSettings.body())
+SESSION_PATCH = SettingsBody("SmartChargeSessionPatch", Controller.SESSION_SETTINGS, True)
+ID_TOKEN_SETTINGS = SettingsBody("IdTokenSettings", {s.key: s for s in TOKEN_SETTINGS})
+
+
 ROUTES = (
-    Route("POST", "/api/auth/login", post_login, "Login", body="Credentials", public=True,
+    Route("POST", "/api/auth/login", post_login, Login, body=CredentialsBody, public=True,
           errors=(429,)),
-    Route("GET", "/api/auth/session", get_session, "SessionInfo", public=True),
-    Route("POST", "/api/auth/logout", post_logout, "Success"),
-    Route("GET", "/api/about", get_about, "About"),
-    Route("GET", "/api/overview", get_overview, "Overview"),
-    Route("GET", "/api/connections", get_connections, "[Connection]",
+    Route("GET", "/api/auth/session", get_session, SessionInfo, public=True),
+    Route("POST", "/api/auth/logout", post_logout, Success),
+    Route("GET", "/api/about", get_about, About),
+    Route("GET", "/api/overview", get_overview, Overview),
+    Route("GET", "/api/connections", get_connections, list[Station],
           (CONNECTION_STATUS, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
-    Route("GET", "/api/connections/:identity", get_connection, "ConnectionDetail"),
-    Route("DELETE", "/api/connections/:identity", delete_connection, "Success"),
-    Route("POST", "/api/connections/:identity/disconnect", post_disconnect, "Success",
+    Route("GET", "/api/connections/:identity", get_connection, (Station, WithMessages)),
+    Route("DELETE", "/api/connections/:identity", delete_connection, Success),
+    Route("POST", "/api/connections/:identity/disconnect", post_disconnect, Success,
           errors=(409,)),
-    Route("POST", "/api/connections/:identity/call", post_call, "CallAnswer", body="Command",
+    Route("POST", "/api/connections/:identity/call", post_call, CallAnswer, body=CommandBody,
           errors=(409, 502, 503, 504)),
-    Route("GET", "/api/commands/:protocol/:action", get_command, "CommandSchema"),
-    Route("POST", "/api/connections/:identity/approve", post_approve, "Success"),
+    Route("GET", "/api/commands/:protocol/:action", get_command, CommandSchema),
+    Route("POST", "/api/connections/:identity/approve", post_approve, Success),
     Route("POST", "/api/connections/:identity/credentials/reset", post_reset_credentials,
-          "Success"),
-    Route("POST", "/api/connections/:identity/local-list", post_local_list, "LocalListSent",
+          Success),
+    Route("POST", "/api/connections/:identity/local-list", post_local_list, LocalListSent,
           errors=(409, 502, 503, 504)),
-    Route("GET", "/api/local-lists", get_local_lists, "[LocalList]"),
+    Route("GET", "/api/local-lists", get_local_lists, list[LocalListView]),
     Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
-          "TransactionDetail"),
-    Route("GET", "/api/messages", get_messages, "[Message]", (*PAGING, *MESSAGE_FILTERS)),
+          (Transaction, WithSeries)),
+    Route("GET", "/api/messages", get_messages, list[LoggedMessage], (*PAGING, *MESSAGE_FILTERS)),
     Route("GET", "/api/messages/stream", get_messages_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
           (MESSAGES_FORMAT, MASK_TOKENS, *MESSAGE_FILTERS)),
-    Route("GET", "/api/messages/:number", get_message, "Message"),
-    Route("GET", "/api/telemetry", get_telemetry, "Telemetry"),
-    Route("GET", "/api/telemetry/history", get_telemetry_history, "[Telemetry]", (LIMIT_OR_ALL,)),
+    Route("GET", "/api/messages/:number", get_message, LoggedMessage),
+    Route("GET", "/api/telemetry", get_telemetry, Telemetry),
+    Route("GET", "/api/telemetry/history", get_telemetry_history, list[Telemetry], (LIMIT_OR_ALL,)),
     Route("GET", "/api/telemetry/stream", get_telemetry_stream, SSE, STREAM_FILTERS,
           errors=(503,)),
-    Route("GET", "/api/security", get_security, "[SecurityEvent]",
+    Route("GET", "/api/security", get_security, list[SecurityEvent],
           (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
     Route("GET", "/api/security/stream", get_security_stream, SSE, STREAM_FILTERS, errors=(503,)),
-    Route("GET", "/api/smart-charge", get_smart_charge, "[SmartCharge]",
+    Route("GET", "/api/smart-charge", get_smart_charge, list[ChargeSession],
           (*PAGING, IDENTITY, CHARGE_STATUS)),
-    Route("GET", "/api/smart-charge/config", get_smart_charge_config, "SmartChargeConfig"),
-    Route("PATCH", "/api/smart-charge/config", patch_smart_charge_config, "SmartChargeConfig",
-          body="SmartChargePatch", errors=(409,)),
-    Route("GET", "/api/smart-charge/circuits", get_smart_charge_circuits, "[Circuit]"),
-    Route("POST", "/api/smart-charge/meter", post_smart_charge_meter, "Success", body="SiteMeter",
+    Route("GET", "/api/smart-charge/config", get_smart_charge_config, SmartChargeConfig),
+    Route("PATCH", "/api/smart-charge/config", patch_smart_charge_config, SmartChargeConfig,
+          body=SMART_CHARGE_PATCH, errors=(409,)),
+    Route("GET", "/api/smart-charge/circuits", get_smart_charge_circuits, list[CircuitView]),
+    Route("POST", "/api/smart-charge/meter", post_smart_charge_meter, Success, body=SiteMeterBody,
           errors=(409,)),
-    Route("PATCH", "/api/smart-charge/stations/:identity", patch_smart_charge_station, "Success",
-          body="SmartChargeStation", errors=(409,)),
-    Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, "SmartCharge",
-          body="SmartChargeSessionPatch", errors=(409,)),
-    Route("GET", "/api/proxy", get_proxy, "[ProxyEvent]",
+    Route("PATCH", "/api/smart-charge/stations/:identity", patch_smart_charge_station, Success,
+          body=SmartChargeStation, errors=(409,)),
+    Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, ChargeSession,
+          body=SESSION_PATCH, errors=(409,)),
+    Route("GET", "/api/proxy", get_proxy, list[ProxyEvent],
           (*PAGING, IDENTITY, PROXY_TYPE, METHOD)),
     Route("GET", "/api/proxy/stream", get_proxy_stream, SSE, STREAM_FILTERS, errors=(503,)),
-    Route("GET", "/api/proxy/upstreams", get_upstreams, "[Upstream]"),
-    Route("GET", "/api/transactions", get_transactions, "[Transaction]",
+    Route("GET", "/api/proxy/upstreams", get_upstreams, list[UpstreamView]),
+    Route("GET", "/api/transactions", get_transactions, list[Transaction],
           (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
           (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
-    Route("GET", "/api/report", get_report, "Report", (FROM, TO, REPORT_BY, REPORT_FORMAT)),
-    Route("GET", "/api/id-tokens", get_id_tokens, "[IdToken]",
+    Route("GET", "/api/report", get_report, Report, (FROM, TO, REPORT_BY, REPORT_FORMAT)),
+    Route("GET", "/api/id-tokens", get_id_tokens, list[IdToken],
           (LIMIT_OR_ALL, OFFSET, TEXT, REPORT_FORMAT)),
-    Route("POST", "/api/id-tokens", post_id_tokens, "Success", body="IdTokens", errors=(503,)),
-    Route("PUT", "/api/id-tokens/:token", put_id_token, "IdToken", body="IdTokenSettings",
+    Route("POST", "/api/id-tokens", post_id_tokens, Success, body=IdTokens, errors=(503,)),
+    Route("PUT", "/api/id-tokens/:token", put_id_token, IdToken, body=ID_TOKEN_SETTINGS,
           errors=(503,)),
-    Route("DELETE", "/api/id-tokens/:token", delete_id_token, "Success", errors=(409,)),
-    Route("POST", "/api/uploads", post_upload_url, "UploadUrl", body="UploadWanted",
+    Route("DELETE", "/api/id-tokens/:token", delete_id_token, Success, errors=(409,)),
+    Route("POST", "/api/uploads", post_upload_url, UploadUrl, body=UploadWanted,
           errors=(404, 503)),
-    Route("GET", "/api/uploads", get_uploads, "[Upload]", (IDENTITY,)),
+    Route("GET", "/api/uploads", get_uploads, list[UploadView], (IDENTITY,)),
     Route("GET", "/api/uploads/:upload", get_upload, FILE, errors=(409,)),
-    Route("DELETE", "/api/uploads/:upload", delete_upload, "Success"),
-    Route("PUT", "/upload/:secret", put_file, "Success", body=FILE, public=True,
+    Route("DELETE", "/api/uploads/:upload", delete_upload, Success),
+    Route("PUT", "/upload/:secret", put_file, Success, body=FILE, public=True,
           errors=(409, 503)),
-    Route("POST", "/upload/:secret", post_file, "Success", body=FILE, public=True,
+    Route("POST", "/upload/:secret", post_file, Success, body=FILE, public=True,
           errors=(409, 503)),
-    Route("GET", "/api/errors", get_errors, "[Error]", (*PAGING, IDENTITY, CATEGORY)),
-    Route("GET", "/api/system-events", get_system_events, "[SystemEvent]",
+    Route("GET", "/api/errors", get_errors, list[Fault], (*PAGING, IDENTITY, CATEGORY)),
+    Route("GET", "/api/system-events", get_system_events, list[SystemEvent],
           (*PAGING, IDENTITY, EVENT_TYPE)),
-    Route("GET", "/api/knocking", get_knocking, "[Knocking]"),
+    Route("GET", "/api/knocking", get_knocking, list[RefusedUpgrade]),
     Route("GET", "/api/stream", get_stream, SSE, (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
-    Route("GET", "/api/openapi.json", get_openapi, "OpenAPI"),
+    Route("GET", "/api/openapi.json", get_openapi, OpenAPI),
     Route("GET", "/metrics", get_metrics, "text/plain"),
-    Route("POST", "/api/reload", post_reload, "Reload", errors=(400,)),
-    Route("GET", "/healthz", get_healthz, "Health", public=True, errors=(503,)),
+    Route("POST", "/api/reload", post_reload, Reload, errors=(400,)),
+    Route("GET", "/healthz", get_healthz, Health, public=True, errors=(503,)),
 )
-
-# The JSON of answers and bodies: {name: {field: type}}. A type is a JSON schema's or a name of
-# SHAPES; "?" may be null, "[…]" is a list. "Base+": and the fields of Base; "field?" may not be
-# there.
-_EVENT = {"id": "string", "identity": "string", "message": "string", "details": "object",
-          "timestamp": "time"}
-SHAPES = {
-    "ErrorAnswer": {"error": "string"},
-    "Success": {"success": "boolean"},
-    "Health": {"status": "string"},
-    "Reload": {"changed": "[string]", "restart": "[string]"},
-    "OpenAPI": {"openapi": "string", "paths": "object"},
-    "Credentials": {"token?": "string", "username?": "string", "password?": "string"},
-    "Login": {"sessionId": "string", "user": "User", "expiresAt": "time", "role?": "string"},
-    "User": {"name": "string"},
-    "SessionInfo": {"authenticated": "boolean", "user": "User?", "expiresAt": "time?",
-                    "authMode": "string", "role?": "string"},
-    "Command": {"action": "string", "payload?": "object", "protocol?": "string"},
-    "CallAnswer": {"success": "boolean", "result": "object", "responseTime": "number",
-                   "warning?": "string", "reports?": "[ReportedLater]"},
-    "ReportedLater": {"action": "string", "payload": "object"},
-    "CommandSchema": {"protocol": "string", "action": "string", "payload": "object",
-                      "fields": "[CommandField]"},
-    "CommandField": {"name": "string", "type": "string", "required": "boolean",
-                     "values": "[string]"},
-    "Overview": {
-        "connectedClients": "integer", "totalConnections": "integer", "messagesPerSecond": "number",
-        "avgLatencyMs": "number", "errorRate": "number", "uptimeSeconds": "integer",
-        "totalMessages": "integer", "recentMessages": "[Message]", "securityEventCount": "integer",
-        "errorCount": "integer", "systemEventCount": "integer"},
-    "Connection": {
-        "identity": "string", "remoteAddress": "string", "protocol": "string",
-        "connectedAt": "time", "disconnectedAt": "time?", "status": "string",
-        "messageCount": "integer",
-        "lastMessageAt": "time?", "securityProfile": "integer", "certificateEndsAt": "time?",
-        "errorCount": "integer",
-        "evictedCount": "integer", "registration": "string?", "seenSinceStart": "boolean",
-        "station": "object",
-        "connectors": "[Connector]", "clockSkewSeconds": "number?", "quirks": "[Quirk]"},
-    "ConnectionDetail": {"Connection+": "", "recentMessages": "[Message]"},
-    "Connector": {
-        "evse": "integer", "connector": "integer", "status": "string?", "errorCode": "string?",
-        "vendorErrorCode": "string?", "info": "string?", "since": "time?", "transactionId": "id?",
-        "meter": "Meter?", "inlet": "Meter?"},
-    "Quirk": {"name": "string", "count": "integer", "lastMessageId": "string?"},
-    "Meter": {
-        "timestamp": "time", "energyWh": "number?", "powerW": "number?", "currentA": "object",
-        "voltageV": "object", "offeredA": "number?", "soc": "number?", "temperatureC": "number?",
-        "frequencyHz": "number?", "quality": "string", "derived": "[string]"},
-    "Message": {
-        "id": "string", "identity": "string", "method": "string", "direction": "string",
-        "type": "string", "timestamp": "time", "payload": "object", "responseTime": "number?",
-        "messageId": "string", "protocol": "string"},
-    "Transaction": {
-        "id": "id", "identity": "string", "evse": "integer", "connector": "integer",
-        "idToken": "string?", "idTokenName": "string", "startedAt": "time",
-        "stoppedAt": "time?", "meterStart": "number?",
-        "meterStop": "number?", "energyWh": "number?", "powerW": "number?", "soc": "number?",
-        "reason": "string?", "status": "string", "chargingState": "string?", "estimated": "boolean",
-        "missingEvents": "integer", "notDurable": "boolean", "cost": "number?",
-        "currency": "string?", "meter": "Meter?"},
-    "TransactionDetail": {"Transaction+": "", "series": "[MeterSample]"},
-    "MeterSample": {"timestamp": "time", "powerW": "number?", "energyWh": "number?",
-                    "soc": "number?", "currentA": "object", "allowedA": "number?"},
-    "About": {"version": "string", "startedAt": "time", "stationUrls": "[string]",
-              "protocols": "[string]", "accept": "string", "validated": "boolean",
-              "actions": "object", "commands": "object", "commandsAcross": "object",
-              "smartCharging": "SiteLimit?", "relay": "boolean",
-              "state": "StateFile", "ca": "string?"},
-    "StateFile": {"path": "string?", "sizeBytes": "integer?", "writes": "integer",
-                  "bytesWritten": "integer", "waiting": "integer", "lost": "integer",
-                  "failingSince": "time?", "error": "string?"},
-    "UploadWanted": {"identity": "string", "hours?": "number"},
-    "Upload": {
-        "id": "string", "identity": "string", "name": "string?", "size": "integer",
-        "status": "string", "createdAt": "time", "expiresAt": "time", "receivedAt": "time?",
-        "remoteAddress": "string?", "error": "string?"},
-    "UploadUrl": {"Upload+": "", "url": "string"},
-    "Report": {"by": "string", "from": "time?", "to": "time?", "fromFile": "boolean",
-               "sessions": "integer", "energyWh": "number", "cost": "number",
-               "currency": "string", "lines": "[ReportLine]"},
-    "ReportLine": {"sessions": "integer", "energyWh": "number", "seconds": "integer",
-                   "cost": "number"},
-    "SiteLimit": {"limitKw": "number"},
-    "IdToken": {
-        "idToken": "string", "name": "string", "status": "string", "group": "string",
-        "master": "boolean", "expires": "time?", "stations": "[string]", "source": "string?",
-        "type": "string?", "lastUsedAt": "time?", "lastUsedBy": "string?",
-        "lastAnswer": "string?"},
-    "LocalList": {"identity": "string", "online": "boolean", "version": "integer?",
-                  "entries": "integer?", "sentAt": "time?", "current": "boolean"},
-    "LocalListSent": {"success": "boolean", "version": "integer", "entries": "integer"},
-    "IdTokens": {"tokens": "[object]"},
-    "IdTokenSettings": {
-        "name?": "string", "status?": "string", "group?": "string", "master?": "boolean",
-        "expires?": "string", "stations?": "[string]"},
-    "Telemetry": {
-        "messagesPerSecond": "number", "avgLatencyMs": "number", "errorRate": "number",
-        "connectionCount": "integer", "peakConnections": "integer", "uptimeSeconds": "integer",
-        "totalMessages": "integer", "totalConnections": "integer", "errorCount": "integer",
-        "securityEventCount": "integer", "systemEventCount": "integer",
-        "refusedConnections": "integer", "activeTransactions": "integer", "powerW": "number",
-        "memoryUsage": "Memory", "cpuPercent": "number",
-        "loopLagMs": "number", "stateFailingSince": "time?", "streams": "integer",
-        "tasks": "integer", "timestamp": "time"},
-    "Memory": {"rss": "integer", "heapUsed": "integer", "heapTotal": "integer"},
-    "SecurityEvent": {"category": "string", "severity": "string", **_EVENT},
-    "Error": {"category": "string", **_EVENT},
-    "SystemEvent": {"type": "string", **_EVENT},
-    "Knocking": {
-        "path": "string", "ip": "string", "headers": "object", "status": "integer",
-        "reason": "string", "url": "string", "count": "integer", "firstAt": "time",
-        "lastAt": "time"},
-    "SmartCharge": {
-        "sessionId": "string", "identity": "string", "strategy": "string",
-        "allocatedKw": "number", "status": "string", "startedAt": "time", "updatedAt": "time",
-        "transactionId": "id", "evse": "integer", "connector": "integer", "circuit": "string",
-        "phases": "integer", "allocatedA": "number", "targetA": "number", "measuredA": "number?",
-        "priority": "integer", "minA": "integer?", "maxA": "integer?", "phasesSet": "integer?",
-        "reason": "string", "endedAt": "time?"},
-    "SmartChargeConfig": {"enabled": "boolean"},
-    "SmartChargePatch": {"strategy?": "string", "limitA?": "number", "limitKw?": "number",
-                         "marginPercent?": "number"},
-    "SmartChargeSessionPatch": {"priority?": "integer?", "minA?": "integer?", "maxA?": "integer?",
-                                "phases?": "integer?"},
-    "SmartChargeStation": {"elsewhere": "boolean"},
-    "SiteMeter": dict.fromkeys(PHASES, "number"),
-    "Circuit": {
-        "name": "string", "parent": "string?", "limitA": "number", "usableA": "number",
-        "stations": "[string]", "allocatedA": "object", "worstA": "object",
-        "measuredA": "object", "overLimit": "boolean", "uncontrolled": "[Uncontrolled]"},
-    "Uncontrolled": {
-        "identity": "string", "amps": "number", "reason": "string", "advice": "string",
-        "named": "boolean"},
-    "ProxyEvent": {
-        "id": "string", "type": "string", "identity": "string", "fromProtocol": "string",
-        "toProtocol": "string", "direction": "string", "method": "string", "toMethod": "string?",
-        "messageId": "string", "payload": "object?", "translated": "object?",
-        "latencyMs": "number?", "error": "string?", "timestamp": "time"},
-    "Upstream": {
-        "url": "string", "protocol": "string", "patterns": "[string]", "whenDown": "string",
-        "queue": "integer", "stations": "integer", "up": "integer", "upSince": "time?",
-        "lagMs": "number?", "waiting": "integer",
-        **dict.fromkeys(SESSION_COUNTS, "integer"), "sessions": "[UpstreamSession]"},
-    "UpstreamSession": {
-        "identity": "string", "status": "string", "stationOnline": "boolean",
-        "protocol": "string", "stationProtocol": "string", "upSince": "time?",
-        "lagMs": "number?", "waiting": "integer", "waitingSeconds": "integer?",
-        "nextAttemptSeconds": "number?",
-        "lastError": "string?", **dict.fromkeys(SESSION_COUNTS, "integer")},
-}
-_TYPES: dict[str, dict] = {"time": {"type": "string", "format": "date-time"},
-                           "id": {"type": ["string", "integer"]}}
-
 
 def openapi(base_path: str = "") -> dict:
     """The OpenAPI 3.1 description of ROUTES."""
+    named: dict[str, Any] = {}           # {name: type} of what the schemas refer to
     paths: dict = {}
     for route in ROUTES:
         path = re.sub(r":(\w+)", r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, named)
+    schemas: dict[str, dict] = {}
+    while missing := named.keys() - schemas.keys():
+        schemas |= {name: object_schema(named[name], named) for name in sorted(missing)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ocppboard", "version": VERSION, "license": {"name": "MIT"}},
@@ -18831,32 +19060,32 @@ def openapi(base_path: str = "") -> dict:
         "security": [{"cookie": []}, {"bearer": []}],
         "paths": paths,
         "components": {
-            "schemas": {name: _object_schema(fields) for name, fields in SHAPES.items()},
+            "schemas": schemas,
             "securitySchemes": {"cookie": {"type": "apiKey", "in": "cookie", "name": COOKIE},
                                 "bearer": {"type": "http", "scheme": "bearer"}}},
     }
 
 
-def _operation(route: Route) -> dict:
+def _operation(route: Route, named: dict[str, Any]) -> dict:
     parameters = [{"name": p.name, "in": "query", "schema": p.schema, "description": p.text}
                   for p in route.query]
     parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                    for name in re.findall(r":(\w+)", route.path)]
-    media, schema = "application/json", _schema(route.answer)
-    if "/" in route.answer:
-        media, schema = route.answer, {"type": "string"}
-    answers = {"200": {"description": route.text, "content": {media: {"schema": schema}}}}
+
+    def json_of(kind: Any) -> dict:
+        return {"application/json": {"schema": json_schema(kind, named)}}
+    content = ({route.answer: {"schema": {"type": "string"}}} if isinstance(route.answer, str)
+               else json_of(route.answer))
+    answers = {"200": {"description": route.text, "content": content}}
     codes = {400, 405, 413, 500, *route.errors} | (set() if route.public else {401, 403})
     codes |= {404} if ":" in route.path else set()
     for code in sorted(codes):
-        answers[str(code)] = {"description": HTTP_WORDS[code], "content": {
-            "application/json": {"schema": _schema("ErrorAnswer")}}}
-    content = ({route.body: {}} if "/" in route.body else
-               {"application/json": {"schema": _schema(route.body)}})
-    body = {"required": True, "content": content}
+        answers[str(code)] = {"description": HTTP_WORDS[code], "content": json_of(ErrorAnswer)}
+    body = {"required": True, "content": {route.body: {}} if isinstance(route.body, str)
+            else json_of(route.body)} if route.body else None
     return ({"summary": route.text, "operationId": route.act.__name__, "responses": answers}
             | ({"parameters": parameters} if parameters else {})
-            | ({"requestBody": body} if route.body else {})
+            | ({"requestBody": body} if body else {})
             | ({"security": []} if route.public else {}))
 
 
@@ -18868,22 +19097,84 @@ HTTP_WORDS = {
     502: "The station answered CALLERROR", 503: "Too many at a time", 504: "No answer in time"}
 
 
-def _object_schema(fields: dict) -> dict:
-    bases = [name[:-1] for name in fields if name.endswith("+")]
-    own = {name: kind for name, kind in fields.items() if not name.endswith("+")}
-    schema = {"type": "object", "required": [name for name in own if not name.endswith("?")],
-              "properties": {name.rstrip("?"): _schema(kind) for name, kind in own.items()}}
-    return {"allOf": [_schema(base) for base in bases] + [schema]} if bases else schema
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object",
+              list: "array"}
 
 
-def _schema(kind: str) -> dict:
-    if kind.startswith("["):
-        return {"type": "array", "items": _schema(kind[1:-1])}
-    if kind.endswith("?"):
-        return {"anyOf": [_schema(kind[:-1]), {"type": "null"}]}
-    if kind in SHAPES:
-        return {"$ref": f"#/components/schemas/{kind}"}
-    return _TYPES.get(kind, {"type": kind})
+def json_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a value of this type. What it refers to by name goes into `named`."""
+    if isinstance(kind, SettingsBody) or is_typeddict(kind) or (
+            isinstance(kind, type) and issubclass(kind, Viewed)):
+        name = schema_name(kind)
+        named[name] = kind
+        return {"$ref": f"#/components/schemas/{name}"}
+    if isinstance(kind, tuple):
+        return {"allOf": [json_schema(part, named) for part in kind]}
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is NotRequired:
+        return json_schema(parts[0], named)
+    if origin is Annotated:
+        written = kind.__metadata__[0]
+        return {"type": written.type} | ({"format": written.format} if written.format else {})
+    if origin is Literal:
+        return {"type": "string", "enum": list(parts)}
+    if origin in (list, tuple):
+        return {"type": "array", "items": json_schema(parts[0], named)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
+    if NoneType in parts:
+        other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
+        return {"anyOf": [json_schema(other, named), {"type": "null"}]}
+    if parts:                            # of a union: words, or simple types
+        schemas = [json_schema(part, named) for part in parts]
+        words = [word for schema in schemas for word in schema.get("enum", ())]
+        return ({"type": "string", "enum": words} if words
+                else {"type": [schema["type"] for schema in schemas]})
+    return {"type": JSON_TYPES[kind]}
+
+
+def schema_name(kind: Any) -> str:
+    """The name of a type in OpenAPI."""
+    if isinstance(kind, SettingsBody):
+        return kind.name
+    return getattr(kind, "SCHEMA", "") or kind.__name__.removesuffix("View").removesuffix("Body")
+
+
+def object_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a type that has a name."""
+    if isinstance(kind, SettingsBody):
+        required: list[str] = []
+        properties = {key: setting_schema(setting) for key, setting in kind.settings.items()}
+        if kind.is_nullable:
+            properties = {key: {"anyOf": [schema, {"type": "null"}]}
+                          for key, schema in properties.items()}
+    elif is_typeddict(kind):
+        required = sorted(kind.__required_keys__)
+        properties = {name: json_schema(inner, named) for name, inner in get_type_hints(
+            kind, include_extras=True).items()}
+    else:
+        fields = fields_of(kind)
+        required = [field.name for field in fields if not field.shown.sparse]
+        properties = {field.name: _field_schema(field, named) for field in fields}
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _field_schema(field: Field, named: dict[str, Any]) -> dict:
+    schema = json_schema(field.type, named)
+    if field.is_nullable:
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return schema | ({"description": f"In {field.unit}"} if field.unit else {})
+
+
+def setting_schema(setting: Setting) -> dict:
+    """The JSON schema of a setting's value."""
+    allowed = setting.allowed or ()
+    if isinstance(setting.default, list):
+        return {"type": "array", "items": {"type": "string"}}
+    schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
+    if schema["type"] == "string":
+        return schema | ({"enum": list(allowed)} if allowed else {})
+    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
 
 
 COOKIE = "board-session"
