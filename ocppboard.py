@@ -8629,7 +8629,7 @@ class Board:
         reading = transaction.reading or self._first_reading(transaction, instant)
         start, found = transaction.register.start, instant.found
         begins = instant.begins and start is not None and instant.begin_wh == start.wh
-        if begins and reading.energy_wh is not None:     # it says again where it began
+        if begins and reading.energy_wh is not None:     # the register of its start again
             found = {name: phases for name, phases in found.items() if name != "energy_wh"}
         newest = False
         if found:
@@ -8675,7 +8675,7 @@ class Board:
                                                transaction.reading.energy_wh or 0.0))
             else:
                 register.add(Point(at_mono, instant.at, _total("energy_wh", phases)))
-        if instant.begin_wh is not None:                 # told later on: it was some time before
+        if instant.begin_wh is not None:                 # reported late: at some time before
             before_s = 0.0 if instant.begins and register.first_wh is None else BEGUN_BEFORE_S
             register.begin(Point(at_mono - before_s, instant.at - before_s, instant.begin_wh))
         transaction.count_energy()
@@ -10731,7 +10731,7 @@ class Outcome(NamedTuple):
 
     payload: dict                        # of the CALLRESULT
     ms: float                            # that the station took, for all it was asked
-    reports: list[tuple[str, dict]]      # (Action, payload) that a 2.x station tells afterwards
+    reports: list[tuple[str, dict]]      # (Action, payload) that a 2.x station sends afterwards
 
     def view(self) -> dict:
         """The JSON of REST."""
@@ -11583,7 +11583,7 @@ class Share(NamedTuple):
 
     amps: int                           # A per phase, whole steps
     reason: str                         # one sentence without its amperes
-    limited_by: str = ""                   # the circuit that has no more for it
+    limited_by: str = ""                # the circuit that has no more for it
 
 
 def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, strategy: str,
@@ -11606,7 +11606,7 @@ def decide(circuits: list[Circuit], requests: list[Request], other_load: dict, s
         order = sorted(requests, key=lambda r: _place(r, strategy))
     # 1. who charges
     granted: dict = {}                  # {id: A}
-    limited_by: dict = {}                  # {id: the place that has no more for it}
+    limited_by: dict = {}               # {id: the place that has no more for it}
     for request in order:
         tree.use(tree.path(request.circuit, request.phases), request.reserved)
     empty = list(tree.left)
@@ -12131,8 +12131,8 @@ class SiteSettings:
     def circuits(self, factor: float | None = None) -> list[Circuit]:
         """The circuits with their usable limits.
 
-        A limit in kW that was set on the board is what a grid operator's dimming asks for: it is
-        taken as told, without the margin, where the minimum of one car fits only so.
+        A limit in kW that was set on the board is a grid operator's dimming: it is taken without
+        the margin, where the minimum of one car fits only so.
         """
         if factor is None:
             window = self.window()
@@ -12182,10 +12182,10 @@ def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
 
 
 # --- Smart charging -----------------------------------------------------------------------
-# Each second: `observe` what the stations said, `decide` (pure: circuits and sessions in, amperes
-# out), then the `commands` that lead there. Every EVSE counts at the worst that it may draw, and a
-# limit rises only where the sum of all worsts leaves room, in each phase of each circuit. Limits
-# are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
+# Each second the Controller takes over the reports of the stations (`observe`), shares the power
+# (`decide`), and makes the `commands` for it. Each EVSE counts at its worst, the most that it may
+# draw; a limit rises only where the worst of all together leaves room, in each phase of each
+# circuit. Limits are A per phase; `…_mono` are seconds of the Board's clock that never jumps.
 
 CHANGE_S = 5.0                          # between two changes of a station (IEC 61851-1)
 PILOT_S = 6.0                           # until a car has followed a limit
@@ -12522,7 +12522,7 @@ class Evse:
         self.strikes, self.target, self.needs = 0, 0.0, None
         self.changed_mono = self.raised_mono = -math.inf
         for limit in self.sent:
-            if limit.assumed:            # nobody knows when it ends
+            if limit.assumed:            # its end is not known
                 limit.until_mono, self.read_back_due = math.inf, True
 
     def end(self) -> None:
@@ -12562,7 +12562,7 @@ class SiteStation:
     model: tuple = ()                   # vendor, model, firmware: those alike take the same
     limits: Ladder = field(default_factory=lambda: Ladder(VARIANTS))
     fallbacks: Ladder = field(default_factory=lambda: Ladder(FALLBACK_VARIANTS))
-    reads_back: bool | None = None      # whether it tells its composite schedule; None: not known
+    reads_back: bool | None = None      # whether it reports its composite schedule
     triggers: bool = True               # whether it sends its meter values when it is asked to
     unread: int = 0                     # GetCompositeSchedule in a row without an answer
     unasked: int = 0                    # GetVariables in a row without an answer
@@ -12955,7 +12955,7 @@ class Controller:
         self._put_all()
 
     def _restore_to_site(self) -> None:
-        """A station that the configuration names is at this site, whatever was said before."""
+        """A station that the configuration names is at this site, whatever was set before."""
         for identity in self.elsewhere & self.named:
             self.board.state.put("elsewhere", identity, None)
             self.leftovers.evses.pop(identity, None)
@@ -13234,7 +13234,7 @@ class Controller:
 
     def _meet(self, identity: str) -> SiteStation:
         self.stations[identity] = station = SiteStation(identity, *self._place(identity))
-        self._add_evse(station, 1)       # until it says how many it has
+        self._add_evse(station, 1)       # until it reports how many it has
         return station
 
     def _place(self, identity: str) -> tuple[str, SimpleNamespace]:
@@ -13305,6 +13305,7 @@ class Controller:
             self._give_up(station, "could not be looked at: the board's log says why")
 
     def _observe(self, known: SiteStation, station: Station, now: float) -> None:
+        """Take over what one station has reported, and judge it."""
         if known.station is not station or known.connection is not station.connection:
             self._reconnected(known, station, now)
         model = _model_in(station.info)
@@ -13344,6 +13345,7 @@ class Controller:
             self.board.state.put("charging_limit", f"{evse_id} {identity}", None)
 
     def _reconnected(self, known: SiteStation, station: Station, now: float) -> None:
+        """The station has another connection, or none: its limits are sent again on the next."""
         first = known.station is None
         known.station, known.connection, known.busy = station, station.connection, None
         known.refusals.clear()
@@ -13357,9 +13359,11 @@ class Controller:
                 self._forget_limits(evse, now)
 
     def _forget_limits(self, evse: Evse, now: float) -> None:
+        """The limits in an EVSE are not known: it counts at its maximum until they have expired."""
         evse.unknown(evse.maximum, self._latest(now), now)
 
     def _observe_evses(self, known: SiteStation, station: Station, now: float) -> None:
+        """Find the EVSEs of a station by its connectors and abilities, and observe each."""
         evses = (known.abilities and known.abilities.evses) or 0
         seen = station, tuple(station.connectors), evses, now >= self.settled_mono
         if known.seen != seen:
@@ -13380,6 +13384,7 @@ class Controller:
 
     def _observe_evse(self, known: SiteStation, evse: Evse, connectors: list[Connector],
                       now: float) -> None:
+        """Take over transaction, state and reading of an EVSE."""
         if len(connectors) == 1:
             transaction = connectors[0].transaction
         else:
@@ -13392,7 +13397,7 @@ class Controller:
             if state is None and connector.status != "Available":
                 state = connector.status
         if state == "Charging" and evse.state != "Charging":
-            evse.resend = bool(evse.sent)            # some forget it while nothing flows
+            evse.resend = bool(evse.sent)            # some stations forget it while nothing flows
         evse.state = state
         reading = transaction.reading if transaction else max(
             filter(None, (c.reading for c in connectors)), key=attrgetter("flow_mono"),
@@ -13402,11 +13407,12 @@ class Controller:
 
     def _change_transaction(self, known: SiteStation, evse: Evse,
                             transaction: Transaction | None, now: float) -> None:
+        """The transaction of an EVSE has ended, or another one has begun."""
         self._end_session(evse)
         if evse.transaction:
             evse.end()
             for limit in evse.sent:
-                if limit.assumed:        # one that was for that transaction has an end again
+                if limit.assumed:        # a limit for that transaction has an end again
                     limit.until_mono = min(limit.until_mono, self._latest(now))
         if transaction is None:
             return
@@ -13449,6 +13455,7 @@ class Controller:
     # Accepted is not obeyed: the meter, or the station's own schedule, has to show it
 
     def _verify(self, station: SiteStation, evse: Evse, now: float) -> None:
+        """Judge by meter, or by time, whether the newest limit of an EVSE is obeyed."""
         newest = evse.newest
         if not station.steerable:
             return
@@ -13502,6 +13509,7 @@ class Controller:
             self._give_up(station, why)
 
     def _give_up(self, station: SiteStation, why: str) -> None:
+        """A station is uncontrollable: it counts at its maximum, and is tried again in RETRY_S."""
         station.retry_mono = self.now() + RETRY_S
         if station.uncontrollable != why:
             station.uncontrollable = why
@@ -13536,7 +13544,7 @@ class Controller:
                      if not r.asleep and r.minimum <= r.maximum}
         least = min((requests[id_][0].evse.turn.count for id_ in competing), default=0.0)
         for fact in facts:
-            if fact.evse.session and fact.id not in competing:   # no claim on what it left
+            if fact.evse.session and fact.id not in competing:   # missed turns are not made up for
                 fact.evse.turn.count = max(fact.evse.turn.count, least)
         circuits, chosen = self._sunny(requests, self.site.circuits(), now)
         settings = self.settings
@@ -13566,6 +13574,7 @@ class Controller:
 
     @staticmethod
     def _assumed(fact: Fact) -> str:
+        """The assumption about a car's phases in words, if there is one."""
         return ("" if fact.load == 1 else "; limited in watts, and its meter does not say how many "
                 "phases its car uses: counted as if all ran through one, say it with `phases`")
 
@@ -13675,7 +13684,7 @@ class Controller:
         if profile.purpose == "TxProfile" and profile.transaction_id is None and station:
             running = [e.transaction.id for e in station.evses.values()
                        if e.transaction and profile.evse_id in (0, e.evse_id)]
-            if len(running) == 1:        # else it came with the command that starts one
+            if len(running) == 1:        # else it is for the transaction that its command starts
                 profile.transaction_id = running[0]
         profiles = with_profile(self.upstream_profiles.get(identity, []), profile)
         self.upstream_profiles[identity] = profiles[-UPSTREAM_PROFILES_KEPT:]
@@ -13776,7 +13785,7 @@ class Controller:
             return f"It lies below the board's own limits and has no effect: {instead}"
         return None
 
-    # The fallbacks
+    # Fallbacks
 
     def _check_fallbacks(self) -> None:
         """Raises: ConfigError when the fallbacks of the stations named exceed a circuit."""
@@ -13826,6 +13835,7 @@ class Controller:
 
     @staticmethod
     def _want_one_for_all(station: SiteStation) -> None:
+        """A fallback for the whole station is the least of those wanted at its EVSEs."""
         variant = station.fallback_variant() if station.abilities else None
         if variant and variant.whole:
             wanted = min(evse.fallback.wanted_a for evse in station.evses.values())
@@ -13995,6 +14005,7 @@ class Controller:
             self._trigger_answered, evse)
 
     def _read_back(self, fact: Fact) -> Command:
+        """GetCompositeSchedule, to learn which limit is in force."""
         fact.evse.read_back_due = False
         return Command(fact.station, "GetCompositeSchedule", {
             "evseId": fact.evse.evse_id, "duration": 60}, self._read_back_answered, fact.evse,
@@ -14071,6 +14082,7 @@ class Controller:
 
     def _schedule(self, station: SiteStation, evse: Evse, variant: ProfileVariant,
                   amps: float) -> dict:
+        """The chargingSchedule of a limit, in the unit of a variant."""
         period: dict = {"startPeriod": 0, "limit": float(amps)}
         if variant.unit == "W":
             phases = (station.phases_assumed(evse) if evse.transaction
@@ -14110,6 +14122,7 @@ class Controller:
         self._record_bounds(command.station)
 
     def _abilities_answered(self, command: Command, answer: Answer) -> None:
+        """Take the abilities of a station; after two Calls without an answer, the usual ones."""
         station = command.station
         station.unasked += 1
         if not answer.unknown or station.unasked > 1:    # abilities not reported are assumed
@@ -14118,6 +14131,7 @@ class Controller:
                 station.limits.start(0)
 
     def _limit_answered(self, command: Command, answer: Answer) -> None:
+        """A limit is accepted, refused, or not answered."""
         station, evse, limit, variant = (command.station, command.evse, command.limit,
                                          command.variant)
         if evse is None or limit is None or variant is None:
@@ -14152,6 +14166,7 @@ class Controller:
                      "status": kept(answer.payload.get("status", "CALLERROR"))})
 
     def _fallback_answered(self, command: Command, answer: Answer) -> None:
+        """A fallback is accepted, refused, or not answered."""
         station, evse, variant = command.station, command.evse, command.variant
         if evse is None or variant is None:
             return
@@ -14172,12 +14187,13 @@ class Controller:
 
     def _next_fallback(self, station: SiteStation, evse: Evse,
                        variant: ProfileVariant | None) -> None:
+        """Go on to the next variant for fallbacks, where there is one."""
         if variant:
             station.fallbacks.leave(variant)
         evse.fallback.refused()
         if station.reads_back is False:
             evse.fallback.lost()
-        evse.read_back_due = evse.fallback.known_a is not None   # is the one before still there?
+        evse.read_back_due = evse.fallback.known_a is not None   # it may not be stored any more
         if station.abilities and station.fallback_variant():
             evse.fallback.tried_mono = -math.inf
         else:
@@ -14187,6 +14203,7 @@ class Controller:
                             f"it counts at {evse.maximum:g} A", {}, logging.WARNING)
 
     def _fallback_holds(self, station: SiteStation, evse: Evse) -> None:
+        """A fallback is known to be stored."""
         evse.fallback.holds()
         self._remember(station)
 
@@ -14223,7 +14240,7 @@ class Controller:
         """Take the composite schedule of a station in which no limit of ours is known."""
         fallback = evse.fallback
         known = [a for a in (fallback.known_a, fallback.sent_a) if a is not None]
-        if evse.transaction:             # one of an earlier run; nobody knows when it ends
+        if evse.transaction:             # a limit of an earlier run, whose end is not known
             evse.sent = [SentLimit(amps, flow, flow, math.inf, self.now())]
             evse.confirmed = evse.sent[0]
         elif known and flow <= max(known) + tolerance(max(known)):
@@ -14232,7 +14249,7 @@ class Controller:
                     flow <= fallback.asked_a + tolerance(fallback.asked_a)):
                 self._fallback_holds(station, evse)
         elif evse.sent:
-            fallback.due = True          # an earlier run's, above it: look again later
+            fallback.due = True          # an earlier run's limit lies above it: again later
         else:
             sent, fallback.known_a = fallback.sent_a, None
             if sent is not None:
@@ -14258,13 +14275,14 @@ class Controller:
         return min(limit, evse.maximum), min(flow, evse.maximum)         # many report 1000 A
 
     def _clear_answered(self, command: Command, answer: Answer) -> None:
+        """The limit of an ended transaction is cleared, if the station has accepted that."""
         evse = command.evse
         if evse is None or evse.transaction is not None:
             return
         if answer.unknown:
             evse.clear_due = True
         elif answer.payload.get("status") == "Accepted":
-            evse.gone()                  # else what outlives the transaction counts on
+            evse.gone()                  # else limits that outlive the transaction still count
 
     def _trigger_answered(self, command: Command, answer: Answer) -> None:
         """Note whether a station sends its meter values when it is asked to."""
@@ -14326,6 +14344,7 @@ class Controller:
 
     def _status(self, station: SiteStation, evse: Evse, session: ChargeSession,
                 now: float) -> str:
+        """The status of a session in REST's words."""
         if not station.online:
             return "offline"
         if station.uncontrollable:
@@ -15738,7 +15757,7 @@ class UpstreamSession:
         """Whether a start is of the next transaction at the same EVSE, by the station's words.
 
         The board may take it for the late report of an older one, where a clock was set in between:
-        the station's own times tell. Then the board, too, gives up the former.
+        the station's own times decide. Then the board, too, gives up the former.
         """
         if mapping.start_key:            # a 1.6 station
             evse_id, started = lenient(payload, "connectorId", int, 0), mapping.start_key[2]
