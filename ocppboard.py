@@ -19111,7 +19111,7 @@ def _operation(route: Route, named: dict[str, Any]) -> dict:
 HTTP_WORDS = {
     400: "Bad request", 401: "Unauthorized",
     403: "Session expired, or of another site, or of a viewer",
-    404: "Not found", 405: "Method not allowed", 409: "The station is offline",
+    404: "Not found", 405: "Method not allowed", 409: "Not possible now",
     413: "Body too large", 429: "Too many failed logins", 500: "Internal server error",
     502: "The station answered CALLERROR", 503: "Too many at a time", 504: "No answer in time"}
 
@@ -25099,14 +25099,14 @@ _CONFIGURATION_2X = {
     "DeviceDataCtrlr.ItemsPerMessage:GetVariables": "50",
     "SmartChargingCtrlr.ProfileStackLevel": str(HIGHEST_STACK_LEVEL),
     "SmartChargingCtrlr.RateUnit": "A,W", "ChargingStation.AvailabilityState": "Available",
-    "FirmwareCtrlr.Version": VERSION}
+    "FirmwareCtrlr.Version": VERSION, "SecurityCtrlr.BasicAuthPassword": ""}
 CONFIGURATION = {
     "ocpp1.6": {"HeartbeatInterval": "300", "MeterValueSampleInterval": "10",
                 "NumberOfConnectors": "1", "LocalAuthListMaxLength": "1000",
                 "SendLocalListMaxLength": "100", "GetConfigurationMaxKeys": "50",
                 "ChargeProfileMaxStackLevel": str(HIGHEST_STACK_LEVEL),
                 "ChargingScheduleAllowedChargingRateUnit": "Current,Power",
-                "MaxChargingProfilesInstalled": "20"},
+                "MaxChargingProfilesInstalled": "20", "AuthorizationKey": ""},
     "ocpp2.0.1": _CONFIGURATION_2X, "ocpp2.1": _CONFIGURATION_2X}
 UNCHANGEABLE = frozenset("""NumberOfConnectors LocalAuthListMaxLength SendLocalListMaxLength
     GetConfigurationMaxKeys ChargeProfileMaxStackLevel MaxChargingProfilesInstalled
@@ -25114,6 +25114,7 @@ UNCHANGEABLE = frozenset("""NumberOfConnectors LocalAuthListMaxLength SendLocalL
     LocalAuthListCtrlr.ItemsPerMessage DeviceDataCtrlr.ItemsPerMessage:GetVariables
     SmartChargingCtrlr.ProfileStackLevel SmartChargingCtrlr.RateUnit
     ChargingStation.AvailabilityState""".split())
+PASSWORDS = frozenset(("AuthorizationKey", "SecurityCtrlr.BasicAuthPassword"))   # never read
 _WATTS_2X = ("SmartChargingCtrlr.RateUnit", "W")
 WATTS_ONLY = {                      # the configuration that goes with FAULTS["watts"]
     "ocpp1.6": ("ChargingScheduleAllowedChargingRateUnit", "Power"),
@@ -25554,6 +25555,14 @@ class SimulatedStation:
         return min(OUTLET_MAX_A, allowed_a(self.profiles, self.clock(), outlet.number,
                                            outlet.transaction_id, began_at=outlet.started_at))
 
+    def configure(self, name: str, value: str) -> None:
+        """Change the configuration; a new password makes the station connect anew with it."""
+        if name in PASSWORDS:
+            self.password = value
+            self.plan.append(self.restart)
+        else:
+            self.configuration[name] = value
+
     def keep_profile(self, profile: dict, schedule: dict, outlet: int, profile_id: int,
                      starting: bool = False) -> dict:
         """Install a charging profile, in place of one with its id or purpose and stack level.
@@ -25949,8 +25958,9 @@ class SimulatedStation16(SimulatedStation):
 
     def on_get_configuration(self, payload: dict) -> dict:
         keys = payload.get("key") or list(self.configuration)
-        return {"configurationKey": [{"key": key, "readonly": key in UNCHANGEABLE,
-                                      "value": self.configuration[key]}
+        return {"configurationKey": [{"key": key, "readonly": key in UNCHANGEABLE}
+                                     | ({} if key in PASSWORDS else
+                                        {"value": self.configuration[key]})
                                      for key in keys if key in self.configuration],
                 "unknownKey": [key for key in keys if key not in self.configuration]}
 
@@ -25959,7 +25969,7 @@ class SimulatedStation16(SimulatedStation):
             return {"status": "NotSupported"}
         if payload["key"] in UNCHANGEABLE:
             return {"status": "Rejected"}
-        self.configuration[payload["key"]] = payload["value"]
+        self.configure(payload["key"], payload["value"])
         return {"status": "Accepted"}
 
 
@@ -26148,7 +26158,8 @@ class SimulatedStation201(SimulatedStation):
         instance = asked["variable"].get("instance", "")
         name = f"{component}.{variable}{instance and ':'}{instance}"
         if name in self.configuration:
-            return name, "Rejected" if write and name in UNCHANGEABLE else "Accepted"
+            hindered = UNCHANGEABLE if write else PASSWORDS
+            return name, "Rejected" if name in hindered else "Accepted"
         known = any(key.startswith(f"{component}.") for key in self.configuration)
         return name, "UnknownVariable" if known else "UnknownComponent"
 
@@ -26167,7 +26178,9 @@ class SimulatedStation201(SimulatedStation):
         for asked in payload["setVariableData"]:
             name, status = self.variable_status(asked, write=True)
             if status == "Accepted":
-                self.configuration[name] = asked["attributeValue"]
+                before, now = self.configuration[name], asked["attributeValue"]
+                self.configure(name, now)
+                self.notify_change(name, before, now)
             results.append({"component": asked["component"], "variable": asked["variable"],
                             "attributeStatus": status})
         return {"setVariableResult": results}
@@ -26184,8 +26197,10 @@ class SimulatedStation201(SimulatedStation):
     def report(self, payload: dict, names: Iterable[str]) -> dict:
         """Answer, and plan the NotifyReport of these variables."""
         data = [_component_and_variable(name) | {
-            "variableAttribute": [{"value": self.configuration[name], "mutability":
-                                   "ReadOnly" if name in UNCHANGEABLE else "ReadWrite"}],
+            "variableAttribute": [
+                {"mutability": "WriteOnly"} if name in PASSWORDS else
+                {"value": self.configuration[name],
+                 "mutability": "ReadOnly" if name in UNCHANGEABLE else "ReadWrite"}],
             "variableCharacteristics": {"dataType": "string", "supportsMonitoring": True}}
             for name in names]
         return self.send_report(payload, "NotifyReport", "reportData", data)
@@ -26231,6 +26246,18 @@ class SimulatedStation201(SimulatedStation):
                         "id", "value", "type", "severity")} | MONITOR_FIELDS[self.protocol]
                         | {"transaction": monitor.get("transaction", False)}]})
         return self.send_report(payload, "NotifyMonitoringReport", "monitor", data)
+
+    def notify_change(self, name: str, before: str, now: str) -> None:
+        """Plan the NotifyEvent of the monitors that a variable's change triggers (N07, N08)."""
+        events = [
+            {"eventId": id_, "timestamp": self.now(), "trigger": trigger, "actualValue": now,
+             "eventNotificationType": "CustomMonitor", "variableMonitoringId": id_,
+             "component": monitor["component"], "variable": monitor["variable"]}
+            for id_, monitor in self.monitors.items() if self.variable_status(monitor)[0] == name
+            for trigger in [_trigger(monitor, before, now)] if trigger]
+        if events:
+            self.plan.append(functools.partial(self.call, "NotifyEvent", {
+                "generatedAt": self.now(), "seqNo": 0, "tbc": False, "eventData": events}))
 
     # Its display (2.0.1 O01 to O06)
 
@@ -26310,6 +26337,19 @@ def _component_and_variable(name: str) -> dict:
     variable, _, instance = variable.partition(":")
     return {"component": {"name": component},
             "variable": {"name": variable} | ({"instance": instance} if instance else {})}
+
+
+def _trigger(monitor: dict, before: str, now: str) -> str:
+    """Alerting, where the change crosses the monitor's threshold; Delta; or ""."""
+    kind, value = monitor["type"], monitor["value"]
+    try:
+        old, new = float(before), float(now)
+    except ValueError:                                   # of a text each change counts
+        return "Delta" if kind == "Delta" and before != now else ""
+    if kind == "Delta":
+        return "Delta" if abs(new - old) >= value else ""
+    crosses = {"UpperThreshold": old <= value < new, "LowerThreshold": old >= value > new}
+    return "Alerting" if crosses.get(kind) else ""
 
 
 def _is_of(name: str, asked: dict) -> bool:

@@ -19860,6 +19860,11 @@ async def test_a_simulated_2x_station_has_a_display_monitors_and_reports(site, p
     one, other = (await command("SetVariableMonitoring", {"setMonitoringData": [monitor, odd]}))[
         "setMonitoringResult"]
     assert (one["status"], one["id"], other["status"]) == ("Accepted", 1, "UnknownComponent")
+    for value in ("600", "1", "60"):     # it was above the threshold before
+        await command("SetVariables", {"setVariableData": [variable | {"attributeValue": value}]})
+    await until(lambda: told(site, "NotifyEvent"))
+    sent, = (event["eventData"] for event in told(site, "NotifyEvent"))
+    assert [(event["trigger"], event["actualValue"]) for event in sent] == [("Alerting", "60")]
     assert await command("GetMonitoringReport", {"requestId": 3}) == accepted
     await until(lambda: told(site, "NotifyMonitoringReport"))
     reported = told(site, "NotifyMonitoringReport")[0]["monitor"][0]
@@ -19889,7 +19894,35 @@ async def test_a_simulated_2x_station_has_a_display_monitors_and_reports(site, p
     assert await command("TriggerMessage", {
         "requestedMessage": "LogStatusNotification"}) == accepted
     await until(lambda: told(site, "LogStatusNotification") == [{"status": "Idle"}])
-    assert not site.board.errors.records, site.board.errors.records[-1]
+    assert [event.kind for event in site.board.errors.records] == ["STATION_FAULT"], "the monitor"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_a_simulated_station_comes_with_its_new_password(tmp_path, protocol):
+    async with Site(state_path=str(tmp_path / "state.db")) as site:
+        _station, command = await simulated(site, protocol)
+        before, password = site.board.total_connections, "0123456789abcdef0123456789abcdef"
+        if protocol == "ocpp1.6":
+            await command("ChangeConfiguration", {"key": "AuthorizationKey", "value": password})
+        else:
+            variable = {"component": {"name": "SecurityCtrlr"},
+                        "variable": {"name": "BasicAuthPassword"}}
+            found = await command("GetVariables", {"getVariableData": [variable]})
+            assert found["getVariableResult"][0]["attributeStatus"] == "Rejected"
+            await command("SetVariables", {
+                "setVariableData": [variable | {"attributeValue": password}]})
+        await until(lambda: site.board.total_connections == before + 1)
+        await until(lambda: site.board.stations["SIM-1"].security_profile == 1)
+
+
+@pytest.mark.parametrize("kind, value, before, now, trigger", [
+    ("UpperThreshold", 5, "5", "6", "Alerting"), ("UpperThreshold", 5, "6", "7", ""),
+    ("LowerThreshold", 5, "5", "4", "Alerting"), ("LowerThreshold", 5, "4", "3", ""),
+    ("Delta", 2, "1", "3", "Delta"), ("Delta", 2, "1", "2", ""), ("Delta", 2, "a", "b", "Delta"),
+    ("Delta", 2, "a", "a", ""), ("UpperThreshold", 5, "a", "9", ""), ("Periodic", 5, "1", "9", "")])
+def test_a_monitor_is_triggered_by_a_change(kind, value, before, now, trigger):
+    assert ocppboard._trigger({"type": kind, "value": value}, before, now) == trigger
 
 
 @live()
