@@ -7301,7 +7301,8 @@ UNIT_ALIASES = {"Celcius": "Celsius", "Hertz": "Hz", "%": "Percent"}    # Celciu
 PREFIXES = {"k": 1000.0, "K": 1000.0, "m": 0.001, "M": 1e6}
 PHASE_NAMES = {name: name.removesuffix("-N") for name in (
     "L1", "L2", "L3", "N", "L1-N", "L2-N", "L3-N", "L1-L2", "L2-L3", "L3-L1")}
-# What counts of an instant: a sample of now at the outlet, else of now elsewhere, else of the end.
+# Which sample of an instant counts: a present one at the outlet, else a present one elsewhere, else
+# that of a transaction's end, else that of its begin.
 PRESENT, ELSEWHERE, ENDING, BEGINNING = 3, 2, 1, 0
 RANKS = {"transactionend": ENDING, "transactionbegin": BEGINNING}
 ASIDE = ("ev", "body", "cable")          # where flow and energy are not the outlet's
@@ -7340,24 +7341,24 @@ def _unit(unit: str, base: str) -> tuple[float, float, bool]:
 
 @dataclass(slots=True)
 class Instant:
-    """The samples of one time: {field of Reading: {phase: value}}, "" where no phase was told."""
+    """The samples of one time: {field of Reading: {phase: value}}, "" where none names a phase."""
 
-    at: float                            # as the station told it
+    at: float                            # by the station's clock
     found: dict = field(default_factory=dict)
     inlet: dict = field(default_factory=dict)        # the same, of the grid's side
     begin_wh: float | None = None        # the register at the transaction's begin
     end_wh: float | None = None          # and at its end
-    begins: bool = False                 # it tells no other register than that of the begin
+    begins: bool = False                 # its only register is that of the begin
     interval_wh: float | None = None
     _ranks: dict | None = None           # {(field, at_inlet): rank}, where they differ
 
     def add(self, name: str, phase: str, value: float, rank: int, at_inlet: bool) -> None:
-        """Take a sample. One of the begin or end of a transaction gives way to one of now."""
+        """Add a sample; one of a transaction's begin or end gives way to a present one."""
         values = self.inlet if at_inlet else self.found
         if rank is not PRESENT or self._ranks is not None:
             if self._ranks is None:
-                self._ranks = {(n, inlet): PRESENT for inlet, told in (
-                    (False, self.found), (True, self.inlet)) for n in told}
+                self._ranks = {(n, inlet): PRESENT for inlet, names in (
+                    (False, self.found), (True, self.inlet)) for n in names}
             if not self._outranks(self._ranks, name, phase, value, rank, at_inlet):
                 return
         if name in values:
@@ -7380,7 +7381,7 @@ class Instant:
         return rank >= former
 
     def finish(self) -> bool:
-        """Take the interval's energy out: it is no state of a meter. Whether anything is told."""
+        """Set the interval's energy apart: it is no state of a meter. Whether it has a sample."""
         if self._ranks:
             self.begins = self._ranks.get(("energy_wh", False)) == BEGINNING
         if "interval_wh" in self.inlet:
@@ -7392,7 +7393,7 @@ class Instant:
         return bool(self.found or self.inlet)
 
     def register_wh(self) -> float | None:
-        """The register, if it was told."""
+        """The register in Wh; None without one."""
         return _total("energy_wh", self.found["energy_wh"]) if "energy_wh" in self.found else None
 
 
@@ -7433,7 +7434,7 @@ def _time_of(meter_value: dict, now: float, quirks: list[str]) -> float:
 
 
 class Kind(NamedTuple):
-    """What the words of a sample say of its value."""
+    """What the measurand, unit, phase, context and location of a sample say of its value."""
 
     name: str                            # field of Reading; "export" for what flows out
     phase: str
@@ -7515,7 +7516,7 @@ def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
 
 
 def _odd_value(name: str, value: float, most: float) -> list[str]:
-    """The quirk of a value that is none, or flows out."""
+    """The quirk of a value that cannot be, or flows out."""
     if name == "export":
         return ["export"] if value >= most else []
     if not math.isfinite(value):
@@ -7523,12 +7524,12 @@ def _odd_value(name: str, value: float, most: float) -> list[str]:
     return ["meter_value_implausible"]   # a counter's -1 or 65535, mostly
 
 
-def _with_comma(told: Any, quirks: list[str]) -> float:
+def _with_comma(text: Any, quirks: list[str]) -> float:
     """A number with a decimal comma; NaN if it is none."""
-    if type(told) is not str or not DECIMAL_COMMA.fullmatch(told):
+    if type(text) is not str or not DECIMAL_COMMA.fullmatch(text):
         return math.nan
     quirks.append("decimal_comma")
-    return float(told.replace(",", "."))
+    return float(text.replace(",", "."))
 
 
 # --- Board --------------------------------------------------------------------------------
@@ -9749,8 +9750,8 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
            transaction_id: int | None = None) -> CallResult | CallError:
     """The answer to a Call; always exactly one, whatever the Call and whatever the handler does.
 
-    `violation` is what the schema found, where it is to be refused; `transaction_id` the one that
-    the transaction of a 1.6 StartTransaction has already.
+    A `violation` of its schema is refused. `transaction_id` is the id that the transaction of a
+    1.6 StartTransaction has already.
 
     Spec: OCPP-J 1.6 4.2; 2.0.1 part 4, 4.2.
     """
@@ -9764,7 +9765,7 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
         if handler is None:
             raise _unknown_action(board, station, protocol, call.action)
         if _has_to_wait(board, station, protocol, call.action):
-            if call.action not in NEEDS_APPROVAL:        # what it tells is a fact all the same
+            if call.action not in NEEDS_APPROVAL:        # what it reports is recorded all the same
                 with contextlib.suppress(BoardError):
                     handler(board, station, call.payload)
             raise SecurityError("This station is not approved yet")
@@ -9785,7 +9786,7 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
 
 
 def _has_to_wait(board: Board, station: Station, protocol: str, action: str) -> bool:
-    """Whether a Call comes before its time (2.0.1 B02.FR.09, B03)."""
+    """Whether a Call must wait until the station is approved (2.0.1 B02.FR.09, B03)."""
     if action == "BootNotification" or action in station.asked:
         return False
     if action in NEEDS_APPROVAL and not board.is_approved(station.identity):
@@ -9795,7 +9796,7 @@ def _has_to_wait(board: Board, station: Station, protocol: str, action: str) -> 
 
 
 def refusal(protocol: str, id_text: str, error: BoardError) -> CallError:
-    """The CALLERROR that tells a station of an error."""
+    """The CALLERROR for an error."""
     return CallError(id_text, error_code(protocol, error.ocpp_code), kept(error), {}, "{}")
 
 
@@ -9810,18 +9811,18 @@ def _unknown_action(board: Board, station: Station, protocol: str, action: str) 
 
 
 def on_boot_notification(board: Board, station: Station, payload: dict) -> dict:
-    """1.6 4.2; 2.0.1 B01, B02 (Pending). Nothing of it is worth to keep a station out."""
+    """1.6 4.2; 2.0.1 B01, B02 (Pending). No fault in it keeps a station out."""
     board.booted(station, _station_info(payload),
                  status := "Accepted" if board.is_approved(station.identity) else "Pending")
     interval = board.config.ocpp.heartbeat_interval_seconds
     station.heartbeat_s = interval if status == "Accepted" else min(interval, PENDING_RETRY_S)
-    told = {"status": status, "currentTime": _time_for(board, station),
-            "interval": station.heartbeat_s}
-    return {name: told[name] for name in BOOT_ANSWER[station.protocol]}
+    fields = {"status": status, "currentTime": _time_for(board, station),
+              "interval": station.heartbeat_s}
+    return {name: fields[name] for name in BOOT_ANSWER[station.protocol]}
 
 
 PENDING_RETRY_S = 60                 # how soon a station that waits for approval asks again
-INFO_FIELDS = {                      # ours: as 1.6 and 2.x call it
+INFO_FIELDS = {                      # {our name: those of 1.6 and 2.x}
     "vendor": ("chargePointVendor", "vendorName"), "model": ("chargePointModel", "model"),
     "serial": ("chargePointSerialNumber", "chargeBoxSerialNumber", "serialNumber"),
     "firmware": ("firmwareVersion",), "iccid": ("iccid",), "imsi": ("imsi",),
@@ -9850,8 +9851,8 @@ def _time_for(board: Board, station: Station) -> str:
     return wire_time(board.clock())
 
 
-def meant(board: Board, station: Station, word: str, words: frozenset) -> str:
-    """A word of the standard that was written in another case, as the standard writes it."""
+def standard_word(board: Board, station: Station, word: str, words: frozenset) -> str:
+    """A word as the standard writes it, where a station writes it in another case."""
     if word in words:
         return word
     standard = next((w for w in words if w.lower() == word.strip().lower()), None)
@@ -9861,7 +9862,7 @@ def meant(board: Board, station: Station, word: str, words: frozenset) -> str:
     return standard
 
 
-def _told_time(board: Board, station: Station, payload: dict) -> float | None:
+def _reported_time(board: Board, station: Station, payload: dict) -> float | None:
     """The payload's timestamp in UTC seconds; None, and a quirk, if it cannot be read."""
     text = payload.get("timestamp")
     if text is None:
@@ -9873,7 +9874,7 @@ def _told_time(board: Board, station: Station, payload: dict) -> float | None:
         return None
     if not zoned:
         board.quirk(station, "time_without_zone")
-    if payload.get("offline") is not True:               # 2.x: it happened when we were away
+    if payload.get("offline") is not True:               # 2.x: from before the connection
         board.clock_reported(station, when)
     return when
 
@@ -9885,7 +9886,7 @@ def on_authorize_16(board: Board, station: Station, payload: dict) -> dict:
 
 def _id_tag_info(board: Board, station: Station, id_tag: str, evse_id: int = 0,
                  starts: bool = False) -> dict:
-    """Whether an idTag may charge there (1.6 7.27)."""
+    """Whether an idTag may charge at an EVSE (1.6 7.27)."""
     return id_tag_info(station.protocol, board.grant(station, id_tag, "", evse_id, starts))
 
 
@@ -9911,10 +9912,7 @@ def on_authorize(board: Board, station: Station, payload: dict) -> dict:
 
 def _id_token_info(board: Board, station: Station, id_token: dict, evse_id: int = 0,
                    starts: bool = False) -> dict:
-    """Whether an IdToken may charge there.
-
-    Type NoAuthorization, a start button, has none (2.0.1 C02).
-    """
+    """Whether an IdToken may charge at an EVSE; a start button's, NoAuthorization, may (C02)."""
     if id_token.get("type") == "NoAuthorization" and board.is_approved(station.identity):
         return {"status": "Accepted"}
     grant = board.grant(station, lenient(id_token, "idToken", str, ""),
@@ -9944,7 +9942,7 @@ def on_status_notification_16(board: Board, station: Station, payload: dict) -> 
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
     board.connector_status(
         station, evse_id, connector_id, _status(board, station, payload),
-        _told_time(board, station, payload),
+        _reported_time(board, station, payload),
         error_code=kept(payload.get("errorCode") or "NoError", 64),
         vendor_error_code=_text_or_none(payload.get("vendorErrorCode")),
         info=_text_or_none(payload.get("info")))
@@ -9954,11 +9952,11 @@ def on_status_notification_16(board: Board, station: Station, payload: dict) -> 
 def _status(board: Board, station: Station, payload: dict) -> str:
     """The status of a connector, in either version's field."""
     status = payload.get("status") or payload.get("connectorStatus") or "Unknown"
-    return meant(board, station, kept(status, 64), STATUSES[station.protocol])
+    return standard_word(board, station, kept(status, 64), STATUSES[station.protocol])
 
 
 def _text_or_none(value: Any) -> str | None:
-    """A text of the station; the texts for nothing are none."""
+    """A text of the station, without secrets; None for the texts that stand for nothing."""
     return None if value in (None, "", "null", "NULL", "None") else hide_in_text(kept(value))
 
 
@@ -9966,7 +9964,7 @@ def on_status_notification(board: Board, station: Station, payload: dict) -> dic
     """2.0.1 G01."""
     evse_id, connector_id = required(payload, "evseId", int), required(payload, "connectorId", int)
     board.connector_status(station, evse_id, connector_id, _status(board, station, payload),
-                           _told_time(board, station, payload))
+                           _reported_time(board, station, payload))
     return {}
 
 
@@ -9985,8 +9983,8 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
                          transaction_id: int) -> Transaction | None:
     """The transaction that a meter value belongs to.
 
-    One that runs since before our time is adopted by its id, where its connector may be charging
-    and we know of none: some chargers send a constant, or the id of one that has ended.
+    A transaction from before our time is adopted by its id, if its connector may be charging and
+    has no transaction: some chargers send a constant, or the id of a transaction that has ended.
     """
     known = board.transaction(station, transaction_id)
     connector = station.connectors.get((evse_id, connector_id))
@@ -10006,13 +10004,13 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
 
 
 def _may_be_charging(connector: Connector) -> bool:
-    """Whether a transaction may run there that we have not heard of."""
+    """Whether a transaction that we do not know may run at a connector."""
     if connector.status is None:
         return connector.released_mono == -math.inf
     return connector.status in CHARGING and connector.status_mono > connector.released_mono
 
 
-CONSTANT_IDS = frozenset((2**31 - 1, 2**32 - 1, 2**63 - 1))     # what nothing was ever called
+CONSTANT_IDS = frozenset((2**31 - 1, 2**32 - 1, 2**63 - 1))     # placeholders, never ids
 
 
 def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
@@ -10059,14 +10057,14 @@ def _read_meter(board: Board, station: Station, evse_id: int, connector_id: int,
 
 def on_start_transaction(board: Board, station: Station, payload: dict,
                          transaction_id: int | None = None) -> dict:
-    """1.6 4.8. The transaction gets an id whatever the id token is worth: it runs already.
+    """1.6 4.8. The transaction gets an id even if its id token is refused: it runs already.
 
-    `transaction_id` is the one that upstream gave it, or that upstream was told of.
+    `transaction_id` is the id that it has upstream.
     """
     evse_id, connector_id = evse_of_16(required(payload, "connectorId", int))
     id_tag = _id_tag(board, station, payload)
-    meter_start = _told_register(board, station, payload, "meterStart")
-    started_at = _told_time(board, station, payload)
+    meter_start = _reported_register(board, station, payload, "meterStart")
+    started_at = _reported_time(board, station, payload)
     readable = started_at is not None
     start_key = (evse_id, id_tag, started_at if readable else kept(payload.get("timestamp")),
                  meter_start)
@@ -10086,16 +10084,16 @@ def on_start_transaction(board: Board, station: Station, payload: dict,
 
 def _same_start_restamped(board: Board, station: Station, evse_id: int,
                           start_key: tuple) -> Transaction | None:
-    """The transaction that just began there alike, but for its time: some stamp each repetition."""
+    """The transaction that a StartTransaction with a new timestamp repeats, as some stations do."""
     connector = station.connectors.get((evse_id, min(evse_id, 1)))
-    there = connector.transaction if connector else None
-    alike = there is not None and there.start_key is not None and there.reading is None and (
-        (*there.start_key[:2], there.start_key[3]) == (*start_key[:2], start_key[3])) and (
-        board.mono() - there.started_mono <= RESUMED_S)
-    return there if alike else None
+    running = connector.transaction if connector else None
+    if running is None or running.start_key is None or running.reading is not None:
+        return None
+    is_same = (*running.start_key[:2], running.start_key[3]) == (*start_key[:2], start_key[3])
+    return running if is_same and board.mono() - running.started_mono <= RESUMED_S else None
 
 
-def _told_register(board: Board, station: Station, payload: dict, key: str) -> float | None:
+def _reported_register(board: Board, station: Station, payload: dict, key: str) -> float | None:
     """meterStart or meterStop."""
     if type(payload.get(key)) is str:
         board.quirk(station, "number_as_text")
@@ -10103,24 +10101,24 @@ def _told_register(board: Board, station: Station, payload: dict, key: str) -> f
 
 
 def _free_transaction_id(board: Board, station: Station) -> int:
-    """An id that this station has not used either (it may have told us one that we adopted)."""
+    """A new id; the station may have used some of its own, which we adopted."""
     while board.transaction(station, number := board.new_transaction_id()):
         pass
     return number
 
 
 def on_stop_transaction(board: Board, station: Station, payload: dict) -> dict:
-    """1.6 4.10. A stop of an unknown transaction is kept as an orphan, unless it is clear which
-    one is meant.
+    """1.6 4.10. A stop of an unknown transaction ends the running one where that is beyond doubt;
+    else it is kept as an orphan.
 
-    Raises: MissingField, WrongType (no transactionId that can be read, and it is not clear).
+    Raises: MissingField, WrongType (of a transactionId that the orphan needs).
     """
     transaction_id = lenient(payload, "transactionId", int)
-    meter_stop = _told_register(board, station, payload, "meterStop")
+    meter_stop = _reported_register(board, station, payload, "meterStop")
     id_tag = lenient(payload, "idTag", str)
     # "MAY only be omitted when the Reason is Local" (1.6 6.49)
     reason = kept(payload.get("reason") or "Local", 64)
-    stopped_at = _told_time(board, station, payload)
+    stopped_at = _reported_time(board, station, payload)
     stop_key = (stopped_at, meter_stop)
     transaction = board.transaction(station, transaction_id)
     if transaction is None or (transaction.status == "orphan" and transaction.stop_key != stop_key):
@@ -10168,7 +10166,7 @@ def _stopped_by_unknown_id(board: Board, station: Station, id_tag: str | None,
 
 @dataclass(slots=True)
 class TransactionEvent:
-    """A TransactionEvent of a 2.x station, but for what its meter and its charging state are."""
+    """A TransactionEvent of a 2.x station, without its meter values and charging state."""
 
     transaction_id: str
     kind: str                            # Started | Updated | Ended
@@ -10189,7 +10187,7 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
     instants = _read_event_meter(board, station, transaction, event, payload, not_before_mono)
     state = lenient(payload, "transactionInfo.chargingState", str)
     if state and is_newest and transaction.status == "active":
-        board.charging_state(transaction, meant(board, station, state, CHARGING_STATES),
+        board.charging_state(transaction, standard_word(board, station, state, CHARGING_STATES),
                              max(event.at_mono, not_before_mono))
     # The id token of a stop, often another one, is not who charged.
     board.transaction_updated(
@@ -10205,8 +10203,8 @@ def on_transaction_event(board: Board, station: Station, payload: dict) -> dict:
 def _read_event(board: Board, station: Station, payload: dict) -> TransactionEvent:
     info = required(payload, "transactionInfo", dict)
     transaction_id = kept(required(info, "transactionId", str), 64)
-    kind = meant(board, station, required(payload, "eventType", str), EVENT_TYPES)
-    at, id_token = _told_time(board, station, payload), lenient(payload, "idToken", dict)
+    kind = standard_word(board, station, required(payload, "eventType", str), EVENT_TYPES)
+    at, id_token = _reported_time(board, station, payload), lenient(payload, "idToken", dict)
     return TransactionEvent(
         transaction_id, kind, at, board.mono_of(station, at),
         _shown_token(id_token) if id_token else None,
@@ -10295,9 +10293,9 @@ def _shown_token(id_token: dict) -> str | None:
 
 
 def _likely_evse(station: Station) -> int:
-    """Where a transaction is that began before us: only its first event has to tell (2.0.1 E01).
+    """The EVSE of a transaction that began before us: only its first event must name it (E01).
 
-    At the only EVSE, or the only one with a car and no transaction; 0 where that is not clear.
+    The only EVSE, or the only one with a car and no transaction; 0 where that is not clear.
     """
     evses: dict[int, list] = {}
     for (evse_id, _), connector in station.connectors.items():
@@ -10328,9 +10326,8 @@ def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
         place = evse_id, _likely_connector(station, evse_id, connector_id)
         status = lenient(event, "actualValue", str, "")
         if names[0] == "Connector" and names[2] == "AvailabilityState" and status:
-            board.connector_status(station, *place,
-                                   meant(board, station, status, STATUSES[station.protocol]),
-                                   _told_time(board, station, event))
+            status = standard_word(board, station, status, STATUSES[station.protocol])
+            board.connector_status(station, *place, status, _reported_time(board, station, event))
         elif names[0] and (names[0], names[2]) not in AVAILABILITY:
             _read_alert(board, station, place, connector_id,
                         kept(" ".join(filter(None, names)), 100), event)
@@ -10339,21 +10336,21 @@ def on_notify_event(board: Board, station: Station, payload: dict) -> dict:
 
 def _read_alert(board: Board, station: Station, place: tuple[int, int], connector_id: int | None,
                 name: str, event: dict) -> None:
-    """An event that may say that something is wrong, or not any more."""
-    told, when = lenient(event, "actualValue", str, ""), _told_time(board, station, event)
-    if event.get("cleared") is True or told.lower() == "false":
+    """Record an alert of an event, or its end."""
+    value, when = lenient(event, "actualValue", str, ""), _reported_time(board, station, event)
+    trigger = lenient(event, "trigger", str, "")
+    if event.get("cleared") is True or value.lower() == "false":
         board.alert_over(station, place[0], connector_id, name, when)
-    elif meant(board, station, lenient(event, "trigger", str, ""),
-               EVENT_TRIGGERS) == "Alerting":
-        told = HIDDEN if _SECRET_WORD.search(name) else "" if told.lower() == "true" else told
-        words = (told, lenient(event, "techCode", str), lenient(event, "techInfo", str))
+    elif standard_word(board, station, trigger, EVENT_TRIGGERS) == "Alerting":
+        value = HIDDEN if _SECRET_WORD.search(name) else "" if value.lower() == "true" else value
+        words = (value, lenient(event, "techCode", str), lenient(event, "techInfo", str))
         board.connector_alert(station, *place, name,
                               kept(hide_in_text(", ".join(filter(None, words))) or "reported"),
                               when)
 
 
 def on_notify_report(board: Board, station: Station, payload: dict) -> dict:
-    """2.0.1 B07, B08. What limits commands is remembered."""
+    """2.0.1 B07, B08. Variables that limit commands are remembered."""
     entries = lenient(payload, "reportData", list, [])
     board.limits_reported(station, limits_in(
         (entry, value) for entry in entries if isinstance(entry, dict)
@@ -10364,7 +10361,7 @@ def on_notify_report(board: Board, station: Station, payload: dict) -> dict:
 
 
 def on_report_charging_profiles(board: Board, station: Station, payload: dict) -> dict:
-    """2.0.1 K09. Those that are known are not to be sent once more under another id."""
+    """2.0.1 K09. A known profile is not sent again under another id."""
     evse_id = lenient(payload, "evseId", int, 0)
     for profile in _dicts(payload.get("chargingProfile")):
         with contextlib.suppress(FormatViolation):
@@ -10386,7 +10383,7 @@ def on_security_event_notification(board: Board, station: Station, payload: dict
     """1.6 security extension A04; 2.0.1 A04."""
     kind = kept(required(payload, "type", str), 64)
     tech_info = _text_or_none(payload.get("techInfo"))
-    _told_time(board, station, payload)
+    _reported_time(board, station, payload)
     board.security_event("ANOMALY", station.identity, f"The station reports {kind}",
                          EVENT_SEVERITY.get(kind, "medium"),
                          {"ip": station.remote_address, "type": kind, "techInfo": tech_info})
@@ -10405,10 +10402,10 @@ def on_get_certificate_chain_status(board: Board, station: Station, payload: dic
          "status": "Failed", "nextUpdate": wire_time(board.clock())} for request in requests]}
 
 
-def _hash_data(told: dict) -> dict:
-    """The same CertificateHashData, but nothing beyond what the standard gives it."""
+def _hash_data(received: dict) -> dict:
+    """CertificateHashData to send back: only the fields of the standard, in their lengths."""
     longest = {"hashAlgorithm": 6, "issuerNameHash": 128, "issuerKeyHash": 128, "serialNumber": 40}
-    data = {name: required(told, name, str) for name in longest}
+    data = {name: required(received, name, str) for name in longest}
     if data["hashAlgorithm"] not in ("SHA256", "SHA384", "SHA512") or any(
             len(data[name]) > length for name, length in longest.items()):
         raise WrongValue("certificateHashData is not what the standard allows")
@@ -10432,12 +10429,12 @@ def _progress(name: str) -> Callable:
 
 
 def _constant(**answer: str) -> Callable:
-    """A handler for what is on record already and has but one answer from us."""
+    """A handler that always answers the same; the message is on record already."""
     return lambda board, station, payload: dict(answer)
 
 
 def _car_needs(without_limit: str) -> Callable:
-    """A handler for what a car needs: where the limits are ours, one by it follows (K15.FR.03)."""
+    """A handler of NotifyEVChargingNeeds: smart charging answers with a limit (K15.FR.03)."""
     def on_car_needs(board: Board, station: Station, payload: dict) -> dict:
         follows = board.power is not None and board.power.car_needs(station, payload)
         return {"status": "Processing" if follows else without_limit}
@@ -10445,7 +10442,7 @@ def _car_needs(without_limit: str) -> Callable:
 
 
 def on_notify_ev_charging_schedule(board: Board, station: Station, payload: dict) -> dict:
-    """K15.FR.10, K15.FR.11: what a car plans is within its limit, or it is sent again."""
+    """2.0.1 K15.FR.10, K15.FR.11. The limit is sent again to a car that plans to exceed it."""
     fits = board.power is None or board.power.car_schedule(station, payload)
     return {"status": "Accepted" if fits else "Rejected"}
 
@@ -10457,15 +10454,15 @@ def on_sign_certificate_16(board: Board, station: Station, payload: dict) -> dic
 
 def on_sign_certificate(board: Board, station: Station, payload: dict) -> dict:
     """2.0.1 A02; the certificate comes by CertificateSigned, with the type (A02.FR.14)."""
-    told = {"certificateType": optional(payload, "certificateType", str),
-            "requestId": optional(payload, "requestId", int)}
-    return _sign_certificate(board, station, payload, USES.get(told["certificateType"] or ""),
-                             {name: value for name, value in told.items() if value is not None})
+    returned = {"certificateType": optional(payload, "certificateType", str),
+                "requestId": optional(payload, "requestId", int)}
+    return _sign_certificate(board, station, payload, USES.get(returned["certificateType"] or ""),
+                             {name: value for name, value in returned.items() if value is not None})
 
 
 def _sign_certificate(board: Board, station: Station, payload: dict, uses: str | None,
-                      told: dict) -> dict:
-    """Whether a request is signed; `told` goes back to the station with the certificate."""
+                      returned: dict) -> dict:
+    """Whether a request is signed; `returned` goes to the station with the certificate."""
     text = required(payload, "csr", str)
     if board.sign is None:               # we are no certificate authority
         return {"status": "Rejected"}
@@ -10480,7 +10477,7 @@ def _sign_certificate(board: Board, station: Station, payload: dict, uses: str |
         if request.names != (name,):
             raise ValueError(f"it is for {' and '.join(map(kept, request.names)) or 'nobody'}, "
                              f"not for {name}")
-        board.sign(station, request, uses, told)
+        board.sign(station, request, uses, returned)
     except (ValueError, Busy) as error:
         board.security_event("POLICY_REJECTION", station.identity,
                              f"A certificate request was refused: {kept(error)}", "medium",
@@ -11132,8 +11129,8 @@ class StationConnection:
             raise CallFailed(message.code, message.description, message.details)
         payload, status = message.payload, message.payload.get("status")
         if type(status) is str and status not in ANSWER_STATUSES:
-            payload = payload | {"status": meant(self.board, self.station, status,
-                                                 ANSWER_STATUSES)}
+            status = standard_word(self.board, self.station, status, ANSWER_STATUSES)
+            payload = payload | {"status": status}
         return payload, (pending.record and pending.record.response_ms) or 0.0
 
     async def pass_command(self, call: Call, frame: str) -> tuple[CallResult | CallError, str]:
