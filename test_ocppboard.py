@@ -3283,7 +3283,7 @@ def test_what_is_made_from_a_schema_fits_it(version):
     ("ocpp2.1", "Heartbeat", "Response", {}, "currentTime"),
     ("ocpp2.1", "StartTransaction", "Request", {}, "ocpp2.1 has no StartTransaction"),
 ])
-def test_what_does_not_fit_its_schema_is_told(version, action, part, payload, words):
+def test_what_does_not_fit_its_schema_is_named(version, action, part, payload, words):
     assert words in misfit(version, action, part, payload)
 
 
@@ -3420,7 +3420,7 @@ def test_all_that_the_schemas_allow_is_translated(direction, caller, other, acti
 
 
 @every_case
-def test_a_call_that_fails_is_told_or_got_over(direction, caller, other, action):
+def test_a_call_that_fails_is_reported_or_got_over(direction, caller, other, action):
     for failing, failure in itertools.product((range(1), range(1, 2), range(100)),
                                               (UNABLE, BROKEN)):
         answers = failing_at(failing, failure, other)
@@ -3891,7 +3891,7 @@ def event_2x(kind, trigger="Authorized", state="Charging", **more):
 
 
 @pytest.mark.parametrize("upstream", ["ocpp2.0.1", "ocpp2.1"])
-def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
+def test_events_of_a_transaction_are_counted_also_when_repeated(upstream):
     translator = translator_of("up", "ocpp1.6", upstream)
     numbers = []
 
@@ -3910,7 +3910,7 @@ def test_events_of_a_transaction_are_counted_also_when_told_again(upstream):
     assert numbers == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_stop_that_upstream_could_not_take_is_told_again():
+def test_a_stop_that_upstream_refused_is_repeated():
     translator = translator_of("up", "ocpp2.0.1", "ocpp1.6")
     carry(translator.up(*event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
           answers(StartTransaction={"transactionId": 4}))
@@ -3930,7 +3930,7 @@ def test_a_profile_of_no_transaction_gets_none_while_upstream_has_not_named_one(
         ("SetChargingProfile", profile)]
 
 
-def test_a_fault_that_upstream_cannot_be_told_does_not_keep_the_status_from_it():
+def test_a_fault_that_upstream_refuses_does_not_keep_the_status_from_it():
     translator = translator_of("up", "ocpp1.6", "ocpp2.0.1")
     started_16(translator)
     calls, answered = carry(translator.up(*status_16("SuspendedEV", errorCode="WeakSignal")),
@@ -4718,12 +4718,12 @@ def test_an_approval_is_for_good(tmp_path):
 
 
 def test_id_tokens_of_the_board_go_before_the_configuration_over_a_restart(tmp_path):
-    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    defaults = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
     bench = KeptBench(tmp_path, id_tokens={"A": {"name": "Ada"}, "B": {}, "C": {}})
     board = bench.board
-    board.set_token("b", told | {"status": "Blocked", "expires": "2027-01-31"})
-    board.set_token("LEARNT", told | {"group": "G", "master": True, "stations": ["CP-1"]})
-    board.set_token("GONE", told)
+    board.set_token("b", defaults | {"status": "Blocked", "expires": "2027-01-31"})
+    board.set_token("LEARNT", defaults | {"group": "G", "master": True, "stations": ["CP-1"]})
+    board.set_token("GONE", defaults)
     board.remove_token(board.tokens["gone"])
     with pytest.raises(ocppboard.Conflict):
         board.remove_token(board.tokens["a"])
@@ -5457,7 +5457,7 @@ def test_the_answer_to_the_end_tells_what_it_cost(protocol):
     assert (bench.transaction()["cost"], bench.transaction()["currency"]) == (2.3, "CHF")
 
 
-def test_without_a_tariff_or_a_start_no_cost_is_told():
+def test_without_a_tariff_or_a_start_no_cost_is_sent():
     bench = Bench("ocpp2.0.1")
     bench.call(*cost_event("Started", 0))
     assert bench.call(*cost_event("Ended", 1000)) == {} and bench.transaction()["cost"] is None
@@ -5712,7 +5712,7 @@ def connector_view(bench, number=0):
 
 
 @pytest.mark.parametrize("stop_first", [True, False])
-def test_a_charging_told_of_afterwards_does_not_end_the_one_that_runs(stop_first):
+def test_a_charging_reported_afterwards_does_not_end_the_running_transaction(stop_first):
     bench = Bench()
     running = start_16(bench, meterStart=5000)
     bench.call("MeterValues", meter_16(1, running, energy=5600, power=7000))
@@ -5729,7 +5729,7 @@ def test_a_charging_told_of_afterwards_does_not_end_the_one_that_runs(stop_first
     assert found(bench)[running] == ("active", 900)
 
 
-def test_a_2x_charging_told_of_afterwards_does_not_end_the_one_that_runs():
+def test_a_2x_charging_reported_afterwards_does_not_end_the_running_transaction():
     bench = Bench("ocpp2.0.1")
     place = {"evse": {"id": 1, "connectorId": 1}}
     tell_event(bench, "Started", 5, NOW - 60, 9000, power=7000, state="Charging", id_="NOW",
@@ -5914,7 +5914,7 @@ class TwoClocks(Bench):
 
 
 @pytest.mark.parametrize("jump", [-3600, 3600, -2 * 86400, 2 * 86400, -3])
-def test_a_jump_of_the_boards_clock_is_told_and_disturbs_nothing(jump):
+def test_a_jump_of_the_boards_clock_is_an_event_and_disturbs_nothing(jump):
     bench = TwoClocks()
     started = start_16(bench, meterStart=1000)
     bench.run(60)
@@ -6070,12 +6070,12 @@ def test_available_alone_ends_no_2x_transaction(protocol):
 
 
 @pytest.mark.parametrize("status_first", [True, False])
-def test_where_only_the_evse_is_told_the_connector_in_use_is_meant(status_first):
+def test_where_only_the_evse_is_named_the_connector_in_use_is_meant(status_first):
     bench = Bench("ocpp2.0.1")
-    told = [lambda: (says_2x(bench, "Available", 1, 1), says_2x(bench, "Occupied", 1, 2)),
-            lambda: tell_event(bench, "Started", 0, NOW, 1000, evse={"id": 1})]
-    for tell in told if status_first else reversed(told):
-        tell()
+    calls = [lambda: (says_2x(bench, "Available", 1, 1), says_2x(bench, "Occupied", 1, 2)),
+             lambda: tell_event(bench, "Started", 0, NOW, 1000, evse={"id": 1})]
+    for call in calls if status_first else reversed(calls):
+        call()
     assert (bench.transaction()["evse"], bench.transaction()["connector"]) == (1, 2)
     assert bench.station.connectors[1, 1].transaction is None
     bench.call("MeterValues", {"evseId": 1, "meterValue": [{
@@ -6178,15 +6178,15 @@ def test_registers_of_two_bases_are_not_one_register(session_first, start):
     id_ = start_16(bench, meterStart=start)
     for minute in range(1, 4):
         bench.clock.now += 60
-        told = [meter_16(1, id_, 100 * minute, at=bench.clock.now),
-                meter_16(1, None, 1_230_000 + 100 * minute, at=bench.clock.now)]
-        for payload in told if session_first else reversed(told):
+        payloads = [meter_16(1, id_, 100 * minute, at=bench.clock.now),
+                    meter_16(1, None, 1_230_000 + 100 * minute, at=bench.clock.now)]
+        for payload in payloads if session_first else reversed(payloads):
             bench.call("MeterValues", payload)
         assert bench.transaction()["energyWh"] <= 100 * minute
     assert bench.transaction()["energyWh"] == 300
 
 
-def test_what_the_inlet_tells_is_shown_apart():
+def test_what_the_inlet_measures_is_shown_apart():
     bench = Bench()
     id_ = start_16(bench, meterStart=1000)
     inlet = [sample("67230012", context="Sample.Clock", location="Inlet"),
@@ -6209,7 +6209,7 @@ def test_what_the_inlet_tells_is_shown_apart():
     assert connector_view(bench)["meter"] is None and connector_view(bench)["inlet"]
 
 
-def test_an_interval_that_is_told_again_counts_once():
+def test_an_interval_that_is_repeated_counts_once():
     bench = Bench()
     id_ = start_16(bench, meterStart=0)
     for at in (60, 120, 120, 60, 183, 183):          # the last one ahead of its time
@@ -6220,7 +6220,7 @@ def test_an_interval_that_is_told_again_counts_once():
 
 
 @st.composite
-def told_charging(draw):
+def reported_charging(draw):
     """(registers by minute, in what order the messages come, some of them not or twice)."""
     steps = draw(st.lists(st.integers(0, 700), min_size=1, max_size=8))
     registers = list(itertools.accumulate(steps, initial=draw(st.integers(0, 2_000_000))))
@@ -6229,10 +6229,10 @@ def told_charging(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(told=told_charging())
-def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow(told):
+@given(reported=reported_charging())
+def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow(reported):
     """16: the StartTransaction comes first, for its answer is needed; all else as it likes."""
-    registers, order = told
+    registers, order = reported
     for v16 in (True, False):
         bench = Bench("ocpp1.6" if v16 else "ocpp2.0.1")
         bench.clock.now = end = NOW + 60 * len(registers)
@@ -6298,7 +6298,7 @@ def test_a_state_that_ends_the_flow_ends_it_until_a_later_reading(protocol, stat
     assert read(7000, NOW + 120) == 7000
     if v16:
         says_16(bench, state, at=NOW + 120)
-    assert bench.transaction()["powerW"] == 7000, "told again, it is no change"
+    assert bench.transaction()["powerW"] == 7000, "repeated, it is no change"
 
 
 def test_the_state_of_a_fault_hides_no_power():
@@ -6342,7 +6342,8 @@ def currents(*messages, protocol="ocpp1.6", phases=3):
     bench = Bench(protocol)
     for meter_values in messages:
         bench.call("MeterValues", {"connectorId": 1, "meterValue": [
-            {"timestamp": ocppboard.iso(NOW), "sampledValue": one} for one in meter_values]})
+            {"timestamp": ocppboard.iso(NOW), "sampledValue": samples}
+            for samples in meter_values]})
     reading = bench.station.connectors[1, 1].reading
     return reading.current_a, reading.flow(phases, 230.0)[0], reading.view()["derived"]
 
@@ -6364,7 +6365,7 @@ def by_phase(measurand, *values):
     ([sample("11000", POWER), *by_phase(CURRENT, 16, 0, 0)], {"L1": 16, "L2": 0, "L3": 0},
      [16, 0, 0], []),
 ])
-def test_currents_of_phases_that_only_power_tells_are_worked_out(samples, shown, flow, derived):
+def test_currents_of_phases_that_only_have_a_power_are_worked_out(samples, shown, flow, derived):
     assert currents([samples]) == (shown, pytest.approx(flow), derived)
 
 
@@ -6373,16 +6374,16 @@ def test_currents_of_phases_that_only_power_tells_are_worked_out(samples, shown,
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_phases_of_one_instant_are_merged(measurand, apart, order):
     samples = by_phase(measurand, *((10, 11, 12) if measurand == CURRENT else (2300, 2530, 2760)))
-    told = [[samples[n]] for n in order]
-    shown, flow, _ = currents(*([told] if apart == "elements" else [[one] for one in told]))
+    values = [[samples[n]] for n in order]
+    shown, flow, _ = currents(*([values] if apart == "elements" else [[value] for value in values]))
     assert shown == {"L1": 10, "L2": 11, "L3": 12} and flow == [10, 11, 12]
 
 
 def test_power_by_phase_is_summed_over_messages_of_one_instant():
     bench = Bench()
-    for one in by_phase(POWER, 1000, 2000, 3000):
+    for power in by_phase(POWER, 1000, 2000, 3000):
         bench.call("MeterValues", {"connectorId": 1, "meterValue": [
-            {"timestamp": ocppboard.iso(NOW), "sampledValue": [one]}]})
+            {"timestamp": ocppboard.iso(NOW), "sampledValue": [power]}]})
     assert connector_view(bench)["meter"]["powerW"] == 6000
 
 
@@ -6416,7 +6417,7 @@ def test_export_while_charging_is_a_quirk(protocol, odd, amps, enough):
 
 @pytest.mark.parametrize("info, shown", [("null", None), (None, None), ("", None), ("hot", "hot")])
 @pytest.mark.parametrize("status", ["Faulted", "Charging", "Available", "Unavailable"])
-def test_the_cause_is_told_with_every_status(status, info, shown):
+def test_the_cause_is_shown_with_every_status(status, info, shown):
     bench = Bench()
     says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
     view = connector_view(bench)
@@ -6425,7 +6426,7 @@ def test_the_cause_is_told_with_every_status(status, info, shown):
     fault, = bench.board.errors.records
     assert fault.kind == "STATION_FAULT" and "E 42" in fault.message
     says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
-    assert len(bench.board.errors) == 1, "the same is told once"
+    assert len(bench.board.errors) == 1, "a repeated fault is one error"
     says_16(bench, "Available", vendorErrorCode="0x0000", info="OK")
     assert len(bench.board.errors) == 1
 
@@ -6631,7 +6632,7 @@ def test_a_measured_power_does_not_outlive_the_currents_that_come_after_it():
     assert bench.transaction()["meter"]["quality"] == "derived"
 
 
-def test_phases_told_a_moment_apart_are_one_instant_and_a_stuck_clock_makes_none():
+def test_phases_sent_a_moment_apart_are_one_instant_and_a_stuck_clock_makes_none():
     bench = Bench()
     for n in (1, 2, 3):
         bench.clock.now += 0.3
@@ -6736,7 +6737,7 @@ def test_what_is_over_ends_no_other_alert(first, second):
     assert len(names) == 1 and ", " not in names[0]
 
 
-def test_an_alert_told_again_after_it_was_over_is_over():
+def test_an_alert_repeated_after_it_was_over_is_over():
     bench = Bench("ocpp2.0.1")
     alert(bench, timestamp="2026-09-21T13:32:20Z")
     alert(bench, cleared=True)
@@ -6745,7 +6746,7 @@ def test_an_alert_told_again_after_it_was_over_is_over():
 
 
 @pytest.mark.parametrize("protocol", ["ocpp1.6", "ocpp2.0.1"])
-def test_a_station_without_a_clock_is_heard(protocol):
+def test_a_station_without_a_clock_is_understood(protocol):
     bench = Bench(protocol)
     says = says_16 if protocol == "ocpp1.6" else says_2x
     says(bench, "Charging" if protocol == "ocpp1.6" else "Occupied", at=NOW)
@@ -7084,7 +7085,7 @@ def test_a_late_reading_of_what_has_ended_is_no_live_one():
     assert (view["energyWh"], view["powerW"], view["status"]) == (900, 0, "stopped")
 
 
-def test_where_a_2x_transaction_is_may_be_told_later():
+def test_where_a_2x_transaction_is_may_be_reported_later():
     bench = Bench("ocpp2.0.1")
     bench.call("TransactionEvent", event("Started", 0))
     assert bench.transaction()["evse"] == 0
@@ -7275,8 +7276,8 @@ def test_a_certificate_request_of_a_known_station_for_itself_is_accepted(
     if reason:
         assert not signed and len(events) == 1 and reason in events[0].message
         return
-    (station, request, uses, told), = signed
-    assert station is bench.station and request.pem == csr and told == {} and not events
+    (station, request, uses, returned), = signed
+    assert station is bench.station and request.pem == csr and returned == {} and not events
     assert uses == ("clientAuth" if protocol == "ocpp1.6" else "clientAuth,serverAuth")
 
 
@@ -7285,9 +7286,9 @@ def test_a_certificate_request_is_for_a_type_that_is_known(pki):
     bench.board.sign = lambda *arguments: signed.append(arguments[2:])
     bench.station.security_profile, csr = 1, pki.request()[0]
     for kind in ("ChargingStationCertificate", "V2GCertificate", "V2G20Certificate"):
-        told = {"certificateType": kind, "requestId": 7}
-        assert bench.call("SignCertificate", {"csr": csr} | told) == {"status": "Accepted"}
-        assert signed.pop() == (ocppboard.USES[kind], told)
+        returned = {"certificateType": kind, "requestId": 7}
+        assert bench.call("SignCertificate", {"csr": csr} | returned) == {"status": "Accepted"}
+        assert signed.pop() == (ocppboard.USES[kind], returned)
     assert bench.call("SignCertificate", {"csr": csr, "certificateType": "Other"}) == {
         "status": "Rejected"}
     bench.board.sign = None
