@@ -20837,30 +20837,11 @@ const plain = text => String(text).replace(HIDDEN,
 
 // Make the children of a node those of the list; ones with a `key` keep their node when they move.
 function patch(parent, list) {
-  const keys = new Map(), spare = [];
-  for (const item of list) if (item.props?.key != null) keys.set(item.props.key, null);
-  for (const node of [...parent.childNodes]) {
-    const key = node.is?.props?.key;
-    if (key == null) continue;
-    if (keys.has(key) && keys.get(key) === null) keys.set(key, node);
-    else {
-      node.remove();
-      if (!node.is.props.made) spare.push(node);
-    }
-  }
-  // Rows that came take the nodes of those that went: thousands a minute are not made anew.
-  const taken = item => item.props?.key != null && !item.props.made
-    && spare.at(-1)?.is.tag === item.tag ? spare.pop() : make(item, parent);
+  const {kept, spare} = keyed(parent, list);
   let next = parent.firstChild;
   for (const item of list) {
-    const key = item.props?.key;
-    let node = key != null ? keys.get(key) : next?.is && next.is.props?.key == null ? next : null;
-    if (node && (node.is.tag !== item.tag || item.props?.made && !node.is.props.made)) node = null;
-    if (node === next && next) next = next.nextSibling;
-    else {
-      node ||= taken(item);
-      parent.insertBefore(node, next);
-    }
+    const node = known(item, next, kept) || taken(item, parent, spare);
+    if (node === next) next = next.nextSibling; else parent.insertBefore(node, next);
     update(node, item);
   }
   while (next) {
@@ -20869,6 +20850,33 @@ function patch(parent, list) {
     gone.remove();
   }
 }
+
+// The nodes of those that stay, by their keys; and those that went, to be used again.
+const keyIn = item => item?.props?.key;
+function keyed(parent, list) {
+  const kept = new Map(), spare = [];
+  for (const item of list) if (keyIn(item) != null) kept.set(keyIn(item), null);
+  for (const node of [...parent.childNodes].filter(child => keyIn(child.is) != null)) {
+    const key = keyIn(node.is);
+    if (kept.get(key) === null) kept.set(key, node);
+    else {
+      node.remove();
+      if (!node.is.props.made) spare.push(node);
+    }
+  }
+  return {kept, spare};
+}
+
+const unkeyed = node => node?.is && keyIn(node.is) == null ? node : null;
+function known(item, next, kept) {
+  const key = keyIn(item), node = key == null ? unkeyed(next) : kept.get(key);
+  return node?.is.tag === item.tag && (!item.props?.made || node.is.props.made) ? node : null;
+}
+
+// Rows that came take the nodes of those that went: thousands a minute are not made anew.
+const taken = (item, parent, spare) =>
+  keyIn(item) != null && !item.props.made && spare.at(-1)?.is.tag === item.tag ? spare.pop()
+    : make(item, parent);
 
 function make(item, parent) {
   if (item.tag === undefined) return Object.assign(document.createTextNode(''), {is: {}});
@@ -20887,23 +20895,35 @@ function update(node, item) {
     return;
   }
   patch(node, item.children);
-  for (const name in node.is.props) if (!(name in item.props)) set(node, name, null);
-  for (const name in item.props)
-    if (item.props[name] !== node.is.props[name] || name === 'value' || name === 'checked')
-      set(node, name, item.props[name]);
+  setAll(node, node.is.props, item.props);
   node.is = item;
 }
 
+// What a user changes beside us is set each time.
+function setAll(node, before, props) {
+  for (const name in before) if (!(name in props)) set(node, name, null);
+  for (const name in props)
+    if (props[name] !== before[name] || name === 'value' || name === 'checked')
+      set(node, name, props[name]);
+}
+
 function set(node, name, value) {
-  if (name === 'key' || name === 'made') return;
   if (name.startsWith('on')) node[name] = value;
-  else if (name === 'style') for (const key in value) node.style.setProperty(key, value[key]);
-  else if (name === 'value' || name === 'checked' || name === 'disabled') {
-    const typed = name === 'value' && node === document.activeElement && node.tagName !== 'SELECT';
-    if (!typed && node[name] !== (value ?? '')) node[name] = value ?? '';
-  } else if (value == null || value === false) node.removeAttribute(name);
+  else if (Object.hasOwn(SETTERS, name)) SETTERS[name](node, value);
+  else if (value == null || value === false) node.removeAttribute(name);
   else node.setAttribute(name, value === true ? '' : value);
 }
+const setField = name => (node, value) => {
+  if (node[name] !== (value ?? '')) node[name] = value ?? '';
+};
+const SETTERS = {
+  key() {}, made() {}, checked: setField('checked'), disabled: setField('disabled'),
+  style(node, value) { for (const key in value) node.style.setProperty(key, value[key]); },
+  value(node, value) {                             // not under the fingers of who types
+    if (node !== document.activeElement || node.tagName === 'SELECT')
+      setField('value')(node, value);
+  },
+};
 
 // --- Formats --------------------------------------------------------------------------------
 // Numbers with their units; times in the viewer's zone, with the exact UTC on hover. A dash is
@@ -20976,30 +20996,30 @@ const rawText = text => h('pre.json.mono', {tabindex: 0, 'aria-label': 'Raw text
 // JSON as it was written, on lines of its own and coloured; never parsed, so no digit is lost.
 const JSON_SHOWN = 60000;
 function pretty(raw) {
-  const out = [], whole = raw.length <= JSON_SHOWN;
-  const tokens = (whole ? raw : raw.slice(0, JSON_SHOWN))
+  const whole = raw.length <= JSON_SHOWN;
+  /** @type {any[]} */
+  const out = [''];
+  const parts = (whole ? raw : raw.slice(0, JSON_SHOWN))
     .match(/"(?:\\.|[^"\\])*"?|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
-  let depth = 0, text = '';
-  const line = () => '\n' + '  '.repeat(depth);
-  const flush = () => { if (text) out.push(text); text = ''; };
-  tokens.forEach((token, n) => {
-    const next = tokens[n + 1];
-    if (token === '{' || token === '[') {
-      depth++;
-      text += token + (next === '}' || next === ']' ? '' : line());
-    } else if (token === '}' || token === ']') {
-      depth--;
-      text += (tokens[n - 1] === '{' || tokens[n - 1] === '[' ? '' : line()) + token;
-    } else if (token === ',') text += token + line();
-    else if (token === ':') text += ': ';
-    else {
-      flush();
-      out.push(h('span', {class: token[0] !== '"' ? 'n' : next === ':' ? 'k' : 's'}, token));
-    }
+  let depth = 0;
+  const line = () => '\n' + '  '.repeat(Math.max(0, depth));
+  const opens = (part, next) => {
+    depth++;
+    return part + (next === '}' || next === ']' ? '' : line());
+  };
+  const closes = (part, _next, before) => {
+    depth--;
+    return (before === '{' || before === '[' ? '' : line()) + part;
+  };
+  const signs = new Map([['{', opens], ['[', opens], ['}', closes], [']', closes],
+    [',', part => part + line()], [':', () => ': ']]);
+  parts.forEach((part, n) => {
+    const sign = signs.get(part), next = parts[n + 1];
+    if (sign) out[out.length - 1] += sign(part, next, parts[n - 1]);
+    else out.push(h('span', {class: part[0] !== '"' ? 'n' : next === ':' ? 'k' : 's'}, part), '');
   });
-  flush();
   if (!whole) out.push(`\n… ${bytes(raw.length - JSON_SHOWN)} more: copy it`);
-  return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out);
+  return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out.filter(Boolean));
 }
 
 // --- State ----------------------------------------------------------------------------------
@@ -21442,15 +21462,25 @@ function look() {
 function watch() {
   if (!state.session || document.hidden) return;
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
-  if (['power', 'overview', 'stations'].includes(state.route.screen) && state.power?.enabled
-    && Date.now() - powerAsked > POWER_MS) askPower();
-  if (state.route.screen === 'tokens' && tokenShown && Date.now() - tokensAsked > TOKENS_MS)
-    askTokens();
-  if (state.route.screen === 'report' && Date.now() - reportAsked > REPORT_MS) askReport();
-  if (['relay', 'overview'].includes(state.route.screen) && state.about?.relay
-    && Date.now() - relayAsked > RELAY_MS) askRelay();
+  POLLED.filter(isDue).forEach(poll => {
+    poll.at = Date.now();
+    poll.ask();
+  });
   touch('tick');
 }
+
+// What changes all the time and goes by no stream, asked for again while a screen shows it.
+let tokenShown = false;                            // whether one may have been, since
+const POLLED = [
+  {screens: ['power', 'overview', 'stations'], everyMs: 4000, at: 0, ask: askPower,
+    wanted: () => state.power?.enabled},
+  {screens: ['relay', 'overview'], everyMs: 2000, at: 0, ask: askRelay,
+    wanted: () => state.about?.relay},
+  {screens: ['tokens'], everyMs: 2000, at: 0, ask: askTokens, wanted: () => tokenShown},
+  {screens: ['report'], everyMs: 30000, at: 0, ask: askReport, wanted: () => true},
+];
+const isDue = ({screens, everyMs, at, wanted}) => screens.includes(state.route.screen)
+  && wanted() && Date.now() - at > everyMs;
 
 // --- Parts of the page ----------------------------------------------------------------------
 
@@ -21929,64 +21959,81 @@ const toldWith = connector =>
 
 // Why it is, or is not, charging: a sentence for the one who stands before it.
 function why(station, connector) {
-  const {status} = connector, transaction = transactionAt(station, connector);
-  const told = toldWith(connector), added = told ? ` (${told})` : '';
+  const transaction = transactionAt(station, connector), told = toldWith(connector);
+  const cannot = whyNot(station, connector, transaction, told ? ` (${told})` : '');
+  if (cannot) return cannot;
+  return (transaction ? whyInTransaction(station, connector, transaction)
+    : whyWithout(station, connector))
+    + (told ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${told}.` : '');
+}
+
+// What keeps it from charging altogether; '' if nothing does.
+function whyNot(station, connector, transaction, added) {
   if (!online(station)) return 'Not known: the station has been offline for '
     + `${duration(since(station.disconnectedAt))}${transaction ? ', and a car was charging' : ''}.`;
   if (station.registration === 'Pending' || station.registration === 'Rejected')
     return 'May not charge yet: the station waits to be approved on this board.';
-  const drawn = transaction?.powerW ?? connector.meter?.powerW;
-  if (status === 'Faulted') return (drawn > 0
-    ? `Its meter says ${power(drawn)}, but` : 'Cannot charge,')
-    + ` the charger reports a fault${added || ' and no code'}.`;
-  if (status === 'Unavailable')
-    return `Out of service: set to inoperative, or taken out by the charger itself${added}.`;
-  const adds = told ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${told}.` : '';
-  if (transaction) return whyInTransaction(station, connector, transaction) + adds;
-  if (connector.evse === 0 && status === 'Available') return 'The station is in service.' + adds;
-  const refused = refusedToken(station.identity, connector.since);
-  return ({
-    Available: 'Free: no car is plugged in.',
-    Reserved: 'Reserved for one id token; others are refused.',
-    Finishing: 'The charging has ended: the car is to be unplugged before the next one.',
-    Charging: 'Charging, says the charger, but it has told of no transaction.',
-    SuspendedEV: 'The car takes no power, and the charger has told of no transaction.',
-    SuspendedEVSE: 'The charger holds the power back, and has told of no transaction.',
-  }[status] || (['Preparing', 'Occupied', 'EVConnected'].includes(status)
-    ? refused ? `A car is plugged in, but its id token was refused: ${refused}.`
-      : 'A car is plugged in and waits for a card or a remote start.'
-    : status ? `The charger says ${status}.`
-      : 'The charger has not told its status yet: trigger a StatusNotification.')) + adds;
+  if (connector.status === 'Faulted')
+    return whyFaulted(transaction?.powerW ?? connector.meter?.powerW, added);
+  return connector.status === 'Unavailable'
+    ? `Out of service: set to inoperative, or taken out by the charger itself${added}.` : '';
+}
+const whyFaulted = (watts, added) =>
+  (watts > 0 ? `Its meter says ${power(watts)}, but` : 'Cannot charge,')
+  + ` the charger reports a fault${added || ' and no code'}.`;
+
+const WITHOUT_TRANSACTION = new Map(Object.entries({
+  Available: 'Free: no car is plugged in.',
+  Reserved: 'Reserved for one id token; others are refused.',
+  Finishing: 'The charging has ended: the car is to be unplugged before the next one.',
+  Charging: 'Charging, says the charger, but it has told of no transaction.',
+  SuspendedEV: 'The car takes no power, and the charger has told of no transaction.',
+  SuspendedEVSE: 'The charger holds the power back, and has told of no transaction.',
+}));
+function whyWithout(station, {evse, status, since: from}) {
+  if (evse === 0 && status === 'Available') return 'The station is in service.';
+  if (['Preparing', 'Occupied', 'EVConnected'].includes(status)) {
+    const refused = refusedToken(station.identity, from);
+    return refused ? `A car is plugged in, but its id token was refused: ${refused}.`
+      : 'A car is plugged in and waits for a card or a remote start.';
+  }
+  return WITHOUT_TRANSACTION.get(status) || (status ? `The charger says ${status}.`
+    : 'The charger has not told its status yet: trigger a StatusNotification.');
 }
 
 // Whether smart charging lets the car at a connector draw nothing.
-function isPaused(connector, station) {
+function isPaused(station, connector) {
   const session = chargeAt(station, connector);
   return !!session && session.allocatedA === 0 && session.targetA === 0;
 }
 
 function whyInTransaction(station, connector, {powerW, soc}) {
-  const status = statusOf(station, connector), {meter} = connector;
-  const limited = chargeAt(station, connector)?.reason;
-  if (powerW > 0) {
-    const held = meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93;
-    if (isPaused(connector, station)) return `Still draws ${power(powerW)}, though it is to pause. `
-      + limited;
-    return `Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
-      + (status === 'SuspendedEV' ? ', says the meter; the charger says that the car takes none'
-        : status === 'SuspendedEVSE' ? ', says the meter; the charger says that it holds it back'
-          : held ? `, as much as the charger offers (${amperes(meter.offeredA)})`
-            : soc >= 80 ? ', and cars take less from 80 % on' : '')
-      + `.${limited ? ' ' + limited : ''}`;
-  }
-  if (status === 'SuspendedEV') return soc >= 99 ? 'The car is full.'
-    : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
-  if (limited) return limited;
+  const status = statusOf(station, connector);
+  const limited = chargeAt(station, connector)?.reason || '';
+  if (powerW > 0) return isPaused(station, connector)
+    ? `Still draws ${power(powerW)}, though it is to pause. ${limited}`
+    : [`Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
+      + `${whySoMuch(status, connector.meter, soc)}.`, limited].filter(Boolean).join(' ');
+  return status === 'SuspendedEV' ? whyFull(soc) : limited || whyNothing(status, powerW);
+}
+const whyFull = soc => soc >= 99 ? 'The car is full.'
+  : 'The car takes no power: it is full, or waits for its own timer, or is too cold.';
+
+function whyNothing(status, powerW) {
   if (status === 'SuspendedEVSE') return 'The charger holds the power back: look for a charging '
     + 'profile or limit of 0, or for its own load management.';
-  return powerW === 0
-    ? 'A transaction runs, but no power flows: the car may be full, or limited to '
-    + 'less than 6 A.' : 'A transaction runs; the meter has not told its power yet.';
+  return powerW === 0 ? 'A transaction runs, but no power flows: the car may be full, or limited '
+    + 'to less than 6 A.' : 'A transaction runs; the meter has not told its power yet.';
+}
+
+function whySoMuch(status, meter, soc) {
+  if (status === 'SuspendedEV')
+    return ', says the meter; the charger says that the car takes none';
+  if (status === 'SuspendedEVSE')
+    return ', says the meter; the charger says that it holds it back';
+  if (meter?.offeredA && highest(Object.values(meter.currentA)) > meter.offeredA * .93)
+    return `, as much as the charger offers (${amperes(meter.offeredA)})`;
+  return soc >= 80 ? ', and cars take less from 80 % on' : '';
 }
 
 // What the last answer to a card was, if it was no.
@@ -22027,42 +22074,55 @@ const sessionsAway = upstream =>
   upstream.sessions.filter(session => session.lastError && session.status !== 'idle');
 
 function attention() {
-  const loose = new Map(uncontrolled().map(entry => [entry.identity, entry])), wrong = new Map();
-  const found = [...state.circuits.filter(circuit => circuit.overLimit).map(overLimit),
+  const loose = new Map(uncontrolled().map(entry => [entry.identity, entry]));
+  return [...state.circuits.filter(circuit => circuit.overLimit).map(overLimit),
     ...[...loose.values()].map(notSteered),
-    ...[...state.stations.values()].flatMap(station => attentionTo(station, loose))];
-  const add = (rank, tone, where, ...text) => found.push({rank, tone, where, text});
-  if (state.power?.warning) add(3, 'warn', 'help', state.power.warning);
-  for (const error of state.errors) {
+    ...[...state.stations.values()].flatMap(station => attentionTo(station, loose)),
+    ...state.power?.warning ? [alarm(3, 'warn', 'help', state.power.warning)] : [],
+    ...recentErrors(), ...refusedKnocks(), ...alarmingEvents(),
+    ...state.upstreams.flatMap(brokenWays), ...hostTroubles()].sort((a, b) => a.rank - b.rank);
+}
+const alarm = (rank, tone, where, ...text) => ({rank, tone, where, text});
+
+function recentErrors() {
+  const ofStations = new Map();
+  for (const error of state.errors) {              // newest first
     if (ms(error.timestamp) < now() - HOUR) break;
-    wrong.set(error.identity, [...wrong.get(error.identity) || [], error]);
+    ofStations.set(error.identity, [...ofStations.get(error.identity) || [], error]);
   }
-  for (const [identity, errors] of wrong) add(5, 'warn', to('events', null, {identity}), identity,
-    `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`);
-  for (const knock of state.knocking) if (ms(knock.lastAt) > now() - DAY) add(3, 'warn', 'security',
-    `${knock.ip} wants in and is refused: ${knock.reason} (${plural(knock.count, 'time')})`);
-  for (const event of state.security) {
-    const rank = {critical: 0, high: 2}[event.severity];
-    if (rank != null && ms(event.timestamp) > now() - DAY) add(rank, 'bad',
-      to('security', null, {event: event.id}), `${event.message} (${event.identity}), `,
-        ago(event.timestamp));
-  }
-  for (const upstream of state.upstreams) {
-    const away = sessionsAway(upstream);
-    if (away.length) add(1, 'bad', 'relay', `${plural(away.length, 'station')} without a way to `,
-      `${upstream.url}: ${away[0].lastError}`);
-    if (upstream.lost) add(1, 'bad', 'relay', `${plural(upstream.lost, 'message')} did not get to `,
-      upstream.url);
-  }
-  const {host = {}, loopLagMs, stateFailingSince} = sample();
-  if (stateFailingSince) add(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
-    'The state file cannot be written: a restart would forget what came since ',
-    clock(stateFailingSince));
-  for (const [name, part] of [['disk', host.diskPercent], ['memory', host.memoryPercent]])
-    if (part > 95) add(3, 'bad', 'telemetry',
-      `The ${name} of the board's host is ${percent(part)} full`);
-  if (loopLagMs > 500) add(3, 'warn', 'telemetry', `The board lags ${millis(loopLagMs)} behind`);
-  return found.sort((a, b) => a.rank - b.rank);
+  return [...ofStations].map(([identity, errors]) =>
+    alarm(5, 'warn', to('events', null, {identity}), identity,
+      `: ${plural(errors.length, 'error')} in the last hour, the newest: ${errors[0].message}`));
+}
+
+const refusedKnocks = () => state.knocking.filter(({lastAt}) => ms(lastAt) > now() - DAY)
+  .map(({ip, reason, count}) => alarm(3, 'warn', 'security',
+    `${ip} wants in and is refused: ${reason} (${plural(count, 'time')})`));
+
+const SEVERITY_RANKS = {critical: 0, high: 2};
+const alarmingEvents = () => state.security.filter(({severity, timestamp}) =>
+  severity in SEVERITY_RANKS && ms(timestamp) > now() - DAY)
+  .map(({id, severity, message, identity, timestamp}) => alarm(SEVERITY_RANKS[severity], 'bad',
+    to('security', null, {event: id}), `${message} (${identity}), `, ago(timestamp)));
+
+function brokenWays(upstream) {
+  const away = sessionsAway(upstream), {url, lost: count} = upstream;
+  return [away.length > 0 && alarm(1, 'bad', 'relay',
+    `${plural(away.length, 'station')} without a way to `, `${url}: ${away[0].lastError}`),
+  count > 0 && alarm(1, 'bad', 'relay', `${plural(count, 'message')} did not get to `, url)]
+    .filter(Boolean);
+}
+
+const FULL_PERCENT = 95, LAG_MS = 500;
+function hostTroubles() {
+  const {host = {}, loopLagMs, stateFailingSince: failing} = sample();
+  return [failing && alarm(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
+    'The state file cannot be written: a restart would forget what came since ', clock(failing)),
+  ...[['disk', host.diskPercent], ['memory', host.memoryPercent]].map(([name, part]) =>
+    part > FULL_PERCENT && alarm(3, 'bad', 'telemetry',
+      `The ${name} of the board's host is ${percent(part)} full`)),
+  loopLagMs > LAG_MS && alarm(3, 'warn', 'telemetry', `The board lags ${millis(loopLagMs)} behind`)]
+    .filter(Boolean);
 }
 
 function overLimit(circuit) {
@@ -22093,27 +22153,29 @@ const setElsewhere = (identity, elsewhere) => attempt(async () => {
 });
 
 function attentionTo(station, loose) {
-  const found = [], {identity, clockSkewSeconds: skew} = station;
-  const add = (rank, tone, ...text) => found.push({rank, tone, where: to('stations', identity),
-    text: [identity, ...text]});
-  if (!online(station)) {
-    if (loose.has(identity)) return found;
-    const busy = station.connectors.some(connector =>
-      transactionAt(station, connector)?.status === 'active');
-    add(busy ? 2 : 4, busy ? 'bad' : 'warn',
-      station.seenSinceStart ? ` has been offline for ${duration(since(station.disconnectedAt))}`
-        : ' is known, but has not been seen since the start of the board',
-      busy ? ', and a car was charging' : '');
-    return found;
-  }
-  if (station.registration === 'Pending') add(0, 'warn', ' waits to be approved');
-  for (const connector of station.connectors) {
-    const told = toldWith(connector), name = nameOf(station, connector).toLowerCase();
-    if (connector.status === 'Faulted') add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
-    else if (hasError(connector)) add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
-  }
-  if (Math.abs(skew) > 60) add(6, 'warn', `: its clock is ${skewOf(skew)}`);
-  return found;
+  const {identity, clockSkewSeconds: skew} = station;
+  const add = (rank, tone, ...text) =>
+    alarm(rank, tone, to('stations', identity), identity, ...text);
+  if (!online(station)) return loose.has(identity) ? [] : [awayAlarm(station, add)];
+  return [station.registration === 'Pending' && add(0, 'warn', ' waits to be approved'),
+    ...station.connectors.map(connector => troubleAt(station, connector, add)),
+    Math.abs(skew) > 60 && add(6, 'warn', `: its clock is ${skewOf(skew)}`)].filter(Boolean);
+}
+
+function awayAlarm(station, add) {
+  const busy = station.connectors.some(connector =>
+    transactionAt(station, connector)?.status === 'active');
+  return add(busy ? 2 : 4, busy ? 'bad' : 'warn',
+    station.seenSinceStart ? ` has been offline for ${duration(since(station.disconnectedAt))}`
+      : ' is known, but has not been seen since the start of the board',
+    busy ? ', and a car was charging' : '');
+}
+
+function troubleAt(station, connector, add) {
+  const told = toldWith(connector), name = nameOf(station, connector).toLowerCase();
+  if (connector.status === 'Faulted')
+    return add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
+  return hasError(connector) && add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
 }
 
 // --- Forms ----------------------------------------------------------------------------------
@@ -23495,10 +23557,9 @@ const timeIn = text => Number.isNaN(Date.parse(text)) ? text : SECONDS.format(ne
 // Where a message is about: 1.6 counts connectors, 2.x the connectors of an EVSE.
 function placeIn({connectorId, evseId, evse}) {
   const id = evse?.id ?? evseId, connector = evse?.connectorId ?? connectorId;
-  if (id == null) return connector == null ? null : connector ? `connector ${connector}`
-    : 'whole station';
-  return id === 0 ? 'whole station' : `EVSE ${id}` + (connector > 1 ? `, connector ${connector}`
-    : '');
+  if (id === 0 || id == null && connector === 0) return 'whole station';
+  if (id == null) return connector == null ? null : `connector ${connector}`;
+  return `EVSE ${id}` + (connector > 1 ? `, connector ${connector}` : '');
 }
 const tokenIn = ({idTag, idToken}) => idTag ?? idToken?.idToken ?? idToken;
 
@@ -23770,8 +23831,6 @@ function transactionDetail(transaction) {
 // Report: what the transactions that were stopped come to. Its days are those of UTC.
 
 const REPORT_BY = {month: 'Month', day: 'Day', station: 'Station', token: 'Id token'};
-const REPORT_MS = 30000;
-let reportAsked = 0;
 function reportWanted() {
   const {by, from, to: last} = state.route.query;
   return {by: Object.hasOwn(REPORT_BY, by) ? by : 'month', from, to: last && dayAfter(last)};
@@ -23779,7 +23838,6 @@ function reportWanted() {
 const dayAfter = day => new Date(Date.parse(day) + DAY).toISOString().slice(0, 10);
 async function askReport() {
   const wanted = query(reportWanted());
-  reportAsked = Date.now();
   await attempt(async () => {
     const report = await get('api/report?' + wanted);
     if (wanted === query(reportWanted())) state.report = report;
@@ -23847,11 +23905,9 @@ panel('report chart', ['report'], reportChart), listSplit(REPORT)];
 
 // Id tokens
 
-const TOKENS_MS = 2000, TOKENS_AT_ONCE = 1000;
+const TOKENS_AT_ONCE = 1000;
 const SHOWS_TOKEN = new Set(['Authorize', 'StartTransaction', 'TransactionEvent']);
-let tokensAsked = 0, tokenShown = false;           // whether one may have been, since
 async function askTokens() {
-  tokensAsked = Date.now();
   tokenShown = false;
   await attempt(async () => {
     const [tokens, lists] = await Promise.all(['id-tokens', 'local-lists'].map(list =>
@@ -23927,19 +23983,20 @@ function tokenTools() {
 // The rows of a CSV file (RFC 4180); spreadsheets of some countries separate by semicolons.
 function csvRows(text) {
   const [head] = text.split('\n', 1), separator = head.includes(',') ? ',' : ';';
-  const rows = [];
-  let row = [], cell = '';
-  const ends = () => { row.push(cell.replace(/^'(?=[=+\-@\t\r])/, '').trim()); cell = ''; };
-  const parts = /"(?:[^"]|"")*"?|[^",;\r\n]+|[,;\n]/g;
-  for (const [part] of text.replace(/^\ufeff/, '').matchAll(parts)) {
-    if (part === separator) ends();
-    else if (part === '\n') { ends(); rows.push(row); row = []; }
-    else cell += part[0] === '"' ? part.slice(1, part.endsWith('"') && part.length > 1 ? -1
-      : undefined).replaceAll('""', '"') : part;
-  }
-  ends();
-  return [...rows, row].filter(cells => cells.some(Boolean));
+  const rows = [['']];
+  const add = part => {
+    const row = rows.at(-1);
+    if (part === separator) row.push('');
+    else if (part === '\n') rows.push(['']);
+    else row[row.length - 1] += unquoted(part);
+  };
+  for (const [part] of text.replace(/^\ufeff/, '').matchAll(CSV_PARTS)) add(part);
+  return rows.map(row => row.map(cell => cell.replace(/^'(?=[=+\-@\t\r])/, '').trim()))
+    .filter(row => row.some(Boolean));
 }
+const CSV_PARTS = /"(?:[^"]|"")*"?|[^",;\r\n]+|[,;\n]/g;
+const unquoted = part => part[0] === '"' ? part.replace(/^"|(?<=.)"$/gs, '').replaceAll('""', '"')
+  : part;
 
 /** @type {Record<string, (text: string) => any>} */
 const TOKEN_CELLS = {idToken: String, name: String, status: text => text || 'Accepted',
@@ -23965,51 +24022,65 @@ const TOKEN_FIELDS = {name: ['Name', {}], group: ['Group', {maxlength: 20}],
   expires: ['Expires', {placeholder: '2027-01-31'}],
   stations: ['Stations', {placeholder: '*', title: 'identities or patterns, with commas; "CP-1:2" '
     + 'is EVSE 2 of CP-1'}]};
+const newToken = idToken => ({idToken, name: '', status: 'Accepted', group: '', master: false,
+  expires: null, stations: ['*'], source: null});
 function tokenDetail(id) {
-  const token = tokenCalled(id) || {idToken: id, name: '', status: 'Accepted', group: '',
-    master: false, expires: null, stations: ['*'], source: null};
-  const typed = remembered('token ' + token.idToken, {});
-  const whole = {...token, expires: token.expires || '',
-    stations: token.stations.join(', '), status: token.source ? token.status : 'Accepted'};
-  const value = name => typed[name] ?? whole[name];
-  const changes = Object.fromEntries(Object.entries(typed).filter(([name, to]) =>
-    to !== whole[name]).map(([name, to]) =>
-    [name, typeof to === 'string' ? TOKEN_CELLS[name](to) : to]));
-  const change = (method, body, said) => attempt(async () => {
-    await ask(method, path('id-tokens', token.idToken), body);
-    state.ui['token ' + token.idToken] = {};
-    notice(said);
-    await askTokens();
-  });
-  const send = event => { event.preventDefault(); change('PUT', changes, 'Kept'); };
-  const remove = async () => {
-    if (await confirmed('Remove the id token?', 'What the configuration says of it holds again; '
-      + 'where it says nothing, it is unknown.', 'Remove it'))
-      change('DELETE', undefined, 'Removed');
-  };
+  const token = tokenCalled(id) || newToken(id);
   return aside(token.idToken, () => go('tokens', null, state.route.query),
     token.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
       [token.source]], ['Type', token.type], ['Last use', ago(token.lastUsedAt)],
     ['Where', stationLink(token.lastUsedBy)], ['Answered', token.lastAnswer]]),
-    mayChange() && h('form.form', {key: token.idToken, onsubmit: send},
-      Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
-        h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
-          oninput: typing(typed, name)}))),
-      h('label', {key: 'status'}, 'Status', h('select', {value: value('status'),
-        oninput: typing(typed, 'status')}, Object.keys(TOKEN_TONES).map(name =>
-        h('option', {key: name, value: name}, name)))),
-      h('label.inline', {key: 'master'}, h('input', {type: 'checkbox', checked: value('master'),
-        onchange: ({target}) => { typed.master = target.checked; touch('ui'); }}),
-      'Master pass: ends charging of its group, starts none'),
-      h('div.bar.whole', h('button.btn.main-act', {disabled: token.source
-        && !Object.keys(changes).length}, token.source ? 'Change' : 'Learn it'),
-      token.source && (token.status === 'Accepted'
-        ? button('Block it', () => change('PUT', {status: 'Blocked'}, 'Blocked'),
-          {class: 'danger'})
-        : button('Accept it', () => change('PUT', {status: 'Accepted'}, 'Accepted'))),
-      token.source === 'board' && button('Remove it', remove))),
+    mayChange() && tokenForm(token),
     token.source && link(to('transactions', null, {text: token.idToken}), 'Its transactions'));
 }
+
+async function changeToken({idToken}, method, body, said) {
+  await attempt(async () => {
+    await ask(method, path('id-tokens', idToken), body);
+    state.ui['token ' + idToken] = {};
+    notice(said);
+    await askTokens();
+  });
+}
+async function removeToken(token) {
+  if (await confirmed('Remove the id token?', 'What the configuration says of it holds again; '
+    + 'where it says nothing, it is unknown.', 'Remove it'))
+    changeToken(token, 'DELETE', undefined, 'Removed');
+}
+
+// {field: as the board takes it} of what was typed and differs.
+const tokenChanges = (typed, whole) => Object.fromEntries(Object.entries(typed)
+  .filter(([name, value]) => value !== whole[name])
+  .map(([name, value]) => [name, typeof value === 'string' ? TOKEN_CELLS[name](value) : value]));
+
+function tokenForm(token) {
+  const typed = remembered('token ' + token.idToken, {});
+  const whole = {...token, expires: token.expires || '', stations: token.stations.join(', '),
+    status: token.source ? token.status : 'Accepted'};
+  const value = name => typed[name] ?? whole[name], changes = tokenChanges(typed, whole);
+  const send = event => {
+    event.preventDefault();
+    changeToken(token, 'PUT', changes, 'Kept');
+  };
+  return h('form.form', {key: token.idToken, onsubmit: send},
+    Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
+      h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
+        oninput: typing(typed, name)}))),
+    h('label', {key: 'status'}, 'Status', h('select', {value: value('status'),
+      oninput: typing(typed, 'status')}, Object.keys(TOKEN_TONES).map(name =>
+      h('option', {key: name, value: name}, name)))),
+    h('label.inline', {key: 'master'}, h('input', {type: 'checkbox', checked: value('master'),
+      onchange: ({target}) => { typed.master = target.checked; touch('ui'); }}),
+    'Master pass: ends charging of its group, starts none'),
+    h('div.bar.whole', h('button.btn.main-act', {disabled: token.source
+      && !Object.keys(changes).length}, token.source ? 'Change' : 'Learn it'),
+    token.source && blockButton(token),
+    token.source === 'board' && button('Remove it', () => removeToken(token))));
+}
+const blockButton = token => token.status === 'Accepted'
+  ? button('Block it', () => changeToken(token, 'PUT', {status: 'Blocked'}, 'Blocked'),
+    {class: 'danger'})
+  : button('Accept it', () => changeToken(token, 'PUT', {status: 'Accepted'}, 'Accepted'));
 
 function listsCard() {
   const lists = state.lists.filter(list => list.online || list.version != null);
@@ -24057,11 +24128,7 @@ function powerScreen() {
     () => chargeDetail(picked)))];
 }
 
-// What circuits carry changes all the time, and goes by no stream.
-const POWER_MS = 4000;
-let powerAsked = 0;
 async function askPower() {
-  powerAsked = Date.now();
   try {
     const [power, circuits] = await Promise.all(['config', 'circuits'].map(name =>
       get('api/smart-charge/' + name)));
@@ -24076,18 +24143,7 @@ async function askPower() {
 function powerCard() {
   const from = now() - HOUR, going = running().sort((a, b) => flow(b) - flow(a));
   const past = newestFirst(state.transactions).filter(({stoppedAt}) => ms(stoppedAt) > from);
-  const shown = [...going, ...past].slice(0, SERIES_SHOWN), places = new Map();
-  for (const transaction of shown.reverse()) {             // what ended stands before what goes on
-    const name = `${transaction.identity} ${transaction.evse}`, line = places.get(name)
-      || {name, colour: colourOf(transaction.identity), points: []};
-    const points = pointsOf(seriesOf(transaction), point => point.powerW);
-    const ended = transaction.stoppedAt || !isOnline(transaction)
-      && state.stations.get(transaction.identity)?.disconnectedAt;
-    if (points.length && ended) points.push([ms(ended), 0]);
-    places.set(name, {...line, points: [...line.points, ...points].sort(([a], [b]) => a - b)});
-  }
-  const lines = [...places.values()].filter(line => line.points.length)
-    .sort((a, b) => a.name < b.name ? -1 : 1);
+  const lines = powerLines([...going, ...past].slice(0, SERIES_SHOWN));
   const first = Math.max(from, Math.min(...lines.map(line => line.points[0][0])) - 1000);
   const {limitKw} = state.about?.smartCharging || {}, left = going.length - SERIES_SHOWN;
   return card([h('h2.grow', 'Charging power by connector, the last hour'),
@@ -24097,6 +24153,25 @@ function powerCard() {
     ? h('div.in', chart('site', {label: 'Charging power', areas: true, format: power, least: 1000,
       height: 260, lines, from: first, till: now(), limit: limitKw && limitKw * 1000}))
     : empty('No car has charged in the last hour: what each draws is stacked here.'));
+}
+
+// A line for each EVSE; what ended stands before what goes on.
+function powerLines(transactions) {
+  const lines = new Map();
+  for (const transaction of transactions.reverse()) {
+    const {identity, evse} = transaction, name = `${identity} ${evse}`;
+    const before = lines.get(name)?.points || [];
+    lines.set(name, {name, colour: colourOf(identity),
+      points: [...before, ...powerPoints(transaction)].sort(([a], [b]) => a - b)});
+  }
+  return [...lines.values()].filter(line => line.points.length)
+    .sort((a, b) => a.name < b.name ? -1 : 1);
+}
+function powerPoints(transaction) {
+  const points = pointsOf(seriesOf(transaction), point => point.powerW);
+  const ended = transaction.stoppedAt || !isOnline(transaction)
+    && state.stations.get(transaction.identity)?.disconnectedAt;
+  return points.length && ended ? [...points, [ms(ended), 0]] : points;
 }
 
 function circuitsCard() {
@@ -24388,10 +24463,7 @@ const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
 };
 
 // How the lines are goes by no stream, but what happens to them does.
-const RELAY_MS = 2000;
-let relayAsked = 0;
 async function askRelay() {
-  relayAsked = Date.now();
   try {
     state.upstreams = await get('api/proxy/upstreams');
     touch('upstreams');
@@ -24718,29 +24790,41 @@ function decoded(part) {
 }
 
 function arrive() {
-  const [place, fields] = location.hash.replace(/^#\/?/, '').split('?'), before = state.route;
-  const [name, first = '', tab] = place.split('/').map(decoded);
-  const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
-  const id = screen === 'transactions' && first ? pairOf(first, tab) : first;
-  const ofStation = screen === 'stations' && !!id;
-  state.route = {place, screen, id, tab: ofStation ? tabOf(tab) : 'now',
-    query: Object.fromEntries(new URLSearchParams(fields)), message: null};
-  const other = screen !== before.screen || ofStation && id !== before.id;
-  if (place !== before.place) state.confirm?.done(false);
-  if (other || state.route.tab !== before.tab) enter();
+  const before = state.route, route = routeIn(location.hash), {screen, id} = route;
+  state.route = route;
+  if (route.place !== before.place) state.confirm?.done(false);
+  const isOther = screen !== before.screen || route.ofStation && id !== before.id;
+  if (isOther || route.tab !== before.tab) enter();
   else if (id && id !== before.id) after.push(showAside);
-  follows(ofStation);
-  const message = ofStation ? state.route.query.message : screen === 'messages' && id;
-  if (message) showMessage(message, before.message);
-  if (screen === 'tokens' && other && state.loaded) askTokens();
-  if (screen === 'report' && (other || !same(before.query, state.route.query))) askReport();
-  if (screen === 'help' && !state.api) attempt(async () => {
-    state.api = await get('api/openapi.json');
-    touch('api');
-  });
-  document.title = `${ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
+  follows(route);
+  showMessage(messageIn(route), before.message);
+  if (isOther || !same(before.query, route.query)) ARRIVALS[screen]?.(isOther);
+  document.title = `${route.ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
   touch('all');
 }
+const messageIn = ({screen, id, ofStation: atStation, query: fields}) =>
+  atStation ? fields.message : screen === 'messages' && id;
+
+// What an address names: {place, screen, id, tab, ofStation, query, message}.
+function routeIn(hash) {
+  const [at, fields] = hash.replace(/^#\/?/, '').split('?');
+  const [name, first = '', second] = at.split('/').map(decoded);
+  const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
+  const atStation = screen === 'stations' && !!first;
+  return {place: at, screen, id: screen === 'transactions' && first ? pairOf(first, second) : first,
+    ofStation: atStation, tab: atStation ? tabOf(second) : 'now',
+    query: Object.fromEntries(new URLSearchParams(fields)), message: null};
+}
+
+// What a screen asks for when one comes to it, or changes its filters.
+const ARRIVALS = {
+  tokens: isOther => isOther && state.loaded && askTokens(),
+  report: askReport,
+  help: () => state.api || attempt(async () => {
+    state.api = await get('api/openapi.json');
+    touch('api');
+  }),
+};
 
 // Another screen: from its top, with the focus there.
 function enter() {
@@ -24763,11 +24847,10 @@ function showAside() {
 // Open the list of messages that the screen shows; while one types, it waits a moment.
 const TYPING_MS = 250;
 let opening = 0;
-function follows(ofStation) {
-  const {screen, id, query: wanted} = state.route;
+function follows({screen, id, ofStation: atStation, query: wanted}) {
   clearTimeout(opening);
-  if (screen !== 'messages' && !ofStation) { state.list = null; return; }
-  const given = ofStation ? {...wanted, identity: id} : wanted;
+  if (screen !== 'messages' && !atStation) { state.list = null; return; }
+  const given = atStation ? {...wanted, identity: id} : wanted;
   const filter = Object.fromEntries(Object.entries(given)
     .filter(([name, value]) => value && FILTERS.includes(name)));
   if (state.list && same(state.list.filter, filter)) return;
@@ -24778,26 +24861,32 @@ function follows(ofStation) {
 
 // Find the message that is to be open: on the list, else on the board; and its partner.
 async function showMessage(id, before) {
+  if (!id) return;
   const {route} = state, wanted = number({id});
-  const known = before?.number === wanted ? before
-    : state.list.rows.find(row => row.number === wanted);
-  const {call, answer} = known ? partners(known) : {};
-  route.message = known;
+  const row = before?.number === wanted ? before
+    : state.list.rows.find(other => other.number === wanted);
+  const {call, answer} = row ? partners(row) : {};
+  route.message = row;
   if (call && answer) return;
   try {
-    const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
-    const {identity, messageId} = row, both = await ask('GET', 'api/messages?'
-      + query({identity, messageId}));
-    const others = rowsIn(both.text).filter(other => other.direction !== row.direction
-      && asks(other) !== asks(row));                 // newest first
-    if (asks(row)) row.answer = others.findLast(other => other.number > row.number);
-    else row.call = others.find(other => other.number < row.number);
-    route.message = row;
+    route.message = await messageOf(id);
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    if (!known) route.gone = error.message;
+    if (!row) route.gone = error.message;
   }
   touch('all');
+}
+
+// A message as the board has it, with its partner.
+async function messageOf(id) {
+  const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
+  const {identity, messageId} = row;
+  const both = await ask('GET', 'api/messages?' + query({identity, messageId}));
+  const others = rowsIn(both.text).filter(other => other.direction !== row.direction
+    && asks(other) !== asks(row));                 // newest first
+  if (asks(row)) row.answer = others.findLast(other => other.number > row.number);
+  else row.call = others.find(other => other.number < row.number);
+  return row;
 }
 
 function closeMessage() {
@@ -24910,22 +24999,29 @@ const PREFIX_MS = 1500;
 let prefixAt = 0;
 function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.session || state.confirm) return;
-  const {key, target} = event, typing = target.matches?.('input, textarea, select');
-  if (key === 'Escape') return typing ? target.blur() : closeOpen();
-  if (typing) return;
-  const prefixed = Date.now() - prefixAt < PREFIX_MS;
-  const jump = prefixed && Object.keys(SCREENS).find(name => SCREENS[name][2] === key);
+  const {key, target} = event, inField = target.matches?.('input, textarea, select');
+  if (inField) {
+    if (key === 'Escape') target.blur();
+    return;
+  }
+  const screen = Date.now() - prefixAt < PREFIX_MS
+    && Object.keys(SCREENS).find(name => SCREENS[name][2] === key);
   prefixAt = key === 'g' ? Date.now() : 0;
-  if (jump) go(jump);
-  else if (key === '/') {
-    event.preventDefault();
-    const search = document.querySelector('[data-search]');
-    if (search instanceof HTMLElement) search.focus();
-  } else if (key === '?') go('help');
-  else if (!document.querySelector('.filters [data-search]') || !state.list) return;
-  else if (key === 'p') pause(state.list);
-  else if (key === 'j' || key === 'k') step(key === 'j' ? -1 : 1);
+  if (screen) go(screen); else KEY_ACTS.get(key)?.(event);
 }
+
+const ofMessages = work => () => {
+  if (state.list && document.querySelector('.filters [data-search]')) work();
+};
+const KEY_ACTS = new Map(Object.entries({
+  Escape: () => closeOpen(), '?': () => go('help'), p: ofMessages(() => pause(state.list)),
+  j: ofMessages(() => step(-1)), k: ofMessages(() => step(1)),
+  '/'(event) {
+    const search = document.querySelector('[data-search]');
+    event.preventDefault();
+    if (search instanceof HTMLElement) search.focus();
+  },
+}));
 
 // Close what is open beside a list.
 function closeOpen() {
