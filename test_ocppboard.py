@@ -202,7 +202,7 @@ def with_loop(test):
     return run
 
 
-async def turn(times=5):
+async def tick(times=5):
     """Let the loop turn."""
     for _ in range(times):
         await asyncio.sleep(0)
@@ -789,7 +789,7 @@ async def test_what_is_durable_is_on_disk_before_the_answer_and_the_rest_waits(t
     writer = asyncio.create_task(state.run())
     state.put("t", "later", 1)
     assert state.committed() is None                     # nobody waits for it
-    await turn()
+    await tick()
     assert state.writes == 0
     state.put("t", "now", 2, durable=True)
     assert await state.committed() is True
@@ -820,9 +820,9 @@ async def test_who_begins_to_wait_while_it_is_written_waits_no_longer(tmp_path, 
     monkeypatch.setattr(ocppboard, "COMMIT_S", 3600)
     writer = asyncio.create_task(state.run())
     state.put("t", "a", 1, durable=True)
-    await turn()                                         # it is being written
+    await tick()                                         # it is being written
     waits = asyncio.create_task(state.committed())
-    await turn()
+    await tick()
     is_slow.set()
     assert await waits is True
     writer.cancel()
@@ -4498,11 +4498,11 @@ def test_nobody_washes_away_what_is_of_others():
 
 def test_the_same_knocking_is_counted_once():
     bench = Bench()
-    news = []
+    is_new = []
     for _ in range(3):
-        news.append(bench.board.knocked("192.0.2.9", "/x", {}, 400, "why", "ws://…"))
+        is_new.append(bench.board.knocked("192.0.2.9", "/x", {}, 400, "why", "ws://…"))
         bench.clock.now += 1
-    assert news == [True, False, False]
+    assert is_new == [True, False, False]
     entry, = [knock.view() for knock in bench.board.knocking.values()]
     assert entry["count"] == 3 and entry["firstAt"] < entry["lastAt"]
     for number in range(300):
@@ -7309,7 +7309,7 @@ class Command:
         self.task = asyncio.create_task(bench.connection.call(action, payload or {}))
 
     async def sent(self):
-        await turn()
+        await tick()
         return json.loads(self.bench.sent[-1])
 
 
@@ -7337,8 +7337,8 @@ async def test_who_guards_the_door_knows_of_passwords_before_and_after_they_are_
 
     async def before(station, call):
         seen.append((station, call.payload, len(bench.sent)))
-    bench.connection.guard = SimpleNamespace(before=before, answered=lambda station, call, told: (
-        seen.append((station, call.payload, told))))
+    bench.connection.guard = SimpleNamespace(before=before, answered=lambda station, call, result: (
+        seen.append((station, call.payload, result))))
     if late:
         monkeypatch.setattr(bench.board.config.ocpp, "call_timeout_seconds", 0.01)
     payload = {"key": "AuthorizationKey", "value": "x" * 16}
@@ -7436,7 +7436,7 @@ async def answered_with(bench, action, payload, answer):
         _, id_, _, part = await command.sent()
         sent.append(part)
         bench.receive([3, id_, answer(part)])
-        await turn()
+        await tick()
     return sent, (await command.task)[0]
 
 
@@ -7558,7 +7558,7 @@ class ListKeeper:
         self.updates = []
         task, seen = asyncio.create_task(ocppboard.send_local_list(self.bench.connection)), 0
         while not task.done():
-            await turn()
+            await tick()
             for frame in map(json.loads, self.bench.sent[seen:]):
                 self.bench.receive([3, frame[1], self.answer(*frame[2:])])
             seen = len(self.bench.sent)
@@ -7609,7 +7609,7 @@ LISTED_TOKENS = {"A": {"group": "G"}, "B": {"status": "Blocked"}, "ELSEWHERE": {
 async def test_a_local_list_is_sent_whole_then_by_what_has_changed(protocol, most):
     keeper = ListKeeper(protocol, most, SCHEMAS, id_tokens=LISTED_TOKENS)
     board, station = keeper.bench.board, keeper.bench.station
-    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    settings = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
     assert not board.is_list_current(station)
     sent = await keeper.update()
     assert keeper.updates[0][0] == "Full" and {u for u, _ in keeper.updates[1:]} <= {"Differential"}
@@ -7619,8 +7619,8 @@ async def test_a_local_list_is_sent_whole_then_by_what_has_changed(protocol, mos
     assert keeper.entries["OLD"]["status"] == "Expired" and board.is_list_current(station)
     await keeper.update()
     assert keeper.updates == [], "it is up to date"
-    board.set_token("NEW", told)
-    board.set_token("B", told | {"stations": ["X"]})
+    board.set_token("NEW", settings)
+    board.set_token("B", settings | {"stations": ["X"]})
     assert not board.is_list_current(station)
     await keeper.update()
     assert {u for u, _ in keeper.updates} == {"Differential"} and board.is_list_current(station)
@@ -7633,14 +7633,14 @@ async def test_a_local_list_is_sent_whole_then_by_what_has_changed(protocol, mos
 @with_loop
 async def test_a_list_that_is_not_ours_or_refused_is_sent_whole():
     keeper = ListKeeper("ocpp2.0.1", id_tokens={"A": {}})
-    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    settings = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
     await keeper.update()
     keeper.version += 1                                  # somebody else's
-    keeper.bench.board.set_token("B", told)
+    keeper.bench.board.set_token("B", settings)
     await keeper.update()
     assert keeper.updates == [("Full", 2)]
     keeper.refuse = "Differential"
-    keeper.bench.board.set_token("C", told)
+    keeper.bench.board.set_token("C", settings)
     await keeper.update()
     assert keeper.updates == [("Differential", 1), ("Full", 3)]
     keeper.refuse = "Full"
@@ -7661,7 +7661,7 @@ async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
         bench.call(*cost_event("Updated", wh))
         due = ocppboard.costs_due(bench.connection)
         task = asyncio.create_task(ocppboard.send_costs(bench.connection, due))
-        await turn()
+        await tick()
         _, id_, action, payload = json.loads(bench.sent[-1])
         assert (action, payload) == ("CostUpdated", {"transactionId": "T", "totalCost": cost})
         bench.call(*cost_event("Updated", wh + 100))
@@ -7671,7 +7671,7 @@ async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
     bench.call(*cost_event("Updated", 3000))
     task = asyncio.create_task(ocppboard.send_costs(bench.connection, ocppboard.costs_due(
         bench.connection)))
-    await turn()
+    await tick()
     bench.receive([4, json.loads(bench.sent[-1])[1], "NotImplemented", "", {}])
     await task
     bench.call(*cost_event("Updated", 4000))
@@ -7804,7 +7804,7 @@ async def test_commands_fail_when_the_connection_ends():
 async def test_waiting_commands_are_bounded():
     bench = Bench()
     commands = [Command(bench) for _ in range(ocppboard.CALLS_WAITING)]
-    await turn()
+    await tick()
     with pytest.raises(ocppboard.Busy):
         await bench.connection.call("ClearCache", {})
     for command in commands:
@@ -7912,8 +7912,8 @@ def test_a_periodic_event_stream_is_refused_and_a_vat_number_keeps_its_evse():
     bench = Bench("ocpp2.1")
     assert bench.call("OpenPeriodicEventStream", {"constantStreamData": {
         "id": 1, "variableMonitoringId": 1, "params": {}}}) == {"status": "Rejected"}
-    told = {"vatNumber": "NL1", "evseId": 2}
-    assert bench.call("VatNumberValidation", told) == told | {"status": "Rejected"}
+    settings = {"vatNumber": "NL1", "evseId": 2}
+    assert bench.call("VatNumberValidation", settings) == settings | {"status": "Rejected"}
 
 
 def test_a_callresulterror_is_understood():
@@ -8069,7 +8069,7 @@ async def test_a_start_and_an_end_are_answered_when_the_disk_has_them(
     bench = KeptBench(tmp_path, protocol)
     waits = asyncio.create_task(_await(bench.connection.receive(
         json.dumps([2, "1", action, payload]))))
-    await turn()
+    await tick()
     assert bench.sent == [] and values(bench.state, "transaction") == {}
     await bench.state.write()
     await waits
@@ -8122,7 +8122,7 @@ async def test_a_station_that_has_gone_meanwhile_is_not_answered(tmp_path):
     bench = KeptBench(tmp_path)
     waits = asyncio.create_task(_await(bench.connection.receive(
         json.dumps([2, "1", "StartTransaction", START_NOW]))))
-    await turn()
+    await tick()
     bench.connection.end("gone")
     await bench.state.write()
     await waits
@@ -8155,10 +8155,10 @@ def sites(draw, least_sessions=0, simple=False):
         load=1.0 if simple else draw(st.sampled_from([1.0, 1.0, 3.0])),
         reserved=0.0 if simple else draw(st.sampled_from([0.0, 0.0, 6.0])))
         for number in range(draw(st.integers(least_sessions, 16)))]
-    taken = {} if simple else draw(st.dictionaries(
+    other_load = {} if simple else draw(st.dictionaries(
         st.tuples(names, st.integers(0, 2)), st.floats(0, 60), max_size=4))
     step = draw(st.integers(1, 3))
-    return circuits, requests, taken, draw(st.sampled_from(ocppboard.STRATEGIES)), step
+    return circuits, requests, other_load, draw(st.sampled_from(ocppboard.STRATEGIES)), step
 
 
 def lines_of(circuits):
@@ -8176,11 +8176,11 @@ def places_of(request, lines):
     return [(name, phase) for name in lines[request.circuit] for phase in request.phases]
 
 
-def loads(circuits, requests, taken, amps_of):
-    """{(circuit, phase): A}, with `taken`, when each session has so much."""
+def loads(circuits, requests, other_load, amps_of):
+    """{(circuit, phase): A}, with `other_load`, when each session has so much."""
     lines = lines_of(circuits)
     sums = {(c.name, phase): 0.0 for c in circuits for phase in range(3)}
-    for (name, phase), amps in taken.items():
+    for (name, phase), amps in other_load.items():
         for place in ((one, phase) for one in lines[name]):
             sums[place] += amps
     for request in requests:
@@ -8199,11 +8199,11 @@ def least_of(request, step):
 
 @given(sites())
 def test_no_limit_is_exceeded_and_nothing_usable_is_left(site):
-    circuits, requests, taken, strategy, step = site
-    shares = ocppboard.decide(circuits, requests, taken, strategy, 950.0, step)
+    circuits, requests, other_load, strategy, step = site
+    shares = ocppboard.decide(circuits, requests, other_load, strategy, 950.0, step)
     limits = {(c.name, phase): c.limit_a for c in circuits for phase in range(3)}
-    base = loads(circuits, requests, taken, lambda request: 0)
-    used = loads(circuits, requests, taken, lambda request: shares[request.id].amps)
+    base = loads(circuits, requests, other_load, lambda request: 0)
+    used = loads(circuits, requests, other_load, lambda request: shares[request.id].amps)
     for place, amps in used.items():
         assert amps <= max(limits[place], base[place]) + 1e-6, place
     lines = lines_of(circuits)
@@ -8220,10 +8220,11 @@ def test_no_limit_is_exceeded_and_nothing_usable_is_left(site):
 
 @given(sites(2, simple=True))
 def test_who_has_less_is_held_back_by_a_circuit_in_which_nobody_has_more_than_its_share(site):
-    circuits, requests, taken, strategy, step = site
-    shares = ocppboard.decide(circuits, requests, taken, strategy, 950.0, step)
+    circuits, requests, other_load, strategy, step = site
+    shares = ocppboard.decide(circuits, requests, other_load, strategy, 950.0, step)
     limits = {c.name: c.limit_a for c in circuits}
-    used, lines = loads(circuits, requests, taken, lambda r: shares[r.id].amps), lines_of(circuits)
+    used = loads(circuits, requests, other_load, lambda r: shares[r.id].amps)
+    lines = lines_of(circuits)
     first_come = strategy == "first_come"
     weight = {r.id: r.priority if strategy == "priority" else 1 for r in requests}
 
@@ -8245,8 +8246,8 @@ def test_who_has_less_is_held_back_by_a_circuit_in_which_nobody_has_more_than_it
 
 @given(sites())
 def test_the_same_site_is_decided_the_same_way(site):
-    circuits, requests, taken, strategy, step = site
-    decide = functools.partial(ocppboard.decide, circuits, other_load=taken, strategy=strategy,
+    circuits, requests, other_load, strategy, step = site
+    decide = functools.partial(ocppboard.decide, circuits, other_load=other_load, strategy=strategy,
                                now=950.0, step=step)
     assert decide(requests=requests) == decide(requests=[r._replace() for r in requests])
 
@@ -8948,8 +8949,8 @@ def test_a_station_that_keeps_no_fallback_is_told_its_limits_all_the_same():
     world.run(120)
     assert [o.current_a for o in outlets] == [19, 19]
     assert world.controller.circuits()[0]["worstA"]["L1"] == 64, "the next cars may draw all"
-    told = [e for e in world.board.system.records if e.kind == "SMART_CHARGE_NO_FALLBACK"]
-    assert len(told) <= 4 and refusals < 60, "and nobody is asked again and again"
+    events = [e for e in world.board.system.records if e.kind == "SMART_CHARGE_NO_FALLBACK"]
+    assert len(events) <= 4 and refusals < 60, "and nobody is asked again and again"
 
 
 def test_a_station_whose_first_evse_is_the_second_is_no_obstacle():
@@ -9278,7 +9279,7 @@ def answers_of(station, **answers):
         setattr(station, name, lambda payload, answer=answer: dict(answer))
 
 
-def told_a(world):
+def commanded_a(world):
     """A that the stations are allowed by what they have accepted, all together."""
     return sum(min(32, station.limit_a(outlet)) for station in world.stations.values()
                for outlet in station.outlets if outlet.transaction_id is not None)
@@ -9308,7 +9309,7 @@ def test_a_limit_under_what_a_newcomer_counts_for_is_no_reduction():
             assert sum(s.outlets[0].current_a for s in stations) <= 82.6
     for _ in range(400):
         world.step()
-        assert told_a(world) <= 82.6
+        assert commanded_a(world) <= 82.6
     firsts = {next(amps for _, amps in limits_sent(world, s.identity) if amps) for s in stations}
     assert firsts == {6}, "and the ramp holds from the first ampere on"
     assert sum(s.outlets[0].current_a for s in stations) >= 80
@@ -9989,7 +9990,7 @@ async def test_a_raise_is_sent_when_the_state_has_it():
     command = ocppboard.Command(station, "SetChargingProfile", {}, lambda c, a: answers.append(a),
                                 durable=True)
     task = asyncio.create_task(controller.carry_out(command))
-    await turn()
+    await tick()
     assert calls == []
     durable.set_result(True)
     await task
@@ -10356,7 +10357,7 @@ class Far:
         """A connection may be lingering, or a pause under way."""
         for _ in range(100):
             if not self.dialled:
-                self.turn()
+                self.tick()
         assert self.dialled, self.session.status
 
     def refuse(self, reason="away"):
@@ -10374,13 +10375,13 @@ class Far:
         return unpack(self.frames.pop(0))
 
     def answer(self, call, payload):
-        self.say(f"[3,{call.id_text},{json.dumps(payload)}]")
+        self.send(f"[3,{call.id_text},{json.dumps(payload)}]")
 
-    def say(self, frame):
+    def send(self, frame):
         self.session.upstream_sent(self.websocket, frame)
         self.settle()
 
-    def turn(self, seconds=1.0):
+    def tick(self, seconds=1.0):
         self.bench.clock.now += seconds
         self.relay.tick()
         self.settle()
@@ -10435,7 +10436,7 @@ def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     bench.connection.receive(frame)
     assert far.frames == [frame] and bench.sent == []
     answer = '[3, "a b", {"transactionId": 77,  "idTagInfo": {"status":"Invalid"}}]'
-    far.say(answer)
+    far.send(answer)
     assert bench.sent == [answer]
     assert [t.id for t in bench.board.transactions.records] == [77]
     assert [m.type for m in bench.board.messages.records] == ["CALL", "CALLRESULT"]
@@ -10454,7 +10455,7 @@ def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
         bench.connection.receive(call_of(action, action, payload))
         far.answer(far.asked(), answer)
     far.die()
-    far.turn(100)
+    far.tick(100)
     far.open()
     assert len(far.session.queue) == 1 and far.session.queue.bytes > 500     # the other is sent
     far.answer(far.asked(), {"status": "Accepted", "interval": 60,
@@ -10473,7 +10474,7 @@ def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
     assert far.session.status == "booting"
     bench.connection.receive(call_of("2", "Heartbeat", {}))
     assert far.frames == [] and '"2"' in bench.sent[-1]      # answered here
-    far.turn(61)
+    far.tick(61)
     again = far.asked()
     assert again.action == "BootNotification" and again.payload == BOOT_16
     far.answer(again, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
@@ -10540,7 +10541,7 @@ def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    far.say(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
+    far.send(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
     stop = unpack(bench.sent[-1])
     assert isinstance(stop, Call) and stop.payload == {"transactionId": ours}
     bench.connection.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
@@ -10572,16 +10573,16 @@ def test_a_silent_upstream_costs_the_station_no_more_than_the_time_out():
     far = Far(bench)
     far.open()
     bench.connection.receive(call_of("1", "Authorize", {"idTag": "AA"}))
-    far.turn(9)
+    far.tick(9)
     assert bench.sent == []
-    far.turn(0.8)
+    far.tick(0.8)
     assert json.loads(bench.sent[-1]) == [3, "1", {"idTagInfo": {"status": "Accepted"}}]
-    far.turn(1)
+    far.tick(1)
     for id_ in "23":
         bench.connection.receive(call_of(id_, "Authorize", {"idTag": "AA"}))
-        far.turn(9.8)
+        far.tick(9.8)
         assert f'"{id_}"' in bench.sent[-1]
-        far.turn(1)
+        far.tick(1)
     assert far.session.status == "backoff"                         # three in a row: it is not there
     bench.connection.receive(call_of("4", "Authorize", {"idTag": "AA"}))
     assert '"4"' in bench.sent[-1]                           # at once
@@ -10592,9 +10593,9 @@ def test_a_late_answer_is_not_given_to_the_station_twice():
     far = Far(bench)
     far.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.turn(9.9)
+    far.tick(9.9)
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.turn(3)
+    far.tick(3)
     far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     assert len(bench.sent) == 1 and far.session.view()["delivered"] == 1
     bench.connection.receive(call_of("2", "MeterValues", {
@@ -10611,7 +10612,7 @@ def test_what_a_station_says_again_is_told_upstream_once():
     far.left()
     far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     assert bench.sent == [] and far.session.status == "online"
-    far.turn(ocppboard.GRACE_S + 1)
+    far.tick(ocppboard.GRACE_S + 1)
     assert far.session.status == "idle"                      # delivered, and nobody there
     far.attach(bench.connect())
     far.open()
@@ -10651,10 +10652,10 @@ def test_an_upstream_that_cannot_take_a_message_is_asked_ever_less_often(action,
     far.open()
     for attempt in range(attempts):
         assert far.asked().id_text == '"1"'
-        far.say('[4,"1","InternalError","no disk",{}]')
-        far.turn(min(2 * 2 ** attempt, 300) - 0.1)
+        far.send('[4,"1","InternalError","no disk",{}]')
+        far.tick(min(2 * 2 ** attempt, 300) - 0.1)
         assert far.frames == []
-        far.turn(0.1)
+        far.tick(0.1)
     assert far.frames == [] and far.session.view()["lost"] == 1
     assert far.events("error")[-1]["error"].startswith("not delivered: InternalError no disk")
 
@@ -10666,7 +10667,7 @@ def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
     far.open()
-    far.say('[4,"1","FormationViolation","",{}]')
+    far.send('[4,"1","FormationViolation","",{}]')
     far.frames.clear()
     bench.connection.receive(call_of("2", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
@@ -10776,12 +10777,12 @@ def stop_of(transaction_id):
     return {"transactionId": transaction_id, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}
 
 
-def id_given(bench):
+def given_id(bench):
     """The transaction id in the answer that the station had last."""
     return json.loads(bench.sent[-1])[2]["transactionId"]
 
 
-def taken(there):
+def accepted_as(there):
     return {"transactionId": there, "idTagInfo": {"status": "Accepted"}}
 
 
@@ -10802,13 +10803,13 @@ def metered_at(value, context="Sample.Periodic"):
         {"value": value, "context": context}]}]
 
 
-def told_16(bench, far, event, there=7):
-    """Tell an event of a 2.x station; the Calls that a 1.6 upstream has of it."""
+def sent_in_16(bench, far, event, there=7):
+    """Send an event of a 2.x station; the Calls that a 1.6 upstream gets for it."""
     bench.connection.receive(call_of(f"e{event['seqNo']}", "TransactionEvent", event))
     calls = []
     while far.frames:
         calls.append(far.asked())
-        far.answer(calls[-1], taken(there) if calls[-1].action == "StartTransaction" else {})
+        far.answer(calls[-1], accepted_as(there) if calls[-1].action == "StartTransaction" else {})
     return {call.action: call.payload for call in calls}
 
 
@@ -10821,12 +10822,12 @@ def test_an_id_that_the_board_had_to_give_is_mapped_also_beside_others():
     far.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.open()
-    far.answer(far.asked(), taken(5))
+    far.answer(far.asked(), accepted_as(5))
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     late = far.asked()
-    far.turn(30)                                             # the station has our answer by now
-    ours = id_given(bench)
-    far.answer(late, taken(6))
+    far.tick(30)                                             # the station has our answer by now
+    ours = given_id(bench)
+    far.answer(late, accepted_as(6))
     bench.connection.receive(call_of("3", "StopTransaction", stop_of(str(ours))))
     assert far.asked().payload["transactionId"] == 6
 
@@ -10838,11 +10839,11 @@ def test_a_start_that_is_told_again_is_the_same_transaction_in_2x():
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     first = far.asked()
     far.answer(first, {})
-    ours = id_given(bench)
+    ours = given_id(bench)
     reconnected(bench, far)                                  # the answer was lost on the way
     bench.connection.receive(call_of("2", "StartTransaction", begun()))
     assert far.frames == [] and first.payload["eventType"] == "Started"
-    assert id_given(bench) == ours
+    assert given_id(bench) == ours
 
 
 def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
@@ -10852,14 +10853,14 @@ def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
     far.refuse()
     bench.clock.now += 1000
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    ours = id_given(bench)
+    ours = given_id(bench)
     far.end()
     bench = Bench(**keys)                                    # a second earlier, by its clock
     bench.clock.now += 999
     far = Far(bench)
     far.refuse()
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
-    assert id_given(bench) > ours
+    assert given_id(bench) > ours
     far.end()
 
 
@@ -10868,17 +10869,19 @@ def test_a_start_by_a_later_event_is_kept_like_any_start(tmp_path):
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
-    told_16(bench, far, event_of("Started", 0, "CablePluggedIn",
-                                 meterValue=metered_at(100, "Transaction.Begin")))
-    assert "StartTransaction" in told_16(bench, far, event_of("Updated", 1, "Authorized", **DRIVER))
+    sent_in_16(bench, far, event_of("Started", 0, "CablePluggedIn",
+                                    meterValue=metered_at(100, "Transaction.Begin")))
+    assert "StartTransaction" in sent_in_16(bench, far, event_of(
+        "Updated", 1, "Authorized", **DRIVER))
     far.end()
     bench = Bench("ocpp2.0.1", **keys)
     far = Far(bench, upstream="ocpp1.6")
     far.open()
     while far.frames:                                        # what the earlier run was told
         far.answer(far.asked(), {})
-    told = told_16(bench, far, event_of("Ended", 2, "EVDeparted", meterValue=metered_at(900)))
-    assert told["StopTransaction"]["transactionId"] == 7 and "StartTransaction" not in told
+    reported = sent_in_16(bench, far, event_of(
+        "Ended", 2, "EVDeparted", meterValue=metered_at(900)))
+    assert reported["StopTransaction"]["transactionId"] == 7 and "StartTransaction" not in reported
     far.end()
     assert ocppboard.priority_of(Call("1", "TransactionEvent", event_of(
         "Updated", 1, "Authorized", **DRIVER), "")) == ocppboard.TRANSACTION
@@ -10888,13 +10891,13 @@ def test_energy_counts_from_the_first_register_where_the_start_had_none():
     bench = Bench("ocpp2.0.1")
     far = Far(bench, upstream="ocpp1.6")
     far.open()
-    told = told_16(bench, far, event_of("Started", 0, "Authorized", **DRIVER))
-    assert told["StartTransaction"]["meterStart"] == 0
-    told_16(bench, far, event_of("Updated", 1, "MeterValuePeriodic",
-                                 meterValue=metered_at(5_000_000)))
-    told = told_16(bench, far, event_of("Ended", 2, "EVDeparted",
-                                        meterValue=metered_at(5_003_000, "Transaction.End")))
-    assert told["StopTransaction"]["meterStop"] == 3000
+    reported = sent_in_16(bench, far, event_of("Started", 0, "Authorized", **DRIVER))
+    assert reported["StartTransaction"]["meterStart"] == 0
+    sent_in_16(bench, far, event_of("Updated", 1, "MeterValuePeriodic",
+                                    meterValue=metered_at(5_000_000)))
+    reported = sent_in_16(bench, far, event_of("Ended", 2, "EVDeparted",
+                                           meterValue=metered_at(5_003_000, "Transaction.End")))
+    assert reported["StopTransaction"]["meterStop"] == 3000
 
 
 def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
@@ -10902,11 +10905,11 @@ def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
     far = Far(bench)
     far.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.answer(far.asked(), taken(5))
+    far.answer(far.asked(), accepted_as(5))
     bench.connection.receive(call_of("2", "StopTransaction", stop_of(5)))
     stop = far.asked()
     reconnected(bench, far)
-    far.say(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
+    far.send(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
     bench.connection.receive(call_of("3", "StopTransaction", stop_of(5)))
     again = far.asked()
     assert (again.action, again.id_text) == ("StopTransaction", '"3"')
@@ -10923,7 +10926,7 @@ def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     disk(full=1)
     far.open()
-    far.answer(far.asked(), taken(5))                        # delivered: its row is to go
+    far.answer(far.asked(), accepted_as(5))                        # delivered: its row is to go
     far.die()
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert len(bench.sent) == 2 and bench.board.state.failing_since
@@ -10956,7 +10959,7 @@ def test_the_journal_of_a_former_version_is_taken_over_once(tmp_path, caplog):
     for number in (1, 2):
         call = far.asked()
         assert call.payload["connectorId"] == number
-        far.answer(call, taken(number))
+        far.answer(call, accepted_as(number))
     far.end()
     again = Far(Bench(**keys))
     assert not again.session.queue and "taken over" in caplog.text
@@ -10983,14 +10986,14 @@ def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest
     far = Far(bench)
     far.open()
     bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
-    far.say('[4,"1","FormationViolation","the vendor is too long",{}]')
+    far.send('[4,"1","FormationViolation","the vendor is too long",{}]')
     bench.connection.receive(call_of("2", "StartTransaction", begun()))
     far.die()
     far.frames.clear()
     far.open()
     boot = far.asked()
     assert boot.action == "BootNotification"
-    far.say(f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
+    far.send(f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
     assert far.asked().action == "StartTransaction"
 
 
@@ -11002,9 +11005,9 @@ def test_while_upstream_is_given_a_rest_the_station_is_answered_here():
     far.open()
     for attempt in range(4):
         start = far.asked()
-        far.say(f'[4,{start.id_text},"InternalError","busy",{{}}]')
+        far.send(f'[4,{start.id_text},"InternalError","busy",{{}}]')
         if attempt < 3:
-            far.turn(2 * 2 ** attempt)
+            far.tick(2 * 2 ** attempt)
     bench.connection.receive(call_of("h", "Heartbeat", {}))     # within the 16 s of the fourth rest
     assert '"h"' in bench.sent[-1] and far.frames == []
 
@@ -11015,7 +11018,7 @@ def test_a_station_of_another_version_does_not_have_its_old_frames_passed_on():
     far.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     far.frames.clear()
-    far.turn(30)
+    far.tick(30)
     reconnected(bench, far, "ocpp2.0.1")
     far.open()
     start = far.asked()
@@ -11105,10 +11108,10 @@ def test_a_station_that_waits_for_approval_is_not_told_upstream_before_it():
     bench.board.config.ocpp.accept = "ask"
     other = bench.connect(identity="CP-2")
     far.relay.attach(other, "")
-    far.turn()
+    far.tick()
     assert other.upstream is None and "CP-2" not in far.relay.sessions
     bench.board.approve(bench.board.stations["CP-2"])
-    far.turn()
+    far.tick()
     assert other.upstream is far.relay.sessions["CP-2"] and far.dialled
 
 
@@ -11160,7 +11163,7 @@ class Upstream:
         self.wrong = []
 
     async def __aenter__(self):
-        self.server = await websockets.serve(self._taken, "127.0.0.1", 0, ping_interval=None,
+        self.server = await websockets.serve(self._serve, "127.0.0.1", 0, ping_interval=None,
                                              max_size=None, **self.options)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
@@ -11183,7 +11186,7 @@ class Upstream:
             await asyncio.sleep(self.slow_s)
         return socket_.respond(HTTPStatus(self.status), "no\n") if self.status else None
 
-    async def _taken(self, socket_):
+    async def _serve(self, socket_):
         self.sockets.append(socket_)
         try:
             await self.play(socket_)
@@ -11225,7 +11228,7 @@ def party(version, answers):
     class Party(base):
         def __init__(self, identity, socket_):
             super().__init__(identity, socket_, response_timeout=10)
-            self.heard = []                              # [(Action, payload)] of Calls
+            self.received = []                              # [(Action, payload)] of Calls
             self.task = asyncio.create_task(self._listen())
 
         async def _listen(self):
@@ -11235,7 +11238,7 @@ def party(version, answers):
         async def route_message(self, raw_msg):
             message = json.loads(raw_msg)
             if message[0] == 2:
-                self.heard.append((message[2], message[3]))
+                self.received.append((message[2], message[3]))
             await super().route_message(raw_msg)
 
         async def ask(self, action, **fields):
@@ -11244,7 +11247,7 @@ def party(version, answers):
             return await self.call(call, suppress=False)
 
         def of(self, action):
-            return [payload for name, payload in self.heard if name == action]
+            return [payload for name, payload in self.received if name == action]
 
     def handler(action, made):
         def handle(self, **_):
@@ -11278,7 +11281,7 @@ def assert_quiet(caplog):
     assert not wrong, [r.getMessage() for r in wrong] + [str(r.exc_info) for r in wrong]
 
 
-async def told_by(site, *kinds):
+async def proxy_events(site, *kinds):
     """What the relay put on record, the oldest first."""
     records = await site.get("/api/proxy?limit=1000")
     return [r for r in reversed(records) if not kinds or r["type"] in kinds]
@@ -11296,7 +11299,7 @@ CENTRAL_16 = {
     "BootNotification": {"currentTime": AT(0), "interval": 300, "status": "Accepted"},
     "StatusNotification": {}, "MeterValues": {}, "Authorize": {"idTagInfo": {"status": "Accepted"}},
     "Heartbeat": {"currentTime": AT(0)}, "StopTransaction": {"idTagInfo": {"status": "Accepted"}},
-    "StartTransaction": lambda told: {"transactionId": 7000 + told["meterStart"],
+    "StartTransaction": lambda reported: {"transactionId": 7000 + reported["meterStart"],
                                       "idTagInfo": {"status": "Accepted"}},
     "DiagnosticsStatusNotification": {}, "FirmwareStatusNotification": {}}
 CENTRAL_2X = {
@@ -11304,7 +11307,7 @@ CENTRAL_2X = {
     "StatusNotification": {}, "MeterValues": {}, "Authorize": ACCEPTS, "NotifyEvent": {},
     "Heartbeat": {"currentTime": AT(0)}, "NotifyReport": {}, "LogStatusNotification": {},
     "FirmwareStatusNotification": {},
-    "TransactionEvent": lambda told: ACCEPTS if "idToken" in told else {}}
+    "TransactionEvent": lambda reported: ACCEPTS if "idToken" in reported else {}}
 
 
 def wh(value, minute, **more):
@@ -11354,7 +11357,7 @@ async def test_a_station_of_16_charges_at_two_connectors_before_a_newer_central_
                          if e["evse"]["id"] == 2)
         stop = await there.ask("RequestStopTransaction", transaction_id=of_second)
         assert stop.status == "Accepted"
-        assert station.heard == [("RemoteStopTransaction", {"transactionId": second})]
+        assert station.received == [("RemoteStopTransaction", {"transactionId": second})]
         await station.ask("StopTransaction", transaction_id=second, meter_stop=2500,
                           reason="Remote", timestamp=AT(7), transaction_data=[
                               wh("2000", 2, context="Transaction.Begin"), wh("2450", 6),
@@ -11363,7 +11366,7 @@ async def test_a_station_of_16_charges_at_two_connectors_before_a_newer_central_
                           timestamp=AT(8), reason="EVDisconnected",
                           transaction_data=[wh("900", 8, context="Transaction.End")])
         events = there.of("TransactionEvent")
-        assert not await told_by(site, "error", "refused")
+        assert not await proxy_events(site, "error", "refused")
         rows = await site.get("/api/transactions")
         assert [row["status"] for row in rows] == ["stopped", "stopped"]
     assert len({e["transactionInfo"]["transactionId"] for e in events}) == 2
@@ -11391,14 +11394,14 @@ STATION_2X = {
     "TriggerMessage": {"status": "Accepted"}, "SetChargingProfile": {"status": "Accepted"},
     "ReserveNow": {"status": "Occupied"},
     "GetLog": {"status": "Accepted", "filename": "log.gz"},
-    "SetVariables": lambda told: {"setVariableResult": [
+    "SetVariables": lambda reported: {"setVariableResult": [
         {key: one[key] for key in ("component", "variable")} | {"attributeStatus": "RebootRequired"}
-        for one in told["setVariableData"]]},
-    "GetVariables": lambda told: {"getVariableResult": [
+        for one in reported["setVariableData"]]},
+    "GetVariables": lambda reported: {"getVariableResult": [
         {key: one[key] for key in ("component", "variable")} | (
             {"attributeStatus": "Accepted", "attributeValue": "77"}
             if one["variable"]["name"] == "HeartbeatInterval"
-            else {"attributeStatus": "UnknownVariable"}) for one in told["getVariableData"]]}}
+            else {"attributeStatus": "UnknownVariable"}) for one in reported["getVariableData"]]}}
 
 
 @pytest.mark.parametrize("version, protocol", [(ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
@@ -11437,14 +11440,15 @@ async def test_a_newer_station_charges_before_a_central_system_of_16(version, pr
                     meter_value=[wh(950, 6, context="Transaction.End")])
         await status("Available", 7)
         await _obeys_a_central_system_of_16(there, station)
-        assert not await told_by(site, "error", "refused")
+        assert not await proxy_events(site, "error", "refused")
     started, = there.of("StartTransaction")
     assert started == {"connectorId": 1, "idTag": "ALICE", "meterStart": 500, "timestamp": AT(1)}
     stopped, = there.of("StopTransaction")
     assert (stopped["transactionId"], stopped["meterStop"], stopped["reason"]) == (
         7500, 950, "Remote")
     assert stopped["transactionData"][0]["sampledValue"][0]["value"] == "950"
-    metered = [told for told in there.of("MeterValues") if told.get("transactionId") == 7500]
+    metered = [payload for payload in there.of("MeterValues")
+               if payload.get("transactionId") == 7500]
     assert [m["meterValue"][0]["sampledValue"][0]["value"] for m in metered] == ["800"]
     words = [s["status"] for s in there.of("StatusNotification")]
     assert [word for word, _ in itertools.groupby(words)] == [
@@ -11453,7 +11457,7 @@ async def test_a_newer_station_charges_before_a_central_system_of_16(version, pr
 
 
 async def _obeys_a_central_system_of_16(there, station):
-    station.heard.clear()
+    station.received.clear()
     answer = await there.ask("RemoteStartTransaction", id_tag="BOB", connector_id=1)
     assert answer.status == "Accepted"
     started, = station.of("RequestStartTransaction")
@@ -11491,9 +11495,9 @@ async def _obeys_a_central_system_of_16(there, station):
 
 
 STATION_16 = {
-    "GetConfiguration": lambda told: {"configurationKey": [
+    "GetConfiguration": lambda reported: {"configurationKey": [
         {"key": key, "readonly": False, "value": "300"}
-        for key in told.get("key", ("HeartbeatInterval", "MeterValueSampleInterval"))
+        for key in reported.get("key", ("HeartbeatInterval", "MeterValueSampleInterval"))
         if key != "ConnectionTimeOut"]},
     "ChangeConfiguration": {"status": "Accepted"}, "ChangeAvailability": {"status": "Scheduled"},
     "UnlockConnector": {"status": "NotSupported"}, "SetChargingProfile": {"status": "Accepted"},
@@ -11559,12 +11563,12 @@ async def test_a_station_of_16_obeys_a_central_system_of_201(caplog):
         assert answer.status == "Accepted"
         assert station.of("InstallCertificate")[0]["certificateType"] == (
             "CentralSystemRootCertificate")
-        assert not await told_by(site, "error", "refused")
+        assert not await proxy_events(site, "error", "refused")
         with pytest.raises(ocpp.exceptions.NotSupportedError):
             await there.ask("SetDisplayMessage", message={
                 "id": 1, "priority": "NormalCycle",
                 "message": {"format": "UTF8", "content": "Hello"}})
-        refused, = await told_by(site, "refused")
+        refused, = await proxy_events(site, "refused")
         assert (refused["method"], refused["direction"]) == ("SetDisplayMessage", "DOWN")
         assert refused["error"].startswith("NotSupported")
     assert not [r for r in caplog.records if r.exc_info]
@@ -11574,16 +11578,16 @@ async def test_a_station_of_16_obeys_a_central_system_of_201(caplog):
 
 
 class Raw:
-    """Plays a central system by frames: `heard` is what came, `to(frame)` answers a Call."""
+    """Plays a central system by frames: `received` is what came, `to(frame)` answers a Call."""
 
     def __init__(self, to=None):
-        self.to, self.heard = to or self.accept, []
+        self.to, self.received = to or self.accept, []
         self.socket: Any = None
 
     async def __call__(self, socket_):
         self.socket = socket_
         async for frame in socket_:
-            self.heard.append(frame)
+            self.received.append(frame)
             answer = self.to(frame) if json.loads(frame)[0] == 2 else None
             if inspect.isawaitable(answer):
                 answer = await answer
@@ -11598,7 +11602,7 @@ class Raw:
 
     def calls(self, *actions):
         """[(Action, payload)] of the Calls that came, of these Actions."""
-        messages = map(json.loads, self.heard)
+        messages = map(json.loads, self.received)
         return [(m[2], m[3]) for m in messages if m[0] == 2 and (not actions or m[2] in actions)]
 
 
@@ -11636,18 +11640,18 @@ async def test_with_one_version_on_both_sides_frames_pass_byte_for_byte(protocol
         for frame in ODD_CALLS:
             await station.send(frame)
             back.append(await station.recv())
-        assert central.heard == ODD_CALLS and back == answers
+        assert central.received == ODD_CALLS and back == answers
         assert upstream.sockets[0].subprotocol == protocol
         commands = [frame.replace("Heartbeat", "ClearCache") for frame in ODD_CALLS]
         results = [ODD_ANSWERS[n % len(ODD_ANSWERS)](id_text_of(frame))
                    for n, frame in enumerate(commands)]
-        central.heard.clear()
+        central.received.clear()
         for command, result in zip(commands, results, strict=True):
             await central.socket.send(command)
             assert await station.recv() == command
             await station.send(result)
-            await until(lambda result=result: central.heard and central.heard[-1] == result)
-        assert central.heard == results
+            await until(lambda result=result: central.received and central.received[-1] == result)
+        assert central.received == results
         assert (await upstream_session_of(site))["errors"] == 0
     assert_quiet(caplog)
 
@@ -11659,7 +11663,7 @@ async def test_a_station_that_no_upstream_is_there_for_is_served_by_the_board():
         for identity in ("CP-1", "EU-1"):
             station = await site.station(identity)
             assert (await exchange(station, "Heartbeat", {}))[0] == 3
-        assert len(central.heard) == len(upstream.knocks) == 1
+        assert len(central.received) == len(upstream.knocks) == 1
         assert list(site.daemon.relay.sessions) == ["EU-1"]
 
 
@@ -11674,13 +11678,14 @@ async def test_message_ids_are_the_same_however_they_are_written():
             await station.send(f'[2,{id_},"Heartbeat",{{}}]')
             answer = await asyncio.wait_for(station.recv(), 2)
             assert json.loads(answer) == [3, json.loads(id_), {"currentTime": AT(0)}]
-        central.heard.clear()
+        central.received.clear()
         for id_ in ('"\\u0061c"', '"é"'):
             await central.socket.send(f'[2,{id_},"ClearCache",{{}}]')
             await station.recv()
             await station.send(json.dumps([3, json.loads(id_), {"status": "Accepted"}]))
-            await until(lambda: central.heard, 2)
-            assert json.loads(central.heard.pop()) == [3, json.loads(id_), {"status": "Accepted"}]
+            await until(lambda: central.received, 2)
+            assert json.loads(central.received.pop()) == [
+                3, json.loads(id_), {"status": "Accepted"}]
 
 
 @with_loop
@@ -11706,13 +11711,13 @@ async def test_a_command_of_the_board_goes_between_those_of_upstream():
             await station.send(f'[3,"{id_}",{{"status":"Rejected"}}]')
         status, answer, _ = await ours
         assert status == 200 and answer["result"] == {"status": "Rejected"}
-        await until(lambda: len(central.heard) == 4)
+        await until(lambda: len(central.received) == 4)
         await central.socket.send(first)                 # the same message id once more
         assert await station.recv() == first
         await station.send('[3,"same id",{"status":"Rejected"}]')
-        await until(lambda: len(central.heard) == 5)
-        assert seen["ClearCache"] == "third" and seen["Reset"] not in str(central.heard)
-        assert central.heard[2:] == [
+        await until(lambda: len(central.received) == 5)
+        assert seen["ClearCache"] == "third" and seen["Reset"] not in str(central.received)
+        assert central.received[2:] == [
             '[3,"same id",{"status":"Accepted"}]', '[3,"third",{"status":"Rejected"}]',
             '[3,"same id",{"status":"Rejected"}]']
 
@@ -11727,11 +11732,11 @@ async def test_sends_and_refused_results_of_21_pass_both_ways(caplog):
     async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1", "ocpp2.1")
         await exchange(station, "Heartbeat", {}, "h")
-        central.heard.clear()
+        central.received.clear()
         for frame in up:
             await station.send(frame)
-        await until(lambda: len(central.heard) == len(up))
-        assert central.heard == up
+        await until(lambda: len(central.received) == len(up))
+        assert central.received == up
         for frame in down:
             await central.socket.send(frame)
             assert await station.recv() == frame
@@ -11752,7 +11757,7 @@ class Mortal(Raw):
         self.chance, self.protocol = random.Random(seed), protocol
         self.upstream: Any = None
         self.died_of: Counter[Any] = Counter()
-        self.told, self.ids, self.deaths = {}, itertools.count(50_000), 0
+        self.reported, self.ids, self.deaths = {}, itertools.count(50_000), 0
 
     async def __call__(self, socket_):
         identity = identity_there(socket_)
@@ -11766,17 +11771,17 @@ class Mortal(Raw):
 
     def take(self, frame, identity):
         _kind, id_, action, payload = json.loads(frame)
-        again = (identity, id_) in self.told
+        again = (identity, id_) in self.reported
         if not again:
             given = next(self.ids) if action == "StartTransaction" else None
-            self.told[identity, id_] = (action, payload, given)
-        assert self.told[identity, id_][:2] == (action, payload), "the same id, something else"
+            self.reported[identity, id_] = (action, payload, given)
+        assert self.reported[identity, id_][:2] == (action, payload), "the same id, something else"
         if action in KEPT_CALLS and self.died_of[identity, id_] < 2 and self.chance.random() < 0.04:
             self.died_of[identity, id_] += 1
             return None
         if action == "StartTransaction":
             return json.dumps([3, id_, {"idTagInfo": {"status": "Accepted"},
-                                        "transactionId": self.told[identity, id_][2]}])
+                                        "transactionId": self.reported[identity, id_][2]}])
         made = (CENTRAL_16 if self.protocol == "ocpp1.6" else CENTRAL_2X)[action]
         return json.dumps([3, id_, made(payload) if callable(made) else made])
 
@@ -11840,11 +11845,11 @@ async def _charges_2x(station, identity, sessions):
     return done
 
 
-def _arrived_16(told):
+def _arrived_16(reported):
     """{(identity, start): (energy, meter values)}, of messages in the order they came in."""
     running: dict[Any, Any] = {}
     arrived: dict[Any, Any] = {}
-    for (identity, _), (action, payload, number) in told.items():
+    for (identity, _), (action, payload, number) in reported.items():
         if action == "StartTransaction":
             assert (identity, payload["meterStart"]) not in arrived, "started twice"
             arrived[identity, payload["meterStart"]] = None
@@ -11859,10 +11864,10 @@ def _arrived_16(told):
     return arrived
 
 
-def _arrived_2x(told):
+def _arrived_2x(reported):
     running: dict[Any, Any] = {}
     arrived: dict[Any, Any] = {}
-    for (identity, _), (action, payload, _) in told.items():
+    for (identity, _), (action, payload, _) in reported.items():
         if action != "TransactionEvent":
             continue
         key = identity, payload["transactionInfo"]["transactionId"]
@@ -11900,7 +11905,7 @@ async def test_each_session_arrives_once_and_whole_though_upstream_dies_again_an
         await until(lambda: all(not s.queue and not s.in_flight for s in sessions), 10)
         assert sum(s.counts["lost"] for s in sessions) == 0
     expected = {key: energy for part in done for key, energy in part.items()}
-    arrived = (_arrived_16 if upstreams == "ocpp1.6" else _arrived_2x)(central.told)
+    arrived = (_arrived_16 if upstreams == "ocpp1.6" else _arrived_2x)(central.reported)
     assert arrived == expected and len(expected) == 200 and central.deaths > 5
     assert_quiet(caplog)
 
@@ -11928,7 +11933,7 @@ class Talker:
                 else:
                     self.odd.append(message)
 
-    async def say(self, action, payload, seconds=10):
+    async def call(self, action, payload, seconds=10):
         """The answer: [3, id, payload] or [4, …]."""
         id_, began = f"m-{next(self.ids)}", time.monotonic()
         self.waits[id_] = asyncio.get_running_loop().create_future()
@@ -11939,14 +11944,14 @@ class Talker:
 
     async def session(self, start=100, energy=50):
         """Charge once; returns the transaction's id."""
-        _, _, began = await self.say("StartTransaction", START_16 | {"meterStart": start})
+        _, _, began = await self.call("StartTransaction", START_16 | {"meterStart": start})
         number = began["transactionId"]
-        await self.say("StopTransaction", {"transactionId": number, "meterStop": start + energy,
-                                           "timestamp": AT(40)})
+        await self.call("StopTransaction", {"transactionId": number, "meterStop": start + energy,
+                                            "timestamp": AT(40)})
         return number
 
 
-def told_id(frame):
+def id_in(frame):
     return json.loads(frame)[1]
 
 
@@ -11962,23 +11967,23 @@ WRONG_ANSWERS = {
     "nonsense": lambda frame: "what?",
     "an empty frame": lambda frame: "",
     "half an answer": lambda frame: right(frame)[:-2],
-    "a number": lambda frame: f"[3,{json.dumps(told_id(frame))},5]",
-    "a list": lambda frame: f"[3,{json.dumps(told_id(frame))},[]]",
-    "nothing in the answer": lambda frame: f"[3,{json.dumps(told_id(frame))},{{}}]",
-    "other types": lambda frame: json.dumps([3, told_id(frame), {
+    "a number": lambda frame: f"[3,{json.dumps(id_in(frame))},5]",
+    "a list": lambda frame: f"[3,{json.dumps(id_in(frame))},[]]",
+    "nothing in the answer": lambda frame: f"[3,{json.dumps(id_in(frame))},{{}}]",
+    "other types": lambda frame: json.dumps([3, id_in(frame), {
         "status": 5, "interval": "x", "transactionId": "y", "idTagInfo": []}]),
-    "an id beyond any": lambda frame: json.dumps([3, told_id(frame), {
+    "an id beyond any": lambda frame: json.dumps([3, id_in(frame), {
         "transactionId": 10 ** 30, "idTagInfo": {"status": "Accepted"}}]),
     "bytes": lambda frame: b"\xff\xfe\x00",
-    "a message of no type": lambda frame: f'[9,{json.dumps(told_id(frame))},{{}}]',
-    "deep": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":{"[" * 5000}{"]" * 5000}}}]',
+    "a message of no type": lambda frame: f'[9,{json.dumps(id_in(frame))},{{}}]',
+    "deep": lambda frame: f'[3,{json.dumps(id_in(frame))},{{"a":{"[" * 5000}{"]" * 5000}}}]',
     "a wrong id": lambda frame: '[3,"another",{}]',
     "the same twice": lambda frame: [right(frame), right(frame)],
     "late": too_late, "never": lambda frame: None,
-    "an error": lambda frame: f'[4,{json.dumps(told_id(frame))},"InternalError","",{{}}]',
-    "errors of no form": lambda frame: f'[4,{json.dumps(told_id(frame))}]',
-    "a megabyte": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":"{"y" * 1_048_000}"}}]',
-    "two megabytes": lambda frame: f'[3,{json.dumps(told_id(frame))},{{"a":"{"y" * 2_100_000}"}}]',
+    "an error": lambda frame: f'[4,{json.dumps(id_in(frame))},"InternalError","",{{}}]',
+    "errors of no form": lambda frame: f'[4,{json.dumps(id_in(frame))}]',
+    "a megabyte": lambda frame: f'[3,{json.dumps(id_in(frame))},{{"a":"{"y" * 1_048_000}"}}]',
+    "two megabytes": lambda frame: f'[3,{json.dumps(id_in(frame))},{{"a":"{"y" * 2_100_000}"}}]',
     "commands": lambda frame: [
         *(f'[2,"c{number}","ClearCache",{{}}]' for number in range(60)), right(frame)],
     "our own words": lambda frame: frame,
@@ -12040,11 +12045,11 @@ async def test_whatever_upstream_does_the_station_has_its_answers_in_time(caplog
 
         async def lives(identity):
             station = Talker(await site.station(identity, max_size=None))
-            answers = [await station.say("BootNotification", BOOT_16),
-                       await station.say("StartTransaction", START_16),
-                       await station.say("Heartbeat", {}),
-                       await station.say("StopTransaction", {"transactionId": 7100, "meterStop": 9,
-                                                             "timestamp": AT(50)})]
+            answers = [await station.call("BootNotification", BOOT_16),
+                       await station.call("StartTransaction", START_16),
+                       await station.call("Heartbeat", {}),
+                       await station.call("StopTransaction", {"transactionId": 7100, "meterStop": 9,
+                                                              "timestamp": AT(50)})]
             assert [a[1] for a in answers] == ["m-1", "m-2", "m-3", "m-4"], identity
             assert station.slowest_s < 1.25, (identity, station.slowest_s)
             assert not station.odd, (identity, station.odd)
@@ -12061,7 +12066,7 @@ async def test_an_upstream_that_hangs_up_at_once_is_not_tried_without_pause():
     async with relaying(_hangs_up, retry_s=(0.2, 60)) as (upstream, site):
         station = Talker(await site.station("CP-1"))
         for _ in range(30):
-            await station.say("Heartbeat", {})
+            await station.call("Heartbeat", {})
             await asyncio.sleep(0.1)
         # Pauses of 0.1 to 0.2 s, then 0.2 to 0.4, 0.4 to 0.8, 0.8 to 1.6, …
         assert 3 <= len(upstream.knocks) <= 6
@@ -12073,15 +12078,15 @@ async def test_a_flood_of_commands_is_answered_one_by_one_and_each_once(caplog):
     central = Raw()
     async with relaying(central) as (_upstream, site):
         station = Talker(await site.station("CP-1"))
-        await station.say("Heartbeat", {})
+        await station.call("Heartbeat", {})
         for number in range(500):
             await central.socket.send(f'[2,"f{number}","ClearCache",{{}}]')
-        await until(lambda: len(central.heard) == 501)
-        answers = [json.loads(frame) for frame in central.heard[1:]]
+        await until(lambda: len(central.received) == 501)
+        answers = [json.loads(frame) for frame in central.received[1:]]
         assert len({id_ for _, id_, *_ in answers}) == 500
-        taken = [id_ for kind, id_, *_ in answers if kind == 3]
-        assert taken == [m[1] for m in station.commands] and len(taken) >= 50
-        assert (await station.say("Heartbeat", {}))[0] == 3
+        accepted_as = [id_ for kind, id_, *_ in answers if kind == 3]
+        assert accepted_as == [m[1] for m in station.commands] and len(accepted_as) >= 50
+        assert (await station.call("Heartbeat", {}))[0] == 3
     assert_quiet(caplog)
 
 
@@ -12091,17 +12096,17 @@ async def test_a_command_for_a_station_that_has_left_is_refused():
     async with relaying(central) as (_upstream, site):
         station = await site.station("CP-1")
         await station.send(json.dumps([2, "s", "StartTransaction", START_16]))
-        await until(lambda: central.heard)
+        await until(lambda: central.received)
         await station.close()
         await until(lambda: site.board.stations["CP-1"].connection is None)
         await central.socket.send('[2,"c","ClearCache",{}]')
-        await until(lambda: len(central.heard) == 2)
-        assert json.loads(central.heard[1])[:2] == [4, "c"]
+        await until(lambda: len(central.received) == 2)
+        assert json.loads(central.received[1])[:2] == [4, "c"]
         await central.socket.send('[3,"s",{"transactionId":77,"idTagInfo":{"status":"Accepted"}}]')
         await until(lambda: site.board.transactions.records)
         assert site.board.transactions.records[-1].id == 77
         again = Talker(await site.station("CP-1"))       # it has not had its answer, and asks again
-        _, _, began = await again.say("StartTransaction", START_16)
+        _, _, began = await again.call("StartTransaction", START_16)
         assert began["transactionId"] == 77 and len(central.calls("StartTransaction")) == 1
 
 
@@ -12110,7 +12115,7 @@ async def test_a_command_for_a_station_that_has_left_is_refused():
 
 @with_loop
 async def test_what_a_station_says_while_upstream_shakes_hands_is_answered_by_upstream_in_order():
-    central = Raw(lambda frame: json.dumps([3, told_id(frame), {"from": told_id(frame)}]))
+    central = Raw(lambda frame: json.dumps([3, id_in(frame), {"from": id_in(frame)}]))
     async with relaying(central) as (upstream, site):
         upstream.slow_s = 0.3
         station = await site.station("CP-1")
@@ -12118,7 +12123,7 @@ async def test_what_a_station_says_while_upstream_shakes_hands_is_answered_by_up
             await station.send(f'[2,"{number}","Heartbeat",{{}}]')
         answers = [json.loads(await station.recv()) for _ in range(20)]
         assert answers == [[3, str(n), {"from": str(n)}] for n in range(20)]
-        assert [told_id(frame) for frame in central.heard] == [str(n) for n in range(20)]
+        assert [id_in(frame) for frame in central.received] == [str(n) for n in range(20)]
 
 
 @with_loop
@@ -12128,12 +12133,12 @@ async def test_of_two_stations_of_one_identity_upstream_sees_the_newest():
         first = await site.station("CP-1")
         await exchange(first, "Heartbeat", {}, "of the first")
         second = Talker(await site.station("CP-1"))
-        assert (await second.say("Heartbeat", {}))[0] == 3
+        assert (await second.call("Heartbeat", {}))[0] == 3
         with pytest.raises(websockets.ConnectionClosed):
             await first.recv()
-        assert told_id(central.heard[-1]) == "m-1"
+        assert id_in(central.received[-1]) == "m-1"
         await central.socket.send('[2,"c","ClearCache",{}]')
-        await until(lambda: json.loads(central.heard[-1])[:2] == [3, "c"])
+        await until(lambda: json.loads(central.received[-1])[:2] == [3, "c"])
         assert len(second.commands) == 1
         await until(lambda: sum(s.state.name == "OPEN" for s in upstream.sockets) == 1)
         session = await upstream_session_of(site)
@@ -12152,7 +12157,7 @@ async def test_with_when_down_close_the_station_is_sent_away_while_upstream_is()
         upstream.down = False
         await asyncio.sleep(0.3)                         # beyond the pause between two attempts
         station = Talker(await site.station("CP-1"))
-        assert (await station.say("Heartbeat", {}))[0] == 3 and central.heard
+        assert (await station.call("Heartbeat", {}))[0] == 3 and central.received
         upstream.kill()
         await asyncio.wait_for(station.task, 2)
         assert station.socket.close_code == 1013
@@ -12165,16 +12170,16 @@ async def test_what_waits_beyond_the_queue_is_lost_meter_values_first_and_that_i
         upstream.down = True
         station, given = Talker(await site.station("CP-1")), []
         for start in (0, 1000, 2000):
-            _, _, began = await station.say("StartTransaction", START_16 | {"meterStart": start})
+            _, _, began = await station.call("StartTransaction", START_16 | {"meterStart": start})
             given.append(began["transactionId"])
             for value in (1, 2, 3, 4):
-                answer = await station.say("MeterValues", {
+                answer = await station.call("MeterValues", {
                     "connectorId": 1, "transactionId": given[-1], "meterValue": [
                         {"timestamp": AT(1), "sampledValue": [{"value": str(start + value)}]}]})
                 assert answer[0] == 3
-            await station.say("StopTransaction", {"transactionId": given[-1], "timestamp": AT(2),
-                                                  "meterStop": start + 10})
-        lost = await told_by(site, "error")
+            await station.call("StopTransaction", {"transactionId": given[-1], "timestamp": AT(2),
+                                                   "meterStop": start + 10})
+        lost = await proxy_events(site, "error")
         lost = [record for record in lost if "lost" in record["error"]]
         assert len(lost) == 1 and lost[0]["error"].endswith("; 12 messages")
         assert lost[0]["method"] == "MeterValues"
@@ -12184,10 +12189,10 @@ async def test_what_waits_beyond_the_queue_is_lost_meter_values_first_and_that_i
         await until(lambda: len(central.calls("StopTransaction")) == 3)
         there = central.calls("StartTransaction", "StopTransaction")
         assert [action for action, _ in there] == ["StartTransaction", "StopTransaction"] * 3
-        assert [told["transactionId"] for action, told in there if action == "StopTransaction"] == [
-            7000, 8000, 9000], "the ids that upstream gave"
+        assert [payload["transactionId"] for action, payload in there
+                if action == "StopTransaction"] == [7000, 8000, 9000], "the ids that upstream gave"
         await until(lambda: site.daemon.relay.sessions["CP-1"].counts["delivered"] == 6)
-        assert len(await told_by(site, "delivered")) == 6
+        assert len(await proxy_events(site, "delivered")) == 6
 
 
 @with_loop
@@ -12195,28 +12200,28 @@ async def test_upstream_hears_the_boot_and_the_statuses_again_when_it_is_back():
     central = Raw()
     async with relaying(central) as (upstream, site):
         station = Talker(await site.station("CP-1"))
-        await station.say("BootNotification", BOOT_16)
+        await station.call("BootNotification", BOOT_16)
 
         def status(place, word):
             return {"connectorId": place, "errorCode": "NoError", "status": word}
         for place, word in ((0, "Available"), (1, "Available"), (2, "Available"), (2, "Preparing")):
-            await station.say("StatusNotification", status(place, word))
-        before = len(central.heard)
+            await station.call("StatusNotification", status(place, word))
+        before = len(central.received)
         upstream.down = True
         upstream.kill()
         await until(lambda: site.daemon.relay.sessions["CP-1"].status == "backoff")
-        await station.say("StatusNotification", status(1, "Faulted"))
+        await station.call("StatusNotification", status(1, "Faulted"))
         number = await station.session()
         upstream.down = False
-        await until(lambda: len(central.heard) == before + 6)
+        await until(lambda: len(central.received) == before + 6)
         await asyncio.sleep(0.05)
-        heard = [json.loads(frame) for frame in central.heard[before:]]
-        assert [m[2] for m in heard] == [
+        received = [json.loads(frame) for frame in central.received[before:]]
+        assert [m[2] for m in received] == [
             "BootNotification", "StartTransaction", "StopTransaction", *["StatusNotification"] * 3]
-        assert heard[0][3] == BOOT_16 and [m[3] for m in heard[3:]] == [
+        assert received[0][3] == BOOT_16 and [m[3] for m in received[3:]] == [
             status(0, "Available"), status(1, "Faulted"), status(2, "Preparing")]
-        assert len({m[1] for m in map(json.loads, central.heard)}) == len(central.heard)
-        assert heard[2][3]["transactionId"] == 7100 != number
+        assert len({m[1] for m in map(json.loads, central.received)}) == len(central.received)
+        assert received[2][3]["transactionId"] == 7100 != number
         assert not station.odd, "the station hears nothing of it"
 
 
@@ -12233,12 +12238,12 @@ async def test_of_a_station_that_upstream_has_not_accepted_it_hears_boots_only(s
     central = Raw(decide)
     async with relaying(central) as (_upstream, site):
         station = Talker(await site.station("CP-1"))
-        _, _, answer = await station.say("BootNotification", BOOT_16)
+        _, _, answer = await station.call("BootNotification", BOOT_16)
         assert answer["status"] == status and answer["interval"] == 5
         assert (await upstream_session_of(site))["status"] == "booting"
         await station.session()
-        assert len(central.heard) == 1
-        _, _, answer = await station.say("BootNotification", BOOT_16)
+        assert len(central.received) == 1
+        _, _, answer = await station.call("BootNotification", BOOT_16)
         assert answer["status"] == "Accepted"
         await until(lambda: len(central.calls("StopTransaction")) == 1)
         assert [action for action, _ in central.calls()] == [
@@ -12279,12 +12284,12 @@ async def test_an_upstream_is_known_by_its_certificate(certificates, server, ca,
                         ca=ca and str(certificates / ca)) as (upstream, site):
         assert upstream.url.startswith("wss://")
         station = Talker(await site.station("CP-1"))
-        assert (await station.say("Heartbeat", {}))[0] == 3
+        assert (await station.call("Heartbeat", {}))[0] == 3
         session = await upstream_session_of(site)
         if trusted:
-            assert session["status"] == "online" and len(central.heard) == 1
+            assert session["status"] == "online" and len(central.received) == 1
         else:
-            assert session["status"] != "up" and not central.heard and not upstream.knocks
+            assert session["status"] != "up" and not central.received and not upstream.knocks
             assert "certificate" in session["lastError"].lower()
     assert_quiet(caplog)
 
@@ -12313,7 +12318,7 @@ async def test_a_relay_that_leads_back_to_itself_is_refused_and_does_not_loop(ca
         site.daemon.config.proxy.upstream[0].url = site.url("")
         station = Talker(await site.station("CP-1"))
         for _ in range(5):
-            await station.say("Heartbeat", {})
+            await station.call("Heartbeat", {})
             await asyncio.sleep(0.1)
         assert "508" in (await upstream_session_of(site))["lastError"]
         view = await site.get("/api/connections/CP-1")
@@ -12328,11 +12333,11 @@ async def test_a_relay_that_leads_back_to_itself_is_refused_and_does_not_loop(ca
 
 
 class Flaky(Raw):
-    """Refuses each transaction message the first time it hears it; `taken` is what it then took."""
+    """Refuses each transaction message the first time; `accepted` has those that came again."""
 
     def __init__(self, answers):
         super().__init__(self.decide)
-        self.answers, self.refused, self.taken = answers, set(), []
+        self.answers, self.refused, self.accepted = answers, set(), []
 
     def decide(self, frame):
         _, id_, action, payload = json.loads(frame)
@@ -12340,7 +12345,7 @@ class Flaky(Raw):
         if action in KEPT_CALLS and key not in self.refused:
             self.refused.add(key)
             return f'[4,"{id_}","InternalError","the database is away",{{}}]'
-        self.taken.append((action, payload))
+        self.accepted.append((action, payload))
         made = self.answers[action]
         return json.dumps([3, id_, made(payload) if callable(made) else made])
 
@@ -12379,14 +12384,15 @@ async def test_a_central_system_of_16_that_fails_at_first_has_start_values_and_s
                     break
             assert answer[0] == 3, answer
         upstream.down = False
-        await until(lambda: any(action == "StopTransaction" for action, _ in central.taken), 3)
+        await until(lambda: any(action == "StopTransaction" for action, _ in central.accepted), 3)
         session = site.daemon.relay.sessions["CP-1"]
         await until(lambda: not session.queue and not session.in_flight)
-        told = [(a, p) for a, p in central.taken if a in KEPT_CALLS]
-        assert [a for a, _ in told if a != "MeterValues"] == ["StartTransaction", "StopTransaction"]
-        assert told[0][1]["meterStart"] == 500 and told[-1][1]["meterStop"] == 800
-        assert told[-1][1]["transactionId"] == 7500
-        registers = [p["meterValue"][0]["sampledValue"][0]["value"] for a, p in told
+        reported = [(a, p) for a, p in central.accepted if a in KEPT_CALLS]
+        assert [a for a, _ in reported if a != "MeterValues"] == [
+            "StartTransaction", "StopTransaction"]
+        assert reported[0][1]["meterStart"] == 500 and reported[-1][1]["meterStop"] == 800
+        assert reported[-1][1]["transactionId"] == 7500
+        registers = [p["meterValue"][0]["sampledValue"][0]["value"] for a, p in reported
                      if a == "MeterValues"]
         assert [value for value, _ in itertools.groupby(registers)][-2:] == ["600", "700"]
         assert session.counts["lost"] == 0
@@ -12404,7 +12410,7 @@ async def test_a_central_system_of_201_that_fails_at_first_has_all_events_withou
 
         async def says(action, payload):
             for _ in range(5):
-                answer = await station.say(action, payload)
+                answer = await station.call(action, payload)
                 if answer[0] == 3:
                     return answer[2]
             raise AssertionError(answer)
@@ -12419,14 +12425,14 @@ async def test_a_central_system_of_201_that_fails_at_first_has_all_events_withou
         upstream.down = False
 
         def events():
-            return [p for a, p in central.taken if a == "TransactionEvent"]
+            return [p for a, p in central.accepted if a == "TransactionEvent"]
         await until(lambda: events() and events()[-1]["eventType"] == "Ended", 3)
-        told = events()
-        assert [e["eventType"] for e in told] == ["Started", "Updated", "Updated", "Ended"]
-        assert {e["transactionInfo"]["transactionId"] for e in told} == {
-            told[0]["transactionInfo"]["transactionId"]}
-        assert [register_of(e) for e in told] == [100, 150, 200, 250]
-        assert [e["seqNo"] for e in told] == [0, 1, 2, 3]
+        reported = events()
+        assert [e["eventType"] for e in reported] == ["Started", "Updated", "Updated", "Ended"]
+        assert {e["transactionInfo"]["transactionId"] for e in reported} == {
+            reported[0]["transactionInfo"]["transactionId"]}
+        assert [register_of(e) for e in reported] == [100, 150, 200, 250]
+        assert [e["seqNo"] for e in reported] == [0, 1, 2, 3]
         assert site.daemon.relay.sessions["CP-1"].counts["lost"] == 0
     assert_quiet(caplog)
 
@@ -12450,7 +12456,7 @@ async def test_starts_and_stops_outlive_a_while_in_which_upstream_can_store_noth
         session = site.daemon.relay.sessions["CP-1"]
         await until(lambda: session.counts["delivered"] == 4 or session.counts["lost"], 10)
         assert session.counts["lost"] == 0
-        stops = [told for action, told in central.calls("StopTransaction")]
+        stops = [reported for action, reported in central.calls("StopTransaction")]
         assert [(s["transactionId"], s["meterStop"]) for s in stops] == [(7100, 150), (8000, 1060)]
 
 
@@ -12476,7 +12482,7 @@ async def test_two_boards_that_lead_to_each_other_do_not_go_round():
         second.daemon.config.proxy.upstream[0].url = first.url("")
         station = Talker(await first.station("CP-1"))
         for _ in range(5):
-            assert (await station.say("Heartbeat", {}))[0] == 3
+            assert (await station.call("Heartbeat", {}))[0] == 3
             await asyncio.sleep(0.05)
         assert first.board.total_messages == second.board.total_messages == 10
         assert (await upstream_session_of(first))["status"] == "online"
@@ -12697,7 +12703,7 @@ class StationCall:
     step: int = -1
     id: str = ""
     socket: Any = None                   # on which it was sent last
-    heard_on: Any = None                 # and that on which an answer came
+    received_on: Any = None                 # and that on which an answer came
     answered: bool = False
     renamed: bool = False                # sent under several message ids
     torn: bool = False                   # sent, and not answered when the board was killed
@@ -12868,7 +12874,7 @@ class ChargingStation:
             self._send()
 
     def _overdue(self, call, socket_):
-        if self.socket is socket_ and not self.misses_answers and call.heard_on is not socket_:
+        if self.socket is socket_ and not self.misses_answers and call.received_on is not socket_:
             self.world.wrong(f"no answer in time to {call.action} {call.id}")
 
     # What it receives
@@ -12884,7 +12890,7 @@ class ChargingStation:
         if self.answers[id_] > len(self.sent.get(id_, ())):
             self.world.wrong(f"an answer to no Call, or one too many: {text}")
         elif (call := self.sent[id_][0]) is self.under_way:
-            call.heard_on = socket_
+            call.received_on = socket_
             (self._accepted if kind == 3 else self._failed)(call, *more)
 
     def _obey(self, action, payload):
@@ -13130,16 +13136,16 @@ class Received:
                 self._take(call, *event)
 
     def _take(self, call, event, id_, wh, seq):
-        key, told = (call.identity, id_), None if wh is None else wh // 1000
+        key, reported = (call.identity, id_), None if wh is None else wh // 1000
         if event == "Started":
-            self._owner.setdefault(key, told)
-            self.names.setdefault(told, []).append(id_)
+            self._owner.setdefault(key, reported)
+            self.names.setdefault(reported, []).append(id_)
         session = self._owner.get(key)
         if session is None:
-            if told not in self.excused and str(id_) not in self.lost_ids:
+            if reported not in self.excused and str(id_) not in self.lost_ids:
                 self.wrong.append(f"of no transaction: {call.action} {call.payload}")
             return
-        if told not in (session, None) and not self.forgetful:
+        if reported not in (session, None) and not self.forgetful:
             self.wrong.append(f"session {told} has the id of {session}: {call.payload}")
         same = (call.identity, event, seq, wh, call.payload.get("timestamp"),
                 None if call.action == "StartTransaction" else id_)
@@ -13827,7 +13833,7 @@ async def test_a_wrong_bearer_counts_once_and_guesses_are_slowed(monkeypatch):
     waiting = [asyncio.create_task(access.slow_down(f"one more {n}", "192.0.2.1"))
                for n in range(9)]
 
-    await turn()
+    await tick()
     for known in ("t", "of an earlier start"):
         async with asyncio.timeout(0.05):
             await access.slow_down(known, "192.0.2.1")
@@ -15726,7 +15732,7 @@ async def test_a_2x_station_is_asked_for_each_connector_that_is_known():
         says_2x(bench, "Available", evse)
     asking = asyncio.create_task(ocppboard.introduce(bench.connection))
     for wanted in (None, {"id": 1, "connectorId": 1}, {"id": 2, "connectorId": 1}):
-        await turn()
+        await tick()
         _, id_, _, payload = json.loads(bench.sent[-1])
         assert payload.get("evse") == wanted
         bench.connection.receive(json.dumps([3, id_, {"status": "Accepted"}]))
@@ -17984,7 +17990,7 @@ async def test_the_page_works_below_a_sub_path(site):
 async def test_the_ca_is_sent_and_a_certificate_asked_for_on_the_page(pki):
     async with Site(**pki.own_ca()) as site:
         station = Talker(await site.station("CP-1"))
-        await station.say("Heartbeat", {})
+        await station.call("Heartbeat", {})
         async with looking(site) as look:
             await look.go("stations/CP-1/commands")
             for name in ("Install the CA", "New certificate"):
@@ -20606,7 +20612,7 @@ def test_the_watchdog_is_fed_only_while_all_makes_progress(
                         upstreams=[{"url": "ws://127.0.0.1:9/", "stations": ["X"]}]) as site:
             await until(lambda: "WATCHDOG=1" in heard())
             asyncio.get_running_loop().call_soon(time.sleep, 0.5)
-            await turn(2)
+            await tick(2)
             assert len(heard()) <= 1, "the loop stood still"
             await until(lambda: "WATCHDOG=1" in heard())
             failing.append(name)
@@ -21443,7 +21449,7 @@ async def test_the_requests_of_a_station_that_goes_on_are_its_upstreams(pki):
     async with relaying(Raw(), keys=pki.own_ca().items(), stations=["CP-1"]) as (_, site):
         station = Talker(await site.station("CP-1"))
         site.board.stations["CP-1"].security_profile = 1
-        await station.say("SignCertificate", {"csr": pki.request()[0]})
+        await station.call("SignCertificate", {"csr": pki.request()[0]})
         assert not site.daemon._signing
         events = str([e.message for e in site.board.security.records])
         assert "its upstream system is asked" in events
