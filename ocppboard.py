@@ -22180,9 +22180,10 @@ function troubleAt(station, connector, add) {
 
 // --- Forms ----------------------------------------------------------------------------------
 // A form has fields, and what is done with their values. What is typed stays, as text, in the
-// object that it is given; what is missing the browser says. A field: {label, type, options
+// object that it is given; what is missing the browser says. A field: {label, hint, type, options
 // (values, or pairs of value and text), none (said where there are no options), value (at first),
-// optional, whole (as wide as the form), `read` (its value of a text), attributes of its input}.
+// optional, blank (its value when it is empty), whole (as wide as the form), `read` (its value of
+// a text), instead (the field that it takes the place of), attributes of its input}.
 
 const READ = {
   number: Number,
@@ -22190,25 +22191,33 @@ const READ = {
   lines: text => text.split('\n').map(line => line.trim()).filter(Boolean),
 };
 
-// {name, value, empty, view}: a field of which nothing is typed has no value, one that is `empty`
-// has nothing to choose from.
+// {name, value, changed, empty, view}: `empty` is a field that has nothing to choose from.
 function fieldOf(typed, name, spec) {
   if (spec.type === 'checkbox') return checkboxOf(typed, name, spec);
-  const {label, options, type, read = READ[type] ?? String, optional, whole} = spec;
+  const {label, hint = '', options, type, read = READ[type] ?? String, optional, whole,
+    blank} = spec;
   const choices = options?.map(option => Array.isArray(option) ? option : [option, option]);
-  const wanted = String(typed[name] ?? spec.value ?? choices?.[0]?.[0] ?? '');
+  const first = String(spec.value ?? choices?.[0]?.[0] ?? '');
+  const wanted = String(typed[name] ?? first);
   const gone = choices && !choices.some(([value]) => String(value) === wanted);
   const text = gone ? '' : wanted;                 // not the next best one: it is another's car
-  const props = {value: text, 'aria-label': label, required: !optional,
-    oninput: typing(typed, name)};
-  return {name, value: text === '' ? undefined : read(text), empty: choices?.length === 0,
-    view: h('label', {key: name, class: whole && 'whole'}, label,
+  const oninput = event => {
+    delete typed[spec.instead];
+    typing(typed, name)(event);
+  };
+  const props = {value: text, 'aria-label': label + hint, required: !optional, oninput};
+  return {name, value: text === '' ? blank : read(text), changed: text !== first,
+    empty: choices?.length === 0, view: h('label', {key: name, class: whole && 'whole'},
+      h('span.dim.small', label, hint && h('b.info', hint)),
       choices ? selectOf(choices, gone, props, spec) : inputOf(props, spec))};
 }
 
-const checkboxOf = (typed, name, {label}) => ({name, value: !!typed[name], empty: false,
-  view: h('label.inline', {key: name}, h('input', {type: 'checkbox', checked: !!typed[name],
-    onchange: ({target}) => { typed[name] = target.checked; touch('ui'); }}), label)});
+function checkboxOf(typed, name, {label, value: first = false}) {
+  const value = typed[name] ?? first;
+  const onchange = ({target}) => { typed[name] = target.checked; touch('ui'); };
+  return {name, value, changed: value !== first, empty: false, view: h('label.inline', {key: name},
+    h('input', {type: 'checkbox', checked: value, onchange}), label)};
+}
 
 function selectOf(choices, gone, props, {none}) {
   const shown = choices.length && gone ? [['', 'choose …'], ...choices] : choices;
@@ -22217,21 +22226,26 @@ function selectOf(choices, gone, props, {none}) {
     : h('option', {value: ''}, none));
 }
 
-function inputOf(props, {type = 'text', label, options, value, none, read, optional, whole,
-  ...more}) {
+function inputOf(props, {type = 'text', label, hint, options, value, none, read, optional, blank,
+  whole, instead, ...more}) {
   const all = {placeholder: optional && 'optional', ...props, ...more, autocomplete: 'off',
     spellcheck: 'false'};
   return type === 'lines' ? h('textarea.mono', all) : h('input', {...all, type});
 }
 
-// `wrong(values)` says why they cannot be sent, `note(values)` what is to be known before.
-function form({key, typed, fields, send, submit = 'Send', off = '', wrong = null, note = null}) {
+// `send` gets the values, `ofChanges` those alone that are not as at first. `off` and
+// `wrong(values)` say why nothing can be sent, `note(values)` what is to be known before; `beside`
+// are more buttons.
+function form({key, typed, fields, send, submit = 'Send', ofChanges = false, off = '', wrong = null,
+  note = null, beside = null}) {
   const inputs = Object.entries(fields).map(([name, spec]) => fieldOf(typed, name, spec));
-  const values = Object.fromEntries(inputs.map(({name, value}) => [name, value]));
-  const problem = off || wrong?.(values) || '', empty = inputs.some(input => input.empty);
+  const given = inputs.filter(({changed}) => changed || !ofChanges);
+  const values = Object.fromEntries(given.map(({name, value}) => [name, value]));
+  const problem = off || wrong?.(values) || '';
+  const nothing = inputs.some(input => input.empty) || ofChanges && !given.length;
   return h('form.form', {key, onsubmit: event => { event.preventDefault(); send(values); }},
     inputs.map(({view}) => view), note?.(values),
-    h('div.bar.whole', h('button.btn.main-act', {disabled: !!problem || empty}, submit),
+    h('div.bar.whole', h('button.btn.main-act', {disabled: !!problem || nothing}, submit), beside,
       h('span.small', {role: 'status', class: off ? 'dim' : 'bad'}, problem)));
 }
 
@@ -24017,11 +24031,19 @@ async function importTokens(text) {
   await askTokens();
 }
 
-/** @type {Record<string, [string, object]>} */
-const TOKEN_FIELDS = {name: ['Name', {}], group: ['Group', {maxlength: 20}],
-  expires: ['Expires', {placeholder: '2027-01-31'}],
-  stations: ['Stations', {placeholder: '*', title: 'identities or patterns, with commas; "CP-1:2" '
-    + 'is EVSE 2 of CP-1'}]};
+const tokenFields = token => ({
+  name: {label: 'Name', value: token.name, optional: true, blank: ''},
+  group: {label: 'Group', value: token.group, optional: true, blank: '', maxlength: 20},
+  expires: {label: 'Expires', value: token.expires, optional: true, blank: '',
+    placeholder: '2027-01-31'},
+  stations: {label: 'Stations', value: token.stations.join(', '), optional: true, blank: [],
+    read: TOKEN_CELLS.stations, placeholder: '*',
+    title: 'identities or patterns, with commas; "CP-1:2" is EVSE 2 of CP-1'},
+  status: {label: 'Status', options: Object.keys(TOKEN_TONES),
+    value: token.source ? token.status : 'Accepted'},
+  master: {label: 'Master pass: ends charging of its group, starts none', type: 'checkbox',
+    value: token.master},
+});
 const newToken = idToken => ({idToken, name: '', status: 'Accepted', group: '', master: false,
   expires: null, stations: ['*'], source: null});
 function tokenDetail(id) {
@@ -24048,34 +24070,13 @@ async function removeToken(token) {
     changeToken(token, 'DELETE', undefined, 'Removed');
 }
 
-// {field: as the board takes it} of what was typed and differs.
-const tokenChanges = (typed, whole) => Object.fromEntries(Object.entries(typed)
-  .filter(([name, value]) => value !== whole[name])
-  .map(([name, value]) => [name, typeof value === 'string' ? TOKEN_CELLS[name](value) : value]));
-
 function tokenForm(token) {
-  const typed = remembered('token ' + token.idToken, {});
-  const whole = {...token, expires: token.expires || '', stations: token.stations.join(', '),
-    status: token.source ? token.status : 'Accepted'};
-  const value = name => typed[name] ?? whole[name], changes = tokenChanges(typed, whole);
-  const send = event => {
-    event.preventDefault();
-    changeToken(token, 'PUT', changes, 'Kept');
-  };
-  return h('form.form', {key: token.idToken, onsubmit: send},
-    Object.entries(TOKEN_FIELDS).map(([name, [label, props]]) => h('label', {key: name}, label,
-      h('input', {...props, value: value(name), autocomplete: 'off', spellcheck: 'false',
-        oninput: typing(typed, name)}))),
-    h('label', {key: 'status'}, 'Status', h('select', {value: value('status'),
-      oninput: typing(typed, 'status')}, Object.keys(TOKEN_TONES).map(name =>
-      h('option', {key: name, value: name}, name)))),
-    h('label.inline', {key: 'master'}, h('input', {type: 'checkbox', checked: value('master'),
-      onchange: ({target}) => { typed.master = target.checked; touch('ui'); }}),
-    'Master pass: ends charging of its group, starts none'),
-    h('div.bar.whole', h('button.btn.main-act', {disabled: token.source
-      && !Object.keys(changes).length}, token.source ? 'Change' : 'Learn it'),
-    token.source && blockButton(token),
-    token.source === 'board' && button('Remove it', () => removeToken(token))));
+  const {idToken, source} = token;
+  return form({key: idToken, typed: remembered('token ' + idToken, {}), fields: tokenFields(token),
+    submit: source ? 'Change' : 'Learn it', ofChanges: !!source,
+    send: values => changeToken(token, 'PUT', values, 'Kept'),
+    beside: [source && blockButton(token),
+      source === 'board' && button('Remove it', () => removeToken(token))]});
 }
 const blockButton = token => token.status === 'Accepted'
   ? button('Block it', () => changeToken(token, 'PUT', {status: 'Blocked'}, 'Blocked'),
@@ -24240,49 +24241,37 @@ function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase
     h('span.small', {class: over || 'dim'}, text));
 }
 
-/** @type {Record<string, [string, object]>} */
-const LIMITS = {limitA: ['Limit, A a phase', {min: 1, step: 'any'}],
-  limitKw: ['or limit, kW', {min: 0.1, step: 'any'}],
-  marginPercent: ['Margin, %', {min: 0, max: 50, step: 'any'}]};
-const ONE_LIMIT = ['limitA', 'limitKw'];
 const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come', 'solar'];
+function limitFields(power) {
+  const given = (name, label, more) => ({label, value: power[name], ...more,
+    hint: power.setOnBoard.includes(name) ? ' · set on the board' : ''});
+  const positive = {type: 'number', min: .1, step: 'any'};
+  return {
+    limitA: given('limitA', 'Limit, A a phase', {...positive, min: 1, instead: 'limitKw'}),
+    limitKw: given('limitKw', 'or limit, kW', {...positive, instead: 'limitA'}),
+    marginPercent: given('marginPercent', 'Margin, %', {...positive, min: 0, max: 50}),
+    strategy: given('strategy', 'Strategy', {options: STRATEGIES
+      .filter(strategy => strategy !== 'solar' || power.meter)
+      .map(strategy => [strategy, strategy.replaceAll('_', ' ')])}),
+  };
+}
+
 function limitForm(power) {
   const typed = remembered('limits', {});
-  const value = name => String(typed[name] ?? power[name]);
-  const changes = Object.fromEntries(Object.keys(typed).filter(name => typed[name] !== ''
-    && value(name) !== String(power[name])).map(name =>
-    [name, name === 'strategy' ? typed[name] : Number(typed[name])]));
-  const type = name => event => {
-    if (ONE_LIMIT.includes(name)) for (const limit of ONE_LIMIT) delete typed[limit];
-    typing(typed, name)(event);
-  };
-  const send = async event => {
-    event.preventDefault();
+  const forget = () => { state.ui.limits = {}; touch('ui'); };
+  const send = async changes => {
     const text = Object.entries(changes).map(([name, to]) => `${name}: ${power[name]} ⇒ ${to}`);
     if (!await confirmed('Change what the site shares?', text.join(', ')
       + '. It holds until the configured value changes.', 'Change it')) return;
     await attempt(async () => {
       state.power = (await ask('PATCH', 'api/smart-charge/config', changes)).data;
-      state.ui.limits = {};
+      forget();
       notice('Changed: less is sent at once, more when there is room');
       askPower();
     });
-    touch('ui');
   };
-  const field = (name, label, input) => h('label', {key: name}, h('span.dim.small', label,
-    power.setOnBoard.includes(name) && h('b.info', ' · set on the board')), input);
-  return h('form.form', {onsubmit: send},
-    Object.entries(LIMITS).map(([name, [label, props]]) => field(name, label,
-      h('input', {type: 'number', ...props, value: value(name), oninput: type(name)}))),
-    field('strategy', 'Strategy', h('select', {value: value('strategy'),
-      oninput: type('strategy')}, STRATEGIES.filter(strategy => strategy !== 'solar' || power.meter)
-      .map(strategy => h('option', {key: strategy, value: strategy},
-        strategy.replaceAll('_', ' '))))),
-    h('div.bar', h('button.btn.main-act', {disabled: !Object.keys(changes).length}, 'Change'),
-      Object.keys(typed).length > 0 && button('Leave it', () => {
-        state.ui.limits = {};
-        touch('ui');
-      })));
+  return form({key: 'limits', typed, fields: limitFields(power), submit: 'Change', ofChanges: true,
+    send, beside: Object.keys(typed).length > 0 && button('Leave it', forget)});
 }
 
 // Each session's chart: what its car draws, below what it is allowed.
@@ -24327,18 +24316,17 @@ const changeSession = (sessionId, changes) => attempt(async () => {
   touch('smart-charge');
 });
 
-// What may be set: its label, and where the session tells it.
-const SESSION_FIELDS = {priority: ['Priority', 'priority'], minA: ['Least, A', 'minA'],
-  maxA: ['Most, A; 0 pauses', 'maxA'], phases: ['Phases its car uses', 'phasesSet']};
+// What may be set of a session; an empty field is as usual.
+const sessionField = (label, value) => ({label, value, type: 'number', min: 0, step: 1,
+  optional: true, blank: null, placeholder: 'as usual'});
+const sessionFields = ({priority, minA, maxA, phasesSet}) => ({
+  priority: sessionField('Priority', priority), minA: sessionField('Least, A', minA),
+  maxA: sessionField('Most, A; 0 pauses', maxA),
+  phases: sessionField('Phases its car uses', phasesSet),
+});
 function chargeDetail({sessionId}) {
-  const session = state.charges.get(sessionId), typed = remembered('charge ' + sessionId, {});
-  const told = name => String(session[SESSION_FIELDS[name][1]] ?? '');
-  const changed = Object.keys(typed).filter(name => typed[name] !== told(name));
-  const send = event => {
-    event.preventDefault();
-    changeSession(sessionId, Object.fromEntries(changed.map(name =>
-      [name, typed[name] === '' ? null : Number(typed[name])])));
-  };
+  const session = state.charges.get(sessionId), {maxA, status} = session;
+  const set = changes => changeSession(sessionId, changes);
   return aside(`Session ${sessionId}`, () => go('power'),
     h('p', chargePill(session), ' ', coded(session.reason)),
     facts([['Station', stationLink(session.identity)], ['EVSE', digits(session.evse)],
@@ -24346,14 +24334,11 @@ function chargeDetail({sessionId}) {
       ['Draws', amperes(session.measuredA)], ['Circuit', session.circuit],
       ['Phases', digits(session.phases)], ['Since', clock(session.startedAt)],
       session.endedAt && ['Ended', clock(session.endedAt)]]),
-    session.status !== 'ended' && transactionOf(session) && carChart('session', session),
-    session.status !== 'ended' && mayChange() && h('form.form', {onsubmit: send},
-      Object.entries(SESSION_FIELDS).map(([name, [label]]) => h('label', {key: name}, label,
-        h('input', {type: 'number', min: 0, step: 1, placeholder: 'as usual',
-          value: typed[name] ?? told(name), oninput: typing(typed, name)}))),
-      h('div.bar.whole', h('button.btn.main-act', {disabled: !changed.length}, 'Change'),
-        session.maxA === 0 ? button('Go on', () => changeSession(sessionId, {maxA: null}))
-          : button('Pause', () => changeSession(sessionId, {maxA: 0})))),
+    status !== 'ended' && transactionOf(session) && carChart('session', session),
+    status !== 'ended' && mayChange() && form({key: 'session', submit: 'Change', ofChanges: true,
+      typed: remembered('charge ' + sessionId, {}), fields: sessionFields(session), send: set,
+      beside: maxA === 0 ? button('Go on', () => set({maxA: null}))
+        : button('Pause', () => set({maxA: 0}))}),
     link(to('transactions', [session.identity, session.transactionId]),
       'Its transaction'));
 }
