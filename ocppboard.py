@@ -106,7 +106,7 @@ from itertools import cycle, islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from string import Template
-from types import NoneType, SimpleNamespace
+from types import GenericAlias, NoneType, SimpleNamespace
 from typing import (
     Annotated,
     Any,
@@ -9630,7 +9630,7 @@ class History:
     def first(self, topic: str) -> int:
         """The number from which on the records are in memory; those before it are in the file."""
         store = self.board.stores[topic]
-        written = self._written[topic] + 1 if self.days else store.first
+        written = self._written[topic] + 1 if self.days and topic in HISTORY else store.first
         return max(store.first, min(store.unbroken, written))
 
     async def count(self, topic: str, first: int, wanted: dict[str, str]) -> int:
@@ -9672,7 +9672,7 @@ class History:
                    more: str = "", read: Callable[[Iterable], list] = list,
                    **values: Any) -> list:
         """The result of `read`, in the thread, for the matching rows."""
-        if not self.days:
+        if not self.days or topic not in HISTORY:
             return []
         tests = [HISTORY_TEXT if name == "text" else f"json_extract(value, '$.{name}') = :{name}"
                  for name in wanted]
@@ -9705,6 +9705,31 @@ class History:
 
     def _write_ends(self) -> None:
         self._written = self._writing
+
+
+class FinishedTransactions:
+    """The finished transactions of the file that are not in memory, asked for as of History."""
+
+    def __init__(self, keeper: Keeper):
+        self.keeper = keeper
+
+    def first(self, topic: str) -> int:
+        """See History.first."""
+        return self.keeper.board.stores[topic].first
+
+    async def count(self, topic: str, first: int, wanted: dict[str, Any]) -> int:
+        """How many match."""
+        return await self.keeper.count(**wanted)
+
+    async def page(self, topic: str, first: int, limit: int, offset: int,
+                   wanted: dict[str, Any]) -> list[Transaction]:
+        """Those that match, the newest first."""
+        return await self.keeper.page(limit, offset, **wanted)
+
+    def slices(self, topic: str, first: int,
+               wanted: dict[str, Any]) -> AsyncIterator[list[Transaction]]:
+        """All that match, the oldest first, some at a time."""
+        return self.keeper.slices(**wanted)
 
 
 def _history_key(number: int) -> str:
@@ -17632,6 +17657,97 @@ section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--l
 # The thin edge: an endpoint is a function that reads `api` and returns what is to be written.
 # ROUTES is the table of them; OpenAPI comes from it.
 
+# Types as JSON schemas
+
+
+class SettingsBody(NamedTuple):
+    """A body that changes settings: any of them, each as the configuration takes it."""
+
+    name: str                            # in OpenAPI
+    settings: Mapping[str, Setting]
+    is_nullable: bool = False            # null gives the usual value back
+
+
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object",
+              list: "array"}
+
+
+def json_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a value of this type. What it refers to by name goes into `named`."""
+    if isinstance(kind, SettingsBody) or is_typeddict(kind) or (
+            isinstance(kind, type) and issubclass(kind, Viewed)):
+        name = schema_name(kind)
+        named[name] = kind
+        return {"$ref": f"#/components/schemas/{name}"}
+    if isinstance(kind, tuple):
+        return {"allOf": [json_schema(part, named) for part in kind]}
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is NotRequired:
+        return json_schema(parts[0], named)
+    if origin is Annotated:
+        written = kind.__metadata__[0]
+        return {"type": written.type} | ({"format": written.format} if written.format else {})
+    if origin is Literal:
+        return {"type": "string", "enum": list(parts)}
+    if origin in (list, tuple):
+        return {"type": "array", "items": json_schema(parts[0], named)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
+    if NoneType in parts:
+        other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
+        return {"anyOf": [json_schema(other, named), {"type": "null"}]}
+    if parts:                            # of a union: words, or simple types
+        schemas = [json_schema(part, named) for part in parts]
+        words = [word for schema in schemas for word in schema.get("enum", ())]
+        return ({"type": "string", "enum": words} if words
+                else {"type": [schema["type"] for schema in schemas]})
+    return {"type": JSON_TYPES[kind]}
+
+
+def schema_name(kind: Any) -> str:
+    """The name of a type in OpenAPI."""
+    if isinstance(kind, SettingsBody):
+        return kind.name
+    return getattr(kind, "SCHEMA", "") or kind.__name__.removesuffix("View").removesuffix("Body")
+
+
+def object_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a type that has a name."""
+    if isinstance(kind, SettingsBody):
+        required: list[str] = []
+        properties = {key: setting_schema(setting) for key, setting in kind.settings.items()}
+        if kind.is_nullable:
+            properties = {key: {"anyOf": [schema, {"type": "null"}]}
+                          for key, schema in properties.items()}
+    elif is_typeddict(kind):
+        required = sorted(kind.__required_keys__)
+        properties = {name: json_schema(inner, named) for name, inner in get_type_hints(
+            kind, include_extras=True).items()}
+    else:
+        fields = fields_of(kind)
+        required = [field.name for field in fields if not field.shown.sparse]
+        properties = {field.name: _field_schema(field, named) for field in fields}
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _field_schema(field: Field, named: dict[str, Any]) -> dict:
+    schema = json_schema(field.type, named)
+    if field.is_nullable:
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return schema | ({"description": f"In {field.unit}"} if field.unit else {})
+
+
+def setting_schema(setting: Setting) -> dict:
+    """The JSON schema of a setting's value."""
+    allowed = setting.allowed or ()
+    if isinstance(setting.default, list):
+        return {"type": "array", "items": {"type": "string"}}
+    schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
+    if schema["type"] == "string":
+        return schema | ({"enum": list(allowed)} if allowed else {})
+    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
+
+
 # What endpoints take
 
 
@@ -17644,6 +17760,7 @@ class Parameter(NamedTuple):
     name: str
     schema: dict
     text: str
+    attribute: str = ""                  # of a record, that must equal it
 
     def read(self, text: str) -> Any:
         """The value. Raises: BadRequest."""
@@ -17672,25 +17789,11 @@ TO = Parameter("to", {"type": "string", "format": "date-time"}, "Before this tim
 LIMIT = Parameter("limit", {"type": "integer", "minimum": 1, "default": 100}, "How many at most")
 LIMIT_OR_ALL = Parameter("limit", {"type": "integer", "minimum": 1}, "How many at most, or all")
 OFFSET = Parameter("offset", {"type": "integer", "minimum": 0, "default": 0}, "Pass over so many")
-IDENTITY = Parameter("identity", {"type": "string"}, "Of this station only")
-CATEGORY = Parameter("category", {"type": "string"}, "Of this category only")
-EVENT_TYPE = Parameter("type", {"type": "string"}, "Of this type only")
-SEVERITY = _choice("severity", ("low", "medium", "high", "critical"), "Of this severity only")
-METHOD = Parameter("method", {"type": "string"}, "Of this OCPP Action only")
-DIRECTION = _choice("direction", ("IN", "OUT"), "IN is from the station")
-MESSAGE_ID = Parameter("messageId", {"type": "string"}, "Of this message id: a CALL, its answer")
+IDENTITY = Parameter("identity", {"type": "string"}, OF_STATION, "identity")
 TEXT = Parameter("text", {"type": "string"}, "With this text in it, in any case")
-MESSAGE_TYPE = _choice("type", ("CALL", "CALLRESULT", "CALLERROR", "SEND", "CALLRESULTERROR"),
-                       "Of this message type only")
 CONNECTION_STATUS = _choice("status", ("online", "offline", "all"), "Of this status only",
                             default="all")
 PROTOCOL = _choice("protocol", PROTOCOLS, "Of this OCPP version only")
-TRANSACTION_STATUS = _choice("status", ("active", "stopped", "orphan", "abandoned"),
-                             "Of this status only")
-CHARGE_STATUS = _choice("status", ("active", "waiting", "paused", "limited-by-station",
-                                   "uncontrollable", "offline", "ended"), "Of this status only")
-PROXY_TYPE = _choice("type", ("translation", "error", "refused", "connected", "disconnected",
-                              "buffered", "delivered"), "Of this type only")
 EXPORT_FORMAT = _choice("format", ("ndjson", "csv"), "Of the file", default="ndjson")
 MESSAGES_FORMAT = _choice("format", ("ndjson", "csv", "html"),
                           f"Of the file; html: the newest {HTML_MESSAGES} alone", default="ndjson")
@@ -17700,7 +17803,6 @@ REPORT_BY = _choice("by", GROUP_OF, "A line for each", default="month")
 REPORT_FORMAT = _choice("format", ("json", "csv"), "Of the answer", default="json")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
-MESSAGE_FILTERS = (IDENTITY, METHOD, DIRECTION, MESSAGE_TYPE, MESSAGE_ID, TEXT)
 PAGING = (LIMIT, OFFSET)
 
 
@@ -17711,49 +17813,104 @@ class Page(NamedTuple):
     total: int
 
 
-# Attribute of a record that a query parameter of that name must equal.
-FILTERED_BY = {"identity": "identity", "method": "method", "direction": "direction", "type": "type",
-               "messageId": "message_id", "status": "status", "category": "kind",
-               "severity": "severity"}
+def filters_of(record: type[Record]) -> tuple[Parameter, ...]:
+    """The filters of lists and streams of such records, as they declare them."""
+    filters = [Parameter(field.name, json_schema(field.type, {}), field.shown.filter,
+                         field.attribute) for field in fields_of(record) if field.shown.filter]
+    return (*filters, TEXT) if hasattr(record, "mentions") else (*filters,)
 
 
-def matcher(query: dict, attributes: dict = FILTERED_BY) -> Callable[[Any], bool] | None:
+def wanted_of(query: dict, filters: Iterable[Parameter]) -> dict[str, Any]:
+    """{attribute of a record: the value that it must have}, and its text."""
+    wanted = {p.attribute: query[p.name] for p in filters
+              if p.attribute and query.get(p.name) is not None}
+    return wanted | ({"text": query["text"]} if query.get("text") else {})
+
+
+def matcher(query: dict, filters: Iterable[Parameter]) -> Callable[[Any], bool] | None:
     """A function that tells whether a record matches all the filters; None without any."""
-    wanted = [(attributes[name], value) for name, value in query.items()
-              if name in attributes and value is not None]
-    text = (query.get("text") or "").lower()
+    wanted = wanted_of(query, filters)
+    text = wanted.pop("text", "").lower()
     if not wanted:
         return (lambda record: record.mentions(text)) if text else None
-    names, values = zip(*wanted, strict=True)
-    value = values if len(values) > 1 else values[0]     # as attrgetter gives them
-    read = attrgetter(*names)
+    value = tuple(wanted.values()) if len(wanted) > 1 else next(iter(wanted.values()))
+    read = attrgetter(*wanted)           # one value alone, or several as a tuple
     if text:
         return lambda record: read(record) == value and record.mentions(text)
     return lambda record: read(record) == value
 
 
-async def _page(topic: str, api: "Api", attributes: dict = FILTERED_BY) -> Page:
-    """The records of a topic that match: from memory, and behind them from the state file."""
-    store, first = api.board.stores[topic], api.daemon.keeper.history.first(topic)
-    match = matcher(api.query, attributes)
-    found = store.page(api.query["limit"], api.query["offset"], match if first == store.first else
-                       lambda record: record.number >= first and (match is None or match(record)))
-    return await _with_older(topic, api, first, Page(*found), attributes)
+class Collection(NamedTuple):
+    """A list of records, the newest first: GET /api/<path>, with the filters that they declare."""
+
+    path: str
+    topic: str                           # of the Board's store, and of its stream
+    record: type[Record]
+    text: str                            # what it lists
+    has_stream: bool = False             # GET /api/<path>/stream
+
+    def archive(self, api: "Api") -> History | FinishedTransactions:
+        """What of it is on disk."""
+        keeper = api.daemon.keeper
+        return FinishedTransactions(keeper) if self.record is Transaction else keeper.history
 
 
-async def _with_older(topic: str, api: "Api", first: int, recent: Page,
-                      attributes: dict = FILTERED_BY) -> Page:
-    """A page of records from `first` on, and what the state file has of those before it."""
-    history, wanted = api.daemon.keeper.history, _wanted(api.query, attributes)
-    older = await history.page(topic, first, api.query["limit"] - len(recent.items),
-                               max(0, api.query["offset"] - recent.total), wanted)
-    return Page(recent.items + older, recent.total + await history.count(topic, first, wanted))
+async def get_collection(collection: Collection, api: "Api") -> Page:
+    """A page of records: from memory, and behind them from the state file."""
+    topic, archive = collection.topic, collection.archive(api)
+    limit, offset, filters = api.query["limit"], api.query["offset"], filters_of(collection.record)
+    store, first = api.board.stores[topic], archive.first(topic)
+    if matcher(api.query, filters) is None and first == store.first:
+        recent, total = store.page(limit, offset)
+    else:
+        found = await _in_memory(collection, api)
+        recent, total = found[offset:offset + limit], len(found)
+    wanted = wanted_of(api.query, filters)
+    older = await archive.page(topic, first, limit - len(recent), max(0, offset - total), wanted)
+    return Page(recent + older, total + await archive.count(topic, first, wanted))
 
 
-def _wanted(query: dict, attributes: dict = FILTERED_BY) -> dict[str, str]:
-    """The filters of a query by the names of attributes, and its text."""
-    return {attributes.get(name, name): value for name, value in query.items()
-            if (value is not None if name in attributes else name == "text" and value)}
+async def _in_memory(collection: Collection, api: "Api") -> list:
+    """All that match, newest first; the loop has its turn while their payloads are read."""
+    first, size, found = collection.archive(api).first(collection.topic), 0, []
+    match = matcher(api.query, filters_of(collection.record))
+    for record in reversed(list(api.board.stores[collection.topic].records)):
+        if record.number >= first and (match is None or match(record)):
+            found.append(record)
+        size += record.size
+        if size > 1 << 20:
+            await asyncio.sleep(0)
+            size = 0
+    return found
+
+
+async def export(collection: Collection, api: "Api",
+                 mask: Callable[[Any], Any] = lambda record: record) -> None:
+    """All that match, oldest first, as a file; what `mask` makes of a record stands in it."""
+    topic, archive = collection.topic, collection.archive(api)
+    first, wanted = archive.first(topic), wanted_of(api.query, filters_of(collection.record))
+    slices = archive.slices(topic, first, wanted)        # of what is not in memory by now
+    found = await _in_memory(collection, api)
+    write = _begin_export(api, collection.path, len(found) + await archive.count(
+        topic, first, wanted), collection.record, mask)
+    async for older in slices:
+        await write(older)
+        if api.closed:
+            return
+    await write(found[::-1])
+
+
+MESSAGES = Collection("messages", "messages", LoggedMessage, "Messages", has_stream=True)
+TRANSACTIONS = Collection("transactions", "transactions", Transaction, "Transactions")
+SAMPLES = Collection("telemetry/history", "telemetry", Sample, "The samples")
+COLLECTIONS = (
+    MESSAGES, TRANSACTIONS,
+    Collection("security", "security", SecurityEvent, "Security events", has_stream=True),
+    Collection("smart-charge", "smart-charge", ChargeSession, "Smart charging sessions"),
+    Collection("proxy", "proxy", ProxyEvent, "What the relay does", has_stream=True),
+    Collection("errors", "errors", Fault, "What went wrong"),
+    Collection("system-events", "system", SystemEvent, "Events of the board"),
+)
 
 
 # The endpoints
@@ -17925,29 +18082,6 @@ async def post_reset_credentials(api: "Api", identity: str) -> dict:
     return {"success": True}
 
 
-async def get_messages(api: "Api") -> Page:
-    """Messages, newest first."""
-    if matcher(api.query) is None:
-        return await _page("messages", api)
-    first, offset = api.board.messages.first, api.query["offset"]
-    found = await _found_messages(api)
-    return await _with_older("messages", api, first, Page(
-        found[offset:offset + api.query["limit"]], len(found)))
-
-
-async def _found_messages(api: "Api") -> list[LoggedMessage]:
-    """All that match, newest first; the loop has its turn while their payloads are read."""
-    match, found, size = matcher(api.query), [], 0
-    for record in reversed(list(api.board.messages.records)):
-        if match is None or match(record):
-            found.append(record)
-        size += record.size
-        if size > 1 << 20:
-            await asyncio.sleep(0)
-            size = 0
-    return found
-
-
 async def get_message(api: "Api", number: str) -> str:
     """One message, by its id."""
     digits = re.fullmatch(r"(?:msg-)?([0-9]{1,15})", number)
@@ -17956,19 +18090,6 @@ async def get_message(api: "Api", number: str) -> str:
     if not record:
         raise NotFound("Message not found: it was dropped for newer ones, or never was")
     return record.json()
-
-
-async def get_transactions(api: "Api") -> Page:
-    """Transactions, newest first; those that are no longer in memory come from the state file."""
-    limit, offset = api.query["limit"], api.query["offset"]
-    recent, total = api.board.transactions.page(limit, offset, matcher(api.query))
-    keeper, filters = api.daemon.keeper, _kept_filters(api)
-    older = await keeper.page(limit - len(recent), max(0, offset - total), **filters)
-    return Page(recent + older, total + await keeper.count(**filters))
-
-
-def _kept_filters(api: "Api") -> dict:
-    return {name: api.query[name] for name in ("identity", "status", "text")}
 
 
 async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
@@ -18164,27 +18285,6 @@ async def post_file(api: "UploadReceiver", secret: str) -> dict:
     return await put_file(api, secret)
 
 
-def get_security(api: "Api") -> Awaitable[Page]:
-    """Security events, newest first."""
-    return _page("security", api)
-
-
-def get_errors(api: "Api") -> Awaitable[Page]:
-    """What went wrong, newest first."""
-    return _page("errors", api)
-
-
-def get_system_events(api: "Api") -> Awaitable[Page]:
-    """Events of the board, newest first."""
-    return _page("system", api, FILTERED_BY | {"type": "kind"})
-
-
-def get_smart_charge(api: "Api") -> Page:
-    """Smart charging sessions."""
-    return Page(*api.board.smart_charge.page(api.query["limit"], api.query["offset"],
-                                             matcher(api.query)))
-
-
 def _controller(api: "Api") -> Controller:
     if api.daemon.controller is None:
         raise Conflict("Smart charging is off: set smart_charge.enabled")
@@ -18239,11 +18339,6 @@ def post_smart_charge_meter(api: "Api") -> dict:
     return {"success": True}
 
 
-def get_proxy(api: "Api") -> Awaitable[Page]:
-    """Protocol proxy events."""
-    return _page("proxy", api, FILTERED_BY | {"type": "kind"})
-
-
 def get_upstreams(api: "Api") -> list:
     """The upstream systems of the relay, each with the stations that go on to it."""
     return api.daemon.relay.view() if api.daemon.relay else []
@@ -18264,7 +18359,7 @@ async def get_telemetry_history(api: "Api") -> Page:
     """The newest samples, oldest first."""
     kept = api.board.telemetry
     api.query |= {"limit": api.query["limit"] or len(kept) or 1, "offset": 0}
-    samples, total = await _page("telemetry", api)
+    samples, total = await get_collection(SAMPLES, api)
     return Page(samples[::-1], total)
 
 
@@ -18286,20 +18381,15 @@ def get_healthz(api: "Api") -> dict:
 
 async def get_messages_export(api: "Api") -> None:
     """All messages that match, oldest first, as a file."""
-    history, wanted, first = api.daemon.keeper.history, _wanted(api.query), api.board.messages.first
-    found = await _found_messages(api)
-    total = len(found) + await history.count("messages", first, wanted)
     mask = TokenMask() if api.query["mask_tokens"] == "true" else lambda record: record
-    if api.query["format"] == "html":
-        older = await history.page("messages", first, HTML_MESSAGES - len(found), 0, wanted)
-        await _write_html(api, found + older, total, mask)
+    if api.query["format"] != "html":
+        await export(MESSAGES, api, mask)
         return
-    write = _begin_export(api, "messages", total, LoggedMessage, mask)
-    async for messages in history.slices("messages", first, wanted):
-        await write(messages)
-        if api.closed:
-            return
-    await write(found[::-1])
+    history, first = api.daemon.keeper.history, api.board.messages.first
+    wanted, found = wanted_of(api.query, filters_of(LoggedMessage)), await _in_memory(MESSAGES, api)
+    total = len(found) + await history.count("messages", first, wanted)
+    older = await history.page("messages", first, HTML_MESSAGES - len(found), 0, wanted)
+    await _write_html(api, found + older, total, mask)
 
 
 async def _write_html(api: "Api", found: list[LoggedMessage], total: int,
@@ -18314,7 +18404,8 @@ async def _write_html(api: "Api", found: list[LoggedMessage], total: int,
         messages.appendleft(record)
     findings, board = Findings(api.board.errors.records), api.board
     wrong = [(message, text) for message in messages for text in findings.of(message)]
-    filters = [f"{p.name} {api.query[p.name]}" for p in MESSAGE_FILTERS if api.query[p.name]]
+    filters = [f"{p.name} {api.query[p.name]}" for p in filters_of(LoggedMessage)
+               if api.query[p.name]]
     facts = {"Messages": f"{len(messages)} of {total} that match"}
     if messages:
         facts["Time"] = f"{iso(messages[0].timestamp)} to {iso(messages[-1].timestamp)}"
@@ -18334,16 +18425,7 @@ async def _write_html(api: "Api", found: list[LoggedMessage], total: int,
 
 async def get_transactions_export(api: "Api") -> None:
     """All transactions that match, oldest first, as a file."""
-    match, keeper, filters = matcher(api.query), api.daemon.keeper, _kept_filters(api)
-    recent = [r for r in api.board.transactions.records if match is None or match(r)]
-    older = keeper.slices(**filters)
-    write = _begin_export(api, "transactions", await keeper.count(**filters) + len(recent),
-                          Transaction)
-    async for transactions in older:
-        await write(transactions)
-        if api.closed:
-            return
-    await write(recent)
+    await export(TRANSACTIONS, api)
 
 
 def csv_columns(record: type[Record]) -> list[str]:
@@ -18477,24 +18559,9 @@ def get_openapi(api: "Api") -> dict:
 # Streams
 
 
-def get_messages_stream(api: "Api") -> Awaitable:
-    """Messages, live."""
-    return _stream(api, "messages", ("messages",))
-
-
 def get_telemetry_stream(api: "Api") -> Awaitable:
     """The telemetry, live."""
     return _stream(api, "telemetry", ("telemetry",))
-
-
-def get_security_stream(api: "Api") -> Awaitable:
-    """Security events, live."""
-    return _stream(api, "security", ("security",))
-
-
-def get_proxy_stream(api: "Api") -> Awaitable:
-    """What the relay does, live."""
-    return _stream(api, "proxy", ("proxy",))
 
 
 def get_stream(api: "Api") -> Awaitable:
@@ -18590,8 +18657,8 @@ def _resume_from(api: "Api", board: Board, topics: tuple) -> tuple[dict | None, 
 
 def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
     """Identity narrows every topic that has one; the others are about messages."""
-    identity = matcher({"identity": query["identity"]})
-    message = matcher(query)
+    identity = matcher({"identity": query["identity"]}, [IDENTITY])
+    message = matcher(query, filters_of(LoggedMessage))
     if message is None:
         return None
     return lambda topic, record: (
@@ -18613,15 +18680,37 @@ class Route(NamedTuple):
     body: Any = None                     # its type, or the media type of what is streamed
     public: bool = False                 # needs no session
     errors: tuple = ()                   # beyond 400, 401, 403, 404, 405, 413, 500
+    summary: str = ""                    # "": the docstring's
 
     @property
     def text(self) -> str:
         """What it does, in a line."""
-        return (self.act.__doc__ or self.path).removesuffix(".")     # none under -OO
+        return self.summary or (self.act.__doc__ or self.path).removesuffix(".")     # -OO has none
+
+    @property
+    def operation(self) -> str:
+        """Its id in OpenAPI."""
+        return (re.sub(r"\W", "_", self.path.replace("/api/", "get_")) if self.summary
+                else self.act.__name__)
 
 
 SSE, FILE = "text/event-stream", "application/octet-stream"
-STREAM_FILTERS = (*MESSAGE_FILTERS, LAST_EVENT_ID)
+STREAM_FILTERS = (*filters_of(LoggedMessage), LAST_EVENT_ID)
+
+
+def routes_of(collection: Collection) -> list[Route]:
+    """The endpoints of a collection, but for exports."""
+    listed, topic = GenericAlias(list, (collection.record,)), collection.topic
+    routes = [Route("GET", f"/api/{collection.path}", functools.partial(get_collection, collection),
+                    listed, (*PAGING, *filters_of(collection.record)),
+                    summary=f"{collection.text}, newest first")]
+    if collection.has_stream:
+        routes.append(Route(
+            "GET", f"/api/{collection.path}/stream", lambda api: _stream(api, topic, (topic,)), SSE,
+            STREAM_FILTERS, errors=(503,), summary=f"{collection.text}, live"))
+    return routes
+
+
 # What is written of things that are no records, and what a body may be: TypedDicts, as JSON has
 # them. In OpenAPI they have their name without View or Body, which tells them from what they show.
 
@@ -18963,14 +19052,6 @@ class UpstreamView(RelayCounts):
     sessions: list[UpstreamSessionView]
 
 
-class SettingsBody(NamedTuple):
-    """A body that changes settings: any of them, each as the configuration takes it."""
-
-    name: str                            # in OpenAPI
-    settings: Mapping[str, Setting]
-    is_nullable: bool = False            # null gives the usual value back
-
-
 SMART_CHARGE_PATCH = SettingsBody("SmartChargePatch", SiteSettings.body())
 SESSION_PATCH = SettingsBody("SmartChargeSessionPatch", Controller.SESSION_SETTINGS, True)
 ID_TOKEN_SETTINGS = SettingsBody("IdTokenSettings", {s.key: s for s in TOKEN_SETTINGS})
@@ -18981,6 +19062,7 @@ ROUTES = (
           errors=(429,)),
     Route("GET", "/api/auth/session", get_session, SessionInfo, public=True),
     Route("POST", "/api/auth/logout", post_logout, Success),
+    *(route for collection in COLLECTIONS for route in routes_of(collection)),
     Route("GET", "/api/about", get_about, About),
     Route("GET", "/api/overview", get_overview, Overview),
     Route("GET", "/api/connections", get_connections, list[Station],
@@ -19000,20 +19082,13 @@ ROUTES = (
     Route("GET", "/api/local-lists", get_local_lists, list[LocalListView]),
     Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
           (Transaction, WithSeries)),
-    Route("GET", "/api/messages", get_messages, list[LoggedMessage], (*PAGING, *MESSAGE_FILTERS)),
-    Route("GET", "/api/messages/stream", get_messages_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
-          (MESSAGES_FORMAT, MASK_TOKENS, *MESSAGE_FILTERS)),
+          (MESSAGES_FORMAT, MASK_TOKENS, *filters_of(LoggedMessage))),
     Route("GET", "/api/messages/:number", get_message, LoggedMessage),
     Route("GET", "/api/telemetry", get_telemetry, Telemetry),
     Route("GET", "/api/telemetry/history", get_telemetry_history, list[Telemetry], (LIMIT_OR_ALL,)),
     Route("GET", "/api/telemetry/stream", get_telemetry_stream, SSE, STREAM_FILTERS,
           errors=(503,)),
-    Route("GET", "/api/security", get_security, list[SecurityEvent],
-          (*PAGING, IDENTITY, CATEGORY, SEVERITY)),
-    Route("GET", "/api/security/stream", get_security_stream, SSE, STREAM_FILTERS, errors=(503,)),
-    Route("GET", "/api/smart-charge", get_smart_charge, list[ChargeSession],
-          (*PAGING, IDENTITY, CHARGE_STATUS)),
     Route("GET", "/api/smart-charge/config", get_smart_charge_config, SmartChargeConfig),
     Route("PATCH", "/api/smart-charge/config", patch_smart_charge_config, SmartChargeConfig,
           body=SMART_CHARGE_PATCH, errors=(409,)),
@@ -19024,14 +19099,9 @@ ROUTES = (
           body=SmartChargeStation, errors=(409,)),
     Route("PATCH", "/api/smart-charge/:session", patch_smart_charge_session, ChargeSession,
           body=SESSION_PATCH, errors=(409,)),
-    Route("GET", "/api/proxy", get_proxy, list[ProxyEvent],
-          (*PAGING, IDENTITY, PROXY_TYPE, METHOD)),
-    Route("GET", "/api/proxy/stream", get_proxy_stream, SSE, STREAM_FILTERS, errors=(503,)),
     Route("GET", "/api/proxy/upstreams", get_upstreams, list[UpstreamView]),
-    Route("GET", "/api/transactions", get_transactions, list[Transaction],
-          (*PAGING, IDENTITY, TRANSACTION_STATUS, TEXT)),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
-          (EXPORT_FORMAT, IDENTITY, TRANSACTION_STATUS, TEXT)),
+          (EXPORT_FORMAT, *filters_of(Transaction))),
     Route("GET", "/api/report", get_report, Report, (FROM, TO, REPORT_BY, REPORT_FORMAT)),
     Route("GET", "/api/id-tokens", get_id_tokens, list[IdToken],
           (LIMIT_OR_ALL, OFFSET, TEXT, REPORT_FORMAT)),
@@ -19048,9 +19118,6 @@ ROUTES = (
           errors=(409, 503)),
     Route("POST", "/upload/:secret", post_file, Success, body=FILE, public=True,
           errors=(409, 503)),
-    Route("GET", "/api/errors", get_errors, list[Fault], (*PAGING, IDENTITY, CATEGORY)),
-    Route("GET", "/api/system-events", get_system_events, list[SystemEvent],
-          (*PAGING, IDENTITY, EVENT_TYPE)),
     Route("GET", "/api/knocking", get_knocking, list[RefusedUpgrade]),
     Route("GET", "/api/stream", get_stream, SSE, (TOPIC_LIST, *STREAM_FILTERS), errors=(503,)),
     Route("GET", "/api/openapi.json", get_openapi, OpenAPI),
@@ -19099,7 +19166,7 @@ def _operation(route: Route, named: dict[str, Any]) -> dict:
         answers[str(code)] = {"description": HTTP_WORDS[code], "content": json_of(ErrorAnswer)}
     body = {"required": True, "content": {route.body: {}} if isinstance(route.body, str)
             else json_of(route.body)} if route.body else None
-    return ({"summary": route.text, "operationId": route.act.__name__, "responses": answers}
+    return ({"summary": route.text, "operationId": route.operation, "responses": answers}
             | ({"parameters": parameters} if parameters else {})
             | ({"requestBody": body} if body else {})
             | ({"security": []} if route.public else {}))
@@ -19111,86 +19178,6 @@ HTTP_WORDS = {
     404: "Not found", 405: "Method not allowed", 409: "Not possible now",
     413: "Body too large", 429: "Too many failed logins", 500: "Internal server error",
     502: "The station answered CALLERROR", 503: "Too many at a time", 504: "No answer in time"}
-
-
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object",
-              list: "array"}
-
-
-def json_schema(kind: Any, named: dict[str, Any]) -> dict:
-    """The JSON schema of a value of this type. What it refers to by name goes into `named`."""
-    if isinstance(kind, SettingsBody) or is_typeddict(kind) or (
-            isinstance(kind, type) and issubclass(kind, Viewed)):
-        name = schema_name(kind)
-        named[name] = kind
-        return {"$ref": f"#/components/schemas/{name}"}
-    if isinstance(kind, tuple):
-        return {"allOf": [json_schema(part, named) for part in kind]}
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is NotRequired:
-        return json_schema(parts[0], named)
-    if origin is Annotated:
-        written = kind.__metadata__[0]
-        return {"type": written.type} | ({"format": written.format} if written.format else {})
-    if origin is Literal:
-        return {"type": "string", "enum": list(parts)}
-    if origin in (list, tuple):
-        return {"type": "array", "items": json_schema(parts[0], named)}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
-    if NoneType in parts:
-        other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
-        return {"anyOf": [json_schema(other, named), {"type": "null"}]}
-    if parts:                            # of a union: words, or simple types
-        schemas = [json_schema(part, named) for part in parts]
-        words = [word for schema in schemas for word in schema.get("enum", ())]
-        return ({"type": "string", "enum": words} if words
-                else {"type": [schema["type"] for schema in schemas]})
-    return {"type": JSON_TYPES[kind]}
-
-
-def schema_name(kind: Any) -> str:
-    """The name of a type in OpenAPI."""
-    if isinstance(kind, SettingsBody):
-        return kind.name
-    return getattr(kind, "SCHEMA", "") or kind.__name__.removesuffix("View").removesuffix("Body")
-
-
-def object_schema(kind: Any, named: dict[str, Any]) -> dict:
-    """The JSON schema of a type that has a name."""
-    if isinstance(kind, SettingsBody):
-        required: list[str] = []
-        properties = {key: setting_schema(setting) for key, setting in kind.settings.items()}
-        if kind.is_nullable:
-            properties = {key: {"anyOf": [schema, {"type": "null"}]}
-                          for key, schema in properties.items()}
-    elif is_typeddict(kind):
-        required = sorted(kind.__required_keys__)
-        properties = {name: json_schema(inner, named) for name, inner in get_type_hints(
-            kind, include_extras=True).items()}
-    else:
-        fields = fields_of(kind)
-        required = [field.name for field in fields if not field.shown.sparse]
-        properties = {field.name: _field_schema(field, named) for field in fields}
-    return {"type": "object", "required": required, "properties": properties}
-
-
-def _field_schema(field: Field, named: dict[str, Any]) -> dict:
-    schema = json_schema(field.type, named)
-    if field.is_nullable:
-        schema = {"anyOf": [schema, {"type": "null"}]}
-    return schema | ({"description": f"In {field.unit}"} if field.unit else {})
-
-
-def setting_schema(setting: Setting) -> dict:
-    """The JSON schema of a setting's value."""
-    allowed = setting.allowed or ()
-    if isinstance(setting.default, list):
-        return {"type": "array", "items": {"type": "string"}}
-    schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
-    if schema["type"] == "string":
-        return schema | ({"enum": list(allowed)} if allowed else {})
-    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
 
 
 COOKIE = "board-session"
