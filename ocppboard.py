@@ -26666,13 +26666,14 @@ class Replay:
 
         Returns: whether all was sent.
         """
-        start = time.monotonic()
+        start_mono = time.monotonic()
         try:
             for message in self.record.messages:
-                due = start + (message.at - first_at) / speed
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                after_s = (message.at - first_at) / speed
+                await asyncio.sleep(max(0.0, start_mono + after_s - time.monotonic()))
                 if not self.station.online:
                     await self.station.connect()
+                    start_mono = time.monotonic() - after_s      # it takes its time
                 await self._send(message)
         except (OSError, BoardError) as error:
             self.report(f"{self.record.identity}: {error}")
@@ -26751,7 +26752,7 @@ async def replay(path: str, url: str, speed: float = 1.0, password: str = "") ->
     records = read_replay(path)
     first_at = min(record.messages[0].at for record in records)
     lasts_s = max(record.messages[-1].at for record in records) - first_at
-    print(f"{len(records)} stations, {sum(len(record.messages) for record in records)} messages, "
+    print(f"Stations: {len(records)}, messages: {sum(len(record.messages) for record in records)}, "
           f"over {lasts_s / speed:.0f} s", flush=True)
     replays = [Replay(record, url.rstrip("/"), password, report) for record in records]
     done = await asyncio.gather(*(played.run(first_at, speed) for played in replays))
