@@ -9991,6 +9991,28 @@ async def test_the_first_start_waits_for_what_may_be_out_there_and_the_next_know
     assert controller.stations["CP-1"].evses[1].worst_a(True) == 16, "not the 32 of its hardware"
 
 
+@with_loop
+async def test_a_board_without_smart_charging_clears_the_fallbacks_of_an_earlier_run(tmp_path):
+    state = state_of(tmp_path / "o.db")
+    state.put("charging_limit", "1 CP-1", {"limit": 0.0, "fallback": 6.0})
+    await state.write()
+    closed(state)
+    async with Site(state_path=str(tmp_path / "o.db")) as site:
+        station = await site.station()
+        await station.send('[2,"1","Heartbeat",{}]')
+        cleared = []
+        while len(cleared) < 2:
+            kind, id_, *call = json.loads(await station.recv())
+            if kind == 2:
+                cleared.append(call)
+                await station.send(json.dumps([3, id_, {"status": "Accepted"}]))
+        assert cleared == [["ClearChargingProfile", {"id": ocppboard.FALLBACK_ID + place}]
+                           for place in (0, 1)]
+        await until(lambda: site.board.system.records[-1].message == (
+            "Its fallback was cleared: the board steers it no longer"))
+        assert not site.daemon.leftovers.evses
+
+
 def test_rows_of_nonsense_keep_nobody_from_starting():
     state = KeptRows()
     nonsense: list[Any] = [None, 3, "x", [], [1], [1, 2, 3], ["x", None, {}], {}, {"limit": -1},
@@ -10931,8 +10953,8 @@ def test_energy_counts_from_the_first_register_where_the_start_had_none():
     assert reported["StartTransaction"]["meterStart"] == 0
     sent_in_16(bench, far, event_of("Updated", 1, "MeterValuePeriodic",
                                     meterValue=metered_at(5_000_000)))
-    reported = sent_in_16(bench, far, event_of("Ended", 2, "EVDeparted",
-                                           meterValue=metered_at(5_003_000, "Transaction.End")))
+    reported = sent_in_16(bench, far, event_of(
+        "Ended", 2, "EVDeparted", meterValue=metered_at(5_003_000, "Transaction.End")))
     assert reported["StopTransaction"]["meterStop"] == 3000
 
 
@@ -11335,8 +11357,8 @@ CENTRAL_16 = {
     "BootNotification": {"currentTime": AT(0), "interval": 300, "status": "Accepted"},
     "StatusNotification": {}, "MeterValues": {}, "Authorize": {"idTagInfo": {"status": "Accepted"}},
     "Heartbeat": {"currentTime": AT(0)}, "StopTransaction": {"idTagInfo": {"status": "Accepted"}},
-    "StartTransaction": lambda reported: {"transactionId": 7000 + reported["meterStart"],
-                                      "idTagInfo": {"status": "Accepted"}},
+    "StartTransaction": lambda payload: {"transactionId": 7000 + payload["meterStart"],
+                                         "idTagInfo": {"status": "Accepted"}},
     "DiagnosticsStatusNotification": {}, "FirmwareStatusNotification": {}}
 CENTRAL_2X = {
     "BootNotification": {"currentTime": AT(0), "interval": 300, "status": "Accepted"},
