@@ -15757,8 +15757,11 @@ class UpstreamSession:
                     mapping.station_id) == "active"):
                 mapping.ended = mapping.ended_by_us = mapping.end_reported = False
 
+    def _transaction(self, transaction_id: int | str) -> Transaction | None:
+        return self.board.transaction_of.get((self.identity, transaction_id))
+
     def _status_of(self, transaction_id: int | str) -> str:
-        transaction = self.board.transaction_of.get((self.identity, transaction_id))
+        transaction = self._transaction(transaction_id)
         return transaction.status if transaction else ""
 
     def _ends_before(self, queued: QueuedCall) -> list[QueuedCall]:
@@ -15793,14 +15796,14 @@ class UpstreamSession:
             is_later = parse_time(started)[0] <= parse_time(payload.get("timestamp"))[0]
         except WrongValue:
             is_later = False
-        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        transaction = self._transaction(mapping.station_id)
         if is_later and transaction is not None and transaction.status == "active":
             self.board.transaction_stopped(transaction, None, None, None, "abandoned")
         return is_later or bool(mapping.start_key)
 
     def _is_over_by(self, mapping: TransactionMapping, payload: dict) -> bool:
         """Whether the board gave a transaction up before the time of a start."""
-        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        transaction = self._transaction(mapping.station_id)
         try:
             at, _ = parse_time(payload.get("timestamp"))
         except WrongValue:
@@ -15813,7 +15816,7 @@ class UpstreamSession:
         """End abandoned transactions upstream that did not go on within ABANDONED_S."""
         for protocol, translator in self.translators.items():
             for mapping in translator.open_mappings() if translator.ends_for_station else ():
-                transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+                transaction = self._transaction(mapping.station_id)
                 if transaction is not None and transaction.status == "abandoned" and (
                         self.board.mono() - transaction.stopped_mono > ABANDONED_S):
                     ended = self._end_of(mapping, protocol)
@@ -15823,7 +15826,7 @@ class UpstreamSession:
 
     def _end_of(self, mapping: TransactionMapping, protocol: str) -> QueuedCall:
         """The Call that ends a transaction in the station's name."""
-        transaction = self.board.transaction_of.get((self.identity, mapping.station_id))
+        transaction = self._transaction(mapping.station_id)
         at = transaction and (transaction.stopped_at if transaction.status == "abandoned" else
                               transaction.reading and transaction.reading.shown_at)
         register = transaction and (transaction.register.last_wh or transaction.meter_start)

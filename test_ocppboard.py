@@ -10000,7 +10000,7 @@ async def test_a_board_without_smart_charging_clears_the_fallbacks_of_an_earlier
     async with Site(state_path=str(tmp_path / "o.db")) as site:
         station = await site.station()
         await station.send('[2,"1","Heartbeat",{}]')
-        cleared = []
+        cleared: list[list] = []
         while len(cleared) < 2:
             kind, id_, *call = json.loads(await station.recv())
             if kind == 2:
