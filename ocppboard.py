@@ -5620,15 +5620,15 @@ PROFILE = (
     word_row("recurrencyKind", "recurrencyKind", _same("Daily", "Weekly")),
     time_row("validFrom", "validFrom"),
     time_row("validTo", "validTo"),
-    # Of several, which only ISO 15118 lets a vehicle choose from, 1.6 takes one.
+    # 1.6 has one schedule; several are for a vehicle to choose from (ISO 15118).
     object_row("chargingSchedule", "chargingSchedule[0]", SCHEDULE, needed=True),
     row("chargingProfileId", "chargingSchedule[0].id", _whole, _unsaid),
 )
 PROFILED = stateful_row("transactionId", "transactionId", _lift_transaction, _lower_transaction)
 SET_PROFILE = (EVSE, object_row("csChargingProfiles", "chargingProfile", (*PROFILE, PROFILED),
                                 needed=True))
-START_PROFILE = (object_row("chargingProfile", "chargingProfile", PROFILE, needed=True),
-                 )                       # of no transaction yet (F01.FR.11)
+# The profile of a start belongs to no transaction yet (F01.FR.11).
+START_PROFILE = (object_row("chargingProfile", "chargingProfile", PROFILE, needed=True),)
 CLEAR_PROFILE = (
     whole_row("id", "chargingProfileId"),
     whole_row("connectorId", "chargingProfileCriteria.evseId"),
@@ -5682,7 +5682,7 @@ def lower_set_profile(translator: Translator, payload: dict) -> Steps:
     try:
         asked = lowered(translator, payload, SET_PROFILE)
     except WrongValue:
-        return {"status": "Rejected"}                    # of a transaction that is not there
+        return {"status": "Rejected"}                    # its transaction is not known
     return lifted(translator, (yield "SetChargingProfile", asked), YES_NO)
 
 
@@ -5752,7 +5752,7 @@ def lift_firmware_status(translator: Translator, payload: dict) -> Steps:
 
 
 def lower_firmware_status(translator: Translator, payload: dict) -> Steps:
-    """2.0.1 L01; to 1.6 in the way that upstream took to ask for the update."""
+    """2.0.1 L01; 1.6 has a notification for each of the commands that may have asked for it."""
     asked = lowered(translator, payload, (FIRMWARE_STATUS, whole_row("requestId", "requestId")))
     if translator.signed_firmware or asked["status"] not in FIRMWARE_PLAIN:
         yield "SignedFirmwareStatusNotification", asked
@@ -5771,7 +5771,7 @@ def lift_diagnostics_status(translator: Translator, payload: dict) -> Steps:
 
 
 def lower_log_status(translator: Translator, payload: dict) -> Steps:
-    """2.0.1 N01; to 1.6 in the way that upstream took to ask for the log."""
+    """2.0.1 N01; 1.6 has a notification for each of the commands that may have asked for it."""
     if translator.diagnostics:
         yield "DiagnosticsStatusNotification", lowered(translator, payload, (DIAGNOSTICS_STATUS,))
     else:
@@ -5793,7 +5793,7 @@ FAULTS_16 = frozenset("""ConnectorLockFailure EVCommunicationError GroundFailure
 
 
 def lift_status(translator: Translator, payload: dict) -> Steps:
-    """1.6 4.9; 2.0.1 G01, E02 (a change of the charging state), and N07 for what went wrong."""
+    """1.6 4.9; 2.0.1 G01, N07 for a fault, and E02 for a change of the charging state."""
     number = max(0, required(payload, "connectorId", int))
     status_16 = lenient(payload, "status", str, "")
     at = _when(translator, payload)
@@ -5879,9 +5879,9 @@ def _status_16(translator: Translator, evse_id: int, at: str | None) -> dict:
 def _occupied_16(translator: Translator, evse_id: int, mapping: TransactionMapping | None) -> str:
     """Which of 1.6's five statuses stands for Occupied."""
     if mapping is None:
-        ended = any(mapping.evse_id == evse_id and mapping.ended and not mapping.left
-                    for mapping in translator.mappings.values())
-        return "Finishing" if ended else "Preparing"
+        stays = any(past.evse_id == evse_id and past.ended and not past.left
+                    for past in translator.mappings.values())
+        return "Finishing" if stays else "Preparing"
     if mapping.state in ("Charging", "SuspendedEV", "SuspendedEVSE"):
         return mapping.state
     if mapping.charged:
@@ -5932,7 +5932,8 @@ CONTEXTS = frozenset("""Interruption.Begin Interruption.End Sample.Clock Sample.
 PHASE_WORDS = frozenset("L1 L2 L3 N L1-N L2-N L3-N L1-L2 L2-L3 L3-L1".split())
 LOCATIONS = frozenset("Cable EV Inlet Outlet Body".split())
 REGISTER = "Energy.Active.Import.Register"       # the default measurand (1.6 7.31; 2.x too)
-SAMPLE_WORDS = (("context", CONTEXTS), ("phase", PHASE_WORDS), ("location", LOCATIONS))
+SAMPLE_WORDS = (("context", CONTEXTS), ("phase", PHASE_WORDS), ("location", LOCATIONS),
+                ("measurand", MEASURANDS_16))
 SIGNED_LENGTHS = {"signedMeterData": 32768, "signingMethod": 50, "encodingMethod": 50,
                   "publicKey": 2500}
 TRIGGER_OF = {"Sample.Clock": "MeterValueClock", "Trigger": "Trigger"}
@@ -5972,12 +5973,9 @@ def _meter_values(translator: Translator, meter_values: Any, convert: Callable,
 def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
     translated, signed = [], []
     for sample in samples:
-        measurand = lenient(sample, "measurand", str, REGISTER)
-        if measurand not in MEASURANDS_16:
+        if lenient(sample, "measurand", str, REGISTER) not in MEASURANDS_16:
             continue
         words = _sample_words(sample)
-        if "measurand" in sample:
-            words["measurand"] = measurand
         if isinstance(sample.get("unit"), str):
             unit = sample["unit"][:20]
             words["unitOfMeasure"] = {"unit": UNITS_2X.get(unit, unit)}
@@ -5992,7 +5990,7 @@ def _lift_samples(samples: list[dict], known: dict) -> list[dict]:
 
 
 def _sample_words(sample: dict) -> dict:
-    """Context, phase and location of a sample, which both versions call the same."""
+    """Measurand, context, phase and location of a sample, which both versions call the same."""
     return {key: sample[key] for key, allowed in SAMPLE_WORDS
             if lenient(sample, key, str) in allowed}
 
@@ -6017,7 +6015,7 @@ def _attach_signed(translated: list, value: str, words: dict, known: dict) -> No
         data = {"signedMeterData": value, "signingMethod": "", "publicKey": "",
                 "encodingMethod": "OCMF" if value.startswith("OCMF|") else ""}
     same = [sample for sample in translated if "signedMeterValue" not in sample and all(
-        sample.get(key) == words.get(key) for key in ("measurand", "context", "phase", "location"))]
+        sample.get(key) == words.get(key) for key, _ in SAMPLE_WORDS)]
     if same:
         same[0]["signedMeterValue"] = data
     elif (number := _signed_number(value, words, known)) is not None:
@@ -6047,14 +6045,9 @@ def _lower_samples(samples: list[dict], left_out: tuple) -> list[dict]:
 
 def _lower_sample(sample: dict) -> list[dict]:
     number, unit = _unit_16(sample)
-    measurand = lenient(sample, "measurand", str, REGISTER)
-    if number is None or measurand not in MEASURANDS_16:
+    if number is None or lenient(sample, "measurand", str, REGISTER) not in MEASURANDS_16:
         return []
-    words = _sample_words(sample)
-    if "measurand" in sample:
-        words["measurand"] = measurand
-    if unit:
-        words["unit"] = unit
+    words = _sample_words(sample) | ({"unit": unit} if unit else {})
     translated = [{"value": f"{number:f}"} | words]
     signed = sample.get("signedMeterValue")
     if isinstance(signed, dict) and isinstance(signed.get("signedMeterData"), str):
