@@ -523,6 +523,9 @@ SETTINGS = (
     Setting("mqtt", "ca", ""),
     Setting("mqtt", "certificate", ""),
     Setting("mqtt", "private_key", ""),
+    Setting("mqtt", "discovery", False),
+    Setting("mqtt", "commands", []),
+    Setting("mqtt", "id_token", "MQTT"),
     Setting("notify", "url", ""),
     Setting("notify", "events", list(ALERTS), ALERTS),
     Setting("notify", "template", ""),
@@ -1014,6 +1017,8 @@ def _check_mqtt(mqtt: SimpleNamespace, source: str) -> None:
         if len(text) > TEXT_KEPT or not text.isprintable() or re.search(
                 r"[+#]|^/|/$|^\$", text) or (key == "topic" and not text):
             raise ConfigError(f"{source}: mqtt.{key} must be a topic without + and #: {text!r}")
+    if not 1 <= len(mqtt.id_token) <= 20 or not mqtt.id_token.isprintable():
+        raise ConfigError(f"{source}: mqtt.id_token must have 1 to 20 characters")
     if mqtt.private_key and not mqtt.certificate:
         raise ConfigError(f"{source}: mqtt.private_key needs mqtt.certificate")
 
@@ -18016,30 +18021,44 @@ def post_disconnect(api: "Api", identity: str) -> dict:
 
 async def post_call(api: "Api", identity: str) -> dict:
     """Send a command, in the station's words or in 2.0.1's, and wait for its answer."""
-    connection, warnings = _online(api, identity), list[str | None]()
-    action, payload = api.body.get("action"), api.body.get("payload", {})
-    protocol = api.body.get("protocol", connection.protocol)
+    return await send_by_hand(api.daemon, identity, api.body)
+
+
+async def send_by_hand(daemon: "Daemon", identity: str, body: dict,
+                       permit: Callable[[str, dict], Any] = lambda action, payload: None) -> dict:
+    """Send the command that a body tells, and wait for its answer.
+
+    `permit` sees each Call as the station gets it, and may raise. Raises: BoardError.
+    """
+    station = daemon.board.stations.get(identity)
+    if station is None:
+        raise NotFound("Connection not found")
+    if (connection := station.connection) is None:
+        raise Conflict("The station is offline")
+    action, payload = body.get("action"), body.get("payload", {})
+    protocol, warnings = body.get("protocol", connection.protocol), list[str | None]()
     if not isinstance(action, str) or not isinstance(payload, dict):
         raise BadRequest("action must be a text, payload an object")
     if protocol not in (connection.protocol, PIVOT):
         raise BadRequest(f"protocol must be {PIVOT} or the station's {connection.protocol}")
 
     def check(action: str, payload: dict) -> None:
-        warnings.append(_check_by_hand(api, connection.station, action, payload))
+        permit(action, payload)
+        warnings.append(_check_by_hand(daemon, station, action, payload))
 
     outcome = await connection.call_in(protocol, action, payload, check)
     warning = next(filter(None, warnings), None)
     return {"success": True} | outcome.view() | ({"warning": warning} if warning else {})
 
 
-def _check_by_hand(api: "Api", station: Station, action: str, payload: dict) -> str | None:
+def _check_by_hand(daemon: "Daemon", station: Station, action: str, payload: dict) -> str | None:
     """See that somebody may send this command; what is to be said of it, if anything.
 
     Raises: WrongValue, Conflict.
     """
-    api.daemon.access.check_command(station.identity, action, payload)
+    daemon.access.check_command(station.identity, action, payload)
     check_command(station, action, payload)
-    controller = api.daemon.controller
+    controller = daemon.controller
     return controller.check_by_hand(station.identity, action, payload) if controller else None
 
 
@@ -19455,8 +19474,9 @@ class UploadReceiver(Api):
 
 
 # --- Outward ------------------------------------------------------------------------------
-# What the board tells without being asked: alerts by HTTP, and its records by MQTT. Nothing here
-# holds up the loop, a station or the end of the process, and who is away costs bounded memory.
+# What the board tells others: alerts by HTTP, and its records by MQTT, by which it may be asked for
+# commands. Nothing here holds up the loop, a station or the end of the process, and who is away
+# costs bounded memory.
 
 
 def site_name(board: Board) -> str:
@@ -20159,10 +20179,12 @@ class SiteClaim:
         return other < (self.since, self.board_id)
 
 
-def connector_facts(station: Station, connector: Connector, register_wh: float | None) -> dict:
+def connector_facts(station: Station, connector: Connector, register_wh: float | None,
+                    limit_a: float | None = None) -> dict:
     """The record of a connector, and in figures of its own what automations look at.
 
-    `register_wh`: as it was last told; between two chargings no meter tells it.
+    `register_wh`: as it was last told; between two chargings no meter tells it. `limit_a`: what was
+    set by MQTT, where smart charging sets none.
     """
     reading, transaction = connector.reading, connector.transaction
     session = transaction.charge if transaction else None
@@ -20184,7 +20206,7 @@ def connector_facts(station: Station, connector: Connector, register_wh: float |
         "powerW": reading.power_w if reading and flows else at_rest,
         "currentA": max(amps) if flows and amps else at_rest,
         "energyWh": register_wh, "soc": transaction.soc if transaction else None,
-        "limitA": session.allocated_a if session and session.ended_at is None else None,
+        "limitA": session.allocated_a if session and session.ended_at is None else limit_a,
         "reason": kept(reason)}
 
 
@@ -20212,6 +20234,254 @@ def _measured(board: Board) -> dict[str, float]:
     return {phase: round(a, 1) for phase, a in amps.items()}
 
 
+# MQTT: what is asked
+
+ALL_COMMANDS = frozenset().union(*COMMANDS.values())
+NOT_BY_MQTT = re.compile("Certificate|Firmware|NetworkProfile")
+ALIKE = {"RemoteStartTransaction": "RequestStartTransaction",    # one thing in two versions
+         "RemoteStopTransaction": "RequestStopTransaction"}
+ALIKE |= {other: one for one, other in ALIKE.items()}
+LIMIT_BY_MQTT_ID = 76_000_000       # of the charging profile, and the EVSE added
+SendByHand = Callable[[str, dict, Callable[[str, dict], Any]], Awaitable[dict]]
+
+
+class AskedByMqtt:
+    """Commands to stations by MQTT: those of mqtt.commands alone, of each station one at a time.
+
+    `<identity>/call` takes what POST /api/connections/:identity/call takes, and answers on the
+    response topic, below `<identity>/answers/`. `…/set/charging`, `…/set/limit` of a connector and
+    `<identity>/set/reset` take a plain word.
+    """
+
+    def __init__(self, mqtt: "Mqtt", send: SendByHand, spawn: Callable[[str, Any], Any]):
+        self.mqtt, self.board, self._send, self._spawn = mqtt, mqtt.board, send, spawn
+        self._waiting: dict[str, deque[tuple[list[str], Incoming, float]]] = {}
+        self._told_mono = -math.inf
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """The Actions that may be asked for, in the words of all versions."""
+        named = self.mqtt.settings.commands
+        return frozenset(named) | {ALIKE[action] for action in named if action in ALIKE}
+
+    def came(self, identity: str, levels: list[str], message: Incoming) -> None:
+        """Somebody asks for something: it waits for what was asked of that station before."""
+        if identity not in self.board.stations:
+            self._refuse(identity, message, NotFound("Connection not found"))
+            return
+        waiting = self._waiting.setdefault(identity, deque())
+        if len(waiting) >= CALLS_WAITING:
+            self._refuse(identity, message, Busy("Too many commands wait for this station"))
+            return
+        waiting.append((levels, message, self.board.mono() + message.expires_s))
+        if len(waiting) == 1:
+            self._spawn("command by MQTT", self._work(identity, waiting))
+
+    async def _work(self, identity: str, waiting: deque) -> None:
+        try:
+            while waiting:
+                levels, message, until_mono = waiting[0]
+                if self.board.mono() < until_mono:       # else nobody waits for it any more
+                    await self._carry_out(identity, levels, message)
+                waiting.popleft()
+        finally:
+            self._waiting.pop(identity, None)
+
+    async def _carry_out(self, identity: str, levels: list[str], message: Incoming) -> None:
+        try:
+            answers = f"{self.mqtt.prefix}/{in_topic(identity)}/{ANSWERS}/"
+            if message.response_topic and (not message.response_topic.startswith(answers)
+                                           or re.search("[+#]", message.response_topic)):
+                message = message._replace(response_topic="")
+                raise BadRequest(f"the response topic must be below {answers}")
+            called = levels == ["call"]
+            body = _json_object(message.payload) if called else self._set(
+                self.board.stations[identity], levels, message.payload)
+            if called or body:
+                self._answer(message, body.get("action"), await self._ask(identity, body))
+        except BoardError as error:
+            self._refuse(identity, message, error)
+
+    async def _ask(self, identity: str, body: dict) -> dict:
+        """Send a command. Raises: BoardError."""
+        action, payload = body.get("action"), body.get("payload", {})
+        if not isinstance(action, str) or action not in self.allowed:
+            raise Forbidden(f"{shown(action)} is not among mqtt.commands")
+
+        def permit(action: str, payload: dict) -> None:
+            if hidden_texts(action, payload) or security_settings(action, payload, {}):
+                raise Forbidden("Nothing secret is set by MQTT")
+        if isinstance(payload, dict):
+            permit(action, payload)
+        return await self._send(identity, body, permit)
+
+    # Plain words
+
+    def _set(self, station: Station, levels: list[str], payload: bytes) -> dict:
+        """The command of a plain word, in 2.0.1's; {} where none is needed. Raises: BoardError."""
+        word = kept(payload.decode("utf-8", "replace"), 20).strip()
+        if levels == ["set", "reset"]:
+            return _command("Reset", {"type": "OnIdle"})
+        connector = next((c for place, c in station.connectors.items() if [
+            "connectors", *map(str, place), "set"] == levels[:-1]), None)
+        if connector is None:
+            raise NotFound("There is no such connector")
+        if levels[-1] == "charging":
+            return self._set_charging(connector, word)
+        if levels[-1] == "limit":
+            return self._set_limit(station, connector, word)
+        raise NotFound("There is nothing of this name to be set")
+
+    def _set_charging(self, connector: Connector, word: str) -> dict:
+        transaction = connector.transaction
+        if word not in ("ON", "OFF"):
+            raise BadRequest("charging is set to ON or OFF")
+        if (word == "ON") == (transaction is not None):
+            return {}
+        if transaction is not None:
+            return _command("RequestStopTransaction", {"transactionId": str(transaction.id)})
+        token = {"idToken": self.mqtt.settings.id_token, "type": "Central"}
+        return _command("RequestStartTransaction", {
+            "idToken": token, "remoteStartId": self.board.new_transaction_id(),
+            "evseId": connector.evse_id})
+
+    def _set_limit(self, station: Station, connector: Connector, word: str) -> dict:
+        """With smart charging it is the most that the session may get, else a charging profile."""
+        if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", word):
+            raise BadRequest("limit is set to a number, A per phase")
+        if "SetChargingProfile" not in self.allowed:
+            raise Forbidden("SetChargingProfile is not among mqtt.commands")
+        if controller := self.mqtt.controller:
+            session = connector.transaction.charge if connector.transaction else None
+            if session is None:
+                raise Conflict("Nothing charges there that smart charging steers")
+            controller.configure_session(session, {"maxA": int(float(word))})
+            return {}
+        self.mqtt.limits.setdefault(station.identity, {})[connector.evse_id] = float(word)
+        self.board.publish("connections", station)
+        return _command("SetChargingProfile", {
+            "evseId": connector.evse_id, "chargingProfile": {
+                "id": LIMIT_BY_MQTT_ID + connector.evse_id, "stackLevel": 0,
+                "chargingProfilePurpose": "TxDefaultProfile", "chargingProfileKind": "Absolute",
+                "chargingSchedule": [{
+                    "id": 1, "startSchedule": wire_time(self.board.clock() - 60),
+                    "chargingRateUnit": "A",
+                    "chargingSchedulePeriod": [{"startPeriod": 0, "limit": float(word)}]}]}})
+
+    # Answers
+
+    def _answer(self, message: Incoming, action: Any, answer: dict) -> None:
+        """Answer who wants to know; secrets are masked."""
+        if message.response_topic and (connection := self.mqtt.connection):
+            shown_answer = answer | {"action": action}
+            connection.publish(message.response_topic,
+                               without_secrets("", shown_answer, to_json(shown_answer)),
+                               correlation=message.correlation)
+
+    def _refuse(self, identity: str, message: Incoming, error: BoardError) -> None:
+        self._answer(message, None, {"success": False, "status": error.http_status} | error.body())
+        now = self.board.mono()
+        if now - self._told_mono > COALESCE_S:
+            self._told_mono = now
+            known = identity if identity in self.board.stations else ""
+            self.board.system_event("MQTT_REFUSED", known, f"A command by MQTT came to nothing: "
+                                    f"{error}", {"topic": kept(message.topic)})
+
+
+def _command(action: str, payload: dict) -> dict:
+    return {"action": action, "payload": payload, "protocol": PIVOT}
+
+
+# MQTT: Home Assistant's discovery
+
+# Name, field of connector_facts, and what else is said of it.
+SENSORS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Power", "powerW", {"device_class": "power", "state_class": "measurement",
+                         "unit_of_measurement": "W"}),
+    ("Energy", "energyWh", {"device_class": "energy", "state_class": "total_increasing",
+                            "unit_of_measurement": "Wh"}),
+    ("Current", "currentA", {"device_class": "current", "state_class": "measurement",
+                             "unit_of_measurement": "A"}),
+    ("State of charge", "soc", {"device_class": "battery", "state_class": "measurement",
+                                "unit_of_measurement": "%"}),
+    ("Status", "status", {}), ("Reason", "reason", {}))
+SITE_SENSORS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Power", "{{ value_json.powerW }}", SENSORS[0][2]),
+    ("Load", "{{ value_json.loadA.values() | max }}", SENSORS[2][2]),
+    ("Limit", "{{ value_json.limitA }}", SENSORS[2][2]))
+
+
+def slug(text: str) -> str:
+    """A text as a part of Home Assistant's ids: other characters are replaced, and told apart."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    return plain if plain == text else f"{plain}-{zlib.crc32(text.encode()):08x}"
+
+
+def discovery_topic(prefix: str, component: str, object_id: str) -> str:
+    """Where Home Assistant looks for an entity of this site."""
+    return f"homeassistant/{component}/ocppboard-{slug(prefix)}/{object_id}/config"
+
+
+def site_discovery(prefix: str) -> dict[str, str]:
+    """The site's own entities: {topic: JSON}."""
+    site = prefix.rpartition("/")[2]
+    device = {"identifiers": [f"ocppboard-{slug(site)}"], "name": site,
+              "manufacturer": "ocppboard", "sw_version": VERSION}
+    texts: dict[str, str] = {}
+    for name, template, words in SITE_SENSORS:
+        _entity(texts, prefix, "sensor", f"site-{slug(name.lower())}", device, [f"{prefix}/status"],
+                name=name, state_topic=f"{prefix}/load", value_template=template, **words)
+    return texts
+
+
+def discovery(prefix: str, station: Station, allowed: frozenset[str],
+              most_a: int) -> dict[str, str]:
+    """A station's entities: {topic: JSON}. What steers is announced where it is `allowed`."""
+    base, site = f"{prefix}/{in_topic(station.identity)}", prefix.rpartition("/")[2]
+    name = slug(station.identity)
+    device = {key: value for key, value in {
+        "identifiers": [f"ocppboard-{slug(site)}-{name}"], "name": station.identity,
+        "manufacturer": station.info.get("vendor"), "model": station.info.get("model"),
+        "sw_version": station.info.get("firmware"), "serial_number": station.info.get("serial"),
+        "via_device": f"ocppboard-{slug(site)}"}.items() if value}
+    texts: dict[str, str] = {}
+    add = functools.partial(_entity, texts, prefix, device=device,
+                            available=[f"{prefix}/status", f"{base}/state"])
+    if "Reset" in allowed:
+        add("button", f"{name}-reset", name="Reset", command_topic=f"{base}/set/reset",
+            payload_press="PRESS", device_class="restart", entity_category="config")
+    places = [place for place in station.connectors if place[0] > 0]
+    for evse_id, connector_id in places:
+        topic = f"{base}/connectors/{evse_id}/{connector_id}"
+        id_ = f"{name}-{evse_id}-{connector_id}"
+        where = "" if len(places) == 1 else f"{_place_name(Connector(evse_id, connector_id))} "
+        for title, field_, words in SENSORS:
+            add("sensor", f"{id_}-{slug(field_)}", name=f"{where}{title}", state_topic=topic,
+                value_template=f"{{{{ value_json.{field_} }}}}", **words)
+        if {"RequestStartTransaction", "RequestStopTransaction"} <= allowed:
+            add("switch", f"{id_}-charging", name=f"{where}Charging", state_topic=topic,
+                command_topic=f"{topic}/set/charging", payload_on="ON", payload_off="OFF",
+                state_on="ON", state_off="OFF", icon="mdi:ev-station",
+                value_template="{{ 'ON' if value_json.charging else 'OFF' }}")
+        if "SetChargingProfile" in allowed:
+            add("number", f"{id_}-limit", name=f"{where}Limit", state_topic=topic,
+                command_topic=f"{topic}/set/limit", min=0, max=most_a, step=1, mode="box",
+                device_class="current", unit_of_measurement="A",
+                value_template="{{ value_json.limitA }}")
+    return texts
+
+
+def _entity(texts: dict[str, str], prefix: str, component: str, id_: str, device: dict,
+            available: list[str], **words: Any) -> None:
+    """Add an entity; it is available while each of these topics says online."""
+    site = slug(prefix.rpartition("/")[2])
+    texts[discovery_topic(prefix, component, id_)] = to_json({
+        "unique_id": f"ocppboard-{site}-{id_}", "device": device,
+        "origin": {"name": "ocppboard", "sw_version": VERSION}, "availability_mode": "all",
+        "availability": [{"topic": topic, "value_template": "{{ value_json.status }}"}
+                         for topic in available], **words})
+
+
 class Mqtt:
     """The site on an MQTT broker: what the Board knows, retained, and what happens.
 
@@ -20219,9 +20489,12 @@ class Mqtt:
     `state`, `connectors/evse/connector`, `transactions/id` while it runs, and `events`.
     """
 
-    def __init__(self, board: Board, controller: Controller | None):
+    def __init__(self, board: Board, controller: Controller | None, send: SendByHand,
+                 spawn: Callable[[str, Any], Any]):
+        """`send` sends a command by hand, `spawn` runs a task in the background."""
         self.board, self.controller = board, controller
         self.settings = board.config.mqtt            # a reload changes it
+        self.commands = AskedByMqtt(self, send, spawn)
         self.topics = ("connections", "transactions", "smart-charge", "errors", "security",
                        "system")
         self.connection: BrokerConnection | None = None
@@ -20235,6 +20508,7 @@ class Mqtt:
         self._changed: dict[Station | Transaction, None] = {}
         self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_WAITING)
         self._registers: dict[str, dict[tuple, float]] = {}      # {identity: {connector: Wh}}
+        self.limits: dict[str, dict[int, float]] = {}    # A set by MQTT: {identity: {EVSE: A}}
         self._load_mono = self._flood_mono = self._told_mono = -math.inf
         self._check()
 
@@ -20244,9 +20518,16 @@ class Mqtt:
             raise ConfigError("mqtt.url needs the package paho-mqtt: apt install "
                               "python3-paho-mqtt, or pip install paho-mqtt")
         try:
-            broker_tls(self.settings)
+            _ = self.settings.url.startswith("mqtts:") and broker_tls(self.settings)
         except OSError as error:
             raise ConfigError(f"mqtt.ca: {self.settings.ca}: {_one_line(error)}") from None
+        for action in self.settings.commands:
+            if action not in ALL_COMMANDS:
+                raise ConfigError(f"mqtt.commands: there is no command {action!r}"
+                                  f"{_nearest(action, ALL_COMMANDS)}")
+            if NOT_BY_MQTT.search(action):
+                raise ConfigError(f"mqtt.commands: {action} is not for MQTT, as is nothing that "
+                                  "sets passwords, certificates, firmware or networks")
 
     @property
     def host(self) -> str:
@@ -20261,20 +20542,15 @@ class Mqtt:
         if isinstance(record, Event):
             self._events.append((record.identity, f'{{"topic":"{event.topic}",'
                                  f'"event":{record.json()}}}'))
-        elif isinstance(record, ChargeSession):
-            if station := self.board.stations.get(record.identity):
-                self._changed[station] = None
-        elif isinstance(record, (Station, Transaction)):
+            return
+        station = record if isinstance(record, Station) else self.board.stations.get(
+            getattr(record, "identity", ""))
+        if self.connection is not None and station is not None:
+            self._changed[station] = None                # else it is published anew anyway
+        if isinstance(record, Transaction) and (self.connection or record.status != "active"):
             self._changed[record] = None
-            if isinstance(record, Transaction) and self.connection is None:
-                self._forget_ended()
-
-    def _forget_ended(self) -> None:
-        """While the broker is away; what runs, and the stations, are published anew anyway."""
-        self._changed = {record: None for record in self._changed
-                         if isinstance(record, Transaction) and record.status != "active"}
-        while len(self._changed) > ENDED_WAITING:
-            del self._changed[next(iter(self._changed))]
+            if self.connection is None and len(self._changed) > ENDED_WAITING:
+                del self._changed[next(iter(self._changed))]
 
     # The connection
 
@@ -20314,6 +20590,8 @@ class Mqtt:
             reason = await self._serve(connection)
         finally:
             self.connection = None
+            self._changed = {record: None for record in self._changed if isinstance(
+                record, Transaction) and record.status != "active"}
             await connection.close()
         if self.claim.rival:
             return RIVAL_S
@@ -20363,6 +20641,9 @@ class Mqtt:
             if first:                    # of an earlier run, or a stranger's
                 for topic in retained.difference(*self.published.values()):
                     connection.publish(topic, "", True)
+                if self.commands.allowed:
+                    connection.subscribe(*(f"{self.prefix}/{levels}" for levels in (
+                        "+/call", "+/set/+", "+/connectors/+/+/set/+")))
                 first = False
             await asyncio.wait([connection.ended], timeout=PUBLISH_S)
         if self.claim.rival:
@@ -20396,7 +20677,7 @@ class Mqtt:
             self._status_or_claim(message)
         connection.on_message = look
         self.claim.reset()
-        connection.subscribe(everything)
+        connection.subscribe(everything, discovery_topic(self.prefix, "+", "+"))
         connection.publish(f"{self.prefix}/status/claim", self._status("claims"))
         while not connection.ended.done() and not self.claim.rival:
             now = time.monotonic()
@@ -20408,13 +20689,16 @@ class Mqtt:
             await asyncio.wait([connection.ended], timeout=0.1)
         connection.inflow.looked = False
         connection.subscribe(f"{self.prefix}/status", f"{self.prefix}/status/claim")
-        connection.unsubscribe(everything)
+        connection.unsubscribe(everything, discovery_topic(self.prefix, "+", "+"))
         connection.on_message = self._came
         return retained - {f"{self.prefix}/status"}
 
     def _came(self, message: Incoming) -> None:
         """A message on one of the topics that we listen to."""
         self._status_or_claim(message)
+        levels = message.topic.removeprefix(f"{self.prefix}/").split("/")
+        if self.claim.held and not message.retained and len(levels) > 1 and levels[0] != "status":
+            self.commands.came(unquote(levels[0]), levels[1:], message)
 
     def _status_or_claim(self, message: Incoming) -> None:
         if message.topic == f"{self.prefix}/status":
@@ -20438,7 +20722,8 @@ class Mqtt:
         if now - self._load_mono >= LOAD_S:
             self._load_mono = now
             self._publish_new(connection, "", {f"{self.prefix}/load": to_json(
-                site_load(self.board, self.controller))})
+                site_load(self.board, self.controller))} | (
+                    site_discovery(self.prefix) if self.settings.discovery else {}))
         while self._events and not connection.ended.done():
             identity, text = self._events.popleft()
             below = f"{in_topic(identity)}/" if identity in self.board.stations else ""
@@ -20469,7 +20754,8 @@ class Mqtt:
         if station.forgotten:
             if identity not in self.board.stations:      # else it is back already
                 self._registers.pop(identity, None)
-                for topic in self.published.pop(identity, ()):
+                self.limits.pop(identity, None)
+                for topic in reversed(self.published.pop(identity, {})):
                     connection.publish(topic, "", True)
             return
         registers = self._registers.setdefault(identity, {})
@@ -20477,8 +20763,12 @@ class Mqtt:
         for place, connector in station.connectors.items():
             if connector.reading and connector.reading.energy_wh is not None:
                 registers[place] = connector.reading.energy_wh
-            facts = connector_facts(station, connector, registers.get(place))
+            facts = connector_facts(station, connector, registers.get(place),
+                                    self.limits.get(identity, {}).get(place[0]))
             texts[f"{base}/connectors/{place[0]}/{place[1]}"] = to_json(facts)
+        if self.settings.discovery:
+            most_a = (self.board.config.station(identity) or STATION_DEFAULTS).max_a
+            texts |= discovery(self.prefix, station, self.commands.allowed, most_a)
         self._publish_new(connection, identity, texts)
 
     def _publish_transaction(self, connection: BrokerConnection, transaction: Transaction) -> None:
@@ -27537,7 +27827,8 @@ class Daemon:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
             self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
         self.notifier = Notifier(self.board, self.controller)
-        self.mqtt = Mqtt(self.board, self.controller)
+        self.mqtt = Mqtt(self.board, self.controller, functools.partial(send_by_hand, self),
+                         self.spawn)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
                 self._tell_systemd, min(1000 * TOLD_S, watchdog_ms(os.environ) / 3)))

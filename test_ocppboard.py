@@ -341,6 +341,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[mqtt]\ntopic = "a/#"', ["mqtt.topic must be a topic without + and #"]),
     ('[mqtt]\ntopic = ""', ["mqtt.topic must be a topic"]),
     ('[mqtt]\nsite = "/a"', ["mqtt.site must be a topic"]),
+    ('[mqtt]\nid_token = ""', ["mqtt.id_token must have 1 to 20 characters"]),
     ('[mqtt]\nprivate_key = "a"', ["mqtt.private_key needs mqtt.certificate"]),
     ('[notify]\nurl = "ntfy.example/geheim"', ["notify.url must be as"]),
     ('[notify]\nurl = 5', ["notify.url must be a text"]),
@@ -17903,7 +17904,261 @@ def test_without_its_package_a_broker_is_refused_in_one_line(monkeypatch):
     config = config_of(mqtt_url="mqtt://127.0.0.1")
     monkeypatch.setattr(ocppboard, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="paho-mqtt: apt install python3-paho-mqtt"):
-        ocppboard.Mqtt(Board(config), None)
+        ocppboard.Daemon(config)
+
+
+async def command(follower, topic, body, answer="ocppboard/home/CP-1/answers/me", **properties):
+    """What a command by MQTT 5 is answered."""
+    seen = len(follower.came)
+    follower.publish(topic, body, ResponseTopic=answer, CorrelationData=b"7", **properties)
+    await until(lambda: any(t == answer for t, _ in follower.came[seen:]), 10)
+    return next(told for t, told in follower.came[seen:] if t == answer)
+
+
+def obedient(socket_, answers=None):
+    """A task that answers each command, and a list of them."""
+    got = []
+
+    async def obey():
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                frame = json.loads(await socket_.recv())
+                if frame[0] == 2:
+                    got.append((frame[2], frame[3]))
+                    await socket_.send(json.dumps([3, frame[1], (answers or {}).get(
+                        frame[2], {"status": "Accepted"})]))
+    return got, asyncio.create_task(obey())
+
+
+@at_broker(mqtt_commands="Reset,RemoteStartTransaction,ChangeConfiguration,DataTransfer")
+async def test_a_command_by_mqtt_is_answered_on_its_response_topic(site, follower, broker):
+    socket_ = await site.station()
+    got, task = obedient(socket_, {"DataTransfer": {"status": "Accepted",
+                                                    "data": '{"password": "geheim"}'}})
+    topic = "ocppboard/home/CP-1/call"
+    reset = {"action": "Reset", "payload": {"type": "Soft"}}
+    answer = await command(follower, topic, reset)
+    assert answer["success"] and answer["result"] == {"status": "Accepted"}
+    assert got == [("Reset", {"type": "Soft"})]
+    answer = await command(follower, topic, {
+        "action": "RequestStartTransaction", "protocol": "ocpp2.0.1", "payload": {
+            "remoteStartId": 1, "evseId": 1, "idToken": {"idToken": "A", "type": "Central"}}})
+    assert answer["success"] and got[1][0] == "RemoteStartTransaction"
+    data = {"action": "DataTransfer", "payload": {"vendorId": "V"}}
+    answer = await command(follower, topic, data)
+    assert "geheim" not in json.dumps(answer) and answer["result"]["status"] == "Accepted"
+    for body, status, words in (
+            ({"action": "ClearCache"}, 403, "not among mqtt.commands"),
+            ({"action": 5}, 403, "not among"), ("no JSON", 403, "not among"),
+            ({"action": "Reset", "payload": 5}, 400, "payload an object"),
+            ({"action": "Reset", "payload": {"type": "Odd"}}, 400, "type"),
+            ({"action": "ChangeConfiguration", "payload": {
+                "key": "AuthorizationKey", "value": "0123456789abcdef"}}, 403, "secret")):
+        answer = await command(follower, topic, body)
+        assert not answer["success"] and answer["status"] == status, answer
+        assert words in answer["error"]
+    answer = await command(follower, "ocppboard/home/CP-9/call", reset)
+    assert answer["status"] == 404
+    assert len(got) == 3
+    refused = [e for e in site.board.system.records if e.kind == "MQTT_REFUSED"]
+    assert len(refused) == 1, "said once a minute"
+    # nobody is answered elsewhere, nothing retained is obeyed, what has expired is dropped
+    for answers in ("ocppboard/home/CP-1/state", "ocppboard/other/CP-1/answers/x", "x",
+                    "ocppboard/home/CP-1/answersx"):
+        follower.publish(topic, reset, ResponseTopic=answers)
+    follower.publish(topic, reset, retain=True)          # for us, who listen already, it is not so
+    await until(lambda: len(got) == 4)
+    site.daemon.mqtt.commands.came("CP-1", ["call"], ocppboard.Incoming(
+        topic, json.dumps(reset).encode(), False, "", b"", 0.0))
+    await asyncio.sleep(0.5)
+    assert len(got) == 4
+    assert all(told is None or "success" not in told for t, told in follower.came
+               if not t.endswith("answers/me") and isinstance(told, dict))
+    await socket_.close()
+    await until(lambda: site.board.online == 0)
+    assert (await command(follower, topic, reset))["status"] == 409
+    task.cancel()
+
+
+@at_broker()
+async def test_where_no_commands_are_allowed_nothing_is_listened_to(site, follower, broker):
+    socket_ = await site.station()
+    got, task = obedient(socket_)
+    for topic in ("call", "set/reset", "connectors/1/1/set/charging"):
+        follower.publish(f"ocppboard/home/CP-1/{topic}", {"action": "Reset"})
+    await asyncio.sleep(0.5)
+    assert got == [] and site.daemon.mqtt.connection.inflow.dropped == 0
+    task.cancel()
+
+
+@at_broker(mqtt_commands="RemoteStartTransaction,RemoteStopTransaction,SetChargingProfile,Reset",
+           mqtt_id_token="HOME")
+async def test_plain_words_switch_charging_set_a_limit_and_reset(site, follower, broker):
+    socket_, number = await charging_station(site)
+    got, task = obedient(socket_)
+    here = "ocppboard/home/CP-1"
+    await until(lambda: f"{here}/connectors/1/1" in follower.retained)
+    follower.publish(f"{here}/connectors/1/1/set/charging", "ON")        # it does already
+    follower.publish(f"{here}/connectors/1/1/set/charging", "OFF")
+    await until(lambda: got == [("RemoteStopTransaction", {"transactionId": number})])
+    await socket_.send(json.dumps([2, "s", "StopTransaction", {
+        "transactionId": number, "meterStop": 3000, "timestamp": iso_now()}]))
+    await until(lambda: not follower.retained[f"{here}/connectors/1/1"]["charging"])
+    follower.publish(f"{here}/connectors/1/1/set/charging", "ON")
+    await until(lambda: len(got) == 2)
+    assert got[1] == ("RemoteStartTransaction", {"connectorId": 1, "idTag": "HOME"})
+    follower.publish(f"{here}/connectors/1/1/set/limit", "13.5")
+    await until(lambda: len(got) == 3)
+    profile = got[2][1]["csChargingProfiles"]
+    assert got[2][1]["connectorId"] == 1
+    assert profile["chargingProfilePurpose"] == "TxDefaultProfile"
+    assert profile["chargingSchedule"]["chargingSchedulePeriod"] == [
+        {"startPeriod": 0, "limit": 13.5}]
+    await until(lambda: follower.retained[f"{here}/connectors/1/1"]["limitA"] == 13.5)
+    follower.publish(f"{here}/set/reset", "PRESS")
+    await until(lambda: len(got) == 4)
+    assert got[3] == ("Reset", {"type": "Soft"})
+    for topic, word in (("connectors/1/1/set/limit", "-1"), ("connectors/9/1/set/limit", "5"),
+                        ("connectors/1/1/set/charging", "x"), ("connectors/1/1/set/x", "1"),
+                        ("set/x", "1"), ("connectors/1/1/set/limit", "NaN")):
+        follower.publish(f"{here}/{topic}", word)
+    await asyncio.sleep(0.5)
+    assert len(got) == 4
+    task.cancel()
+
+
+@at_broker(mqtt_commands="SetChargingProfile", smart_charge_enabled="true",
+           smart_charge_site_limit_a=63)
+async def test_with_smart_charging_a_limit_is_the_most_of_the_session(site, follower, broker):
+    await charging_station(site)
+    await until(lambda: site.board.smart_charge.records, 10)
+    follower.publish("ocppboard/home/CP-1/connectors/1/1/set/limit", "10")
+    await until(lambda: site.board.smart_charge.records[-1].max_a == 10)
+    await until(lambda: follower.retained["ocppboard/home/load"]["limitA"] == 63)
+
+
+@at_broker(mqtt_commands="Reset")
+async def test_a_flood_of_commands_keeps_nobody_from_being_served(site, follower, broker):
+    socket_, other = await site.station("CP-1"), await site.station("CP-2")
+    got, task = obedient(socket_)
+    topic = b"ocppboard/home/CP-1/call"
+    body = b'{"action": "Reset", "payload": {"type": "Soft"}}'
+    content = struct.pack("!H", len(topic)) + topic + body
+    with socket.create_connection(("127.0.0.1", broker.port)) as flood:
+        flood.sendall(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01f")
+        assert flood.recv(4) == b"\x20\x02\x00\x00"
+        packets = (bytes([0x30, len(content)]) + content) * 20_000
+        await asyncio.get_running_loop().run_in_executor(None, flood.sendall, packets)
+    worst, began = 0.0, time.monotonic()
+    while time.monotonic() - began < 3:
+        asked_at = time.monotonic()
+        await exchange(other, "Heartbeat", {})
+        worst = max(worst, time.monotonic() - asked_at)
+        await asyncio.sleep(0.01)
+    assert worst < 1, worst
+    assert len(got) <= ocppboard.ASKED_BURST + 10 * ocppboard.ASKED_PER_S
+    await until(lambda: any(e.kind == "MQTT_FLOOD" for e in site.board.system.records), 10)
+    floods = [e for e in site.board.system.records if e.kind == "MQTT_FLOOD"]
+    assert len(floods) == 1 and "messages to the board were dropped" in floods[0].message
+    task.cancel()
+
+
+@pytest.mark.parametrize("commands, words", [
+    ("InstallCertificate", "InstallCertificate is not for MQTT"), ("UpdateFirmware", "not for"),
+    ("SetNetworkProfile", "not for"), ("Rest", "no command 'Rest' .did you mean Reset")])
+def test_commands_that_are_not_for_mqtt_end_the_start(commands, words):
+    with pytest.raises(ConfigError, match=words):
+        ocppboard.Daemon(config_of(mqtt_commands=commands))
+
+
+# What Home Assistant takes of a sensor, by its device class: units and state classes (its
+# developers' documentation, "Sensor entity"), and of each component which keys ("MQTT").
+HA_UNITS: dict[Any, set] = {"power": {"mW", "W", "kW"}, "energy": {"Wh", "kWh", "MWh"},
+                            "current": {"A", "mA"}, "battery": {"%"}, None: {None}}
+HA_STATE_CLASSES: dict[Any, set] = {
+    "power": {"measurement"}, "current": {"measurement"}, "battery": {"measurement"},
+    "energy": {"total", "total_increasing"}, None: {None}}
+HA_COMMON = {"unique_id", "name", "device", "origin", "availability", "availability_mode"}
+HA_KEYS = {                              # (required, optional) of each component
+    "sensor": ({"state_topic"}, {"value_template", "device_class", "state_class",
+                                 "unit_of_measurement"}),
+    "switch": ({"command_topic"}, {"state_topic", "value_template", "payload_on", "payload_off",
+                                   "state_on", "state_off", "icon"}),
+    "number": ({"command_topic"}, {"state_topic", "value_template", "min", "max", "step", "mode",
+                                   "device_class", "unit_of_measurement"}),
+    "button": ({"command_topic"}, {"payload_press", "device_class", "entity_category"})}
+
+
+def check_discovery(documents):
+    """That Home Assistant would take these, {topic: document}."""
+    assert len({d["unique_id"] for d in documents.values()}) == len(documents)
+    for topic, document in documents.items():
+        match = re.fullmatch(r"homeassistant/(\w+)/([\w-]+)/([\w-]+)/config", topic, re.ASCII)
+        assert match, topic
+        required, optional = HA_KEYS[match[1]]
+        assert required <= document.keys() <= required | optional | HA_COMMON, document
+        assert document.keys() >= HA_COMMON
+        kind = document.get("device_class")
+        if match[1] == "sensor":
+            assert document.get("unit_of_measurement") in HA_UNITS[kind]
+            assert document.get("state_class") in HA_STATE_CLASSES[kind]
+        if match[1] == "number":
+            assert document["min"] < document["max"] and kind == "current"
+            assert document["unit_of_measurement"] in HA_UNITS[kind]
+        if match[1] == "button":
+            assert kind == "restart"
+        assert document["device"]["identifiers"] and document["device"]["name"]
+        assert all(isinstance(value, (str, list)) for value in document["device"].values())
+        for key in ("state_topic", "command_topic"):
+            assert not re.search(r"[+#\0]", document.get(key, ""))
+        assert document["availability_mode"] == "all"
+        assert [a["value_template"] for a in document["availability"]] == [
+            "{{ value_json.status }}"] * len(document["availability"])
+
+
+@at_broker(mqtt_discovery="true", stations={"CP-*": {"max_a": 16}},
+           mqtt_commands="RequestStartTransaction,RequestStopTransaction,SetChargingProfile,Reset")
+async def test_home_assistant_finds_the_site_its_stations_and_what_may_be_set(
+        site, follower, broker):
+    await charging_station(site)
+
+    def documents():
+        return {topic: told for topic, told in follower.retained.items()
+                if topic.startswith("homeassistant/")}
+    await until(lambda: len(documents()) == 3 + 1 + 8)
+    check_discovery(documents())
+    node = f"ocppboard-{ocppboard.slug('ocppboard/home')}"
+    limit = documents()[f"homeassistant/number/{node}/CP-1-1-1-limit/config"]
+    assert (limit["unique_id"], limit["max"]) == ("ocppboard-home-CP-1-1-1-limit", 16)
+    assert limit["device"] == {"identifiers": ["ocppboard-home-CP-1"], "name": "CP-1",
+                               "manufacturer": "V", "model": "M", "via_device": "ocppboard-home"}
+    state = follower.retained[limit["state_topic"]]
+    for document in documents().values():                # each template reads what is there
+        fields = re.findall(r"value_json\.(\w+)", document["value_template"]) if (
+            "value_template" in document) else []
+        assert all(f in (state | follower.retained["ocppboard/home/load"]) for f in fields), fields
+    before = documents()
+    site.daemon.config.mqtt.commands = []                # a reload: nothing may be set any more
+    await until(lambda: len(documents()) == 3 + 6, 10)
+    assert set(documents()) <= set(before)
+    site.daemon.config.mqtt.discovery = False
+    await until(lambda: not documents(), 10)
+
+
+def test_entities_of_odd_identities_differ_and_fit():
+    bench = Bench(identity="a/b c")
+    documents = {}
+    for identity in ("a/b c", "a_b_c", "a b/c", "é", "+#"):
+        station = bench.connect("ocpp2.0.1", identity=identity).station
+        for evse_id in (1, 2):
+            bench.board.connector(station, evse_id, 1)
+        for topic, text in ocppboard.discovery("a/my home", station, ocppboard.ALL_COMMANDS,
+                                               32).items():
+            assert topic not in documents
+            documents[topic] = json.loads(text)
+    documents |= {t: json.loads(text) for t, text in ocppboard.site_discovery("a/my home").items()}
+    check_discovery(documents)
+    assert len(documents) == 5 * (1 + 2 * 8) + 3
 
 
 # --- Dashboard ----------------------------------------------------------------------------
