@@ -198,8 +198,36 @@ def with_loop(test):
     """Run an async test in a loop of its own, for 30 s at most."""
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+        async def limited():
+            async with asyncio.timeout(30):
+                await test(*args, **kwargs)
+        asyncio.run(limited())
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collect_only_what_tests_leave():
+    """The garbage collector need not look again and again at what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def quiet(caplog, recwarn):
+    """Nothing that a test does may log a warning or a traceback, unless it says so."""
+    gc.collect()                         # what other tests left
+    recwarn.clear()
+    caplog.set_level(logging.WARNING)
+    yield
+    gc.collect()
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert [str(w.message) for w in recwarn.list if issubclass(
+        w.category, (RuntimeWarning, ResourceWarning))] == []
+
+
+def run(test):
+    """Run an async test as `with_loop` does, and quietly."""
+    return pytest.mark.usefixtures("quiet")(with_loop(test))
 
 
 async def tick(times=5):
@@ -264,6 +292,346 @@ def assertCallError(frame, code):  # noqa: N802  (the standard's word)
     assert isinstance(frame[3], str) and len(frame[3]) <= 255 and frame[4] == {}, frame
 
 
+# A folder with a configuration, and a state file in it.
+
+
+def write(tmp_path, text):
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    return str(path)
+
+
+class TellingState(ocppboard.State):
+    """A state file; what it tells stands in `reported`."""
+
+    def __init__(self, path, clock):
+        super().__init__(path, clock)
+        self.reported: list[str] = []
+        self.report = lambda kind, *_: self.reported.append(kind)
+
+
+def state_of(path, at=NOW):
+    state = TellingState(str(path), lambda: at)
+    state.open()
+    return state
+
+
+def closed(state):
+    """As after the end of the process, however it ended: what was not written is gone."""
+    state._writer.submit(state._close).result()
+    os.close(state._lock_fd)
+
+
+def unlock(state):
+    """As the end of the process does."""
+    if state._lock_fd is not None:
+        os.close(state._lock_fd)
+
+
+def refuse_writes(state, on=1):
+    """The disk is mounted read-only."""
+    if state._db is not None:
+        state._db.execute(f"PRAGMA query_only = {on}")
+
+
+def values(state, kind="t"):
+    return {row.key: row.value for row in state.rows(kind)}
+
+
+# Certificates, made once with `openssl`.
+
+
+RSA_KEY = ("-newkey", "rsa:2048")
+EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+
+
+class Pki:
+    """A folder with authorities, servers' and stations' certificates: NAME.pem and NAME.key."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("ca", "stranger"):
+            self.openssl("req", "-x509", *EC_KEY, "-nodes", "-keyout", f"{name}.key", "-out",
+                         f"{name}.pem", "-subj", f"/CN={name}", "-days", "3650")
+        here = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+        self.make("rsa", "/CN=127.0.0.1", RSA_KEY, extensions=here)
+        self.make("ecdsa", "/CN=127.0.0.1", extensions=here)
+        self.make("CP-1", "/O=Site/CN=CP-1")
+        self.make("CP-RSA", "/O=Site/CN=CP-RSA", RSA_KEY)
+        self.make("expired", "/O=Site/CN=CP-1", days=0)
+        self.make("foreign", "/O=Site/CN=CP-1", by="stranger")
+        self.make("two-names", "/CN=CP-1/CN=CP-2")
+        self.make("serial", "/CN=SN 4711", extensions="subjectAltName=DNS:CP-3,IP:10.0.0.1")
+        self.make("middle", "/CN=middle", extensions="basicConstraints=critical,CA:TRUE\n"
+                                                      "subjectKeyIdentifier=hash")
+        self.make("for-servers", "/CN=CP-1", extensions="extendedKeyUsage=serverAuth")
+
+    def openssl(self, *words, text=None):
+        return subprocess.run(["openssl", *words], cwd=self.folder, check=True, text=True,
+                              capture_output=True, input=text).stdout
+
+    def make(self, name, subject, key=None, by="ca", days=3650, extensions=""):
+        self.openssl("req", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key", "-out",
+                     f"{name}.csr", "-subj", subject)
+        (self.folder / "extensions").write_text(extensions + "\n")
+        self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey",
+                     f"{by}.key", "-CAcreateserial", "-days", str(days), "-out", f"{name}.pem",
+                     "-extfile", "extensions")
+
+    def request(self, subject="/CN=CP-1", key=None, *more):
+        """(a request in PEM, the file of its key)."""
+        name = f"asked-{time.monotonic_ns()}"
+        csr = self.openssl("req", "-new", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key",
+                           "-subj", subject, *more)
+        return csr, self[f"{name}.key"]
+
+    def own_ca(self, name="ca"):
+        return {"ocpp_ca_certificate": self[f"{name}.pem"],
+                "ocpp_ca_private_key": self[f"{name}.key"]}
+
+    def __getitem__(self, name):
+        return str(self.folder / name)
+
+    def settings(self, *kinds, **keys):
+        """The settings of a board with certificates of these kinds, or of both."""
+        kinds = kinds or ("rsa", "ecdsa")
+        return {"server_tls_certificate": ",".join(self[f"{kind}.pem"] for kind in kinds),
+                "server_tls_private_key": ",".join(self[f"{kind}.key"] for kind in kinds),
+                "ocpp_client_ca": self["ca.pem"], "ocpp_tls_port": free_port()} | keys
+
+    def trust(self, shows="", suite=""):
+        """The TLS of a station that trusts the CA and shows this certificate."""
+        context = ssl.create_default_context(cafile=self["ca.pem"])
+        if shows:
+            context.load_cert_chain(self[f"{shows}.pem"], self[f"{shows}.key"])
+        if suite:
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(suite)
+        return context
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    return Pki(tmp_path_factory.mktemp("pki"))
+
+
+# A whole board, and those who connect to it.
+
+
+class Site:
+    """A running daemon on ports of its own, and clients of it that are closed with it."""
+
+    def __init__(self, **keys):
+        self.keys = {"auth_token": "t0ken", "server_address": "127.0.0.1", "server_port": 0} | keys
+        self._open = contextlib.AsyncExitStack()
+        self.client = AsyncHTTPClient(force_instance=True, max_clients=50)
+
+    async def __aenter__(self):
+        self.daemon = ocppboard.Daemon(config_of(**self.keys))
+        self.daemon.start()
+        self.board = self.daemon.board
+        self.port, self.ocpp_port = self.daemon.board_port, self.daemon.ocpp_port
+        return self
+
+    async def __aexit__(self, *error):
+        await self._open.aclose()
+        self.client.close()
+        await self.daemon.stop()
+
+    def url(self, identity="CP-1"):
+        return f"ws://127.0.0.1:{self.ocpp_port}/ocpp/{quote(identity)}"
+
+    async def station(self, identity="CP-1", protocol="ocpp1.6", **options):
+        """A bare WebSocket of a station."""
+        return await self._open.enter_async_context(websockets.connect(
+            self.url(identity), subprotocols=protocol and [protocol], **options))
+
+    async def fetch(self, path, method="GET", body=None, token="t0ken", headers=None, **options):
+        """(status, JSON or text, headers) of a request."""
+        headers = dict(headers or {})
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if body is not None and not isinstance(body, (str, bytes)):
+            body = json.dumps(body)
+        if method == "POST" and body is None:
+            body = ""
+        scheme = "https" if self.daemon.tls else "http"
+        answer = await self.client.fetch(f"{scheme}://127.0.0.1:{self.port}{path}", method=method,
+                                         body=body, headers=headers, raise_error=False,
+                                         follow_redirects=False, **options)
+        text = answer.body.decode()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.code, json.loads(text) if is_json and text else text, answer.headers
+
+    async def get(self, path):
+        status, body, _ = await self.fetch(path)
+        assert status == 200, (status, body)
+        return body
+
+    async def stream(self, path, headers=()):
+        """The events of a stream as they come: (name, data, id)."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self._open.callback(writer.close)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in dict(headers).items())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\n{lines}\r\n"
+                     .encode())
+        return Events(reader)
+
+
+def live(**keys):
+    """A test with a running Site as its first argument."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*args, **kwargs):
+            async def inside():
+                async with Site(**keys) as site:
+                    await test(site, *args, **kwargs)
+            asyncio.run(asyncio.wait_for(inside(), 60))
+        return without_site(run, test)
+    return decorate
+
+
+def without_site(run, test):
+    """`run` with the parameters of the test but for its first, which is no fixture."""
+    run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
+    return run
+
+
+async def exchange(socket_, action, payload, id_="1"):
+    await socket_.send(json.dumps([2, id_, action, payload]))
+    return json.loads(await socket_.recv())
+
+
+def iso_now(seconds=0):
+    return ocppboard.iso(time.time() + seconds)
+
+
+BOOT_16 = {"chargePointVendor": "V", "chargePointModel": "M"}
+START_16 = {"connectorId": 1, "idTag": "=A", "meterStart": 100, "timestamp": "2026-09-21T13:33:20Z"}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+class Events:
+    """A stream of Server-Sent Events, read as a browser reads it."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.head = None
+
+    async def next(self, name=None):
+        """The next event (of that name): (name, data, id)."""
+        if self.head is None:
+            self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+            self.text = b""
+        while True:
+            while b"\n\n" not in self.text:
+                size = int(await self.reader.readline(), 16)             # chunked
+                self.text += await self.reader.readexactly(size)
+                await self.reader.readexactly(2)
+            block, _, self.text = self.text.partition(b"\n\n")
+            fields = dict(line.split(": ", 1) for line in block.decode().split("\n"))
+            if name in (None, fields.get("event")):
+                return fields["event"], json.loads(fields["data"]), fields.get("id")
+
+
+def basic(user, password):
+    secret = user.encode() + b":" + (password if isinstance(password, bytes) else password.encode())
+    return "Basic " + base64.b64encode(secret).decode()
+
+
+# Whoever plays upstream, and a station that says what it likes.
+
+
+class Raw:
+    """Plays a central system by frames: `received` is what came, `to(frame)` answers a Call."""
+
+    def __init__(self, to=None):
+        self.to, self.received = to or self.accept, []
+        self.socket: Any = None
+
+    async def __call__(self, socket_):
+        self.socket = socket_
+        async for frame in socket_:
+            self.received.append(frame)
+            answer = self.to(frame) if json.loads(frame)[0] == 2 else None
+            if inspect.isawaitable(answer):
+                answer = await answer
+            for one in [answer] if isinstance(answer, (str, bytes)) else answer or ():
+                await socket_.send(one)
+
+    def accept(self, frame):
+        """What a good one says."""
+        _, id_, action, payload = json.loads(frame)
+        made = CENTRAL_16.get(action, {})
+        return json.dumps([3, id_, made(payload) if callable(made) else made])
+
+    def calls(self, *actions):
+        """[(Action, payload)] of the Calls that came, of these Actions."""
+        messages = map(json.loads, self.received)
+        return [(m[2], m[3]) for m in messages if m[0] == 2 and (not actions or m[2] in actions)]
+
+
+class Talker:
+    """A bare 1.6 station that answers each command with `Accepted`, and measures our answers."""
+
+    def __init__(self, socket_):
+        self.socket, self.ids = socket_, itertools.count(1)
+        self.waits, self.commands, self.odd, self.slowest_s = {}, [], [], 0.0
+        self.task = asyncio.create_task(self._listen())
+
+    async def _listen(self):
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for frame in self.socket:
+                message = json.loads(frame)
+                if message[0] == 2:
+                    self.commands.append(message)
+                    await self.socket.send(json.dumps([3, message[1], {"status": "Accepted"}]))
+                elif message[1] in self.waits:
+                    self.waits.pop(message[1]).set_result(message)
+                else:
+                    self.odd.append(message)
+
+    async def call(self, action, payload, seconds=10):
+        """The answer: [3, id, payload] or [4, …]."""
+        id_, began = f"m-{next(self.ids)}", time.monotonic()
+        self.waits[id_] = asyncio.get_running_loop().create_future()
+        await self.socket.send(json.dumps([2, id_, action, payload]))
+        answer = await asyncio.wait_for(self.waits[id_], seconds)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        return answer
+
+    async def session(self, start=100, energy=50):
+        """Charge once; returns the transaction's id."""
+        _, _, began = await self.call("StartTransaction", START_16 | {"meterStart": start})
+        number = began["transactionId"]
+        await self.call("StopTransaction", {"transactionId": number, "meterStop": start + energy,
+                                            "timestamp": AT(40)})
+        return number
+
+
+right = Raw().to                                 # what a good upstream answers
+
+# Processes of the command line.
+
+
+def ocppboard_process(*arguments, environ=None, **options):
+    """`ocppboard.py` as a process of its own."""
+    return subprocess.Popen([sys.executable, str(HERE / "ocppboard.py"), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OCPPBOARD_CONFIG": os.devnull} | (environ or {}),
+                            **options)
+
+
+def run_ocppboard(*arguments, text=None, environ=None):
+    process = ocppboard_process(*arguments, environ=environ, stdin=subprocess.PIPE)
+    out, err = process.communicate(text, timeout=20)
+    return process.returncode, out, err
+
+
 # --- Errors -------------------------------------------------------------------------------
 
 
@@ -281,12 +649,6 @@ def test_every_error_knows_its_status_and_its_ocpp_code():
 
 
 # --- Configuration ------------------------------------------------------------------------
-
-
-def write(tmp_path, text):
-    path = tmp_path / "board.toml"
-    path.write_text(text)
-    return str(path)
 
 
 def test_without_a_file_the_defaults_hold(tmp_path, monkeypatch):
@@ -506,7 +868,6 @@ def test_each_class_of_records_shows_each_name_once():
     assert all(len(set(names)) == len(names) for names in shown.values())
 
 
-
 class Numbered(ocppboard.Record):
     def __init__(self, size=0):
         self.number, self.size = 0, size
@@ -705,43 +1066,6 @@ def test_a_register_of_the_session_and_a_glitch_are_no_resets():
 
 
 # --- State --------------------------------------------------------------------------------
-
-
-class TellingState(ocppboard.State):
-    """A state file; what it tells stands in `reported`."""
-
-    def __init__(self, path, clock):
-        super().__init__(path, clock)
-        self.reported: list[str] = []
-        self.report = lambda kind, *_: self.reported.append(kind)
-
-
-def state_of(path, at=NOW):
-    state = TellingState(str(path), lambda: at)
-    state.open()
-    return state
-
-
-def closed(state):
-    """As after the end of the process, however it ended: what was not written is gone."""
-    state._writer.submit(state._close).result()
-    os.close(state._lock_fd)
-
-
-def unlock(state):
-    """As the end of the process does."""
-    if state._lock_fd is not None:
-        os.close(state._lock_fd)
-
-
-def refuse_writes(state, on=1):
-    """The disk is mounted read-only."""
-    if state._db is not None:
-        state._db.execute(f"PRAGMA query_only = {on}")
-
-
-def values(state, kind="t"):
-    return {row.key: row.value for row in state.rows(kind)}
 
 
 @with_loop
@@ -1215,80 +1539,6 @@ def test_no_frame_does_more_than_to_be_refused(frame):
 
 
 # --- Certificates -------------------------------------------------------------------------
-
-
-class Pki:
-    """A folder with authorities, servers' and stations' certificates: NAME.pem and NAME.key."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for name in ("ca", "stranger"):
-            self.openssl("req", "-x509", *EC_KEY, "-nodes", "-keyout", f"{name}.key", "-out",
-                         f"{name}.pem", "-subj", f"/CN={name}", "-days", "3650")
-        here = "subjectAltName=IP:127.0.0.1,DNS:localhost"
-        self.make("rsa", "/CN=127.0.0.1", RSA_KEY, extensions=here)
-        self.make("ecdsa", "/CN=127.0.0.1", extensions=here)
-        self.make("CP-1", "/O=Site/CN=CP-1")
-        self.make("CP-RSA", "/O=Site/CN=CP-RSA", RSA_KEY)
-        self.make("expired", "/O=Site/CN=CP-1", days=0)
-        self.make("foreign", "/O=Site/CN=CP-1", by="stranger")
-        self.make("two-names", "/CN=CP-1/CN=CP-2")
-        self.make("serial", "/CN=SN 4711", extensions="subjectAltName=DNS:CP-3,IP:10.0.0.1")
-        self.make("middle", "/CN=middle", extensions="basicConstraints=critical,CA:TRUE\n"
-                                                      "subjectKeyIdentifier=hash")
-        self.make("for-servers", "/CN=CP-1", extensions="extendedKeyUsage=serverAuth")
-
-    def openssl(self, *words, text=None):
-        return subprocess.run(["openssl", *words], cwd=self.folder, check=True, text=True,
-                              capture_output=True, input=text).stdout
-
-    def make(self, name, subject, key=None, by="ca", days=3650, extensions=""):
-        self.openssl("req", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key", "-out",
-                     f"{name}.csr", "-subj", subject)
-        (self.folder / "extensions").write_text(extensions + "\n")
-        self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey",
-                     f"{by}.key", "-CAcreateserial", "-days", str(days), "-out", f"{name}.pem",
-                     "-extfile", "extensions")
-
-    def request(self, subject="/CN=CP-1", key=None, *more):
-        """(a request in PEM, the file of its key)."""
-        name = f"asked-{time.monotonic_ns()}"
-        csr = self.openssl("req", "-new", *(key or EC_KEY), "-nodes", "-keyout", f"{name}.key",
-                           "-subj", subject, *more)
-        return csr, self[f"{name}.key"]
-
-    def own_ca(self, name="ca"):
-        return {"ocpp_ca_certificate": self[f"{name}.pem"],
-                "ocpp_ca_private_key": self[f"{name}.key"]}
-
-    def __getitem__(self, name):
-        return str(self.folder / name)
-
-    def settings(self, *kinds, **keys):
-        """The settings of a board with certificates of these kinds, or of both."""
-        kinds = kinds or ("rsa", "ecdsa")
-        return {"server_tls_certificate": ",".join(self[f"{kind}.pem"] for kind in kinds),
-                "server_tls_private_key": ",".join(self[f"{kind}.key"] for kind in kinds),
-                "ocpp_client_ca": self["ca.pem"], "ocpp_tls_port": free_port()} | keys
-
-    def trust(self, shows="", suite=""):
-        """The TLS of a station that trusts the CA and shows this certificate."""
-        context = ssl.create_default_context(cafile=self["ca.pem"])
-        if shows:
-            context.load_cert_chain(self[f"{shows}.pem"], self[f"{shows}.key"])
-        if suite:
-            context.maximum_version = ssl.TLSVersion.TLSv1_2
-            context.set_ciphers(suite)
-        return context
-
-
-EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
-RSA_KEY = ("-newkey", "rsa:2048")
-
-
-@pytest.fixture(scope="session")
-def pki(tmp_path_factory):
-    return Pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.mark.parametrize("name, names", [
@@ -2151,26 +2401,6 @@ def secured(request):
     return request.getfixturevalue("tls") if request.param == "tls" else (None, None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _collect_only_what_tests_leave():
-    """The garbage collector need not look again and again at what was imported."""
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture
-def quiet(caplog, recwarn):
-    """Nothing that a test does may log a warning or a traceback, unless it says so."""
-    gc.collect()                         # what other tests left
-    recwarn.clear()
-    caplog.set_level(logging.WARNING)
-    yield
-    gc.collect()
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
-    assert [str(w.message) for w in recwarn.list if issubclass(
-        w.category, (RuntimeWarning, ResourceWarning))] == []
-
-
 class Echo(RequestHandler):
     """Accepts every upgrade; what it saw is in `seen`."""
 
@@ -2218,13 +2448,13 @@ class Server:
 
     async def __aexit__(self, kind, *_):
         if kind is None:
-            await eventually(lambda: len(self.seen.ends) == len(self.seen.peers))
+            await until(lambda: len(self.seen.ends) == len(self.seen.peers))
         self._server.stop()
         await self._server.close_all_connections()
         assert self.failed == []
         if kind is None:
-            await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-            await eventually(lambda: len(os.listdir("/proc/self/fd")) <= self._files + 1)
+            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+            await until(lambda: len(os.listdir("/proc/self/fd")) <= self._files + 1)
 
     async def raw(self, path="/CP1", headers=""):
         """A TCP connection whose upgrade went through: (reader, writer)."""
@@ -2237,13 +2467,6 @@ class Server:
         return reader, writer
 
 
-async def eventually(condition, within_s=5):
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.01)
-
-
 class Caller:
     """Our client, with what it got."""
 
@@ -2254,12 +2477,12 @@ class Caller:
         peer.start(self.got.append, lambda *end: self.ends.append(end))
 
     async def next(self):
-        await eventually(lambda: self.got)
+        await until(lambda: self.got)
         return self.got.pop(0)
 
     async def close(self, *args):
         self.peer.close(*args)
-        await eventually(lambda: self.ends)
+        await until(lambda: self.ends)
         assert len(self.ends) == 1
         return self.ends[0]
 
@@ -2281,18 +2504,6 @@ def abort(writer):
     writer.transport.abort()
 
 
-def run(test):
-    """Run an async test; those of the same name get fixtures as arguments."""
-    @functools.wraps(test)
-    def wrapped(**fixtures):
-        async def limited():
-            async with asyncio.timeout(30):
-                await test(**fixtures)
-        asyncio.run(limited())
-    wrapped.__dict__["__signature__"] = inspect.signature(test)
-    return pytest.mark.usefixtures("quiet")(wrapped)
-
-
 @run
 async def test_our_client_and_our_server_talk(secured):
     async with Server(secured[0]) as server:
@@ -2302,9 +2513,9 @@ async def test_our_client_and_our_server_talk(secured):
             caller.peer.write(text)
             assert await caller.next() == text
         caller.peer.ping()
-        await eventually(lambda: caller.peer.last_pong is not None)
+        await until(lambda: caller.peer.last_pong is not None)
         assert await caller.close(1000, "bye") == (1000, "bye")
-        await eventually(lambda: server.seen.ends)
+        await until(lambda: server.seen.ends)
         assert server.seen.ends == [(1000, "bye")]
         assert caller.peer.closed_by_us and not server.seen.peers[0].closed_by_us
         assert caller.peer._timeout.cancelled() and server.seen.peers[0]._timeout.cancelled()
@@ -2405,7 +2616,7 @@ async def test_frames_that_come_with_the_answer_are_read():
         caller = Caller(await open_websocket(url, [], LIMIT))
         assert await caller.next() == "early"
         caller.peer.drop()
-        await eventually(lambda: caller.ends == [(1006, "connection lost")])
+        await until(lambda: caller.ends == [(1006, "connection lost")])
 
 
 @run
@@ -2448,9 +2659,9 @@ async def failing(handler, tls=None, url_scheme="ws", **options):
         url = f"{url_scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/CP1"
         with pytest.raises(HandshakeError) as caught:
             await open_websocket(url, ["ocpp1.6"], LIMIT, timeout_s=0.3, **options)
-        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files + 3)
-    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files)
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= files + 3)
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= files)
     assert "\n" not in str(caught.value) and str(caught.value)
     return str(caught.value)
 
@@ -2572,8 +2783,8 @@ async def test_a_cancelled_connect_leaves_no_socket(scheme, tls):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await eventually(lambda: ended)
-    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= files)
+        await until(lambda: ended)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
 # The end of a connection: RFC 6455 7
@@ -2586,7 +2797,7 @@ async def test_a_close_is_echoed_and_the_server_hangs_up():
         writer.write(frame(0x88, b"\x0f\xa0bye"))
         assert await reader.read() == b"\x88\x05\x0f\xa0bye"
         writer.close()
-        await eventually(lambda: server.seen.ends == [(4000, "bye")])
+        await until(lambda: server.seen.ends == [(4000, "bye")])
         assert not server.seen.peers[0].closed_by_us
 
 
@@ -2597,7 +2808,7 @@ async def test_an_empty_close_is_echoed_empty():
         writer.write(frame(0x88))
         assert await reader.read() == b"\x88\x00"
         writer.close()
-        await eventually(lambda: server.seen.ends == [(1005, "")])
+        await until(lambda: server.seen.ends == [(1005, "")])
 
 
 @run
@@ -2613,7 +2824,7 @@ async def test_what_follows_a_close_is_not_read():
 async def test_a_client_that_does_not_answer_our_close_is_dropped(monkeypatch):
     async with Server() as server:
         reader, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer = server.seen.peers[0]
         started = time.monotonic()
         peer.close(1001, "restart", 0.3)
@@ -2624,7 +2835,7 @@ async def test_a_client_that_does_not_answer_our_close_is_dropped(monkeypatch):
         assert await reader.read() == b"\x88\x09\x03\xe9restart"
         assert time.monotonic() - started > 0.2
         writer.close()
-        await eventually(lambda: server.seen.ends == [(1001, "restart")])
+        await until(lambda: server.seen.ends == [(1001, "restart")])
         assert peer.closed_by_us
 
 
@@ -2632,7 +2843,7 @@ async def test_a_client_that_does_not_answer_our_close_is_dropped(monkeypatch):
 async def test_a_long_reason_is_cut_between_characters():
     async with Server() as server:
         reader, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         server.seen.peers[0].close(1001, "ü" * 100)
         assert (await reader.readexactly(126)) == b"\x88\x7c\x03\xe9" + "ü".encode() * 61
         abort(writer)
@@ -2647,7 +2858,7 @@ async def test_the_buffers_of_a_connection_go_with_it():
         peer = server.seen.peers[0]
         assert peer._codec._inflater and peer._codec._deflater
         await caller.close()
-        await eventually(lambda: peer._codec._inflater is peer._codec._deflater is None)
+        await until(lambda: peer._codec._inflater is peer._codec._deflater is None)
         assert peer.write("x") is None and peer._codec._deflater is None
 
 
@@ -2655,7 +2866,7 @@ async def test_the_buffers_of_a_connection_go_with_it():
 async def test_both_sides_close_at_once():
     async with Server() as server:
         caller = await call(server)
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         server.seen.peers[0].close(1001, "there")
         assert await caller.close(1000, "here") in ((1000, "here"), (1001, "there"))
 
@@ -2672,7 +2883,7 @@ async def test_a_protocol_error_is_answered_with_its_code(sent, code):
         assert data.startswith(b"\x81\x06before\x88")
         assert int.from_bytes(data[10:12], "big") == code
         writer.close()
-        await eventually(lambda: server.seen.ends)
+        await until(lambda: server.seen.ends)
         assert server.seen.ends == [(code, data[12:].decode())]
         assert server.seen.peers[0].closed_by_us
 
@@ -2702,7 +2913,7 @@ async def test_a_client_may_vanish_in_any_state(state, how):
             await asyncio.sleep(0.3)
             return
         _, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer = server.seen.peers[0]
         writer.write({"in a frame": frame(0x81, b"x" * 50)[:30],
                       "between fragments": frame(0x01, b"x"),
@@ -2711,7 +2922,7 @@ async def test_a_client_may_vanish_in_any_state(state, how):
             peer.close(1001, "go")
         await asyncio.sleep(0.05)
         how(writer)
-        await eventually(lambda: server.seen.ends)
+        await until(lambda: server.seen.ends)
         assert peer.write("too late") is None and peer.close() is None
         peer.ping()
         peer.drop()
@@ -2725,12 +2936,12 @@ async def test_a_client_may_vanish_in_any_state(state, how):
 async def test_writing_to_a_peer_that_is_gone_does_no_harm():
     async with Server() as server:
         _, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         abort(writer)
         _stall(0.05)                                     # the loop has not noticed yet
         for _ in range(10):
             server.seen.peers[0].write("x" * 10_000)
-        await eventually(lambda: server.seen.ends == [(1006, "connection lost")])
+        await until(lambda: server.seen.ends == [(1006, "connection lost")])
 
 
 @run
@@ -2739,7 +2950,7 @@ async def test_dropping_ends_it_once():
         caller = await call(server)
         caller.peer.drop()
         caller.peer.drop()
-        await eventually(lambda: caller.ends and server.seen.ends)
+        await until(lambda: caller.ends and server.seen.ends)
         assert caller.ends == server.seen.ends == [(1006, "connection lost")]
 
 
@@ -2749,7 +2960,7 @@ async def test_a_connection_that_ended_before_its_start_still_tells():
         peer = await open_websocket(server.url, [], LIMIT)
         peer.drop()
         caller = Caller(peer)
-        await eventually(lambda: caller.ends == [(1006, "connection lost")])
+        await until(lambda: caller.ends == [(1006, "connection lost")])
 
 
 @run
@@ -2762,7 +2973,7 @@ async def test_an_error_of_ours_closes_with_1011_and_is_logged_once(caplog):
         writer.write(frame(0x81, b"a") + frame(0x81, b"b"))
         assert (await reader.read())[:4] == b"\x88\x10\x03\xf3"
         writer.close()
-        await eventually(lambda: server.seen.ends == [(1011, "internal error")])
+        await until(lambda: server.seen.ends == [(1011, "internal error")])
     assert len([r for r in caplog.records if "handled" in r.getMessage() and r.exc_info]) == 1
     caplog.clear()
 
@@ -2790,7 +3001,7 @@ async def test_pings_of_a_client_that_does_not_read_cost_no_memory():
     async with Server() as server:
         _, writer = await server.raw()
         writer.transport.pause_reading()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer = server.seen.peers[0]
         sent = await fill_socket(writer, frame(0x89, b"p" * 125) * 400)
         assert sent < 100 << 20                          # at last, it is not read any more
@@ -2804,13 +3015,13 @@ async def test_messages_of_a_client_that_does_not_read_its_answers_wait():
     async with Server(compress=False) as server:
         _, writer = await server.raw()
         writer.transport.pause_reading()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         sent = await fill_socket(writer, frame(0x81, b"x" * 20_000))
         assert sent < 100 << 20
         assert server.seen.ends == [] and server.seen.peers[0]._unsent
         abort(writer)
         peer = server.seen.peers[0]
-        await eventually(lambda: server.seen.ends)
+        await until(lambda: server.seen.ends)
         assert peer.write("x") is None
 
 
@@ -2819,7 +3030,7 @@ async def test_a_peer_that_leaves_too_much_unread_is_dropped():
     async with Server() as server:
         _, writer = await server.raw()
         writer.transport.pause_reading()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer, clogged = server.seen.peers[0], None
         text = "x" * 60_000
         for _ in range(1000):
@@ -2829,7 +3040,7 @@ async def test_a_peer_that_leaves_too_much_unread_is_dropped():
         assert clogged is not None
         with pytest.raises(ocppboard.StreamClosedError):
             await clogged
-        await eventually(lambda: server.seen.ends == [(1008, "does not read")])
+        await until(lambda: server.seen.ends == [(1008, "does not read")])
         assert peer.closed_by_us
         abort(writer)
 
@@ -2839,7 +3050,7 @@ async def test_what_write_returns_ends_when_the_peer_reads():
     async with Server(compress=False) as server:
         reader, writer = await server.raw()
         writer.transport.pause_reading()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer, clogged, written = server.seen.peers[0], None, 0
         while clogged is None:
             clogged = peer.write("y" * 65_000)
@@ -2857,7 +3068,7 @@ async def test_what_write_returns_ends_when_the_peer_reads():
 async def test_frames_keep_their_order_while_the_socket_is_clogged_now_and_then():
     async with Server(compress=False) as server:
         reader, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer, clogged, stream = server.seen.peers[0], 0, b""
         for i in range(400):
             clogged += peer.write(f"{i:08}" * 5_000) is not None
@@ -2880,11 +3091,11 @@ async def test_nothing_is_read_while_a_message_is_awaited():
     async with Server(on_message=slow) as server:
         _, writer = await server.raw()
         writer.write(frame(0x81, b"1") + frame(0x81, b"2"))
-        await eventually(lambda: got == ["1"])
+        await until(lambda: got == ["1"])
         sent = await fill_socket(writer, frame(0x81, b"x" * 20_000), most=50 << 20)
         assert sent < 50 << 20 and got == ["1"]
         gate.set()
-        await eventually(lambda: got[:2] == ["1", "2"] and len(got) > 2)
+        await until(lambda: got[:2] == ["1", "2"] and len(got) > 2)
         abort(writer)
 
 
@@ -2899,9 +3110,9 @@ async def test_an_end_while_a_message_is_awaited_is_told_at_once():
     async with Server(on_message=slow) as server:
         _, writer = await server.raw()
         writer.write(frame(0x81, b"1") + frame(0x81, b"2"))
-        await eventually(lambda: got == ["1"])
+        await until(lambda: got == ["1"])
         server.seen.peers[0].close(1001, "restart", 0.1)
-        await eventually(lambda: server.seen.ends == [(1001, "restart")])
+        await until(lambda: server.seen.ends == [(1001, "restart")])
         gate.set()
         await asyncio.sleep(0.05)
         assert got == ["1"]                              # nothing comes after the end
@@ -2954,12 +3165,12 @@ async def test_a_client_that_sends_a_byte_at_a_time_is_understood():
 async def test_any_byte_is_a_sign_of_life():
     async with Server() as server:
         _, writer = await server.raw()
-        await eventually(lambda: server.seen.peers)
+        await until(lambda: server.seen.peers)
         peer = server.seen.peers[0]
         await asyncio.sleep(0.05)
         before = peer.last_sign
         writer.write(frame(0x8A))
-        await eventually(lambda: peer.last_sign > before)
+        await until(lambda: peer.last_sign > before)
         assert peer.last_pong == peer.last_sign
         abort(writer)
 
@@ -2977,11 +3188,11 @@ async def test_hundreds_of_connections_come_and_go(secured):
             await asyncio.gather(*(caller.close() for caller in callers[:15]))
             for caller in callers[15:]:
                 caller.peer.drop()
-        await eventually(lambda: len(server.seen.ends) == 100)
+        await until(lambda: len(server.seen.ends) == 100)
         kept = [weakref.ref(peer) for peer in server.seen.peers]
         server.seen.peers.clear()
         server.seen.ends.clear()
-        await eventually(lambda: gc.collect() is not None and not any(ref() for ref in kept))
+        await until(lambda: gc.collect() is not None and not any(ref() for ref in kept))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -4072,6 +4283,7 @@ UNDER_WAY = [
     ("up", "StartTransaction", {"connectorId": 1, "idTag": "AB", "meterStart": 0}),
     ("up", *event_2x("Started", idToken={"idToken": "AB", "type": "Central"})),
     ("down", "GetDiagnostics", {"location": "ftp://host.example/"})]
+
 
 def asked_of(direction, caller, other, action):
     """Which Actions a translation may send, and report afterwards: of a side that knows nothing
@@ -11636,35 +11848,6 @@ async def test_a_station_of_16_obeys_a_central_system_of_201(caplog):
 # Frame by frame, with the same version on both sides
 
 
-class Raw:
-    """Plays a central system by frames: `received` is what came, `to(frame)` answers a Call."""
-
-    def __init__(self, to=None):
-        self.to, self.received = to or self.accept, []
-        self.socket: Any = None
-
-    async def __call__(self, socket_):
-        self.socket = socket_
-        async for frame in socket_:
-            self.received.append(frame)
-            answer = self.to(frame) if json.loads(frame)[0] == 2 else None
-            if inspect.isawaitable(answer):
-                answer = await answer
-            for one in [answer] if isinstance(answer, (str, bytes)) else answer or ():
-                await socket_.send(one)
-
-    def accept(self, frame):
-        """What a good one says."""
-        _, id_, action, payload = json.loads(frame)
-        made = CENTRAL_16.get(action, {})
-        return json.dumps([3, id_, made(payload) if callable(made) else made])
-
-    def calls(self, *actions):
-        """[(Action, payload)] of the Calls that came, of these Actions."""
-        messages = map(json.loads, self.received)
-        return [(m[2], m[3]) for m in messages if m[0] == 2 and (not actions or m[2] in actions)]
-
-
 ODD_CALLS = [
     '[2,"1","Heartbeat",{}]', ' [ 2 , "a b" ,\t"Heartbeat" , { } ] ',
     '[2,"\\u0061\\/2","DataTransfer",{"data":"\\u00e9é\\ud83d\\ude00😀\\u0000\\/","vendorId":"v"}]',
@@ -11972,49 +12155,8 @@ async def test_each_session_arrives_once_and_whole_though_upstream_dies_again_an
 # Bad upstreams
 
 
-class Talker:
-    """A bare 1.6 station that answers each command with `Accepted`, and measures our answers."""
-
-    def __init__(self, socket_):
-        self.socket, self.ids = socket_, itertools.count(1)
-        self.waits, self.commands, self.odd, self.slowest_s = {}, [], [], 0.0
-        self.task = asyncio.create_task(self._listen())
-
-    async def _listen(self):
-        with contextlib.suppress(websockets.ConnectionClosed):
-            async for frame in self.socket:
-                message = json.loads(frame)
-                if message[0] == 2:
-                    self.commands.append(message)
-                    await self.socket.send(json.dumps([3, message[1], {"status": "Accepted"}]))
-                elif message[1] in self.waits:
-                    self.waits.pop(message[1]).set_result(message)
-                else:
-                    self.odd.append(message)
-
-    async def call(self, action, payload, seconds=10):
-        """The answer: [3, id, payload] or [4, …]."""
-        id_, began = f"m-{next(self.ids)}", time.monotonic()
-        self.waits[id_] = asyncio.get_running_loop().create_future()
-        await self.socket.send(json.dumps([2, id_, action, payload]))
-        answer = await asyncio.wait_for(self.waits[id_], seconds)
-        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
-        return answer
-
-    async def session(self, start=100, energy=50):
-        """Charge once; returns the transaction's id."""
-        _, _, began = await self.call("StartTransaction", START_16 | {"meterStart": start})
-        number = began["transactionId"]
-        await self.call("StopTransaction", {"transactionId": number, "meterStop": start + energy,
-                                            "timestamp": AT(40)})
-        return number
-
-
 def id_in(frame):
     return json.loads(frame)[1]
-
-
-right = Raw().to                                 # what a good upstream answers
 
 
 async def too_late(frame):
@@ -13913,11 +14055,6 @@ def test_sessions_and_failures_are_bounded(monkeypatch):
     assert len(access._failures._times) == 5 and len(access._stale) == 5
 
 
-def basic(user, password):
-    secret = user.encode() + b":" + (password if isinstance(password, bytes) else password.encode())
-    return "Basic " + base64.b64encode(secret).decode()
-
-
 @pytest.mark.parametrize("configured, sent", [
     ("s3cret", "s3cret"), ("pass:word", "pass:word"), ("6162", b"ab"), ("ab", "6162"),
     ("00FF10AA" * 5, bytes.fromhex("00ff10aa" * 5)), ("00ff10aa" * 5, "00ff10aa" * 5),
@@ -14467,120 +14604,6 @@ def test_a_handshake_is_refused_with_a_reason(headers, path, keys, status, reaso
         admitted(headers, path, **keys)
     assert error.value.http_status == status
 
-
-class Site:
-    """A running daemon on ports of its own, and clients of it that are closed with it."""
-
-    def __init__(self, **keys):
-        self.keys = {"auth_token": "t0ken", "server_address": "127.0.0.1", "server_port": 0} | keys
-        self._open = contextlib.AsyncExitStack()
-        self.client = AsyncHTTPClient(force_instance=True, max_clients=50)
-
-    async def __aenter__(self):
-        self.daemon = ocppboard.Daemon(config_of(**self.keys))
-        self.daemon.start()
-        self.board = self.daemon.board
-        self.port, self.ocpp_port = self.daemon.board_port, self.daemon.ocpp_port
-        return self
-
-    async def __aexit__(self, *error):
-        await self._open.aclose()
-        self.client.close()
-        await self.daemon.stop()
-
-    def url(self, identity="CP-1"):
-        return f"ws://127.0.0.1:{self.ocpp_port}/ocpp/{quote(identity)}"
-
-    async def station(self, identity="CP-1", protocol="ocpp1.6", **options):
-        """A bare WebSocket of a station."""
-        return await self._open.enter_async_context(websockets.connect(
-            self.url(identity), subprotocols=protocol and [protocol], **options))
-
-    async def fetch(self, path, method="GET", body=None, token="t0ken", headers=None, **options):
-        """(status, JSON or text, headers) of a request."""
-        headers = dict(headers or {})
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        if body is not None and not isinstance(body, (str, bytes)):
-            body = json.dumps(body)
-        if method == "POST" and body is None:
-            body = ""
-        scheme = "https" if self.daemon.tls else "http"
-        answer = await self.client.fetch(f"{scheme}://127.0.0.1:{self.port}{path}", method=method,
-                                         body=body, headers=headers, raise_error=False,
-                                         follow_redirects=False, **options)
-        text = answer.body.decode()
-        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
-        return answer.code, json.loads(text) if is_json and text else text, answer.headers
-
-    async def get(self, path):
-        status, body, _ = await self.fetch(path)
-        assert status == 200, (status, body)
-        return body
-
-    async def stream(self, path, headers=()):
-        """The events of a stream as they come: (name, data, id)."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        self._open.callback(writer.close)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in dict(headers).items())
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0ken\r\n{lines}\r\n"
-                     .encode())
-        return Events(reader)
-
-
-class Events:
-    """A stream of Server-Sent Events, read as a browser reads it."""
-
-    def __init__(self, reader):
-        self.reader = reader
-        self.head = None
-
-    async def next(self, name=None):
-        """The next event (of that name): (name, data, id)."""
-        if self.head is None:
-            self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
-            self.text = b""
-        while True:
-            while b"\n\n" not in self.text:
-                size = int(await self.reader.readline(), 16)             # chunked
-                self.text += await self.reader.readexactly(size)
-                await self.reader.readexactly(2)
-            block, _, self.text = self.text.partition(b"\n\n")
-            fields = dict(line.split(": ", 1) for line in block.decode().split("\n"))
-            if name in (None, fields.get("event")):
-                return fields["event"], json.loads(fields["data"]), fields.get("id")
-
-
-def without_site(run, test):
-    """`run` with the parameters of the test but for its first, which is no fixture."""
-    run.__signature__ = inspect.Signature(list(inspect.signature(test).parameters.values())[1:])
-    return run
-
-
-def live(**keys):
-    """A test with a running Site as its first argument."""
-    def decorate(test):
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            async def inside():
-                async with Site(**keys) as site:
-                    await test(site, *args, **kwargs)
-            asyncio.run(asyncio.wait_for(inside(), 60))
-        return without_site(run, test)
-    return decorate
-
-
-async def exchange(socket_, action, payload, id_="1"):
-    await socket_.send(json.dumps([2, id_, action, payload]))
-    return json.loads(await socket_.recv())
-
-
-def iso_now(seconds=0):
-    return ocppboard.iso(time.time() + seconds)
-
-
-BOOT_16 = {"chargePointVendor": "V", "chargePointModel": "M"}
-START_16 = {"connectorId": 1, "idTag": "=A", "meterStart": 100, "timestamp": "2026-09-21T13:33:20Z"}
 
 # The `ocpp` package's own stations
 
@@ -15944,11 +15967,6 @@ async def test_what_was_answered_is_there_after_kill_9(tmp_path):
             begun = await exchange(socket_, "StartTransaction", START_16 | {
                 "meterStart": number, "timestamp": iso_now()})
             ids.append(begun[2]["transactionId"])
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 @with_loop
@@ -20629,14 +20647,6 @@ def test_a_bench_that_fails_says_why(tmp_path):
 # --- Daemon -------------------------------------------------------------------------------
 
 
-def ocppboard_process(*arguments, environ=None, **options):
-    """`ocppboard.py` as a process of its own."""
-    return subprocess.Popen([sys.executable, str(HERE / "ocppboard.py"), *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OCPPBOARD_CONFIG": os.devnull} | (environ or {}),
-                            **options)
-
-
 def test_the_daemon_starts_prints_its_address_once_and_stops_on_sigterm():
     process = ocppboard_process("--port", "0", "--address", "127.0.0.1")
     lines = []
@@ -20768,12 +20778,6 @@ def test_a_login_lasts_as_long_as_it_says_whatever_the_wall_clock_does():
     mono.now += 601
     with pytest.raises(ocppboard.Forbidden):
         access.session(session.id, None, "192.0.2.1")
-
-
-def run_ocppboard(*arguments, text=None, environ=None):
-    process = ocppboard_process(*arguments, environ=environ, stdin=subprocess.PIPE)
-    out, err = process.communicate(text, timeout=20)
-    return process.returncode, out, err
 
 
 def test_a_copy_by_another_name_runs_as_well(tmp_path):
@@ -21636,7 +21640,6 @@ async def test_the_board_is_seen_over_https_with_a_cookie_for_https_alone(pki):
     async with SecureSite(pki, "ecdsa") as site:
         status, _, headers = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"})
         assert status == 200 and "Secure" in headers["Set-Cookie"]
-
 
 
 def test_the_certificates_that_are_made_serve_a_board_and_its_stations(tmp_path):
