@@ -7966,6 +7966,12 @@ class Board:
         self.publish("connections", station)
         return station.local_list
 
+    def local_list_changed(self, station: Station) -> None:
+        """Somebody has changed the station's local list: what is in it is not known."""
+        if station.local_list is not None:
+            station.local_list = None
+            self.publish("connections", station)
+
     def grant(self, station: Station, id_token: str, kind: str = "", evse_id: int = 0,
               starts: bool = False) -> Grant:
         """The answer to an id token shown at an EVSE. `starts`: it is to start a transaction."""
@@ -11320,14 +11326,20 @@ def _tell_cleared(board: Board, station: Station, profile_id: int | None, answer
         board.power.profiles_cleared(station.identity, profile_id)
 
 
+def _learn_local_list(board: Board, station: Station, asked: dict, answer: dict) -> None:
+    """Whoever has sent it: `send_local_list` says afterwards what is in it."""
+    if answer.get("status") == "Accepted":
+        board.local_list_changed(station)
+
+
 Learner = Callable[[Board, Station, dict, dict], None]
 _LEARNT_2X: dict[str, Learner] = {
     "GetVariables": _learn_from_variables, "SetChargingProfile": _learn_profile,
-    "ClearChargingProfile": _learn_cleared}
+    "ClearChargingProfile": _learn_cleared, "SendLocalList": _learn_local_list}
 # {version: {Action: the function that learns of the station from its answer}}
 LEARNT_FROM: dict[str, dict[str, Learner]] = {
     "ocpp1.6": {"GetConfiguration": _learn_from_configuration,
-                "ClearChargingProfile": _learn_cleared_16},
+                "ClearChargingProfile": _learn_cleared_16, "SendLocalList": _learn_local_list},
     "ocpp2.0.1": _LEARNT_2X, "ocpp2.1": _LEARNT_2X}
 
 

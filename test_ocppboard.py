@@ -7804,8 +7804,12 @@ class ListKeeper:
 
     async def update(self):
         """Let the board bring the list up to date."""
+        return await self.answered(ocppboard.send_local_list(self.bench.connection))
+
+    async def answered(self, work):
+        """What comes of something that asks the station."""
         self.updates = []
-        task, seen = asyncio.create_task(ocppboard.send_local_list(self.bench.connection)), 0
+        task, seen = asyncio.create_task(work), 0
         while not task.done():
             await tick()
             for frame in map(json.loads, self.bench.sent[seen:]):
@@ -7850,6 +7854,20 @@ class ListKeeper:
 LISTED_TOKENS = {"A": {"group": "G"}, "B": {"status": "Blocked"}, "ELSEWHERE": {"stations": ["X"]},
                  "OLD": {"expires": "2026-01-01"}, "L" * 21: {},
                  "M": {"master": True, "group": "G"}}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_a_list_that_somebody_else_has_changed_is_sent_whole(protocol):
+    keeper = ListKeeper(protocol, schemas=SCHEMAS, id_tokens={"A": {}})
+    board, station, connection = keeper.bench.board, keeper.bench.station, keeper.bench.connection
+    await keeper.update()
+    assert board.is_list_current(station)
+    await keeper.answered(connection.call("SendLocalList", {
+        ocppboard.LIST_VERSION[protocol]: keeper.version, "updateType": "Full"}))
+    assert keeper.entries == {} and not board.is_list_current(station)
+    await keeper.update()
+    assert keeper.updates == [("Full", 1)] and board.is_list_current(station)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -14669,6 +14687,10 @@ async def test_a_station_of_the_ocpp_package_charges_and_obeys(site, version, pr
 
 # Commands in 2.0.1's words
 
+# Where a simulated station keeps it.
+HEARTBEAT_INTERVAL = dict.fromkeys(PROTOCOLS, "OCPPCommCtrlr.HeartbeatInterval") | {
+    "ocpp1.6": "HeartbeatInterval"}
+
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @live()
@@ -14694,7 +14716,7 @@ async def test_a_station_of_any_version_is_commanded_in_the_words_of_201(site, p
     written = await command("SetVariables", {"setVariableData": [
         variable | {"attributeValue": "77"}]})
     assert written["result"]["setVariableResult"][0]["attributeStatus"] == "Accepted"
-    assert station.configuration["HeartbeatInterval"] == "77"
+    assert station.configuration[HEARTBEAT_INTERVAL[protocol]] == "77"
     report = await command("GetBaseReport", {"requestId": 5, "reportBase": "FullInventory"})
     assert report["result"] == {"status": "Accepted"}
     reports = report.get("reports", [])
@@ -14794,9 +14816,10 @@ async def test_what_a_command_takes_can_be_asked(site):
 
 
 def conforms(body, kind):
-    """Check an answer against the schema that OpenAPI gives it."""
-    root = {"components": ocppboard.openapi()["components"]} | ocppboard.json_schema(kind, {})
-    fastjsonschema.compile(root)(body)
+    """Check an answer against the schema that OpenAPI gives it, or what has that name there."""
+    schema = ({"$ref": f"#/components/schemas/{kind}"} if isinstance(kind, str)
+              else ocppboard.json_schema(kind, {}))
+    fastjsonschema.compile({"components": ocppboard.openapi()["components"]} | schema)(body)
 
 
 @live()
@@ -18817,6 +18840,7 @@ async def test_a_question_goes_when_the_screen_changes(site):
 @live()
 async def test_the_configuration_is_read_written_and_restored(site, protocol):
     station, _ = await simulated(site, protocol)
+    key = HEARTBEAT_INTERVAL[protocol]
     async with looking(site) as look:
         await look.go("stations/SIM-1/configuration")
         await look.page.get_by_role("button", name=re.compile("^Read the")).click()
@@ -18825,10 +18849,11 @@ async def test_the_configuration_is_read_written_and_restored(site, protocol):
         await row.get_by_role("textbox").fill("60")
         await row.get_by_role("button", name="Write").click()
         await expect(row).to_contain_text("Accepted")
-        assert station.configuration["HeartbeatInterval"] == "60"
+        assert station.configuration[key] == "60"
         await row.get_by_role("button", name="Restore").click()
-        await until(lambda: station.configuration["HeartbeatInterval"] == "300")
-        await look.page.get_by_label(re.compile("^Filter the")).fill("sampleINT")
+        await until(lambda: station.configuration[key] == "300")
+        await look.page.get_by_label(re.compile("^Filter the")).fill(
+            "sampleINT" if protocol == "ocpp1.6" else "updatedINT")
         await expect(look.page.locator("tbody tr", has_text="Interval")).to_have_count(1)
 
 
