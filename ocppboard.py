@@ -12263,7 +12263,7 @@ class Meter:
     worst_a: float | None = None        # the strongest of them; None: not known
     least_a: float = 0.0                # the same, where it is ambiguous, read the better way
     read_mono: float = -math.inf
-    reading_times: tuple = ()                   # times of the reading, by which a new one is known
+    reading_times: tuple = ()           # times of the reading, by which a new one is known
     phases: tuple | None = None         # of the station's, that the car uses; None: not known
     candidate: tuple | None = None      # (phases, since when only these)
     slack_since: float | None = None
@@ -12536,7 +12536,7 @@ class Evse:
         """Drop limits whose time is over: the next limit is a raise then, not a renewal."""
         left = [limit for limit in self.sent if limit.until_mono > now]
         if not left:
-            self.verified_mono = now     # from here the fallback has to show
+            self.verified_mono = now     # from now on the meter has to show the fallback
         self.sent = left
         if self.confirmed not in left:
             self.confirmed = None
@@ -12547,7 +12547,7 @@ class Evse:
         self.confirmed, self.unknown_mono, self.read_back_due = None, now, True
 
     def begin(self, transaction: Transaction, turns: float, now: float) -> None:
-        """A transaction begins; `turns` is what the others have had."""
+        """A transaction begins; `turns` is the fewest that others have had."""
         self.transaction, self.began_mono, self.state = transaction, now, None
         self.turn = Turn(now, turns)
         self.meter.begin()
@@ -12585,7 +12585,7 @@ class SiteStation:
     circuit: str
     settings: Any                       # its [stations] entry
     station: Station | None = None
-    connection: Any = None                    # the connection it was last seen on
+    connection: Any = None              # the connection it was last seen on
     evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
     connectors: dict[int, list[Connector]] = field(default_factory=dict)     # {evse_id: …}
     seen: tuple = ()                    # the facts by which its EVSEs were found
@@ -12804,7 +12804,7 @@ class SiteMeter:
         flow, most, known, settled = [0.0] * 3, [0.0] * 3, [0.0] * 3, True
         for fact in facts:
             evse, online = fact.evse, fact.station.online
-            # What an unreachable station draws is not known: it is not taken off.
+            # The current of an unreachable station is not known: it is not subtracted.
             fresh = not evse.transaction or (online and evse.meter.read_mono > max(
                 evse.changed_mono + PILOT_S, now - SETTLED_S))
             for phase in range(3):
@@ -12862,7 +12862,7 @@ class SiteMeter:
 
 
 class Fact(NamedTuple):
-    """An EVSE as a tick has found it."""
+    """The worst and the measured current of an EVSE, as a tick has found them."""
 
     station: SiteStation
     evse: Evse
@@ -12924,7 +12924,7 @@ class Controller:
         board.power = self
 
     def _read_stations(self) -> None:
-        """Read which stations are configured, and at which circuits they hang."""
+        """Read the configured stations, and the circuits that they hang at."""
         config = self.board.config
         self.patterns = {pattern: circuit.name for circuit in self.settings.circuit
                          for pattern in circuit.stations}
@@ -12932,17 +12932,17 @@ class Controller:
         self.named = {name for name in named if not re.search(r"[*?\[]", name)}
         for name in sorted(self.named.difference(self.stations)):
             self._meet(name)
-        # A station that an earlier run gave a limit, and that we know nothing of, may draw by it.
+        # A station that is not named may draw by a limit of an earlier run.
         self.strangers = config.ocpp.accept != "listed" or not self.named.issuperset(named)
 
     def reconfigure(self) -> None:
-        """The configuration has changed: the site's limits, its circuits, who hangs where."""
+        """Apply a changed configuration: the site's limits, its circuits, the stations in them."""
         self.site.reconfigure()
         self._read_stations()
         for known in list(self.stations.values()):
             circuit, settings = self._place(known.identity)
             managed, station = settings.managed, known
-            if managed != known.settings.managed:    # what was known of its limits holds no more
+            if managed != known.settings.managed:    # its limits are not known any more
                 if not managed:
                     self._leave(known)
                 station = self._meet(known.identity)
@@ -13048,7 +13048,7 @@ class Controller:
     # Settings, and the site's meter
 
     def view(self) -> dict:
-        """GET /api/smart-charge/config."""
+        """The settings, for GET /api/smart-charge/config."""
         return {"enabled": True, **self.site.view(),
                 "meter": self.meter.view(self.now()) if self.settings.meter else None,
                 "dialects": [{"vendor": vendor, "model": model, "firmware": firmware,
@@ -13175,7 +13175,7 @@ class Controller:
         self.meter.judge(self._look_at_all(now), now)
 
     def circuits(self) -> list[dict]:
-        """GET /api/smart-charge/circuits."""
+        """The circuits with their currents, for GET /api/smart-charge/circuits."""
         facts, limits = self._look_at_all(self.now()), self.site.limits()
 
         def allocated(fact: Fact) -> tuple:
