@@ -4664,7 +4664,8 @@ _SECRET_NAME = (r"password|passwd|passphrase|pwd|authorizationkey|auth.?key|basi
                 r"[a-z]P[wW])\b|(?:shared|wifi|wpa|api|encryption|ssh|hmac|aes).?key|"
                 rf"(?:{_PIN})(?:.?code)?\d*\b")
 _SECRET_WORD = re.compile(_SECRET_NAME, re.I)
-_PAIR = re.compile(r"""\b([\w.-]{3,64})(["']?\s*[=:]\s*["']?)[^\s"',;&{}]+""")    # name=value
+_PAIR_NAME = re.compile(r"""(?<![\w.-])([\w.-]{3,}+)["']?\s*+[=:]\s*+["']?(?=[^\s"',;&{}])""")
+_PAIR_VALUE = re.compile(r"""[^\s"',;&{}]+""")           # name=value, name: "value"
 _KEY_CODE = re.compile(r"keycode|\\u00", re.I)         # or letters that are written as numbers
 _SECRET_IN_URL = re.compile(r"(//)[^/\s]*(@)|(/upload/)[\w-]{22,}")     # a login, or ours
 SECRET_LEAST = 3                     # characters, before a secret is looked for in other texts
@@ -4856,9 +4857,13 @@ def hide_in_text(text: str) -> str:
             if not deeper(inner, NESTING):
                 hidden = _hide(inner)
                 return text if hidden == inner else to_json(hidden)
-    text = _SECRET_IN_URL.sub(_HIDDEN_IN_URL, text)
-    return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}{HIDDEN}" if _SECRET_WORD.search(pair[1])
-                     else pair[0], text)
+    text, shown_parts, end = _SECRET_IN_URL.sub(_HIDDEN_IN_URL, text), list[str](), 0
+    for name in _PAIR_NAME.finditer(text):
+        if name.start() >= end and _SECRET_WORD.search(name[1]) and (
+                value := _PAIR_VALUE.match(text, name.end())):
+            shown_parts += [text[end:value.start()], HIDDEN]
+            end = value.end()
+    return "".join([*shown_parts, text[end:]])
 
 
 def is_key_code(id_token: dict) -> bool:

@@ -7219,6 +7219,16 @@ def test_a_call_that_nobody_knows_shows_no_secret():
     assert "s3cr3t" not in bench.station.json()
 
 
+@pytest.mark.parametrize("text, shown", [
+    ("http://host/log?password=s3cr3t&level=3", "http://host/log?password=***&level=3"),
+    ("GET /x?a=1&token=s3cr3t HTTP", "GET /x?a=1&token=*** HTTP"),
+    ("a:b:c WifiPassword: 's3cr3t'", "a:b:c WifiPassword: '***'"),
+    (f"{'long.' * 20}password=s3cr3t;x=1", f"{'long.' * 20}password=***;x=1"),
+    ("time: 12:30, key=ok", "time: 12:30, key=ok")])
+def test_secrets_in_pairs_of_a_text_are_hidden_wherever_they_stand(text, shown):
+    assert ocppboard.hide_in_text(text) == shown
+
+
 def test_the_alert_of_a_secret_variable_does_not_tell_it():
     bench = Bench("ocpp2.0.1")
     alert(bench, "SecurityCtrlr", "BasicAuthPassword", "s3cr3t")
