@@ -1452,6 +1452,36 @@ async def test_without_a_path_nothing_is_kept_and_nothing_waits():
     assert state.view()["path"] is None
 
 
+@with_loop
+async def test_only_the_newest_damaged_files_are_kept(tmp_path):
+    path = tmp_path / "s.db"
+    state = state_of(path)
+    for number in range(200):
+        state.put("t", str(number), "x" * 100)
+    await state.stop()
+    unlock(state)
+    whole = path.read_bytes()
+    for day in range(5):
+        path.write_bytes(whole[:len(whole) // 2])
+        state = state_of(path, NOW + day)
+        await state.stop()
+        unlock(state)
+    assert sorted(p.name for p in tmp_path.glob("s.db.damaged-*")) == [
+        f"s.db.damaged-{NOW + day:.0f}" for day in range(5 - ocppboard.SET_ASIDE_KEPT, 5)]
+
+
+def test_what_cannot_be_written_at_the_start_is_written_later(tmp_path):
+    state = state_of(tmp_path / "s.db")
+    refuse_writes(state)
+    state.put("t", "a", 1)
+    state.write_at_start()
+    assert state.failing_since == NOW
+    refuse_writes(state, on=0)
+    asyncio.run(state.write())
+    assert state.failing_since is None and values(state) == {"a": 1}
+    closed(state)
+
+
 # --- Messages -----------------------------------------------------------------------------
 
 
@@ -1688,6 +1718,19 @@ def test_a_ca_that_cannot_sign_ends_the_start(pki, monkeypatch, files, words):
     monkeypatch.setattr(ocppboard.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape(words)):
         ocppboard.Daemon(config_of(**pki.own_ca() | files))
+
+
+@pytest.mark.parametrize("program, words", [
+    ("#!/bin/sh\nexec sleep 60\n", "openssl: takes too long"),
+    ("#!/nowhere/sh\n", "openssl: No such file or directory"),
+    ("#!/bin/sh\nexit 3\n", "openssl: failed")])
+def test_an_openssl_that_does_not_work_is_a_value_error(tmp_path, monkeypatch, program, words):
+    (tmp_path / "openssl").write_text(program)
+    (tmp_path / "openssl").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(ocppboard, "SIGN_S", 0.5)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        ocppboard.openssl("version")
 
 
 # --- WebSocket ----------------------------------------------------------------------------
@@ -4757,6 +4800,33 @@ def test_the_same_knocking_is_counted_once():
     for number in range(300):
         bench.board.knocked("192.0.2.9", f"/{number}", {}, 400, "why", "ws://…")
     assert len(bench.board.knocking) == ocppboard.KNOCKING_KEPT
+
+
+def test_addresses_that_knocked_are_bounded(monkeypatch):
+    monkeypatch.setattr(ocppboard, "ADDRESSES_KEPT", 2)
+    board = Bench().board
+    is_new = [board.knocked(f"192.0.2.{number}", "/x", {}, 400, "why", "ws://…")
+              for number in (1, 1, 2, 3, 1)]
+    assert is_new == [True, False, True, True, True], "the first one is forgotten by then"
+
+
+def test_approvals_are_bounded_by_the_stations_that_are_kept():
+    board = Bench(store_max_connections=2).board
+    for number in range(4):
+        board.approval_known(f"CP-{number}")
+    assert list(board.approved) == ["CP-2", "CP-3"]
+
+
+def test_id_tokens_of_the_board_are_bounded_and_known_ones_may_change(monkeypatch):
+    monkeypatch.setattr(ocppboard, "ID_TOKENS_KEPT", 2)
+    board = Bench(id_tokens={"CONFIGURED": {}}).board
+    settings_of = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    board.set_token("A", settings_of)
+    board.set_token("B", settings_of)
+    with pytest.raises(ocppboard.Busy):
+        board.set_token("C", settings_of)
+    assert board.set_token("A", settings_of | {"name": "Ada"}).name == "Ada"
+    assert set(board.tokens) == {"configured", "a", "b"}
 
 
 # --- Persistence --------------------------------------------------------------------------
@@ -14394,6 +14464,31 @@ def door(tmp_path):
     yield make
     for one in doors:
         closed(one.board.state)
+
+
+def test_logins_are_in_a_file_that_was_made_anew(login_again, tmp_path):
+    start, end = login_again
+    access = start(auth_token="t")
+    session = asyncio.run(access.login({"token": "t"}, "192.0.2.1"))
+    state = access.board.state
+    asyncio.run(state.write())
+    for name in ("s.db", "s.db-wal", "s.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    state.put("t", "a", 1)
+    asyncio.run(state.write())
+    end(access)
+    again = start(auth_token="t")
+    assert again.session(session.id, None, "192.0.2.1").expires_at == session.expires_at
+    end(again)
+
+
+@with_loop
+async def test_stations_with_credentials_of_their_own_are_bounded(door, monkeypatch):
+    here = door(**OLD)
+    monkeypatch.setattr(ocppboard, "CREDENTIALS_KEPT", 0)
+    with pytest.raises(ocppboard.Busy):
+        await here.new_password(NEW[:20], "Accepted")
+    assert await here.comes("old-horse-battery") == 1
 
 
 OLD = {"stations": {"CP-1": {"password": "old-horse-battery"}}}
