@@ -22642,7 +22642,7 @@ const FIELDS = {
   whoseToken: choiceField('Customer by', [['idToken', 'id token'],
     ['customerIdentifier', 'customer identifier']]),
   customer: textField('Id token or identifier', {maxlength: 36}),
-  report: () => ({label: 'Report what is stored', type: 'checkbox'}),
+  report: () => ({label: 'Report what is stored', type: 'checkbox', value: true}),
   clear: () => ({label: 'Remove it', type: 'checkbox'}),
   certificateType: choiceField('Type', ROOTS),
   certificateTypes: choiceField('Type', [['', 'every type'], ...ROOTS, 'V2GCertificateChain']),
