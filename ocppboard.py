@@ -18500,87 +18500,167 @@ def _csv_line(cells: Iterable[Any]) -> str:
     return line.getvalue().encode("utf-8", "backslashreplace").decode()      # lone surrogates
 
 
-# What /metrics shows: (name, type, help, key of a telemetry sample).
+# Metrics
+
+
+Samples = Iterable[tuple[dict[str, Any], float | None]]     # ({label: its value}, None: unknown)
+JOULES_PER_WH = 3600
+
+
+class Scrape:
+    """What /metrics shows, as it is now. The labels are few: stations, connectors, circuits."""
+
+    def __init__(self, daemon: "Daemon"):
+        self.board: Board = daemon.board
+        self.state: State = daemon.state
+        self.telemetry: dict[str, Any] = daemon.sample()
+        self.file: dict[str, Any] = daemon.state.view()
+        self.circuits: list[dict] = daemon.controller.circuits() if daemon.controller else []
+        self.relays = list(daemon.relay.sessions.values()) if daemon.relay else []
+
+    def of_stores(self, read: Callable[[Store], float]) -> Samples:
+        """A sample for each store."""
+        return [({"store": name}, read(store)) for name, store in self.board.stores.items()]
+
+    def of_stations(self, read: Callable[[Station], float]) -> Samples:
+        """A sample for each station."""
+        return [({"identity": s.identity}, read(s)) for s in self.board.stations.values()]
+
+    def of_connectors(self, read: Callable[[Connector], float | None],
+                      more: Callable[[Connector], dict] = lambda connector: {}) -> Samples:
+        """A sample for each connector, and `more` labels of it."""
+        return [({"identity": s.identity, "evse": c.evse_id, "connector": c.connector_id} | more(c),
+                 read(c)) for s in self.board.stations.values() for c in s.connectors.values()]
+
+    def of_readings(self, read: Callable[[Reading], float | None]) -> Samples:
+        """A sample for each connector whose meter tells of now."""
+        return self.of_connectors(
+            lambda c: read(c.reading) if c.reading and not c.reading.stale else None)
+
+    def of_charging(self, read: Callable[[ChargeSession], float | None]) -> Samples:
+        """A sample for each connector whose charging is controlled."""
+        return self.of_connectors(lambda c: read(
+            c.transaction.charge) if c.transaction and c.transaction.charge else None)
+
+    def of_circuits(self, key: str) -> Samples:
+        """A sample for each phase of each circuit."""
+        return [({"circuit": circuit["name"], "phase": phase}, amps)
+                for circuit in self.circuits for phase, amps in circuit[key].items()]
+
+    def of_relays(self, read: Callable[[UpstreamSession], float]) -> Samples:
+        """A sample for each station that is passed on."""
+        return [({"identity": session.identity}, read(session)) for session in self.relays]
+
+    def of_statuses(self) -> Samples:
+        """How many charging sessions are in each status."""
+        counts = Counter(session.status for session in self.board.smart_charge.records)
+        return [({"status": status}, counts[status]) for status in get_args(ChargeStatus)]
+
+
+class Metric(NamedTuple):
+    """A metric of /metrics; a counter is called `…_total` (Prometheus, metric naming)."""
+
+    name: str                            # after ocppboard_; with its base unit
+    text: str
+    read: Callable[[Scrape], Samples]
+
+    def lines(self, scrape: Scrape) -> Iterator[str]:
+        """It in Prometheus' text format 0.0.4; what is unknown is left out."""
+        name = f"ocppboard_{self.name}"
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield f"# HELP {name} {self.text}"
+        yield f"# TYPE {name} {kind}"
+        for labels, value in self.read(scrape):
+            if value is not None:
+                inner = ",".join(f'{label}="{_escaped(str(text))}"'
+                                 for label, text in labels.items())
+                yield f"{name}{{{inner}}} {value}" if inner else f"{name} {value}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _telemetry(key: str, divisor: int = 1) -> Callable[[Scrape], Samples]:
+    return lambda scrape: [({}, scrape.telemetry[key] / divisor if divisor > 1
+                            else scrape.telemetry[key])]
+
+
+def _file(key: str) -> Callable[[Scrape], Samples]:
+    return lambda scrape: [({}, scrape.file[key])]
+
+
+def _relay_metric(name: str) -> Metric:
+    words = re.sub(r"(?=[A-Z])", "_", name).lower()
+    return Metric(f"relay_{words}_total", f"Messages {words.replace('_', ' ')}.",
+                  lambda scrape: scrape.of_relays(lambda session: session.counts[name]))
+
+
 METRICS = (
-    ("ocppboard_stations_online", "gauge", "Stations connected now.", "connectionCount"),
-    ("ocppboard_stations_online_peak", "gauge", "Most stations at a time.", "peakConnections"),
-    ("ocppboard_messages_total", "counter", "OCPP messages, both directions.", "totalMessages"),
-    ("ocppboard_messages_per_second", "gauge", "Mean over 10 s.", "messagesPerSecond"),
-    ("ocppboard_answer_milliseconds", "gauge", "Mean time to answer over 60 s.", "avgLatencyMs"),
-    ("ocppboard_error_ratio", "gauge", "CALLERRORs over messages.", "errorRate"),
-    ("ocppboard_uptime_seconds", "gauge", "Since the start.", "uptimeSeconds"),
-    ("ocppboard_cpu_percent", "gauge", "Of one core, by this process.", "cpuPercent"),
-    ("ocppboard_loop_lag_milliseconds", "gauge", "How late the loop woke up.", "loopLagMs"),
-    ("ocppboard_streams", "gauge", "Open SSE streams.", "streams"),
-    ("ocppboard_tasks", "gauge", "asyncio tasks.", "tasks"),
-)
-
-
-# The same of the state file: (name, type, help, key of its view).
-STATE_METRICS = (
-    ("size_bytes", "gauge", "Of the state file.", "sizeBytes"),
-    ("writes_total", "counter", "Writes of the state file.", "writes"),
-    ("written_bytes_total", "counter", "Of the values written.", "bytesWritten"),
-    ("waiting", "gauge", "Values that wait to be written.", "waiting"),
-    ("lost_total", "counter", "Values dropped while the file could not be written.", "lost"),
+    Metric("stations_online", "Stations that are connected.", _telemetry("connectionCount")),
+    Metric("stations_online_peak", "Most stations at a time.", _telemetry("peakConnections")),
+    Metric("messages_total", "OCPP messages, both directions.", _telemetry("totalMessages")),
+    Metric("answer_seconds", "Mean time to an answer, over a minute.",
+           _telemetry("avgLatencyMs", 1000)),
+    Metric("error_ratio", "CALLERRORs over messages.", _telemetry("errorRate")),
+    Metric("uptime_seconds", "Time since the start.", _telemetry("uptimeSeconds")),
+    Metric("cpu_ratio", "Of one core, what this process takes.", _telemetry("cpuPercent", 100)),
+    Metric("loop_lag_seconds", "How late the loop woke up.", _telemetry("loopLagMs", 1000)),
+    Metric("streams", "Open SSE streams.", _telemetry("streams")),
+    Metric("tasks", "Tasks of asyncio.", _telemetry("tasks")),
+    Metric("resident_bytes", "Resident memory.",
+           lambda s: [({}, s.telemetry["memoryUsage"]["rss"])]),
+    Metric("state_size_bytes", "Size of the state file.", _file("sizeBytes")),
+    Metric("state_writes_total", "Writes of the state file.", _file("writes")),
+    Metric("state_written_bytes_total", "Size of the values written.", _file("bytesWritten")),
+    Metric("state_waiting", "Values that wait to be written.", _file("waiting")),
+    Metric("state_lost_total", "Values dropped while the file could not be written.",
+           _file("lost")),
+    Metric("state_failing", "1 while the state file cannot be written.",
+           lambda s: [({}, int(s.state.failing_since is not None))]),
+    Metric("records", "Records kept.", lambda s: s.of_stores(len)),
+    Metric("records_total", "Records since the start.", lambda s: s.of_stores(lambda r: r.count)),
+    Metric("transactions_active", "Transactions under way.", _telemetry("activeTransactions")),
+    Metric("station_online", "1 while connected.",
+           lambda s: s.of_stations(lambda station: int(bool(station.connection)))),
+    Metric("station_messages_total", "Messages of a station.",
+           lambda s: s.of_stations(lambda station: station.message_count)),
+    Metric("station_errors_total", "What went wrong with a station.",
+           lambda s: s.of_stations(lambda station: station.error_count)),
+    Metric("connector_status", "1 for the status that a connector has.",
+           lambda s: s.of_connectors(lambda c: 1 if c.status else None,
+                                     lambda c: {"status": c.status})),
+    Metric("connector_charging", "1 while a transaction is under way.",
+           lambda s: s.of_connectors(lambda c: int(c.transaction is not None))),
+    Metric("connector_power_watts", "Power as its meter tells it.",
+           lambda s: s.of_readings(lambda r: r.power_w)),
+    Metric("connector_energy_joules_total", "Import register of its meter.",
+           lambda s: s.of_readings(lambda r: r.energy_wh and r.energy_wh * JOULES_PER_WH)),
+    Metric("connector_soc_ratio", "State of charge of the car.",
+           lambda s: s.of_readings(lambda r: r.soc and r.soc / 100)),
+    Metric("connector_limit_amperes", "Limit per phase that the station has accepted.",
+           lambda s: s.of_charging(lambda session: session.allocated_a)),
+    Metric("charging_sessions", "Sessions of smart charging that are kept.",
+           lambda s: s.of_statuses()),
+    Metric("circuit_limit_amperes", "Limit per phase of a circuit.",
+           lambda s: [({"circuit": c["name"]}, c["limitA"]) for c in s.circuits]),
+    Metric("circuit_allocated_amperes", "Limits of the cars on a circuit, together.",
+           lambda s: s.of_circuits("allocatedA")),
+    Metric("circuit_measured_amperes", "Current of the cars on a circuit, together.",
+           lambda s: s.of_circuits("measuredA")),
+    Metric("relay_up", "1 while upstream is connected and takes messages.",
+           lambda s: s.of_relays(lambda session: int(session.status == ONLINE))),
+    Metric("relay_waiting", "Messages that wait for upstream.",
+           lambda s: s.of_relays(attrgetter("waiting"))),
+    *map(_relay_metric, SESSION_COUNTS),
 )
 
 
 def get_metrics(api: "Api") -> None:
     """Prometheus text format."""
-    sample, board = api.daemon.sample(), api.board
-    lines: list[str] = []
-
-    def metric(name: str, kind: str, text: str, values: Iterable[tuple[str, Any]]) -> None:
-        lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
-        lines.extend(f"{name}{labels} {value}" for labels, value in values)
-
-    for name, kind, text, key in METRICS:
-        metric(name, kind, text, [("", sample[key])])
-    metric("ocppboard_resident_bytes", "gauge", "Resident memory.",
-           [("", sample["memoryUsage"]["rss"])])
-    for name, kind, text, key in STATE_METRICS:
-        metric(f"ocppboard_state_{name}", kind, text, [("", value or 0)
-               for value in [api.daemon.state.view()[key]]])
-    metric("ocppboard_state_failing", "gauge", "1 while the state file cannot be written.",
-           [("", int(api.daemon.state.failing_since is not None))])
-    metric("ocppboard_records", "gauge", "Records kept.",
-           [(f'{{store="{name}"}}', len(store)) for name, store in board.stores.items()])
-    metric("ocppboard_records_total", "counter", "Records ever.",
-           [(f'{{store="{name}"}}', store.count) for name, store in board.stores.items()])
-    metric("ocppboard_transactions_active", "gauge", "Transactions under way.",
-           [("", sum(t.status == "active" for t in board.transactions.records))])
-    stations = [(f'{{identity="{_label(s.identity)}"}}', s) for s in board.stations.values()]
-    metric("ocppboard_station_online", "gauge", "1 while connected.",
-           [(label, int(bool(s.connection))) for label, s in stations])
-    metric("ocppboard_station_messages_total", "counter", "Messages of a station.",
-           [(label, s.message_count) for label, s in stations])
-    readings = [(f'{label[:-1]},evse="{c.evse_id}",connector="{c.connector_id}"}}', c.reading)
-                for label, s in stations for c in s.connectors.values()
-                if c.reading and not c.reading.stale]
-    metric("ocppboard_connector_power_watts", "gauge", "Power as last told.",
-           [(label, r.power_w) for label, r in readings if r.power_w is not None])
-    metric("ocppboard_connector_energy_watt_hours", "gauge", "Import register as last told.",
-           [(label, r.energy_wh) for label, r in readings if r.energy_wh is not None])
-    sessions = [(f'{{identity="{_label(session.identity)}"}}', session)
-                for session in (api.daemon.relay.sessions.values() if api.daemon.relay else ())]
-    metric("ocppboard_relay_up", "gauge", "1 while upstream is connected and takes messages.",
-           [(label, int(session.status == ONLINE)) for label, session in sessions])
-    metric("ocppboard_relay_waiting", "gauge", "Messages that wait for upstream.",
-           [(label, session.waiting) for label, session in sessions])
-    for name in SESSION_COUNTS:
-        metric(f"ocppboard_relay_{_snake(name)}_total", "counter", f"Messages {_snake(name)}.",
-               [(label, session.counts[name]) for label, session in sessions])
+    scrape = Scrape(api.daemon)
     api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-    api.finish("\n".join(lines) + "\n")
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?=[A-Z])", "_", name).lower()
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    api.finish("".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)))
 
 
 def get_openapi(api: "Api") -> dict:

@@ -16426,18 +16426,71 @@ async def test_streams_end_with_the_daemon_and_leave_nothing_behind(site, caplog
 # Others
 
 
-@live()
+PROMETHEUS_LINE = re.compile(
+    r'(# (HELP|TYPE) \w+ .+'
+    r'|\w+(\{\w+="(\\.|[^"\\])*"(,\w+="[^"]*")*\})? [-0-9.e]+)\Z')
+
+
+@live(smart_charge_enabled=True, smart_charge_site_limit_a=32.0, stations={"*": {}})
 async def test_metrics_are_prometheus_text(site):
     socket_ = await site.station('a"b')
+    await exchange(socket_, "StatusNotification", {
+        "connectorId": 1, "errorCode": "NoError", "status": "Charging"})
     await exchange(socket_, "MeterValues", {"connectorId": 1, "meterValue": [{
-        "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [sample("7", POWER, "kW")]}]})
+        "timestamp": "2026-09-21T13:33:21Z", "sampledValue": [
+            sample("7", POWER, "kW"), sample("2", unit="kWh"),
+            sample("50", "SoC", "Percent")]}]})
     status, text, headers = await site.fetch("/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    line = re.compile(r'(# (HELP|TYPE) \w+ .+'
-                      r'|\w+(\{\w+="(\\.|[^"\\])*"(,\w+="[^"]*")*\})? [-0-9.e]+)\Z')
-    assert all(line.match(one) for one in text.splitlines()), text
-    assert "ocppboard_stations_online 1\n" in text and "ocppboard_messages_total 2\n" in text
-    assert 'ocppboard_connector_power_watts{identity="a\\"b",evse="1",connector="1"} 7000.0' in text
+    assert all(PROMETHEUS_LINE.match(one) for one in text.splitlines()), text
+    where = 'identity="a\\"b",evse="1",connector="1"'
+    for line in ("stations_online 1", "transactions_active 0", "state_failing 0",
+                 f"connector_power_watts{{{where}}} 7000.0",
+                 f"connector_energy_joules_total{{{where}}} 7200000.0",
+                 f"connector_soc_ratio{{{where}}} 0.5",
+                 f'connector_status{{{where},status="Charging"}} 1',
+                 'circuit_limit_amperes{circuit="site"} 32.0',
+                 'circuit_measured_amperes{circuit="site",phase="L1"} 0.0',
+                 'charging_sessions{status="active"} 0'):
+        assert f"ocppboard_{line}\n" in text, line
+    assert "# TYPE ocppboard_messages_total counter\n" in text
+    sent = re.search(r"^ocppboard_messages_total (\d+)$", text, re.M)
+    assert sent and int(sent[1]) >= 4, "two Calls and their answers"
+    assert "# TYPE ocppboard_state_waiting gauge\n" in text
+    assert "ocppboard_connector_limit_amperes{" not in text, "no session"
+
+
+def test_metrics_have_base_units_and_names_of_their_own():
+    names = [metric.name for metric in ocppboard.METRICS]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if re.search(
+        "milli|kilo|percent|hours|minutes|per_second|_k?wh?_", name)]
+
+
+def test_the_pages_name_metrics_that_there_are():
+    text = (HERE / ".github/docs/outward.md").read_text()
+    table = text[text.index("| metrics `ocppboard_…` |"):].partition("\n\n")[0]
+    told = {name for row in table.splitlines()[2:] for name in re.findall(
+        r"`(\w+)`", row.split("|")[1])}
+    assert len(told) > 20 and told <= {metric.name for metric in ocppboard.METRICS}
+
+
+def test_the_dashboard_for_grafana_asks_for_metrics_that_there_are():
+    dashboard = json.loads((HERE / ".github/grafana.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]] + [
+        variable["query"]["query"] for variable in dashboard["templating"]["list"]
+        if variable["type"] == "query"]
+    names = {f"ocppboard_{metric.name}" for metric in ocppboard.METRICS}
+    assert len(asked) > 15
+    for expression in asked:
+        found = re.findall(r"ocppboard_\w+", expression)
+        assert found and set(found) <= names, expression
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    cells = [(x, y) for panel in dashboard["panels"] for at in [panel["gridPos"]]
+             for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) == 23
 
 
 @live(ocpp_accept="ask")
