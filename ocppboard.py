@@ -4817,7 +4817,7 @@ def hidden_texts(action: str, payload: dict) -> list[str]:
 
 
 def without_texts(text: str, hidden: Iterable[str]) -> str:
-    """A text in which others are hidden."""
+    """A text in which the secrets of a command are hidden."""
     for secret in hidden:
         text = text.replace(secret, HIDDEN)
     return text
@@ -5110,7 +5110,7 @@ def _referred(schema: dict, root: dict) -> tuple[dict, str]:
 # None where the other version has no such Action: then the board's own answer is given.
 #
 #   1 ids of both sides    5 charging profiles           9 transactions up    13 certificates
-#   2 fields               6 what a station is          10 transactions down  14 who speaks what
+#   2 fields               6 what a station is          10 transactions down  14 which Actions
 #   3 id tokens            7 statuses                   11 configuration      15 2.0.1 and 2.1
 #   4 places               8 meter values               12 commands           16 one version
 #
@@ -6886,8 +6886,8 @@ TRANSFER = (exact_row("vendorId", "vendorId", 255, 255, needed=True),
 TRANSFERRED = (*status_rows("Accepted", "Rejected", "UnknownMessageId", "UnknownVendorId",
                             worst="Rejected"), DATA)
 
-# 14. Who speaks what. PLAIN are the Actions that differ in names only: (1.6's Action, 2.0.1's, rows
-# of the request, rows of the answer); the four tables after it say what each side may say.
+# 14. Which Actions. PLAIN has those that rows convert: (1.6's Action, 2.0.1's, rows of the request,
+# rows of the answer). The four tables after it have the converters of what each side may send.
 
 PLAIN = (
     ("Authorize", "Authorize", (token_row("idTag", "idToken", needed=True),), (ID_TOKEN_INFO,)),
@@ -7284,8 +7284,8 @@ COMMANDS_ACROSS = {"ocpp1.6": frozenset(LOWER_DOWN) & COMMANDS[PIVOT],
 
 
 # --- Meter values -------------------------------------------------------------------------
-# One normaliser for what meters say: the standard's defaults, one unit for each quantity, phases
-# apart. Pure. It knows both shapes, 1.6's texts with `unit` and 2.x's numbers with `unitOfMeasure`.
+# Sampled values, normalised: the standard's defaults, one unit for each quantity, phases apart.
+# Pure. It reads both shapes, 1.6's texts with `unit` and 2.x's numbers with `unitOfMeasure`.
 
 QUANTITIES = {               # squashed measurand: (field of Reading, base unit, least, most)
     "energyactiveimportregister": ("energy_wh", "Wh", -1e12, 1e12),
