@@ -122,6 +122,8 @@ from ocppboard import (
 HERE = Path(__file__).resolve().parent
 NOW = 1_789_997_600.0                    # 2026-09-21T13:33:20Z
 slow = pytest.mark.slow                  # .pytest.ini tells of the marks
+settings.register_profile("board", deadline=None)        # whatever else the machine does
+settings.load_profile("board")
 
 
 class Clock:
@@ -873,7 +875,6 @@ class Numbered(ocppboard.Record):
         self.number, self.size = 0, size
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1 << 33, exclude_max=True))
 def test_a_time_is_written_as_datetime_writes_it(when):
     written = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
@@ -986,7 +987,7 @@ def test_a_fair_store_is_restored_and_bounded_by_bytes_as_any():
     assert store.make_room(lambda record: record.number == 52).number == 52
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdef"),
                           st.sampled_from(["append", "append", "room"])), max_size=60))
 def test_a_fair_store_counts_right_whatever_comes(steps):
@@ -1584,7 +1585,7 @@ def test_names_and_end_of_a_certificate_are_read(pki, name, names):
     assert ocppboard.read_certificates("none") == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_what_is_no_certificate_is_refused_with_a_value_error(pki, data):
     good = ssl.PEM_cert_to_DER_cert(Path(pki["CP-1.pem"]).read_text())
@@ -1646,7 +1647,7 @@ def test_a_request_with_a_weak_or_unusual_key_is_refused(pki, key, reason):
         ocppboard.read_request(pki.request("/CN=CP-1", key)[0])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_what_is_no_request_is_refused_with_a_value_error(pki, data):
     good = base64.b64decode("".join(GOOD_REQUEST.splitlines()[1:-1]))
@@ -1742,7 +1743,7 @@ LIMIT = 100_000                      # bytes of a message
 FIN, RSV1, RSV2, RSV3 = 0x80, 0x40, 0x20, 0x10
 DEFLATE = Deflate(12, 12)
 OCPP_16 = [websockets.Subprotocol("ocpp1.6")]
-fuzz = settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None)
+fuzz = settings(max_examples=int(os.environ.get("FUZZ", 200)))
 
 
 def frame(first: int, payload: bytes = b"", mask: bytes | None = b"\x37\xfa\x21\x3d",
@@ -5395,7 +5396,7 @@ STEPS = st.one_of(
         ["Available", "Preparing", "Charging", "SuspendedEV", "Finishing"])),
     st.tuples(st.just("boots"), st.just(0), st.just(0)),
     st.tuples(st.just("ends"), st.just(0), st.just(0)))
-killed = settings(deadline=None, max_examples=int(os.environ.get("FUZZ", 25)))
+killed = settings(max_examples=int(os.environ.get("FUZZ", 25)))
 IN_MEMORY = next(filter(os.path.isdir, [os.path.join(os.sep, "dev", "shm")]), None)
 
 
@@ -5611,7 +5612,7 @@ STRANGE = st.recursive(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_payload_makes_a_handler_fail(protocol, data, caplog):
     action = data.draw(st.sampled_from(sorted(CALLS[protocol])))
@@ -6547,7 +6548,7 @@ def reported_charging(draw):
     return registers, order
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(reported=reported_charging())
 def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow(reported):
     """16: the StartTransaction comes first, for its answer is needed; all else as it likes."""
@@ -13819,7 +13820,7 @@ STORY = st.lists(st.tuples(
 
 @slow
 @pairings
-@settings(max_examples=int(os.environ.get("RELAY", 20)), deadline=None)
+@settings(max_examples=int(os.environ.get("RELAY", 20)))
 @given(durable=st.booleans(), story=STORY)
 def test_whatever_happens_the_relay_keeps_its_promises(protocol, upstreams, durable, story):
     with RelayWorld(protocol, upstreams, durable) as world:
