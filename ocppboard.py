@@ -21210,7 +21210,7 @@ function patch(parent, list) {
   const {kept, spare} = keyed(parent, list);
   let next = parent.firstChild;
   for (const item of list) {
-    const node = known(item, next, kept) || taken(item, parent, spare);
+    const node = nodeFor(item, next, kept) || taken(item, parent, spare);
     if (node === next) next = next.nextSibling; else parent.insertBefore(node, next);
     update(node, item);
   }
@@ -21238,7 +21238,7 @@ function keyed(parent, list) {
 }
 
 const unkeyed = node => node?.is && keyIn(node.is) == null ? node : null;
-function known(item, next, kept) {
+function nodeFor(item, next, kept) {
   const key = keyIn(item), node = key == null ? unkeyed(next) : kept.get(key);
   return node?.is.tag === item.tag && (!item.props?.made || node.is.props.made) ? node : null;
 }
@@ -21320,8 +21320,11 @@ const amperes = a => a == null ? DASH : digits(a, 1) + ' A';
 const perPhase = amps => Object.entries(amps).map(([phase, a]) => `${phase} ${amperes(a)}`)
   .join(', ');
 const percent = (part, most = 0) => part == null ? DASH : digits(part, most) + ' %';
-const millis = ms => ms == null ? DASH : ms >= 1000 ? digits(ms / 1000, 1) + ' s'
-  : digits(ms, ms < 1 ? 2 : ms < 10 ? 1 : 0) + ' ms';
+const millis = value => {
+  if (value == null) return DASH;
+  return value >= 1000 ? digits(value / 1000, 1) + ' s'
+    : digits(value, value < 1 ? 2 : value < 10 ? 1 : 0) + ' ms';
+};
 const plural = (n, word) => `${digits(n)} ${word}${n === 1 ? '' : 's'}`;
 
 function duration(s) {
@@ -21329,7 +21332,7 @@ function duration(s) {
   s = Math.max(0, Math.round(s));
   /** @type {[string, number][]} */
   const units = [['d', 86400], ['h', 3600], ['min', 60], ['s', 1]];
-  const first = Math.max(0, units.findIndex(([, size]) => s >= size));
+  const first = Math.max(0, units.findIndex(([, unitSize]) => s >= unitSize));
   if (s < 60) return `${s} s`;
   const [[big, size], [small, less]] = units.slice(first);
   const rest = Math.floor(s % size / less);
@@ -21416,14 +21419,16 @@ const state = {
 };
 // The board's clock: its times are compared with it, whatever the viewer's says.
 const now = () => Date.now() + state.clockOff;
-const tellTime = () => { state.clockOff = (ms(sample().timestamp) ?? Date.now()) - Date.now(); };
+const tellTime = () => {
+  state.clockOff = (ms(lastSample().timestamp) ?? Date.now()) - Date.now();
+};
 const asks = row => row.type === 'CALL' || row.type === 'SEND';
 const number = record => +/\d+$/.exec(record.id)[0];
 const pairOf = (identity, messageId) => identity + '\n' + messageId;
 const keyOf = transaction => pairOf(transaction.identity, transaction.id);
 const running = () =>
   [...state.transactions.values()].filter(({status}) => status === 'active');
-const sample = () => state.samples.at(-1) || {};
+const lastSample = () => state.samples.at(-1) || {};
 
 // Drop the oldest of a Map beyond so many.
 const bound = (map, most) => { if (map.size > most) map.delete(map.keys().next().value); };
@@ -21472,7 +21477,7 @@ function encoded(text) {
     return encodeURIComponent(text.replace(/[\ud800-\udfff]/g, '\ufffd'));
   }
 }
-const path = (...parts) => 'api/' + parts.map(encoded).join('/');
+const apiPath = (...parts) => 'api/' + parts.map(encoded).join('/');
 
 // Do what was clicked; what goes wrong is told.
 async function attempt(work) {
@@ -21483,10 +21488,10 @@ async function attempt(work) {
 }
 
 const NOTICE_MS = {info: 3000, warn: 12000, bad: 12000};
-function notice(text, kind = 'info') {
-  const note = {text, kind, key: Math.random()};
+function notice(text, tone = 'info') {
+  const note = {text, kind: tone, key: Math.random()};
   state.notices = [...state.notices.filter(other => other.text !== text).slice(-2), note];
-  setTimeout(() => dismiss(note), NOTICE_MS[kind]);
+  setTimeout(() => dismiss(note), NOTICE_MS[tone]);
   touch('notice');
 }
 function dismiss(note) {
@@ -21561,19 +21566,19 @@ function rowsIn(text) {
 }
 
 const FILTERS = ['identity', 'method', 'direction', 'type', 'text'];
-function matches(filter, row) {
+function matches(wanted, row) {
   for (const name of ['identity', 'method', 'direction', 'type'])
-    if (filter[name] && row[name] !== filter[name]) return false;
-  if (!filter.text) return true;
-  const text = filter.text.toLowerCase(), words = [row.identity, row.method, row.messageId,
+    if (wanted[name] && row[name] !== wanted[name]) return false;
+  if (!wanted.text) return true;
+  const text = wanted.text.toLowerCase(), words = [row.identity, row.method, row.messageId,
     row.errorCode || '', row.errorDescription || ''];
   return contains(words, text) || row.raw.toLowerCase().includes(text);
 }
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
-function openList(filter) {
-  const paused = !!state.list?.paused && same(filter, state.list.filter);
-  state.list = {filter, paused, rows: [], size: 0, held: {rows: [], size: 0}, skipped: 0,
+function openList(wanted) {
+  const paused = !!state.list?.paused && same(wanted, state.list.filter);
+  state.list = {filter: wanted, paused, rows: [], size: 0, held: {rows: [], size: 0}, skipped: 0,
     calls: new Map(), newest: 0, total: 0, asked: 0, older: true, loading: false};
   loadOlder(state.list);
 }
@@ -21624,7 +21629,7 @@ function keep(pile, row) {
   pile.size += row.raw?.length || 0;
   if (pile.rows.length <= ROWS_KEPT && pile.size <= ROW_BYTES_KEPT) return 0;
   const gone = pile.rows.splice(0, Math.ceil(pile.rows.length / 20));
-  pile.size -= sum(gone.map(row => row.raw?.length));
+  pile.size -= sum(gone.map(dropped => dropped.raw?.length));
   return gone.length;
 }
 
@@ -21994,7 +21999,7 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
   };
   const made = node => {
     Object.assign(view, {node, top: 0});
-    watchSize(node, ({height: tall}) => { view.height = tall; touch('scroll'); });
+    watchSize(node, ({height: boxHeight}) => { view.height = boxHeight; touch('scroll'); });
   };
   const spacer = (name, count) => h('tr.spacer', {key: name, 'aria-hidden': 'true'},
     h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
@@ -22025,7 +22030,7 @@ const kind = (show, usual = {}) => (name, field, more = {}) => {
     ...more};
 };
 const figure = (show, width) => kind(show, {num: true, down: true, width});
-const column = {
+const col = {
   text: kind(text => text || DASH), count: figure(digits, '5.6rem'),
   power: figure(power, '6.2rem'), energy: figure(energy, '7rem'),
   amperes: figure(amperes, '5rem'), percent: figure(percent, '4.4rem'),
@@ -22043,14 +22048,14 @@ const column = {
 const STILL_PX = 5;
 let pressedRow = null;
 function press({button: which, ctrlKey, metaKey, shiftKey, target, clientX, clientY}, open) {
-  const link = target.closest('a'), plainly = which === 0 && !ctrlKey && !metaKey && !shiftKey;
-  pressedRow = plainly ? {to: link ? link.hash : '#/' + open, clientX, clientY} : null;
+  const anchor = target.closest('a'), plainly = which === 0 && !ctrlKey && !metaKey && !shiftKey;
+  pressedRow = plainly ? {to: anchor ? anchor.hash : '#/' + open, clientX, clientY} : null;
 }
 function release({clientX, clientY}) {
-  const pressed = pressedRow;
+  const down = pressedRow;
   pressedRow = null;
-  if (pressed && Math.hypot(clientX - pressed.clientX, clientY - pressed.clientY) < STILL_PX)
-    location.hash = pressed.to;
+  if (down && Math.hypot(clientX - down.clientX, clientY - down.clientY) < STILL_PX)
+    location.hash = down.to;
 }
 
 const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
@@ -22177,7 +22182,7 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
     const value = pointAt(line.points, hover ?? till)?.[1];
     return value == null ? DASH : format(value);
   });
-  const point = event => {
+  const hoverAt = event => {
     const at = event.clientX - event.currentTarget.getBoundingClientRect().left - left;
     state.hover = {id, at: from + at / (right - left) * (till - from)};
     touch('hover');
@@ -22188,8 +22193,8 @@ function chart(id, {lines, label, format = digits, height = 170, least = 1, area
       limit != null && h('span', {key: ' limit'}, mark({colour: 'var(--bad)', most: true}),
         'Limit ', h('b', format(limit))),
       hover && h('span', {key: ' at'}, clock(new Date(hover).toISOString()))),
-    h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: point,
-      onpointerdown: point, onpointerleave: leave,
+    h('svg', {height, viewBox: `0 0 ${width} ${height}`, role: 'img', onpointermove: hoverAt,
+      onpointerdown: hoverAt, onpointerleave: leave,
       'aria-label': `${label}. ${lines.map((line, n) => `${line.name} ${said[n]}`).join(', ')}`},
     scaleMarks(marks, y, left, right, format),
     timeMarks(from, till, Math.max(2, Math.floor(width / 130))).map(([at, text], n) =>
@@ -22215,7 +22220,7 @@ function timeMarks(from, till, count) {
 
 function linePath({name, colour, most, steps, points}, x, y, width, shown) {
   let path = '', pen = 'M';
-  for (const [at, value] of thinned(points.filter(([at]) => shown(at)), width)) {
+  for (const [at, value] of thinned(points.filter(([time]) => shown(time)), width)) {
     const [right, up] = [x(at), y(value)].map(size => size.toFixed(1));
     if (value != null) path += steps && pen === 'L' ? `H${right}V${up}` : `${pen}${right} ${up}`;
     pen = value == null ? 'M' : 'L';
@@ -22238,7 +22243,7 @@ function seriesOf(transaction) {
   state.series.set(key, []);
   attempt(async () => {
     const {identity, id} = transaction, later = state.series.get(key);
-    const {series} = await get(path('connections', identity, 'transactions', id));
+    const {series} = await get(apiPath('connections', identity, 'transactions', id));
     extend(series, later);
     state.series.set(key, series);
     bound(state.series, SERIES_KEPT);
@@ -22485,7 +22490,7 @@ function brokenWays(upstream) {
 
 const FULL_PERCENT = 95, LAG_MS = 500;
 function hostTroubles() {
-  const {host = {}, loopLagMs, stateFailingSince: failing} = sample();
+  const {host = {}, loopLagMs, stateFailingSince: failing} = lastSample();
   return [failing && alarm(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
     'The state file cannot be written: a restart would forget what came since ', clock(failing)),
   ...[['disk', host.diskPercent], ['memory', host.memoryPercent]].map(([name, part]) =>
@@ -22518,7 +22523,7 @@ const notHere = identity => act('Not at this site', async () => {
   'Not at this site')) setElsewhere(identity, true);
 });
 const setElsewhere = (identity, elsewhere) => attempt(async () => {
-  await ask('PATCH', path('smart-charge', 'stations', identity), {elsewhere});
+  await ask('PATCH', apiPath('smart-charge', 'stations', identity), {elsewhere});
   await askPower();
 });
 
@@ -22640,7 +22645,7 @@ const evsesOf = station => {
     .filter(evse => evse > 0);
   return known.length ? known : [1];
 };
-const place = station => is16(station) ? 'Connector' : 'EVSE';
+const evseWord = station => is16(station) ? 'Connector' : 'EVSE';
 
 // The connectors as options: "evse.connector".
 function spotsOf(station) {
@@ -22674,10 +22679,10 @@ const pemField = label => areaField(label, {read: pasted => pasted.trim(),
 
 /** @type {Record<string, (station: any) => any>} */
 const FIELDS = {
-  evse: station => ({label: place(station), options: evsesOf(station), read: Number}),
-  target: station => ({label: place(station), options: [WHOLE, ...evsesOf(station)],
+  evse: station => ({label: evseWord(station), options: evsesOf(station), read: Number}),
+  target: station => ({label: evseWord(station), options: [WHOLE, ...evsesOf(station)],
     read: Number}),
-  anyEvse: station => ({label: place(station), options: [['', 'any'], ...evsesOf(station)],
+  anyEvse: station => ({label: evseWord(station), options: [['', 'any'], ...evsesOf(station)],
     read: Number}),
   spot: station => ({label: 'Connector', options: spotsOf(station), read: evseAt}),
   anywhere: station => ({label: 'Connector', read: evseAt,
@@ -22810,7 +22815,7 @@ const FORMS = {
         {evseId: target || undefined, chargingProfilePurpose: purposes}}},
     {title: 'Limits in force', action: 'GetCompositeSchedule',
       fields: ['target', 'duration', 'unit'],
-      payload: ({target, duration, unit}) => ({evseId: target, duration,
+      payload: ({target, duration: seconds, unit}) => ({evseId: target, duration: seconds,
         chargingRateUnit: unit})},
     {title: 'Installed limits', action: 'GetChargingProfiles', fields: ['anyEvse?', 'purposes?'],
       payload: ({anyEvse, purposes}) => ({requestId: requestId(), evseId: anyEvse,
@@ -22993,7 +22998,7 @@ async function command(identity, action, payload, {title = action, protocol = un
   entry.queued = false;
   touch('answers');
   try {
-    const {data, text: raw} = await ask('POST', path('connections', identity, 'call'),
+    const {data, text: raw} = await ask('POST', apiPath('connections', identity, 'call'),
       {action, payload, protocol});
     const {result, responseTime, warning, reports = []} = data;
     Object.assign(entry, {result, responseTime, warning,
@@ -23058,7 +23063,7 @@ function formsFor({protocol}) {
 function commandForm(station) {
   const typed = typedFor(station), groups = Object.entries(formsFor(station));
   const choose = title => { typed.form = title; touch('ui'); };
-  const has = ([, forms]) => forms.some(({title}) => title === typed.form);
+  const has = ([, usuals]) => usuals.some(({title}) => title === typed.form);
   const usual = typed.form !== FREE && (groups.find(has) || groups[0]);
   const [group, forms] = usual || [FREE, []];
   const chosen = forms.find(({title}) => title === typed.form) || forms[0];
@@ -23070,8 +23075,8 @@ function commandForm(station) {
 }
 
 const tabs = (label, names) => h('div.tabs', {role: 'group', 'aria-label': label, key: label},
-  names.map(([name, pressed, onclick]) =>
-    button(name, onclick, {key: name, 'aria-pressed': String(pressed)})));
+  names.map(([name, isPressed, onclick]) =>
+    button(name, onclick, {key: name, 'aria-pressed': String(isPressed)})));
 
 const offline = station => online(station) ? '' : 'The station is offline.';
 const fieldsOf = (names, station) => Object.fromEntries(names.map(word => {
@@ -23137,7 +23142,7 @@ async function beginCommand(protocol, typed, action, commands) {
   typed.action = action;
   touch('ui');
   if (!commands.includes(action) || typed.schema?.action === action) return;
-  const schema = await attempt(() => get(path('commands', protocol, action)));
+  const schema = await attempt(() => get(apiPath('commands', protocol, action)));
   if (!schema || typed.action !== action) return;
   const own = typed.payload && typed.payload !== typed.begun;
   Object.assign(typed, {schema, begun: JSON.stringify(schema.payload, null, 2)});
@@ -23169,14 +23174,14 @@ function filesCard({identity}) {
   const remove = file => async () => {
     const text = 'It is removed for good; a URL that waits for a file holds no more.';
     if (!await confirmed(`Remove ${file.name || 'the URL'}`, text, 'Remove it')) return;
-    await attempt(() => ask('DELETE', path('uploads', file.id)));
+    await attempt(() => ask('DELETE', apiPath('uploads', file.id)));
     askUploads();
   };
   const line = file => h('tr', {key: file.id}, h('td', file.name || DASH),
     h('td', pill(file.status, UPLOAD_TONES[file.status]), file.error && h('p.bad', file.error)),
     h('td.num', bytes(file.size)), h('td.nowrap', clock(file.receivedAt || file.createdAt)),
     h('td', h('span.bar', file.status === 'received' && h('a.btn', {download: true,
-      href: path('uploads', file.id), 'aria-label': `Save ${file.name}`}, 'Save'),
+      href: apiPath('uploads', file.id), 'aria-label': `Save ${file.name}`}, 'Save'),
     button('Remove …', remove(file)))));
   return files.length > 0 && card('Files that it has sent here', {key: 'files'},
     plainTable('Files', ['Name', 'Status', 'Size', 'When', ''], files.map(line)));
@@ -23266,11 +23271,11 @@ function answersOf(identity) {
 }
 
 function answerLine(entry, n) {
-  const {key, title, action, at, shown, responseTime, failed: why, warning, later} = entry;
+  const {key, title, action, at, shown, responseTime, failed: reason, warning, later} = entry;
   return h('li', {key}, h('div.stack.grow.tight',
     h('div.bar', h('b', title), title !== action && h('span.dim', action), clock(at),
       answerPills(entry), responseTime != null && h('span.dim', millis(responseTime))),
-    h('code.dim.small', JSON.stringify(shown)), why && h('p.bad', why), reasonsIn(entry),
+    h('code.dim.small', JSON.stringify(shown)), reason && h('p.bad', reason), reasonsIn(entry),
     warning && h('p.warn', '▲ ', warning), payloadIn(entry, n === 0), later.map(laterLine)));
 }
 
@@ -23287,8 +23292,8 @@ const statusesIn = (result = {}) => [result, ...Object.values(result).flatMap(li
     info: part.attributeStatusInfo ?? part.statusInfo}))
   .filter(({status}) => typeof status === 'string');
 
-function answerPills({failed: why, code, result, queued}) {
-  if (why) return pill(code, 'bad');
+function answerPills({failed: reason, code, result, queued}) {
+  if (reason) return pill(code, 'bad');
   if (!result) return pill(queued ? 'queued …' : 'waiting …', 'info');
   const found = [...new Set(statusesIn(result).map(({status}) => status))];
   return found.length ? found.map(status => pill(status, toneOf(status)))
@@ -23446,15 +23451,15 @@ function valueForm(station, row) {
 // A function for each, made of panels: one is drawn again when one of its topics was touched.
 
 const EVERYTHING = ['all', 'ui', 'scroll'], cache = new Map();
-function panel(id, topics, draw) {
+function panel(id, topics, content) {
   const stale = !cache.has(id) || [...EVERYTHING, ...topics].some(topic => dirty.has(topic));
-  if (stale) cache.set(id, guarded(id, draw));
+  if (stale) cache.set(id, guarded(id, content));
   return cache.get(id);
 }
 // What a station said must not take the page away: a panel that cannot be drawn says so.
-function guarded(id, draw) {
+function guarded(id, content) {
   try {
-    return draw();
+    return content();
   } catch (error) {
     console.error(id, error);
     return card('', {key: id}, empty(`This part cannot be shown: ${error.message}`));
@@ -23517,11 +23522,11 @@ function openAt({by, key, place = key}, record) {
 }
 
 function listGrid(list, records) {
-  const {name, label, key, look = () => ({}), open = record => openAt(list, record)} = list;
+  const {name, label, key, look: lookOf = () => ({}), open = record => openAt(list, record)} = list;
   const columns = typeof list.columns === 'function' ? list.columns(records) : list.columns;
   return grid(name, {tall: true, ...list, label: label || list.title, columns,
     rows: sorted(name, columns, records), row: record => {
-      const {class: looks, ...props} = look(record);
+      const {class: looks, ...props} = lookOf(record);
       return {open: open(record), ...props, class: isOpen(list, record) ? 'picked' : looks};
     }, key, blank: records.length || !list.records().length ? empty(list.blank)
       : empty('Nothing fits.', button('Show all', () => filter(null)))});
@@ -23543,7 +23548,7 @@ const listScreen = (list, ...above) => [heading(list.title), ...above, listSplit
 
 // Overview
 
-const steps = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
+const increases = values => values.map((value, n) => n ? Math.max(0, value - values[n - 1]) : 0);
 
 const SITE_TOPICS = ['telemetry', 'transactions', 'circuits', 'smart-charge'];
 function overviewScreen() {
@@ -23583,15 +23588,15 @@ const tile = (name, where, value, more, {values = null, tone = '', part = null} 
     values && spark(values));
 
 function loadTile() {
-  const load = state.power?.enabled && siteLoad();
-  if (!load) return null;
-  const part = load.amps / load.limitA, tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
-  return tile('Site load', 'power', `${amperes(load.amps)}`,
-    `${percent(part * 100)} of ${amperes(load.limitA)} a phase`, {tone, part});
+  const site = state.power?.enabled && siteLoad();
+  if (!site) return null;
+  const part = site.amps / site.limitA, tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
+  return tile('Site load', 'power', `${amperes(site.amps)}`,
+    `${percent(part * 100)} of ${amperes(site.limitA)} a phase`, {tone, part});
 }
 
 function tiles() {
-  const samples = state.samples.slice(-120), last = sample(), going = running();
+  const samples = state.samples.slice(-120), last = lastSample(), going = running();
   const of = name => samples.map(point => point[name]);
   const {errorRate} = last;
   return h('div.tiles', {key: 'tiles'},
@@ -23607,10 +23612,10 @@ function tiles() {
     tile('Time to answer', 'telemetry', last.avgLatencyMs ? millis(last.avgLatencyMs) : DASH,
       'mean', {values: of('avgLatencyMs')}),
     tile('Error rate', 'events', errorRate == null ? DASH : percent(errorRate * 100, 2),
-      `${digits(last.errorCount)} errors`, {values: steps(of('errorCount')),
+      `${digits(last.errorCount)} errors`, {values: increases(of('errorCount')),
         tone: errorRate > .05 ? 'bad' : ''}),
     tile('Security events', 'security', digits(last.securityEventCount), 'since the start',
-      {values: steps(of('securityEventCount'))}),
+      {values: increases(of('securityEventCount'))}),
     tile('Memory', 'telemetry', bytes(last.memoryUsage?.rss),
       `${percent(last.cpuPercent)} of a core`,
       {values: samples.map(({memoryUsage}) => memoryUsage.rss)}),
@@ -23636,8 +23641,8 @@ function attentionCard() {
         `and ${found.length - ATTENTION_SHOWN} more`)));
 }
 
-const saying = ({more, act}, ...text) => h('div.grow.beside',
-  h('div.grow', text, more && h('p.small', more)), act);
+const saying = ({more, act: remedy}, ...text) => h('div.grow.beside',
+  h('div.grow', text, more && h('p.small', more)), remedy);
 
 // The cars that draw, and those that do not, each with the reason.
 const CHARGING_SHOWN = 50;
@@ -23701,24 +23706,24 @@ function stationPill(station) {
 }
 
 const STATION_COLUMNS = [
-  column.text('Station', 'identity', {width: '12%', wide: true, leads: true,
+  col.text('Station', 'identity', {width: '12%', wide: true, leads: true,
     cell: ({identity}) => h('bdi', {title: plain(identity)}, identity)}),
   {name: 'Station and connectors', slim: true, leads: true, cell: station => [
     h('div.cut', h('bdi', station.identity)), h('div.small', connectorPills(station))]},
   {name: 'Status', width: '6.5rem', sort: station => station.status, down: true,
     cell: stationPill},
   {name: 'Connectors', wide: true, cell: connectorPills},
-  column.text('Protocol', 'protocol', {width: '6.6rem', wide: true}),
-  column.text('Address', 'remoteAddress', {width: '8.5rem', wide: true,
+  col.text('Protocol', 'protocol', {width: '6.6rem', wide: true}),
+  col.text('Address', 'remoteAddress', {width: '8.5rem', wide: true,
     cell: ({remoteAddress}) => h('span', {title: remoteAddress}, remoteAddress)}),
-  column.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, down: false,
+  col.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, down: false,
     cell: station => h('span', {title: 'Security profile'}, digits(station.securityProfile))}),
-  column.count('Messages', 'messageCount', {width: '6.4rem', wide: true}),
-  column.count('Errors', 'errorCount', {width: '5.2rem', wide: true,
+  col.count('Messages', 'messageCount', {width: '6.4rem', wide: true}),
+  col.count('Errors', 'errorCount', {width: '5.2rem', wide: true,
     cell: ({errorCount}) => h('span', {class: errorCount ? 'bad' : 'dim'}, digits(errorCount))}),
-  column.duration('Connected', station => online(station) ? since(station.connectedAt) : null,
+  col.duration('Connected', station => online(station) ? since(station.connectedAt) : null,
     {width: '7.2rem', wide: true}),
-  column.ago('Last seen', station => station.lastMessageAt || station.disconnectedAt,
+  col.ago('Last seen', station => station.lastMessageAt || station.disconnectedAt,
     {wide: true}),
 ];
 const STATIONS = {name: 'stations', title: 'Stations',
@@ -23768,8 +23773,8 @@ function stationScreen() {
 
 function stationHead(station) {
   const {identity} = station, send = (method, ...parts) => () =>
-    attempt(() => ask(method, path('connections', identity, ...parts)));
-  const disconnect = async () => {
+    attempt(() => ask(method, apiPath('connections', identity, ...parts)));
+  const cutOff = async () => {
     const text = 'Its connection is closed; most stations come back at once.';
     if (await confirmed(`Disconnect ${identity}`, text, 'Disconnect')) send('POST', 'disconnect')();
   };
@@ -23782,7 +23787,7 @@ function stationHead(station) {
     pill(station.status, online(station) ? 'good' : 'bad'), h('span.grow'),
     station.registration === 'Pending' && [pill('pending', 'warn'),
       act('Approve', send('POST', 'approve'), {class: 'main-act'})],
-    act('Disconnect …', disconnect, {disabled: !online(station)}),
+    act('Disconnect …', cutOff, {disabled: !online(station)}),
     act('Forget …', forget, {class: 'danger'}));
 }
 
@@ -23837,7 +23842,7 @@ function stationCharts(station) {
     + 'is known: power and current are drawn here while a car charges.'));
   return shown.map(transaction => card([
     h('h2.grow', transaction.status === 'active' ? 'Charging' : 'Last charging',
-      h('span.dim', `, ${place(station).replace('C', 'c')} ${transaction.evse}`)),
+      h('span.dim', `, ${evseWord(station).replace('C', 'c')} ${transaction.evse}`)),
     h('span.cut', link(to('transactions', placeOf(transaction)), `Transaction ${transaction.id}`))],
   {key: 'chart ' + keyOf(transaction)}, h('div.in', meterCharts(transaction))));
 }
@@ -23956,9 +23961,9 @@ function readingsIn(meterValue) {
   const samples = listOf(listOf(meterValue).at(-1)?.sampledValue);
   const said = SHOWN_MEASURANDS.map(({of, show, scale}) => {
     const found = samples.filter(sample => measurandOf(sample) === of);
-    const whole = found.filter(({phase}) => !phase), counted = whole.length ? whole.slice(0, 1)
+    const whole = found.filter(({phase}) => !phase), parts = whole.length ? whole.slice(0, 1)
       : found;
-    const values = counted.map(sample => Number(sample.value) * (scale[unitOf(sample)] ?? 1)
+    const values = parts.map(sample => Number(sample.value) * (scale[unitOf(sample)] ?? 1)
       * 10 ** (sample.unitOfMeasure?.multiplier || 0));
     return values.length && values.every(Number.isFinite) ? show(sum(values)) : null;
   });
@@ -24008,10 +24013,10 @@ const DIGESTS = {
 };
 
 const MESSAGE_COLUMNS = [
-  column.instant('Time', 'timestamp', {width: '8rem', leads: true, sort: null}),
+  col.instant('Time', 'timestamp', {width: '8rem', leads: true, sort: null}),
   {name: 'From', width: '4.6rem', wide: true, cell: row => row.direction === 'IN'
     ? h('span.info', 'station') : h('span.dim', 'board')},
-  column.station('Station', 'identity', {width: '14%', wide: true, spare: true, sort: null}),
+  col.station('Station', 'identity', {width: '14%', wide: true, spare: true, sort: null}),
   {name: 'Action', width: '11.6rem', wide: true, cell: ({method}) =>
     h('b', {title: method}, method || DASH)},
   {name: 'Message', slim: true, cell: row => [
@@ -24160,22 +24165,22 @@ const estimate = transaction => transaction.estimated && h('span.dim', {title: E
 
 const holder = transaction => transaction.idTokenName || transaction.idToken || '';
 const TRANSACTION_COLUMNS = [
-  column.time('Started', 'startedAt', {leads: true}),
-  column.station('Station', 'identity', {wide: true, cell: ({identity, evse}) =>
+  col.time('Started', 'startedAt', {leads: true}),
+  col.station('Station', 'identity', {wide: true, cell: ({identity, evse}) =>
     [stationLink(identity), h('span.dim', ` ${evse}`)]}),
   {name: 'Station and status', slim: true, cell: transaction => [
     h('div.cut', stationLink(transaction.identity), h('span.dim', ` ${transaction.evse}`)),
     h('div.cut.dim.small', `${transaction.status} · ${duration(lasted(transaction))}`)]},
-  column.status('Status', 'status', STATUS_TONES, {wide: true}),
-  column.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
+  col.status('Status', 'status', STATUS_TONES, {wide: true}),
+  col.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
     h('span', {title: transaction.idToken}, holder(transaction) || DASH)}),
-  column.energy('Energy', 'energyWh', {short: '6rem', cell: transaction =>
+  col.energy('Energy', 'energyWh', {short: '6rem', cell: transaction =>
     [estimate(transaction), energy(transaction.energyWh)]}),
-  column.power('Power', ({status, powerW}) => status === 'active' ? powerW : null,
+  col.power('Power', ({status, powerW}) => status === 'active' ? powerW : null,
     {wide: true, spare: true}),
-  column.percent('SoC', 'soc', {wide: true, spare: true}),
-  column.duration('Duration', lasted, {wide: true}),
-  column.text('Reason', 'reason', {width: '10%', wide: true, spare: true}),
+  col.percent('SoC', 'soc', {wide: true, spare: true}),
+  col.duration('Duration', lasted, {wide: true}),
+  col.text('Reason', 'reason', {width: '10%', wide: true, spare: true}),
 ];
 const placeOf = ({identity, id}) => [identity, id];
 const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
@@ -24197,7 +24202,8 @@ function transactionDetail(transaction) {
   const {identity, id, evse, status, idToken, idTokenName, cost, currency} = transaction;
   const goesOn = status === 'active';
   return aside(`Transaction ${id}`, () => go('transactions', null, state.route.query),
-    facts([['Station', stationLink(identity)], [place(state.stations.get(identity)), digits(evse)],
+    facts([['Station', stationLink(identity)],
+      [evseWord(state.stations.get(identity)), digits(evse)],
       ['Status', goesOn ? transaction.chargingState || 'active' : status],
       ['Id token', idTokenName ? `${idTokenName} (${idToken})` : idToken],
       cost !== null && ['Cost', `${cost.toFixed(2)} ${currency}`],
@@ -24238,11 +24244,11 @@ function groupCell(line) {
 }
 const money = value => `${value.toFixed(2)} ${state.report.currency}`;
 const reportColumns = () => [
-  column.text(REPORT_BY[state.report.by], groupOf, {cell: groupCell}),
-  column.count('Transactions', 'sessions', {width: '7.5rem', short: '6rem'}),
-  column.energy('Energy', 'energyWh'),
-  column.duration('Duration', 'seconds', {width: '8rem', wide: true}),
-  ...state.report.cost ? [column.text('Cost', 'cost', {num: true, down: true, width: '8rem',
+  col.text(REPORT_BY[state.report.by], groupOf, {cell: groupCell}),
+  col.count('Transactions', 'sessions', {width: '7.5rem', short: '6rem'}),
+  col.energy('Energy', 'energyWh'),
+  col.duration('Duration', 'seconds', {width: '8rem', wide: true}),
+  ...state.report.cost ? [col.text('Cost', 'cost', {num: true, down: true, width: '8rem',
     wide: true, cell: ({cost}) => money(cost)})] : [],
 ];
 const REPORT = {name: 'report', label: 'Report', topics: ['report'], tall: false,
@@ -24311,15 +24317,15 @@ const TOKEN_TONES = {Accepted: 'good', Blocked: 'bad', Expired: 'warn', Invalid:
 const expired = token => token.expires && ms(token.expires) < now();
 const standing = token => token.status === 'Accepted' && expired(token) ? 'Expired' : token.status;
 const TOKEN_COLUMNS = [
-  column.text('Id token', 'idToken', {width: '26%', leads: true, cell: ({idToken}) =>
+  col.text('Id token', 'idToken', {width: '26%', leads: true, cell: ({idToken}) =>
     h('bdi', idToken)}),
-  column.text('Name', 'name'),
-  column.status('Status', standing, TOKEN_TONES),
-  column.text('Group', 'group', {width: '16%', wide: true, spare: true,
+  col.text('Name', 'name'),
+  col.status('Status', standing, TOKEN_TONES),
+  col.text('Group', 'group', {width: '16%', wide: true, spare: true,
     cell: ({group, master}) => [group || DASH, master && ' (master)']}),
-  column.time('Expires', 'expires', {wide: true, spare: true}),
-  column.ago('Last use', 'lastUsedAt', {num: false, wide: true}),
-  column.station('Where', 'lastUsedBy', {width: '14%', wide: true, spare: true}),
+  col.time('Expires', 'expires', {wide: true, spare: true}),
+  col.ago('Last use', 'lastUsedAt', {num: false, wide: true}),
+  col.station('Where', 'lastUsedBy', {width: '14%', wide: true, spare: true}),
 ];
 const KNOWN_TOKENS = {name: 'tokens', title: 'Id tokens', topics: ['tokens', 'tick'],
   detailTopics: ['tokens', 'ui'], tall: false,
@@ -24354,13 +24360,13 @@ function shownTokens() {
 }
 
 function tokenTools() {
-  const take = async ({target}) => {
+  const importFile = async ({target}) => {
     const [file] = target.files;
     if (file) await attempt(async () => importTokens(await file.text()));
     target.value = '';
   };
   return [mayChange() && h('label.btn', {key: 'import'}, 'Import CSV', h('input.unseen', {
-    type: 'file', accept: '.csv,text/csv', onchange: take})),
+    type: 'file', accept: '.csv,text/csv', onchange: importFile})),
   h('a.btn', {key: 'export', download: true, href: 'api/id-tokens?format=csv'}, 'Export CSV')];
 }
 
@@ -24428,7 +24434,7 @@ function tokenDetail(id) {
 
 async function changeToken({idToken}, method, body, said) {
   await attempt(async () => {
-    await ask(method, path('id-tokens', idToken), body);
+    await ask(method, apiPath('id-tokens', idToken), body);
     state.ui['token ' + idToken] = {};
     notice(said);
     await askTokens();
@@ -24461,19 +24467,20 @@ function listsCard() {
       state.ui.sendingList = identity;
       touch('ui');
       await attempt(async () => {
-        const {data} = await ask('POST', path('connections', identity, 'local-list'));
+        const {data} = await ask('POST', apiPath('connections', identity, 'local-list'));
         notice(`${plain(identity)} has ${plural(data.entries, 'id token')}`);
       });
     }
     state.ui.sendingList = '';
     await askTokens();
   };
-  const line = ({identity, online, version, entries, sentAt, current}) => h('tr', {key: identity},
+  const line = ({identity, online: isThere, version, entries, sentAt, current}) => h('tr',
+    {key: identity},
     h('td', stationLink(identity)), h('td', version == null ? pill('not sent')
       : current ? pill('up to date', 'good') : pill('outdated', 'warn')),
     h('td.num', digits(entries)), h('td.num', version ?? DASH), h('td.nowrap', ago(sentAt)),
     h('td', act(state.ui.sendingList === identity ? 'Sending …' : 'Send',
-      () => send([identity]), {disabled: !online || !!state.ui.sendingList})));
+      () => send([identity]), {disabled: !isThere || !!state.ui.sendingList})));
   return card([h('h2.grow', 'Local lists'),
     h('span.dim.small.wide', 'who may charge while the board is away'),
     late.length > 1 && act(`Send to ${digits(late.length)}`, () =>
@@ -24501,10 +24508,10 @@ function powerScreen() {
 
 async function askPower() {
   try {
-    const [power, circuits] = await Promise.all(['config', 'circuits'].map(name =>
+    const [config, circuits] = await Promise.all(['config', 'circuits'].map(name =>
       get('api/smart-charge/' + name)));
-    Object.assign(state, {power, circuits});
-    if (state.about?.smartCharging) state.about.smartCharging.limitKw = power.limitKw;
+    Object.assign(state, {power: config, circuits});
+    if (state.about?.smartCharging) state.about.smartCharging.limitKw = config.limitKw;
     touch('circuits');
   } catch (error) {                                // the stream tells that the board is away
     if (!(error instanceof Failure)) throw error;
@@ -24546,17 +24553,17 @@ function powerPoints(transaction) {
 }
 
 function circuitsCard() {
-  const {power, circuits} = state;
-  if (!power?.enabled) return null;
+  const {power: config, circuits} = state;
+  if (!config?.enabled) return null;
   const depth = {}, rows = [];
   const under = name => circuits.filter(({parent}) => parent === name);
-  const place = (circuit, deep) => {
+  const add = (circuit, deep) => {
     depth[circuit.name] = deep;
     rows.push(circuit);
-    for (const child of under(circuit.name)) place(child, deep + 1);
+    for (const child of under(circuit.name)) add(child, deep + 1);
   };
-  for (const circuit of under(null)) place(circuit, 0);
-  const {meter, windowFactor, strategy} = power;
+  for (const circuit of under(null)) add(circuit, 0);
+  const {meter, windowFactor, strategy} = config;
   return card([h('h2.grow', 'Circuits'),
     windowFactor < 1 && pill(`window: ${percent(windowFactor * 100)} of the limit`, 'info'),
     meter && pill(`site meter ${meter.status}`, meter.status === 'ok' ? 'good' : 'bad'),
@@ -24565,7 +24572,7 @@ function circuitsCard() {
     h('span', {key: name}, h('i.dot', {class: name, 'aria-hidden': 'true'}), text))),
   rows.map(circuit => circuitView(circuit, depth[circuit.name])), meter && meterView(meter),
   looseView(),
-  mayChange() && limitForm(power)));
+  mayChange() && limitForm(config)));
 }
 
 const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
@@ -24612,25 +24619,25 @@ function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase
 }
 
 const STRATEGIES = ['equal_share', 'priority', 'time_of_use', 'first_come', 'solar'];
-function limitFields(power) {
-  const given = (name, label, more) => ({label, value: power[name], ...more,
-    hint: power.setOnBoard.includes(name) ? ' · set on the board' : ''});
+function limitFields(config) {
+  const given = (name, label, more) => ({label, value: config[name], ...more,
+    hint: config.setOnBoard.includes(name) ? ' · set on the board' : ''});
   const positive = {type: 'number', min: .1, step: 'any'};
   return {
     limitA: given('limitA', 'Limit, A a phase', {...positive, min: 1, instead: 'limitKw'}),
     limitKw: given('limitKw', 'or limit, kW', {...positive, instead: 'limitA'}),
     marginPercent: given('marginPercent', 'Margin, %', {...positive, min: 0, max: 50}),
     strategy: given('strategy', 'Strategy', {options: STRATEGIES
-      .filter(strategy => strategy !== 'solar' || power.meter)
+      .filter(strategy => strategy !== 'solar' || config.meter)
       .map(strategy => [strategy, strategy.replaceAll('_', ' ')])}),
   };
 }
 
-function limitForm(power) {
+function limitForm(config) {
   const typed = remembered('limits', {});
   const forget = () => { state.ui.limits = {}; touch('ui'); };
   const send = async changes => {
-    const text = Object.entries(changes).map(([name, to]) => `${name}: ${power[name]} ⇒ ${to}`);
+    const text = Object.entries(changes).map(([name, wanted]) => `${name}: ${config[name]} ⇒ ${wanted}`);
     if (!await confirmed('Change what the site shares?', text.join(', ')
       + '. It holds until the configured value changes.', 'Change it')) return;
     await attempt(async () => {
@@ -24640,7 +24647,7 @@ function limitForm(power) {
       askPower();
     });
   };
-  return form({key: 'limits', typed, fields: limitFields(power), submit: 'Change', ofChanges: true,
+  return form({key: 'limits', typed, fields: limitFields(config), submit: 'Change', ofChanges: true,
     send, beside: Object.keys(typed).length > 0 && button('Leave it', forget)});
 }
 
@@ -24677,7 +24684,7 @@ function carChart(id, session) {
 }
 
 const changeSession = (sessionId, changes) => attempt(async () => {
-  const {data} = await ask('PATCH', path('smart-charge', sessionId), changes);
+  const {data} = await ask('PATCH', apiPath('smart-charge', sessionId), changes);
   state.charges.set(sessionId, data);
   const typed = remembered('charge ' + sessionId, {});
   for (const [name, sent] of Object.entries(changes))        // what was typed since stays
@@ -24696,7 +24703,7 @@ const sessionFields = ({priority, minA, maxA, phasesSet}) => ({
 });
 function chargeDetail({sessionId}) {
   const session = state.charges.get(sessionId), {maxA, status} = session;
-  const set = changes => changeSession(sessionId, changes);
+  const change = changes => changeSession(sessionId, changes);
   return aside(`Session ${sessionId}`, () => go('power'),
     h('p', chargePill(session), ' ', coded(session.reason)),
     facts([['Station', stationLink(session.identity)], ['EVSE', digits(session.evse)],
@@ -24706,9 +24713,9 @@ function chargeDetail({sessionId}) {
       session.endedAt && ['Ended', clock(session.endedAt)]]),
     status !== 'ended' && transactionOf(session) && carChart('session', session),
     status !== 'ended' && mayChange() && form({key: 'session', submit: 'Change', ofChanges: true,
-      typed: remembered('charge ' + sessionId, {}), fields: sessionFields(session), send: set,
-      beside: maxA === 0 ? button('Go on', () => set({maxA: null}))
-        : button('Pause', () => set({maxA: 0}))}),
+      typed: remembered('charge ' + sessionId, {}), fields: sessionFields(session), send: change,
+      beside: maxA === 0 ? button('Go on', () => change({maxA: null}))
+        : button('Pause', () => change({maxA: 0}))}),
     link(to('transactions', [session.identity, session.transactionId]),
       'Its transaction'));
 }
@@ -24716,14 +24723,14 @@ function chargeDetail({sessionId}) {
 const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''};
 const CHARGES_SHOWN = 50;                          // unless all are wanted: that takes its time
 function chargesCard() {
-  const going = charges().sort(byStation), on = state.about?.smartCharging;
-  if (!state.charges.size) return card('Smart charging', {key: 'charges'}, empty(on
+  const going = charges().sort(byStation), isOn = state.about?.smartCharging;
+  if (!state.charges.size) return card('Smart charging', {key: 'charges'}, empty(isOn
     ? 'It is on, and no car charges.'
     : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
       + 'set by hand, among the commands of each station.'));
   const kilowatts = sum(going.map(session => session.allocatedKw)), {allCharges} = state.ui;
   const rows = sorted('charges', CHARGE_COLUMNS, going);
-  return card([h('h2.grow', 'Smart charging'), !on && pill('switched off', 'warn'),
+  return card([h('h2.grow', 'Smart charging'), !isOn && pill('switched off', 'warn'),
     going.length > CHARGES_SHOWN && button(`All ${going.length}`, () => {
       state.ui.allCharges = !allCharges;
       touch('ui');
@@ -24761,17 +24768,17 @@ const CHARGE_COLUMNS = [
   {name: 'Why, and which', slim: true, cell: session => [h('p', coded(session.reason || DASH)),
     h('div.bar.small', h('span', chargeName(session)), chargePill(session),
       chargeAllowed(session))]},
-  column.station('Station', 'identity', {width: '10rem', wide: true, cell: chargeName}),
-  column.status('Status', 'status', CHARGE_TONES, {width: '9.3rem', wide: true}),
-  column.power('Allowed', 'allocatedKw', {width: '8.5rem', wide: true, cell: chargeAllowed}),
-  column.amperes('Drawn', 'measuredA', {wide: true, spare: true}),
+  col.station('Station', 'identity', {width: '10rem', wide: true, cell: chargeName}),
+  col.status('Status', 'status', CHARGE_TONES, {width: '9.3rem', wide: true}),
+  col.power('Allowed', 'allocatedKw', {width: '8.5rem', wide: true, cell: chargeAllowed}),
+  col.amperes('Drawn', 'measuredA', {wide: true, spare: true}),
   {name: 'Why', wide: true, cell: session => coded(session.reason || DASH)},
-  column.time('Since', 'startedAt', {num: true, width: '6.5rem', wide: true, spare: true}),
+  col.time('Since', 'startedAt', {num: true, width: '6.5rem', wide: true, spare: true}),
 ];
 const ENDED_COLUMNS = [
-  column.station('Station', 'identity', {cell: chargeName}),
-  column.time('Began', 'startedAt', {num: true, width: '9rem', wide: true}),
-  column.time('Ended', 'endedAt', {num: true, width: '9rem', short: '9rem'}),
+  col.station('Station', 'identity', {cell: chargeName}),
+  col.time('Began', 'startedAt', {num: true, width: '9rem', wide: true}),
+  col.time('Ended', 'endedAt', {num: true, width: '9rem', short: '9rem'}),
 ];
 
 // Relay
@@ -24781,23 +24788,23 @@ const RELAY_WAYS = {UP: 'to the upstream', DOWN: 'to the station'};
 const relayed = ({method, toMethod}) =>
   toMethod && toMethod !== method ? `${method} ⇒ ${toMethod}` : method;
 
-const versions = (from, to) => [...new Set([from, to])].join(' ⇒ ').replaceAll('ocpp', '');
+const versions = (from, last) => [...new Set([from, last])].join(' ⇒ ').replaceAll('ocpp', '');
 
 const errorIn = ({error}) => error && h('span.bad', {title: error}, error);
 const relayPill = ({type}) => pill(type, RELAY_TONES[type] ?? 'bad');
 const RELAY_COLUMNS = [
-  column.instant('Time', 'timestamp', {leads: true}),
-  column.station('Station', 'identity', {width: '18%', wide: true}),
+  col.instant('Time', 'timestamp', {leads: true}),
+  col.station('Station', 'identity', {width: '18%', wide: true}),
   {name: 'Action and station', slim: true, cell: event => [
     h('div.cut', h('b', relayed(event))),
     h('div.cut.dim.small', stationLink(event.identity), ' ', relayPill(event), ' ',
       errorIn(event) || versions(event.fromProtocol, event.toProtocol))]},
   {name: 'What', width: '7rem', wide: true, sort: ({type}) => type, cell: relayPill},
-  column.text('Action', relayed, {wide: true, cell: event =>
+  col.text('Action', relayed, {wide: true, cell: event =>
     [h('b', {title: relayed(event)}, relayed(event)), ' ', errorIn(event)]}),
-  column.text('Versions', ({fromProtocol, toProtocol}) => versions(fromProtocol, toProtocol),
+  col.text('Versions', ({fromProtocol, toProtocol}) => versions(fromProtocol, toProtocol),
     {width: '7.5rem', wide: true, spare: true}),
-  column.millis('Took', 'latencyMs', {wide: true, spare: true}),
+  col.millis('Took', 'latencyMs', {wide: true, spare: true}),
 ];
 const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
   records: () => state.proxied, key: ({id}) => id, columns: RELAY_COLUMNS,
@@ -24831,24 +24838,24 @@ const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'w
   backoff: 'bad'};
 // A column of errors is there when there is an error: an empty one would cut the others.
 const sessionColumns = sessions => [
-  column.station('Station', 'identity', {width: '15%', wide: true, leads: true}),
+  col.station('Station', 'identity', {width: '15%', wide: true, leads: true}),
   {name: 'Station and error', slim: true, leads: true, cell: session => [
     h('div.cut', stationLink(session.identity)),
     h('div.cut.dim.small', lastErrorOf(session) || versions(session.stationProtocol,
       session.protocol))]},
-  column.status('Upstream', 'status', SESSION_TONES, {width: '6.5rem'}),
-  column.text('Versions', ({stationProtocol, protocol}) => versions(stationProtocol, protocol),
+  col.status('Upstream', 'status', SESSION_TONES, {width: '6.5rem'}),
+  col.text('Versions', ({stationProtocol, protocol}) => versions(stationProtocol, protocol),
     {wide: true, width: '7.5rem'}),
-  column.time('Since', 'upSince', {num: true, width: '7rem', wide: true}),
-  column.millis('Lag', 'lagMs', {wide: true}),
-  column.count('Waiting', 'waiting', {short: '5rem', cell: ({waiting: count, waitingSeconds}) =>
+  col.time('Since', 'upSince', {num: true, width: '7rem', wide: true}),
+  col.millis('Lag', 'lagMs', {wide: true}),
+  col.count('Waiting', 'waiting', {short: '5rem', cell: ({waiting: count, waitingSeconds}) =>
     h('span', {class: count ? 'warn' : '',
       title: count > 0 && `the oldest for ${digits(waitingSeconds)} s`}, digits(count))}),
-  column.count('Delivered', 'delivered', {wide: true, width: '6rem'}),
-  column.count('Refused', 'refused', {wide: true}),
-  column.count('Lost', 'lost', {wide: true, cell: ({lost: count}) =>
+  col.count('Delivered', 'delivered', {wide: true, width: '6rem'}),
+  col.count('Refused', 'refused', {wide: true}),
+  col.count('Lost', 'lost', {wide: true, cell: ({lost: count}) =>
     h('span', {class: count ? 'bad' : ''}, digits(count))}),
-  ...sessions.some(lastErrorOf) ? [column.text('Last error', lastErrorOf, {wide: true,
+  ...sessions.some(lastErrorOf) ? [col.text('Last error', lastErrorOf, {wide: true,
     cell: session => h('span.bad', {title: lastErrorOf(session)}, lastErrorOf(session))})] : [],
 ];
 const lastErrorOf = ({status, lastError}) => status === 'idle' ? '' : lastError || '';
@@ -24902,7 +24909,7 @@ function telemetryScreen() {
     const from = range ? now() - range * 60000 : 0;
     const samples = state.samples.filter(point => ms(point.timestamp) >= from);
     return h('div.stack', {key: 'telemetry'},
-      card('', {}, h('div.in.top', facts(telemetryFacts(sample())))), samples.length < 2
+      card('', {}, h('div.in.top', facts(telemetryFacts(lastSample())))), samples.length < 2
         ? card('', {}, empty('The first samples are on their way.'))
         : card('', {}, h('div.in.top.cols', telemetryCharts(samples))));
   })];
@@ -24924,7 +24931,7 @@ function telemetryCharts(samples) {
           value(point)])});
   const part = (title, props, ...lines) => h('div', {key: title}, h('h3', title),
     chart(title, {label: title, height: 150, ...props, lines}));
-  const errors = steps(samples.map(point => point.errorCount));
+  const errors = increases(samples.map(point => point.errorCount));
   return [
     part('Messages per second', {format: value => digits(value, 1)},
       line('Messages', point => point.messagesPerSecond)),
@@ -24967,12 +24974,12 @@ const SEVERITIES = ['low', 'medium', 'high', 'critical'];
 const SEVERITY_TONES = {low: '', medium: 'warn'};
 const kindOf = event => event.category || event.type;
 const EVENT_COLUMNS = [
-  column.time('Time', 'timestamp', {width: '9rem', leads: true}),
-  column.status('Severity', 'severity', SEVERITY_TONES, {width: '6rem', wide: true,
+  col.time('Time', 'timestamp', {width: '9rem', leads: true}),
+  col.status('Severity', 'severity', SEVERITY_TONES, {width: '6rem', wide: true,
     sort: ({severity}) => SEVERITIES.indexOf(severity), down: true}),
-  column.text('Kind', event => eventName(kindOf(event)), {width: '16rem', wide: true,
+  col.text('Kind', event => eventName(kindOf(event)), {width: '16rem', wide: true,
     cell: event => h('span', {title: kindOf(event)}, eventName(kindOf(event)))}),
-  column.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details}) =>
+  col.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details}) =>
     identity && identity !== 'UNKNOWN' ? stationLink(identity)
       : h('span.dim', details.ip || DASH)}),
   {name: 'What happened', cell: event => [
@@ -25022,7 +25029,7 @@ async function letIn(knock) {
   const text = 'The password and the security profile that commands gave it are forgotten: what '
     + 'the configuration says counts again.';
   if (await confirmed(`Let in ${identity}`, text, 'Let in'))
-    await attempt(() => ask('POST', path('connections', identity, 'credentials', 'reset')));
+    await attempt(() => ask('POST', apiPath('connections', identity, 'credentials', 'reset')));
 }
 function knockingCard() {
   const line = (knock, n) => h('tr', {key: n}, h('td.nowrap', knock.ip),
@@ -25076,8 +25083,8 @@ function apiCard() {
   const line = at => ([method, {summary}]) => h('tr', {key: method + at},
     h('td', h('code', `${method.toUpperCase()} ${at}`)), h('td', summary));
   return card([h('h2.grow', 'API'), h('a', {href: 'api/openapi.json'}, 'OpenAPI')], {key: 'api'},
-    state.api ? plainTable('API', [], Object.entries(state.api.paths).flatMap(([at, methods]) =>
-      Object.entries(methods).map(line(at)))) : empty('Loading …'));
+    state.api ? plainTable('API', [], Object.entries(state.api.paths).flatMap(([at, operations]) =>
+      Object.entries(operations).map(line(at)))) : empty('Loading …'));
 }
 
 function loginScreen() {
@@ -25134,9 +25141,9 @@ const go = (screen, id, fields) => { location.hash = '#/' + to(screen, id, field
 
 // Change filters of the screen; the address follows, without a step back for each letter.
 function filter(changes) {
-  const {place, query: before} = state.route;
+  const {place: at, query: before} = state.route;
   const fields = query(changes ? {...before, ...changes} : {});
-  history.replaceState(null, '', `#/${place}${fields ? '?' + fields : ''}`);
+  history.replaceState(null, '', `#/${at}${fields ? '?' + fields : ''}`);
   arrive();
 }
 
@@ -25195,8 +25202,8 @@ function enter() {
 
 // Where it is not beside the list it stands above it, out of sight of who has scrolled down.
 function showAside() {
-  const aside = document.querySelector('.aside');
-  if (aside?.getBoundingClientRect().top < 0) aside.scrollIntoView();
+  const opened = document.querySelector('.aside');
+  if (opened?.getBoundingClientRect().top < 0) opened.scrollIntoView();
 }
 
 // Open the list of messages that the screen shows; while one types, it waits a moment.
@@ -25206,12 +25213,12 @@ function follows({screen, id, ofStation: atStation, query: wanted}) {
   clearTimeout(opening);
   if (screen !== 'messages' && !atStation) { state.list = null; return; }
   const given = atStation ? {...wanted, identity: id} : wanted;
-  const filter = Object.fromEntries(Object.entries(given)
+  const fields = Object.fromEntries(Object.entries(given)
     .filter(([name, value]) => value && FILTERS.includes(name)));
-  if (state.list && same(state.list.filter, filter)) return;
-  const typing = state.list && state.list.filter.text !== filter.text;
-  if (typing) opening = setTimeout(() => { openList(filter); touch('all'); }, TYPING_MS);
-  else openList(filter);
+  if (state.list && same(state.list.filter, fields)) return;
+  const isTyping = state.list && state.list.filter.text !== fields.text;
+  if (isTyping) opening = setTimeout(() => { openList(fields); touch('all'); }, TYPING_MS);
+  else openList(fields);
 }
 
 // Find the message that is to be open: on the list, else on the board; and its partner.
@@ -25234,7 +25241,7 @@ async function showMessage(id, before) {
 
 // A message as the board has it, with its partner.
 async function messageOf(id) {
-  const {data, text} = await ask('GET', path('messages', id)), row = rowOf(data, text);
+  const {data, text} = await ask('GET', apiPath('messages', id)), row = rowOf(data, text);
   const {identity, messageId} = row;
   const both = await ask('GET', 'api/messages?' + query({identity, messageId}));
   const others = rowsIn(both.text).filter(other => other.direction !== row.direction
@@ -25259,12 +25266,12 @@ let frameAsked = 0, timer = 0, drawnAt = 0;
 function touch(topic) {
   dirty.add(topic);
   if (document.hidden || frameAsked) return;
-  const pause = AT_ONCE.has(topic) ? 0 : drawnAt + PAUSE_MS - performance.now();
-  if (timer && pause > 0) return;
+  const pauseMs = AT_ONCE.has(topic) ? 0 : drawnAt + PAUSE_MS - performance.now();
+  if (timer && pauseMs > 0) return;
   clearTimeout(timer);
   timer = 0;
   const soon = () => { timer = 0; frameAsked = requestAnimationFrame(draw); };
-  if (pause > 0) timer = setTimeout(soon, pause); else soon();
+  if (pauseMs > 0) timer = setTimeout(soon, pauseMs); else soon();
 }
 
 function draw() {
@@ -25307,7 +25314,7 @@ function screenList() {
   const stroke = {fill: 'none', stroke: 'currentColor', 'stroke-width': 2,
     'stroke-linejoin': 'round', 'stroke-linecap': 'round'};
   return panel('navigation', ['telemetry', 'transactions'], () => {
-    const counts = {stations: sample().connectionCount, transactions: running().length};
+    const counts = {stations: lastSample().connectionCount, transactions: running().length};
     return h('nav.nav', {'aria-label': 'Screens'}, Object.entries(SCREENS).map(
       ([name, [text, , key, picture]]) => h('a', {key: name, href: '#/' + name, title: `g ${key}`,
         'aria-current': state.route.screen === name && 'page'},
@@ -25370,7 +25377,7 @@ const ofMessages = work => () => {
 };
 const KEY_ACTS = new Map(Object.entries({
   Escape: () => closeOpen(), '?': () => go('help'), p: ofMessages(() => pause(state.list)),
-  j: ofMessages(() => step(-1)), k: ofMessages(() => step(1)),
+  j: ofMessages(() => stepTo(-1)), k: ofMessages(() => stepTo(1)),
   '/'(event) {
     const search = document.querySelector('[data-search]');
     event.preventDefault();
@@ -25387,7 +25394,7 @@ function closeOpen() {
 }
 
 // Open the message below (older) or above (newer) the one that is open, and bring it into sight.
-function step(by) {
+function stepTo(by) {
   const {list, route} = state, open = route.message?.number, {fold} = state.ui;
   const rows = list.rows.filter(row => row.number && !(fold && row.call));
   const at = by + (open ? rows.findIndex(row => row.number === open) : rows.length);
@@ -25395,10 +25402,10 @@ function step(by) {
   if (!next) return;
   if (route.screen === 'messages') go('messages', next.id, route.query);
   else filter({message: next.id});
-  const view = Object.values(state.ui).find(view => view?.node?.ariaLabel === 'Messages'
+  const table = Object.values(state.ui).find(view => view?.node?.ariaLabel === 'Messages'
     && view.node.isConnected), top = (rows.length - 1 - at) * rowHeight();
-  if (view && (top < view.top || top > view.top + view.height - 3 * rowHeight()))
-    view.node.scrollTop = top - view.height / 3;
+  if (table && (top < table.top || top > table.top + table.height - 3 * rowHeight()))
+    table.node.scrollTop = top - table.height / 3;
 }
 
 // --- Logging in, and the start --------------------------------------------------------------
@@ -25452,11 +25459,11 @@ function begin() {
 }
 
 // The token of the link that the board printed, which then leaves the address.
-let token = '';
+let linkToken = '';
 function takeToken() {
   const found = new URLSearchParams(location.hash.slice(1)).get('token');
   if (found) history.replaceState(null, '', location.pathname);
-  token = found || token;
+  linkToken = found || linkToken;
   return !!found;
 }
 
@@ -25464,8 +25471,8 @@ async function start() {
   const signed = await signIn();
   if (signed === null) setTimeout(start, AGAIN_MS);
   else if (signed) begin();
-  else if (token && state.mode === 'token') await logIn({token});
-  token = signed === null ? token : '';
+  else if (linkToken && state.mode === 'token') await logIn({token: linkToken});
+  linkToken = signed === null ? linkToken : '';
   touch('all');
 }
 
