@@ -23589,9 +23589,9 @@ const tile = (name, where, value, more, {values = null, tone = '', part = null} 
 
 function loadTile() {
   const site = state.power?.enabled && siteLoad();
-  if (!site) return null;
+  if (!site) return tile('Site load', 'power', DASH, 'no limit is set');
   const part = site.amps / site.limitA, tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
-  return tile('Site load', 'power', `${amperes(site.amps)}`,
+  return tile('Site load', 'power', amperes(site.amps),
     `${percent(part * 100)} of ${amperes(site.limitA)} a phase`, {tone, part});
 }
 
@@ -23604,7 +23604,7 @@ function tiles() {
       `${digits(going.map(flow).filter(Boolean).length)} of ${plural(going.length, 'car')}`,
       {values: of('powerW')}),
     loadTile(),
-    tile('Energy today', 'report', energy(energyToday()), 'ended today, or running'),
+    tile('Energy today', 'report', energy(energyToday()), 'ended, or running'),
     tile('Stations online', 'stations', digits(last.connectionCount),
       `of ${digits(state.stations.size)} known`, {values: of('connectionCount')}),
     tile('Messages', 'messages', digits(last.messagesPerSecond, 1), 'per second',
@@ -24261,7 +24261,7 @@ const REPORT = {name: 'report', label: 'Report', topics: ['report'], tall: false
 };
 const reportSum = ({sessions, energyWh, cost, fromFile}) => [
   plural(sessions, 'transaction'), energy(energyWh), cost > 0 && money(cost),
-  !fromFile && 'those in memory alone: the state file was not read']
+  !fromFile && 'of those in memory alone']
   .filter(Boolean).join(', ');
 
 function reportBar() {
@@ -24269,7 +24269,8 @@ function reportBar() {
     value: state.route.query[name] || '',
     onchange: event => filter({[name]: event.target.value})}));
   return h('div.bar.filters', choice('by', 'A line for each',
-    Object.entries(REPORT_BY).map(([by, name]) => [by, `By ${name.toLowerCase()}`])),
+    Object.entries(REPORT_BY).map(([by, name]) =>
+      [by === 'month' ? '' : by, `By ${name.toLowerCase()}`])),
   day('from', 'From'), day('to', 'to'));
 }
 
