@@ -23555,10 +23555,11 @@ function overviewScreen() {
   const address = panel('address', [], () =>
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
   const numbers = panel('tiles', SITE_TOPICS, tiles);
-  const news = h('div.cols', {key: 'news'},
+  const of = ['transactions', 'connections', 'smart-charge', 'tick'];
+  const news = h('div.cols', {key: 'news'}, h('div.stack',
     panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
-      'upstreams', 'circuits', 'tick'], attentionCard),
-    panel('charging', ['transactions', 'connections', 'smart-charge', 'tick'], chargingCards));
+      'upstreams', 'circuits', 'tick'], attentionCard), panel('waiting', of, waitingCard)),
+  panel('charging', of, chargingCard));
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
@@ -23646,17 +23647,18 @@ const saying = ({more, act: remedy}, ...text) => h('div.grow.beside',
 
 // The cars that draw, and those that do not, each with the reason.
 const CHARGING_SHOWN = 50;
-function chargingCards() {
-  const going = running().sort((a, b) => flow(b) - flow(a));
-  const draws = transaction => flow(transaction) > 0;
-  const drawing = going.filter(draws), waits = going.filter(transaction => !draws(transaction));
-  return h('div.stack', {key: 'charging'},
-    card([h('h2.grow', 'Charging now'), h('b', power(sum(drawing.map(flow))))], {},
-      drawing.length ? chargingList('Charging now', drawing) : empty(state.stations.size
-        ? 'No car is charging.'
-        : [h('p', h('b', 'No station has connected yet.')), howToConnect()])),
-    waits.length > 0 && card([h('h2.grow', 'Waiting'), h('b', plural(waits.length, 'car'))], {},
-      chargingList('Waiting', waits)));
+function chargingCard() {
+  const drawing = running().filter(transaction => flow(transaction) > 0)
+    .sort((a, b) => flow(b) - flow(a));
+  return card([h('h2.grow', 'Charging now'), h('b', power(sum(drawing.map(flow))))],
+    {key: 'charging'}, drawing.length ? chargingList('Charging now', drawing)
+      : empty(state.stations.size ? 'No car is charging.'
+        : [h('p', h('b', 'No station has connected yet.')), howToConnect()]));
+}
+function waitingCard() {
+  const idle = running().filter(transaction => !(flow(transaction) > 0));
+  return idle.length > 0 && card([h('h2.grow', 'Waiting'),
+    h('b', plural(idle.length, 'car'))], {key: 'waiting'}, chargingList('Waiting', idle));
 }
 
 const chargingList = (label, transactions) => h('ul.list.scrolls',
@@ -23922,7 +23924,8 @@ function digestOf({method, type, raw}) {
   const payload = raw.length < DIGESTED && objectIn(raw).payload;
   const words = payload && (asks({type}) && DIGESTS[method] || fieldsIn)(payload);
   return words && [words].flat(9)
-    .filter(word => word != null && word !== '' && typeof word !== 'object').join(' · ');
+    .filter(word => word != null && word !== '' && !['object', 'boolean'].includes(typeof word))
+    .join(' · ');
 }
 
 const DIGEST_DEPTH = 12;
@@ -23997,9 +24000,9 @@ const DIGESTS = {
   StartTransaction: payload => [tokenIn(payload), placeIn(payload), register(payload.meterStart)],
   StopTransaction: payload => [payload.reason, tokenIn(payload), register(payload.meterStop)],
   MeterValues: payload => [readingsIn(payload.meterValue), placeIn(payload)],
-  TransactionEvent: event => [event.eventType, event.transactionInfo?.chargingState,
+  TransactionEvent: event => [event.eventType !== 'Updated' && event.eventType,
     event.transactionInfo?.stoppedReason, tokenIn(event), readingsIn(event.meterValue),
-    placeIn(event), event.triggerReason],
+    event.transactionInfo?.chargingState, placeIn(event), event.triggerReason],
   SetChargingProfile: profileIn,
   TriggerMessage: payload => [payload.requestedMessage, placeIn(payload)],
   ChangeAvailability: payload => [payload.type ?? payload.operationalStatus,

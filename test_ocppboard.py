@@ -19189,7 +19189,10 @@ DIGESTS = [
                           "meterValue": [{"sampledValue": [
                               {"value": 11, "measurand": POWER, "unitOfMeasure": {
                                   "unit": "W", "multiplier": 3}}]}]},
-     "Updated · Charging · 11 kW · EVSE 1 · MeterValuePeriodic"),
+     "11 kW · Charging · EVSE 1 · MeterValuePeriodic"),
+    ("TransactionEvent", {"eventType": "Ended", "transactionInfo": {
+        "transactionId": "T", "stoppedReason": "EVDisconnected"}, "triggerReason": "EVDeparted"},
+     "Ended · EVDisconnected · EVDeparted"),
     ("SetChargingProfile", {"connectorId": 1, "csChargingProfiles": {
         "chargingProfilePurpose": "TxProfile", "chargingSchedule": {
             "chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 13}]}}},
