@@ -24641,7 +24641,8 @@ function limitForm(config) {
   const typed = remembered('limits', {});
   const forget = () => { state.ui.limits = {}; touch('ui'); };
   const send = async changes => {
-    const text = Object.entries(changes).map(([name, wanted]) => `${name}: ${config[name]} ⇒ ${wanted}`);
+    const text = Object.entries(changes).map(([name, wanted]) =>
+      `${name}: ${config[name]} ⇒ ${wanted}`);
     if (!await confirmed('Change what the site shares?', text.join(', ')
       + '. It holds until the configured value changes.', 'Change it')) return;
     await attempt(async () => {
