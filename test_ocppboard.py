@@ -1696,8 +1696,8 @@ def test_a_signed_certificate_has_subject_and_key_of_the_request_and_nothing_els
 
 
 def test_a_request_that_is_not_signed_with_its_own_key_is_refused(pki):
-    one, other = (pki.request()[0] for _ in range(2))
-    data, theirs = (base64.b64decode("".join(pem.splitlines()[1:-1])) for pem in (one, other))
+    own, other = (pki.request()[0] for _ in range(2))
+    data, theirs = (base64.b64decode("".join(pem.splitlines()[1:-1])) for pem in (own, other))
     body = ocppboard.der(ocppboard.der(theirs)[0][1])[0][1]
     at = data.index(ocppboard.der(ocppboard.der(data)[0][1])[0][1])
     forged = base64.encodebytes(data[:at] + body + data[at + len(body):]).decode()
@@ -1707,7 +1707,7 @@ def test_a_request_that_is_not_signed_with_its_own_key_is_refused(pki):
     with pytest.raises(ValueError, match="openssl: "):
         authority.sign(request, "clientAuth", time.time())
     with pytest.raises(ValueError, match="the CA's own certificate ends"):
-        authority.sign(ocppboard.read_request(one), "clientAuth", authority.ends_at - 3600)
+        authority.sign(ocppboard.read_request(own), "clientAuth", authority.ends_at - 3600)
 
 
 @pytest.mark.parametrize("files, words", [
@@ -7910,10 +7910,10 @@ class ListKeeper:
             return {"configurationKey": [{"key": key, "readonly": True, "value": str(self.most)}
                                          for key in payload["key"]]}
         if action == "GetVariables":
-            return {"getVariableResult": [one | (
+            return {"getVariableResult": [item | (
                 {"attributeStatus": "Accepted", "attributeValue": str(self.most)}
-                if one["variable"]["name"] == "ItemsPerMessage" else
-                {"attributeStatus": "UnknownVariable"}) for one in payload["getVariableData"]]}
+                if item["variable"]["name"] == "ItemsPerMessage" else
+                {"attributeStatus": "UnknownVariable"}) for item in payload["getVariableData"]]}
         entries = payload.get("localAuthorizationList", [])
         self.updates.append((payload["updateType"], len(entries)))
         assert len(entries) <= self.most
@@ -8529,7 +8529,7 @@ def loads(circuits, requests, other_load, amps_of):
     lines = lines_of(circuits)
     sums = {(c.name, phase): 0.0 for c in circuits for phase in range(3)}
     for (name, phase), amps in other_load.items():
-        for place in ((one, phase) for one in lines[name]):
+        for place in ((circuit, phase) for circuit in lines[name]):
             sums[place] += amps
     for request in requests:
         for place in places_of(request, lines):
@@ -8995,8 +8995,8 @@ LISTED = {"ocpp_accept": "listed"}       # nobody unknown: no wait after the sta
 def world_of(*stations, **keys):
     """A World whose stations are known by name, some seconds after the start."""
     options = {f"CP-{n + 1}": options for n, options in enumerate(stations)}
-    entries = {identity: {"phase_rotation": "RST"} | one.pop("entry", {})
-               for identity, one in options.items()}
+    entries = {identity: {"phase_rotation": "RST"} | station.pop("entry", {})
+               for identity, station in options.items()}
     world = World(options, entries=entries | keys.pop("entries", {}), **LISTED | keys)
     world.run(12)
     return world
@@ -9677,7 +9677,7 @@ def test_a_charging_that_begins_before_the_fallback_is_stored_gets_no_more_than_
     for _ in range(300):
         world.step()
         limits = [limits_sent(world, s.identity)[-1:] for s in world.stations.values()]
-        assert sum(one[0][1] for one in limits if one) <= 87
+        assert sum(found[0][1] for found in limits if found) <= 87
 
 
 def test_who_never_says_a_word_takes_nothing_away():
@@ -11109,7 +11109,7 @@ def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_need
     far.refuse()
     for number in "12":
         bench.connection.receive(call_of(number, "StartTransaction", begun(int(number))))
-    error, = [one.view() for one in bench.board.errors.records if one.kind == "NOT_DELIVERED"]
+    error, = [event.view() for event in bench.board.errors.records if event.kind == "NOT_DELIVERED"]
     assert error["message"].startswith("StartTransaction for upstream: lost: too much waits")
     assert error["details"]["messageId"] == "1" and error["details"]["meterStart"] == "10"
     assert error["details"]["timestamp"] == '"2026-09-21T13:00:00Z"'
@@ -11765,13 +11765,14 @@ STATION_2X = {
     "ReserveNow": {"status": "Occupied"},
     "GetLog": {"status": "Accepted", "filename": "log.gz"},
     "SetVariables": lambda reported: {"setVariableResult": [
-        {key: one[key] for key in ("component", "variable")} | {"attributeStatus": "RebootRequired"}
-        for one in reported["setVariableData"]]},
+        {key: item[key] for key in ("component", "variable")} | {
+            "attributeStatus": "RebootRequired"}
+        for item in reported["setVariableData"]]},
     "GetVariables": lambda reported: {"getVariableResult": [
-        {key: one[key] for key in ("component", "variable")} | (
+        {key: item[key] for key in ("component", "variable")} | (
             {"attributeStatus": "Accepted", "attributeValue": "77"}
-            if one["variable"]["name"] == "HeartbeatInterval"
-            else {"attributeStatus": "UnknownVariable"}) for one in reported["getVariableData"]]}}
+            if item["variable"]["name"] == "HeartbeatInterval"
+            else {"attributeStatus": "UnknownVariable"}) for item in reported["getVariableData"]]}}
 
 
 @pytest.mark.parametrize("version, protocol", [(ocpp.v201, "ocpp2.0.1"), (ocpp.v21, "ocpp2.1")])
@@ -13692,9 +13693,10 @@ def only(protocol, upstreams):
 
 
 def test_sessions_at_two_connectors_arrive(world):
-    one = ("station starts", 1, "station starts at 2", 5, "station meters", "station meters at 2",
-           5, "station stops", 1, "station stops at 2", 1)
-    world.judge("station comes", 1, *one, "upstream goes", *one, 10_000, "upstream comes", 70, *one)
+    story = ("station starts", 1, "station starts at 2", 5, "station meters", "station meters at 2",
+             5, "station stops", 1, "station stops at 2", 1)
+    world.judge("station comes", 1, *story, "upstream goes", *story, 10_000,
+                "upstream comes", 70, *story)
     assert len(world.cp.sessions) == 6
 
 
@@ -14367,7 +14369,7 @@ NEW, HEX = "another-horse-battery", "00ff10AA" * 5
 def test_what_a_command_changes_of_how_a_station_comes_in_is_seen(action, payload, told):
     for result in ({}, {"status": 3}, {"setVariableResult": [3, {}]}):
         found = ocppboard.security_settings(action, payload, result)
-        assert [(one.what, one.value) for one in found] == told
+        assert [(setting.what, setting.value) for setting in found] == told
 
 
 @pytest.mark.parametrize("action, value, refused", [
@@ -14463,8 +14465,8 @@ def door(tmp_path):
         doors.append(Door(tmp_path, **keys))
         return doors[-1]
     yield make
-    for one in doors:
-        closed(one.board.state)
+    for door in doors:
+        closed(door.board.state)
 
 
 def test_logins_are_in_a_file_that_was_made_anew(login_again, tmp_path):
