@@ -8988,6 +8988,16 @@ class World:
         return max(max(amps) - limits[name] for name, amps in self.currents().items())
 
 
+def answers_of(station, **answers):
+    """Have a station answer some Actions with these payloads: GetCompositeSchedule={…}."""
+    obey = station.obey
+
+    def answered(call):
+        payload = answers.get(call.action)
+        return obey(call) if payload is None else CallResult(call.id_text, payload, "")
+    station.obey = answered
+
+
 CAR = {"phases": 3, "car_a": 32.0, "soc": 20.0, "battery_wh": 90_000.0}
 LISTED = {"ocpp_accept": "listed"}       # nobody unknown: no wait after the start
 
@@ -9190,8 +9200,8 @@ def test_a_station_that_takes_watts_is_found_out_and_remembered_by_its_model():
 
 def test_a_stranger_of_the_same_model_does_not_say_what_others_can():
     world = world_of({"protocol": "ocpp2.0.1"})
-    world.add("STRANGER", {"protocol": "ocpp2.0.1"}).on_get_composite_schedule = (
-        lambda payload: {"status": "Rejected"})
+    answers_of(world.add("STRANGER", {"protocol": "ocpp2.0.1"}),
+               GetCompositeSchedule={"status": "Rejected"})
     world.run(60)
     known = world.controller.stations
     assert known["STRANGER"].model == known["CP-1"].model
@@ -9621,12 +9631,6 @@ def test_what_stations_answer_in_nonsense_stops_nothing():
 # What went wrong once, at a site or from outside
 
 
-def answers_of(station, **answers):
-    """Have a station answer some commands so: on_get_composite_schedule={…}"""
-    for name, answer in answers.items():
-        setattr(station, name, lambda payload, answer=answer: dict(answer))
-
-
 def commanded_a(world):
     """A that the stations are allowed by what they have accepted, all together."""
     return sum(min(32, station.limit_a(outlet)) for station in world.stations.values()
@@ -9638,7 +9642,7 @@ def newcomers(world, count, **options):
     found = []
     for number in range(count):
         station = world.add(f"NEW-{number}", options | {"protocol": PROTOCOLS[number % 3]})
-        answers_of(station, on_get_composite_schedule={"status": "Rejected"})
+        answers_of(station, GetCompositeSchedule={"status": "Rejected"})
         found.append(station)
     return found
 
@@ -10210,7 +10214,7 @@ def test_a_refusal_because_the_transaction_is_ending_is_no_refusal():
     world = world_of({"protocol": "ocpp2.0.1"})
     station, (outlet,) = world.stations["CP-1"], charging(world)
     world.run(20)
-    answers_of(station, on_set_charging_profile={"status": "Rejected"})
+    answers_of(station, SetChargingProfile={"status": "Rejected"})
     world.sent.clear()
     while not sent(world):
         world.step()
@@ -10498,8 +10502,7 @@ class Storm(World):
                 "outlets": self.random.choice((1, 2)), "interval": self.random.choice((5, 20)),
                 "faults": self.random.choice(([], [], ["late"], ["watts"], ["reject"]))})
             if self.random.random() < 0.5:           # it does not say what holds there
-                station.composite_schedule = dict
-                station.on_get_composite_schedule = lambda payload: {"status": "Rejected"}
+                answers_of(station, GetCompositeSchedule={"status": "Rejected"})
         elif chance < 0.005:             # a stranger that never says a word
             connection = StationConnection(self.board, None, "ocpp1.6", lambda text: None,
                                            lambda code, reason: None)
