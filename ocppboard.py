@@ -23275,9 +23275,13 @@ function answerLine(entry, n) {
   return h('li', {key}, h('div.stack.grow.tight',
     h('div.bar', h('b', title), title !== action && h('span.dim', action), clock(at),
       answerPills(entry), responseTime != null && h('span.dim', millis(responseTime))),
-    h('code.dim.small', JSON.stringify(shown)), reason && h('p.bad', reason), reasonsIn(entry),
+    h('code.dim.small', shortened(JSON.stringify(shown))), reason && h('p.bad', reason),
+    reasonsIn(entry),
     warning && h('p.warn', '▲ ', warning), payloadIn(entry, n === 0), later.map(laterLine)));
 }
+
+const SHOWN_MOST = 300;                            // the message itself has the rest
+const shortened = text => text.length > SHOWN_MOST ? text.slice(0, SHOWN_MOST) + ' …' : text;
 
 // What an answer has beyond its status; of older ones on demand.
 function payloadIn({result, raw}, newest) {
