@@ -20949,7 +20949,7 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .brand:hover { text-decoration: none }
 .brand svg { width: 1.4rem; height: 1.4rem }
 .live { display: flex; align-items: center; gap: .4rem; font-size: .85rem; color: var(--dim) }
-.live::before { content: ""; width: .6rem; height: .6rem; border-radius: 50%;
+.live::before { content: ""; flex: none; width: .6rem; height: .6rem; border-radius: 50%;
   background: var(--warn) }
 .live.on::before { background: var(--good) } .live.off { color: var(--bad) }
 .live.off::before { background: var(--bad) }
