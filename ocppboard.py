@@ -20114,11 +20114,13 @@ class BrokerConnection:
 
     def subscribe(self, *filters: str) -> None:
         """Have messages of these topics come to `on_message`, also those of our own."""
-        self._client.subscribe([(one, 0) for one in filters])
+        if not self.ended.done():
+            self._client.subscribe([(one, 0) for one in filters])
 
     def unsubscribe(self, *filters: str) -> None:
         """Stop that."""
-        self._client.unsubscribe(list(filters))
+        if not self.ended.done():
+            self._client.unsubscribe(list(filters))
 
     def publish(self, topic: str, text: str, retain: bool = False,
                 correlation: bytes = b"") -> None:
@@ -20153,6 +20155,8 @@ class BrokerConnection:
     def _left(self, told: tuple) -> None:
         """paho has ended it; where we have, its last bytes are still on their way."""
         reason = told[1] if len(told) > 2 else told[0]   # its versions tell it differently
+        if isinstance(reason, int):
+            reason = self._paho.error_string(reason)
         if not self._leaving:
             self._end(self._why or f"the connection ended: {reason}")
 
@@ -20176,7 +20180,10 @@ class BrokerConnection:
             return
         self.ended.set_result(reason)
         self._drained.set()
-        if (end := self._client.socket()) is not None:
+        client = self._client
+        client.on_disconnect = client.on_socket_close = None             # it would tell of its end
+        client.on_socket_register_write = client.on_socket_unregister_write = None
+        if (end := client.socket()) is not None:
             self._io.remove_handler(end)
             end.close()
         for task in self._carriers:
@@ -28887,6 +28894,7 @@ def tell_hidden(config: Config) -> None:
     tls, ocpp = config.server, config.ocpp
     for file in (sys.executable, __file__, *files_of(tls.tls_certificate), ocpp.ca_private_key,
                  *files_of(tls.tls_private_key), ocpp.client_ca, ocpp.ca_certificate,
+                 config.mqtt.ca, config.mqtt.certificate, config.mqtt.private_key,
                  *(upstream.ca for upstream in config.proxy.upstream)):
         trouble = ""
         if HIDDEN_FOLDERS.match(os.path.abspath(file)):

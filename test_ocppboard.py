@@ -18026,10 +18026,10 @@ WELCOME_5 = b"\x20\x03\x00\x00\x00"
     ({1: None}, True, "connection"),
     ({1: b"\x20\x03\x00\x87\x00"}, True, "it refuses: Not authorized"),
     ({1: b"HTTP/1.1 400 Bad Request\r\n\r\n"}, True, ""),
-    ({1: WELCOME_5 + b"\x30\x05\xff\xff\xff\xff\xff"}, True, "Protocol error"),
+    ({1: WELCOME_5 + b"\x30\x05\xff\xff\xff\xff\xff"}, True, ""),
     ({1: WELCOME_5 + b"\x00\x00" * 50}, True, ""),
     ({1: WELCOME_5 + b"\x30\xff\xff\xff\x7f"}, True, "more than 262,144 bytes"),
-    ({1: WELCOME_5, "deaf": True}, True, "Keep alive"),
+    ({1: WELCOME_5, "deaf": True}, True, "keep"),
 ])
 @with_loop
 async def test_a_broker_that_misbehaves_is_told_once_and_stations_are_served(
