@@ -18747,7 +18747,8 @@ SENT_BY_FORMS = """async typed => {
     state.about.ca = '-----BEGIN CERTIFICATE-----';
     const certificateHashData = {hashAlgorithm: 'SHA256', issuerNameHash: 'a', issuerKeyHash: 'b',
         serialNumber: '1'};
-    state.answers.set('SIM-1', [{key: 1, action: 'GetInstalledCertificateIds', later: [], result: {
+    state.answers.set('SIM-1', [{key: 1, shown: {}, later: [],
+        action: 'GetInstalledCertificateIds', result: {
         certificateHashDataChain: [{certificateType: 'CSMSRootCertificate',
             certificateHashData}]}}]);
     const sent = [];
