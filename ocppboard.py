@@ -21402,6 +21402,10 @@ function pretty(raw) {
   return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out.filter(Boolean));
 }
 
+// A record as REST shows it: also what the page has no place of its own for.
+const allFields = record => h('details', {key: 'fields'}, h('summary', 'All fields'),
+  pretty(JSON.stringify(record)));
+
 // --- State ----------------------------------------------------------------------------------
 // All that the page shows. Events change it, `draw` shows it, nothing is read back from the page.
 
@@ -24229,7 +24233,8 @@ function transactionDetail(transaction) {
       ['Meter at start', register(transaction.meterStart)],
       ['Meter at stop', register(transaction.meterStop)], ['Reason', transaction.reason],
       transaction.missingEvents > 0 && ['Events missing', digits(transaction.missingEvents)]]),
-    meterCharts(transaction), link(to('messages', null, {identity}), 'Messages of this station'));
+    meterCharts(transaction), allFields(transaction),
+    link(to('messages', null, {identity}), 'Messages of this station'));
 }
 
 // Report: what the transactions that were stopped come to. Its days are those of UTC.
@@ -24732,6 +24737,7 @@ function chargeDetail({sessionId}) {
       typed: remembered('charge ' + sessionId, {}), fields: sessionFields(session), send: change,
       beside: maxA === 0 ? button('Go on', () => change({maxA: null}))
         : button('Pause', () => change({maxA: 0}))}),
+    allFields(session),
     link(to('transactions', [session.identity, session.transactionId]),
       'Its transaction'));
 }

@@ -19662,6 +19662,17 @@ async def test_a_list_is_of_one_station_and_its_links_name_what_they_open(site):
         await expect(rows).to_have_count(2)
 
 
+@live()
+async def test_a_transaction_shows_all_that_rest_has_of_it_on_the_page(site):
+    await exchange(await site.station("CP-1"), "StartTransaction", START_16)
+    transaction, = await site.get("/api/transactions")
+    async with looking(site) as look:
+        await look.go(f"transactions/CP-1/{transaction['id']}")
+        await look.page.get_by_text("All fields").click()
+        shown = json.loads(await look.page.locator(".aside details pre").inner_text())
+    assert shown.keys() >= transaction.keys()
+
+
 async def plugged_in(site, identity, *readings, status="Charging"):
     """A station that charges, at these powers one after the other: (its socket, transaction)."""
     socket_ = await site.station(identity)
