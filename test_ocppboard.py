@@ -10530,7 +10530,10 @@ class Storm(World):
             fault = self.random.choice((["ignore"], ["reject"], ["late"], []))
             station.faults = set(fault)
         if station.identity == "CP-2" and chance() < 0.0005:         # its clock is set, or goes off
-            self.skews["CP-2"] = 400.0 - self.skews["CP-2"]
+            set_by = 400.0 - 2 * self.skews["CP-2"]
+            self.skews["CP-2"] += set_by
+            for outlet in station.outlets:
+                outlet.offered_at += set_by          # its car follows a limit by no clock
 
     def replay(self, station, outlet):
         """A charging of the day before comes late, while another one runs."""
