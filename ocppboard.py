@@ -11822,15 +11822,18 @@ class ProfileVariant(NamedTuple):
     highest: bool = True                # on the highest stack level that the station knows; else 0
     whole: bool = False                 # for the whole station instead of one EVSE
     phases: bool = True                 # a limit in W comes with its numberPhases
+    kind: str = "Absolute"              # a Relative one cannot expire: it counts from the plug
 
     def text(self) -> str:
         """The variant in words, for the log and the API."""
         return ", ".join([self.purpose, self.unit]
                          + ["stack level 0"] * (not self.highest)
                          + ["whole station"] * self.whole
-                         + ["without numberPhases"] * (not self.phases))
+                         + ["without numberPhases"] * (not self.phases)
+                         + ["relative"] * (self.kind == "Relative"))
 
 
+STATION_MAX = "ChargingStationMaxProfile"
 # The next one is tried when one is refused: first as the standard means it, then as some want it.
 VARIANTS = (
     ProfileVariant("TxProfile", "A"), ProfileVariant("TxProfile", "W"),
@@ -11838,6 +11841,9 @@ VARIANTS = (
     ProfileVariant("TxProfile", "A", highest=False),
     ProfileVariant("TxProfile", "W", highest=False),
     ProfileVariant("TxProfile", "W", phases=False),
+    ProfileVariant(STATION_MAX, "A", whole=True), ProfileVariant(STATION_MAX, "W", whole=True),
+    ProfileVariant("TxProfile", "A", kind="Relative"),
+    ProfileVariant("TxProfile", "W", kind="Relative"),
 )
 FALLBACK_VARIANTS = (                   # the same for the fallback
     ProfileVariant("TxDefaultProfile", "A"), ProfileVariant("TxDefaultProfile", "A", whole=True),
@@ -11869,8 +11875,9 @@ class Ladder:
         """The first suitable variant from the present one on; None: the station has refused all."""
         return next(filter(suits, self.variants[self.position:]), None)
 
-    def accepted(self) -> None:
-        """The station has accepted a profile of the present variant."""
+    def accepted(self, variant: ProfileVariant) -> None:
+        """The station has accepted a profile; variants before it were refused, or do not suit."""
+        self.position = max(self.position, self.variants.index(variant))
         self.worked, self._refusals, self._unanswered = True, 0, 0
 
     def refused(self, variant: ProfileVariant) -> bool:
@@ -12701,8 +12708,12 @@ class SiteStation:
     def limit_variant(self) -> ProfileVariant | None:
         """The variant for its limits; None when it has refused all that suit it."""
         abilities = self.abilities or Abilities()
+        keeps_fallback = any(evse.fallback.known_a is not None for evse in self.evses.values())
+        # A maximum of the station does not lift the fallback of a session.
+        takes_maximum = len(self.evses) == 1 and not keeps_fallback
         return self.limits.variant(lambda variant: variant.unit in abilities.units and (
-            variant.highest or abilities.stack_level != 0))
+            variant.highest or abilities.stack_level != 0) and (
+            takes_maximum or not variant.whole))
 
     def fallback_variant(self) -> ProfileVariant | None:
         """The same for the fallback."""
@@ -14057,12 +14068,15 @@ class Controller:
             return None
         profile = {"id": LIMIT_ID + evse.evse_id,
                    "stackLevel": station.stack_level(variant.highest, 1),
-                   "chargingProfilePurpose": variant.purpose, "chargingProfileKind": "Absolute"}
+                   "chargingProfilePurpose": variant.purpose, "chargingProfileKind": variant.kind}
         if variant.purpose == "TxProfile":
             profile["transactionId"] = evse.transaction.id
         starts_at, lasts_s, until_mono = self._time(station, now)
-        schedule = {"startSchedule": wire_time(starts_at), "duration": lasts_s} | self._schedule(
-            station, evse, variant, amps)
+        schedule = self._schedule(station, evse, variant, amps)
+        if variant.kind == "Relative":
+            until_mono = math.inf
+        else:
+            schedule |= {"startSchedule": wire_time(starts_at), "duration": lasts_s}
         if variant.purpose == "TxDefaultProfile" and station.one_slot:
             profile["id"] = FALLBACK_ID + evse.evse_id
             del schedule["duration"]
@@ -14076,7 +14090,7 @@ class Controller:
                           outlives=variant.purpose != "TxProfile")
         evse.send(limit, now)
         return Command(station, "SetChargingProfile", {
-            "evseId": evse.evse_id,
+            "evseId": 0 if variant.whole else evse.evse_id,
             "chargingProfile": profile | {"chargingSchedule": [{"id": 1} | schedule]}},
             self._limit_answered, evse, limit, variant, evse.transaction)
 
@@ -14175,7 +14189,7 @@ class Controller:
             return
         if answer.accepted:
             evse.accepted(limit, self.now())
-            station.limits.accepted()
+            station.limits.accepted(variant)
             if evse.sent and evse.confirmed is not limit:
                 evse.read_back_due = station.reads_back is not False
             self._remember(station)
@@ -14208,7 +14222,7 @@ class Controller:
         if evse is None or variant is None:
             return
         if answer.accepted:
-            station.fallbacks.accepted()
+            station.fallbacks.accepted(variant)
             evse.fallback.unread, evse.fallback.accepted = bool(evse.transaction), True
             if station.one_slot and not evse.transaction:        # it took the limit's place
                 evse.gone()
@@ -20169,6 +20183,7 @@ class BrokerConnection:
         """Take our leave, so that the last will is not told; a second at most."""
         if not self.ended.done():
             self._leaving = True
+            self._carriers[1].cancel()   # paho reads no more: a write to it would lose its last
             self._client.disconnect()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
@@ -25906,6 +25921,7 @@ class SimulatedStation:
         message = unpack(text)
         if isinstance(message, (CallResult, CallError)) and self.exchange:
             self.exchange.answered(message, text)
+            return asyncio.sleep(0)      # its waiter goes on before the next frame is obeyed
         elif isinstance(message, Call) and self._socket:
             if "late" in self.faults:
                 return self._obey_late(message, self._socket)

@@ -9198,6 +9198,29 @@ def test_a_station_that_takes_watts_is_found_out_and_remembered_by_its_model():
     assert dialect["vendor"] == "ocppboard" and dialect["limit"] == "TxProfile, A"
 
 
+@pytest.mark.parametrize("protocol, accepts, variant", [
+    ("ocpp1.6", {"chargingProfilePurpose": "ChargePointMaxProfile"}, "whole station"),
+    ("ocpp2.0.1", {"chargingProfilePurpose": "ChargingStationMaxProfile"}, "whole station"),
+    ("ocpp1.6", {"chargingProfileKind": "Relative"}, "relative"),
+    ("ocpp2.1", {"chargingProfileKind": "Relative"}, "relative")])
+def test_a_station_gets_its_limit_in_the_one_form_that_it_accepts(protocol, accepts, variant):
+    world = world_of(smart_charge_fallback_a=0)
+    station = world.add("CP-1", {"protocol": protocol})
+    obey = station.obey
+
+    def picky(call):
+        if call.action == "SetChargingProfile" and not (
+                accepts.items() <= profile_in(call.payload)[0].items()):
+            return CallResult(call.id_text, {"status": "Rejected"}, '{"status":"Rejected"}')
+        return obey(call)
+    station.obey = picky
+    world.run(60)
+    outlet = charging(world)[0]
+    world.run(600)
+    dialect, = world.controller.view()["dialects"]
+    assert dialect["limit"].endswith(variant) and outlet.current_a == 32
+
+
 def test_a_stranger_of_the_same_model_does_not_say_what_others_can():
     world = world_of({"protocol": "ocpp2.0.1"})
     answers_of(world.add("STRANGER", {"protocol": "ocpp2.0.1"}),
