@@ -25922,7 +25922,7 @@ class SimulatedStation:
         if isinstance(message, (CallResult, CallError)) and self.exchange:
             self.exchange.answered(message, text)
             return asyncio.sleep(0)      # its waiter goes on before the next frame is obeyed
-        elif isinstance(message, Call) and self._socket:
+        if isinstance(message, Call) and self._socket:
             if "late" in self.faults:
                 return self._obey_late(message, self._socket)
             self._socket.write(pack(self.obey(message)))
