@@ -17725,15 +17725,18 @@ def json_schema(kind: Any, named: dict[str, Any]) -> dict:
         return {"type": "array", "items": json_schema(parts[0], named)}
     if origin is dict:
         return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
+    return _union_schema(parts, named) if parts else {"type": JSON_TYPES[kind]}
+
+
+def _union_schema(parts: tuple, named: dict[str, Any]) -> dict:
+    """The JSON schema of a union: of a type and None, of words, or of simple types."""
     if NoneType in parts:
         other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
         return {"anyOf": [json_schema(other, named), {"type": "null"}]}
-    if parts:                            # of a union: words, or simple types
-        schemas = [json_schema(part, named) for part in parts]
-        words = [word for schema in schemas for word in schema.get("enum", ())]
-        return ({"type": "string", "enum": words} if words
-                else {"type": [schema["type"] for schema in schemas]})
-    return {"type": JSON_TYPES[kind]}
+    schemas = [json_schema(part, named) for part in parts]
+    words = [word for schema in schemas for word in schema.get("enum", ())]
+    return ({"type": "string", "enum": words} if words
+            else {"type": [schema["type"] for schema in schemas]})
 
 
 def schema_name(kind: Any) -> str:
@@ -20300,33 +20303,38 @@ class SiteClaim:
 
 def connector_facts(station: Station, connector: Connector, register_wh: float | None,
                     limit_a: float | None = None) -> dict:
-    """The record of a connector, and in figures of its own what automations look at.
+    """The record of a connector with the figures that automations use.
 
-    `register_wh`: as it was last told; between two chargings no meter tells it. `limit_a`: what was
-    set by MQTT, where smart charging sets none.
+    `register_wh`: the last register reported; between two chargings no meter reports one.
+    `limit_a`: as set by MQTT, where smart charging sets none.
     """
     reading, transaction = connector.reading, connector.transaction
     session = transaction.charge if transaction else None
     flows = reading is not None and not reading.stale
     at_rest = 0.0 if station.connection and connector.status in NO_FLOW else None
     amps = [a for phase, a in reading.current_a.items() if phase != "N"] if reading else []
-    state = transaction.charging_state if transaction else None
-    if station.connection is None:
-        reason = "The station is offline"
-    elif trouble := fault_of(connector):
-        reason = f"{_place_name(connector)} reports {trouble}"
-    elif session and session.ended_at is None:
-        reason = session.reason
-    else:
-        reason = WHY.get(state or connector.status or "", "")
     return connector.view() | {
         "identity": station.identity, "online": station.connection is not None,
-        "charging": transaction is not None, "chargingState": state,
+        "charging": transaction is not None,
+        "chargingState": transaction.charging_state if transaction else None,
         "powerW": reading.power_w if reading and flows else at_rest,
         "currentA": max(amps) if flows and amps else at_rest,
         "energyWh": register_wh, "soc": transaction.soc if transaction else None,
         "limitA": session.allocated_a if session and session.ended_at is None else limit_a,
-        "reason": kept(reason)}
+        "reason": kept(_reason_of(station, connector))}
+
+
+def _reason_of(station: Station, connector: Connector) -> str:
+    """Why a connector charges, or does not, in a sentence; "" where nothing is known."""
+    transaction = connector.transaction
+    session = transaction.charge if transaction else None
+    if station.connection is None:
+        return "The station is offline"
+    if trouble := fault_of(connector):
+        return f"{_place_name(connector)} reports {trouble}"
+    if session and session.ended_at is None:
+        return session.reason
+    return WHY.get((transaction and transaction.charging_state) or connector.status or "", "")
 
 
 def site_load(board: Board, controller: Controller | None) -> dict:
