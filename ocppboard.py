@@ -8504,6 +8504,7 @@ class Board:
             self.transaction_stopped(connector.transaction, None, None, None, "abandoned")
         transaction.status, transaction.stopped_at = "active", None
         transaction.stopped_mono, transaction.interrupted_mono = math.inf, None
+        transaction.count_energy()       # it is no estimate any more because it was abandoned
         self._occupy(station, transaction)
         for other in list(station.connectors.values()) if transaction.assumed_connector else ():
             if other.status == "Occupied":

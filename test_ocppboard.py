@@ -5421,6 +5421,16 @@ def step_of(bench, step, one, other):
     return None
 
 
+def test_a_transaction_that_goes_on_after_it_was_given_up_is_no_estimate_any_more():
+    bench = Bench()
+    for step in (("begins", 2, "A"), ("boots", 0, 0), ("says", 2, "Preparing")):
+        step_of(bench, *step)
+    transaction, = bench.board.transactions.records
+    assert (transaction.status, transaction.estimated) == ("abandoned", True)
+    step_of(bench, "says", 2, "Charging")
+    assert (transaction.status, transaction.estimated) == ("active", False)
+
+
 @killed
 @given(st.lists(STEPS, max_size=25))
 def test_a_board_that_is_killed_and_restored_ends_like_one_that_never_was(steps):
