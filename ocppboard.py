@@ -20100,11 +20100,13 @@ class BrokerConnection:
         try:
             while True:
                 data = through(await source.read_bytes(65536, partial=True))
-                if data:
+                if data and not (self._leaving and target is self._inner):       # paho has left
                     await target.write(data)
         except BrokerError as error:
             self._end(str(error))
         except StreamClosedError:
+            if self._leaving:
+                return
             if source is self._stream:   # paho has yet to read what came last
                 self._why = "the connection is lost"
                 self._inner.close()
@@ -20184,14 +20186,15 @@ class BrokerConnection:
             self._client.loop_misc()
 
     async def close(self) -> None:
-        """Take our leave, so that the last will is not told; a second at most."""
+        """Take our leave, so that the last will is not published; a second at most.
+
+        Closed with bytes unread, the connection would be reset, and the broker might not see that
+        we left. So it is read until the broker closes it.
+        """
         if not self.ended.done():
             self._leaving = True
-            self._carriers[1].cancel()   # paho reads no more: a write to it would lose its last
             self._client.disconnect()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await self.ended
+            await asyncio.wait(self._carriers, timeout=1)
         self._end("closed by us")
 
     def _end(self, reason: str) -> None:
