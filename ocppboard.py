@@ -29023,13 +29023,25 @@ def let_memory_go() -> None:
 
     Most of it lies free between what is in use, and there glibc gives it back only when asked.
     """
-    if __spec__ is None or not Path(__spec__.cached or "").is_file():
+    if __spec__ is None or not _is_bytecode_of(Path(__spec__.cached or ""), os.stat(__file__)):
         with contextlib.suppress(ImportError, OSError, AttributeError,       # another C library
                                  MemoryError):           # or ctypes may make no code
             # It takes a megabyte itself.
             import ctypes
 
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_bytecode_of(file: Path, source: os.stat_result) -> bool:
+    """Whether a file is the bytecode of the source as it is; one that Python may not replace can be
+    of a former version (PEP 552: flags, the source's time and size)."""
+    expected = [0, int(source.st_mtime) & 0xFFFFFFFF, source.st_size & 0xFFFFFFFF]
+    with contextlib.suppress(OSError):
+        with file.open("rb") as bytecode:
+            header = bytecode.read(16)
+        numbers = [int.from_bytes(header[at:at + 4], "little") for at in (4, 8, 12)]
+        return numbers == expected
+    return False
 
 
 def let_output_go() -> None:

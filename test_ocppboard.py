@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import py_compile
 import random
 import re
 import selectors
@@ -21031,6 +21032,18 @@ def test_a_copy_by_another_name_runs_as_well(tmp_path):
     copy.write_bytes((HERE / "ocppboard.py").read_bytes())
     done = subprocess.run([sys.executable, str(copy), "--version"], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"ocppboard {ocppboard.VERSION}\n", "")
+
+
+def test_bytecode_of_a_former_version_is_known_as_such(tmp_path):
+    source, bytecode = tmp_path / "module.py", tmp_path / "module.pyc"
+    source.write_text("value = 1\n")
+    assert not ocppboard._is_bytecode_of(bytecode, source.stat()), "there is none"
+    py_compile.compile(str(source), str(bytecode))
+    assert ocppboard._is_bytecode_of(bytecode, source.stat())
+    source.write_text("value = 10\n")
+    assert not ocppboard._is_bytecode_of(bytecode, source.stat())
+    bytecode.write_bytes(b"x")
+    assert not ocppboard._is_bytecode_of(bytecode, source.stat())
 
 
 def test_two_boards_do_not_share_a_state_file(tmp_path):
