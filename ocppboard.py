@@ -664,7 +664,7 @@ def _all_keys() -> list[tuple[str, str]]:
 
 
 def _routes(config: Config) -> list[tuple]:
-    """Which stations go on to which upstream, and how it is spoken to."""
+    """Which stations go on to which upstream, and in which version."""
     return [(u.url, u.protocol, u.stations) for u in config.proxy.upstream]
 
 
@@ -13585,7 +13585,7 @@ class Controller:
                 evse.reason = (f"The station {station.uncontrollable}" if station.uncontrollable
                                else "Offline: counted at what it may draw until it is back"
                                if not station.online else
-                               "Waits until the station has spoken and is accepted")
+                               "Waits until the station has sent a message and is accepted")
                 continue
             if request := self.request(fact, now):
                 requests[fact.id] = fact, request
@@ -16972,7 +16972,7 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
     if headers.get("Upgrade", "").lower() != "websocket":
         raise Refused(426, "charging stations connect here, by WebSocket")
     if headers.get("Sec-WebSocket-Version") != "13":     # RFC 6455 4.4
-        raise Refused(426, "version 13 of WebSocket is spoken here")
+        raise Refused(426, "WebSocket must be of version 13 (RFC 6455)")
     if not headers.get("Sec-WebSocket-Key"):
         raise Refused(400, "a WebSocket handshake with a key is needed")
     if "upgrade" not in headers.get("Connection", "").lower():
@@ -17763,7 +17763,8 @@ def object_schema(kind: Any, named: dict[str, Any]) -> dict:
         fields = fields_of(kind)
         required = [field.name for field in fields if not field.shown.sparse]
         properties = {field.name: _field_schema(field, named) for field in fields}
-    return {"type": "object", "required": required, "properties": properties}
+    described = {"description": inspect.getdoc(kind)} if is_typeddict(kind) else {}
+    return {"type": "object", "required": required, "properties": properties} | described
 
 
 def _field_schema(field: Field, named: dict[str, Any]) -> dict:
@@ -18848,38 +18849,54 @@ Timestamp = Annotated[str, Written("string", str, "date-time")]
 
 
 class ErrorAnswer(TypedDict):
+    """The answer to a request that was refused or failed."""
+
     error: str
 
 
 class Success(TypedDict):
+    """The answer to a request that returns nothing else."""
+
     success: bool
 
 
 class Health(TypedDict):
+    """Whether the board works: ok, or degraded while the state file cannot be written."""
+
     status: Literal["ok", "degraded"]
 
 
 class Reload(TypedDict):
+    """The keys that a reload changed, and those that take hold with the next start alone."""
+
     changed: list[str]
     restart: list[str]
 
 
 class OpenAPI(TypedDict):
+    """This description, in OpenAPI 3.1."""
+
     openapi: str
     paths: dict
 
 
 class CredentialsBody(TypedDict, total=False):
+    """What one logs in with: a token, or a user name and a password, by auth.mode."""
+
     token: str
     username: str
     password: str
 
 
 class User(TypedDict):
+    """The user of a session."""
+
     name: str
 
 
 class Login(TypedDict):
+    """A new session; its id is the cookie's value, and serves as a bearer token."""
+
     sessionId: str
     user: User
     expiresAt: Timestamp
@@ -18887,6 +18904,8 @@ class Login(TypedDict):
 
 
 class SessionInfo(TypedDict):
+    """The session of the request, if it has one."""
+
     authenticated: bool
     user: User | None
     expiresAt: Timestamp | None
@@ -18895,17 +18914,23 @@ class SessionInfo(TypedDict):
 
 
 class CommandBody(TypedDict):
+    """A command for a station; `protocol`: the version in whose words it is, else the station's."""
+
     action: str
     payload: NotRequired[dict]
     protocol: NotRequired[Version]
 
 
 class ReportedLater(TypedDict):
+    """A Call in which a 2.x station would tell afterwards what a 1.6 station has answered."""
+
     action: str
     payload: dict
 
 
 class CallAnswer(TypedDict):
+    """The station's answer to a command; `responseTime` in ms."""
+
     success: bool
     result: dict
     responseTime: float
@@ -18914,6 +18939,8 @@ class CallAnswer(TypedDict):
 
 
 class CommandField(TypedDict):
+    """A field of a command's payload, named by its path, as in `idToken.type`."""
+
     name: str
     type: str
     required: bool
@@ -18921,6 +18948,8 @@ class CommandField(TypedDict):
 
 
 class CommandSchema(TypedDict):
+    """The least payload of a command, and all fields that it may have, by the official schema."""
+
     protocol: Version
     action: str
     payload: dict
@@ -18928,6 +18957,8 @@ class CommandSchema(TypedDict):
 
 
 class Overview(TypedDict):
+    """The figures of the board, and its newest messages."""
+
     connectedClients: int
     totalConnections: int
     messagesPerSecond: float
@@ -18942,10 +18973,14 @@ class Overview(TypedDict):
 
 
 class WithMessages(TypedDict):
+    """The newest messages of a station."""
+
     recentMessages: list[LoggedMessage]
 
 
 class MeterSample(TypedDict):
+    """A point in the curve of a transaction: W, Wh, percent, and A per phase."""
+
     timestamp: Timestamp
     powerW: float | None
     energyWh: float | None
@@ -18955,14 +18990,20 @@ class MeterSample(TypedDict):
 
 
 class WithSeries(TypedDict):
+    """The curve of a transaction, oldest first."""
+
     series: list[MeterSample]
 
 
 class SiteLimit(TypedDict):
+    """The limit of the site, kW."""
+
     limitKw: float
 
 
 class StateFile(TypedDict):
+    """The state file: its size, what was written since the start, and what it lacks."""
+
     path: str | None
     sizeBytes: int | None
     writes: int
@@ -18974,6 +19015,8 @@ class StateFile(TypedDict):
 
 
 class About(TypedDict):
+    """The version of the board, and what it can do."""
+
     version: str
     startedAt: Timestamp
     stationUrls: list[str]
@@ -18990,11 +19033,15 @@ class About(TypedDict):
 
 
 class UploadWanted(TypedDict):
+    """The station that is to send a file, and for how many hours the URL holds."""
+
     identity: str
     hours: NotRequired[float]
 
 
 class UploadView(TypedDict):
+    """A file of a station, or a URL that waits for one; sizes in bytes."""
+
     id: str
     identity: str
     name: str | None
@@ -19008,10 +19055,14 @@ class UploadView(TypedDict):
 
 
 class UploadUrl(UploadView):
+    """The one-time URL to which a station sends a file."""
+
     url: str
 
 
 class ReportLine(TypedDict):
+    """Sums of finished transactions, of a month, a day, a station or an id token."""
+
     sessions: int
     energyWh: float
     seconds: int
@@ -19030,6 +19081,8 @@ Report = TypedDict("Report", {
 
 
 class LocalListView(TypedDict):
+    """The local list of a station, as far as the board knows it."""
+
     identity: str
     online: bool
     version: int | None
@@ -19039,22 +19092,30 @@ class LocalListView(TypedDict):
 
 
 class LocalListSent(TypedDict):
+    """The version and the length of a local list that a station has accepted."""
+
     success: bool
     version: int
     entries: int
 
 
 class IdTokens(TypedDict):
+    """Id tokens to be added or changed together: all of them, or none."""
+
     tokens: list[dict]
 
 
 class Memory(TypedDict):
+    """The memory of the process, in bytes."""
+
     rss: int
     heapUsed: int
     heapTotal: int
 
 
 class Telemetry(TypedDict):
+    """A sample of the board, its process and its host."""
+
     messagesPerSecond: float
     avgLatencyMs: float
     errorRate: float
@@ -19079,22 +19140,30 @@ class Telemetry(TypedDict):
 
 
 class SmartChargeStation(TypedDict):
+    """Whether a station is at another site: then it counts for nothing here."""
+
     elsewhere: bool
 
 
 class SiteMeterBody(TypedDict):
+    """A reading of the site's own meter, A per phase; negative is fed in."""
+
     L1: float
     L2: float
     L3: float
 
 
 class PhaseAmps(TypedDict):
+    """A current in each phase, A."""
+
     L1: float
     L2: float
     L3: float
 
 
 class SiteMeterState(TypedDict):
+    """The site's own meter: its last reading, and what the site draws besides the cars."""
+
     amps: PhaseAmps | None
     ageSeconds: float | None
     otherLoadA: PhaseAmps
@@ -19103,6 +19172,8 @@ class SiteMeterState(TypedDict):
 
 
 class DialectView(TypedDict):
+    """The forms of charging profile that a model of station accepts."""
+
     vendor: str
     model: str
     firmware: str
@@ -19112,6 +19183,8 @@ class DialectView(TypedDict):
 
 
 class SmartChargeConfig(TypedDict):
+    """The settings of smart charging in force, and which of them were set on the board."""
+
     enabled: bool
     strategy: NotRequired[Strategy]
     limitA: NotRequired[float]
@@ -19134,6 +19207,8 @@ class SmartChargeConfig(TypedDict):
 
 
 class UncontrolledView(TypedDict):
+    """A station that counts without being under control, and what to do about it."""
+
     identity: str
     amps: float
     reason: str
@@ -19142,6 +19217,8 @@ class UncontrolledView(TypedDict):
 
 
 class CircuitView(TypedDict):
+    """A circuit: its limit and what is allocated, possible and measured, A per phase."""
+
     name: str
     parent: str | None
     limitA: float
@@ -19155,6 +19232,8 @@ class CircuitView(TypedDict):
 
 
 class UpstreamSessionView(RelayCounts):
+    """The session of a station with its upstream central system, and its counts."""
+
     identity: str
     status: str
     stationOnline: bool
@@ -19169,6 +19248,8 @@ class UpstreamSessionView(RelayCounts):
 
 
 class UpstreamView(RelayCounts):
+    """An upstream central system, with the sessions of its stations."""
+
     url: str
     protocol: str
     patterns: list[str]
@@ -19397,7 +19478,7 @@ class Api(RequestHandler):
             raise Forbidden(f"Not known here by the name {kept(self.request.host_name, 100)}: "
                             "server.hosts has the names of the board")
         if route.method != "GET" and not self.same_origin():
-            self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of a foreign page",
+            self.board.security_event("POLICY_REJECTION", "UNKNOWN", "Request of another origin",
                                       "medium", {"ip": self.address})
             raise Forbidden("Cross-origin request")
         if not route.public:
@@ -19669,10 +19750,10 @@ def wrong_now(board: Board, controller: Controller | None,
             if trouble := fault_of(connector):
                 yield (Wrong("faulted", station.identity, place),
                        f"{_place_name(connector)} reports {trouble}")
-    for steered in controller.stations.values() if controller else ():
-        if steered.uncontrollable:
-            yield (Wrong("uncontrollable", steered.identity),
-                   f"smart charging does not steer it: it {steered.uncontrollable}")
+    for site_station in controller.stations.values() if controller else ():
+        if site_station.uncontrollable:
+            yield (Wrong("uncontrollable", site_station.identity),
+                   f"smart charging does not steer it: it {site_station.uncontrollable}")
     if board.state.failing_since is not None:
         yield Wrong("state", ""), f"the state file cannot be written: {board.state.error}"
 
