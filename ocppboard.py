@@ -12956,6 +12956,8 @@ class Controller:
         """Apply a changed configuration: the site's limits, its circuits, the stations in them."""
         self.site.reconfigure()
         self._read_stations()
+        for identity in [i for i, s in self.stations.items() if not s.station]:
+            self._forget(identity)       # unless it is named, or may draw by what it was told
         for known in list(self.stations.values()):
             circuit, settings = self._place(known.identity)
             managed, station = settings.managed, known

@@ -21437,6 +21437,19 @@ async def test_a_reload_moves_stations_between_circuits_and_keeps_what_was_set_o
         50, "first_come", ["strategy"])
 
 
+@reloaded(SITE_OF_63 + "[stations.GONE]\n[stations.STAYS]\n[stations.THERE]\n")
+async def test_a_station_that_no_configuration_names_any_more_counts_no_longer(site):
+    controller = site.daemon.controller
+    controller.stations["STAYS"].evses[1].row = (0.0, 6.0)
+    controller.stations["STAYS"].evses[1].fallback.known_a = 6.0     # it may draw by that
+    await exchange(await site.station("THERE"), "Heartbeat", {})
+    controller.tick()
+    site.write(SITE_OF_63)
+    assert (await site.reload())[1]["changed"] == [
+        'stations."GONE"', 'stations."STAYS"', 'stations."THERE"']
+    assert set(controller.stations) == {"A", "STAYS", "THERE"}
+
+
 @reloaded('[[proxy.upstream]]\nurl = "ws://127.0.0.1:9/a"\nqueue = 10\n')
 async def test_a_reload_takes_of_an_upstream_all_but_who_goes_where(site):
     before = site.daemon.config.proxy.upstream[0]
