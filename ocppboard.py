@@ -18328,7 +18328,8 @@ async def delete_upload(api: "Api", upload: str) -> dict:
 
 async def put_file(api: "UploadReceiver", secret: str) -> dict:
     """Take a file of a station, at a URL made for it."""
-    await api.reception.finish()
+    if api.reception:
+        await api.reception.finish()
     await api.until_durable()
     return {"success": True}
 
@@ -19181,7 +19182,6 @@ class DialectView(TypedDict):
     firmware: str
     limit: str | None
     fallback: str | None
-    readsBack: bool | None
 
 
 class SmartChargeConfig(TypedDict):
@@ -19639,7 +19639,7 @@ class UploadReceiver(Api):
     A file name may follow the URL; curl and some stations append it.
     """
 
-    reception: Reception
+    reception: Reception | None = None           # None: refused, or given up before
 
     async def prepare(self) -> None:
         secret, connection = self.path_kwargs["secret"], cast(Any, self.request.connection)
@@ -19659,7 +19659,7 @@ class UploadReceiver(Api):
             connection.set_body_timeout(UPLOAD_S)
 
     async def data_received(self, chunk: bytes) -> None:
-        if self.refusal is None:
+        if self.reception:
             await self.reception.feed(chunk)
 
     def read_body(self) -> dict:
@@ -19667,7 +19667,7 @@ class UploadReceiver(Api):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        if self.refusal is None:
+        if self.reception:
             self.reception.fail(BadRequest(f"It broke off after {self.reception.size:,} bytes"))
 
 

@@ -9230,6 +9230,7 @@ def test_a_station_gets_its_limit_in_the_one_form_that_it_accepts(protocol, acce
     world.run(60)
     outlet = charging(world)[0]
     world.run(600)
+    conforms(world.controller.view(), "SmartChargeConfig")
     dialect, = world.controller.view()["dialects"]
     assert dialect["limit"].endswith(variant) and outlet.current_a == 32
 
@@ -17190,6 +17191,21 @@ async def test_a_url_holds_once_and_the_newest_try_counts(site):
     writer.close()
     assert (await site.fetch(f"/api/uploads/{made['id']}"))[1] == "all of it"
     assert await send_file(site, path, b"again") == (404, {"error": "This URL was used"})
+
+
+@live()
+async def test_a_method_that_is_none_may_break_off_at_an_upload_without_a_trace(site, caplog):
+    await site.station()
+    path, _ = await upload_url(site)
+    for method in ("TRACE", "QUERY", "PUT"):
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(f"{method} {path}%ff HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf"
+                     .encode())
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+        await asyncio.sleep(0.1)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @live()
