@@ -1112,6 +1112,7 @@ def _to_microseconds(milliseconds: float) -> float:
 Time = Annotated[float, Written("string", iso, "date-time")]             # UTC seconds
 Milliseconds = Annotated[float, Written("number", _to_microseconds)]
 JsonText = Annotated[str, Written("object", json.loads)]
+Timestamp = Annotated[str, Written("string", str, "date-time")]         # in JSON already
 UNIT_OF = {"w": "W", "kw": "kW", "wh": "Wh", "a": "A", "v": "V", "c": "°C", "hz": "Hz", "ms": "ms",
            "s": "s"}                    # by the end of an attribute's name
 
@@ -2625,6 +2626,109 @@ class FairStore(Store):
         if not self._members[group].held:
             del self._members[group]
         return record
+
+
+# Types as JSON schemas
+
+
+class SettingsBody(NamedTuple):
+    """A body that changes settings: any of them, each as the configuration takes it."""
+
+    name: str                            # in OpenAPI
+    settings: Mapping[str, Setting]
+    is_nullable: bool = False            # null gives the usual value back
+
+
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object",
+              list: "array"}
+
+
+def json_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a value of this type. What it refers to by name goes into `named`."""
+    if isinstance(kind, SettingsBody) or is_typeddict(kind) or (
+            isinstance(kind, type) and issubclass(kind, Viewed)):
+        name = schema_name(kind)
+        named[name] = kind
+        return {"$ref": f"#/components/schemas/{name}"}
+    if isinstance(kind, tuple):
+        return {"allOf": [json_schema(part, named) for part in kind]}
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is NotRequired:
+        return json_schema(parts[0], named)
+    if origin is Annotated:
+        written = kind.__metadata__[0]
+        return {"type": written.type} | ({"format": written.format} if written.format else {})
+    if origin is Literal:
+        return {"type": "string", "enum": list(parts)}
+    if origin in (list, tuple):
+        return {"type": "array", "items": json_schema(parts[0], named)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
+    return _union_schema(parts, named) if parts else {"type": JSON_TYPES[kind]}
+
+
+def _union_schema(parts: tuple, named: dict[str, Any]) -> dict:
+    """The JSON schema of a union: of a type and None, of words, or of simple types."""
+    if NoneType in parts:
+        other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
+        return {"anyOf": [json_schema(other, named), {"type": "null"}]}
+    schemas = [json_schema(part, named) for part in parts]
+    words = [word for schema in schemas for word in schema.get("enum", ())]
+    return ({"type": "string", "enum": words} if words
+            else {"type": [schema["type"] for schema in schemas]})
+
+
+def schema_name(kind: Any) -> str:
+    """The name of a type in OpenAPI."""
+    if isinstance(kind, SettingsBody):
+        return kind.name
+    return getattr(kind, "SCHEMA", "") or kind.__name__.removesuffix("View").removesuffix("Body")
+
+
+def object_schema(kind: Any, named: dict[str, Any]) -> dict:
+    """The JSON schema of a type that has a name."""
+    if isinstance(kind, SettingsBody):
+        required: list[str] = []
+        properties = {key: setting_schema(setting) for key, setting in kind.settings.items()}
+        if kind.is_nullable:
+            properties = {key: {"anyOf": [schema, {"type": "null"}]}
+                          for key, schema in properties.items()}
+    elif is_typeddict(kind):
+        required = sorted(kind.__required_keys__)
+        properties = {name: json_schema(inner, named) for name, inner in get_type_hints(
+            kind, include_extras=True).items()}
+    else:
+        fields = fields_of(kind)
+        required = [field.name for field in fields if not field.shown.sparse]
+        properties = {field.name: _field_schema(field, named) for field in fields}
+    described = {"description": inspect.getdoc(kind)} if is_typeddict(kind) else {}
+    return {"type": "object", "required": required, "properties": properties} | described
+
+
+def _field_schema(field: Field, named: dict[str, Any]) -> dict:
+    schema = json_schema(field.type, named)
+    if field.is_nullable:
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return schema | ({"description": f"In {field.unit}"} if field.unit else {})
+
+
+def schemas_of(named: dict[str, Any]) -> dict[str, dict]:
+    """The JSON schemas of types that have names, and of those that they refer to."""
+    schemas: dict[str, dict] = {}
+    while missing := named.keys() - schemas.keys():
+        schemas |= {name: object_schema(named[name], named) for name in sorted(missing)}
+    return schemas
+
+
+def setting_schema(setting: Setting) -> dict:
+    """The JSON schema of a setting's value."""
+    allowed = setting.allowed or ()
+    if isinstance(setting.default, list):
+        return {"type": "array", "items": {"type": "string"}}
+    schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
+    if schema["type"] == "string":
+        return schema | ({"enum": list(allowed)} if allowed else {})
+    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
 
 
 # --- State --------------------------------------------------------------------------------
@@ -17692,101 +17796,6 @@ section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--l
 # The thin edge: an endpoint is a function that reads `api` and returns what is to be written.
 # ROUTES is the table of them; OpenAPI comes from it.
 
-# Types as JSON schemas
-
-
-class SettingsBody(NamedTuple):
-    """A body that changes settings: any of them, each as the configuration takes it."""
-
-    name: str                            # in OpenAPI
-    settings: Mapping[str, Setting]
-    is_nullable: bool = False            # null gives the usual value back
-
-
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object",
-              list: "array"}
-
-
-def json_schema(kind: Any, named: dict[str, Any]) -> dict:
-    """The JSON schema of a value of this type. What it refers to by name goes into `named`."""
-    if isinstance(kind, SettingsBody) or is_typeddict(kind) or (
-            isinstance(kind, type) and issubclass(kind, Viewed)):
-        name = schema_name(kind)
-        named[name] = kind
-        return {"$ref": f"#/components/schemas/{name}"}
-    if isinstance(kind, tuple):
-        return {"allOf": [json_schema(part, named) for part in kind]}
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is NotRequired:
-        return json_schema(parts[0], named)
-    if origin is Annotated:
-        written = kind.__metadata__[0]
-        return {"type": written.type} | ({"format": written.format} if written.format else {})
-    if origin is Literal:
-        return {"type": "string", "enum": list(parts)}
-    if origin in (list, tuple):
-        return {"type": "array", "items": json_schema(parts[0], named)}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": json_schema(parts[1], named)}
-    return _union_schema(parts, named) if parts else {"type": JSON_TYPES[kind]}
-
-
-def _union_schema(parts: tuple, named: dict[str, Any]) -> dict:
-    """The JSON schema of a union: of a type and None, of words, or of simple types."""
-    if NoneType in parts:
-        other = functools.reduce(operator.or_, [p for p in parts if p is not NoneType])
-        return {"anyOf": [json_schema(other, named), {"type": "null"}]}
-    schemas = [json_schema(part, named) for part in parts]
-    words = [word for schema in schemas for word in schema.get("enum", ())]
-    return ({"type": "string", "enum": words} if words
-            else {"type": [schema["type"] for schema in schemas]})
-
-
-def schema_name(kind: Any) -> str:
-    """The name of a type in OpenAPI."""
-    if isinstance(kind, SettingsBody):
-        return kind.name
-    return getattr(kind, "SCHEMA", "") or kind.__name__.removesuffix("View").removesuffix("Body")
-
-
-def object_schema(kind: Any, named: dict[str, Any]) -> dict:
-    """The JSON schema of a type that has a name."""
-    if isinstance(kind, SettingsBody):
-        required: list[str] = []
-        properties = {key: setting_schema(setting) for key, setting in kind.settings.items()}
-        if kind.is_nullable:
-            properties = {key: {"anyOf": [schema, {"type": "null"}]}
-                          for key, schema in properties.items()}
-    elif is_typeddict(kind):
-        required = sorted(kind.__required_keys__)
-        properties = {name: json_schema(inner, named) for name, inner in get_type_hints(
-            kind, include_extras=True).items()}
-    else:
-        fields = fields_of(kind)
-        required = [field.name for field in fields if not field.shown.sparse]
-        properties = {field.name: _field_schema(field, named) for field in fields}
-    described = {"description": inspect.getdoc(kind)} if is_typeddict(kind) else {}
-    return {"type": "object", "required": required, "properties": properties} | described
-
-
-def _field_schema(field: Field, named: dict[str, Any]) -> dict:
-    schema = json_schema(field.type, named)
-    if field.is_nullable:
-        schema = {"anyOf": [schema, {"type": "null"}]}
-    return schema | ({"description": f"In {field.unit}"} if field.unit else {})
-
-
-def setting_schema(setting: Setting) -> dict:
-    """The JSON schema of a setting's value."""
-    allowed = setting.allowed or ()
-    if isinstance(setting.default, list):
-        return {"type": "array", "items": {"type": "string"}}
-    schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
-    if schema["type"] == "string":
-        return schema | ({"enum": list(allowed)} if allowed else {})
-    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
-
-
 # What endpoints take
 
 
@@ -18848,9 +18857,6 @@ def routes_of(collection: Collection) -> list[Route]:
 # What is written of things that are no records, and what a body may be: TypedDicts, as JSON has
 # them. In OpenAPI they have their name without View or Body, which tells them from what they show.
 
-Timestamp = Annotated[str, Written("string", str, "date-time")]
-
-
 class ErrorAnswer(TypedDict):
     """The answer to a request that was refused or failed."""
 
@@ -19346,9 +19352,6 @@ def openapi(base_path: str = "") -> dict:
     for route in ROUTES:
         path = re.sub(r":(\w+)", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, named)
-    schemas: dict[str, dict] = {}
-    while missing := named.keys() - schemas.keys():
-        schemas |= {name: object_schema(named[name], named) for name in sorted(missing)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ocppboard", "version": VERSION, "license": {"name": "MIT"}},
@@ -19356,7 +19359,7 @@ def openapi(base_path: str = "") -> dict:
         "security": [{"cookie": []}, {"bearer": []}],
         "paths": paths,
         "components": {
-            "schemas": schemas,
+            "schemas": schemas_of(named),
             "securitySchemes": {"cookie": {"type": "apiKey", "in": "cookie", "name": COOKIE},
                                 "bearer": {"type": "http", "scheme": "bearer"}}},
     }
