@@ -203,7 +203,7 @@ CONNECTOR_MOST_W = 400_000  # what a connector can give; registers that rise fas
 BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes with a later one
 REGISTER_SLACK_WH = 10_000  # and this at once: clocks are set, registers are coarse
 FULL_COUNTERS = (2**31 - 1, 2**32 - 1)       # of no register
-JUMP_WH, DOUBTED = 1000, 5  # a step of more, beyond what power allows, has to hold so many readings
+JUMP_WH, UNPROVEN_POINTS = 1000, 5  # a step beyond what power allows has to hold so many readings
 SERIES_LEAST_S = 60         # a chart of less is no use: readings that come faster are left out
 POWER_BASE_S = 30           # the least time that power is worked out over
 NESTING = 100               # of a payload's arrays and objects
@@ -1635,7 +1635,8 @@ class Track:
     def _watch_jump(self, point: Point) -> None:
         """Keep the register before a step that power hardly allows, until that has held."""
         if point.wh - self.last.wh > most_wh(self.last, point, JUMP_WH):
-            self.before, self.doubted = (self.before if self.doubted else self.last.wh), DOUBTED
+            self.before = self.before if self.doubted else self.last.wh
+            self.doubted = UNPROVEN_POINTS
         elif self.doubted:
             self.doubted -= 1
         else:
@@ -2123,12 +2124,12 @@ class StationClock:
         self._recent = deque((skew - ours_s for skew in self._recent), maxlen=8)
         self._other = None
 
-    def give(self) -> None:
-        """The station was answered with our time: from here on it should be right."""
+    def time_sent(self) -> None:
+        """The station has got our time in an answer: from here on its clock should be right."""
         self._given = True
 
-    def tell(self, skew_s: float, now_mono: float) -> None:
-        """A message told a time that is so far ahead of ours."""
+    def time_reported(self, skew_s: float, now_mono: float) -> None:
+        """A message has a time that is so far ahead of ours."""
         recent = self._recent
         if recent and self._other is None and abs(skew_s - self.shift_s) <= SKEW_TOLERANCE_S:
             recent.append(skew_s)        # as it mostly is
@@ -2515,27 +2516,27 @@ class Shares:
     Owners stand by how many records they have, so that the first of the top row has the most.
     """
 
-    __slots__ = ("held", "_rows", "_top")
+    __slots__ = ("records_of", "_rows", "_top")
 
     def __init__(self) -> None:
-        self.held: dict[str, deque] = {}             # {owner: its records, the oldest first}
+        self.records_of: dict[str, deque] = {}       # {owner: its records, the oldest first}
         self._rows: dict[int, dict[str, None]] = {}  # {how many: who has so many}
         self._top = 0
 
     def add(self, owner: str, record: Record) -> None:
         """The newest record of all is this owner's."""
-        held = self.held.setdefault(owner, deque())
-        held.append(record)
-        self._move(owner, len(held) - 1, len(held))
-        self._top = max(self._top, len(held))
+        records = self.records_of.setdefault(owner, deque())
+        records.append(record)
+        self._move(owner, len(records) - 1, len(records))
+        self._top = max(self._top, len(records))
 
     def remove(self, owner: str, record: Record) -> None:
         """A record goes, mostly its owner's oldest."""
-        held = self.held[owner]
-        del held[next(index for index, one in enumerate(held) if one is record)]
-        self._move(owner, len(held) + 1, len(held))
-        if not held:
-            del self.held[owner]
+        records = self.records_of[owner]
+        del records[next(index for index, other in enumerate(records) if other is record)]
+        self._move(owner, len(records) + 1, len(records))
+        if not records:
+            del self.records_of[owner]
         while self._top and self._top not in self._rows:
             self._top -= 1
 
@@ -2554,7 +2555,7 @@ class Shares:
 
     def greedy(self, count: int) -> deque | None:
         """The records of who has the most of `count`, if that is more than an equal share."""
-        return self.held[self.first] if self._top * len(self.held) > count else None
+        return self.records_of[self.first] if self._top * len(self.records_of) > count else None
 
 
 class FairStore(Store):
@@ -2605,9 +2606,10 @@ class FairStore(Store):
     def _next_to_go(self, over: Callable[[Any], bool]) -> Record | None:
         """The oldest that is over of whoever has too much; None where nobody has."""
         group = self._groups.first
-        scopes = (self._members[group].greedy(len(self._groups.held[group])),
+        scopes = (self._members[group].greedy(len(self._groups.records_of[group])),
                   self._groups.greedy(len(self.records)))
-        return next((record for held in scopes if held for record in filter(over, held)), None)
+        return next((record for records in scopes if records
+                     for record in filter(over, records)), None)
 
     def _remove(self, record: Record) -> Record:
         if record is self.records[0]:
@@ -2616,14 +2618,14 @@ class FairStore(Store):
             index = bisect_left(self.records, record.number, key=NUMBER_OF)
             if index == len(self.records) or self.records[index] is not record:
                 # While earlier ones are restored, the numbers do not rise yet.
-                index = next(n for n, one in enumerate(self.records) if one is record)
+                index = next(n for n, other in enumerate(self.records) if other is record)
             del self.records[index]
             self._hole = max(self._hole, record.number)
         self.bytes -= record.size
         group, member = self._owners.pop(id(record))
         self._groups.remove(group, record)
         self._members[group].remove(member, record)
-        if not self._members[group].held:
+        if not self._members[group].records_of:
             del self._members[group]
         return record
 
@@ -3122,7 +3124,7 @@ class State:
     def _write(self, batch: dict[tuple, StateRow],
                removals: dict[str, float]) -> dict[str, float]:
         """Write rows, and remove old ones. Returns the removals still to be done."""
-        if self._db is not None and not self._is_there():
+        if self._db is not None and not self._file_exists():
             self._close()
         try:
             return self._write_to(self._db or self._connect(), batch, removals)
@@ -3157,7 +3159,7 @@ class State:
         self.bytes_written += sum(map(_row_bytes, batch.values()))
         return left
 
-    def _is_there(self) -> bool:
+    def _file_exists(self) -> bool:
         """Whether the file is still the one that was opened."""
         try:
             return os.stat(self.path).st_ino == self._inode
@@ -7065,14 +7067,14 @@ def _picked(table: dict, *names: str, **others: Callable) -> dict:
     return {name: table[name] for name in names} | others
 
 
-def _answered_here(translator: Translator, payload: dict) -> Steps:
+def _answered_by_board(translator: Translator, payload: dict) -> Steps:
     """A report that 1.6 has no Action for: the board answers it."""
     return None
     yield                                # never, as above
 
 
 # Reports of a 2.x station that 1.6 has no Action for, or not always.
-NEWS = frozenset("""
+REPORTS_2X = frozenset("""
     ClearedChargingLimit MeterValues NotifyChargingLimit NotifyCustomerInformation
     NotifyDisplayMessages NotifyEVChargingSchedule NotifyEvent NotifyMonitoringReport NotifyReport
     PublishFirmwareStatusNotification ReportChargingProfiles ReservationStatusUpdate""".split())
@@ -7098,7 +7100,7 @@ LOWER_DOWN = _picked(                    # a 2.0.1 upstream commands a 1.6 stati
 LOWER_UP = _picked(                      # a 2.0.1 station speaks
     _PLAIN_LOWER, "Authorize", "BootNotification", "DataTransfer", "Heartbeat",
     "SecurityEventNotification",
-    **dict.fromkeys(NEWS, _answered_here) | {
+    **dict.fromkeys(REPORTS_2X, _answered_by_board) | {
         "FirmwareStatusNotification": lower_firmware_status,
         "LogStatusNotification": lower_log_status, "MeterValues": lower_meter_values,
         "NotifyEvent": lower_event, "StatusNotification": lower_status,
@@ -7200,7 +7202,7 @@ def older(translator: Translator, action: str, payload: dict) -> Steps:
     try:
         asked = _to_201(action, payload)
     except NotSupported:
-        if action in NEWS:               # of things that 2.0.1 does not know
+        if action in REPORTS_2X:         # of things that 2.0.1 does not know
             return None
         raise
     return _newer(action, (yield action, asked))
@@ -8291,8 +8293,8 @@ class Board:
         at_mono = self.mono_of(station, when)
         places = [c for c in station.connectors.values()
                   if c.evse_id == evse_id and c.problems.get(name, (None, 0))[0] is not None]
-        there = [c for c in places if c.connector_id == connector_id]
-        for connector in there or places:
+        exact = [c for c in places if c.connector_id == connector_id]
+        for connector in exact or places:
             if connector.problems[name][1] <= at_mono + SKEW_TOLERANCE_S:
                 self._set_problem(connector, name, None, at_mono)
                 self.publish("connections", station)
@@ -8307,7 +8309,7 @@ class Board:
 
     def clock_reported(self, station: Station, when: float) -> None:
         """A message that was made just now has this time of the station's clock."""
-        station.clock.tell(when - self.clock(), self.mono())
+        station.clock.time_reported(when - self.clock(), self.mono())
 
     def mono_of(self, station: Station | None, when: float | None) -> float:
         """A station's time by our monotonic clock; now, for None.
@@ -8618,10 +8620,10 @@ class Board:
     def _may_go_on(self, connector: Connector, transaction: Transaction, at_mono: float,
                    certain: bool) -> bool:
         """Whether an abandoned transaction can be the one that runs at its connector."""
-        there = connector.transaction
-        if there is not None:            # a known start goes before an unknown one
-            return there.began_unseen and not transaction.began_unseen and (
-                at_mono > there.latest_mono())
+        current = connector.transaction
+        if current is not None:          # a known start goes before an unknown one
+            return current.began_unseen and not transaction.began_unseen and (
+                at_mono > current.latest_mono())
         return certain or connector.status in (None, *CHARGING)
 
     def transaction_at(self, station: Station, transaction_id: int | str,
@@ -8820,11 +8822,11 @@ class Board:
         connector = self.connector(station, transaction.evse_id, transaction.connector_id)
         if connector is None:
             return
-        there = connector.transaction
-        if there and transaction.started_mono + SKEW_TOLERANCE_S < (
-                there.latest_mono() if there.began_unseen else there.started_mono):
-            transaction.status, transaction.stopped_at = "abandoned", there.started_at
-            transaction.stopped_mono = max(transaction.started_mono, there.started_mono)
+        current = connector.transaction
+        if current and transaction.started_mono + SKEW_TOLERANCE_S < (
+                current.latest_mono() if current.began_unseen else current.started_mono):
+            transaction.status, transaction.stopped_at = "abandoned", current.started_at
+            transaction.stopped_mono = max(transaction.started_mono, current.started_mono)
             transaction.count_energy()
             return
         for evse_id, connector_id in list(station.connectors):       # an EVSE serves one at a time
@@ -9986,7 +9988,7 @@ def on_heartbeat(board: Board, station: Station, payload: dict) -> dict:
 
 def _time_for(board: Board, station: Station) -> str:
     """Our time, by which the station is to set its clock (1.6 4.6; 2.0.1 G02.FR.04)."""
-    station.clock.give()
+    station.clock.time_sent()
     return wire_time(board.clock())
 
 
@@ -14810,7 +14812,7 @@ class Relay:
         for session in self.sessions.values():
             session.keep_all()
 
-    def is_there(self, settings: SimpleNamespace) -> None:
+    def upstream_connected(self, settings: SimpleNamespace) -> None:
         """A session has connected: the others of this upstream need not wait as long."""
         now = self.now()
         for session in self.sessions.values():
@@ -15191,7 +15193,7 @@ class UpstreamSession:
         self.exchange = Exchange(websocket.write, now=self.relay.now)
         self.answered_once, self.opened_mono = False, self.relay.now()
         self._record("connected", "UP", None)
-        self.relay.is_there(self.settings)
+        self.relay.upstream_connected(self.settings)
         log.info("%s is connected to %s over %s", shown(self.identity), self.settings.url,
                  self.protocol)
         websocket.start(functools.partial(self.upstream_sent, websocket),
@@ -15339,7 +15341,7 @@ class UpstreamSession:
             self._answer_waiting(queued)
         flying = self.in_flight
         if flying is not None and flying.record is not None and flying.came_mono < due:
-            self._answer_here(flying)
+            self._answer_locally(flying)
             self._record("error", "UP", flying.read(), error="upstream did not answer in time")
             self.counts["errors"] += 1
         if flying is not None and self.websocket is not None and self.exchange.pending is not None:
@@ -15435,7 +15437,7 @@ class UpstreamSession:
         is_paused = self.send_after - self.relay.now() > PAUSE_S[0]
         if is_away or ((self.status == BOOTING or is_paused) and not boots) or (
                 len(self.queue) >= CALLS_WAITING and not priority):
-            self._answer_here(queued)
+            self._answer_locally(queued)
             if priority:
                 self._enqueue(queued)
         elif self._can_pass(queued):
@@ -15481,7 +15483,7 @@ class UpstreamSession:
             return False
         if other.record is None and not other.missed:    # it had our answer, or should have
             queued.reply, queued.transaction_id = other.reply or queued.reply, other.transaction_id
-            self._answer_here(queued, holds=False)
+            self._answer_locally(queued, holds=False)
             other.reply = queued.reply
         else:
             other.id_text, other.record, other.missed = queued.id_text, queued.record, False
@@ -15499,7 +15501,7 @@ class UpstreamSession:
             self._refused_up(message, f"{self.protocol} has nothing like it" if self.websocket
                              else "upstream is away")
 
-    def _answer_here(self, queued: QueuedCall, holds: bool = True) -> None:
+    def _answer_locally(self, queued: QueuedCall, holds: bool = True) -> None:
         """Answer the station in upstream's place; `holds`: the Call is to be delivered later."""
         connection = self.connection
         if queued.record is None or connection is None:
@@ -15522,7 +15524,7 @@ class UpstreamSession:
 
     def _answer_waiting(self, queued: QueuedCall) -> None:
         """Answer a queued Call in upstream's place; it stays in the queue if it has a priority."""
-        self._answer_here(queued)
+        self._answer_locally(queued)
         if not queued.priority:
             self.queue.remove(queued)
 
@@ -15575,7 +15577,7 @@ class UpstreamSession:
         """Drop the Call of the least priority, and record that."""
         least = self.queue.least()
         if least.record is not None:
-            self._answer_here(least)
+            self._answer_locally(least)
         self.queue.remove(least)
         self._forget_row(least)
         if least.priority:
@@ -15639,7 +15641,7 @@ class UpstreamSession:
             if answered is None:
                 self._refused_up(queued.read(), f"{self.protocol} has nothing like it: "
                                  "answered here")
-                self._end_here(queued)
+                self._end_locally(queued)
             else:
                 reply, frame = answered
                 self._finish(queued, reply, frame)
@@ -15743,12 +15745,12 @@ class UpstreamSession:
         if queued.priority:
             self.counts["lost"] += 1
             self._record_undelivered(queued, str(error))
-            self._end_here(queued)
+            self._end_locally(queued)
         else:
             self._finish(queued, refusal(queued.protocol, queued.id_text, error), "")
 
-    def _end_here(self, queued: QueuedCall) -> None:
-        self._answer_here(queued, holds=False)
+    def _end_locally(self, queued: QueuedCall) -> None:
+        self._answer_locally(queued, holds=False)
         self._forget_row(queued)
         self._land(queued)
 
@@ -17125,8 +17127,8 @@ def identity_of(path: str, prefix: str) -> str:
 class StationUpgrade(RequestHandler):
     """The OCPP endpoint: it admits a station, and gives its socket to a StationConnection."""
 
-    def initialize(self, daemon: "Daemon", here: bool = True) -> None:
-        self.daemon, self.here = daemon, here            # here: stations connect to this port
+    def initialize(self, daemon: "Daemon", serves_stations: bool = True) -> None:
+        self.daemon, self.serves_stations = daemon, serves_stations
         self.gone = False
 
     def on_connection_close(self) -> None:
@@ -17144,7 +17146,7 @@ class StationUpgrade(RequestHandler):
         daemon, headers = self.daemon, self.request.headers
         config, address = daemon.config, self.request.remote_ip or ""
         try:
-            if not self.here:
+            if not self.serves_stations:
                 raise Refused(404, f"stations connect to port {daemon.ocpp_port}")
             if daemon.board.epoch in headers.get(RELAY_HEADER, "").split(","):
                 raise Refused(508, "this is our own relay: the url of proxy.upstream leads back")
@@ -17198,7 +17200,7 @@ class StationUpgrade(RequestHandler):
                                config.ocpp.path)
         scheme = "wss" if self.request.protocol == "https" else "ws"
         host = kept(self.request.host, 100)
-        if not self.here:
+        if not self.serves_stations:
             scheme, port = self.daemon.station_ports[-1 if scheme == "wss" else 0]
             host = f"{host.rpartition(':')[0] or host}:{port}"
         base = config.server.base_path
@@ -17703,9 +17705,9 @@ def _message_html(message: LoggedMessage, findings: list[str]) -> str:
 def pair_html(pair: MessagePair, findings: Findings) -> str:
     """A Call and its answer as one entry: a line that opens."""
     message = pair.message
-    found = [findings.of(one) for one in filter(None, pair)]
-    failed = [one for one in filter(None, pair) if one.error_code is not None]
-    marks = [f'<b class="bad">{as_html(one.error_code)}</b>' for one in failed]
+    found = [findings.of(message) for message in filter(None, pair)]
+    failed = [message for message in filter(None, pair) if message.error_code is not None]
+    marks = [f'<b class="bad">{as_html(message.error_code)}</b>' for message in failed]
     marks += ['<b class="warn">against its schema</b>'] if any(found) else []
     waited = "" if message.response_ms is None else f"{message.response_ms:.0f} ms"
     if message.type == "CALL" and message.response_ms is None:
@@ -18220,9 +18222,9 @@ async def post_id_tokens(api: "Api") -> dict:
         raise BadRequest("tokens must be a list of objects")
     if len(entries) > TOKENS_AT_ONCE:
         raise BadRequest(f"tokens must be {TOKENS_AT_ONCE} at most")
-    told = [(id_token, _told_token(api.board, id_token, entry)) for entry in entries
+    tokens = [(id_token, _token_settings(api.board, id_token, entry)) for entry in entries
             for id_token in [entry.pop("idToken", None)]]
-    for id_token, settings in told:
+    for id_token, settings in tokens:
         api.board.set_token(id_token, settings)
     await api.until_durable()
     return {"success": True}
@@ -18230,18 +18232,18 @@ async def post_id_tokens(api: "Api") -> dict:
 
 async def put_id_token(api: "Api", token: str) -> dict:
     """Add an id token, or change what the body says of it."""
-    api.board.set_token(token, _told_token(api.board, token, api.body))
+    api.board.set_token(token, _token_settings(api.board, token, api.body))
     await api.until_durable()
     return api.board.tokens[token.lower()].view()
 
 
-def _told_token(board: Board, id_token: Any, told: dict) -> dict:
-    """What an id token is to be: what is not told stays. Raises: BadRequest."""
+def _token_settings(board: Board, id_token: Any, changes: dict) -> dict:
+    """The settings of an id token after these changes. Raises: BadRequest."""
     if not isinstance(id_token, str):
         raise BadRequest("idToken must be a text")
     known = board.tokens.get(id_token.lower())
     settings = known.settings() if known else {s.key: s.default for s in TOKEN_SETTINGS}
-    for key, value in told.items():
+    for key, value in changes.items():
         setting = next((s for s in TOKEN_SETTINGS if s.key == key), None)
         if setting is None:
             raise BadRequest(f"unknown field {shown(key)}{_nearest(key, settings)}")
@@ -18482,7 +18484,7 @@ async def _write_html(api: "Api", found: list[LoggedMessage], total: int,
     api.set_header("X-Total-Count", total)
     api.write(html_head("OCPP messages", facts, stations, wrong))
     await api.write_slices(paired(messages), lambda pair: pair_html(
-        MessagePair(*(one and mask(one) for one in pair)), findings))
+        MessagePair(*(message and mask(message) for message in pair)), findings))
     api.write(HTML_END)
 
 
@@ -18745,7 +18747,7 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
                 break
             # What comes meanwhile goes out together; streams that woke together drift apart.
             await asyncio.sleep(STREAM_PAUSE_S * random.uniform(0.7, 1.3))
-            if not await _news(api.woken, heartbeat_at - time.monotonic()):
+            if not await _woken_within(api.woken, heartbeat_at - time.monotonic()):
                 if not api.still_allowed():
                     break
                 board.pass_over(subscription)
@@ -18759,7 +18761,7 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
         board.unsubscribe(subscription)
 
 
-async def _news(woken: asyncio.Event, patience_s: float) -> bool:
+async def _woken_within(woken: asyncio.Event, patience_s: float) -> bool:
     """Wait for an event, or for the client to go; False when the time is over."""
     if patience_s <= 0:
         return False
@@ -19701,11 +19703,11 @@ def site_name(board: Board) -> str:
 # Alerts
 
 LOOK_S = 5                          # how often it is looked for what is wrong
-SETTLE_S = 300                      # so long after the start stations may be on their way back
-HOLD_S = {"offline": 60.0}          # before it is told that something is wrong: 10 s
-RECOVERED_S = 60.0                  # and that it is over
+SETTLE_S = 300                      # after the start: stations may be on their way back
+HOLD_S = {"offline": 60.0}          # before a problem is reported; of others 10 s
+RECOVERED_S = 60.0                  # before its end is reported
 HOLD_MOST_S = 3600.0                # each return doubles both, up to this
-GATHER_S = 30.0                     # what begins within this time is told together
+GATHER_S = 30.0                     # what begins within this time is in one alert
 ALERT_PAUSE_S = 60.0, 900.0         # between two alerts; each within QUIET_S doubles it
 QUIET_S = 3600.0
 AGAIN_S = {"refused": 3600.0, "undelivered": 600.0, "certificate": 7 * 86400.0, "state": 600.0}
@@ -19726,18 +19728,18 @@ class Wrong(NamedTuple):
 
 @dataclass(slots=True)
 class Alert:
-    """How long something has been wrong, or has not been so any more, and what was told of it."""
+    """A problem, since when it is there or over, and whether that was reported."""
 
     text: str
     since: float                        # UTC seconds
     changed_mono: float                 # since it is wrong, or is not
     over: bool = False
-    told: bool = False                  # as wrong, and not as over since
-    been_told: bool = False
-    returns: int = 0                    # how often it came back within QUIET_S of being told
+    reported: bool = False              # as wrong, and not as over since
+    ever_reported: bool = False
+    returns: int = 0                    # how often it came back within QUIET_S of being reported
 
     def hold_s(self, event: str) -> float:
-        """How long a change has to last before it is told."""
+        """How long a change has to last before it is reported."""
         first_s = RECOVERED_S if self.over else HOLD_S.get(event, 10.0)
         return min(first_s * 2**min(self.returns, 20), HOLD_MOST_S)
 
@@ -19791,18 +19793,18 @@ def wrong_by(record: Record) -> tuple[Wrong, str] | None:
 
 
 class Alerts:
-    """What is to be told of what is wrong: late enough to be true, together, and not again and
-    again. No I/O; time comes in.
+    """Problems and their ends on the way into alerts: late enough to be true, several in one
+    alert, and not again and again. No I/O; time comes in.
 
-    Who flaps is told as wrong once: each return doubles how long it has to be well.
+    A problem that comes and goes is reported once: each return doubles how long it has to be over.
     """
 
     def __init__(self, events: Container[str]):
         self.events = events
         self.known: dict[Wrong, Alert] = {}
-        self.lines: deque[tuple[float, dict]] = deque()          # to be told, with their times
+        self.lines: deque[tuple[float, dict]] = deque()          # with their times, to be sent
         self.left = 0                                # lines that were dropped for newer ones
-        self._told_mono: OrderedDict[Wrong, float] = OrderedDict()       # events, when last
+        self._reported_mono: OrderedDict[Wrong, float] = OrderedDict()   # events: when last
         self._sent: deque[float] = deque(maxlen=8)   # times of the last alerts
 
     def look(self, wrong: Iterable[tuple[Wrong, str]], gone: Callable[[Wrong], bool],
@@ -19815,9 +19817,9 @@ class Alerts:
             if alert is None and len(self.known) < 2 * ALERTS_KEPT:
                 self.known[key] = Alert(text, now, now_mono)
             elif alert is not None and alert.over:
-                alert.returns += alert.been_told
+                alert.returns += alert.ever_reported
                 alert.over, alert.changed_mono = False, now_mono
-                if not alert.told:
+                if not alert.reported:
                     alert.text, alert.since = text, now
         for key, alert in list(self.known.items()):
             if key not in found and not alert.over:
@@ -19827,23 +19829,23 @@ class Alerts:
     def _settle(self, key: Wrong, alert: Alert, gone: Callable[[Wrong], bool], now: float,
                 now_mono: float) -> None:
         lasts_s = now_mono - alert.changed_mono
-        if alert.told != alert.over:                     # nothing to tell
+        if alert.reported != alert.over:                 # nothing to report
             if alert.over and (lasts_s > QUIET_S or (not alert.returns and gone(key))):
                 del self.known[key]
         elif alert.over and gone(key):
             del self.known[key]
         elif lasts_s >= alert.hold_s(key.event):
-            alert.told, alert.been_told = not alert.over, True
+            alert.reported, alert.ever_reported = not alert.over, True
             self._add(key, alert.text, alert.since, now if alert.over else None, now_mono)
 
-    def happened(self, key: Wrong, text: str, now: float, now_mono: float) -> None:
-        """Something went wrong once; the same again is told when it is long ago."""
-        told_mono = self._told_mono.get(key, -math.inf)
-        if key.event in self.events and now_mono - told_mono >= AGAIN_S[key.event]:
-            self._told_mono[key] = now_mono
-            self._told_mono.move_to_end(key)
-            if len(self._told_mono) > ALERTS_KEPT:
-                self._told_mono.popitem(last=False)
+    def add_event(self, key: Wrong, text: str, now: float, now_mono: float) -> None:
+        """Report an event that has no end; the same again only when AGAIN_S has passed."""
+        reported_mono = self._reported_mono.get(key, -math.inf)
+        if key.event in self.events and now_mono - reported_mono >= AGAIN_S[key.event]:
+            self._reported_mono[key] = now_mono
+            self._reported_mono.move_to_end(key)
+            if len(self._reported_mono) > ALERTS_KEPT:
+                self._reported_mono.popitem(last=False)
             self._add(key, text, now, None, now_mono)
 
     def _add(self, key: Wrong, text: str, since: float, over_at: float | None,
@@ -19855,7 +19857,7 @@ class Alerts:
             self.left += 1
 
     def due(self, now_mono: float) -> bool:
-        """Whether it is time to tell what waits."""
+        """Whether it is time to send what waits."""
         recent = sum(now_mono - at < QUIET_S for at in self._sent)
         least_s, most_s = ALERT_PAUSE_S
         pause_s = min(least_s * 2**max(0, recent - 1), most_s)
@@ -19877,7 +19879,7 @@ class Alerts:
                 "problems": problems, "recovered": recovered, "left": self.left}
 
     def sent(self, now_mono: float) -> None:
-        """All that waited has been told."""
+        """The alert of all that waited has been sent."""
         self.lines.clear()
         self.left = 0
         self._sent.append(now_mono)
@@ -19967,7 +19969,7 @@ class Notifier:
                     now, now_mono)
         for published in self._events.drain()[0]:
             if found := wrong_by(published.record):
-                alerts.happened(*found, now, now_mono)
+                alerts.add_event(*found, now, now_mono)
 
     async def _send(self, client: AsyncHTTPClient, message: dict) -> None:
         error = await self._post(client, message)
@@ -21220,7 +21222,7 @@ table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
   margin-right: .35rem; background: currentColor }
 .load { height: .8rem } .drawn { background: var(--good) } .drawn.warn { background: var(--warn) }
 .drawn.bad { background: var(--bad) } .allowed { background: var(--good); opacity: .4 }
-.held { background: var(--dim); opacity: .35 }
+.counted { background: var(--dim); opacity: .35 }
 
 /* One message beside the list */
 .split { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr) }
@@ -21330,7 +21332,7 @@ function patch(parent, list) {
   const {kept, spare} = keyed(parent, list);
   let next = parent.firstChild;
   for (const item of list) {
-    const node = nodeFor(item, next, kept) || taken(item, parent, spare);
+    const node = nodeFor(item, next, kept) || reuse(item, parent, spare);
     if (node === next) next = next.nextSibling; else parent.insertBefore(node, next);
     update(node, item);
   }
@@ -21364,7 +21366,7 @@ function nodeFor(item, next, kept) {
 }
 
 // Rows that came take the nodes of those that went: thousands a minute are not made anew.
-const taken = (item, parent, spare) =>
+const reuse = (item, parent, spare) =>
   keyIn(item) != null && !item.props.made && spare.at(-1)?.is.tag === item.tag ? spare.pop()
     : make(item, parent);
 
@@ -21702,7 +21704,7 @@ function matches(wanted, row) {
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 function openList(wanted) {
   const paused = !!state.list?.paused && same(wanted, state.list.filter);
-  state.list = {filter: wanted, paused, rows: [], size: 0, held: {rows: [], size: 0}, skipped: 0,
+  state.list = {filter: wanted, paused, rows: [], size: 0, unseen: {rows: [], size: 0}, skipped: 0,
     calls: new Map(), newest: 0, total: 0, asked: 0, older: true, loading: false};
   loadOlder(state.list);
 }
@@ -21712,11 +21714,11 @@ async function loadOlder(list) {
   if (list.loading || !list.older) return;
   list.loading = true;
   const limit = list.asked ? PAGE : FIRST_PAGE;
-  const offset = Math.max(list.asked, list.rows.length + list.held.rows.length);
+  const offset = Math.max(list.asked, list.rows.length + list.unseen.rows.length);
   await attempt(async () => {
     const {text, total} = await ask('GET', 'api/messages?'
       + query({...list.filter, limit, offset}));
-    const first = [...list.rows, ...list.held.rows].find(row => row.number)?.number ?? Infinity;
+    const first = [...list.rows, ...list.unseen.rows].find(row => row.number)?.number ?? Infinity;
     const found = rowsIn(text), older = found.reverse().filter(row => row.number < first);
     list.rows = [...older, ...list.rows];
     list.size += sum(older.map(row => row.raw.length));
@@ -21763,7 +21765,7 @@ function follow(list, row) {
     list.newest = row.number;
     list.total++;
   }
-  if (list.paused) list.skipped += keep(list.held, row); else append(list, row);
+  if (list.paused) list.skipped += keep(list.unseen, row); else append(list, row);
 }
 
 function append(list, row) {
@@ -21777,11 +21779,11 @@ const SLOW = 'lost here: the connection was slow or gone';
 function pause(list) {
   list.paused = !list.paused;
   if (!list.paused) {
-    const {held, skipped} = list;
-    Object.assign(list, {held: {rows: [], size: 0}, skipped: 0});
+    const {unseen, skipped} = list;
+    Object.assign(list, {unseen: {rows: [], size: 0}, skipped: 0});
     if (skipped) append(list, gapRow(`${plural(skipped, 'message')} went by while this was paused`,
-      held.rows[0].timestamp));
-    for (const row of held.rows) append(list, row);
+      unseen.rows[0].timestamp));
+    for (const row of unseen.rows) append(list, row);
   }
   touch('messages');
 }
@@ -21833,7 +21835,7 @@ const on = {
     if (onTop(state.recent, row, RECENT)) touch('recent');
     if (state.list) { follow(state.list, row); touch('messages'); }
     if (row.method === 'NotifyReport') reported(row);
-    if (TELLS_LATER.has(row.method)) toldLater(row);
+    if (REPORT_ACTIONS.has(row.method)) reportCame(row);
     if (SHOWS_TOKEN.has(row.method)) tokenShown = true;
   },
   telemetry(telemetrySample) {
@@ -22096,7 +22098,7 @@ function headCell(id, column) {
 // that `wraps` has few rows, all on the page, with all of their text.
 /**
  * @param {string} id
- * @param {{columns: any[], rows: any[], key: (one: any) => any, row?: (one: any) => any,
+ * @param {{columns: any[], rows: any[], key: (row: any) => any, row?: (row: any) => any,
  *   blank?: any, tall?: boolean, label: string, end?: () => any, beside?: boolean,
  *   wraps?: boolean}} look
  */
@@ -22453,17 +22455,17 @@ function statusOf(station, connector) {
 const codesOf = ({errorCode, vendorErrorCode}) => [errorCode, vendorErrorCode].filter(code =>
   code && !/^((0x)?0*|no.?error|none|ok)$/i.test(code));
 const hasError = connector => codesOf(connector).length > 0;
-const toldWith = connector =>
+const remarkOf = connector =>
   [codesOf(connector).join(', '), connector.info].filter(Boolean).join(': ');
 
-// Why it is, or is not, charging: a sentence for the one who stands before it.
+// Why a connector charges or does not: a sentence for whoever stands before it.
 function why(station, connector) {
-  const transaction = transactionAt(station, connector), told = toldWith(connector);
-  const cannot = whyNot(station, connector, transaction, told ? ` (${told})` : '');
+  const transaction = transactionAt(station, connector), remark = remarkOf(connector);
+  const cannot = whyNot(station, connector, transaction, remark ? ` (${remark})` : '');
   if (cannot) return cannot;
   return (transaction ? whyInTransaction(station, connector, transaction)
     : whyWithout(station, connector))
-    + (told ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${told}.` : '');
+    + (remark ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${remark}.` : '');
 }
 
 // What keeps it from charging altogether; '' if nothing does.
@@ -22485,9 +22487,9 @@ const WITHOUT_TRANSACTION = new Map(Object.entries({
   Available: 'Free: no car is plugged in.',
   Reserved: 'Reserved for one id token; others are refused.',
   Finishing: 'The charging has ended: the car is to be unplugged before the next one.',
-  Charging: 'Charging, says the charger, but it has told of no transaction.',
-  SuspendedEV: 'The car takes no power, and the charger has told of no transaction.',
-  SuspendedEVSE: 'The charger holds the power back, and has told of no transaction.',
+  Charging: 'Charging, says the charger, but it has reported no transaction.',
+  SuspendedEV: 'The car takes no power, and the charger has reported no transaction.',
+  SuspendedEVSE: 'The charger holds the power back, and has reported no transaction.',
 }));
 function whyWithout(station, {evse, status, since: from}) {
   if (evse === 0 && status === 'Available') return 'The station is in service.';
@@ -22671,10 +22673,10 @@ function awayAlarm(station, add) {
 }
 
 function troubleAt(station, connector, add) {
-  const told = toldWith(connector), name = nameOf(station, connector).toLowerCase();
+  const remark = remarkOf(connector), name = nameOf(station, connector).toLowerCase();
   if (connector.status === 'Faulted')
-    return add(1, 'bad', ` is faulted: ${name}`, told && ` (${told})`);
-  return hasError(connector) && add(3, 'warn', ` reports an error: ${name}`, ` (${told})`);
+    return add(1, 'bad', ` is faulted: ${name}`, remark && ` (${remark})`);
+  return hasError(connector) && add(3, 'warn', ` reports an error: ${name}`, ` (${remark})`);
 }
 
 // --- Forms ----------------------------------------------------------------------------------
@@ -23127,7 +23129,7 @@ async function command(identity, action, payload, {title = action, protocol = un
     const {result, responseTime, warning, reports = []} = data;
     Object.assign(entry, {result, responseTime, warning,
       raw: raw.slice(raw.indexOf('"result":') + 9, raw.lastIndexOf(',"responseTime"'))});
-    for (const report of reports) tellLater(entry, report.action, JSON.stringify(report.payload));
+    for (const report of reports) addReport(entry, report.action, JSON.stringify(report.payload));
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     Object.assign(entry, failureOf(error, isOnline({identity})));
@@ -23142,13 +23144,13 @@ const FAILURES = {0: 'no connection', 400: 'not sent', 404: 'not known', 409: 'n
   503: 'busy', 504: 'no answer'};
 function failureOf({message, status, data}, connected) {
   const {errorCode, errorDescription, errorDetails = {}} = data || {};
-  const said = errorCode || FAILURES[status] || 'failed';
+  const code = errorCode || FAILURES[status] || 'failed';
   return {failed: [message, errorDescription].filter(Boolean).join(': '),
-    code: status === 409 && !connected ? 'offline' : said, raw: JSON.stringify(errorDetails)};
+    code: status === 409 && !connected ? 'offline' : code, raw: JSON.stringify(errorDetails)};
 }
 
-// What a station tells later of what it was asked; 1.6 has no requestId.
-const TOLD_LATER = {
+// The Calls in which a station reports what a command asked for; 1.6 has no requestId.
+const LATER_REPORTS = {
   GetBaseReport: ['NotifyReport'], GetReport: ['NotifyReport'],
   GetMonitoringReport: ['NotifyMonitoringReport'],
   GetDisplayMessages: ['NotifyDisplayMessages'],
@@ -23157,19 +23159,19 @@ const TOLD_LATER = {
   GetLog: ['LogStatusNotification', 'DiagnosticsStatusNotification'],
   UpdateFirmware: ['FirmwareStatusNotification', 'SignedFirmwareStatusNotification'],
 };
-const TELLS_LATER = new Set(Object.values(TOLD_LATER).flat());
+const REPORT_ACTIONS = new Set(Object.values(LATER_REPORTS).flat());
 const LATER_KEPT = 20;
-function toldLater({identity, type, method, raw}) {
+function reportCame({identity, type, method, raw}) {
   if (type !== 'CALL') return;
   const {requestId: asked} = JSON.parse(raw);
   const entry = state.answers.get(identity)?.find(({action, requestId: id}) =>
-    TOLD_LATER[action]?.includes(method) && (asked == null || asked === id));
+    LATER_REPORTS[action]?.includes(method) && (asked == null || asked === id));
   if (!entry) return;
-  tellLater(entry, method, raw);
+  addReport(entry, method, raw);
   if (entry.action === 'GetLog') askUploads();
   touch('answers');
 }
-function tellLater(entry, action, raw) {
+function addReport(entry, action, raw) {
   if (entry.later.length < LATER_KEPT) entry.later.push({action, raw: ownText(raw)});
 }
 
@@ -23684,7 +23686,7 @@ function overviewScreen() {
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
   const numbers = panel('tiles', SITE_TOPICS, tiles);
   const of = ['transactions', 'connections', 'smart-charge', 'tick'];
-  const news = h('div.cols', {key: 'news'}, h('div.stack',
+  const cards = h('div.cols', {key: 'cards'}, h('div.stack',
     panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
       'upstreams', 'circuits', 'tick'], attentionCard), panel('waiting', of, waitingCard)),
   panel('charging', of, chargingCard));
@@ -23693,7 +23695,8 @@ function overviewScreen() {
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
     row: row => ({...rowLook(row), open: to('messages', row.id)}),
     blank: empty('No message yet: they stand here as they pass.')})));
-  return [heading('Overview', address), ...narrow() ? [news, numbers] : [numbers, news], messages];
+  const above = narrow() ? [cards, numbers] : [numbers, cards];
+  return [heading('Overview', address), ...above, messages];
 }
 
 // What the site draws on its most loaded phase, of its limit: {amps, limitA}, or null.
@@ -24182,7 +24185,7 @@ const messagesOf = name => ({name, label: 'Messages',
     : state.list.rows.slice()).reverse(),
   bar: () => messageFilters(state.list), count: () => listState(state.list),
   tools: () => [button(state.list.paused
-    ? `Resume · ${digits(state.list.held.rows.length + state.list.skipped)} new` : 'Pause',
+    ? `Resume · ${digits(state.list.unseen.rows.length + state.list.skipped)} new` : 'Pause',
   () => pause(state.list), {key: 'pause', 'aria-pressed': String(state.list.paused), title: 'p'}),
   downloads('messages', state.list.filter, ['html', 'ndjson', 'csv'])],
   look: messageLook, open: messageAt, end: () => loadOlder(state.list),
@@ -24709,7 +24712,7 @@ function circuitsCard() {
 }
 
 const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
-  ['held', 'counted: may be drawn, is not free for others']];
+  ['counted', 'counted: may be drawn, is not free for others']];
 const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.small',
   h('b', 'Site meter: '), `${perPhase(amps)}, ${duration(ageSeconds)} ago; besides the cars `
   + `${perPhase(otherLoadA)}; surplus for the cars ${amperes(surplusA)}, all phases together`)
@@ -24738,16 +24741,17 @@ const circuitView = (circuit, deep) => h('div.circuit', {key: circuit.name,
   Object.keys(circuit.measuredA).map(phase => phaseView(circuit, phase)));
 
 function phaseView({name, limitA, usableA, measuredA, allocatedA, worstA}, phase) {
-  const [drawn, told, worst] = [measuredA, allocatedA, worstA].map(byPhase => byPhase[phase]);
+  const [drawn, mayDraw, worst] = [measuredA, allocatedA, worstA].map(byPhase => byPhase[phase]);
   const part = amps => Math.min(100, amps / limitA * 100);
-  const text = `draws ${amperes(drawn)}, allowed ${amperes(told)}`
-    + (worst > told + 1 ? `, counted ${amperes(worst)}` : '');
+  const text = `draws ${amperes(drawn)}, allowed ${amperes(mayDraw)}`
+    + (worst > mayDraw + 1 ? `, counted ${amperes(worst)}` : '');
   const over = drawn > limitA ? 'bad' : worst > usableA + 0.1 ? 'warn' : '';
   return h('div.phase', {key: phase}, h('span.dim', phase),
     h('div.meter.load', {role: 'img', 'aria-label': `${name} ${phase}: ${text}`},
       h('i.drawn', {class: over, style: {width: part(drawn) + '%'}}),
-      h('i.allowed', {style: {width: Math.max(0, part(told) - part(drawn)) + '%'}}),
-      h('i.held', {style: {width: Math.max(0, part(worst) - part(Math.max(told, drawn))) + '%'}})),
+      h('i.allowed', {style: {width: Math.max(0, part(mayDraw) - part(drawn)) + '%'}}),
+      h('i.counted',
+        {style: {width: Math.max(0, part(worst) - part(Math.max(mayDraw, drawn))) + '%'}})),
     h('span.small', {class: over || 'dim'}, text));
 }
 
@@ -26668,9 +26672,10 @@ class SimulatedStation201(SimulatedStation):
         profile = payload["chargingProfile"]
         answer = self.keep_profile(profile, profile["chargingSchedule"][0], payload["evseId"],
                                    profile["id"])
-        held = {(p.evse_id, p.id) for p in self.profiles}
+        installed = {(p.evse_id, p.id) for p in self.profiles}
         self.profiles_sent[payload["evseId"], profile["id"]] = profile
-        self.profiles_sent = {key: sent for key, sent in self.profiles_sent.items() if key in held}
+        self.profiles_sent = {
+            key: sent for key, sent in self.profiles_sent.items() if key in installed}
         return answer
 
     def on_clear_charging_profile(self, payload: dict) -> dict:
@@ -26895,10 +26900,10 @@ class SimulatedStation201(SimulatedStation):
 
     def on_get_charging_profiles(self, payload: dict) -> dict:
         """Report the charging profiles that match (2.0.1 K09)."""
-        wanted, held = payload["chargingProfile"], {(p.evse_id, p.id) for p in self.profiles}
+        wanted, installed = payload["chargingProfile"], {(p.evse_id, p.id) for p in self.profiles}
         found: dict[int, list[dict]] = {}
         for (evse_id, id_), profile in self.profiles_sent.items():
-            if (evse_id, id_) in held and payload.get("evseId") in (None, evse_id) and (
+            if (evse_id, id_) in installed and payload.get("evseId") in (None, evse_id) and (
                     id_ in wanted.get("chargingProfileId", (id_,))) and all(
                     wanted.get(name) in (None, profile[name])
                     for name in ("chargingProfilePurpose", "stackLevel")):
@@ -27820,32 +27825,32 @@ async def run_soak(folder: str, seconds: float, mqtt: str) -> str:
             watch(case, client, url), _come_and_go(core, url), _stall(port))]
         for task in around:
             parts.callback(task.cancel)
-        held = []
+        samples = []
         while load.returncode is None and not any(task.done() for task in around):
             await asyncio.wait([asyncio.create_task(load.wait())], timeout=seconds / 20)
             if load.returncode is None:
                 metrics = (await client.fetch(url + "/metrics")).body.decode()
                 tasks = re.search(r"^ocppboard_tasks (\d+)", metrics, re.MULTILINE)
-                held.append({"MB": process.memory_info().rss / 1e6,
+                samples.append({"MB": process.memory_info().rss / 1e6,
                              "descriptors": float(process.num_fds()),
                              "tasks": float(tasks[1] if tasks else 0)})
         output, _ = await load.communicate()
         if load.returncode or any(task.done() for task in around):
             failed = next((task.exception() for task in around if task.done()), None)
             raise BenchError(f"soak: {failed or output.decode(errors='replace').strip()[-200:]}")
-        return soak_table(json.loads(output), held, seconds)
+        return soak_table(json.loads(output), samples, seconds)
 
 
-def soak_table(result: dict, held: list[dict[str, float]], seconds: float) -> str:
+def soak_table(result: dict, samples: list[dict[str, float]], seconds: float) -> str:
     """The table of the resources that the board held in a soak. Raises: BenchError, if they grew.
 
     The first quarter fills the stores; the largest of the last one is judged by the second's.
     """
-    quarter = len(held) // 4
+    quarter = len(samples) // 4
     rows = ["| of | after a quarter | at most in the second quarter | in the last |",
             "|---|--:|--:|--:|"]
     for name, slack in SOAK_SLACK.items():
-        values = [sample[name] for sample in held]
+        values = [sample[name] for sample in samples]
         before, after = max(values[quarter:2 * quarter]), max(values[-quarter:])
         rows.append(f"| {name} | {values[quarter]:,.0f} | {before:,.0f} | {after:,.0f} |")
         if after > max(before * SOAK_GROWTH, before + slack):
@@ -27992,9 +27997,9 @@ def file_limit() -> int:
 
 
 FILES_MOST = 65536                  # that this process asks for
-TOLD_S, WATCHDOG_S = 5, 60          # the watchdog is fed so often, and bites after
+WATCHDOG_FEED_S, WATCHDOG_S = 5, 60  # the watchdog is fed so often, and bites after
 STILL_S = 15                        # who has made no progress for so long stands still
-KEYS_SHOWN, KEYS_TOLD = 10, 500     # of a reload: in a text, and in an event's details
+KEYS_SHOWN, KEYS_LOGGED = 10, 500   # of a reload: in a text, and in an event's details
 CLOSING_S = 1                       # for stations and streams to close; STATE_STOP_S comes on top
 SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station, in LOGIN_WINDOW_S
 
@@ -28071,7 +28076,7 @@ class Daemon:
                          self.spawn)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
-                self._tell_systemd, min(1000 * TOLD_S, watchdog_ms(os.environ) / 3)))
+                self._tell_systemd, min(1000 * WATCHDOG_FEED_S, watchdog_ms(os.environ) / 3)))
 
     # Start and stop
 
@@ -28230,8 +28235,8 @@ class Daemon:
         log.info("Read %s again. %s%s", config.source or "the defaults", text,
                  "" if changed or restart else _copied_by_systemd(config.source))
         self.board.system_event("RELOADED", "", f"The configuration was read again. {text}",
-                                {"source": config.source, "changed": changed[:KEYS_TOLD],
-                                 "restart": restart[:KEYS_TOLD]})
+                                {"source": config.source, "changed": changed[:KEYS_LOGGED],
+                                 "restart": restart[:KEYS_LOGGED]})
         if self.access.made_token != had_token:
             tell_address(self)
         return changed, restart
@@ -28297,9 +28302,9 @@ class Daemon:
                 self._signer, authority.sign, request, uses, self.board.clock())
             answer, _ = await connection.call("CertificateSigned",
                                               {"certificateChain": chain} | more)
-            taken = "accepted" if answer.get("status") == "Accepted" else "refused"
+            outcome = "accepted" if answer.get("status") == "Accepted" else "refused"
             self.board.system_event("CERTIFICATE_SIGNED", identity,
-                                    f"The station has {taken} a certificate of our CA", more)
+                                    f"The station has {outcome} a certificate of our CA", more)
         except (ValueError, BoardError) as error:
             self.board.system_event("CERTIFICATE_FAILED", identity,
                                     f"No certificate for the station: {kept(error)}", more)

@@ -1754,7 +1754,7 @@ def test_a_fair_store_counts_right_whatever_comes(steps):
         for shares, counts in ((store._groups, groups), *(
                 (shares, Counter(r.owners[1] for r in store.records if r.owners[0] == group))
                 for group, shares in store._members.items())):
-            assert {owner: len(held) for owner, held in shares.held.items()} == counts
+            assert {owner: len(held) for owner, held in shares.records_of.items()} == counts
             assert shares._top == max(counts.values(), default=0)
             assert {owner: n for n, row in shares._rows.items() for owner in row} == counts
 
@@ -5046,7 +5046,7 @@ def test_the_readme_tells_what_each_action_becomes():
             if documented[who, action][column] not in ("refused", "–")}
     news = {action for (who, action), row in documented.items()
             if row[1] == "here" and who == "station"}
-    assert news == ocppboard.NEWS - {"MeterValues", "NotifyEvent"}
+    assert news == ocppboard.REPORTS_2X - {"MeterValues", "NotifyEvent"}
 
 
 # --- Meter values -------------------------------------------------------------------------
@@ -16908,7 +16908,7 @@ def test_a_flood_of_strangers_costs_bounded_memory():
             bench.wait(5)
     alerts = bench.notifier.alerts
     assert len(alerts.lines) <= ocppboard.LINES_KEPT
-    assert len(alerts._told_mono) <= ocppboard.ALERTS_KEPT and len(alerts.known) <= 500
+    assert len(alerts._reported_mono) <= ocppboard.ALERTS_KEPT and len(alerts.known) <= 500
 
 
 @pytest.mark.parametrize("template, body, media_type", [
@@ -16982,7 +16982,7 @@ async def test_an_alert_and_a_receiver_that_misbehaves(behaviour, error, monkeyp
                       notify_template="$text", notify_headers="Title: $title, X-Token: geheim")
         notifier = ocppboard.Notifier(bench.board, None)
         client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16)
-        notifier.alerts.happened(ocppboard.Wrong("state", ""), "Ünwell", NOW, NOW)
+        notifier.alerts.add_event(ocppboard.Wrong("state", ""), "Ünwell", NOW, NOW)
         await notifier._send(client, notifier.alerts.message("home"))
         client.close()
     if behaviour in ("good", "slow"):
@@ -17019,7 +17019,7 @@ async def test_what_did_not_get_there_is_tried_ever_later_and_then_given_up():
         kinds = [event.kind for event in bench.board.system.records if "NOTIFY" in event.kind]
         assert kinds == ["NOTIFY_FAILING", "NOTIFY_LOST"]
         receiver.behaviour = "good"
-        notifier.alerts.happened(ocppboard.Wrong("state", ""), "x", NOW, bench.clock.now)
+        notifier.alerts.add_event(ocppboard.Wrong("state", ""), "x", NOW, bench.clock.now)
         await notifier._send(client, notifier.alerts.message("home"))
         assert bench.board.system.records[-1].kind == "NOTIFY_WORKS"
         client.close()
