@@ -312,8 +312,8 @@ def write(tmp_path, text):
     return str(path)
 
 
-class TellingState(ocppboard.State):
-    """A state file; what it tells stands in `reported`."""
+class ReportingState(ocppboard.State):
+    """A state file whose reports stand in `reported`."""
 
     def __init__(self, path, clock):
         super().__init__(path, clock)
@@ -322,7 +322,7 @@ class TellingState(ocppboard.State):
 
 
 def state_of(path, at=NOW):
-    state = TellingState(str(path), lambda: at)
+    state = ReportingState(str(path), lambda: at)
     state.open()
     return state
 
@@ -522,8 +522,8 @@ START_16 = {"connectorId": 1, "idTag": "=A", "meterStart": 100, "timestamp": "20
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 class Events:
@@ -571,8 +571,8 @@ class Raw:
             answer = self.to(frame) if json.loads(frame)[0] == 2 else None
             if inspect.isawaitable(answer):
                 answer = await answer
-            for one in [answer] if isinstance(answer, (str, bytes)) else answer or ():
-                await socket_.send(one)
+            for reply in [answer] if isinstance(answer, (str, bytes)) else answer or ():
+                await socket_.send(reply)
 
     def accept(self, frame):
         """What a good one says."""
@@ -834,20 +834,20 @@ def statuses(bench):
     return {t.id: t.status for t in bench.board.transactions.records}
 
 
-def says_16(bench, status, connector=1, at=None, **more):
+def send_status_16(bench, status, connector=1, at=None, **more):
     stamp = {} if at is None else {"timestamp": ocppboard.iso(at)}
     bench.call("StatusNotification", {"connectorId": connector, "errorCode": "NoError",
                                       "status": status} | stamp | more)
 
 
-def says_2x(bench, status, evse=1, connector=1, at=None):
+def send_status_2x(bench, status, evse=1, connector=1, at=None):
     bench.call("StatusNotification", {
         "timestamp": ocppboard.iso(bench.clock.now if at is None else at), "evseId": evse,
         "connectorId": connector, "connectorStatus": status})
 
 
-def tell_event(bench, kind, number, at, energy=None, power=None, state=None, id_="T-1", **more):
-    """Send a TransactionEvent that happened at that time."""
+def send_event(bench, kind, number, at, energy=None, power=None, state=None, id_="T-1", **more):
+    """Send a TransactionEvent of that time."""
     info = {"transactionId": id_} | ({"chargingState": state} if state else {})
     samples = [{"value": energy, "unitOfMeasure": {"unit": "Wh"}}] * (energy is not None)
     samples += [{"value": power, "measurand": POWER}] * (power is not None)
@@ -1396,8 +1396,8 @@ PROFILE = {"stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
 SCHEDULE = {"chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 10.0}]}
 
 
-def told(site, action):
-    """The payloads of what a station said by an Action."""
+def payloads_sent(site, action):
+    """The payloads of the Calls that a station sent by an Action."""
     return [json.loads(m.payload) for m in site.board.messages.records
             if m.method == action and m.direction == "IN" and m.type == "CALL"]
 
@@ -1531,7 +1531,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[id_tokens."aB"]\n[id_tokens."Ab"]\n', ["stands there twice"]),
     ("[server\n", ["not a TOML file", "line 1"]), ("a = " + "[" * 5000, ["not a TOML file"]),
 ])
-def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
+def test_a_wrong_config_is_reported_in_one_line(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as error:
         read_config(path, {})
@@ -1546,7 +1546,7 @@ def test_a_wrong_config_is_told_in_one_line(tmp_path, text, words):
     ({"OCPPBOARD_SERVER_TRUST_PROXY": "maybe"}, "must be true or false"),
     ({"OCPPBOARD_CONFIG": "/nowhere/a.toml"}, "/nowhere/a.toml: cannot be read: No such file"),
 ])
-def test_a_wrong_environment_is_told_by_its_name(environ, word):
+def test_a_wrong_environment_is_reported_by_its_name(environ, word):
     with pytest.raises(ConfigError, match=re.escape(word)):
         read_config(environ=environ)
 
@@ -1601,8 +1601,8 @@ def test_a_field_is_shown_as_it_is_declared():
         "id": "s-8", "seenAt": ocppboard.iso(NOW), "took": 0.123, "status": "far",
         "places": ["A"], "meter": reading.view(), "said": {"a": [1]}, "fault": "odd",
         "isLate": True}
-    for one in (sighting, Sighting(9)):
-        assert json.loads(one.json()) == json.loads(json.dumps(one.view()))
+    for record in (sighting, Sighting(9)):
+        assert json.loads(record.json()) == json.loads(json.dumps(record.view()))
     columns = ocppboard.csv_columns(Sighting)
     assert columns == ["seenAt", "status", "said", "isLate"]
     assert [sighting.row()[name] for name in columns] == [
@@ -1754,7 +1754,7 @@ def test_a_fair_store_counts_right_whatever_comes(steps):
         for shares, counts in ((store._groups, groups), *(
                 (shares, Counter(r.owners[1] for r in store.records if r.owners[0] == group))
                 for group, shares in store._members.items())):
-            assert {owner: len(held) for owner, held in shares.records_of.items()} == counts
+            assert {owner: len(counted) for owner, counted in shares.records_of.items()} == counts
             assert shares._top == max(counts.values(), default=0)
             assert {owner: n for n, row in shares._rows.items() for owner in row} == counts
 
@@ -1905,7 +1905,7 @@ async def test_who_begins_to_wait_while_it_is_written_waits_no_longer(tmp_path, 
 
 
 @with_loop
-async def test_a_disk_that_fails_is_told_once_tried_again_and_nothing_is_missing(
+async def test_a_disk_that_fails_is_reported_once_tried_again_and_nothing_is_missing(
         tmp_path, monkeypatch, caplog):
     state = state_of(tmp_path / "s.db")
     monkeypatch.setattr(ocppboard, "STATE_RETRY_S", (0.02, 0.05))
@@ -2235,7 +2235,7 @@ def test_what_cannot_be_written_at_the_start_is_written_later(tmp_path):
 # --- Messages -----------------------------------------------------------------------------
 
 
-def test_a_call_is_taken_apart():
+def test_a_call_is_parsed():
     frame = '[2, "19223201", "BootNotification", {"a": [1, 2.5, "]}"], "b": {}}]'
     assert unpack(frame) == Call('"19223201"', "BootNotification",
                                  {"a": [1, 2.5, "]}"], "b": {}}, '{"a": [1, 2.5, "]}"], "b": {}}')
@@ -3452,7 +3452,7 @@ async def failing(handler, tls=None, url_scheme="ws", **options):
 
 
 @run
-async def test_a_refusal_is_told_with_its_status():
+async def test_a_refusal_is_reported_with_its_status():
     async with Server() as server:
         server.url += "/refuse"
         with pytest.raises(HandshakeError, match=r"^it answered 401 Unauthorized$"):
@@ -3885,7 +3885,7 @@ async def test_nothing_is_read_while_a_message_is_awaited():
 
 
 @run
-async def test_an_end_while_a_message_is_awaited_is_told_at_once():
+async def test_an_end_while_a_message_is_awaited_is_reported_at_once():
     gate, got = asyncio.Event(), []
 
     def slow(peer, message):
@@ -5516,7 +5516,7 @@ def test_a_transaction_from_before_a_restart_ends_by_the_usual_signs(kept_bench,
     if sign == "start":
         begins(kept_bench, meterStart=3000)
     else:
-        says_16(kept_bench, "Available")
+        send_status_16(kept_bench, "Available")
         asyncio.run(kept_bench.state.write())
     assert statuses(kept_bench)[id_] == "abandoned"
     kept_bench.restart()
@@ -5528,26 +5528,26 @@ def test_a_transaction_that_a_boot_interrupted_may_be_resumed_after_a_restart(ke
     id_ = begins(bench)
     bench.clock.now += 60
     bench.call("BootNotification", BOOT_16)
-    says_16(bench, "Preparing")
+    send_status_16(bench, "Preparing")
     bench.write()
     bench.restart()
     assert statuses(bench) == {id_: "abandoned"}
-    says_16(bench, "Charging")
+    send_status_16(bench, "Charging")
     assert statuses(bench) == {id_: "active"}
 
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_2x_transaction_goes_on_with_its_sequence_and_its_place(tmp_path, number):
     bench = KeptBench(tmp_path, "ocpp2.0.1")
-    tell_event(bench, "Started", number, NOW, 0.0, state="EVConnected", evse={"id": 1})
-    tell_event(bench, "Updated", number + 3, NOW, 400.0, state="Charging")
+    send_event(bench, "Started", number, NOW, 0.0, state="EVConnected", evse={"id": 1})
+    send_event(bench, "Updated", number + 3, NOW, 400.0, state="Charging")
     bench.write()
     before = bench.transaction()
     bench.restart()
     assert before["missingEvents"] == 2 and bench.transaction() == before | {
         "meter": before["meter"] | {"quality": "stale"}}
-    tell_event(bench, "Updated", number + 1, NOW)
-    tell_event(bench, "Ended", number + 4, NOW + 60, 900.0)
+    send_event(bench, "Updated", number + 1, NOW)
+    send_event(bench, "Ended", number + 4, NOW + 60, 900.0)
     assert bench.transaction()["missingEvents"] == 1 and bench.transaction()["energyWh"] == 900
     closed(bench.state)
 
@@ -5556,7 +5556,7 @@ def test_a_station_is_known_but_offline_until_it_is_seen(kept_bench):
     bench = kept_bench
     bench.call("BootNotification", BOOT_16)
     bench.receive([2, "1", "StatusNotification", {"connectorId": "1"}])      # a quirk
-    says_16(bench, "Faulted", errorCode="GroundFailure", info="wet")
+    send_status_16(bench, "Faulted", errorCode="GroundFailure", info="wet")
     bench.write()
     before = bench.station.view()
     closed(bench.state)
@@ -5571,11 +5571,11 @@ def test_a_station_is_known_but_offline_until_it_is_seen(kept_bench):
 
 
 def test_what_a_station_repeats_is_not_written_again(kept_bench):
-    says_16(kept_bench, "Available")
+    send_status_16(kept_bench, "Available")
     kept_bench.write()
     for _ in range(3):
         kept_bench.clock.now += 60
-        says_16(kept_bench, "Available")
+        send_status_16(kept_bench, "Available")
         kept_bench.write()
     assert [row.at for row in kept_bench.state.rows("station")] == [NOW]
 
@@ -5700,7 +5700,7 @@ def test_a_row_that_is_not_understood_is_left_out_and_said(kept_bench, kind):
         assert len(bench.skipped()) <= 1 and all(kind in text for text in bench.skipped())
         json.dumps([bench.views(), bench.station.view()], allow_nan=False)
         meter_reads(bench, 1600, 1)
-        says_16(bench, "Charging")
+        send_status_16(bench, "Charging")
     bench.state.put(kind, row.key, row.value, at=row.at)
     asyncio.run(bench.state.write())
     bench.restart()
@@ -5739,7 +5739,7 @@ def test_a_file_that_was_removed_gets_all_that_the_board_knows(kept_bench):
     for path in bench.path.parent.glob("s.db*"):
         if not path.name.endswith("-lock"):
             path.unlink()
-    says_16(bench, "Charging")
+    send_status_16(bench, "Charging")
     bench.write()
     bench.write()
     bench.restart()
@@ -5964,13 +5964,13 @@ killed = settings(max_examples=int(os.environ.get("FUZZ", 25)))
 IN_MEMORY = next(filter(os.path.isdir, [os.path.join(os.sep, "dev", "shm")]), None)
 
 
-def step_of(bench, step, one, other):
+def step_of(bench, step, connector, other):
     """One step of a station's life; returns the id of the transaction that it was about."""
     bench.clock.now += 61
     known = bench.board.transactions.records
-    transaction = known[-1 - one % len(known)] if known else None
+    transaction = known[-1 - connector % len(known)] if known else None
     if step == "begins":
-        return begins(bench, connectorId=one, idTag=other)
+        return begins(bench, connectorId=connector, idTag=other)
     if step in ("metered", "stops") and transaction:
         register_wh = int(transaction.register.last_wh or 0) + other
         if step == "stops":
@@ -5979,7 +5979,7 @@ def step_of(bench, step, one, other):
             meter_reads(bench, register_wh, transaction.id, max(1, transaction.evse_id))
         return transaction.id
     if step == "says":
-        says_16(bench, other, one)
+        send_status_16(bench, other, connector)
     elif step == "boots":
         bench.call("BootNotification", BOOT_16)
     return None
@@ -6317,11 +6317,11 @@ def test_an_unknown_card_is_learnt_by_showing_it():
     shown, = bench.board.shown_tokens.values()
     assert (shown.id_token, shown.kind, shown.used_by, shown.answered) == (
         "04aB", "ISO14443", "CP-1", "Unknown")
-    told = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
-    token = bench.board.set_token("04AB", told | {"name": "Ada"})
+    defaults = {s.key: s.default for s in ocppboard.TOKEN_SETTINGS}
+    token = bench.board.set_token("04AB", defaults | {"name": "Ada"})
     assert not bench.board.shown_tokens and token.kind == "ISO14443"
     assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Accepted"
-    bench.board.set_token("04AB", told | {"status": "Blocked"})
+    bench.board.set_token("04AB", defaults | {"status": "Blocked"})
     assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Blocked"
     bench.board.remove_token(bench.board.tokens["04ab"])
     assert bench.call("Authorize", card)["idTokenInfo"]["status"] == "Unknown"
@@ -6537,13 +6537,13 @@ def test_a_charging_reported_afterwards_does_not_end_the_running_transaction(sto
 def test_a_2x_charging_reported_afterwards_does_not_end_the_running_transaction():
     bench = Bench("ocpp2.0.1")
     place = {"evse": {"id": 1, "connectorId": 1}}
-    tell_event(bench, "Started", 5, NOW - 60, 9000, power=7000, state="Charging", id_="NOW",
+    send_event(bench, "Started", 5, NOW - 60, 9000, power=7000, state="Charging", id_="NOW",
                **place)
-    tell_event(bench, "Updated", 6, NOW, 9100, power=7000, id_="NOW")
+    send_event(bench, "Updated", 6, NOW, 9100, power=7000, id_="NOW")
     for kind, number, at, energy in (("Started", 0, NOW - 7200, 1000),
                                      ("Updated", 1, NOW - 7000, 2000),
                                      ("Ended", 2, NOW - 6000, 4000)):
-        tell_event(bench, kind, number, at, energy, id_="OLD", offline=True, **place)
+        send_event(bench, kind, number, at, energy, id_="OLD", offline=True, **place)
     assert found(bench) == {"NOW": ("active", 100), "OLD": ("stopped", 3000)}
     assert connector_view(bench)["transactionId"] == "NOW"
     assert connector_view(bench)["meter"]["powerW"] == 7000
@@ -6563,9 +6563,9 @@ def test_a_start_that_comes_late_for_an_adopted_charging_takes_its_place():
 def test_an_event_of_the_past_does_not_change_the_state_but_its_reading_counts():
     bench = Bench("ocpp2.0.1")
     place = {"evse": {"id": 1, "connectorId": 1}}
-    tell_event(bench, "Started", 0, NOW - 300, 1000, **place)
-    tell_event(bench, "Updated", 3, NOW - 10, 3000, power=7000, state="Charging")
-    tell_event(bench, "Updated", 2, NOW - 120, 2000, power=11000, state="SuspendedEV", offline=True)
+    send_event(bench, "Started", 0, NOW - 300, 1000, **place)
+    send_event(bench, "Updated", 3, NOW - 10, 3000, power=7000, state="Charging")
+    send_event(bench, "Updated", 2, NOW - 120, 2000, power=11000, state="SuspendedEV", offline=True)
     view = bench.transaction()
     assert (view["chargingState"], view["energyWh"], view["powerW"]) == ("Charging", 2000, 7000)
     series = bench.board.transactions.records[-1].series.view()
@@ -6577,8 +6577,8 @@ def test_an_event_of_the_past_does_not_change_the_state_but_its_reading_counts()
 def test_of_two_events_the_newer_one_tells_the_state(number, at, fresh):
     bench = Bench("ocpp2.0.1")
     bench.clock.now += 60
-    tell_event(bench, "Started", 3, NOW, state="Charging", evse={"id": 1})
-    tell_event(bench, "Updated", number, NOW + at, state="SuspendedEV")
+    send_event(bench, "Started", 3, NOW, state="Charging", evse={"id": 1})
+    send_event(bench, "Updated", number, NOW + at, state="SuspendedEV")
     assert bench.transaction()["chargingState"] == ("SuspendedEV" if fresh else "Charging")
 
 
@@ -6591,7 +6591,7 @@ def test_the_events_of_a_charging_may_come_in_any_order(protocol, order):
     bench = Bench(protocol)
     for n in order:
         kind, number, at, energy = EVENTS[n]
-        tell_event(bench, kind, number, NOW + at, energy, **(
+        send_event(bench, kind, number, NOW + at, energy, **(
             {"evse": {"id": 1, "connectorId": 1}, "idToken": {"idToken": "A", "type": "Central"}}
             if kind == "Started" else {}))
     view = bench.transaction()
@@ -6606,7 +6606,7 @@ def test_a_gap_of_the_sequence_is_marked_until_it_is_filled():
     bench = Bench("ocpp2.0.1")
     missing = []
     for number in (10, 13, 12, 12, 9, 5, 11, 2000):
-        tell_event(bench, "Updated", number, NOW, evse={"id": 1})
+        send_event(bench, "Updated", number, NOW, evse={"id": 1})
         missing.append(bench.transaction()["missingEvents"])
     assert missing == [0, 2, 1, 1, 1, 4, 3, 3 + 1986]
     assert len(bench.board.transactions.records[-1].sequence._missing) <= ocppboard.SEQUENCE_GAP
@@ -6615,11 +6615,11 @@ def test_a_gap_of_the_sequence_is_marked_until_it_is_filled():
 def test_a_status_of_the_past_does_not_free_a_connector():
     bench = Bench()
     start = start_16(bench)
-    says_16(bench, "Charging", at=NOW)
-    says_16(bench, "Available", at=NOW - 3600)
+    send_status_16(bench, "Charging", at=NOW)
+    send_status_16(bench, "Available", at=NOW - 3600)
     assert statuses(bench) == {start: "active"} and connector_view(bench)["status"] == "Charging"
     bench.clock.now += 60
-    says_16(bench, "Available", at=NOW + 60)
+    send_status_16(bench, "Available", at=NOW + 60)
     assert statuses(bench) == {start: "abandoned"}
 
 
@@ -6632,12 +6632,12 @@ def test_a_clock_that_was_set_is_seen_at_the_first_message_that_shows_it(time_gi
     bench = Bench()
     if time_given == "boot":
         bench.call("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"})
-    says_16(bench, "Available", at=NOW + ahead)
+    send_status_16(bench, "Available", at=NOW + ahead)
     assert bench.station.view()["clockSkewSeconds"] == ahead
     if time_given == "heartbeat":
         bench.call("Heartbeat", {})
     bench.clock.now += 2
-    says_16(bench, "Preparing", at=NOW + 1)
+    send_status_16(bench, "Preparing", at=NOW + 1)
     assert bench.station.view()["clockSkewSeconds"] == -1
     assert connector_view(bench)["status"] == "Preparing"
 
@@ -6646,11 +6646,11 @@ def test_a_message_of_the_past_is_no_clock_that_was_set():
     bench = Bench()
     bench.call("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"})
     for late in (-3600, 0, -1800, -7200):
-        says_16(bench, "Available", at=NOW + late)
+        send_status_16(bench, "Available", at=NOW + late)
     assert abs(bench.station.view()["clockSkewSeconds"]) < 1
     bench = Bench()
     for at in (7200, 7200 - 3600, 7200 - 1000):
-        says_16(bench, "Available", at=NOW + at)
+        send_status_16(bench, "Available", at=NOW + at)
     assert bench.station.view()["clockSkewSeconds"] == 7200
 
 
@@ -6658,7 +6658,7 @@ def test_one_stamp_of_the_future_is_an_exception():
     bench = Bench()
     for at in (30, 86400, 30):
         bench.clock.now += 10
-        says_16(bench, "Available", at=bench.clock.now + at)
+        send_status_16(bench, "Available", at=bench.clock.now + at)
     assert bench.station.view()["clockSkewSeconds"] == 30
 
 
@@ -6773,18 +6773,18 @@ def test_a_constant_id_makes_no_transaction_and_its_readings_are_the_connectors(
         bench.clock.now += 60
         bench.call("MeterValues", meter_16(1, constant, energy, power, at=bench.clock.now))
         return connector_view(bench)["meter"]["powerW"]
-    says_16(bench, "Available")
+    send_status_16(bench, "Available")
     assert read(1000, 0) == 0 and not bench.board.transactions.records
-    says_16(bench, "Preparing")
+    send_status_16(bench, "Preparing")
     assert read(1000, 0) == 0 and not bench.board.transactions.records
     started = start_16(bench, meterStart=1000)
-    says_16(bench, "Charging")
+    send_status_16(bench, "Charging")
     assert read(1100, 6000) == 6000 and found(bench) == {started: ("active", 100)}
     bench.clock.now += 1
     stop_16(bench, started, 1200)
-    says_16(bench, "Finishing")
+    send_status_16(bench, "Finishing")
     assert read(1200, 0) == 0 and len(bench.board.transactions) == 1
-    says_16(bench, "Available")
+    send_status_16(bench, "Available")
     again = start_16(bench, meterStart=1200)
     assert read(1300, 6000) == 6000 and found(bench)[again] == ("active", 100)
 
@@ -6793,10 +6793,10 @@ def test_a_constant_id_makes_no_transaction_and_its_readings_are_the_connectors(
 @pytest.mark.parametrize("status", ["Available", "Preparing", "Finishing", "Reserved", "Faulted"])
 def test_an_id_that_nobody_gave_is_adopted_only_where_a_charging_may_be(id_, status):
     bench = Bench()
-    says_16(bench, status)
+    send_status_16(bench, status)
     bench.call("MeterValues", meter_16(1, id_, energy=5))
     assert not bench.board.transactions.records and connector_view(bench)["meter"]["energyWh"] == 5
-    says_16(bench, "Charging")
+    send_status_16(bench, "Charging")
     bench.call("MeterValues", meter_16(1, id_, energy=6))
     assert statuses(bench) == {id_: "active"}
 
@@ -6826,14 +6826,14 @@ def test_readings_under_the_id_of_an_ended_transaction_are_the_connectors(in_bet
 @pytest.mark.parametrize("then", ["nothing", "stop", "late reading", "resumption"])
 def test_a_reboot_ends_what_ran_unless_it_is_resumed_or_stopped(protocol, after, then):
     bench, v16 = Bench(protocol), protocol == "ocpp1.6"
-    status = says_16 if v16 else says_2x
+    status = send_status_16 if v16 else send_status_2x
     if v16:
         id_ = start_16(bench, meterStart=1000)
         bench.call("MeterValues", meter_16(1, id_, energy=1500, power=7000))
     else:
         id_ = "T-1"
-        tell_event(bench, "Started", 0, NOW - 60, 1000, evse={"id": 1, "connectorId": 1})
-        tell_event(bench, "Updated", 1, NOW, 1500, power=7000, state="Charging")
+        send_event(bench, "Started", 0, NOW - 60, 1000, evse={"id": 1, "connectorId": 1})
+        send_event(bench, "Updated", 1, NOW, 1500, power=7000, state="Charging")
     status(bench, "Charging" if v16 else "Occupied")
     bench.clock.now += 60
     boot = {"chargePointVendor": "V", "chargePointModel": "M"} if v16 else {
@@ -6848,7 +6848,7 @@ def test_a_reboot_ends_what_ran_unless_it_is_resumed_or_stopped(protocol, after,
         if v16:
             stop_16(bench, id_, 1600, at=NOW + 10, reason="PowerLoss")
         else:
-            tell_event(bench, "Ended", 2, NOW + 10, 1600, offline=True)
+            send_event(bench, "Ended", 2, NOW + 10, 1600, offline=True)
         assert found(bench) == {id_: ("stopped", 600)}
         assert bench.transaction()["stoppedAt"] == ocppboard.iso(NOW + 10)
     elif then != "nothing":
@@ -6860,7 +6860,7 @@ def test_a_reboot_ends_what_ran_unless_it_is_resumed_or_stopped(protocol, after,
                 status(bench, "Charging")
             bench.call("MeterValues", meter_16(1, id_, energy=1600, power=6000, at=at))
         else:
-            tell_event(bench, "Updated", 2, at, 1600, power=6000, state="Charging",
+            send_event(bench, "Updated", 2, at, 1600, power=6000, state="Charging",
                      offline=not resumed)
         assert found(bench) == {id_: ("active" if resumed else "abandoned", 600)}
         assert bench.transaction()["powerW"] == (6000 if resumed else 0)
@@ -6869,16 +6869,17 @@ def test_a_reboot_ends_what_ran_unless_it_is_resumed_or_stopped(protocol, after,
 @pytest.mark.parametrize("protocol", ["ocpp2.0.1", "ocpp2.1"])
 def test_available_alone_ends_no_2x_transaction(protocol):
     bench = Bench(protocol)
-    tell_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
-    says_2x(bench, "Available")
+    send_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
+    send_status_2x(bench, "Available")
     assert statuses(bench) == {"T-1": "active"}, "TxStartPoint may be Authorized"
 
 
 @pytest.mark.parametrize("status_first", [True, False])
 def test_where_only_the_evse_is_named_the_connector_in_use_is_meant(status_first):
     bench = Bench("ocpp2.0.1")
-    calls = [lambda: (says_2x(bench, "Available", 1, 1), says_2x(bench, "Occupied", 1, 2)),
-             lambda: tell_event(bench, "Started", 0, NOW, 1000, evse={"id": 1})]
+    calls = [lambda: (send_status_2x(bench, "Available", 1, 1),
+                      send_status_2x(bench, "Occupied", 1, 2)),
+             lambda: send_event(bench, "Started", 0, NOW, 1000, evse={"id": 1})]
     for call in calls if status_first else reversed(calls):
         call()
     assert (bench.transaction()["evse"], bench.transaction()["connector"]) == (1, 2)
@@ -6886,14 +6887,14 @@ def test_where_only_the_evse_is_named_the_connector_in_use_is_meant(status_first
     bench.call("MeterValues", {"evseId": 1, "meterValue": [{
         "timestamp": ocppboard.iso(NOW), "sampledValue": [{"value": 1200.0}]}]})
     assert bench.transaction()["energyWh"] == 200
-    tell_event(bench, "Updated", 1, NOW, evse={"id": 1})
+    send_event(bench, "Updated", 1, NOW, evse={"id": 1})
     assert bench.transaction()["connector"] == 2
 
 
 def test_the_only_connector_of_an_evse_is_meant_whatever_its_number():
     bench = Bench("ocpp2.0.1")
-    says_2x(bench, "Available", 2, 3)
-    tell_event(bench, "Started", 0, NOW, evse={"id": 2})
+    send_status_2x(bench, "Available", 2, 3)
+    send_event(bench, "Started", 0, NOW, evse={"id": 2})
     assert bench.transaction()["connector"] == 3
 
 
@@ -7047,7 +7048,7 @@ def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow
             register = registers[min(n, len(registers) - 1)]
             if not v16:
                 kind = "Started" if n == 0 else "Ended" if n == len(registers) else "Updated"
-                tell_event(bench, kind, n, at, float(register), power=700.0, state="Charging",
+                send_event(bench, kind, n, at, float(register), power=700.0, state="Charging",
                          evse={"id": 1, "connectorId": 1})
             elif n == len(registers):
                 stop_16(bench, id_, register, at=at, idTag="A")
@@ -7084,25 +7085,25 @@ def test_a_state_that_ends_the_flow_ends_it_until_a_later_reading(protocol, stat
         if v16:
             bench.call("MeterValues", meter_16(1, id_, power=power, at=at))
         else:
-            tell_event(bench, "Updated", 9, at, power=power)
+            send_event(bench, "Updated", 9, at, power=power)
         return bench.transaction()["powerW"]
     if v16:
         id_ = start_16(bench)
-        says_16(bench, "Charging", at=NOW)
+        send_status_16(bench, "Charging", at=NOW)
     else:
-        tell_event(bench, "Started", 0, NOW - 10, state="Charging", evse=CONNECTOR_1)
+        send_event(bench, "Started", 0, NOW - 10, state="Charging", evse=CONNECTOR_1)
     assert read(6440, NOW) == 6440
     bench.clock.now += 60
     if v16:
-        says_16(bench, state, at=NOW + 60)
+        send_status_16(bench, state, at=NOW + 60)
     else:
-        tell_event(bench, "Updated", 1, NOW + 60, state=state)
+        send_event(bench, "Updated", 1, NOW + 60, state=state)
     assert bench.transaction()["powerW"] == 0 and connector_view(bench)["meter"]["powerW"] == 0
     assert read(6440, NOW + 58) == 0, "it was read before"
     bench.clock.now += 60
     assert read(7000, NOW + 120) == 7000
     if v16:
-        says_16(bench, state, at=NOW + 120)
+        send_status_16(bench, state, at=NOW + 120)
     assert bench.transaction()["powerW"] == 7000, "repeated, it is no change"
 
 
@@ -7110,7 +7111,7 @@ def test_the_state_of_a_fault_hides_no_power():
     bench = Bench()
     id_ = start_16(bench)
     bench.call("MeterValues", meter_16(1, id_, power=7000))
-    says_16(bench, "Faulted", errorCode="GroundFailure")
+    send_status_16(bench, "Faulted", errorCode="GroundFailure")
     assert bench.transaction()["powerW"] == 7000
     assert connector_view(bench)["errorCode"] == "GroundFailure"
 
@@ -7122,7 +7123,7 @@ def test_a_power_that_was_worked_out_does_not_reach_over_a_pause():
         bench.clock.now = NOW + second
         bench.call("MeterValues", meter_16(1, id_, energy=second * 2, at=bench.clock.now))
     assert bench.transaction()["powerW"] == 7200
-    says_16(bench, "SuspendedEV", at=NOW + 61)
+    send_status_16(bench, "SuspendedEV", at=NOW + 61)
     for second in (70, 100, 130):
         bench.clock.now = NOW + second
         bench.call("MeterValues", meter_16(1, id_, energy=120, at=bench.clock.now))
@@ -7212,7 +7213,7 @@ def test_export_while_charging_is_a_quirk(protocol, odd, amps, enough):
         id_ = start_16(bench)
         bench.call("MeterValues", {"connectorId": 1, "transactionId": id_, "meterValue": export})
     else:
-        tell_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
+        send_event(bench, "Started", 0, NOW, evse={"id": 1, "connectorId": 1})
         bench.call("MeterValues", {"evseId": 1, "meterValue": export})
     assert ("export" in bench.station.quirks) == (odd and enough)
 
@@ -7224,15 +7225,15 @@ def test_export_while_charging_is_a_quirk(protocol, odd, amps, enough):
 @pytest.mark.parametrize("status", ["Faulted", "Charging", "Available", "Unavailable"])
 def test_the_cause_is_shown_with_every_status(status, info, shown):
     bench = Bench()
-    says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
+    send_status_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
     view = connector_view(bench)
     assert (view["errorCode"], view["vendorErrorCode"], view["info"]) == (
         "OtherError", "E 42", shown)
     fault, = bench.board.errors.records
     assert fault.kind == "STATION_FAULT" and "E 42" in fault.message
-    says_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
+    send_status_16(bench, status, errorCode="OtherError", vendorErrorCode="E 42", info=info)
     assert len(bench.board.errors) == 1, "a repeated fault is one error"
-    says_16(bench, "Available", vendorErrorCode="0x0000", info="OK")
+    send_status_16(bench, "Available", vendorErrorCode="0x0000", info="OK")
     assert len(bench.board.errors) == 1
 
 
@@ -7247,7 +7248,7 @@ def alert(bench, name="ConnectorPlugRetentionLock", named="Problem", value="true
 @pytest.mark.parametrize("over", [{"cleared": True}, {"value": "false"}])
 def test_an_alert_stands_at_its_connector_and_among_the_errors_until_it_is_over(over):
     bench = Bench("ocpp2.0.1")
-    says_2x(bench, "Occupied")
+    send_status_2x(bench, "Occupied")
     for _ in range(2):
         alert(bench, techInfo="lock stuck")
     view = connector_view(bench)
@@ -7297,19 +7298,19 @@ def test_a_stop_that_is_refused_for_its_form_ends_the_transaction_all_the_same()
 
 
 @pytest.mark.parametrize("word", ["charging", "CHARGING", "Charging"])
-def test_a_status_in_another_case_is_taken_as_meant(word):
+def test_a_status_in_another_case_is_read_as_meant(word):
     bench = Bench()
-    says_16(bench, word)
+    send_status_16(bench, word)
     assert connector_view(bench)["status"] == "Charging"
     assert ("word_in_other_case" in bench.station.quirks) == (word != "Charging")
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "STARTED", 0, NOW, state=word.lower(),
+    send_event(bench, "STARTED", 0, NOW, state=word.lower(),
              evse={"id": 1})
     assert bench.transaction()["chargingState"] == "Charging"
     assert "word_in_other_case" in bench.station.quirks
 
 
-def test_a_start_without_a_card_is_taken_with_a_quirk():
+def test_a_start_without_a_card_is_accepted_with_a_quirk():
     bench = Bench()
     started = start_16(bench, idTag=None)
     assert statuses(bench) == {started: "active"} and "id_tag_null" in bench.station.quirks
@@ -7337,7 +7338,7 @@ def test_a_key_code_stands_in_no_record(type_):
     assert bench.call("Authorize", {"idToken": token}) == {"idTokenInfo": {"status": "Invalid"}}
     assert bench.call("Authorize", {"idToken": token | {"idToken": "1234"}}) == {
         "idTokenInfo": {"status": "Accepted"}}
-    tell_event(bench, "Started", 0, NOW, idToken=token, evse={"id": 1})
+    send_event(bench, "Started", 0, NOW, idToken=token, evse={"id": 1})
     texts = [r.json() for store in bench.board.stores.values() for r in store.records]
     texts += [event.text for event in followed.drain()[0]]
     assert texts and not any("4711" in text or '"1234"' in text for text in texts)
@@ -7377,7 +7378,7 @@ def session_of(bench, *events):
     for what in events:
         bench.clock.now += 60
         if isinstance(what, str):
-            says_16(bench, what, at=bench.clock.now)
+            send_status_16(bench, what, at=bench.clock.now)
         elif what is not None:
             bench.call("MeterValues", meter_16(1, energy=what, at=bench.clock.now))
 
@@ -7456,21 +7457,21 @@ def test_phases_sent_a_moment_apart_are_one_instant_and_a_stuck_clock_makes_none
 def test_the_first_reading_is_not_newer_than_the_state_that_ended_the_flow(late_s):
     bench = Bench()
     id_ = start_16(bench, timestamp=ocppboard.iso(NOW - 60))
-    says_16(bench, "SuspendedEV", at=NOW)
+    send_status_16(bench, "SuspendedEV", at=NOW)
     bench.call("MeterValues", meter_16(1, id_, power=7000, at=NOW - late_s))
     assert bench.transaction()["powerW"] == 0
     bench.clock.now += 10
     stop_16(bench, id_, 5, at=NOW + 7)
-    says_16(bench, "Available", at=NOW + 10)
+    send_status_16(bench, "Available", at=NOW + 10)
     bench.call("MeterValues", meter_16(1, id_, power=7000, at=NOW + 8))
     assert (connector_view(bench)["meter"] or {"powerW": 0})["powerW"] == 0
 
 
 def test_an_ended_event_that_comes_twice_says_nothing_new():
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "Started", 0, NOW - 60, 1000, evse=CONNECTOR_1)
+    send_event(bench, "Started", 0, NOW - 60, 1000, evse=CONNECTOR_1)
     for _ in range(2):
-        tell_event(bench, "Ended", 1, NOW, meterValue=[{
+        send_event(bench, "Ended", 1, NOW, meterValue=[{
             "timestamp": ocppboard.iso(NOW + 0.4), "sampledValue": [
                 {"value": 2000}, {"value": 7000, "measurand": POWER}]}])
     assert found(bench) == {"T-1": ("stopped", 1000)} and connector_view(bench)["meter"] is None
@@ -7478,13 +7479,13 @@ def test_an_ended_event_that_comes_twice_says_nothing_new():
 
 def test_after_a_jump_of_the_boards_clock_a_single_status_counts():
     bench = TwoClocks()
-    says_16(bench, "Charging", at=bench.clock.now)
+    send_status_16(bench, "Charging", at=bench.clock.now)
     bench.run(60)
     bench.clock.now += 3600
     bench.board.watch_clock()
     assert bench.station.clock_skew_s == -3600, "limits begin at once, by its clock"
     bench.run(60)
-    says_16(bench, "Available", at=bench.clock.now - 3600)
+    send_status_16(bench, "Available", at=bench.clock.now - 3600)
     assert connector_view(bench)["status"] == "Available"
 
 
@@ -7517,7 +7518,7 @@ def test_a_small_step_of_the_boards_clock_leaves_the_start_where_it_was():
     bench = TwoClocks()
     for _ in range(4):
         bench.run(3)
-        says_16(bench, "Preparing", at=bench.clock.now - 3600)
+        send_status_16(bench, "Preparing", at=bench.clock.now - 3600)
     start_16(bench, timestamp=ocppboard.iso(bench.clock.now - 3600))
     began = bench.clock.now
     bench.run(60)
@@ -7553,18 +7554,18 @@ def test_an_alert_repeated_after_it_was_over_is_over():
 @pytest.mark.parametrize("protocol", ["ocpp1.6", "ocpp2.0.1"])
 def test_a_station_without_a_clock_is_understood(protocol):
     bench = Bench(protocol)
-    says = says_16 if protocol == "ocpp1.6" else says_2x
-    says(bench, "Charging" if protocol == "ocpp1.6" else "Occupied", at=NOW)
+    send_status = send_status_16 if protocol == "ocpp1.6" else send_status_2x
+    send_status(bench, "Charging" if protocol == "ocpp1.6" else "Occupied", at=NOW)
     bench.clock.now += 60
-    says(bench, "Available", at=30)
+    send_status(bench, "Available", at=30)
     assert connector_view(bench)["status"] == "Available"
 
 
 def test_an_event_newer_by_its_number_counts_though_its_clock_fell_back():
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "Started", 0, NOW - 60, 1000, power=7000, state="Charging",
+    send_event(bench, "Started", 0, NOW - 60, 1000, power=7000, state="Charging",
                evse=CONNECTOR_1)
-    tell_event(bench, "Updated", 1, NOW - 3600, 1500, power=0, state="SuspendedEV")
+    send_event(bench, "Updated", 1, NOW - 3600, 1500, power=0, state="SuspendedEV")
     view = bench.transaction()
     assert (view["chargingState"], view["powerW"], view["energyWh"]) == ("SuspendedEV", 0, 500)
 
@@ -7572,28 +7573,28 @@ def test_an_event_newer_by_its_number_counts_though_its_clock_fell_back():
 def test_an_id_for_each_evse_is_another_transaction():
     bench = Bench("ocpp2.0.1")
     for evse in (1, 2):
-        tell_event(bench, "Started", 0, NOW, 1000, id_="1", evse={"id": evse, "connectorId": 1})
+        send_event(bench, "Started", 0, NOW, 1000, id_="1", evse={"id": evse, "connectorId": 1})
     for evse, energy in ((1, 1400), (2, 1800)):
-        tell_event(bench, "Updated", 1, NOW, energy, id_="1", evse={"id": evse, "connectorId": 1})
+        send_event(bench, "Updated", 1, NOW, energy, id_="1", evse={"id": evse, "connectorId": 1})
     assert [(t.evse_id, t.status, t.energy_wh) for t in bench.board.transactions.records] == [
         (1, "active", 400), (2, "active", 800)]
 
 
 def test_an_id_used_again_after_a_reboot_is_another_transaction():
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "Started", 0, NOW, 1000, id_="7", evse=CONNECTOR_1)
+    send_event(bench, "Started", 0, NOW, 1000, id_="7", evse=CONNECTOR_1)
     bench.clock.now += 300
-    tell_event(bench, "Started", 0, NOW + 300, 3000, id_="7", evse=CONNECTOR_1)
+    send_event(bench, "Started", 0, NOW + 300, 3000, id_="7", evse=CONNECTOR_1)
     assert [t.status for t in bench.board.transactions.records] == ["abandoned", "active"]
     assert bench.transaction()["meterStart"] == 3000
 
 
 def test_events_of_an_ended_transaction_are_not_the_next_ones():
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "Started", 0, NOW - 60, 1000, id_="A", evse=CONNECTOR_1)
-    tell_event(bench, "Ended", 1, NOW - 50, 2000, id_="A")
-    tell_event(bench, "Started", 0, NOW - 40, 2000, id_="Z", evse=CONNECTOR_1)
-    tell_event(bench, "Updated", 2, NOW, 3500, power=9000, id_="A")
+    send_event(bench, "Started", 0, NOW - 60, 1000, id_="A", evse=CONNECTOR_1)
+    send_event(bench, "Ended", 1, NOW - 50, 2000, id_="A")
+    send_event(bench, "Started", 0, NOW - 40, 2000, id_="Z", evse=CONNECTOR_1)
+    send_event(bench, "Updated", 2, NOW, 3500, power=9000, id_="A")
     assert found(bench) == {"A": ("stopped", 1000), "Z": ("active", 0)}
 
 
@@ -7618,7 +7619,7 @@ def test_an_evse_serves_one_transaction_at_a_time():
     bench = Bench("ocpp2.0.1")
     for number in (1, 2):
         bench.clock.now += 10
-        tell_event(bench, "Started", 0, bench.clock.now, id_=f"T{number}",
+        send_event(bench, "Started", 0, bench.clock.now, id_=f"T{number}",
                    evse={"id": 1, "connectorId": number})
     assert statuses(bench) == {"T1": "abandoned", "T2": "active"}
 
@@ -7635,18 +7636,18 @@ def test_a_sequence_that_counts_anew_misses_nothing():
     bench = Bench("ocpp2.0.1")
     for number, at in ((5, 0), (6, 1), (0, 60), (1, 61), (2 ** 62, 70)):
         bench.clock.now = NOW + at
-        tell_event(bench, "Updated", number, bench.clock.now, evse=CONNECTOR_1)
+        send_event(bench, "Updated", number, bench.clock.now, evse=CONNECTOR_1)
     assert bench.transaction()["missingEvents"] == 0
 
 
 @pytest.mark.parametrize("later", [{"cleared": True}, {"value": "false", "trigger": "Delta"}])
 def test_an_alert_of_an_evse_ends_wherever_it_stood(later):
     bench = Bench("ocpp2.0.1")
-    says_2x(bench, "Available", 1, 1)
-    says_2x(bench, "Occupied", 1, 2)
+    send_status_2x(bench, "Available", 1, 1)
+    send_status_2x(bench, "Occupied", 1, 2)
     component = {"component": {"name": "ConnectorPlugRetentionLock", "evse": {"id": 1}}}
     alert(bench, **component)
-    says_2x(bench, "Available", 1, 2)
+    send_status_2x(bench, "Available", 1, 2)
     alert(bench, **component, timestamp="2026-09-21T13:23:20Z", cleared=True)
     assert [c["errorCode"] for c in bench.station.view()["connectors"]].count(None) == 1, "late"
     alert(bench, **(component | later))
@@ -7684,9 +7685,9 @@ def test_the_outlet_goes_before_the_car_and_the_body():
 
 def test_an_id_token_without_a_token_is_none():
     bench = Bench("ocpp2.0.1")
-    tell_event(bench, "Started", 0, NOW, idToken={}, evse=CONNECTOR_1)
+    send_event(bench, "Started", 0, NOW, idToken={}, evse=CONNECTOR_1)
     assert bench.transaction()["idToken"] is None
-    tell_event(bench, "Updated", 1, NOW, idToken={"idToken": "A", "type": "Central"})
+    send_event(bench, "Updated", 1, NOW, idToken={"idToken": "A", "type": "Central"})
     assert bench.transaction()["idToken"] == "A"
 
 
@@ -7769,7 +7770,8 @@ def test_an_unreadable_frame_shows_no_secret(raw):
 def test_a_call_that_nobody_knows_shows_no_secret():
     bench = Bench()
     bench.receive([2, "1", "SetWifi", {"WifiPassword": "s3cr3t"}])
-    says_16(bench, "Faulted", errorCode="OtherError", info="ftp://user:s3cr3t@host password=s3cr3t")
+    send_status_16(bench, "Faulted", errorCode="OtherError",
+                   info="ftp://user:s3cr3t@host password=s3cr3t")
     texts = [r.json() for store in bench.board.stores.values() for r in store.records]
     assert len(texts) > 3 and not any("s3cr3t" in text for text in texts[:1] + texts[-2:])
     assert "s3cr3t" not in bench.station.json()
@@ -8199,7 +8201,7 @@ async def test_a_secret_that_a_station_says_again_is_hidden(protocol, action, pa
 
 
 @with_loop
-async def test_a_status_of_an_answer_in_another_case_is_taken_as_meant():
+async def test_a_status_of_an_answer_in_another_case_is_read_as_meant():
     bench = Bench()
     command = Command(bench)
     _, id_, *_ = await command.sent()
@@ -8224,7 +8226,7 @@ async def test_second_call_waits_for_the_first_answer():
 
 
 def limited(protocol, **limits):
-    """A Bench whose station told what it takes: ItemsPerMessage__GetVariables=…"""
+    """A Bench whose station reported its limits: ItemsPerMessage__GetVariables=…"""
     bench = Bench(protocol)
     bench.station.limits = {next(name for name in ocppboard.LIMITS if name.endswith(
         key.replace("__", ":"))): limit for key, limit in limits.items()}
@@ -8475,7 +8477,7 @@ async def test_a_list_that_is_not_ours_or_refused_is_sent_whole():
 
 
 @with_loop
-async def test_the_cost_is_told_while_a_charging_runs_each_time_it_changes():
+async def test_the_cost_is_sent_while_a_charging_runs_each_time_it_changes():
     bench = Bench("ocpp2.0.1", **TARIFF)
     bench.call(*cost_event("Started", 0))
     for wh, cost in ((1000, 0.9), (2000, 1.3)):
@@ -9037,7 +9039,7 @@ def test_no_limit_is_exceeded_and_nothing_usable_is_left(site):
 
 
 @given(sites(2, simple=True))
-def test_who_has_less_is_held_back_by_a_circuit_in_which_nobody_has_more_than_its_share(site):
+def test_who_has_less_is_limited_by_a_circuit_in_which_nobody_has_more_than_its_share(site):
     circuits, requests, other_load, strategy, step = site
     shares = ocppboard.decide(circuits, requests, other_load, strategy, 950.0, step)
     limits = {c.name: c.limit_a for c in circuits}
@@ -9561,7 +9563,7 @@ def test_a_station_that_says_accepted_and_does_not_obey_is_found_out_by_its_mete
     assert world.currents()["site"][0] == 19.0
 
 
-def test_a_station_that_keeps_no_fallback_is_told_its_limits_all_the_same():
+def test_a_station_that_keeps_no_fallback_is_sent_its_limits_all_the_same():
     world = world_of({}, {}, smart_charge_site_limit_a=40)
     for station in world.stations.values():
         def keep(profile, *more, keep=station.keep_profile, **options):
@@ -9722,7 +9724,7 @@ def test_after_a_start_nobody_gets_more_than_before_until_old_limits_have_expire
         world.step()
         low.add(outlets[0].current_a)
         assert world.excess() <= 0
-    assert low == {19.0}, "the station's own schedule told what it had"
+    assert low == {19.0}, "the station's own schedule said what it had"
     world.run(200)
     assert [o.current_a for o in outlets] == [19, 19]
 
@@ -10025,7 +10027,7 @@ def test_nothing_is_sent_before_a_station_has_spoken_and_its_boot_is_answered():
     assert command.action == "GetVariables"
 
 
-def test_named_stations_that_have_not_come_are_told_with_what_to_do(caplog):
+def test_named_stations_that_have_not_come_are_reported_with_what_to_do(caplog):
     world = world_of({}, entries={"CP-9": {"max_a": 20}}, smart_charge_site_limit_a=40)
     assert "Counted, though not under control until they connect: 'CP-9' 20 A" in caplog.text
     charging(world)
@@ -10365,7 +10367,7 @@ def test_the_least_of_a_session_is_not_above_its_most(body, words):
         world.controller.configure_session(session, body)
 
 
-def test_what_a_car_needs_is_a_limit_and_its_schedule_is_held_against_it():
+def test_what_a_car_needs_is_a_limit_and_its_schedule_is_compared_with_it():
     world = world_of({"protocol": "ocpp2.0.1"})
     station, (outlet,) = world.stations["CP-1"], charging(world)
     world.run(2)
@@ -10386,7 +10388,7 @@ def test_what_a_car_needs_is_a_limit_and_its_schedule_is_held_against_it():
     world.sent.clear()
     assert schedule(11) == {"status": "Rejected"}
     world.run(8)
-    assert [amps for _, amps in limits_sent(world)] == [10], "it is told again"
+    assert [amps for _, amps in limits_sent(world)] == [10], "it is sent again"
     assert drive(station.call("NotifyEVChargingNeeds", needs | {"evseId": 7})) == {
         "status": "Rejected"}
     world.leave(station, outlet)
@@ -10403,7 +10405,7 @@ def test_a_car_in_watts_whose_phases_its_meter_tells_counts_as_it_draws():
 
 
 @pytest.mark.parametrize("limit", [24, 14])
-def test_a_car_in_watts_whose_phases_nobody_tells_says_how_they_can_be_told(limit):
+def test_a_car_in_watts_of_unknown_phases_says_how_they_can_be_set(limit):
     world = world_of({"protocol": "ocpp2.0.1", "faults": ["watts"]}, {},
                      smart_charge_site_limit_a=limit, smart_charge_safety_margin_percent=0)
     world.stations["CP-1"].sampled = meter_of(
@@ -10683,17 +10685,17 @@ class Loop(EventLoop):
         return done
 
 
-FARS: list["Far"] = []
+PLAYED_UPSTREAMS: list["PlayedUpstream"] = []
 
 
 @pytest.fixture(autouse=True)
-def _without_far():
+def _without_played_upstreams():
     yield
-    while FARS:
-        FARS.pop().kill()
+    while PLAYED_UPSTREAMS:
+        PLAYED_UPSTREAMS.pop().kill()
 
 
-class Far:
+class PlayedUpstream:
     """The relay's session of a Bench's station, to an upstream that the test plays."""
 
     def __init__(self, bench, upstream="", **settings):
@@ -10706,7 +10708,7 @@ class Far:
         self.relay = ocppboard.Relay(bench.board, None,
                                      lambda name, work: self.loop.create_task(work),
                                      now=lambda: bench.clock.now)
-        FARS.append(self)
+        PLAYED_UPSTREAMS.append(self)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(ocppboard, "open_websocket", self.dial)
         bench.board.state.open()
@@ -10829,62 +10831,64 @@ def call_of(id_, action, payload):
 
 def test_frames_of_one_version_pass_as_they_are_and_upstreams_answer_counts():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     frame = ' [2, "a b" ,"StartTransaction", {"idTag":"A\\u0041","connectorId":1, "meterStart":10,'\
             '"timestamp":"2026-09-21T13:00:00Z"} ] '
     bench.connection.receive(frame)
-    assert far.frames == [frame] and bench.sent == []
+    assert upstream.frames == [frame] and bench.sent == []
     answer = '[3, "a b", {"transactionId": 77,  "idTagInfo": {"status":"Invalid"}}]'
-    far.send(answer)
+    upstream.send(answer)
     assert bench.sent == [answer]
     assert [t.id for t in bench.board.transactions.records] == [77]
     assert [m.type for m in bench.board.messages.records] == ["CALL", "CALLRESULT"]
-    assert far.session.view()["passed"] == 1 and far.events("translation") == []
+    assert upstream.session.view()["passed"] == 1 and upstream.events("translation") == []
 
 
-def test_what_is_told_again_to_a_new_connection_counts_while_it_waits():
+def test_a_limit_sent_again_to_a_new_connection_counts_while_it_waits():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     for action, payload, answer in (
             ("BootNotification", {"chargePointVendor": "V", "chargePointModel": "M"},
              {"status": "Accepted", "interval": 60, "currentTime": "2026-09-21T13:00:00Z"}),
             ("StatusNotification", {"connectorId": 1, "errorCode": "NoError",
                                     "status": "Available"}, {})):
         bench.connection.receive(call_of(action, action, payload))
-        far.answer(far.asked(), answer)
-    far.die()
-    far.tick(100)
-    far.open()
-    assert len(far.session.queue) == 1 and far.session.queue.bytes > 500     # the other is sent
-    far.answer(far.asked(), {"status": "Accepted", "interval": 60,
-                             "currentTime": "2026-09-21T13:00:00Z"})
-    far.answer(far.asked(), {})
-    assert far.session.queue.bytes == 0 and not far.session.queue
+        upstream.answer(upstream.asked(), answer)
+    upstream.die()
+    upstream.tick(100)
+    upstream.open()
+    queue = upstream.session.queue
+    assert len(queue) == 1 and queue.bytes > 500     # the other is sent
+    upstream.answer(upstream.asked(), {"status": "Accepted", "interval": 60,
+                                       "currentTime": "2026-09-21T13:00:00Z"})
+    upstream.answer(upstream.asked(), {})
+    assert upstream.session.queue.bytes == 0 and not upstream.session.queue
 
 
 def test_a_boot_that_upstream_does_not_accept_shows_on_the_board():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
-    far.answer(far.asked(), {"status": "Pending", "currentTime": iso_now(), "interval": 60})
+    upstream.answer(upstream.asked(),
+                    {"status": "Pending", "currentTime": iso_now(), "interval": 60})
     assert bench.board.stations["CP-1"].registration == "Pending"
-    assert far.session.status == "booting"
+    assert upstream.session.status == "booting"
     bench.connection.receive(call_of("2", "Heartbeat", {}))
-    assert far.frames == [] and '"2"' in bench.sent[-1]      # answered here
-    far.tick(61)
-    again = far.asked()
+    assert upstream.frames == [] and '"2"' in bench.sent[-1]  # answered here
+    upstream.tick(61)
+    again = upstream.asked()
     assert again.action == "BootNotification" and again.payload == BOOT_16
-    far.answer(again, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
-    assert far.session.status == "online"
+    upstream.answer(again, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
+    assert upstream.session.status == "online"
 
 
 def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
     bench.connection.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Preparing"}))
@@ -10895,137 +10899,137 @@ def test_while_upstream_is_away_transactions_wait_and_go_first_when_it_is_back()
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
     bench.connection.receive(call_of("6", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert len(bench.sent) == 6 and far.session.waiting == 3
-    far.open()
-    boot = far.asked()
-    assert boot.action == "BootNotification" and far.frames == []    # nothing before it is accepted
-    far.answer(boot, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
-    start = far.asked()
+    assert len(bench.sent) == 6 and upstream.session.waiting == 3
+    upstream.open()
+    boot = upstream.asked()
+    assert boot.action == "BootNotification" and upstream.frames == []   # nothing before the answer
+    upstream.answer(boot, {"status": "Accepted", "currentTime": iso_now(), "interval": 60})
+    start = upstream.asked()
     assert (start.action, start.payload, start.id_text) == ("StartTransaction", begun(), '"3"')
-    far.answer(start, {"transactionId": 5, "idTagInfo": {"status": "Accepted"}})
-    meter = far.asked()
+    upstream.answer(start, {"transactionId": 5, "idTagInfo": {"status": "Accepted"}})
+    meter = upstream.asked()
     assert meter.payload["transactionId"] == 5               # upstream's own id
-    far.answer(meter, {})
-    stop = far.asked()
+    upstream.answer(meter, {})
+    stop = upstream.asked()
     assert stop.payload["transactionId"] == 5 and stop.payload["meterStop"] == 30
-    far.answer(stop, STOPPED_BY)
-    last = far.asked()
+    upstream.answer(stop, STOPPED_BY)
+    last = upstream.asked()
     assert last.action == "StatusNotification" and last.payload["status"] == "Preparing"
-    far.answer(last, {})
-    assert len(bench.sent) == 6 and far.frames == [] and far.session.waiting == 0
-    assert [e["method"] for e in far.events("delivered")] == [
+    upstream.answer(last, {})
+    assert len(bench.sent) == 6 and upstream.frames == [] and upstream.session.waiting == 0
+    assert [e["method"] for e in upstream.events("delivered")] == [
         "StartTransaction", "MeterValues", "StopTransaction"]
 
 
 def test_a_message_whose_answer_was_lost_goes_again_under_its_id():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("s", "StartTransaction", begun()))
-    first = far.frames.pop()
-    far.die()
+    first = upstream.frames.pop()
+    upstream.die()
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.open()
-    assert far.frames == [first]
-    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    upstream.open()
+    assert upstream.frames == [first]
+    upstream.answer(upstream.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     bench.connection.receive(call_of("t", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert far.asked().payload["transactionId"] == 9
+    assert upstream.asked().payload["transactionId"] == 9
 
 
 def test_upstream_stops_the_transaction_by_the_id_that_it_gave():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("s", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.open()
-    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    far.send(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
+    upstream.open()
+    upstream.answer(upstream.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    upstream.send(call_of("r", "RemoteStopTransaction", {"transactionId": 9}))
     stop = unpack(bench.sent[-1])
     assert isinstance(stop, Call) and stop.payload == {"transactionId": ours}
     bench.connection.receive(f'[3,{stop.id_text},{{"status":"Accepted"}}]')
-    assert json.loads(far.frames.pop()) == [3, "r", {"status": "Accepted"}]
+    assert json.loads(upstream.frames.pop()) == [3, "r", {"status": "Accepted"}]
 
 
 def test_an_upstream_that_gives_an_id_twice_does_not_mix_two_transactions():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.open()
-    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    upstream.open()
+    upstream.answer(upstream.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
-    far.answer(far.asked(), {"transactionId": ours, "idTagInfo": {"status": "Accepted"}})
+    upstream.answer(upstream.asked(), {"transactionId": ours, "idTagInfo": {"status": "Accepted"}})
     other = json.loads(bench.sent[-1])[2]["transactionId"]
     assert other != ours
     for id_, there in ((ours, 9), (other, ours)):
         bench.connection.receive(call_of(f"x{id_}", "StopTransaction", {
             "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-        stop = far.asked()
+        stop = upstream.asked()
         assert stop.payload["transactionId"] == there
-        far.answer(stop, STOPPED_BY)
+        upstream.answer(stop, STOPPED_BY)
 
 
 def test_a_silent_upstream_costs_the_station_no_more_than_the_time_out():
     bench = Bench(ocpp_call_timeout_seconds=10)
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "Authorize", {"idTag": "AA"}))
-    far.tick(9)
+    upstream.tick(9)
     assert bench.sent == []
-    far.tick(0.8)
+    upstream.tick(0.8)
     assert json.loads(bench.sent[-1]) == [3, "1", {"idTagInfo": {"status": "Accepted"}}]
-    far.tick(1)
+    upstream.tick(1)
     for id_ in "23":
         bench.connection.receive(call_of(id_, "Authorize", {"idTag": "AA"}))
-        far.tick(9.8)
+        upstream.tick(9.8)
         assert f'"{id_}"' in bench.sent[-1]
-        far.tick(1)
-    assert far.session.status == "backoff"                         # three in a row: it is not there
+        upstream.tick(1)
+    assert upstream.session.status == "backoff"                    # three in a row: it is not there
     bench.connection.receive(call_of("4", "Authorize", {"idTag": "AA"}))
     assert '"4"' in bench.sent[-1]                           # at once
 
 
 def test_a_late_answer_is_not_given_to_the_station_twice():
     bench = Bench(ocpp_call_timeout_seconds=10)
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.tick(9.9)
+    upstream.tick(9.9)
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.tick(3)
-    far.answer(far.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    assert len(bench.sent) == 1 and far.session.view()["delivered"] == 1
+    upstream.tick(3)
+    upstream.answer(upstream.asked(), {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    assert len(bench.sent) == 1 and upstream.session.view()["delivered"] == 1
     bench.connection.receive(call_of("2", "MeterValues", {
         "connectorId": 1, "transactionId": ours, "meterValue": [metered(12)]}))
-    assert far.asked().payload["transactionId"] == 9
+    assert upstream.asked().payload["transactionId"] == 9
 
 
-def test_what_a_station_says_again_is_told_upstream_once():
+def test_a_message_that_a_station_repeats_is_sent_upstream_once():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    start = far.asked()
-    far.left()
-    far.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
-    assert bench.sent == [] and far.session.status == "online"
-    far.tick(ocppboard.GRACE_S + 1)
-    assert far.session.status == "idle"                      # delivered, and nobody there
-    far.attach(bench.connect())
-    far.open()
-    far.connection.receive(call_of("2", "StartTransaction", begun()))
+    start = upstream.asked()
+    upstream.left()
+    upstream.answer(start, {"transactionId": 9, "idTagInfo": {"status": "Accepted"}})
+    assert bench.sent == [] and upstream.session.status == "online"
+    upstream.tick(ocppboard.GRACE_S + 1)
+    assert upstream.session.status == "idle"                 # delivered, and nobody there
+    upstream.attach(bench.connect())
+    upstream.open()
+    upstream.connection.receive(call_of("2", "StartTransaction", begun()))
     assert json.loads(bench.sent[-1]) == [
         3, "2", {"transactionId": 9, "idTagInfo": {"status": "Accepted"}}]
-    assert far.frames == [] and [t.id for t in bench.board.transactions.records] == [9]
+    assert upstream.frames == [] and [t.id for t in bench.board.transactions.records] == [9]
 
 
 def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
     bench = Bench()
-    far = Far(bench, queue=4)
-    far.refuse()
+    upstream = PlayedUpstream(bench, queue=4)
+    upstream.refuse()
     for number in range(3):
         bench.connection.receive(call_of(f"a{number}", "StartTransaction", begun(number + 1)))
         id_ = json.loads(bench.sent[-1])[2]["transactionId"]
@@ -11033,80 +11037,81 @@ def test_beyond_the_queue_meter_values_go_first_and_the_record_says_which():
             "connectorId": number + 1, "transactionId": id_, "meterValue": [metered(number)]}))
     bench.connection.receive(call_of("z", "StopTransaction", {
         "transactionId": id_, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert [queued.action for queued in far.session.queue] == [
+    assert [queued.action for queued in upstream.session.queue] == [
         *["StartTransaction"] * 3, "StopTransaction"]
-    lost, = far.events("error")[1:]                          # one event, with the count
+    lost, = upstream.events("error")[1:]                     # one event, with the count
     assert lost["messageId"] == "m0" and lost["error"].endswith("; 3 messages")
     error, = [e.view() for e in bench.board.errors.records if e.kind == "NOT_DELIVERED"]
     assert error["details"]["count"] == 3 and error["message"].startswith("3 messages for upstream")
-    assert far.session.view()["lost"] == 3
+    assert upstream.session.view()["lost"] == 3
 
 
 @pytest.mark.parametrize("action, attempts", [("StartTransaction", 10), ("MeterValues", 3)])
 def test_an_upstream_that_cannot_take_a_message_is_asked_ever_less_often(action, attempts):
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", action, begun() if action == "StartTransaction" else {
         "connectorId": 1, "transactionId": 5, "meterValue": [metered(3)]}))
-    far.open()
+    upstream.open()
     for attempt in range(attempts):
-        assert far.asked().id_text == '"1"'
-        far.send('[4,"1","InternalError","no disk",{}]')
-        far.tick(min(2 * 2 ** attempt, 300) - 0.1)
-        assert far.frames == []
-        far.tick(0.1)
-    assert far.frames == [] and far.session.view()["lost"] == 1
-    assert far.events("error")[-1]["error"].startswith("not delivered: InternalError no disk")
+        assert upstream.asked().id_text == '"1"'
+        upstream.send('[4,"1","InternalError","no disk",{}]')
+        upstream.tick(min(2 * 2 ** attempt, 300) - 0.1)
+        assert upstream.frames == []
+        upstream.tick(0.1)
+    assert upstream.frames == [] and upstream.session.view()["lost"] == 1
+    assert upstream.events("error")[-1]["error"].startswith("not delivered: InternalError no disk")
 
 
-def test_a_stop_whose_start_was_not_delivered_is_not_told_under_an_id_of_ours():
+def test_a_stop_whose_start_was_not_delivered_is_not_sent_under_an_id_of_ours():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.open()
-    far.send('[4,"1","FormationViolation","",{}]')
-    far.frames.clear()
+    upstream.open()
+    upstream.send('[4,"1","FormationViolation","",{}]')
+    upstream.frames.clear()
     bench.connection.receive(call_of("2", "StopTransaction", {
         "transactionId": ours, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    assert far.frames == [] and json.loads(bench.sent[-1])[:2] == [3, "2"]
-    assert far.events("refused")[-1]["error"] == "the start of its transaction was not delivered"
+    assert upstream.frames == [] and json.loads(bench.sent[-1])[:2] == [3, "2"]
+    refused = upstream.events("refused")[-1]
+    assert refused["error"] == "the start of its transaction was not delivered"
     assert [t.status for t in bench.board.transactions.records] == ["stopped"]
 
 
 def test_a_restart_loses_nothing_that_waits(tmp_path):
     journal = str(tmp_path / "relay.db")
     bench = Bench(state_path=journal)
-    far = Far(bench, upstream="ocpp2.0.1")
-    far.open()
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1")
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.answer(far.asked(), {"idTokenInfo": {"status": "Accepted"}})
+    upstream.answer(upstream.asked(), {"idTokenInfo": {"status": "Accepted"}})
     running = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.die()
+    upstream.die()
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     waiting = json.loads(bench.sent[-1])[2]["transactionId"]
-    far.end()
+    upstream.end()
     assert oct(os.stat(journal).st_mode)[-3:] == "600"
 
     bench = Bench(state_path=journal)
     bench.clock.now += 100
-    far = Far(bench, upstream="ocpp2.0.1")
-    assert far.session.waiting == 1
-    far.open()
-    start = far.asked()
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1")
+    assert upstream.session.waiting == 1
+    upstream.open()
+    start = upstream.asked()
     assert start.payload["transactionInfo"]["transactionId"] == str(waiting)
     assert start.payload["eventType"] == "Started" and start.payload["evse"]["id"] == 2
-    far.answer(start, {})
+    upstream.answer(start, {})
     bench.connection.receive(call_of("3", "StopTransaction", {
         "transactionId": running, "meterStop": 30, "timestamp": "2026-09-21T14:00:00Z"}))
-    stop = far.asked()
+    stop = upstream.asked()
     assert stop.payload["transactionInfo"]["transactionId"] == str(running)
     assert stop.payload["evse"]["id"] == 1 and stop.payload["seqNo"] == 1
-    far.answer(stop, {})
-    far.end()
-    left = Far(Bench(state_path=journal), upstream="ocpp2.0.1")
+    upstream.answer(stop, {})
+    upstream.end()
+    left = PlayedUpstream(Bench(state_path=journal), upstream="ocpp2.0.1")
     assert left.session.waiting == 0
     left.end()
 
@@ -11114,29 +11119,29 @@ def test_a_restart_loses_nothing_that_waits(tmp_path):
 def test_after_a_restart_upstream_hears_who_the_station_is_and_how(tmp_path):
     keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
     bench.connection.receive(call_of("2", "StatusNotification", {
         "connectorId": 1, "errorCode": "NoError", "status": "Charging"}))
-    far.end()
-    far = Far(Bench(**keys))                                 # the station does not boot again
+    upstream.end()
+    upstream = PlayedUpstream(Bench(**keys))                 # the station does not boot again
     for connection in range(2):
-        far.open()
+        upstream.open()
         for action in ("BootNotification", "StatusNotification") if connection == 0 else ():
-            call = far.asked()
+            call = upstream.asked()
             assert call.action == action and call.id_text not in ('"1"', '"2"')
-            far.answer(call, {"status": "Accepted", "currentTime": iso_now(), "interval": 60}
-                       if action == "BootNotification" else {})
-        assert far.frames == []
-        far.die()
-    far.end()
+            upstream.answer(call, {"status": "Accepted", "currentTime": iso_now(), "interval": 60}
+                            if action == "BootNotification" else {})
+        assert upstream.frames == []
+        upstream.die()
+    upstream.end()
 
 
 def test_what_is_not_delivered_stands_among_the_errors_with_what_an_invoice_needs():
     bench = Bench()
-    far = Far(bench, upstream="ocpp2.0.1", queue=1)
-    far.refuse()
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1", queue=1)
+    upstream.refuse()
     for number in "12":
         bench.connection.receive(call_of(number, "StartTransaction", begun(int(number))))
     error, = [event.view() for event in bench.board.errors.records if event.kind == "NOT_DELIVERED"]
@@ -11152,25 +11157,25 @@ def test_a_2x_transaction_keeps_its_16_id_over_a_restart(tmp_path):
              "transactionInfo": {"transactionId": "tx-1"}, "evse": {"id": 1},
              "idToken": {"idToken": "AA", "type": "Local"}}
     bench = Bench("ocpp2.0.1", **keys)
-    far = Far(bench, upstream="ocpp1.6")
-    far.open()
+    upstream = PlayedUpstream(bench, upstream="ocpp1.6")
+    upstream.open()
     bench.connection.receive(call_of("1", "TransactionEvent", event))
-    far.answer(far.asked(), {"transactionId": 31, "idTagInfo": {"status": "Accepted"}})
-    assert far.asked().payload["status"] == "Preparing"
-    far.end()
+    upstream.answer(upstream.asked(), {"transactionId": 31, "idTagInfo": {"status": "Accepted"}})
+    assert upstream.asked().payload["status"] == "Preparing"
+    upstream.end()
     bench = Bench("ocpp2.0.1", **keys)
-    far = Far(bench, upstream="ocpp1.6")
-    far.open()
-    shown = far.asked()
+    upstream = PlayedUpstream(bench, upstream="ocpp1.6")
+    upstream.open()
+    shown = upstream.asked()
     assert shown.payload["status"] == "Preparing"            # it was not answered
-    far.answer(shown, {})
+    upstream.answer(shown, {})
     bench.connection.receive(call_of("2", "TransactionEvent", {
         "eventType": "Ended", "timestamp": iso_now(), "triggerReason": "EVDeparted", "seqNo": 1,
         "transactionInfo": {"transactionId": "tx-1", "stoppedReason": "EVDisconnected"}}))
-    stop = far.asked()
+    stop = upstream.asked()
     assert stop.action == "StopTransaction" and stop.payload["transactionId"] == 31
     assert stop.payload["reason"] == "EVDisconnected"
-    far.end()
+    upstream.end()
 
 
 def stop_of(transaction_id):
@@ -11186,10 +11191,10 @@ def accepted_as(there):
     return {"transactionId": there, "idTagInfo": {"status": "Accepted"}}
 
 
-def reconnected(bench, far, protocol="ocpp1.6"):
+def reconnected(bench, upstream, protocol="ocpp1.6"):
     bench.connection.end("connection lost")
     bench.connection = bench.connect(protocol)
-    far.attach(bench.connection)
+    upstream.attach(bench.connection)
 
 
 def event_of(kind, seq_no, trigger, **more):
@@ -11203,13 +11208,14 @@ def metered_at(value, context="Sample.Periodic"):
         {"value": value, "context": context}]}]
 
 
-def sent_in_16(bench, far, event, there=7):
+def sent_in_16(bench, upstream, event, there=7):
     """Send an event of a 2.x station; the Calls that a 1.6 upstream gets for it."""
     bench.connection.receive(call_of(f"e{event['seqNo']}", "TransactionEvent", event))
     calls = []
-    while far.frames:
-        calls.append(far.asked())
-        far.answer(calls[-1], accepted_as(there) if calls[-1].action == "StartTransaction" else {})
+    while upstream.frames:
+        calls.append(upstream.asked())
+        is_start = calls[-1].action == "StartTransaction"
+        upstream.answer(calls[-1], accepted_as(there) if is_start else {})
     return {call.action: call.payload for call in calls}
 
 
@@ -11218,127 +11224,127 @@ DRIVER = {"idToken": {"idToken": "AA", "type": "Central"}}
 
 def test_an_id_that_the_board_had_to_give_is_mapped_also_beside_others():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.open()
-    far.answer(far.asked(), accepted_as(5))
+    upstream.open()
+    upstream.answer(upstream.asked(), accepted_as(5))
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
-    late = far.asked()
-    far.tick(30)                                             # the station has our answer by now
+    late = upstream.asked()
+    upstream.tick(30)                                        # the station has our answer by now
     ours = given_id(bench)
-    far.answer(late, accepted_as(6))
+    upstream.answer(late, accepted_as(6))
     bench.connection.receive(call_of("3", "StopTransaction", stop_of(str(ours))))
-    assert far.asked().payload["transactionId"] == 6
+    assert upstream.asked().payload["transactionId"] == 6
 
 
-def test_a_start_that_is_told_again_is_the_same_transaction_in_2x():
+def test_a_start_that_is_sent_again_is_the_same_transaction_in_2x():
     bench = Bench()
-    far = Far(bench, upstream="ocpp2.0.1")
-    far.open()
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1")
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    first = far.asked()
-    far.answer(first, {})
+    first = upstream.asked()
+    upstream.answer(first, {})
     ours = given_id(bench)
-    reconnected(bench, far)                                  # the answer was lost on the way
+    reconnected(bench, upstream)                             # the answer was lost on the way
     bench.connection.receive(call_of("2", "StartTransaction", begun()))
-    assert far.frames == [] and first.payload["eventType"] == "Started"
+    assert upstream.frames == [] and first.payload["eventType"] == "Started"
     assert given_id(bench) == ours
 
 
 def test_no_id_is_given_again_after_a_restart_whatever_the_clock_says(tmp_path):
     keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.clock.now += 1000
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     ours = given_id(bench)
-    far.end()
+    upstream.end()
     bench = Bench(**keys)                                    # a second earlier, by its clock
     bench.clock.now += 999
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert given_id(bench) > ours
-    far.end()
+    upstream.end()
 
 
 def test_a_start_by_a_later_event_is_kept_like_any_start(tmp_path):
     keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench("ocpp2.0.1", **keys)
-    far = Far(bench, upstream="ocpp1.6")
-    far.open()
-    sent_in_16(bench, far, event_of("Started", 0, "CablePluggedIn",
-                                    meterValue=metered_at(100, "Transaction.Begin")))
-    assert "StartTransaction" in sent_in_16(bench, far, event_of(
+    upstream = PlayedUpstream(bench, upstream="ocpp1.6")
+    upstream.open()
+    sent_in_16(bench, upstream, event_of("Started", 0, "CablePluggedIn",
+                                         meterValue=metered_at(100, "Transaction.Begin")))
+    assert "StartTransaction" in sent_in_16(bench, upstream, event_of(
         "Updated", 1, "Authorized", **DRIVER))
-    far.end()
+    upstream.end()
     bench = Bench("ocpp2.0.1", **keys)
-    far = Far(bench, upstream="ocpp1.6")
-    far.open()
-    while far.frames:                                        # what the earlier run was told
-        far.answer(far.asked(), {})
-    reported = sent_in_16(bench, far, event_of(
+    upstream = PlayedUpstream(bench, upstream="ocpp1.6")
+    upstream.open()
+    while upstream.frames:                                   # what the earlier run was sent
+        upstream.answer(upstream.asked(), {})
+    reported = sent_in_16(bench, upstream, event_of(
         "Ended", 2, "EVDeparted", meterValue=metered_at(900)))
     assert reported["StopTransaction"]["transactionId"] == 7 and "StartTransaction" not in reported
-    far.end()
+    upstream.end()
     assert ocppboard.priority_of(Call("1", "TransactionEvent", event_of(
         "Updated", 1, "Authorized", **DRIVER), "")) == ocppboard.TRANSACTION
 
 
 def test_energy_counts_from_the_first_register_where_the_start_had_none():
     bench = Bench("ocpp2.0.1")
-    far = Far(bench, upstream="ocpp1.6")
-    far.open()
-    reported = sent_in_16(bench, far, event_of("Started", 0, "Authorized", **DRIVER))
+    upstream = PlayedUpstream(bench, upstream="ocpp1.6")
+    upstream.open()
+    reported = sent_in_16(bench, upstream, event_of("Started", 0, "Authorized", **DRIVER))
     assert reported["StartTransaction"]["meterStart"] == 0
-    sent_in_16(bench, far, event_of("Updated", 1, "MeterValuePeriodic",
-                                    meterValue=metered_at(5_000_000)))
-    reported = sent_in_16(bench, far, event_of(
+    sent_in_16(bench, upstream, event_of("Updated", 1, "MeterValuePeriodic",
+                                         meterValue=metered_at(5_000_000)))
+    reported = sent_in_16(bench, upstream, event_of(
         "Ended", 2, "EVDeparted", meterValue=metered_at(5_003_000, "Transaction.End")))
     assert reported["StopTransaction"]["meterStop"] == 3000
 
 
 def test_an_error_that_a_station_missed_is_not_its_answer_for_good():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.answer(far.asked(), accepted_as(5))
+    upstream.answer(upstream.asked(), accepted_as(5))
     bench.connection.receive(call_of("2", "StopTransaction", stop_of(5)))
-    stop = far.asked()
-    reconnected(bench, far)
-    far.send(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
+    stop = upstream.asked()
+    reconnected(bench, upstream)
+    upstream.send(f'[4,{stop.id_text},"InternalError","busy",{{}}]')
     bench.connection.receive(call_of("3", "StopTransaction", stop_of(5)))
-    again = far.asked()
+    again = upstream.asked()
     assert (again.action, again.id_text) == ("StopTransaction", '"3"')
 
 
 def test_what_a_full_disk_did_not_take_is_written_later_in_order(tmp_path):
     keys = {"state_path": str(tmp_path / "relay.db")}
     bench = Bench(**keys)
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
 
     def disk(full):
         bench.board.state._db.execute(f"PRAGMA query_only={full}").fetchall()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
     disk(full=1)
-    far.open()
-    far.answer(far.asked(), accepted_as(5))                        # delivered: its row is to go
-    far.die()
+    upstream.open()
+    upstream.answer(upstream.asked(), accepted_as(5))              # delivered: its row is to go
+    upstream.die()
     bench.connection.receive(call_of("2", "StartTransaction", begun(2)))
     assert len(bench.sent) == 2 and bench.board.state.failing_since
     disk(full=0)
     bench.connection.receive(call_of("3", "StartTransaction", begun(3)))
-    far.end()
-    left = Far(Bench(**keys))
+    upstream.end()
+    left = PlayedUpstream(Bench(**keys))
     assert [queued.read().payload["connectorId"] for queued in left.session.queue] == [2, 3]
     left.end()
 
 
-def test_the_journal_of_a_former_version_is_taken_over_once(tmp_path, caplog):
+def test_the_journal_of_a_former_version_is_imported_once(tmp_path, caplog):
     journal, keys = tmp_path / "relay.db", {}
     with contextlib.closing(sqlite3.connect(journal)) as former:
         former.executescript("""
@@ -11353,15 +11359,15 @@ def test_the_journal_of_a_former_version_is_taken_over_once(tmp_path, caplog):
                 number, 70 + number, call_of(f"j{number}", "StartTransaction", begun(number))))
         former.commit()
     keys = {"state_path": str(tmp_path / "s.db"), "proxy_journal": str(journal)}
-    far = Far(Bench(**keys))
-    assert [q.transaction_id for q in far.session.queue] == [71, 72]
-    far.open()
+    upstream = PlayedUpstream(Bench(**keys))
+    assert [q.transaction_id for q in upstream.session.queue] == [71, 72]
+    upstream.open()
     for number in (1, 2):
-        call = far.asked()
+        call = upstream.asked()
         assert call.payload["connectorId"] == number
-        far.answer(call, accepted_as(number))
-    far.end()
-    again = Far(Bench(**keys))
+        upstream.answer(call, accepted_as(number))
+    upstream.end()
+    again = PlayedUpstream(Bench(**keys))
     assert not again.session.queue and "taken over" in caplog.text
     again.end()
 
@@ -11370,129 +11376,129 @@ def test_the_journal_of_a_former_version_is_taken_over_once(tmp_path, caplog):
 def test_a_row_of_the_state_that_makes_no_sense_stops_nobody(tmp_path, caplog, value):
     path = tmp_path / "relay.db"
     bench = Bench(state_path=str(path))
-    far = Far(bench)
+    upstream = PlayedUpstream(bench)
     for kind in ocppboard.RESTORED:
         bench.board.state.put(kind, "odd", json.loads(value))
-    far.end()
-    far = Far(Bench(state_path=str(path)), upstream="ocpp2.0.1")
-    far.open()
-    far.connection.receive(call_of("2", "StartTransaction", begun(2)))
-    assert far.asked().payload["eventType"] == "Started" and "cannot be used" in caplog.text
-    far.end()
+    upstream.end()
+    upstream = PlayedUpstream(Bench(state_path=str(path)), upstream="ocpp2.0.1")
+    upstream.open()
+    upstream.connection.receive(call_of("2", "StartTransaction", begun(2)))
+    assert upstream.asked().payload["eventType"] == "Started" and "cannot be used" in caplog.text
+    upstream.end()
 
 
 def test_an_upstream_that_refuses_our_repeated_boot_for_good_still_gets_the_rest():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "BootNotification", BOOT_16))
-    far.send('[4,"1","FormationViolation","the vendor is too long",{}]')
+    upstream.send('[4,"1","FormationViolation","the vendor is too long",{}]')
     bench.connection.receive(call_of("2", "StartTransaction", begun()))
-    far.die()
-    far.frames.clear()
-    far.open()
-    boot = far.asked()
+    upstream.die()
+    upstream.frames.clear()
+    upstream.open()
+    boot = upstream.asked()
     assert boot.action == "BootNotification"
-    far.send(f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
-    assert far.asked().action == "StartTransaction"
+    upstream.send(f'[4,{boot.id_text},"FormationViolation","too long",{{}}]')
+    assert upstream.asked().action == "StartTransaction"
 
 
 def test_while_upstream_is_given_a_rest_the_station_is_answered_here():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.open()
+    upstream.open()
     for attempt in range(4):
-        start = far.asked()
-        far.send(f'[4,{start.id_text},"InternalError","busy",{{}}]')
+        start = upstream.asked()
+        upstream.send(f'[4,{start.id_text},"InternalError","busy",{{}}]')
         if attempt < 3:
-            far.tick(2 * 2 ** attempt)
+            upstream.tick(2 * 2 ** attempt)
     bench.connection.receive(call_of("h", "Heartbeat", {}))     # within the 16 s of the fourth rest
-    assert '"h"' in bench.sent[-1] and far.frames == []
+    assert '"h"' in bench.sent[-1] and upstream.frames == []
 
 
 def test_a_station_of_another_version_does_not_have_its_old_frames_passed_on():
     bench = Bench()
-    far = Far(bench)
-    far.open()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.frames.clear()
-    far.tick(30)
-    reconnected(bench, far, "ocpp2.0.1")
-    far.open()
-    start = far.asked()
+    upstream.frames.clear()
+    upstream.tick(30)
+    reconnected(bench, upstream, "ocpp2.0.1")
+    upstream.open()
+    start = upstream.asked()
     assert start.action == "TransactionEvent" and start.payload["eventType"] == "Started"
 
 
 @pytest.mark.parametrize("when_down, status", [("answer", "idle"), ("close", "backoff")])
 def test_without_its_station_a_session_is_idle_unless_it_sent_the_station_away(when_down, status):
     bench = Bench()
-    far = Far(bench, when_down=when_down)
-    far.refuse()
+    upstream = PlayedUpstream(bench, when_down=when_down)
+    upstream.refuse()
     bench.connection.end("connection lost")
-    far.settle()
-    assert far.session.view()["status"] == status
-    assert far.session.view()["lastError"] == "no connection: away"
+    upstream.settle()
+    assert upstream.session.view()["status"] == status
+    assert upstream.session.view()["lastError"] == "no connection: away"
 
 
 def test_there_are_no_more_sessions_than_stations_and_those_with_messages_stay():
     bench = Bench(store_max_connections=2)
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.connection.receive(call_of("1", "StartTransaction", begun()))
-    far.left()
+    upstream.left()
     for number, goes_on in ((2, True), (3, False)):          # both stay connected
         connection = bench.connect(identity=f"CP-{number}")
-        far.relay.attach(connection, "")
+        upstream.relay.attach(connection, "")
         assert (connection.upstream is not None) == goes_on
-    far.settle()
-    far.refuse()
+    upstream.settle()
+    upstream.refuse()
     bench.board.stations["CP-2"].connection.end("connection lost")
-    far.settle()
-    far.relay.attach(connection, "")
-    assert set(far.relay.sessions) == {"CP-1", "CP-3"} and far.session.waiting == 1
+    upstream.settle()
+    upstream.relay.attach(connection, "")
+    assert set(upstream.relay.sessions) == {"CP-1", "CP-3"} and upstream.session.waiting == 1
 
 
 def test_a_status_that_is_repeated_is_not_written_again_nor_kept_when_it_is_huge(tmp_path):
     bench = Bench(state_path=str(tmp_path / "relay.db"))
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     written, status = [], {"connectorId": 1, "errorCode": "NoError", "status": "Available"}
-    far.session._put_reported = lambda place, reported: written.append(reported.call.id_text)
+    upstream.session._put_reported = lambda place, reported: written.append(reported.call.id_text)
     for number, more in enumerate(({"timestamp": "2026-09-21T13:00:00Z"},
                                    {"timestamp": "2026-09-21T13:01:00Z"}, {"status": "Charging"},
                                    {"info": "x" * 100_000})):
         bench.connection.receive(call_of(f"s{number}", "StatusNotification", status | more))
     assert written == ['"s0"', '"s2"']
-    far.end()
+    upstream.end()
 
 
 def test_a_session_that_fails_goes_on_after_a_pause_and_the_others_at_once(caplog):
     bench = Bench()
-    far = Far(bench)
-    far.open()
-    far.session._due = functools.partial(divmod, 1, 0)
-    far.session._wake.set()
-    far.settle()
-    assert "The relay failed on 'CP-1'" in caplog.text and far.session.status == "backoff"
-    del far.session._due
-    far.open()
-    assert far.session.status == "online"
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    upstream.session._due = functools.partial(divmod, 1, 0)
+    upstream.session._wake.set()
+    upstream.settle()
+    assert "The relay failed on 'CP-1'" in caplog.text and upstream.session.status == "backoff"
+    del upstream.session._due
+    upstream.open()
+    assert upstream.session.status == "online"
 
 
-def test_a_station_that_waits_for_approval_is_not_told_upstream_before_it():
+def test_a_station_that_waits_for_approval_is_not_reported_upstream_before_it():
     bench = Bench()
-    far = Far(bench)
-    far.refuse()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
     bench.board.config.ocpp.accept = "ask"
     other = bench.connect(identity="CP-2")
-    far.relay.attach(other, "")
-    far.tick()
-    assert other.upstream is None and "CP-2" not in far.relay.sessions
+    upstream.relay.attach(other, "")
+    upstream.tick()
+    assert other.upstream is None and "CP-2" not in upstream.relay.sessions
     bench.board.approve(bench.board.stations["CP-2"])
-    far.tick()
-    assert other.upstream is far.relay.sessions["CP-2"] and far.dialled
+    upstream.tick()
+    assert other.upstream is upstream.relay.sessions["CP-2"] and upstream.dialled
 
 
 @pytest.mark.parametrize("protocol, call", [
@@ -12373,19 +12379,19 @@ async def test_a_central_system_of_201_that_fails_at_first_has_all_events_withou
         upstream.down = away
         station = Talker(await site.station("CP-1"))
 
-        async def says(action, payload):
+        async def call(action, payload):
             for _ in range(5):
                 answer = await station.call(action, payload)
                 if answer[0] == 3:
                     return answer[2]
             raise AssertionError(answer)
-        began = await says("StartTransaction", START_16)
+        began = await call("StartTransaction", START_16)
         for value in (150, 200):
-            await says("MeterValues", {
+            await call("MeterValues", {
                 "connectorId": 1, "transactionId": began["transactionId"],
                 "meterValue": [{"timestamp": AT(value // 10), "sampledValue": [
                     {"value": str(value)}]}]})
-        await says("StopTransaction", {"transactionId": began["transactionId"], "meterStop": 250,
+        await call("StopTransaction", {"transactionId": began["transactionId"], "meterStop": 250,
                                        "timestamp": AT(40)})
         upstream.down = False
 
@@ -12596,7 +12602,7 @@ class UpstreamSocket:
         self.world, self.identity, self.subprotocol = world, identity, protocol
         self.last_sign = self.last_ping = world.now
         self.last_pong, self.closed_by_us, self.open = None, False, True
-        self.cut = False                 # no frame gets through, and nobody is told
+        self.cut = False                 # no frame gets through, and nobody notices
         self.frames: asyncio.Queue = asyncio.Queue()
         self._on_close: Any = None
 
@@ -13111,7 +13117,7 @@ class Received:
                 self.wrong.append(f"of no transaction: {call.action} {call.payload}")
             return
         if reported not in (session, None) and not self.forgetful:
-            self.wrong.append(f"session {told} has the id of {session}: {call.payload}")
+            self.wrong.append(f"session {reported} has the id of {session}: {call.payload}")
         same = (call.identity, event, seq, wh, call.payload.get("timestamp"),
                 None if call.action == "StartTransaction" else id_)
         again = same in self._seen           # the same event under another message id
@@ -13400,12 +13406,12 @@ def test_a_transaction_that_was_given_up_goes_on_after_a_kill(world):
 
 
 @only("ocpp2.0.1", "ocpp1.6")
-def test_an_event_is_told_once_though_upstream_errs_on_the_status_that_goes_along(world):
+def test_an_event_is_sent_once_though_upstream_errs_on_the_status_that_goes_along(world):
     world.judge(*GIVEN_UP, "upstream errs", "station meters", 30)
 
 
 @pytest.mark.parametrize("world", [pair for pair in PAIRINGS if pair[0] != pair[1]], indirect=True)
-def test_an_end_that_comes_after_ours_is_told_until_upstream_takes_it(world):
+def test_an_end_that_comes_after_ours_is_sent_until_upstream_accepts_it(world):
     world.judge(*GIVEN_UP, "upstream errs", "station stops", 30)
 
 
@@ -13496,7 +13502,7 @@ async def test_a_login_gives_a_session_and_logout_ends_it():
 
 
 @with_loop
-async def test_a_session_past_its_time_is_told_so():
+async def test_a_session_past_its_time_has_expired():
     access, _, clock = access_of(auth_token="t")
     session = await access.login({"token": "t"}, "192.0.2.1")
     clock.now += 86400
@@ -13565,7 +13571,7 @@ async def test_a_success_clears_what_failed_before():
         assert await access.login({"token": "t"}, "192.0.2.1")
 
 
-def test_addresses_are_told_apart_as_networks():
+def test_addresses_are_distinguished_as_networks():
     assert ocppboard._network("::ffff:192.0.2.1") == "192.0.2.1" == ocppboard._network("192.0.2.1")
     assert ocppboard._network("2001:db8::1%eth0") == ocppboard._network("2001:db8::2")
     assert ocppboard._network("unix") == "unix"
@@ -13832,7 +13838,7 @@ def test_an_origin_is_ours_also_behind_a_proxy(origin, host, scheme, any_port, s
 NEW, HEX = "another-horse-battery", "00ff10AA" * 5
 
 
-@pytest.mark.parametrize("action, payload, told", [
+@pytest.mark.parametrize("action, payload, expected", [
     ("ChangeConfiguration", {"key": "authorizationKEY", "value": HEX}, [("password", HEX)]),
     ("ChangeConfiguration", {"key": "SecurityProfile", "value": "2"}, [("profile", "2")]),
     ("ChangeConfiguration", {"key": "HeartbeatInterval", "value": "2"}, []),
@@ -13853,10 +13859,10 @@ NEW, HEX = "another-horse-battery", "00ff10AA" * 5
         "securityProfile": 2, "basicAuthPassword": NEW}}, [("slot", (1, 2)), ("password", NEW)]),
     ("SetNetworkProfile", {"configurationSlot": "1", "connectionData": 3}, []),
 ])
-def test_what_a_command_changes_of_how_a_station_comes_in_is_seen(action, payload, told):
+def test_what_a_command_changes_of_how_a_station_comes_in_is_seen(action, payload, expected):
     for result in ({}, {"status": 3}, {"setVariableResult": [3, {}]}):
         found = ocppboard.security_settings(action, payload, result)
-        assert [(setting.what, setting.value) for setting in found] == told
+        assert [(setting.what, setting.value) for setting in found] == expected
 
 
 @pytest.mark.parametrize("action, value, refused", [
@@ -13924,7 +13930,7 @@ class Door:
             return str(error)
         return self.station.security_profile
 
-    async def told(self, action, payload, result):
+    async def command(self, action, payload, result):
         """A command is sent and answered; `result` None: it never is."""
         call = Call('"1"', action, payload, "{}")
         writing = asyncio.create_task(self.access.before(self.station, call))
@@ -13936,12 +13942,12 @@ class Door:
             self.access.answered(self.station, call, result)
 
     async def new_password(self, value, status):
-        await self.told("ChangeConfiguration", {"key": "AuthorizationKey", "value": value},
-                        status and {"status": status})
+        await self.command("ChangeConfiguration", {"key": "AuthorizationKey", "value": value},
+                           status and {"status": status})
 
     async def new_profile(self, value, status="Accepted"):
-        await self.told("ChangeConfiguration", {"key": "SecurityProfile", "value": value},
-                        {"status": status})
+        await self.command("ChangeConfiguration", {"key": "SecurityProfile", "value": value},
+                           {"status": status})
 
 
 @pytest.fixture
@@ -14072,11 +14078,11 @@ async def test_the_slots_of_2_x_tell_which_profile_a_station_goes_up_to(door):
     async def priority(text, status="Accepted"):
         names = {"component": {"name": "OCPPCommCtrlr"},
                  "variable": {"name": "NetworkConfigurationPriority"}}
-        await here.told("SetVariables", {"setVariableData": [names | {"attributeValue": text}]},
-                        {"setVariableResult": [names | {"attributeStatus": status}]})
+        await here.command("SetVariables", {"setVariableData": [names | {"attributeValue": text}]},
+                           {"setVariableResult": [names | {"attributeStatus": status}]})
     assert await here.comes(old) == 1
     for slot in (1, 2):
-        await here.told("SetNetworkProfile", {"configurationSlot": slot, "connectionData": {
+        await here.command("SetNetworkProfile", {"configurationSlot": slot, "connectionData": {
             "securityProfile": slot}}, {"status": "Accepted"})
     await priority("2,1", "Rejected")
     await priority("1,2")
@@ -14088,7 +14094,7 @@ async def test_the_slots_of_2_x_tell_which_profile_a_station_goes_up_to(door):
     assert "has reached security profile 2" in await here.comes(old)
 
 
-def test_credentials_that_are_not_understood_are_told_and_left_out(tmp_path, caplog):
+def test_credentials_that_are_not_understood_are_reported_and_left_out(tmp_path, caplog):
     state = state_of(tmp_path / "s.db")
     state.put("station_credentials", "CP-1", {"password": 3})
     asyncio.run(state.write())
@@ -14118,9 +14124,9 @@ async def test_a_station_gets_a_new_password_by_rest_and_comes_back_with_it(tmp_
         assert (await site.fetch(reset, "POST"))[:2] == (200, {"success": True})
         assert (await site.fetch(reset.replace("CP-1", "CP-9"), "POST"))[0] == 404
         await site.station("CP-1", **header("old-horse-battery"))
-        told = str([await site.get(f"/api/{name}") for name in (
+        shown = str([await site.get(f"/api/{name}") for name in (
             "messages", "system-events", "security", "knocking")])
-        assert HEX not in told and HEX.lower() not in told
+        assert HEX not in shown and HEX.lower() not in shown
 
 
 @with_loop
@@ -14627,7 +14633,7 @@ async def test_a_station_of_the_ocpp_package_charges_and_obeys(site, version, pr
                      transaction_info={"transactionId": "T"}, id_token=token,
                      evse={"id": 1, "connector_id": 1}),
                  call.DataTransfer("vendor")]
-    answers = [await station.call(one) for one in calls]
+    answers = [await station.call(request) for request in calls]
     assert None not in answers and answers[0].status == "Accepted"
     assert answers[-1].status == "UnknownVendorId"
     path = "/api/connections/CP%201%7Cx"
@@ -14680,9 +14686,9 @@ async def test_a_station_of_any_version_is_commanded_in_the_words_of_201(site, p
     assert report["result"] == {"status": "Accepted"}
     reports = report.get("reports", [])
     assert bool(reports) == (protocol == "ocpp1.6"), "a 2.x station sends it on its own"
-    for one in reports:
-        assert misfit("ocpp2.0.1", one["action"], "Request", one["payload"]) is None
-        assert one["payload"]["requestId"] == 5
+    for sent in reports:
+        assert misfit("ocpp2.0.1", sent["action"], "Request", sent["payload"]) is None
+        assert sent["payload"]["requestId"] == 5
     wrong = await command("Reset", {"type": "Soft"}, 400)
     assert wrong["error"].startswith("payload/type")
     unknown = await command("RemoteStartTransaction", {}, 400)
@@ -14892,14 +14898,14 @@ async def test_the_overview_and_the_telemetry_count_what_passed(site):
 @live()
 async def test_connections_are_listed_filtered_disconnected_and_removed(site):
     await site.station("B", "ocpp2.0.1")
-    one = await site.station("A", "ocpp1.6")
+    station = await site.station("A", "ocpp1.6")
     assert [c["identity"] for c in await site.get("/api/connections")] == ["A", "B"]
     assert [c["identity"] for c in await site.get("/api/connections?protocol=ocpp2.0.1")] == ["B"]
     status, body, headers = await site.fetch("/api/connections?limit=1&offset=1")
     assert [c["identity"] for c in body] == ["B"] and headers["X-Total-Count"] == "2"
     status, body, _ = await site.fetch("/api/connections/A/disconnect", "POST")
     assert (status, body) == (200, {"success": True, "message": "Connection terminated"})
-    await one.wait_closed()
+    await station.wait_closed()
     assert [c["identity"] for c in await site.get("/api/connections?status=offline")] == ["A"]
     assert [c["identity"] for c in await site.get("/api/connections?status=online")] == ["B"]
     detail = await site.get("/api/connections/A")
@@ -15043,7 +15049,7 @@ async def test_a_transaction_shows_its_meter_over_time(site):
 
 
 @live(ocpp_protocols="ocpp1.6,ocpp2.1", server_address="127.0.0.1")
-async def test_about_tells_where_stations_connect_and_what_they_can_be_told(site):
+async def test_about_shows_where_stations_connect_and_what_they_can_be_sent(site):
     about = await site.get("/api/about")
     assert about["stationUrls"] == [f"ws://127.0.0.1:{site.ocpp_port}/ocpp/"]
     assert list(about["commands"]) == about["protocols"] == ["ocpp1.6", "ocpp2.1"]
@@ -15166,18 +15172,18 @@ async def test_stations_beyond_the_limit_are_refused_those_with_a_name_last(site
     assert await online() == ["NAMED-2"]
 
 
-@pytest.mark.parametrize("first, told, reason", [
+@pytest.mark.parametrize("first, answer, reason", [
     (CLIENT_HELLO, b"\x15\x03", "speaks TLS: use wss, or give it ws://"),
     (CLIENT_HELLO[:1], b"\x15\x03", "speaks TLS"),
     (b'[2,"1","Heartbeat",{}]', b"HTTP/1.1 400 ", "speaks no HTTP: 5b32"),
     (b"\x00\x00", b"HTTP/1.1 400 ", "speaks no HTTP: 0000")])
 @live()
-async def test_who_speaks_no_http_is_told_at_once_and_shown(site, first, told, reason):
+async def test_a_client_without_http_is_answered_at_once_and_shown(site, first, answer, reason):
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
     await asyncio.sleep(0.1)
     writer.write(first)
     async with asyncio.timeout(2):
-        assert (await reader.read()).startswith(told)
+        assert (await reader.read()).startswith(answer)
     knock = (await site.get("/api/knocking"))[0]
     assert reason in knock["reason"] and knock["ip"] == "127.0.0.1"
     assert knock["url"].startswith("ws://") and knock["url"].endswith("/ocpp/<identity>")
@@ -15320,9 +15326,9 @@ async def test_a_viewer_sees_all_and_changes_nothing(keys, given, wrong):
                 if route.method == "GET" and route.answer != ocppboard.SSE:
                     assert (await site.fetch(path, token=token))[0] in (200, 404), path
                 elif route.method != "GET" and not route.public and "logout" not in path:
-                    status, told, _ = await site.fetch(path, route.method, token=token,
-                                                       allow_nonstandard_methods=True)
-                    assert (status, told["error"]) == (403, "A viewer changes nothing"), path
+                    status, refusal, _ = await site.fetch(path, route.method, token=token,
+                                                          allow_nonstandard_methods=True)
+                    assert (status, refusal["error"]) == (403, "A viewer changes nothing"), path
         assert "CP-1" in site.board.stations
         session = await site.fetch("/api/auth/session", token=tokens[0])
         assert session[1]["role"] == "viewer"
@@ -15387,10 +15393,10 @@ async def test_a_stream_ends_when_its_session_logs_out(site):
     _, session, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
     _, other, _ = await site.fetch("/api/auth/login", "POST", {"token": "t0ken"}, None)
     streams = []
-    for one in (session, other):
+    for login in (session, other):
         reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
         writer.write(b"GET /api/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
-                     + one["sessionId"].encode() + b"\r\n\r\n")
+                     + login["sessionId"].encode() + b"\r\n\r\n")
         await reader.readuntil(b"event: connected")
         streams.append((reader, writer))
     assert (await site.fetch("/api/auth/logout", "POST", token=session["sessionId"]))[0] == 200
@@ -15420,8 +15426,9 @@ async def test_the_board_is_served_below_a_sub_path_and_without_it(site):
     assert (await site.get("/api/openapi.json"))["servers"] == [{"url": "/my/board"}]
     with pytest.raises(websockets.InvalidStatus) as error:
         await websockets.connect(f"ws://127.0.0.1:{site.port}/my/board/ocpp")
-    told = error.value.response.body.decode()
-    assert "must end in the station's identity" in told and "/my/board/ocpp/<identity>" in told
+    refusal = error.value.response.body.decode()
+    assert "must end in the station's identity" in refusal
+    assert "/my/board/ocpp/<identity>" in refusal
 
 
 @pytest.mark.parametrize("origins, policy", [
@@ -15503,9 +15510,9 @@ async def test_a_station_with_a_password_has_profile_1(site):
         assert error.value.response.headers["WWW-Authenticate"].startswith("Basic")
     await site.station(additional_headers={"Authorization": basic("CP-1", "s3cret")})
     assert (await site.get("/api/connections/CP-1"))["securityProfile"] == 1
-    told = [e["message"] for e in await site.get("/api/security?category=AUTH_FAILED")]
-    assert told == ["Wrong password of a station",
-                    "Upgrade refused: a password is needed (HTTP Basic)"]
+    messages = [e["message"] for e in await site.get("/api/security?category=AUTH_FAILED")]
+    assert messages == ["Wrong password of a station",
+                        "Upgrade refused: a password is needed (HTTP Basic)"]
 
 
 async def raw_upgrade(site, request):
@@ -15591,13 +15598,13 @@ async def test_a_station_without_any_sign_for_two_pings_is_gone(site):
     writer.close()
 
 
-@pytest.mark.parametrize("told_s, patience_s", [(None, 2 * 300), (3600, 7200), (10, 50)])
+@pytest.mark.parametrize("interval_s, patience_s", [(None, 2 * 300), (3600, 7200), (10, 50)])
 @live()
 async def test_a_station_that_never_answered_a_ping_is_judged_by_its_heartbeats(
-        site, told_s, patience_s):
+        site, interval_s, patience_s):
     _head, _, writer = await raw_upgrade(site, MUTE_UPGRADE)
     station = site.board.stations["CP-1"]
-    station.heartbeat_s = told_s
+    station.heartbeat_s = interval_s
     now = time.monotonic()
     for late in (26, 49, patience_s - 2):
         look_after(site, now + late)
@@ -15686,7 +15693,7 @@ def test_a_station_that_boots_or_says_nothing_is_not_asked(monkeypatch):
 async def test_a_2x_station_is_asked_for_each_connector_that_is_known():
     bench = Bench("ocpp2.0.1")
     for evse in (1, 2):
-        says_2x(bench, "Available", evse)
+        send_status_2x(bench, "Available", evse)
     asking = asyncio.create_task(ocppboard.introduce(bench.connection))
     for wanted in (None, {"id": 1, "connectorId": 1}, {"id": 2, "connectorId": 1}):
         await tick()
@@ -16043,8 +16050,9 @@ async def test_a_local_list_is_sent_and_its_state_shown(site):
     await task
     assert status == 200 and sent["entries"] == 1
     conforms(sent, ocppboard.LocalListSent)
-    one, = await site.get("/api/local-lists")
-    assert (one["identity"], one["version"], one["current"]) == ("CP-1", sent["version"], True)
+    shown, = await site.get("/api/local-lists")
+    assert (shown["identity"], shown["version"]) == ("CP-1", sent["version"])
+    assert shown["current"] is True
 
 
 @pytest.mark.parametrize("body, words", [
@@ -16053,7 +16061,7 @@ async def test_a_local_list_is_sent_and_its_state_shown(site):
     ({"master": True}, "master needs a group"), ({"name": "A" * 256}, "too long"),
     ({"stations": ["A"] * 200}, "too long"), ({"group": "G" * 21}, "20 characters at most")])
 @live()
-async def test_a_wrong_id_token_is_told_and_none_of_its_list_is_taken(site, body, words):
+async def test_a_wrong_id_token_is_reported_and_none_of_its_list_is_stored(site, body, words):
     for status, answer, _ in (
             await site.fetch("/api/id-tokens/A", "PUT", body),
             await site.fetch("/api/id-tokens", "POST", {"tokens": [
@@ -16067,7 +16075,7 @@ async def test_a_wrong_id_token_is_told_and_none_of_its_list_is_taken(site, body
 
 
 @live()
-async def test_who_follows_the_stations_is_told_when_one_is_removed(site):
+async def test_a_stream_of_stations_reports_that_one_is_removed(site):
     await site.station()
     events = await site.stream("/api/stream?topics=connections")
     await events.next()
@@ -16189,7 +16197,7 @@ async def test_metrics_are_prometheus_text(site):
             sample("50", "SoC", "Percent")]}]})
     status, text, headers = await site.fetch("/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert all(PROMETHEUS_LINE.match(one) for one in text.splitlines()), text
+    assert all(PROMETHEUS_LINE.match(row) for row in text.splitlines()), text
     where = 'identity="a\\"b",evse="1",connector="1"'
     for line in ("stations_online 1", "transactions_active 0", "state_failing 0",
                  f"connector_power_watts{{{where}}} 7000.0",
@@ -16217,9 +16225,9 @@ def test_metrics_have_base_units_and_names_of_their_own():
 def test_the_pages_name_metrics_that_there_are():
     text = (HERE / ".github/docs/outward.md").read_text()
     table = text[text.index("| metrics `ocppboard_…` |"):].partition("\n\n")[0]
-    told = {name for row in table.splitlines()[2:] for name in re.findall(
+    named = {name for row in table.splitlines()[2:] for name in re.findall(
         r"`(\w+)`", row.split("|")[1])}
-    assert len(told) > 20 and told <= {metric.name for metric in ocppboard.METRICS}
+    assert len(named) > 20 and named <= {metric.name for metric in ocppboard.METRICS}
 
 
 def test_the_dashboard_for_grafana_asks_for_metrics_that_there_are():
@@ -16329,12 +16337,12 @@ def hurried(**keys):
 async def test_three_versions_share_a_site_through_all_that_happens(site):
     stations = {f"CP-{n + 1}": site.simulated(f"CP-{n + 1}", p) for n, p in enumerate(PROTOCOLS)}
     first, second, third = stations.values()
-    told, stream = {}, await site.stream("/api/stream?topics=smart-charge")
+    streamed, stream = {}, await site.stream("/api/stream?topics=smart-charge")
 
     async def follow():
         while True:
             _, record, _ = await stream.next("smart-charge")
-            told[record["identity"]] = record
+            streamed[record["identity"]] = record
     site._open.callback(asyncio.create_task(follow()).cancel)
 
     def limits():
@@ -16345,8 +16353,8 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
         deadline = time.monotonic() + 25
         while True:
             rest = {r["identity"]: r for r in reversed(await site.get("/api/smart-charge"))}
-            views = [{i: one[i]["allocatedA"] for i in identities if i in one}
-                     for one in (rest, told)] + [{i: limits()[i] for i in identities}]
+            views = [{i: view[i]["allocatedA"] for i in identities if i in view}
+                     for view in (rest, streamed)] + [{i: limits()[i] for i in identities}]
             if views[0] == views[1] == views[2] and sum(views[0].values()) == total:
                 return rest
             assert time.monotonic() < deadline, views
@@ -16361,22 +16369,22 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
     assert sorted(limits().values()) == [19, 20, 20]
     # 1. a car goes, and comes
     first.plan.append(functools.partial(first.stop, first.outlets[0]))
-    await until(lambda: told["CP-1"]["status"] == "ended", 10)
+    await until(lambda: streamed["CP-1"]["status"] == "ended", 10)
     await share(59, "CP-2", "CP-3")
     first.plan_start(first.outlets[0], "CARD")
     await share(59, *stations)
     # 2. a station has no link for more than two minutes
-    held = limits()["CP-2"]
+    limit = limits()["CP-2"]
     second.cut()
     gone_at = site.clock()
-    await until(lambda: told["CP-2"]["status"] == "offline")
+    await until(lambda: streamed["CP-2"]["status"] == "offline")
     while limits()["CP-2"]:
-        assert limits()["CP-2"] == held == told["CP-2"]["targetA"], "counted at what it has"
+        assert limits()["CP-2"] == limit == streamed["CP-2"]["targetA"], "counted at what it has"
         assert sum(limits().values()) <= 59
         await asyncio.sleep(0.05)
     assert 60 < site.clock() - gone_at <= 140, "then its limit has expired"
     await share(59, "CP-1", "CP-3")
-    assert told["CP-2"]["allocatedA"] == 0 and site.clock() - gone_at > 120
+    assert streamed["CP-2"]["allocatedA"] == 0 and site.clock() - gone_at > 120
     second.connection()
     await share(59, *stations)
     # 3. the limit is cut, and comes back
@@ -16394,7 +16402,7 @@ async def test_three_versions_share_a_site_through_all_that_happens(site):
     third.faults.add("ignore")
     third.profiles[-1].duration = math.inf           # nor does it let a limit expire
     await site.fetch("/api/smart-charge/config", "PATCH", {"limitA": 50})
-    await until(lambda: told["CP-3"]["status"] == "uncontrollable", 30)
+    await until(lambda: streamed["CP-3"]["status"] == "uncontrollable", 30)
     await share(15, "CP-1", "CP-2")
     for _ in range(100):                 # until the meters have shown it
         circuit, = await site.get("/api/smart-charge/circuits")
@@ -16430,7 +16438,7 @@ def charging_point(version):
             @ocpp.routing.on("GetVariables")
             def on_get_variables(self, get_variable_data):
                 return self.answer.GetVariables(get_variable_result=[
-                    one | {"attribute_status": "UnknownVariable"} for one in get_variable_data])
+                    data | {"attribute_status": "UnknownVariable"} for data in get_variable_data])
 
             @ocpp.routing.on("GetCompositeSchedule")
             def on_get_composite_schedule(self, **payload):
@@ -16452,8 +16460,8 @@ async def begin_charging(station, version, now):
                  call.TransactionEvent(
                      event_type="Started", timestamp=now, trigger_reason="CablePluggedIn", seq_no=0,
                      transaction_info={"transactionId": "T"}, evse={"id": 1, "connector_id": 1})]
-    for one in calls:
-        assert await station.call(one) is not None
+    for request in calls:
+        assert await station.call(request) is not None
 
 
 @pytest.mark.parametrize("version, protocol", [
@@ -16484,45 +16492,45 @@ async def test_a_station_of_the_ocpp_package_gets_what_was_decided(site, version
     assert not [e for e in site.board.errors.records if e.kind == "VALIDATION_FAILURE"]
 
 
-class ToldLimits(list):
-    """The limits of a station as (purpose, A); `tell` hears of each."""
+class WatchedLimits(list):
+    """The limits of a station as (purpose, A); `on_limit` is called with each."""
 
-    def __init__(self, tell):
+    def __init__(self, on_limit):
         super().__init__()
-        self.tell = tell
+        self.on_limit = on_limit
 
     def append(self, item):
         super().append(item)
-        self.tell(*item)
+        self.on_limit(*item)
 
 
 @hurried(smart_charge_site_limit_a=40, ocpp_accept="any", stations={})
-async def test_five_stations_are_never_told_more_together_than_the_site_can(site):
-    """From the first connection on; a car draws what its station was told last."""
+async def test_five_stations_are_never_sent_more_together_than_the_site_can(site):
+    """From the first connection on; a car draws what its station was sent last."""
     limits: dict[str, dict[str, float]] = {}
     sums = []
 
-    def tell(identity, purpose, limit):
+    def on_limit(identity, purpose, limit):
         limits[identity][purpose] = limit
-        sums.append(sum(one.get("TxProfile", one.get("TxDefaultProfile", 0.0))
-                        for one in limits.values()))
+        sums.append(sum(amps_of.get("TxProfile", amps_of.get("TxDefaultProfile", 0.0))
+                        for amps_of in limits.values()))
     for number in range(5):
         version, protocol = ((ocpp.v16, "ocpp1.6"), (ocpp.v201, "ocpp2.0.1"))[number % 2]
         identity = f"NEW-{number}"
         limits[identity] = {}
         station = charging_point(version)(identity, await site.station(identity, protocol))
-        station.limits = ToldLimits(functools.partial(tell, identity))
+        station.limits = WatchedLimits(functools.partial(on_limit, identity))
         site._open.callback(asyncio.create_task(station.start()).cancel)
         await begin_charging(station, version, ocppboard.iso(site.clock()))
         await asyncio.sleep(0.3)         # six seconds of theirs
     # 38 A are usable: all five have their minimum, some have more
-    await until(lambda: sum(one.get("TxProfile", 0) for one in limits.values()) >= 38, 60)
-    assert max(sums) <= 38 and all(one["TxProfile"] >= 6 for one in limits.values())
-    assert {one["TxDefaultProfile"] for one in limits.values()} == {0}
+    await until(lambda: sum(amps_of.get("TxProfile", 0) for amps_of in limits.values()) >= 38, 60)
+    assert max(sums) <= 38 and all(amps_of["TxProfile"] >= 6 for amps_of in limits.values())
+    assert {amps_of["TxDefaultProfile"] for amps_of in limits.values()} == {0}
 
 
 @live(**SHARING)
-async def test_the_power_controller_can_be_told_by_rest(site):
+async def test_the_power_controller_can_be_set_by_rest(site):
     config = await site.get("/api/smart-charge/config")
     assert config["limitKw"] == 22 and config["limitA"] == 31.884 and config["meter"] is None
     assert (await site.get("/api/about"))["smartCharging"] == {"limitKw": 22.0}
@@ -16600,7 +16608,7 @@ async def test_a_session_can_be_given_another_priority_and_bounds(site):
 
 
 @live(**SHARING, smart_charge_meter="true")
-async def test_the_sites_meter_is_told_by_rest(site):
+async def test_the_sites_meter_is_reported_by_rest(site):
     post = functools.partial(site.fetch, "/api/smart-charge/meter", "POST")
     for body in ({}, {"L1": 1}, {"L1": 1, "L2": 1, "L3": "1"}, {"L1": 1, "L2": 1, "L3": True},
                  {"L1": 1, "L2": 1, "L3": 1, "L4": 1}, {"L1": 1e3, "L2": 1, "L3": 1},
@@ -16763,42 +16771,42 @@ class AlertBench(Bench):
     def __init__(self, **keys):
         super().__init__(notify_url="https://bob:geheim@ntfy.example/topic", **keys)
         self.notifier = ocppboard.Notifier(self.board, None)
-        self.told = []                   # (seconds since the start, message)
+        self.alerted = []                # (seconds since the start, message)
 
     def wait(self, seconds):
-        """Look while so many seconds pass; what is due is told."""
+        """Look while so many seconds pass; what is due is sent."""
         for _ in range(int(seconds // ocppboard.LOOK_S)):
             self.clock.now += ocppboard.LOOK_S
             self.notifier.look()
             if self.notifier.alerts.due(self.clock.now):
-                self.told.append((self.clock.now - NOW, self.notifier.alerts.message("home")))
+                self.alerted.append((self.clock.now - NOW, self.notifier.alerts.message("home")))
                 self.notifier.alerts.sent(self.clock.now)
 
     @property
     def titles(self):
-        return [message["title"] for _, message in self.told]
+        return [message["title"] for _, message in self.alerted]
 
 
-def test_a_station_that_is_away_for_a_minute_is_told_and_that_it_is_back():
+def test_a_station_that_is_away_for_a_minute_is_alerted_and_so_is_its_return():
     bench = AlertBench()
     bench.wait(600)
     bench.connection.end("lost")
     bench.wait(55)
     bench.connection = bench.connect()                   # in time: nobody needs to know
     bench.wait(600)
-    assert bench.told == []
+    assert bench.alerted == []
     bench.connection.end("lost")
     away_at = bench.clock.now
     bench.wait(120)
     assert bench.titles == ["home: CP-1: offline"]
-    assert 90 <= bench.told[0][0] + NOW - away_at <= 100
-    assert bench.told[0][1]["problems"] == [{
+    assert 90 <= bench.alerted[0][0] + NOW - away_at <= 100
+    assert bench.alerted[0][1]["problems"] == [{
         "event": "offline", "identity": "CP-1", "text": "offline",
         "since": ocppboard.iso(away_at + 5), "until": None}]
     bench.connection = bench.connect()
     bench.wait(120)
-    (_, message) = bench.told[-1]
-    assert len(bench.told) == 2 and message["recovered"][0]["identity"] == "CP-1"
+    (_, message) = bench.alerted[-1]
+    assert len(bench.alerted) == 2 and message["recovered"][0]["identity"] == "CP-1"
     assert message["title"].startswith("home: CP-1: offline (over at 2026-09-21T")
 
 
@@ -16808,29 +16816,29 @@ def test_an_outage_of_a_thousand_stations_is_one_alert_with_a_list_of_a_hundred(
     for connection in connections:
         connection.end("lost")
     bench.wait(900)
-    (_, message), = bench.told
+    (_, message), = bench.alerted
     assert message["title"] == "home: 100 problems" and message["left"] == 900
     assert message["text"].endswith("F-999: offline\nand 900 more before these")
     assert len(ocppboard.to_json(message)) < 20_000
 
 
-def test_a_station_that_flaps_is_told_as_wrong_once():
+def test_a_station_that_flaps_is_alerted_once():
     bench = AlertBench()
-    for _ in range(60):                  # two hours, each time long enough to be told
+    for _ in range(60):                  # two hours, each time long enough for an alert
         bench.connection.end("lost")
         bench.wait(70)
         bench.connection = bench.connect()
         bench.wait(65)
-    assert 1 <= len(bench.told) <= 6, bench.titles
+    assert 1 <= len(bench.alerted) <= 6, bench.titles
     bench.wait(3 * 3600)
-    assert "over" in bench.titles[-1], "that it is well in the end is told"
-    after = len(bench.told)
+    assert "over" in bench.titles[-1], "that it is well in the end is sent"
+    after = len(bench.alerted)
     bench.connection.end("lost")         # and what was long ago does not count
     bench.wait(120)
-    assert len(bench.told) == after + 1
+    assert len(bench.alerted) == after + 1
 
 
-def test_a_fault_is_told_with_its_reason_and_a_forgotten_station_is_no_more_an_issue():
+def test_a_fault_is_alerted_with_its_reason_and_a_forgotten_station_is_no_more_an_issue():
     bench = AlertBench()
     bench.call("StatusNotification", {"connectorId": 1, "status": "Faulted",
                                       "errorCode": "GroundFailure", "info": "RCD"})
@@ -16839,12 +16847,12 @@ def test_a_fault_is_told_with_its_reason_and_a_forgotten_station_is_no_more_an_i
     bench.call("StatusNotification", {"connectorId": 1, "status": "Available",
                                       "errorCode": "NoError"})
     bench.wait(120)
-    assert len(bench.told) == 2 and bench.told[1][1]["recovered"]
+    assert len(bench.alerted) == 2 and bench.alerted[1][1]["recovered"]
     bench.connection.end("lost")
     bench.wait(120)
     bench.board.forget("CP-1")
     bench.wait(7200)
-    assert len(bench.told) == 3 and bench.notifier.alerts.known == {}
+    assert len(bench.alerted) == 3 and bench.notifier.alerts.known == {}
 
 
 def test_stations_of_an_earlier_run_have_five_minutes_to_come_back():
@@ -16852,7 +16860,7 @@ def test_stations_of_an_earlier_run_have_five_minutes_to_come_back():
     bench.connection.end("lost")
     bench.station.seen_since_start = False
     bench.wait(300)
-    assert bench.told == []
+    assert bench.alerted == []
     bench.wait(120)
     assert bench.titles == ["home: CP-1: offline"]
 
@@ -16871,32 +16879,32 @@ def test_stations_of_an_earlier_run_have_five_minutes_to_come_back():
         "CERTIFICATE_ENDS", "", "The certificate in a.pem ends", {}), "The certificate in a.pem"),
     ("state", lambda board: board.system_event("STATE_DAMAGED", "", "The file", {}), "The file"),
 ])
-def test_what_happens_is_told_once_in_a_while(event, happens, words):
+def test_an_event_is_alerted_once_in_a_while(event, happens, words):
     bench, other = AlertBench(), AlertBench(notify_events="offline")
     for _ in range(35):
         happens(bench.board)
         happens(other.board)
         bench.wait(30)
         other.wait(30)
-    assert len(bench.told) == 1 + (event in ("undelivered", "state")) and other.told == []
+    assert len(bench.alerted) == 1 + (event in ("undelivered", "state")) and other.alerted == []
     assert bench.titles[0].startswith(f"home: {words}")
-    assert bench.told[0][1]["problems"][0]["event"] == event
+    assert bench.alerted[0][1]["problems"][0]["event"] == event
 
 
-def test_a_station_that_obeys_no_limit_and_a_state_that_fails_are_told():
+def test_a_station_that_obeys_no_limit_and_a_state_that_fails_are_alerted():
     bench = AlertBench()
     controller: Any = SimpleNamespace(stations={
         "CP-1": SimpleNamespace(identity="CP-1", uncontrollable="obeys no kind of limit")})
     bench.notifier.controller = controller
     bench.board.state.failing_since, bench.board.state.error = NOW, "disk full"
     bench.wait(60)
-    assert bench.told[0][1]["text"] == (
+    assert bench.alerted[0][1]["text"] == (
         "CP-1: smart charging does not steer it: it obeys no kind of limit\n"
         "the state file cannot be written: disk full")
     controller.stations.clear()
     bench.board.state.failing_since = None
     bench.wait(120)
-    assert bench.told[1][1]["title"] == "home: 2 over"
+    assert bench.alerted[1][1]["title"] == "home: 2 over"
 
 
 def test_a_flood_of_strangers_costs_bounded_memory():
@@ -16929,7 +16937,7 @@ def test_a_template_makes_the_body(template, body, media_type):
 
 
 class AlertReceiver:
-    """A local server that alerts go to, and that misbehaves as it is told."""
+    """A local server that alerts go to, and that misbehaves as it is asked to."""
 
     def __init__(self, behaviour="good"):
         self.behaviour, self.got = behaviour, []         # got: (path, headers, body)
@@ -16995,8 +17003,8 @@ async def test_an_alert_and_a_receiver_that_misbehaves(behaviour, error, monkeyp
         assert notifier.error and error.lower() in notifier.error.lower(), notifier.error
         assert len(notifier.alerts.lines) == 1, "it waits"
         assert bench.board.system.records[-1].kind == "NOTIFY_FAILING"
-    told = caplog.text + json.dumps([event.view() for event in bench.board.system.records])
-    assert "geheim" not in told and "secret-topic" not in told
+    shown = caplog.text + json.dumps([event.view() for event in bench.board.system.records])
+    assert "geheim" not in shown and "secret-topic" not in shown
 
 
 @with_loop
@@ -17122,14 +17130,14 @@ class Follower:
 
     def take(self, client, data, message):
         try:
-            told = json.loads(message.payload) if message.payload else None
+            content = json.loads(message.payload) if message.payload else None
         except (ValueError, RecursionError):
-            told = message.payload
-        self.came.append((message.topic, told))
-        if told is None:
+            content = message.payload
+        self.came.append((message.topic, content))
+        if content is None:
             self.retained.pop(message.topic, None)
         else:
-            self.retained[message.topic] = told
+            self.retained[message.topic] = content
 
     def publish(self, topic, payload, retain=False, **properties):
         made = None
@@ -17214,14 +17222,15 @@ async def test_what_the_board_knows_is_retained_at_the_broker(site, follower, br
     await exchange(socket_, "StopTransaction", {"transactionId": number, "meterStop": 3000,
                                                 "timestamp": iso_now(), "idTag": "=A"})
     await until(lambda: f"{here}/transactions/{number}" not in late.retained)
-    ended = [told for topic, told in late.came if topic == f"{here}/transactions/{number}" and told]
+    ended = [payload for topic, payload in late.came
+             if topic == f"{here}/transactions/{number}" and payload]
     assert ended[-1]["status"] == "stopped" and ended[-1]["energyWh"] == 2900
     late.close()
     facts = follower.retained[f"{here}/connectors/1/1"]
     assert facts["energyWh"] == 2500, "the register goes on where it was"
     await socket_.close()
     await until(lambda: follower.retained[f"{here}/state"]["status"] == "offline")
-    events = [told for topic, told in follower.came if topic == f"{here}/events"]
+    events = [payload for topic, payload in follower.came if topic == f"{here}/events"]
     assert [e["event"]["type"] for e in events if e["topic"] == "system"] == [
         "STATION_CONNECTED", "STATION_DISCONNECTED"]
     await site.fetch("/api/connections/CP-1", "DELETE")
@@ -17229,7 +17238,7 @@ async def test_what_the_board_knows_is_retained_at_the_broker(site, follower, br
         not topic.endswith("events"))))
 
 
-def test_the_last_will_is_told_when_the_board_dies_and_offline_when_it_stops(broker):
+def test_the_last_will_is_published_when_the_board_dies_and_offline_when_it_stops(broker):
     async def inside():
         follower, status = Follower(broker), "ocppboard/home/status"
         async with Site(mqtt_url=broker.url, mqtt_site="home") as site:
@@ -17246,7 +17255,7 @@ def test_the_last_will_is_told_when_the_board_dies_and_offline_when_it_stops(bro
 
 
 @at_broker()
-async def test_a_broker_that_restarts_gets_all_anew_and_its_outage_is_told_once(
+async def test_a_broker_that_restarts_gets_all_anew_and_its_outage_is_reported_once(
         site, follower, broker):
     socket_, number = await charging_station(site)
     await until(lambda: "ocppboard/home/CP-1/connectors/1/1" in follower.retained)
@@ -17311,9 +17320,9 @@ def test_of_two_boards_with_one_name_the_second_says_so_and_publishes_nothing(br
                 await until(lambda: second.daemon.mqtt.claim.rival == first.board.epoch, 10)
                 await asyncio.sleep(1)
                 assert first.daemon.mqtt.claim.held
-                told = [e for e in second.board.system.records if e.kind.startswith("MQTT")]
-                assert [e.kind for e in told] == ["MQTT_SITE_TAKEN"]
-                assert "Set mqtt.site" in told[0].message
+                events = [e for e in second.board.system.records if e.kind.startswith("MQTT")]
+                assert [e.kind for e in events] == ["MQTT_SITE_TAKEN"]
+                assert "Set mqtt.site" in events[0].message
                 status = follower.retained["ocppboard/home/status"]
                 assert (status["board"], status["status"]) == (first.board.epoch, "online")
                 assert not any("CP-2" in topic for topic in follower.retained)
@@ -17366,8 +17375,8 @@ async def test_a_reload_takes_the_site_elsewhere_and_nothing_stays_behind(site, 
     await until(lambda: "ocppboard/home/CP-1/state" in follower.retained)
     site.daemon.config.mqtt.site = "new"
     await until(lambda: "ocppboard/new/CP-1/state" in follower.retained, 10)
-    assert not any(topic.startswith("ocppboard/home/") and told and not topic.endswith(
-        ("events", "claim")) for topic, told in follower.retained.items())
+    assert not any(topic.startswith("ocppboard/home/") and payload and not topic.endswith(
+        ("events", "claim")) for topic, payload in follower.retained.items())
     site.daemon.config.mqtt.url = ""
     await until(lambda: not site.board.listeners["connections"])
 
@@ -17473,7 +17482,7 @@ WELCOME_5 = b"\x20\x03\x00\x00\x00"
     ({1: WELCOME_5, "deaf": True}, True, "keep"),
 ])
 @with_loop
-async def test_a_broker_that_misbehaves_is_told_once_and_stations_are_served(
+async def test_a_broker_that_misbehaves_is_reported_once_and_stations_are_served(
         answers, listens, words, monkeypatch, caplog):
     for name, value in (("RETRY_BROKER_S", (0.1, 0.1)), ("BROKER_TIMEOUT_S", 0.3),
                         ("LOOK_LEAST_S", 0.2), ("LOOK_QUIET_S", 0.1), ("KEEPALIVE_S", 1)):
@@ -17490,10 +17499,10 @@ async def test_a_broker_that_misbehaves_is_told_once_and_stations_are_served(
             await exchange(socket_, "Heartbeat", {})
             assert time.monotonic() - asked < 0.5 and asked - began < 15
             await asyncio.sleep(0.02)
-        told = away()
-        assert len(told) <= 3 and len(set(told)) == len(told), told
-        assert any(words.lower() in text.lower() for text in told), told
-        assert "geheim" not in caplog.text + "".join(told)
+        messages = away()
+        assert len(messages) <= 3 and len(set(messages)) == len(messages), messages
+        assert any(words.lower() in text.lower() for text in messages), messages
+        assert "geheim" not in caplog.text + "".join(messages)
         stopped = time.monotonic()
     assert time.monotonic() - stopped < 4
 
@@ -17530,10 +17539,10 @@ def test_mqtts_with_a_certificate_a_user_and_a_password(pki, tmp_path, monkeypat
 
     async def kind_of(**changes):
         async with Site(**keys | changes) as site:
-            def told():
+            def events():
                 return [e for e in site.board.system.records if e.kind.startswith("MQTT")]
-            await until(told, 10)
-            return told()[0].kind, told()[0].message
+            await until(events, 10)
+            return events()[0].kind, events()[0].message
     try:
         assert asyncio.run(kind_of())[0] == "MQTT_CONNECTED"
         for changes, words in (
@@ -17558,7 +17567,7 @@ async def command(follower, topic, body, answer="ocppboard/home/CP-1/answers/me"
     seen = len(follower.came)
     follower.publish(topic, body, ResponseTopic=answer, CorrelationData=b"7", **properties)
     await until(lambda: any(t == answer for t, _ in follower.came[seen:]), 10)
-    return next(told for t, told in follower.came[seen:] if t == answer)
+    return next(payload_ for t, payload_ in follower.came[seen:] if t == answer)
 
 
 def obedient(socket_, answers=None):
@@ -17618,8 +17627,8 @@ async def test_a_command_by_mqtt_is_answered_on_its_response_topic(site, followe
         topic, json.dumps(reset).encode(), False, "", b"", 0.0))
     await asyncio.sleep(0.5)
     assert len(got) == 4
-    assert all(told is None or "success" not in told for t, told in follower.came
-               if not t.endswith("answers/me") and isinstance(told, dict))
+    assert all(payload is None or "success" not in payload for t, payload in follower.came
+               if not t.endswith("answers/me") and isinstance(payload, dict))
     await socket_.close()
     await until(lambda: site.board.online == 0)
     assert (await command(follower, topic, reset))["status"] == 409
@@ -17769,7 +17778,7 @@ async def test_home_assistant_finds_the_site_its_stations_and_what_may_be_set(
     await charging_station(site)
 
     def documents():
-        return {topic: told for topic, told in follower.retained.items()
+        return {topic: payload for topic, payload in follower.retained.items()
                 if topic.startswith("homeassistant/")}
     await until(lambda: len(documents()) == 3 + 1 + 8)
     check_discovery(documents())
@@ -18351,41 +18360,41 @@ async def test_an_answer_is_shown_in_words(site):
         newest = look.page.locator(".cols .card li").first
         send = look.page.locator("form.form").get_by_role("button")
 
-        async def says(status, *words):
+        async def shows(status, *words):
             await expect(newest.locator(".pill")).to_have_text(status)
             for text in words:
                 await expect(newest).to_contain_text(text)
         await send.click()
-        await says("waiting …")
+        await shows("waiting …")
         await answers(error=["GenericError", "<b>no</b>", {"why": 1}])
-        await says("GenericError", "<b>no</b>", '"why": 1')
+        await shows("GenericError", "<b>no</b>", '"why": 1')
         await look.click("Remote start")
         await send.click()
         assert await answers({"status": "Rejected"}) == "RemoteStartTransaction"
-        await says("Rejected", "The station does not do it.")
+        await shows("Rejected", "The station does not do it.")
         await send.click()
-        await says("no answer", "The station did not answer within 1 s")
+        await shows("no answer", "The station did not answer within 1 s")
         await socket_.recv()
         await open_form(look, "Installed certificates")
         await send.click()
         await answers(error=["NotSupported", "", {}])
-        await says("NotSupported", "The station cannot do this.")
+        await shows("NotSupported", "The station cannot do this.")
         await open_form(look, "Install a certificate")
         form_ = look.page.locator("form.form")
         await form_.get_by_label("Certificate, PEM").fill("-----BEGIN CERTIFICATE-----")
         await form_.get_by_label("Type").select_option("V2GRootCertificate")
         await send.click()
         await look.page.locator("dialog").get_by_role("button", name="Install").click()
-        await says("NotSupported", "1.6 has no certificates of this type")
+        await shows("NotSupported", "1.6 has no certificates of this type")
         await open_form(look, "Reset")
         await form_.get_by_label("Connector").select_option("1")
         await send.click()
         await look.page.locator("dialog").get_by_role("button", name="Reset").click()
-        await says("Rejected", "Reason: UnsupportedParam.")
+        await shows("Rejected", "Reason: UnsupportedParam.")
         await look.click("Any command")
         await look.page.get_by_label("Action to send").fill("RemoteStart")
         await send.click()
-        await says("not sent", "ocpp1.6 has no command 'RemoteStart' "
+        await shows("not sent", "ocpp1.6 has no command 'RemoteStart' "
                                "(did you mean RemoteStartTransaction?)")
         await socket_.close()
         await look.sees("The station is offline.", "form.form")
@@ -18653,7 +18662,7 @@ DIGESTS = [
 
 
 @live()
-async def test_a_message_is_told_in_a_line_by_what_its_payload_says(site):
+async def test_a_message_is_summed_up_in_a_line_by_its_payload(site):
     async with looking(site) as look:
         for method, payload, expected in DIGESTS:
             assert await look.page.evaluate(
@@ -18906,7 +18915,7 @@ SCREENS = ("overview", "report", "report?by=station", "stations", "stations/SIM-
            "relay", "telemetry", "security", "events", "events/system", "help")
 
 
-class Told(ocppboard.Record):
+class ShownRecord(ocppboard.Record):
     """A record of what is to come: of smart charging, of the relay."""
 
     def __init__(self, **fields):
@@ -18923,12 +18932,12 @@ def fill(site):
         board.security_event("AUTH_FAILED", "UNKNOWN", "Wrong password",
                              ("low", "medium", "high")[number],
                              {"ip": "192.0.2.9"})
-        board.smart_charge.append(Told(
+        board.smart_charge.append(ShownRecord(
             sessionId=f"sc-{number}", identity="SIM-1", strategy="equal_share",
             allocatedKw=4.14 * number, status=("active", "waiting", "ended")[number],
             startedAt=iso_now(-60), updatedAt=iso_now(), evse=1, allocatedA=6 * number,
             measuredA=5.8, reason="Five of eight cars can have 6 A."))
-        board.proxy.append(Told(
+        board.proxy.append(ShownRecord(
             id=f"px-{number + 1}", type=("translation", "refused", "buffered")[number],
             identity="SIM-1",
             fromProtocol="ocpp1.6", toProtocol="ocpp2.0.1", method="StopTransaction",
@@ -19027,9 +19036,9 @@ async def test_power_and_relay_show_what_their_endpoints_give(site):
         await look.go("power")
         await look.sees("Five of eight cars can have 6 A.", "tbody")
         await look.sees("6 A, 4.14 kW", "tbody")
-        later = Told(sessionId="sc-1", identity="SIM-1", strategy="equal_share", allocatedKw=8.0,
-                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(),
-                     reason="More now.")
+        later = ShownRecord(sessionId="sc-1", identity="SIM-1", strategy="equal_share",
+                            allocatedKw=8.0, status="active", startedAt=iso_now(-60),
+                            updatedAt=iso_now(), reason="More now.")
         site.board.smart_charge.append(later)
         site.board.publish("smart-charge", later)
         await look.sees("More now.", "tbody")
@@ -19402,9 +19411,9 @@ async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reaso
         await expect(ended.locator("tr.open")).to_have_count(1)
         assert (await going.bounding_box())["y"] < (await ended.bounding_box())["y"]
         reason = "Waits: 0 A of site can be shared; " + "not under control: X 32 A " * 12 + "END"
-        later = Told(sessionId="sc-7", identity="SIM-9", strategy="equal_share", allocatedKw=8.0,
-                     status="active", startedAt=iso_now(-60), updatedAt=iso_now(), evse=1,
-                     reason=reason)
+        later = ShownRecord(sessionId="sc-7", identity="SIM-9", strategy="equal_share",
+                            allocatedKw=8.0, status="active", startedAt=iso_now(-60),
+                            updatedAt=iso_now(), evse=1, reason=reason)
         site.board.smart_charge.append(later)
         site.board.publish("smart-charge", later)
         for width in (1440, 390):
@@ -19426,7 +19435,7 @@ async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reaso
 @live(**SHARING)
 async def test_the_power_screen_shows_fifty_sessions_or_all(site):
     for number in range(60):
-        site.board.smart_charge.append(Told(
+        site.board.smart_charge.append(ShownRecord(
             sessionId=f"sc-{number}", identity=f"CP-{number}", strategy="equal_share",
             allocatedKw=4.14, status="active", startedAt=iso_now(-60), updatedAt=iso_now(), evse=1,
             reason="A share."))
@@ -19648,7 +19657,7 @@ async def test_a_simulated_station_says_what_is_wrong_with_a_command(protocol):
 
 
 def statuses_of(site, action):
-    return [payload["status"] for payload in told(site, action)]
+    return [payload["status"] for payload in payloads_sent(site, action)]
 
 
 @pytest.mark.parametrize("protocol, action, notification, failed", [
@@ -19740,8 +19749,8 @@ async def test_a_simulated_station_keeps_a_reservation(site, protocol):
     assert await reserve(4) == "Accepted"
     assert await start("SOMEONE") == "Rejected" and await start("me") == "Accepted"
     action = "StartTransaction" if protocol == "ocpp1.6" else "TransactionEvent"
-    await until(lambda: told(site, action))
-    assert told(site, action)[0]["reservationId"] == 4
+    await until(lambda: payloads_sent(site, action))
+    assert payloads_sent(site, action)[0]["reservationId"] == 4
     await until(lambda: outlet.reservation is None)
     assert not site.board.errors.records, site.board.errors.records[-1]
 
@@ -19806,50 +19815,50 @@ async def test_a_simulated_2x_station_has_a_display_monitors_and_reports(site, p
         "format": "HTML", "content": "x"}}}) == {"status": "NotSupportedMessageFormat"}
     assert await command("GetDisplayMessages", {"requestId": 1, "priority": "InFront"}) == accepted
     assert await command("GetDisplayMessages", {"requestId": 2, "id": [9]}) == {"status": "Unknown"}
-    await until(lambda: told(site, "NotifyDisplayMessages"))
-    assert told(site, "NotifyDisplayMessages")[0]["messageInfo"] == [message]
+    await until(lambda: payloads_sent(site, "NotifyDisplayMessages"))
+    assert payloads_sent(site, "NotifyDisplayMessages")[0]["messageInfo"] == [message]
     assert await command("ClearDisplayMessage", {"id": 3}) == accepted
     assert await command("ClearDisplayMessage", {"id": 3}) == {"status": "Unknown"}
     variable = {"component": {"name": "OCPPCommCtrlr"}, "variable": {"name": "HeartbeatInterval"}}
     monitor = {"value": 5.0, "type": "UpperThreshold", "severity": 4} | variable
     odd = monitor | {"component": {"name": "Nothing"}}
-    one, other = (await command("SetVariableMonitoring", {"setMonitoringData": [monitor, odd]}))[
+    made, other = (await command("SetVariableMonitoring", {"setMonitoringData": [monitor, odd]}))[
         "setMonitoringResult"]
-    assert (one["status"], one["id"], other["status"]) == ("Accepted", 1, "UnknownComponent")
+    assert (made["status"], made["id"], other["status"]) == ("Accepted", 1, "UnknownComponent")
     for value in ("600", "1", "60"):     # it was above the threshold before
         await command("SetVariables", {"setVariableData": [variable | {"attributeValue": value}]})
-    await until(lambda: told(site, "NotifyEvent"))
-    sent, = (event["eventData"] for event in told(site, "NotifyEvent"))
+    await until(lambda: payloads_sent(site, "NotifyEvent"))
+    sent, = (event["eventData"] for event in payloads_sent(site, "NotifyEvent"))
     assert [(event["trigger"], event["actualValue"]) for event in sent] == [("Alerting", "60")]
     assert await command("GetMonitoringReport", {"requestId": 3}) == accepted
-    await until(lambda: told(site, "NotifyMonitoringReport"))
-    reported = told(site, "NotifyMonitoringReport")[0]["monitor"][0]
+    await until(lambda: payloads_sent(site, "NotifyMonitoringReport"))
+    reported = payloads_sent(site, "NotifyMonitoringReport")[0]["monitor"][0]
     assert reported["variableMonitoring"][0]["id"] == 1
     assert (await command("ClearVariableMonitoring", {"id": [1, 2]}))["clearMonitoringResult"] == [
         {"id": 1, "status": "Accepted"}, {"id": 2, "status": "NotFound"}]
     assert await command("GetMonitoringReport", {"requestId": 4}) == {"status": "EmptyResultSet"}
     asked = {"requestId": 5, "componentVariable": [{"component": {"name": "OCPPCommCtrlr"}}]}
     assert await command("GetReport", asked) == accepted
-    await until(lambda: told(site, "NotifyReport"))
-    assert [data["variable"] for data in told(site, "NotifyReport")[0]["reportData"]] == [
+    await until(lambda: payloads_sent(site, "NotifyReport"))
+    assert [data["variable"] for data in payloads_sent(site, "NotifyReport")[0]["reportData"]] == [
         {"name": "HeartbeatInterval"}]
     assert await command("CustomerInformation", {
         "requestId": 6, "report": True, "clear": False,
         "idToken": {"idToken": "A", "type": "Central"}}) == accepted
-    await until(lambda: told(site, "NotifyCustomerInformation"))
+    await until(lambda: payloads_sent(site, "NotifyCustomerInformation"))
     assert await command("SetChargingProfile", {"evseId": 1, "chargingProfile": PROFILE | {
         "id": 1, "chargingSchedule": [SCHEDULE | {"id": 1}]}}) == accepted
     assert await command("GetChargingProfiles", {"requestId": 7, "chargingProfile": {
         "chargingProfilePurpose": "TxDefaultProfile"}}) == accepted
-    await until(lambda: told(site, "ReportChargingProfiles"))
-    assert told(site, "ReportChargingProfiles")[0]["chargingProfile"][0]["id"] == 1
+    await until(lambda: payloads_sent(site, "ReportChargingProfiles"))
+    assert payloads_sent(site, "ReportChargingProfiles")[0]["chargingProfile"][0]["id"] == 1
     assert await command("GetChargingProfiles", {"requestId": 8, "chargingProfile": {
         "stackLevel": 7}}) == {"status": "NoProfiles"}
     assert await command("UnlockConnector", {"evseId": 1, "connectorId": 2}) == {
         "status": "UnknownConnector"}
     assert await command("TriggerMessage", {
         "requestedMessage": "LogStatusNotification"}) == accepted
-    await until(lambda: told(site, "LogStatusNotification") == [{"status": "Idle"}])
+    await until(lambda: payloads_sent(site, "LogStatusNotification") == [{"status": "Idle"}])
     assert [event.kind for event in site.board.errors.records] == ["STATION_FAULT"], "the monitor"
 
 
@@ -19892,10 +19901,10 @@ async def test_a_simulated_2x_station_resets_when_it_is_idle(site):
     assert await command("Reset", {"type": "OnIdle"}) == {"status": "Scheduled"}
     assert await command("TriggerMessage", {"requestedMessage": "TransactionEvent"}) == {
         "status": "Accepted"}
-    await until(lambda: told(site, "TransactionEvent")[-1]["triggerReason"] == "Trigger")
+    await until(lambda: payloads_sent(site, "TransactionEvent")[-1]["triggerReason"] == "Trigger")
     await command("RequestStopTransaction", {"transactionId": station.outlets[0].transaction_id})
     await until(lambda: site.board.total_connections == before + 1)
-    await until(lambda: told(site, "BootNotification")[-1]["reason"] == "ScheduledReset")
+    await until(lambda: payloads_sent(site, "BootNotification")[-1]["reason"] == "ScheduledReset")
 
 
 @live()
@@ -19908,7 +19917,7 @@ async def test_the_simulator_sums_up(site, capsys):
 
 
 @live()
-async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_told_to(
+async def test_simulated_stations_lose_their_link_and_start_over_if_they_are_asked_to(
         site, monkeypatch):
     monkeypatch.setattr(ocppboard, "FAULT_EVERY_S", (0.3, 0.5))
     monkeypatch.setattr(ocppboard, "AWAY_S", 0.5)
@@ -19948,7 +19957,7 @@ ANSWERED = {"type": "CALLRESULT", "direction": "OUT"}
 
 
 def test_a_replay_takes_each_stations_messages_with_their_answers(tmp_path):
-    one, two = ocppboard.read_replay(export_file(
+    first, second = ocppboard.read_replay(export_file(
         tmp_path, exported("Heartbeat", messageId="a"),
         exported("Heartbeat", {"currentTime": "x"}, **ANSWERED, messageId="a"),
         exported("Reset", {"type": "Soft"}, direction="OUT", messageId="b"),
@@ -19956,11 +19965,12 @@ def test_a_replay_takes_each_stations_messages_with_their_answers(tmp_path):
         exported("NotifyPeriodicEventStream", {"id": 1}, type="SEND", identity="CP-2",
                  protocol="ocpp2.1"),
         exported("Heartbeat", messageId="a"), exported("Reset", direction="OUT", identity="CP-3")))
-    assert [(m.action, bool(m.answer)) for m in one.messages] == [
+    assert [(m.action, bool(m.answer)) for m in first.messages] == [
         ("Heartbeat", True), ("Heartbeat", False)]
-    assert one.asked == {"Reset": 1} and one.answers["Reset"][0]["payload"] == {
+    assert first.asked == {"Reset": 1} and first.answers["Reset"][0]["payload"] == {
         "status": "Rejected"}
-    assert (two.identity, two.protocol, two.messages[0].type) == ("CP-2", "ocpp2.1", "SEND")
+    assert (second.identity, second.protocol) == ("CP-2", "ocpp2.1")
+    assert second.messages[0].type == "SEND"
 
 
 @pytest.mark.parametrize("content, reason", [
@@ -20133,15 +20143,15 @@ def test_the_load_ends_at_an_answer_that_is_none(answer, words):
     ("tasks", 21, True)])
 def test_a_soak_fails_when_the_board_holds_more_and_more(name, last, grows):
     usual = {"MB": 50.0, "descriptors": 100.0, "tasks": 10.0}
-    held = [dict.fromkeys(usual, 0.0), *(dict(usual) for _ in range(10)), usual | {name: last}]
+    samples = [dict.fromkeys(usual, 0.0), *(dict(usual) for _ in range(10)), usual | {name: last}]
     result = {"calls": 600, "rate": 300.0, "p50Ms": 0.5, "p99Ms": 4.0}
     if grows:
         with pytest.raises(ocppboard.BenchError, match=f"soak: {name} grew"):
-            ocppboard.soak_table(result, held, 2)
+            ocppboard.soak_table(result, samples, 2)
     else:
         before = f"{usual[name]:.0f}"
         assert f"| {name} | {before} | {before} | {last} |" in ocppboard.soak_table(
-            result, held, 2).split("\n")
+            result, samples, 2).split("\n")
 
 
 # --- Daemon -------------------------------------------------------------------------------
@@ -20275,8 +20285,8 @@ def test_check_says_what_it_found(tmp_path):
 
 
 def test_check_finds_what_the_start_would_stumble_over(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         config = write(tmp_path, f'[server]\naddress = "127.0.0.1"\nport = {port}\n'
                        f'[state]\npath = "{tmp_path}/none/s.db"\n')
         status, out, err = run_ocppboard("--check", "--config", config)
@@ -20321,8 +20331,8 @@ def test_check_says_what_a_stations_section_means(tmp_path):
 
 
 def test_a_port_in_use_ends_the_start_with_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         status, _, err = run_ocppboard("--address", "127.0.0.1", "--port", str(port))
     assert status == 1 and err.count("\n") == 1 and f"port {port}" in err and "in use" in err
 
@@ -20444,10 +20454,10 @@ def test_the_unit_is_one_that_systemd_takes_and_finds_safe(tmp_path):
         for text, most in ((unit, 1.5), (low, 2.0)):
             (tmp_path / "ocppboard.service").write_text(text)
             analyze = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-            told = analyze(["systemd-analyze", "security", "--offline=true",
-                            tmp_path / "ocppboard.service"]).stdout
-            exposed, = re.findall(r"exposure level for \S+ (\S+)", told)
-            assert float(exposed) < most, told
+            report = analyze(["systemd-analyze", "security", "--offline=true",
+                              tmp_path / "ocppboard.service"]).stdout
+            exposed, = re.findall(r"exposure level for \S+ (\S+)", report)
+            assert float(exposed) < most, report
             assert analyze(["systemd-analyze", "verify",
                             tmp_path / "ocppboard.service"]).stderr == ""
 
@@ -20469,7 +20479,7 @@ def test_the_unit_reads_the_file_itself_where_it_may_so_that_a_reload_finds_chan
             assert "ExecReload=/bin/kill -HUP $MAINPID" in lines
 
 
-def test_the_unit_is_told_with_what_it_could_not_read(tmp_path):
+def test_the_unit_is_written_with_a_warning_of_each_file_it_could_not_read(tmp_path):
     key = tmp_path / "site.key"
     key.touch(0o600)
     config = write(tmp_path, f'[ocpp]\nca_certificate = "c"\nca_private_key = "{key}"\n'
@@ -20683,8 +20693,8 @@ def test_a_smaller_store_drops_the_oldest_and_forgets_no_running_transaction():
 
 def test_the_docs_name_the_settings_that_need_a_restart():
     page = Path(HERE, ".github/docs/configuration.md").read_text("utf-8")
-    told = page.partition("<!-- restart -->")[2].partition("\n\n- ")[0]
-    assert set(re.findall(r"`(\w+\.\w+)`", told)) == {
+    named = page.partition("<!-- restart -->")[2].partition("\n\n- ")[0]
+    assert set(re.findall(r"`(\w+\.\w+)`", named)) == {
         f"{s.section}.{s.key}" for s in ocppboard.SETTINGS if s.restart} | {
         "server.tls_certificate", "proxy.upstream"}
 
@@ -20955,7 +20965,7 @@ async def test_guessed_certificates_wash_no_record_away(pki, caplog):
 
 
 @with_loop
-async def test_a_station_that_does_not_trust_us_is_told_of(pki, caplog):
+async def test_a_station_that_does_not_trust_us_is_reported(pki, caplog):
     async with SecureSite(pki) as site:
         for _ in range(3):
             await asyncio.to_thread(subprocess.run, [
@@ -20986,7 +20996,7 @@ async def test_the_stations_listeners_serve_nothing_but_ocpp(pki):
 
 
 @with_loop
-async def test_who_speaks_no_tls_is_told_at_once_and_shown(pki):
+async def test_a_client_without_tls_is_answered_at_once_and_shown(pki):
     async with SecureSite(pki) as site:
         for port in (site.port, site.tls_port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -21025,7 +21035,7 @@ async def test_certificates_are_replaced_while_a_hundred_stations_are_connected(
         await site.secure_station("CP-old", ssl=pki.trust(suite="AES128-GCM-SHA256"))
         count = len(site.board.system)
         site.daemon.renew_tls()
-        assert len(site.board.system) == count, "told once"
+        assert len(site.board.system) == count, "reported once"
         shutil.copy(pki["ecdsa.key"], tmp_path / "own-rsa.key")
         site.daemon.renew_tls()
         assert site.board.system.records[-1].kind == "CERTIFICATES_LOADED"
@@ -21038,7 +21048,7 @@ async def test_certificates_are_replaced_while_a_hundred_stations_are_connected(
 
 
 @with_loop
-async def test_the_end_of_a_certificate_is_told_before_and_after(pki, tmp_path):
+async def test_the_end_of_a_certificate_is_reported_before_and_after(pki, tmp_path):
     async with SecureSite(pki) as site:
         assert not [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
         end = ocppboard.read_certificates(Path(pki["rsa.pem"]).read_text())[0].ends_at
@@ -21057,8 +21067,8 @@ async def test_the_end_of_a_ca_is_looked_for_also_without_tls(pki, with_ca):
         site.daemon.renew_tls()
         site.board.clock = lambda: 4e9
         site.daemon._tell_ends()
-        told = [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
-        assert len(told) == with_ca
+        events = [e for e in site.board.system.records if e.kind == "CERTIFICATE_ENDS"]
+        assert len(events) == with_ca
 
 
 @with_loop
@@ -21124,12 +21134,12 @@ def test_the_certificates_that_are_made_serve_a_board_and_its_stations(tmp_path)
     assert (status, err) == (0, "") and "Made a CA" in out and "board.example, " in out
     lines = out.splitlines()
     start = lines.index("[server]")
-    told = tomllib.loads("\n".join(lines[start:lines.index("", start)]))
+    documented = tomllib.loads("\n".join(lines[start:lines.index("", start)]))
     assert [line[:2] for line in lines if line[1:2] == "."] == ["1.", "2.", "3.", "4.", "5."]
     pki_like = SimpleNamespace(trust=lambda *_: ssl.create_default_context(
         cafile=tmp_path / "c" / "ca.pem"), settings=lambda *_: {})
     keys = {f"{section}_{key}": ",".join(value) if isinstance(value, list) else value
-            for section, values in told.items() for key, value in values.items()}
+            for section, values in documented.items() for key, value in values.items()}
 
     async def use():
         async with SecureSite(pki_like, ocpp_tls_port=free_port(), **keys) as site:
@@ -21172,26 +21182,26 @@ def taking(status, chains):
     return answer
 
 
-@pytest.mark.parametrize("protocol, told", [
+@pytest.mark.parametrize("protocol, more", [
     ("ocpp1.6", {}), ("ocpp2.0.1", {"certificateType": "ChargingStationCertificate"}),
     ("ocpp2.0.1", {"certificateType": "V2GCertificate"}), ("ocpp2.1", {"requestId": 3})])
 @pytest.mark.parametrize("status", ["Accepted", "Rejected"])
 @with_loop
 async def test_a_station_gets_the_certificate_that_it_asked_for_and_comes_with_it(
-        pki, tmp_path, protocol, told, status):
+        pki, tmp_path, protocol, more, status):
     async with SecureSite(pki, **pki.own_ca(), ocpp_client_ca="") as site:
         station = await site.secure_station("CP-1", "CP-1", protocol=protocol)
         csr, key = pki.request("/O=Site/CN=CP-1", RSA_KEY)
-        assert (await exchange(station, "SignCertificate", {"csr": csr} | told))[2] == {
+        assert (await exchange(station, "SignCertificate", {"csr": csr} | more))[2] == {
             "status": "Accepted"}
         chains: list[dict] = []
         await taking(status, chains)(station)
         chain, = chains
         (tmp_path / "new.pem").write_text(chain.pop("certificateChain"))
-        assert chain == told
+        assert chain == more
         trust = pki.trust()
         trust.load_cert_chain(tmp_path / "new.pem", key)
-        if told.get("certificateType") != "V2GCertificate":
+        if more.get("certificateType") != "V2GCertificate":
             await site.secure_station("CP-1", ssl=trust)
         view = await site.get("/api/connections/CP-1")
         assert view["securityProfile"] == 3 and view["certificateEndsAt"] > iso_now()
@@ -21226,7 +21236,7 @@ async def test_a_station_can_neither_pass_for_the_board_nor_keep_it_busy(pki, mo
 
 
 @with_loop
-async def test_a_station_that_hangs_up_gets_no_certificate_and_that_is_told(pki, caplog):
+async def test_a_station_that_hangs_up_gets_no_certificate_and_that_is_reported(pki, caplog):
     async with SecureSite(pki, **pki.own_ca()) as site:
         station = await site.secure_station("CP-1", "CP-1")
         await exchange(station, "SignCertificate", {"csr": pki.request()[0]})
@@ -21719,18 +21729,18 @@ async def _charges_16(station, identity, sessions):
         start, place = 1000 * number, 1 + number % 2
         at = ocppboard.iso(NOW + 60 * number)
 
-        async def says(action, **payload):
+        async def call(action, **payload):
             answer = await exchange(station, action, payload, f"{identity}-{next(ids)}")
             assert answer[0] == 3, answer
             return answer[2]
-        began = await says("StartTransaction", connectorId=place, idTag=f"T{number}",
+        began = await call("StartTransaction", connectorId=place, idTag=f"T{number}",
                            meterStart=start, timestamp=at)
         assert began["idTagInfo"]["status"] == "Accepted"
         for step in (1, 2):
-            await says("MeterValues", connectorId=place, transactionId=began["transactionId"],
+            await call("MeterValues", connectorId=place, transactionId=began["transactionId"],
                        meterValue=[{"timestamp": at, "sampledValue": [
                            {"value": str(start + step)}]}])
-        await says("StopTransaction", transactionId=began["transactionId"], timestamp=at,
+        await call("StopTransaction", transactionId=began["transactionId"], timestamp=at,
                    meterStop=start + 10 + number)
         done[identity, start] = 10 + number
     return done
@@ -21886,12 +21896,12 @@ async def test_whatever_upstream_does_the_station_has_its_answers_in_time(caplog
         for name, how in BAD_HANDSHAKES.items():
             vars(await of(name, Raw(right))).update(how)
         for name, text in BAD_BYTES.items():
-            async def says(reader, writer, text=text):
+            async def serve(reader, writer, text=text):
                 writer.write(text)
                 with contextlib.suppress(OSError):
                     await reader.read()
                 writer.close()
-            server = await asyncio.start_server(says, "127.0.0.1", 0)
+            server = await asyncio.start_server(serve, "127.0.0.1", 0)
             stack.callback(server.close)
             upstreams[name] = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -21921,13 +21931,13 @@ async def test_whatever_upstream_does_the_station_has_its_answers_in_time(caplog
 pairings = pytest.mark.parametrize("protocol, upstreams", PAIRINGS)
 
 
-def one_of(*actors):
+def events_of(*actors):
     return st.sampled_from([event for event in WORLD_EVENTS if event.startswith(actors)])
 
 
 STORY = st.lists(st.tuples(
-    st.one_of(one_of("station"), one_of("station s", "station m"), one_of("upstream", "network"),
-              one_of("disk", "board", "clock")),
+    st.one_of(events_of("station"), events_of("station s", "station m"),
+              events_of("upstream", "network"), events_of("disk", "board", "clock")),
     st.sampled_from((0, 0.015, 0.025, 1, 8, 70, 700))), min_size=25, max_size=60)
 
 
@@ -22075,7 +22085,7 @@ class DaemonWorld(Scene):
                 "wrong": wrong}
 
     async def settle(self):
-        """What is wrong when all is told, or after half a minute."""
+        """What is wrong when all is delivered, or after half a minute."""
         for _ in range(60):
             for station in self.stations:
                 station.stop(1)
