@@ -98,7 +98,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
@@ -106,7 +106,7 @@ from itertools import cycle, islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from string import Template
-from types import GenericAlias, NoneType, SimpleNamespace
+from types import GenericAlias, NoneType
 from typing import (
     Annotated,
     Any,
@@ -116,6 +116,7 @@ from typing import (
     NotRequired,
     Protocol,
     TypedDict,
+    TypeVar,
     cast,
     final,
     get_args,
@@ -151,6 +152,7 @@ if sys.platform != "win32":
 
 VERSION = "0.1.0"
 log = logging.getLogger("ocppboard")
+T = TypeVar("T")
 
 # What a stranger makes us keep is cut to these sizes; what grows is dropped beyond these numbers.
 TEXT_KEPT = 255             # characters of any text a station puts into a record's field
@@ -410,174 +412,397 @@ class UnknownMessageType(BadFrame):
 
 
 # --- Configuration ------------------------------------------------------------------------
-# SETTINGS is all there is. A key comes from the file, OCPPBOARD_SECTION_KEY overrides it, the
-# command line overrides both. A mistake ends the start with one line that names it.
+# Each section of the file is a class, each key a field of it (see `Key`). A key comes from the
+# file, OCPPBOARD_SECTION_KEY overrides it, the command line overrides both. A mistake ends the
+# start with one line that names it.
 
 
-class Setting(NamedTuple):
-    """A key of the configuration: its default, which gives the type, and the allowed values."""
+class Key(NamedTuple):
+    """Declares a key of the configuration: `port: Annotated[int, Key(PORT, restart=True)] = 9000`.
 
-    section: str
-    key: str
-    default: Any
-    allowed: tuple | None = None     # (least, most) of a number; or the words to choose from
-    many: bool = False               # a text, or a list of texts
-    restart: bool = False            # a change takes hold with the next start alone
+    The type says the rest: a `Literal` the words to choose from, `str | list[str]` a text, or a
+    list of texts. In entries, a key may be a keyword of Python: its field is as `from_`.
+    """
 
-    @property
-    def secret(self) -> bool:
-        """Whether its value is never shown."""
-        return self.key in SECRET_KEYS or (self.section, self.key) in SECRET_SETTINGS
+    bounds: tuple[float, ...] = ()      # the least and the most of a number
+    restart: bool = False               # a change takes hold with the next start alone
+    secret: bool = False                # its value is never shown
 
 
 AuthMode = Literal["token", "credentials", "none"]
 Accept = Literal["any", "listed", "ask"]
-MODES, ACCEPT = get_args(AuthMode), get_args(Accept)
-VALIDATE, AUTHORIZE = ("off", "warn", "strict", "auto"), ("any", "listed")
 Version = Literal["ocpp2.1", "ocpp2.0.1", "ocpp1.6"]
 PROTOCOLS = get_args(Version)
-PORT, KEPT = (0, 65535), (1, 10_000_000)
-WHEN_DOWN = ("answer", "close")
 Strategy = Literal["equal_share", "priority", "time_of_use", "first_come", "solar"]
 STRATEGIES = get_args(Strategy)
-DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS = get_args(Day)
 # Which phases of the grid (R, S, T) a station's L1, L2, L3 are wired to (1.6 9.1.8
 # ConnectorPhaseRotation, whose words these are).
-ROTATIONS = ("", "RST", "RTS", "SRT", "STR", "TRS", "TSR")
+Rotation = Literal["", "RST", "RTS", "SRT", "STR", "TRS", "TSR"]
 TokenStatus = Literal["Accepted", "Blocked", "Expired", "Invalid"]      # 1.6 7.2
 TOKEN_STATUSES = get_args(TokenStatus)
 GROUP_LENGTH = 20                    # of 1.6's parentIdTag
-ALERTS = ("offline", "faulted", "refused", "uncontrollable", "undelivered", "certificate", "state")
+AlertEvent = Literal["offline", "faulted", "refused", "uncontrollable", "undelivered",
+                     "certificate", "state"]
+ALERTS = get_args(AlertEvent)
 ALERT_WORDS = ("title", "text", "site")      # $title and the like in an alert's template
 
-SETTINGS = (
-    Setting("server", "address", "", restart=True),
-    Setting("server", "port", 9000, PORT, restart=True),
-    Setting("server", "tls_certificate", "", many=True),
-    Setting("server", "tls_private_key", "", many=True),
-    Setting("server", "trust_proxy", False),
-    Setting("server", "hosts", []),
-    Setting("server", "base_path", "", restart=True),
-    Setting("server", "frame_origins", []),
-    Setting("auth", "mode", "token", MODES),
-    Setting("auth", "token", ""),
-    Setting("auth", "username", "admin"),
-    Setting("auth", "password", ""),
-    Setting("auth", "session_ttl_seconds", 86400, (60, 31_536_000)),
-    Setting("auth", "viewer_token", ""),
-    Setting("auth", "viewer_password", ""),
-    Setting("sse", "heartbeat_ms", 15000, (100, 3_600_000)),
-    Setting("sse", "queue", 1000, (1, 1_000_000)),
-    Setting("telemetry", "interval_ms", 2000, (100, 3_600_000)),
-    Setting("telemetry", "history", 1800, KEPT),
-    Setting("store", "max_messages", 10000, KEPT),
-    Setting("store", "max_message_bytes", 33554432, (1_048_576, 1 << 40)),
-    Setting("store", "max_connections", 2000, KEPT),
-    Setting("store", "max_transactions", 1000, KEPT),
-    Setting("store", "max_security_events", 1000, KEPT),
-    Setting("store", "max_errors", 2000, KEPT),
-    Setting("store", "max_system_events", 1000, KEPT),
-    Setting("store", "max_smart_charge_sessions", 500, KEPT),
-    Setting("store", "max_proxy_events", 1000, KEPT),
-    Setting("ocpp", "path", "/ocpp", restart=True),
-    Setting("ocpp", "port", 0, PORT, restart=True),
-    Setting("ocpp", "tls_port", 0, PORT, restart=True),
-    Setting("ocpp", "client_ca", ""),
-    Setting("ocpp", "ca_certificate", ""),
-    Setting("ocpp", "ca_private_key", ""),
-    Setting("ocpp", "protocols", list(PROTOCOLS), PROTOCOLS),
-    Setting("ocpp", "accept", "any", ACCEPT),
-    Setting("ocpp", "heartbeat_interval_seconds", 300, (10, 86400)),
-    Setting("ocpp", "call_timeout_seconds", 30, (1, 3600)),
-    Setting("ocpp", "ping_interval_seconds", 25, (0, 3600)),
-    Setting("ocpp", "max_frame_bytes", 1048576, (1024, 1 << 30)),
-    Setting("ocpp", "max_calls_per_second", 50, (0, 1_000_000)),
-    Setting("ocpp", "validate", "auto", VALIDATE),
-    Setting("ocpp", "authorize", "any", AUTHORIZE),
-    Setting("ocpp", "id_tokens", []),
-    Setting("tariff", "currency", "EUR"),
-    Setting("tariff", "per_kwh", 0.0, (0, 1_000_000)),
-    Setting("tariff", "per_hour", 0.0, (0, 1_000_000)),
-    Setting("tariff", "start_fee", 0.0, (0, 1_000_000)),
-    Setting("smart_charge", "enabled", False, restart=True),
-    Setting("smart_charge", "strategy", "equal_share", STRATEGIES),
-    Setting("smart_charge", "site_limit_a", 0.0, (0, 10_000)),
-    Setting("smart_charge", "site_limit_kw", 0.0, (0, 10_000)),
-    Setting("smart_charge", "safety_margin_percent", 5.0, (0, 50)),
-    Setting("smart_charge", "voltage", 230.0, (100, 400)),
-    Setting("smart_charge", "minimum_a", 6, (6, 80)),
-    Setting("smart_charge", "step_a", 1, (1, 16)),
-    Setting("smart_charge", "fallback_a", 0, (0, 80)),
-    Setting("smart_charge", "limit_valid_seconds", 120, (30, 86400)),
-    Setting("smart_charge", "raise_a_per_30s", 3, (1, 1000)),
-    Setting("smart_charge", "rotate_minutes", 15, (1, 1440)),
-    Setting("smart_charge", "timezone", ""),
-    Setting("smart_charge", "meter", False),
-    Setting("smart_charge", "meter_lost_a", 0.0, (0, 10_000)),
-    Setting("smart_charge", "solar_on_seconds", 60, (0, 900)),
-    Setting("smart_charge", "solar_off_seconds", 180, (0, 900)),
-    Setting("proxy", "journal", "", restart=True),
-    Setting("mqtt", "url", ""),
-    Setting("mqtt", "topic", "ocppboard"),
-    Setting("mqtt", "site", ""),
-    Setting("mqtt", "ca", ""),
-    Setting("mqtt", "certificate", ""),
-    Setting("mqtt", "private_key", ""),
-    Setting("mqtt", "discovery", False),
-    Setting("mqtt", "commands", []),
-    Setting("mqtt", "id_token", "MQTT"),
-    Setting("notify", "url", ""),
-    Setting("notify", "events", list(ALERTS), ALERTS),
-    Setting("notify", "template", ""),
-    Setting("notify", "headers", []),
-    Setting("state", "path", "", restart=True),
-    Setting("state", "transactions_days", 400, (1, 36_500)),
-    Setting("state", "history_days", 0, (0, 3650), restart=True),
-)
-STATION_SETTINGS = (                                   # of one [stations."…"]
-    Setting("stations", "password", ""),
-    Setting("stations", "protocol", "", ("", *PROTOCOLS)),
-    Setting("stations", "priority", 1, (1, 100)),
-    Setting("stations", "max_a", 32, (1, 1000)),
-    Setting("stations", "phases", 3, (1, 3)),
-    Setting("stations", "phase_rotation", "", ROTATIONS),
-    Setting("stations", "managed", True),
-    Setting("stations", "certificate_cn", ""),
-    Setting("stations", "any_user_name", False),
-)
-TOKEN_SETTINGS = (                                     # of one [id_tokens."…"]
-    Setting("id_tokens", "name", ""),
-    Setting("id_tokens", "status", "Accepted", TOKEN_STATUSES),
-    Setting("id_tokens", "group", ""),
-    Setting("id_tokens", "master", False),
-    Setting("id_tokens", "expires", ""),
-    Setting("id_tokens", "stations", ["*"]),
-)
-NAMED = {"stations": STATION_SETTINGS, "id_tokens": TOKEN_SETTINGS}      # [section."name"]
-CIRCUIT_SETTINGS = (                                   # of one [[smart_charge.circuit]]
-    Setting("smart_charge.circuit", "name", ""),
-    Setting("smart_charge.circuit", "parent", ""),
-    Setting("smart_charge.circuit", "limit_a", 0.0, (1, 10_000)),
-    Setting("smart_charge.circuit", "stations", []),
-)
-WINDOW_SETTINGS = (                                    # of one [[smart_charge.window]]
-    Setting("smart_charge.window", "from", "00:00"),
-    Setting("smart_charge.window", "to", "24:00"),
-    Setting("smart_charge.window", "days", list(DAYS), DAYS),
-    Setting("smart_charge.window", "factor", 1.0, (0, 1)),
-)
-UPSTREAM_SETTINGS = (                                  # of one [[proxy.upstream]]
-    Setting("proxy.upstream", "url", ""),
-    Setting("proxy.upstream", "protocol", "", ("", *PROTOCOLS)),
-    Setting("proxy.upstream", "stations", ["*"]),
-    Setting("proxy.upstream", "password", ""),
-    Setting("proxy.upstream", "ca", ""),
-    Setting("proxy.upstream", "when_down", "answer", WHEN_DOWN),
-    Setting("proxy.upstream", "queue", 1000, (1, 100_000)),
-)
-LISTED = {("smart_charge", "circuit"): CIRCUIT_SETTINGS,
-          ("smart_charge", "window"): WINDOW_SETTINGS,
-          ("proxy", "upstream"): UPSTREAM_SETTINGS}
+PORT = (0, 65535)
+Kept = Annotated[int, Key((1, 10_000_000))]
+Price = Annotated[float, Key((0, 1_000_000))]
+Secret = Annotated[str, Key(secret=True)]
+
+
+@dataclass(slots=True)
+class ServerSettings:
+    """[server]: where the board listens, and for whom."""
+
+    address: Annotated[str, Key(restart=True)] = ""
+    port: Annotated[int, Key(PORT, restart=True)] = 9000
+    tls_certificate: str | list[str] = ""
+    tls_private_key: str | list[str] = ""
+    trust_proxy: bool = False
+    hosts: list[str] = field(default_factory=list)
+    base_path: Annotated[str, Key(restart=True)] = ""
+    frame_origins: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AuthSettings:
+    """[auth]: who may see the board."""
+
+    mode: AuthMode = "token"
+    token: Secret = ""
+    username: str = "admin"
+    password: Secret = ""
+    session_ttl_seconds: Annotated[int, Key((60, 31_536_000))] = 86400
+    viewer_token: Secret = ""
+    viewer_password: Secret = ""
+
+
+@dataclass(slots=True)
+class SseSettings:
+    """[sse]: the event streams."""
+
+    heartbeat_ms: Annotated[int, Key((100, 3_600_000))] = 15000
+    queue: Annotated[int, Key((1, 1_000_000))] = 1000
+
+
+@dataclass(slots=True)
+class TelemetrySettings:
+    """[telemetry]: samples of the board's own load."""
+
+    interval_ms: Annotated[int, Key((100, 3_600_000))] = 2000
+    history: Kept = 1800
+
+
+@dataclass(slots=True)
+class StoreSettings:
+    """[store]: how many records are kept."""
+
+    max_messages: Kept = 10000
+    max_message_bytes: Annotated[int, Key((1_048_576, 1 << 40))] = 33554432
+    max_connections: Kept = 2000
+    max_transactions: Kept = 1000
+    max_security_events: Kept = 1000
+    max_errors: Kept = 2000
+    max_system_events: Kept = 1000
+    max_smart_charge_sessions: Kept = 500
+    max_proxy_events: Kept = 1000
+
+
+@dataclass(slots=True)
+class OcppSettings:
+    """[ocpp]: the endpoint of the stations."""
+
+    path: Annotated[str, Key(restart=True)] = "/ocpp"
+    port: Annotated[int, Key(PORT, restart=True)] = 0
+    tls_port: Annotated[int, Key(PORT, restart=True)] = 0
+    client_ca: str = ""
+    ca_certificate: str = ""
+    ca_private_key: str = ""
+    protocols: list[Version] = field(default_factory=lambda: list(PROTOCOLS))
+    accept: Accept = "any"
+    heartbeat_interval_seconds: Annotated[int, Key((10, 86400))] = 300
+    call_timeout_seconds: Annotated[int, Key((1, 3600))] = 30
+    ping_interval_seconds: Annotated[int, Key((0, 3600))] = 25
+    max_frame_bytes: Annotated[int, Key((1024, 1 << 30))] = 1048576
+    max_calls_per_second: Annotated[int, Key((0, 1_000_000))] = 50
+    validate: Literal["off", "warn", "strict", "auto"] = "auto"
+    authorize: Literal["any", "listed"] = "any"
+    id_tokens: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TariffSettings:
+    """[tariff]: what charging costs."""
+
+    currency: str = "EUR"
+    per_kwh: Price = 0.0
+    per_hour: Price = 0.0
+    start_fee: Price = 0.0
+
+
+@dataclass(slots=True)
+class CircuitSettings:
+    """A [[smart_charge.circuit]]: a limit that several stations share."""
+
+    name: str = ""
+    parent: str = ""
+    limit_a: Annotated[float, Key((1, 10_000))] = 0.0
+    stations: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class WindowSettings:
+    """A [[smart_charge.window]]: a time of the day in which the site's limit is scaled."""
+
+    from_: str = "00:00"
+    to: str = "24:00"
+    days: list[Day] = field(default_factory=lambda: list(DAYS))
+    factor: Annotated[float, Key((0, 1))] = 1.0
+
+
+@dataclass(slots=True)
+class SmartChargeSettings:
+    """[smart_charge]: how the site's power is shared."""
+
+    enabled: Annotated[bool, Key(restart=True)] = False
+    strategy: Strategy = "equal_share"
+    site_limit_a: Annotated[float, Key((0, 10_000))] = 0.0
+    site_limit_kw: Annotated[float, Key((0, 10_000))] = 0.0
+    safety_margin_percent: Annotated[float, Key((0, 50))] = 5.0
+    voltage: Annotated[float, Key((100, 400))] = 230.0
+    minimum_a: Annotated[int, Key((6, 80))] = 6
+    step_a: Annotated[int, Key((1, 16))] = 1
+    fallback_a: Annotated[int, Key((0, 80))] = 0
+    limit_valid_seconds: Annotated[int, Key((30, 86400))] = 120
+    raise_a_per_30s: Annotated[int, Key((1, 1000))] = 3
+    rotate_minutes: Annotated[int, Key((1, 1440))] = 15
+    timezone: str = ""
+    meter: bool = False
+    meter_lost_a: Annotated[float, Key((0, 10_000))] = 0.0
+    solar_on_seconds: Annotated[int, Key((0, 900))] = 60
+    solar_off_seconds: Annotated[int, Key((0, 900))] = 180
+    circuit: list[CircuitSettings] = field(default_factory=list)
+    window: list[WindowSettings] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class UpstreamSettings:
+    """A [[proxy.upstream]]: a central system that stations go on to."""
+
+    url: str = ""
+    protocol: Literal["", Version] = ""
+    stations: list[str] = field(default_factory=lambda: ["*"])
+    password: Secret = ""
+    ca: str = ""
+    when_down: Literal["answer", "close"] = "answer"
+    queue: Annotated[int, Key((1, 100_000))] = 1000
+
+
+@dataclass(slots=True)
+class ProxySettings:
+    """[proxy]: the relay."""
+
+    journal: Annotated[str, Key(restart=True)] = ""
+    upstream: list[UpstreamSettings] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class MqttSettings:
+    """[mqtt]: the broker, and what is published there."""
+
+    url: Secret = ""                    # with the password
+    topic: str = "ocppboard"
+    site: str = ""
+    ca: str = ""
+    certificate: str = ""
+    private_key: str = ""
+    discovery: bool = False
+    commands: list[str] = field(default_factory=list)
+    id_token: str = field(default="MQTT")
+
+
+@dataclass(slots=True)
+class NotifySettings:
+    """[notify]: where alerts go."""
+
+    url: Secret = ""                    # of a webhook: it is its password
+    events: list[AlertEvent] = field(default_factory=lambda: list(ALERTS))
+    template: Secret = ""               # may hold some, as the headers may
+    headers: Annotated[list[str], Key(secret=True)] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StateSettings:
+    """[state]: what outlives a restart."""
+
+    path: Annotated[str, Key(restart=True)] = ""
+    transactions_days: Annotated[int, Key((1, 36_500))] = 400
+    history_days: Annotated[int, Key((0, 3650), restart=True)] = 0
+
+
+@dataclass(slots=True)
+class StationSettings:
+    """A [stations."…"]: the stations whose identity fits the pattern."""
+
+    password: Secret = ""
+    protocol: Literal["", Version] = ""
+    priority: Annotated[int, Key((1, 100))] = 1
+    max_a: Annotated[int, Key((1, 1000))] = 32
+    phases: Annotated[int, Key((1, 3))] = 3
+    phase_rotation: Rotation = ""
+    managed: bool = True
+    certificate_cn: str = ""
+    any_user_name: bool = False
+
+
+@dataclass(slots=True)
+class IdTokenSettings:
+    """An [id_tokens."…"]: a card, and where it may charge."""
+
+    name: str = ""
+    status: TokenStatus = "Accepted"
+    group: str = ""
+    master: bool = False
+    expires: str = ""
+    stations: list[str] = field(default_factory=lambda: ["*"])
+
+
+@dataclass(slots=True)
+class Config:
+    """The settings as `config.<section>.<key>`, and the entries of stations and id tokens.
+
+    All sections of the program share one Config, so a change by `update` holds at once.
+    """
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    sse: SseSettings = field(default_factory=SseSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    ocpp: OcppSettings = field(default_factory=OcppSettings)
+    tariff: TariffSettings = field(default_factory=TariffSettings)
+    smart_charge: SmartChargeSettings = field(default_factory=SmartChargeSettings)
+    proxy: ProxySettings = field(default_factory=ProxySettings)
+    mqtt: MqttSettings = field(default_factory=MqttSettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
+    state: StateSettings = field(default_factory=StateSettings)
+    stations: dict[str, StationSettings] = field(default_factory=dict)      # by pattern
+    id_tokens: dict[str, IdTokenSettings] = field(default_factory=dict)
+    source: str = ""                    # the file; "": there is none
+    ignored: list[str] = field(default_factory=list)    # variables that look like ours and are not
+
+    def station(self, identity: str) -> StationSettings | None:
+        """The settings of the entry that fits this identity best, None where none does.
+
+        Its own name fits best, then the pattern with the most letters that are not wildcards.
+        """
+        return best_fit(identity, self.stations)
+
+    def upstream(self, identity: str) -> UpstreamSettings | None:
+        """The [[proxy.upstream]] whose `stations` fit this identity best, None where none does."""
+        patterns = {p: upstream for upstream in reversed(self.proxy.upstream)
+                    for p in upstream.stations}
+        return best_fit(identity, patterns)
+
+    def changed_keys(self, other: "Config") -> list[str]:
+        """The keys in which another differs, as `server.port`, `stations."CP-1".max_a`."""
+        keys = [f"{section}.{key}" for section, key in (*SETTINGS, *LISTED)
+                if getattr(getattr(self, section), key) != getattr(getattr(other, section), key)]
+        for section, cls in NAMED.items():
+            ours, theirs = getattr(self, section), getattr(other, section)
+            for name in dict.fromkeys([*ours, *theirs]):
+                if name in ours and name in theirs:
+                    keys += [f'{section}."{name}".{key}' for key, s in settings_of(cls).items()
+                             if getattr(ours[name], s.name) != getattr(theirs[name], s.name)]
+                else:
+                    keys.append(f'{section}."{name}"')
+        return keys
+
+    def keep_until_restart(self, running: "Config") -> list[str]:
+        """Give the keys that need a restart the values with which the daemon runs. Returns them."""
+        keys = [place for place, setting in SETTINGS.items() if setting.restart]
+        if bool(self.server.tls_certificate) != bool(running.server.tls_certificate):
+            keys += [("server", "tls_certificate"), ("server", "tls_private_key")]
+        if _routes(self) != _routes(running):            # the sessions of the relay follow them
+            keys.append(("proxy", "upstream"))
+        kept_back = []
+        for section, key in keys:
+            ours, theirs = getattr(self, section), getattr(running, section)
+            if getattr(ours, key) != getattr(theirs, key):
+                setattr(ours, key, getattr(theirs, key))
+                kept_back.append(f"{section}.{key}")
+        return kept_back
+
+    def update(self, other: "Config") -> None:
+        """Get the values of another. The upstreams stay the same objects: sessions have them."""
+        upstreams = self.proxy.upstream
+        for upstream, changed in zip(upstreams, other.proxy.upstream, strict=True):
+            _assign(upstream, changed)
+        for section in SECTIONS:
+            _assign(getattr(self, section), getattr(other, section))
+        self.proxy.upstream = upstreams
+        for name in ("source", "ignored", *NAMED):
+            setattr(self, name, copy.deepcopy(getattr(other, name)))
+
+
+def _assign(target: Any, source: Any) -> None:
+    """Give a section or an entry copies of the values of another."""
+    for part in fields(source):
+        setattr(target, part.name, copy.deepcopy(getattr(source, part.name)))
+
+
+class Setting(NamedTuple):
+    """A key as its field declares it."""
+
+    name: str                           # of the field
+    default: Any                        # which gives the type
+    allowed: tuple = ()                 # the least and the most of a number; or the words
+    many: bool = False                  # a text, or a list of texts
+    restart: bool = False
+    secret: bool = False
+
+
+def declared(kind: Any, cls: type) -> tuple[Any, Any]:
+    """(a type without what of this class stands last in its Annotated, that or None)."""
+    if get_origin(kind) is not Annotated or not isinstance(kind.__metadata__[-1], cls):
+        return kind, None
+    *others, last = kind.__metadata__
+    return Annotated[(kind.__origin__, *others)] if others else kind.__origin__, last
+
+
+@functools.cache
+def settings_of(cls: type) -> dict[str, Setting]:
+    """{key: its setting} of a section or an entry, without lists of entries."""
+    defaults, settings = cls(), {}
+    for part in fields(cls):
+        kind, key = declared(part.type, Key)
+        if not _entries_of(kind):
+            words = get_args(kind)[0] if get_origin(kind) is list else kind
+            bounds, restart, secret = key or Key()
+            settings[part.name.removesuffix("_")] = Setting(
+                part.name, getattr(defaults, part.name),
+                get_args(words) if get_origin(words) is Literal else bounds,
+                list[str] in get_args(kind), restart, secret)
+    return settings
+
+
+def _entries_of(kind: Any) -> Any:
+    """The class of the entries of a list of such; None for other types."""
+    parts = get_args(kind)
+    return parts[0] if get_origin(kind) is list and is_dataclass(parts[0]) else None
+
+
+SECTIONS: dict[str, Any] = {part.name: part.type for part in fields(Config)
+                            if is_dataclass(part.type)}
+SETTINGS = {(section, key): setting for section, cls in SECTIONS.items()
+            for key, setting in settings_of(cls).items()}
+NAMED = {"stations": StationSettings, "id_tokens": IdTokenSettings}      # [section."name"]
+LISTED = {(section, part.name): entries for section, cls in SECTIONS.items()
+          for part in fields(cls) if (entries := _entries_of(part.type))}   # [[section.key]]
 LISTED_MOST = 500                    # tables in such a list
 SITE = "site"                        # the circuit that all others hang at
 SURPLUS = "surplus"                  # what the sun leaves: the circuit that it makes
@@ -585,82 +810,7 @@ ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
 
-
-SECRET_KEYS = ("password", "token", "viewer_password", "viewer_token")
-# The URL of a webhook is its password, and a template may hold secrets, too.
-SECRET_SETTINGS = {("notify", "url"), ("notify", "headers"), ("notify", "template"),
-                   ("mqtt", "url")}
 VIEWER = "viewer"                    # the name of the user who sees all and changes nothing
-
-
-class Config(SimpleNamespace):
-    """The settings as `config.<section>.<key>`; of NAMED they are {name: its settings}.
-
-    All sections of the program share one Config, so a change by `update` holds at once.
-    """
-
-    source: str
-    stations: dict                      # by pattern
-    id_tokens: dict
-    ignored: list                       # variables that look like ours and are of no section
-
-    def station(self, identity: str) -> SimpleNamespace | None:
-        """The settings of the entry that fits this identity best, None where none does.
-
-        Its own name fits best, then the pattern with the most letters that are not wildcards.
-        """
-        return self.stations.get(best_fit(identity, self.stations))
-
-    def upstream(self, identity: str) -> SimpleNamespace | None:
-        """The [[proxy.upstream]] whose `stations` fit this identity best, None where none does."""
-        patterns = {p: upstream for upstream in reversed(self.proxy.upstream)
-                    for p in upstream.stations}
-        return patterns.get(best_fit(identity, patterns))
-
-    def changed_keys(self, other: "Config") -> list[str]:
-        """The keys in which another differs, as `server.port`, `stations."CP-1".max_a`."""
-        keys = [f"{section}.{key}" for section, key in _all_keys()
-                if vars(vars(self)[section])[key] != vars(vars(other)[section])[key]]
-        for section, settings in NAMED.items():
-            ours, theirs = vars(self)[section], vars(other)[section]
-            for name in dict.fromkeys([*ours, *theirs]):
-                if name in ours and name in theirs:
-                    keys += [f'{section}."{name}".{s.key}' for s in settings
-                             if vars(ours[name])[s.key] != vars(theirs[name])[s.key]]
-                else:
-                    keys.append(f'{section}."{name}"')
-        return keys
-
-    def keep_until_restart(self, running: "Config") -> list[str]:
-        """Give the keys that need a restart the values with which the daemon runs. Returns them."""
-        keys = [(s.section, s.key) for s in SETTINGS if s.restart]
-        if bool(self.server.tls_certificate) != bool(running.server.tls_certificate):
-            keys += [("server", "tls_certificate"), ("server", "tls_private_key")]
-        if _routes(self) != _routes(running):            # the sessions of the relay follow them
-            keys.append(("proxy", "upstream"))
-        kept_back = []
-        for section, key in keys:
-            ours, theirs = vars(vars(self)[section]), vars(vars(running)[section])
-            if ours[key] != theirs[key]:
-                ours[key] = theirs[key]
-                kept_back.append(f"{section}.{key}")
-        return kept_back
-
-    def update(self, other: "Config") -> None:
-        """Get the values of another. The upstreams stay the same objects: sessions have them."""
-        for upstream, changed in zip(self.proxy.upstream, other.proxy.upstream, strict=True):
-            vars(upstream).update(vars(changed))
-        upstreams = self.proxy.upstream
-        for section in {setting.section for setting in SETTINGS}:
-            vars(vars(self)[section]).update(copy.deepcopy(vars(vars(other)[section])))
-        self.proxy.upstream = upstreams
-        for name in ("source", "ignored", *NAMED):
-            setattr(self, name, copy.deepcopy(vars(other)[name]))
-
-
-def _all_keys() -> list[tuple[str, str]]:
-    """Every (section, key) but those of NAMED, in the order of the settings."""
-    return [(setting.section, setting.key) for setting in SETTINGS] + list(LISTED)
 
 
 def _routes(config: Config) -> list[tuple]:
@@ -668,12 +818,13 @@ def _routes(config: Config) -> list[tuple]:
     return [(u.url, u.protocol, u.stations) for u in config.proxy.upstream]
 
 
-def best_fit(identity: str, patterns: dict) -> str | None:
-    """The pattern that fits an identity best, None where none does."""
+def best_fit(identity: str, patterns: Mapping[str, T]) -> T | None:
+    """The value of the pattern that fits an identity best, None where none does."""
     if identity in patterns:
-        return identity
+        return patterns[identity]
     fitting = [p for p in patterns if fnmatch.fnmatchcase(identity, p)]
-    return max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
+    return (patterns[max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)))] if fitting
+            else None)
 
 
 def read_config(path: str | None = None, environ: Mapping[str, str] | None = None,
@@ -687,18 +838,13 @@ def read_config(path: str | None = None, environ: Mapping[str, str] | None = Non
     environ = os.environ if environ is None else environ
     source = find_config(path, environ) or ""
     data = _load_toml(source) if source else {}
-    config = Config(source=source, stations={}, id_tokens={}, ignored=[])
-    for setting in SETTINGS:
-        section = config.__dict__.setdefault(setting.section, SimpleNamespace())
-        setattr(section, setting.key, setting.default)
-    for section, key in LISTED:
-        setattr(config.__dict__[section], key, [])
+    config = Config(source=source)
     _apply_file(config, data, source)
     _apply_environment(config, environ)
     for key, value in overrides.items():
         if value is not None:
-            setting = next(s for s in SETTINGS if (s.section, s.key) == ("server", key))
-            config.server.__dict__[key] = _checked(setting, value, "command line", f"--{key}")
+            setting = SETTINGS["server", key]
+            setattr(config.server, key, _checked(setting, value, "command line", f"--{key}"))
     _check_together(config)
     return config
 
@@ -723,55 +869,55 @@ def _load_toml(source: str) -> dict:
 
 
 def _apply_file(config: Config, data: dict, source: str) -> None:
-    sections = sorted({s.section for s in SETTINGS} | NAMED.keys())
+    sections = sorted([*SECTIONS, *NAMED])
     for name, table in data.items():
         if name not in sections:
             raise ConfigError(f"{source}: unknown section [{name}]{_nearest(name, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: {name} must be a section, [{name}]")
         if name not in NAMED:
-            _apply_table(config.__dict__[name], name, SETTINGS, table, source, name)
+            _apply_table(getattr(config, name), table, source, name)
             continue
         for key, entry in table.items():
             where = f'{name}."{key}"'
             if not isinstance(entry, dict):
                 raise ConfigError(f"{source}: {where} must be a section, [{where}]")
-            config.__dict__[name][key] = _entry(NAMED[name], entry, source, where)
+            getattr(config, name)[key] = _entry(NAMED[name], entry, source, where)
 
 
-def _entry(settings: tuple, table: dict, source: str, where: str) -> SimpleNamespace:
+def _entry(cls: type, table: dict, source: str, where: str) -> Any:
     """One of many tables of the same keys, its defaults filled in."""
-    entry = SimpleNamespace(**{s.key: s.default for s in settings})
-    _apply_table(entry, settings[0].section, settings, table, source, where)
+    entry = cls()
+    _apply_table(entry, table, source, where)
     return entry
 
 
-def _apply_table(target: SimpleNamespace, section: str, settings: tuple, table: dict,
-                 source: str, where: str) -> None:
-    known = {s.key: s for s in settings if s.section == section}
+def _apply_table(target: Any, table: dict, source: str, where: str) -> None:
+    known = settings_of(target.__class__)
     for key, value in table.items():
-        if entries := LISTED.get((section, key)):
+        if entries := LISTED.get((where, key)):
             if type(value) is not list or not all(type(entry) is dict for entry in value):
                 raise ConfigError(f"{source}: {where}.{key} must be sections, [[{where}.{key}]]")
             if len(value) > LISTED_MOST:
                 raise ConfigError(f"{source}: more than {LISTED_MOST} [[{where}.{key}]]")
-            target.__dict__[key] = [_entry(entries, entry, source, f"[[{where}.{key}]] {n}")
-                                    for n, entry in enumerate(value, 1)]
+            setattr(target, key, [_entry(entries, entry, source, f"[[{where}.{key}]] {n}")
+                                  for n, entry in enumerate(value, 1)])
             continue
         if key not in known:
             raise ConfigError(f"{source}: unknown key {where}.{key}{_nearest(key, known)}")
-        target.__dict__[key] = _checked(known[key], value, source, f"{where}.{key}")
+        setattr(target, known[key].name, _checked(known[key], value, source, f"{where}.{key}"))
 
 
 def _apply_environment(config: Config, environ: Mapping[str, str]) -> None:
     """Override keys by OCPPBOARD_SECTION_KEY; a variable of no section of ours is not for us."""
-    known = {f"{ENVIRONMENT}{s.section}_{s.key}".upper(): s for s in SETTINGS}
-    ours = tuple({f"{ENVIRONMENT}{s.section}_".upper() for s in SETTINGS})
+    known = {f"{ENVIRONMENT}{section}_{key}".upper(): (section, key) for section, key in SETTINGS}
+    ours = tuple(f"{ENVIRONMENT}{section}_".upper() for section in SECTIONS)
     for name, text in environ.items():
         if name in known:
-            setting = known[name]
-            value = _checked(setting, _from_text(setting, text, name), "environment", name)
-            config.__dict__[setting.section].__dict__[setting.key] = value
+            section, key = known[name]
+            value = _from_text(SETTINGS[section, key], text, name)
+            value = _checked(SETTINGS[section, key], value, "environment", name)
+            setattr(getattr(config, section), key, value)
         elif name.startswith(ours):
             raise ConfigError(f"environment: unknown key {name}{_nearest(name, known)}")
         elif name.startswith(ENVIRONMENT) and name != ENVIRONMENT + "CONFIG":
@@ -853,7 +999,7 @@ def _check_hashes(config: Config, source: str) -> None:
             raise ConfigError(f"{source}: {where} is not a hash that `hash-password` prints")
 
 
-def _check_auth(auth: SimpleNamespace, source: str) -> None:
+def _check_auth(auth: AuthSettings, source: str) -> None:
     if auth.mode == "credentials" and not auth.password:
         raise ConfigError(f'{source}: auth.mode = "credentials" needs auth.password')
     if auth.viewer_password and auth.username == VIEWER:
@@ -863,7 +1009,7 @@ def _check_auth(auth: SimpleNamespace, source: str) -> None:
         raise ConfigError(f"{source}: auth.viewer_token is auth.token")
 
 
-def _check_paths(server: SimpleNamespace, source: str) -> None:
+def _check_paths(server: ServerSettings, source: str) -> None:
     if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)*", server.base_path):
         raise ConfigError(f'{source}: server.base_path must be as "/board", or "": '
                           f"{server.base_path!r}")
@@ -880,8 +1026,8 @@ def _check_tls(config: Config, source: str) -> None:
     if len(keys) > len(certificates) or 0 < len(keys) < len(certificates):
         raise ConfigError(f"{source}: server.tls_private_key must have as many files as "
                           f"server.tls_certificate, {len(certificates)} and not {len(keys)}")
-    for key in ("tls_port", "client_ca"):
-        if config.ocpp.__dict__[key] and not certificates:
+    for key, value in (("tls_port", config.ocpp.tls_port), ("client_ca", config.ocpp.client_ca)):
+        if value and not certificates:
             raise ConfigError(f"{source}: ocpp.{key} needs server.tls_certificate")
     if bool(config.ocpp.ca_certificate) != bool(config.ocpp.ca_private_key):
         raise ConfigError(f"{source}: ocpp.ca_certificate and ocpp.ca_private_key need each other")
@@ -896,7 +1042,7 @@ def files_of(value: str | list[str]) -> list[str]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def _check_tokens(tokens: dict[str, SimpleNamespace], source: str) -> None:
+def _check_tokens(tokens: dict[str, IdTokenSettings], source: str) -> None:
     """Check the entries of [id_tokens."…"]. Raises: ConfigError."""
     written = Counter(id_token.lower() for id_token in tokens)
     for id_token, entry in tokens.items():
@@ -923,16 +1069,15 @@ def token_fault(id_token: str, group: str, master: bool, expires: str) -> str:
                             f"not {expires!r}")
 
 
-def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
+def _check_smart_charge(settings: SmartChargeSettings, source: str) -> None:
     """Check the keys of [smart_charge] against each other. Raises: ConfigError."""
     def wrong(text: str) -> ConfigError:
         return ConfigError(f"{source}: smart_charge: {text}")
     _check_circuits(settings.circuit, wrong)
     for window in settings.window:
-        for key in ("from", "to"):
-            if not re.fullmatch(r"(?:[01]\d|2[0-3]):[0-5]\d|24:00", window.__dict__[key]):
-                raise wrong(f"a window's {key} must be a time as 18:00, "
-                            f"not {window.__dict__[key]!r}")
+        for key, clock in (("from", window.from_), ("to", window.to)):
+            if not re.fullmatch(r"(?:[01]\d|2[0-3]):[0-5]\d|24:00", clock):
+                raise wrong(f"a window's {key} must be a time as 18:00, not {clock!r}")
     try:
         _ = settings.timezone and ZoneInfo(settings.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -951,7 +1096,7 @@ def _check_smart_charge(settings: SimpleNamespace, source: str) -> None:
                     "or no car would charge at it")
 
 
-def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], ConfigError]) -> None:
+def _check_circuits(circuits: list[CircuitSettings], wrong: Callable[[str], ConfigError]) -> None:
     """The circuits make one tree below the site, and no station hangs in it twice."""
     parents = {circuit.name: circuit.parent or SITE for circuit in circuits}
     for circuit in circuits:
@@ -971,7 +1116,7 @@ def _check_circuits(circuits: list[SimpleNamespace], wrong: Callable[[str], Conf
         raise wrong(f'"{twice[0]}" stands in two circuits')
 
 
-def _check_upstreams(upstreams: list, source: str) -> None:
+def _check_upstreams(upstreams: list[UpstreamSettings], source: str) -> None:
     for number, upstream in enumerate(upstreams, 1):
         _check_upstream(upstream, f"{source}: [[proxy.upstream]] {number}")
     named = Counter(pattern for upstream in upstreams for pattern in set(upstream.stations))
@@ -979,7 +1124,7 @@ def _check_upstreams(upstreams: list, source: str) -> None:
         raise ConfigError(f'{source}: proxy: "{twice[0]}" stands in two [[proxy.upstream]]')
 
 
-def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
+def _check_upstream(upstream: UpstreamSettings, where: str) -> None:
     """Check the keys of a [[proxy.upstream]]. Raises: ConfigError."""
     good = _is_url(upstream.url, "ws", "wss")
     parts = urlsplit(upstream.url if good else "")
@@ -994,7 +1139,7 @@ def _check_upstream(upstream: SimpleNamespace, where: str) -> None:
         raise ConfigError(f"{where}: ca is no file: {upstream.ca!r}")
 
 
-def _check_notify(notify: SimpleNamespace, source: str) -> None:
+def _check_notify(notify: NotifySettings, source: str) -> None:
     """Check the keys of [notify]; the error repeats no secret. Raises: ConfigError."""
     if notify.url and not _is_url(notify.url, "http", "https"):
         raise ConfigError(f'{source}: notify.url must be as "https://host/path"')
@@ -1008,12 +1153,11 @@ def _check_notify(notify: SimpleNamespace, source: str) -> None:
         raise ConfigError(f'{source}: notify.headers must be as ["Title: $title"]')
 
 
-def _check_mqtt(mqtt: SimpleNamespace, source: str) -> None:
+def _check_mqtt(mqtt: MqttSettings, source: str) -> None:
     """What no single key of [mqtt] can tell."""
     if mqtt.url and not _is_url(mqtt.url, "mqtt", "mqtts"):
         raise ConfigError(f'{source}: mqtt.url must be as "mqtt://user:password@host", or mqtts://')
-    for key in ("topic", "site"):
-        text = vars(mqtt)[key]
+    for key, text in (("topic", mqtt.topic), ("site", mqtt.site)):
         if len(text) > TEXT_KEPT or not text.isprintable() or re.search(
                 r"[+#]|^/|/$|^\$", text) or (key == "topic" and not text):
             raise ConfigError(f"{source}: mqtt.{key} must be a topic without + and #: {text!r}")
@@ -1135,18 +1279,16 @@ class Field(NamedTuple):
 
 def fields_of(cls: type) -> tuple[Field, ...]:
     """What is shown of a class: of each base the attributes as they stand, then the properties."""
-    declared: dict[str, Any] = {}
+    annotations: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        declared |= inspect.get_annotations(base)
-        declared |= {name: part.fget.__annotations__.get("return")
-                     for name, part in vars(base).items() if isinstance(part, property)}
-    return tuple(_field(name, kind) for name, kind in declared.items()
-                 if get_origin(kind) is Annotated and isinstance(kind.__metadata__[-1], Shown))
+        annotations |= inspect.get_annotations(base)
+        annotations |= {name: part.fget.__annotations__.get("return")
+                        for name, part in vars(base).items() if isinstance(part, property)}
+    return tuple(_field(name, kind, shown) for name, annotation in annotations.items()
+                 for kind, shown in [declared(annotation, Shown)] if shown)
 
 
-def _field(attribute: str, declared: Any) -> Field:
-    *written, shown = declared.__metadata__
-    kind = Annotated[(declared.__origin__, *written)] if written else declared.__origin__
+def _field(attribute: str, kind: Any, shown: Shown) -> Field:
     is_nullable = NoneType in get_args(kind)
     if is_nullable:
         others = [part for part in get_args(kind) if part is not NoneType]
@@ -2219,11 +2361,10 @@ class IdToken(Record):
         self.kind, self.used_at = other.kind, other.used_at
         self.used_by, self.answered = other.used_by, other.answered
 
-    def settings(self) -> dict:
+    def settings(self) -> IdTokenSettings:
         """What is said of it, not what became of it, in the words of the configuration."""
-        return {"name": self.name, "status": self.status, "group": self.group,
-                "master": self.master, "expires": iso(self.expires_at) or "",
-                "stations": list(self.stations)}
+        return IdTokenSettings(self.name, cast(TokenStatus, self.status), self.group, self.master,
+                               iso(self.expires_at) or "", list(self.stations))
 
     @property
     def known_source(self) -> Annotated[TokenSource | None, Shown("source")]:
@@ -2724,13 +2865,12 @@ def schemas_of(named: dict[str, Any]) -> dict[str, dict]:
 
 def setting_schema(setting: Setting) -> dict:
     """The JSON schema of a setting's value."""
-    allowed = setting.allowed or ()
     if isinstance(setting.default, list):
         return {"type": "array", "items": {"type": "string"}}
     schema: dict[str, Any] = {"type": JSON_TYPES[type(setting.default)]}
     if schema["type"] == "string":
-        return schema | ({"enum": list(allowed)} if allowed else {})
-    return schema | dict(zip(("minimum", "maximum"), allowed, strict=False))
+        return schema | ({"enum": list(setting.allowed)} if setting.allowed else {})
+    return schema | dict(zip(("minimum", "maximum"), setting.allowed, strict=False))
 
 
 # --- State --------------------------------------------------------------------------------
@@ -7777,7 +7917,8 @@ def _has_ended(session: ChargeSession) -> bool:
 
 def _tariff_of(config: Config) -> Tariff | None:
     """The tariff; None where charging costs nothing."""
-    tariff = Tariff(**vars(config.tariff))
+    prices = config.tariff
+    tariff = Tariff(prices.currency, prices.per_kwh, prices.per_hour, prices.start_fee)
     return tariff if any(tariff[1:]) else None
 
 
@@ -8045,7 +8186,7 @@ class Board:
     # Id tokens
 
     def _configured_token(self, id_token: str) -> IdToken:
-        return _token_of(id_token, "configuration", vars(self.config.id_tokens[id_token]))
+        return _token_of(id_token, "configuration", self.config.id_tokens[id_token])
 
     def new_list_version(self, versions: int = 1) -> int:
         """The last of so many new versions of local lists: seconds since 2020, or more.
@@ -8140,7 +8281,7 @@ class Board:
         if tell := self.on_change.get("id-tokens"):
             tell(token)
 
-    def set_token(self, id_token: str, settings: dict) -> IdToken:
+    def set_token(self, id_token: str, settings: IdTokenSettings) -> IdToken:
         """Add or change an id token, by all its settings. Raises: Busy."""
         token = _token_of(id_token, "board", settings)
         token.list_version = self.new_list_version()
@@ -8950,12 +9091,11 @@ class Board:
             "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
 
 
-def _token_of(id_token: str, source: TokenSource, settings: dict) -> IdToken:
+def _token_of(id_token: str, source: TokenSource, settings: IdTokenSettings) -> IdToken:
     """The id token of an entry in the words of the configuration."""
-    expires = settings["expires"]
-    return IdToken(id_token, settings["name"], settings["status"], settings["group"],
-                   settings["master"], parse_time(expires)[0] if expires else None,
-                   tuple(settings["stations"]), source)
+    expires_at = parse_time(settings.expires)[0] if settings.expires else None
+    return IdToken(id_token, settings.name, settings.status, settings.group, settings.master,
+                   expires_at, tuple(settings.stations), source)
 
 
 NO_ERROR = re.compile(r"(0x)?0*|no.?error|none|ok", re.I)    # what vendors write, too
@@ -12168,9 +12308,8 @@ class SiteSettings:
 
     def _read(self) -> None:
         """Read what is configured."""
-        self.configured = SimpleNamespace(**vars(self.now))
-        self.windows = [Window(w.__dict__["from"], w.to, tuple(w.days), w.factor)
-                        for w in self.now.window]
+        self.configured = replace(self.now)
+        self.windows = [Window(w.from_, w.to, tuple(w.days), w.factor) for w in self.now.window]
         self.zone = ZoneInfo(self.now.timezone) if self.now.timezone else None
         self.parents = {SITE: ""} | {c.name: c.parent or SITE for c in self.now.circuit}
 
@@ -12185,7 +12324,7 @@ class SiteSettings:
             configured = [getattr(self.configured, name) for name in names]
             try:
                 items = lenient(value, "value", list, [])
-                changes = {name: _checked(self._setting(name), item, "state", name)
+                changes = {name: _checked(SETTINGS["smart_charge", name], item, "state", name)
                            for name, item in zip(names, items, strict=True)}
 
                 if value.get("configured") != configured or not self._is_possible(changes):
@@ -12210,10 +12349,6 @@ class SiteSettings:
             else:
                 self.board.state.put("smart_charge_setting", names[0], None)
 
-    @staticmethod
-    def _setting(name: str) -> Setting:
-        return next(s for s in SETTINGS if (s.section, s.key) == ("smart_charge", name))
-
     def _is_possible(self, changes: dict) -> bool:
         return (changes.get("strategy") != "time_of_use" or bool(self.windows)) and (
             changes.get("strategy") != "solar" or self.now.meter) and (
@@ -12230,7 +12365,7 @@ class SiteSettings:
     @classmethod
     def body(cls) -> dict[str, Setting]:
         """{key of a body that changes it: its setting}."""
-        return {key: cls._setting("site_limit_kw" if key == "limitKw" else names[0])
+        return {key: SETTINGS["smart_charge", "site_limit_kw" if key == "limitKw" else names[0]]
                 for key, names in cls.PATCHED.items()}
 
     def change(self, body: dict) -> dict:
@@ -12317,7 +12452,7 @@ class SiteSettings:
                                   and not (key == "limitKw" and now.site_limit_a)})}
 
 
-def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
+def read_changes(body: dict, settings: dict[str, Setting], is_nullable: bool = False) -> dict:
     """The values of a body, checked as those of the configuration are. Raises: BadRequest."""
     if not body:
         raise BadRequest(f"nothing to change; known: {', '.join(settings)}")
@@ -12325,7 +12460,7 @@ def read_changes(body: dict, settings: dict[str, Setting]) -> dict:
         if key not in settings:
             raise BadRequest(f"unknown key {shown(key)}; known: {', '.join(settings)}")
     try:
-        return {key: value if value is None and settings[key].section == "session"
+        return {key: value if value is None and is_nullable
                 else _checked(settings[key], value, "body", key)
                 for key, value in body.items()}
     except ConfigError as error:
@@ -12354,8 +12489,8 @@ START_EARLY_S = 60                      # a schedule begins before now, for cloc
 SKEW_MOST_S = 86_400                    # of a station's clock, that a limit is stretched for
 SENT_KEPT, MODELS_KEPT, SESSIONS_SET = 6, 200, 1000
 FALLBACK_START = "2020-01-01T00:00:00Z"
-STATION_DEFAULTS = SimpleNamespace(**{s.key: s.default for s in STATION_SETTINGS})
-GRID = "RST"                            # the site's phases L1, L2, L3, in the words of ROTATIONS
+STATION_DEFAULTS = StationSettings()
+GRID = "RST"                            # the site's phases L1, L2, L3, in the words of Rotation
 
 
 # What an EVSE may draw
@@ -12702,7 +12837,7 @@ class SiteStation:
 
     identity: str
     circuit: str
-    settings: Any                       # its [stations] entry
+    settings: StationSettings
     station: Station | None = None
     connection: Any = None              # the connection it was last seen on
     evses: dict[int, Evse] = field(default_factory=dict)         # {evse_id: …}
@@ -13026,7 +13161,7 @@ class Controller:
 
     def __init__(self, board: Board):
         self.board, self.now = board, board.mono
-        self.settings: Any = board.config.smart_charge
+        self.settings = board.config.smart_charge
         self.site = SiteSettings(board)
         self.started_mono = self.now()
         self.meter = SiteMeter(self.site, self.started_mono)
@@ -13141,7 +13276,8 @@ class Controller:
     def _session_of(self, row: StateRow) -> tuple[str, dict]:
         """The key and the settings in a row `charging_session`. Raises: WrongValue."""
         try:
-            return row.key, read_changes(unpacked("object", row.value, 0.0), self.SESSION_SETTINGS)
+            return row.key, read_changes(unpacked("object", row.value, 0.0),
+                                         self.SESSION_SETTINGS, True)
         except BadRequest as error:
             raise WrongValue(str(error)) from None
 
@@ -13202,11 +13338,9 @@ class Controller:
             f"{key} {value}" for key, value in changes.items()),
             {"before": {key: before[key] for key in changes}, "after": changes})
 
-    SESSION_SETTINGS: ClassVar = {
-        "priority": Setting("session", "priority", 1, (1, 100)),
-        "minA": Setting("session", "minA", 6, (6, 80)),
-        "maxA": Setting("session", "maxA", 32, (0, 1000)),
-        "phases": Setting("session", "phases", 3, (1, 3)),
+    SESSION_SETTINGS: ClassVar = {                   # of fields of ChargeSession
+        "priority": Setting("priority", 1, (1, 100)), "minA": Setting("min_a", 6, (6, 80)),
+        "maxA": Setting("max_a", 32, (0, 1000)), "phases": Setting("phases_set", 3, (1, 3)),
     }
 
     def configure_session(self, session: ChargeSession, body: dict) -> None:
@@ -13216,7 +13350,7 @@ class Controller:
         """
         if session.ended_at is not None:
             raise Conflict("The session has ended")
-        changes = read_changes(body, self.SESSION_SETTINGS)
+        changes = read_changes(body, self.SESSION_SETTINGS, True)
         minimum = changes.get("minA", session.min_a) or self.settings.minimum_a
         if (changes.get("maxA", session.max_a) or math.inf) < minimum:
             raise BadRequest(f"maxA must be at least {minimum} A, or 0 to pause")
@@ -13231,11 +13365,10 @@ class Controller:
                         {"sessionId": f"sc-{session.number}", "after": changes})
 
     def _set_of_session(self, session: ChargeSession, changes: dict) -> None:
-        fields = {"priority": "priority", "minA": "min_a", "maxA": "max_a", "phases": "phases_set"}
         settings = self.board.config.station(session.identity) or STATION_DEFAULTS
         usual = {"priority": settings.priority}
         self.board.charge_updated(session, **{
-            fields[key]: usual.get(key) if value is None else value
+            self.SESSION_SETTINGS[key].name: usual.get(key) if value is None else value
             for key, value in changes.items()})
 
     def _keep_of_session(self, key: str, values: dict) -> None:
@@ -13394,11 +13527,10 @@ class Controller:
         self._add_evse(station, 1)       # until it reports how many it has
         return station
 
-    def _place(self, identity: str) -> tuple[str, SimpleNamespace]:
+    def _place(self, identity: str) -> tuple[str, StationSettings]:
         """(the circuit at which a station hangs, its settings)."""
-        fit = best_fit(identity, self.patterns)
         settings = self.board.config.station(identity) or STATION_DEFAULTS
-        return self.patterns[fit] if fit else SITE, settings
+        return best_fit(identity, self.patterns) or SITE, settings
 
     def _known(self, station: Station) -> SiteStation | None:
         """The SiteStation of a station; None for one that does not count."""
@@ -14765,7 +14897,7 @@ class Relay:
         idle.forget()
         return True
 
-    def _session(self, identity: str, settings: SimpleNamespace) -> "UpstreamSession":
+    def _session(self, identity: str, settings: UpstreamSettings) -> "UpstreamSession":
         if identity not in self.sessions:
             self.sessions[identity] = session = UpstreamSession(self, identity, settings)
             session.task = self.spawn("relay", session.run())
@@ -14812,7 +14944,7 @@ class Relay:
         for session in self.sessions.values():
             session.keep_all()
 
-    def upstream_connected(self, settings: SimpleNamespace) -> None:
+    def upstream_connected(self, settings: UpstreamSettings) -> None:
         """A session has connected: the others of this upstream need not wait as long."""
         now = self.now()
         for session in self.sessions.values():
@@ -15090,7 +15222,7 @@ class Reported(NamedTuple):
 class UpstreamSession:
     """The connection of one station upstream: connect, introduce, deliver, and again."""
 
-    def __init__(self, relay: Relay, identity: str, settings: SimpleNamespace):
+    def __init__(self, relay: Relay, identity: str, settings: UpstreamSettings):
         self.relay, self.board, self.identity = relay, relay.board, identity
         self.settings, self.state = settings, relay.state
         self.task: asyncio.Task                      # of `run`
@@ -16741,8 +16873,8 @@ class Access:
             return 0
         return 2 if secure else 1
 
-    async def _shows_password(self, identity: str, settings: Any, authorization: str,
-                              address: str) -> bool:
+    async def _shows_password(self, identity: str, settings: StationSettings | None,
+                              authorization: str, address: str) -> bool:
         """Whether a station comes with its password; False: none counts. Raises: Refused."""
         known = self.credentials.get(identity) or Credentials()
         configured = settings.password if settings else ""
@@ -16767,8 +16899,8 @@ class Access:
         raise Refused(401, "wrong password" if found is None else
                       "the password from before the last change: an operator can give it back", "")
 
-    async def _match(self, identity: str, settings: Any, address: str, given: bytes,
-                     passwords: list[str]) -> int | None:
+    async def _match(self, identity: str, settings: StationSettings | None, address: str,
+                     given: bytes, passwords: list[str]) -> int | None:
         """Which password was given: 0 the one that counts, 1 the one offered, 2 the former one.
 
         Raises: TooMany, as failures slow down who tries again.
@@ -17090,7 +17222,7 @@ def admit(config: Config, path: str, headers: HTTPHeaders) -> Admission:
     return Admission(identity, protocol, subprotocol, (*quirks, *more))
 
 
-def _subprotocol(headers: HTTPHeaders, wanted: list[str]) -> tuple[str, str | None, tuple]:
+def _subprotocol(headers: HTTPHeaders, wanted: list[Version]) -> tuple[str, str | None, tuple]:
     """(the version, the subprotocol to answer with, the quirks) of an offer. Raises: Refused."""
     offered = [p.strip() for p in headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
     if not offered:
@@ -18237,22 +18369,23 @@ async def put_id_token(api: "Api", token: str) -> dict:
     return api.board.tokens[token.lower()].view()
 
 
-def _token_settings(board: Board, id_token: Any, changes: dict) -> dict:
+def _token_settings(board: Board, id_token: Any, changes: dict) -> IdTokenSettings:
     """The settings of an id token after these changes. Raises: BadRequest."""
     if not isinstance(id_token, str):
         raise BadRequest("idToken must be a text")
     known = board.tokens.get(id_token.lower())
-    settings = known.settings() if known else {s.key: s.default for s in TOKEN_SETTINGS}
+    settings = known.settings() if known else IdTokenSettings()
+    allowed = settings_of(IdTokenSettings)
     for key, value in changes.items():
-        setting = next((s for s in TOKEN_SETTINGS if s.key == key), None)
-        if setting is None:
-            raise BadRequest(f"unknown field {shown(key)}{_nearest(key, settings)}")
+        if key not in allowed:
+            raise BadRequest(f"unknown field {shown(key)}{_nearest(key, allowed)}")
         try:
-            settings[key] = _checked(setting, "" if value is None else value, id_token, key)
+            setattr(settings, key, _checked(allowed[key], "" if value is None else value,
+                                            id_token, key))
         except ConfigError as error:
             raise BadRequest(str(error)) from None
-    texts = (settings["name"], *settings["stations"])
-    fault = token_fault(id_token, settings["group"], settings["master"], settings["expires"])
+    texts = (settings.name, *settings.stations)
+    fault = token_fault(id_token, settings.group, settings.master, settings.expires)
     if len(texts) > PATTERNS_KEPT or any(len(text) > TEXT_KEPT for text in texts):
         fault = "name or stations are too long"
     if fault:
@@ -19275,7 +19408,7 @@ class UpstreamView(RelayCounts):
 
 SMART_CHARGE_PATCH = SettingsBody("SmartChargePatch", SiteSettings.body())
 SESSION_PATCH = SettingsBody("SmartChargeSessionPatch", Controller.SESSION_SETTINGS, True)
-ID_TOKEN_SETTINGS = SettingsBody("IdTokenSettings", {s.key: s for s in TOKEN_SETTINGS})
+ID_TOKEN_SETTINGS = SettingsBody("IdTokenSettings", settings_of(IdTokenSettings))
 
 
 ROUTES = (
@@ -20302,7 +20435,7 @@ class BrokerConnection:
         self._inner.close()
 
 
-async def connect_broker(settings: SimpleNamespace, five: bool, client_id: str, will_topic: str,
+async def connect_broker(settings: MqttSettings, five: bool, client_id: str, will_topic: str,
                          will: str) -> BrokerConnection:
     """A connection to mqtt.url, by MQTT 5 or 3.1.1. Raises: BrokerError."""
     where = urlsplit(settings.url)
@@ -20320,7 +20453,7 @@ async def connect_broker(settings: SimpleNamespace, five: bool, client_id: str, 
     return connection
 
 
-def broker_tls(settings: SimpleNamespace) -> ssl.SSLContext:
+def broker_tls(settings: MqttSettings) -> ssl.SSLContext:
     """TLS towards the broker. Raises: ConfigError, OSError."""
     context = _tls_context(settings.ca)
     if settings.certificate:
@@ -20720,7 +20853,7 @@ class Mqtt:
         self.claim = SiteClaim(board.epoch, iso(board.started_at) or "")
         self.prefix = ""
         self.published: dict[str, dict[str, int]] = {}   # {identity: {retained topic: its CRC}}
-        self._used: dict = {}                        # the settings of the last connection
+        self._used = replace(self.settings)          # those of the last connection
         self._stopping = False
         self._five = True                            # whether MQTT 5 is tried
         self._failures, self._error = 0, ""
@@ -20776,7 +20909,7 @@ class Mqtt:
     async def run(self) -> None:
         """Stay on the broker until cancelled; that it is away is told once."""
         while not self._stopping:
-            self._used, pause_s = dict(vars(self.settings)), 1.0
+            self._used, pause_s = replace(self.settings), 1.0
             self._follow(bool(self.settings.url))
             if self.settings.url:
                 self.prefix = f"{self.settings.topic}/{in_topic(site_name(self.board))}"
@@ -20814,7 +20947,7 @@ class Mqtt:
             await connection.close()
         if self.claim.rival:
             return RIVAL_S
-        return 0.0 if self._stopping or self._used != vars(self.settings) else self._away(reason)
+        return 0.0 if self._stopping or self._used != self.settings else self._away(reason)
 
     def _away(self, error: str) -> float:
         """Tell an outage once, and another reason a minute later. Returns the pause."""
@@ -20852,8 +20985,7 @@ class Mqtt:
                               if t.status == "active"}
             self._load_mono = -math.inf
         first = True
-        while self.claim.held and not connection.ended.done() and (
-                self._used == vars(self.settings)):
+        while self.claim.held and not connection.ended.done() and self._used == self.settings:
             connection.tick()
             await self._publish_site(connection)
             await self._publish_changed(connection)
@@ -20865,9 +20997,10 @@ class Mqtt:
                         "+/call", "+/set/+", "+/connectors/+/+/set/+")))
                 first = False
             await asyncio.wait([connection.ended], timeout=PUBLISH_S)
+        used, now = self._used, self.settings
         if self.claim.rival:
             self._rival()
-        elif any(self._used[key] != vars(self.settings)[key] for key in ("url", "topic", "site")):
+        elif (used.url, used.topic, used.site) != (now.url, now.topic, now.site):
             self._leave(connection)
         return connection.ended.result() if connection.ended.done() else "it is left"
 
@@ -27722,8 +27855,8 @@ def bench_power(seconds: int) -> str:
         "OCPPBOARD_CONFIG": os.devnull, "OCPPBOARD_SMART_CHARGE_ENABLED": "true",
         "OCPPBOARD_SMART_CHARGE_SITE_LIMIT_A": "2000", "OCPPBOARD_STORE_MAX_CONNECTIONS": "2000",
         "OCPPBOARD_OCPP_ACCEPT": "listed"})
-    config.smart_charge.circuit = [SimpleNamespace(
-        name=f"C-{n:02}", parent="", limit_a=120.0, stations=[f"BENCH-{n:02}-*"])
+    config.smart_charge.circuit = [CircuitSettings(
+        name=f"C-{n:02}", limit_a=120.0, stations=[f"BENCH-{n:02}-*"])
         for n in range(POWER_CIRCUITS)]
     now = [time.time()]
     board = Board(config, lambda: now[0])
@@ -28704,20 +28837,19 @@ def check(config: Config) -> int:
     """
     daemon = Daemon(config)
     print(f"{config.source or 'defaults'}: the configuration is good")
-    for setting in SETTINGS:
-        value = config.__dict__[setting.section].__dict__[setting.key]
+    for (section, key), setting in SETTINGS.items():
+        value = getattr(getattr(config, section), key)
         if value != setting.default:
-            shown_value = HIDDEN if setting.secret else repr(value)
-            print(f"  {setting.section}.{setting.key} = {shown_value}")
+            print(f"  {section}.{key} = {HIDDEN if setting.secret else repr(value)}")
     for circuit in config.smart_charge.circuit:
         print(f'  circuit "{circuit.name}" at "{circuit.parent or SITE}": {circuit.limit_a:g} A, '
               f"{len(circuit.stations)} stations or patterns")
     for window in config.smart_charge.window:
-        print(f"  window {window.__dict__['from']} to {window.to}: {window.factor:g} of the limit")
+        print(f"  window {window.from_} to {window.to}: {window.factor:g} of the limit")
     for upstream in config.proxy.upstream:
         print(f"  upstream {upstream.url} for {', '.join(upstream.stations)}")
     for section in NAMED:
-        for name, entry in config.__dict__[section].items():
+        for name, entry in getattr(config, section).items():
             means = f": {_meaning(config, name, entry)}" if section == "stations" else ""
             print(f'  {section}."{name}"{means}')
     for name in config.ignored:
@@ -28728,7 +28860,7 @@ def check(config: Config) -> int:
     return 1 if troubles else 0
 
 
-def _meaning(config: Config, pattern: str, entry: SimpleNamespace) -> str:
+def _meaning(config: Config, pattern: str, entry: StationSettings) -> str:
     """What a [stations."…"] says of the stations that it fits best."""
     words = [f"shows a certificate of {entry.certificate_cn}" if entry.certificate_cn else
              "comes with its password" if entry.password else "comes without a password"]
@@ -28737,7 +28869,7 @@ def _meaning(config: Config, pattern: str, entry: SimpleNamespace) -> str:
     if config.smart_charge.enabled:
         circuits = {p: circuit.name for circuit in config.smart_charge.circuit
                     for p in circuit.stations}
-        words.append(f'hangs at "{circuits.get(best_fit(pattern, circuits), SITE)}"')
+        words.append(f'hangs at "{best_fit(pattern, circuits) or SITE}"')
         words.append(f"draws {entry.max_a} A from {entry.phases} phases at most, with priority "
                      f"{entry.priority}" if entry.managed else "is not steered")
     if upstream := config.upstream(pattern):
