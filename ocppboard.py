@@ -19278,6 +19278,8 @@ class Telemetry(TypedDict):
     cpuPercent: float
     loopLagMs: float
     stateFailingSince: Timestamp | None
+    mqttError: str
+    alertError: str
     streams: int
     tasks: int
     timestamp: Timestamp
@@ -20065,6 +20067,7 @@ class Notifier:
         self.settings = board.config.notify          # a reload changes it
         self.alerts = Alerts(self.settings.events)
         self.error = ""                              # of the last attempt
+        self._failing_url = ""                       # at which that was
         self._started_mono = board.mono()
         self._failures, self._retry_mono = 0, -math.inf
         self._events, _, _ = board.subscribe(
@@ -20076,8 +20079,13 @@ class Notifier:
         """Where alerts go; what else is in the URL may be secret."""
         return urlsplit(self.settings.url).netloc.rpartition("@")[2]
 
+    @property
+    def trouble(self) -> str:
+        """Why alerts do not get out now, "" if they do or nobody gets any."""
+        return self.error if self.settings.url == self._failing_url else ""
+
     async def run(self) -> None:
-        """Watch, and tell, until cancelled."""
+        """Watch, and send alerts, until cancelled."""
         site = site_name(self.board)
         client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16,
                                  max_header_size=1 << 14)
@@ -20120,7 +20128,7 @@ class Notifier:
             if self._failures:
                 self._tell("NOTIFY_WORKS", f"Alerts get to {self.host} again")
             self._failures, self._retry_mono = 0, -math.inf
-        self.error = error
+        self.error, self._failing_url = error, self.settings.url
 
     def _tell(self, kind: str, text: str) -> None:
         log.log(logging.INFO if kind == "NOTIFY_WORKS" else logging.WARNING, "%s", text)
@@ -20885,6 +20893,11 @@ class Mqtt:
     def host(self) -> str:
         """The broker, without password."""
         return urlsplit(self.settings.url).netloc.rpartition("@")[2]
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing is published now, "" if it is or is not to be."""
+        return self._error if self.settings.url else ""
 
     # The Board tells
 
@@ -21663,6 +21676,7 @@ const state = {
   session: null, mode: '', problem: '',            // who looks; why the login did not work
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
+  older: {key: '', found: null},                   // a transaction that only a link leads to
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
   report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
     fromFile: true},                               // what transactions come to
@@ -22395,9 +22409,13 @@ const sized = name => [state.ui[name] || 600, node => watchSize(node, box => {
   touch('ui');
 })];
 
-const scaleMarks = (marks, y, left, right, format) => marks.map(value => h('g', {key: 'y' + value},
-  h('line.gridline', {x1: left, x2: right, y1: y(value), y2: y(value)}),
-  h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, format(value))));
+// A scale to under what the format shows has no two marks of the same name.
+const scaleMarks = (marks, y, left, right, format) => {
+  const named = new Map(marks.map(value => [format(value), value]));
+  return [...named].map(([name, value]) => h('g', {key: 'y' + value},
+    h('line.gridline', {x1: left, x2: right, y1: y(value), y2: y(value)}),
+    h('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, name)));
+};
 
 // Bars side by side, of {name, short, value, colour}; their short names where there is room.
 const BAR_NAME_PX = 64;
@@ -22494,6 +22512,11 @@ function areaPath({name, colour, band}, x, y) {
     d: `M${edge(2).join('L')}L${edge(1).reverse().join('L')}Z`});
 }
 
+const transactionPath = key => {
+  const [identity, id] = key.split('\n');
+  return apiPath('connections', identity, 'transactions', id);
+};
+
 // The meter of a transaction over time: asked for once, then the stream adds to it.
 const SERIES_KEPT = 80;
 function seriesOf(transaction) {
@@ -22501,8 +22524,7 @@ function seriesOf(transaction) {
   if (state.series.has(key)) return state.series.get(key);
   state.series.set(key, []);
   attempt(async () => {
-    const {identity, id} = transaction, later = state.series.get(key);
-    const {series} = await get(apiPath('connections', identity, 'transactions', id));
+    const later = state.series.get(key), {series} = await get(transactionPath(key));
     extend(series, later);
     state.series.set(key, series);
     bound(state.series, SERIES_KEPT);
@@ -22749,9 +22771,13 @@ function brokenWays(upstream) {
 
 const FULL_PERCENT = 95, LAG_MS = 500;
 function hostTroubles() {
-  const {host = {}, loopLagMs, stateFailingSince: failing} = lastSample();
-  return [failing && alarm(0, 'bad', to('events', 'system', {kind: 'STATE_FAILING'}),
+  const {host = {}, loopLagMs, stateFailingSince: failing, mqttError, alertError} = lastSample();
+  const systemEvents = name => to('events', 'system', {kind: name});
+  return [failing && alarm(0, 'bad', systemEvents('STATE_FAILING'),
     'The state file cannot be written: a restart would forget what came since ', clock(failing)),
+  mqttError && alarm(2, 'bad', systemEvents('MQTT_AWAY'), `Not published by MQTT: ${mqttError}`),
+  alertError && alarm(2, 'bad', systemEvents('NOTIFY_FAILING'),
+    `Alerts do not get out: ${alertError}`),
   ...[['disk', host.diskPercent], ['memory', host.memoryPercent]].map(([name, part]) =>
     part > FULL_PERCENT && alarm(3, 'bad', 'telemetry',
       `The ${name} of the board's host is ${percent(part)} full`)),
@@ -23803,7 +23829,8 @@ function listCard(list) {
 
 // A list, and beside it what is open of it.
 function listSplit(list) {
-  const opened = list.records().find(record => isOpen(list, record)), {name, topics} = list;
+  const {name, topics} = list;
+  const opened = list.records().find(record => isOpen(list, record)) || list.older?.();
   return split(panel(name, topics, () => listCard({...list, beside: !!opened})),
     opened && panel(`${name} open`, list.detailTopics || topics, () => list.detail(opened)));
 }
@@ -23838,11 +23865,24 @@ function siteLoad() {
   return site ? {amps: highest(Object.values(site.measuredA)), limitA: site.limitA} : null;
 }
 
-// Of the transactions that have ended today, and of those that run.
+// Of the transactions that have ended today, and of those that run: without what was before today.
 function energyToday() {
   const midnight = new Date(now()).setHours(0, 0, 0, 0);
-  return sum([...state.transactions.values()].map(({status, stoppedAt, energyWh}) =>
-    status === 'active' || ms(stoppedAt) >= midnight ? energyWh : 0));
+  const ofToday = [...state.transactions.values()].filter(({status, stoppedAt}) =>
+    status === 'active' || ms(stoppedAt) >= midnight);
+  const overnight = ofToday.filter(({startedAt}) => ms(startedAt) < midnight);
+  const before = overnight.map((transaction, n) => energyAt(transaction, midnight,
+    n < SERIES_KEPT / 2 ? seriesOf(transaction) : []));
+  return sum(ofToday.map(({energyWh}) => energyWh)) - sum(before);
+}
+
+// The energy of a transaction up to a time, evenly between the readings of its meter.
+function energyAt({startedAt, stoppedAt, energyWh}, at, series) {
+  const readings = pointsOf(series, point => point.energyWh).filter(([, wh]) => wh != null);
+  const points = [[ms(startedAt), 0], ...readings, [ms(stoppedAt) ?? now(), energyWh || 0]];
+  const n = points.findIndex(([time]) => time >= at);
+  const [from, low] = points[n - 1], [till, high] = points[n];
+  return low + (high - low) * (at - from) / (till - from);
 }
 
 const tile = (name, where, value, more, {values = null, tone = '', part = null} = {}) =>
@@ -23869,7 +23909,7 @@ function tiles() {
       `${digits(going.map(flow).filter(Boolean).length)} of ${plural(going.length, 'car')}`,
       {values: of('powerW')}),
     loadTile(),
-    tile('Energy today', 'report', energy(energyToday()), 'ended, or running'),
+    tile('Energy today', 'report', energy(energyToday()), 'since midnight'),
     tile('Stations online', 'stations', digits(last.connectionCount),
       `of ${digits(state.stations.size)} known`, {values: of('connectionCount')}),
     tile('Messages', 'messages', digits(last.messagesPerSecond, 1), 'per second',
@@ -24452,7 +24492,8 @@ const TRANSACTION_COLUMNS = [
 const placeOf = ({identity, id}) => [identity, id];
 const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
   topics: ['transactions', 'tick'], detailTopics: ['transactions', 'hover', 'tick'],
-  records: () => newestFirst(state.transactions), key: keyOf, place: placeOf,
+  records: () => newestFirst(state.transactions), older: olderTransaction, key: keyOf,
+  place: placeOf,
   columns: TRANSACTION_COLUMNS, search: 'Search station, id token, id …',
   words: ({identity, id, idToken, idTokenName, reason}) =>
     [identity, id, idToken || '', idTokenName, reason || ''],
@@ -24464,6 +24505,22 @@ const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
   detail: transactionDetail,
   blank: 'No transaction yet: they stand here from the first charging on.',
 };
+
+// The transaction of a link, where it is older than those that are loaded: asked for once.
+function olderTransaction() {
+  const {id: key} = state.route;
+  if (!key || !state.loaded) return null;
+  if (state.older.key !== key) {
+    state.older = {key, found: null};
+    attempt(async () => {
+      const found = await get(transactionPath(key));
+      state.series.set(key, found.series);
+      state.older = {key, found};
+      touch('transactions');
+    });
+  }
+  return state.older.found;
+}
 
 function transactionDetail(transaction) {
   const {identity, id, evse, status, idToken, idTokenName, cost, currency} = transaction;
@@ -28592,6 +28649,7 @@ class Daemon:
             "loopLagMs": round(self._lag_s * 1000, 1),
             "tasks": len(asyncio.all_tasks()),
             "stateFailingSince": iso(self.state.failing_since),
+            "mqttError": self.mqtt.trouble, "alertError": self.notifier.trouble,
             "host": {"cpuPercent": psutil.cpu_percent(),
                      "memoryPercent": psutil.virtual_memory().percent,
                      "diskPercent": psutil.disk_usage(os.sep).percent},

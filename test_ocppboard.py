@@ -19180,6 +19180,47 @@ async def test_who_charges_and_who_waits_stand_apart_with_the_reason(site):
 
 
 @live()
+async def test_the_energy_of_today_is_without_what_was_charged_before_midnight(site):
+    now = datetime.now()
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+    for identity, readings in (("CP-1", [(-1800, 6000), (1e-3, 9000)]), ("CP-2", [])):
+        await plugged_in(site, identity)
+        transaction = site.board.transactions.records[-1]
+        transaction.started_at, transaction.energy_wh = midnight - 3600, 10000
+        transaction.series = ocppboard.Series(midnight - 3600)
+        for at, wh in readings:
+            transaction.series.add(midnight + at, None, wh, None, {})
+    evenly = 10 * (now.timestamp() - midnight) / (now.timestamp() - midnight + 3600)
+    async with looking(site) as look:
+        shown = look.page.locator(".tiles dl", has_text="Energy today").locator("dd").first
+        await expect(shown).to_have_text(re.compile("kWh"))
+        async with asyncio.timeout(10):
+            while abs(float((await shown.inner_text()).split()[0]) - (1 + evenly)) > 0.11:
+                await asyncio.sleep(0.05)
+
+
+@live()
+async def test_a_link_to_a_transaction_that_is_older_than_those_loaded_opens_it(site):
+    for identity in ("CP-1", "CP-2"):
+        socket_, transaction = await plugged_in(site, identity, 3450, 7000, 3450)
+        await exchange(socket_, "StopTransaction", {
+            "transactionId": transaction, "meterStop": 12345, "timestamp": iso_now()})
+    old, new = site.board.transactions.records
+    async with looking(site, expected=["status of 404"]) as look:
+        await look.page.route("**/api/transactions?limit=1000", lambda route: route.continue_(
+            url=route.request.url.replace("1000", "1")))
+        await look.go(f"transactions/CP-1/{old.id}")
+        await look.page.reload()
+        await look.sees(f"Transaction {old.id}", "main")
+        await look.sees("Power", "figure.chart")
+        await expect(look.page.locator("tbody tr")).to_have_count(1)
+        await look.go(f"transactions/CP-2/{new.id}")
+        await look.sees(f"Transaction {new.id}", "main")
+        await look.go("transactions/CP-1/999")
+        await look.sees("Transaction not found", ".notices")
+
+
+@live()
 async def test_the_report_tells_what_charging_came_to(site):
     for identity, stop in (("CP-1", 2219), ("CP-2", 13345)):
         socket_, transaction = await plugged_in(site, identity)
@@ -19206,6 +19247,17 @@ async def test_the_report_tells_what_charging_came_to(site):
         assert "to=2020-01-31" in look.page.url
         await look.page.get_by_label("to", exact=True).fill(iso_now()[:10])
         await expect(rows).to_have_count(2)
+
+
+@live()
+async def test_a_report_without_energy_has_a_scale_without_a_mark_twice(site):
+    socket_, transaction = await plugged_in(site, "CP-1")
+    await exchange(socket_, "StopTransaction", {
+        "transactionId": transaction, "meterStop": START_16["meterStart"], "timestamp": iso_now()})
+    async with looking(site) as look:
+        await look.go("report")
+        marks = look.page.locator("figure.chart text[text-anchor=end]")
+        await expect(marks).to_have_text(["0 Wh", "1 Wh"])
 
 
 @live(**SHARING, auth_viewer_token="look", id_tokens={"A": {}})
@@ -19399,6 +19451,28 @@ async def test_who_takes_power_without_control_stands_on_top_with_what_to_do(sit
         await look.click("It is at this site")
         await expect(title).to_have_count(0)
         assert not site.daemon.controller.elsewhere
+
+
+@live()
+async def test_what_does_not_get_out_stands_under_needs_attention_while_it_is_so(site):
+    daemon, mqtt, notify = site.daemon, site.daemon.mqtt, site.daemon.config.notify
+    async with AlertReceiver("500") as receiver, looking(site) as look:
+        lines = look.page.locator(".card", has_text="Needs attention").locator("li")
+        notify.url = f"http://127.0.0.1:{receiver.port}/"
+        mqtt.settings.url = "mqtt://127.0.0.1:9"
+        mqtt._away("nobody listens there")
+        await daemon.notifier._send(AsyncHTTPClient(), daemon.notifier.alerts.message("home"))
+        daemon._sample()
+        await expect(lines.filter(has_text="Not published by MQTT: nobody listens there")
+                     ).to_have_count(1)
+        await expect(lines.filter(has_text="Alerts do not get out: it answers 500")
+                     ).to_have_count(1)
+        await lines.filter(has_text="MQTT").get_by_role("link").click()
+        assert look.page.url.endswith("?kind=MQTT_AWAY")
+        await look.go("overview")
+        notify.url = mqtt.settings.url = ""
+        daemon._sample()
+        await expect(lines.filter(has_text="not")).to_have_count(0)
 
 
 @live(**SHARING, smart_charge_meter="true")
