@@ -809,7 +809,6 @@ SURPLUS = "surplus"                  # what the sun leaves: the circuit that it 
 ENVIRONMENT = "OCPPBOARD_"
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
               list: "a list of texts"}
-
 VIEWER = "viewer"                    # the name of the user who sees all and changes nothing
 
 
@@ -823,8 +822,8 @@ def best_fit(identity: str, patterns: Mapping[str, T]) -> T | None:
     if identity in patterns:
         return patterns[identity]
     fitting = [p for p in patterns if fnmatch.fnmatchcase(identity, p)]
-    return (patterns[max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)))] if fitting
-            else None)
+    best = max(fitting, key=lambda p: len(re.sub(r"[*?]", "", p)), default=None)
+    return None if best is None else patterns[best]
 
 
 def read_config(path: str | None = None, environ: Mapping[str, str] | None = None,
