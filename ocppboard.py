@@ -19878,6 +19878,20 @@ class Alert:
         return min(first_s * 2**min(self.returns, 20), HOLD_MOST_S)
 
 
+class AlertLine(NamedTuple):
+    """A line of an alert: a problem, its end, or an event."""
+
+    added_mono: float
+    key: Wrong
+    text: str
+    since: float                        # UTC seconds
+    over_at: float | None
+
+    def view(self) -> dict:
+        return {"event": self.key.event, "identity": self.key.identity, "text": self.text,
+                "since": iso(self.since), "until": iso(self.over_at)}
+
+
 def wrong_now(board: Board, controller: Controller | None,
               settled: bool) -> Iterator[tuple[Wrong, str]]:
     """All that is wrong now and can be over again, with what it is.
@@ -19933,13 +19947,28 @@ class Alerts:
     A problem that comes and goes is reported once: each return doubles how long it has to be over.
     """
 
-    def __init__(self, events: Container[str]):
-        self.events = events
+    def __init__(self, events: Container[str],
+                 remember: Callable[[Wrong, Any], None] = lambda key, value: None):
+        """`remember` keeps a value of what was sent for the next run, and drops one of None."""
+        self.events, self.remember = events, remember
         self.known: dict[Wrong, Alert] = {}
-        self.lines: deque[tuple[float, dict]] = deque()          # with their times, to be sent
+        self.unsettled: set[Wrong] = set()           # of an earlier run: not to be called over yet
+        self.lines: deque[AlertLine] = deque()       # to be sent
         self.left = 0                                # lines that were dropped for newer ones
         self._reported_mono: OrderedDict[Wrong, float] = OrderedDict()   # events: when last
         self._sent: deque[float] = deque(maxlen=8)   # times of the last alerts
+
+    def restore(self, sent: Iterable[tuple[Wrong, Any]], now: float, now_mono: float) -> None:
+        """Take over what an earlier run has sent: values of `remember`."""
+        for key, value in sent:
+            if isinstance(value, dict):
+                self.known[key] = Alert(**value, changed_mono=now_mono, reported=True,
+                                        ever_reported=True)
+                self.unsettled.add(key)
+            elif now - value < AGAIN_S[key.event]:
+                self._reported_mono[key] = now_mono - (now - value)
+            else:
+                self.remember(key, None)
 
     def look(self, wrong: Iterable[tuple[Wrong, str]], gone: Callable[[Wrong], bool],
              now: float, now_mono: float) -> None:
@@ -19956,7 +19985,7 @@ class Alerts:
                 if not alert.reported:
                     alert.text, alert.since = text, now
         for key, alert in list(self.known.items()):
-            if key not in found and not alert.over:
+            if key not in found and not alert.over and key not in self.unsettled:
                 alert.over, alert.changed_mono = True, now_mono
             self._settle(key, alert, gone, now, now_mono)
 
@@ -19968,6 +19997,7 @@ class Alerts:
                 del self.known[key]
         elif alert.over and gone(key):
             del self.known[key]
+            self.remember(key, None)
         elif lasts_s >= alert.hold_s(key.event):
             alert.reported, alert.ever_reported = not alert.over, True
             self._add(key, alert.text, alert.since, now if alert.over else None, now_mono)
@@ -19979,13 +20009,12 @@ class Alerts:
             self._reported_mono[key] = now_mono
             self._reported_mono.move_to_end(key)
             if len(self._reported_mono) > ALERTS_KEPT:
-                self._reported_mono.popitem(last=False)
+                self.remember(self._reported_mono.popitem(last=False)[0], None)
             self._add(key, text, now, None, now_mono)
 
     def _add(self, key: Wrong, text: str, since: float, over_at: float | None,
              now_mono: float) -> None:
-        self.lines.append((now_mono, {"event": key.event, "identity": key.identity, "text": text,
-                                      "since": iso(since), "until": iso(over_at)}))
+        self.lines.append(AlertLine(now_mono, key, text, since, over_at))
         if len(self.lines) > LINES_KEPT:
             self.lines.popleft()
             self.left += 1
@@ -19995,12 +20024,12 @@ class Alerts:
         recent = sum(now_mono - at < QUIET_S for at in self._sent)
         least_s, most_s = ALERT_PAUSE_S
         pause_s = min(least_s * 2**max(0, recent - 1), most_s)
-        return bool(self.lines) and now_mono - self.lines[0][0] >= GATHER_S and (
+        return bool(self.lines) and now_mono - self.lines[0].added_mono >= GATHER_S and (
             not self._sent or now_mono - self._sent[-1] >= pause_s)
 
     def message(self, site: str) -> dict:
         """The alert of what waits."""
-        lines = [line for _, line in self.lines]
+        lines = [line.view() for line in self.lines]
         problems = [line for line in lines if line["until"] is None]
         recovered = [line for line in lines if line["until"]]
         counts = [f"{len(problems)} problem{'s' * (len(problems) > 1)}"] * bool(problems) + [
@@ -20014,19 +20043,44 @@ class Alerts:
 
     def sent(self, now_mono: float) -> None:
         """The alert of all that waited has been sent."""
+        for line in self.lines:
+            self.remember(line.key, self._to_remember(line))
         self.lines.clear()
         self.left = 0
         self._sent.append(now_mono)
 
+    def _to_remember(self, line: AlertLine) -> Any:
+        """Of a problem its text and its past, of an event its time; None of what is over."""
+        if line.key in self._reported_mono:
+            return line.since
+        alert = self.known.get(line.key)
+        return {"text": alert.text, "since": alert.since, "returns": alert.returns} if (
+            alert and line.over_at is None) else None
+
     def give_up(self, now_mono: float) -> int:
         """Drop what has waited for TRIED_S. Returns how many lines that were."""
         dropped = 0
-        while self.lines and now_mono - self.lines[0][0] > TRIED_S:
+        while self.lines and now_mono - self.lines[0].added_mono > TRIED_S:
             self.lines.popleft()
             dropped += 1
         if dropped:
             dropped, self.left = dropped + self.left, 0
         return dropped
+
+
+def _sent_alert(row: StateRow) -> tuple[Wrong, Any]:
+    """The row `alert` of a problem, {text, since, returns}, or the time of an event's.
+
+    Raises: WrongValue.
+    """
+    value = row.value
+    is_problem = isinstance(value, dict) and {name: type(value[name]) for name in value} == {
+        "text": str, "since": float, "returns": int}
+    with contextlib.suppress(ValueError, TypeError):
+        event, identity, *place = json.loads(row.key)
+        if is_problem or (_is_time(value) and event in AGAIN_S):
+            return Wrong(event, identity, tuple(place)), value
+    raise WrongValue("it is no alert")
 
 
 def _alert_line(line: dict) -> str:
@@ -20064,7 +20118,8 @@ class Notifier:
     def __init__(self, board: Board, controller: Controller | None):
         self.board, self.controller = board, controller
         self.settings = board.config.notify          # a reload changes it
-        self.alerts = Alerts(self.settings.events)
+        self.alerts = Alerts(self.settings.events, lambda key, value: board.state.put(
+            "alert", to_json([key.event, key.identity, *key.place]), value))
         self.error = ""                              # of the last attempt
         self._failing_url = ""                       # at which that was
         self._started_mono = board.mono()
@@ -20085,6 +20140,7 @@ class Notifier:
 
     async def run(self) -> None:
         """Watch, and send alerts, until cancelled."""
+        self.restore()
         site = site_name(self.board)
         client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16,
                                  max_header_size=1 << 14)
@@ -20092,18 +20148,25 @@ class Notifier:
             while True:
                 self.look()
                 now_mono = self.board.mono()
-                if self.alerts.due(now_mono) and now_mono >= self._retry_mono:
+                if self.settings.url and self.alerts.due(now_mono) and (
+                        now_mono >= self._retry_mono):
                     await self._send(client, self.alerts.message(site))
                 await asyncio.sleep(LOOK_S)
         finally:
             client.close()
+
+    def restore(self) -> None:
+        """Take over what an earlier run has sent, so that it is not sent again."""
+        self.alerts.restore(read_rows(self.board, "alert", 3 * ALERTS_KEPT, _sent_alert),
+                            self.board.clock(), self.board.mono())
 
     def look(self) -> None:
         """Take up what is wrong now, and what has happened since the last look."""
         board, alerts = self.board, self.alerts
         now, now_mono = board.clock(), board.mono()
         alerts.events = self.settings.events if self.settings.url else ()
-        settled = now_mono - self._started_mono > SETTLE_S
+        if settled := now_mono - self._started_mono > SETTLE_S:
+            self.alerts.unsettled.clear()
         alerts.look(wrong_now(board, self.controller, settled),
                     lambda key: bool(key.identity) and key.identity not in board.stations,
                     now, now_mono)

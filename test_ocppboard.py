@@ -16844,6 +16844,76 @@ def test_an_outage_of_a_thousand_stations_is_one_alert_with_a_list_of_a_hundred(
     assert len(ocppboard.to_json(message)) < 20_000
 
 
+class KeptAlertBench(AlertBench):
+    """An AlertBench whose board has a state file; another one of the same file is its next run."""
+
+    def __init__(self, path, identity, now=NOW):
+        super().__init__(state_path=str(path), identity=identity)
+        self.clock.now = now
+        self.board.state.open()
+        self.keeper = ocppboard.Keeper(self.board)
+        self.keeper.restore()
+        self.notifier = ocppboard.Notifier(self.board, None)
+        self.notifier.restore()
+
+    async def stop(self):
+        self.keeper.put_all()
+        await self.board.state.stop()
+        unlock(self.board.state)
+
+
+@with_loop
+async def test_what_was_sent_before_a_restart_is_not_sent_again_but_what_was_not_is(tmp_path):
+    first = KeptAlertBench(tmp_path / "s.db", "CP-1")
+    first.board.system_event("CERTIFICATE_ENDS", "", "cert.pem ends", {})
+    first.wait(60)
+    first.connection.end("lost")
+    first.wait(200)
+    assert first.titles == ["home: cert.pem ends", "home: CP-1: offline"]
+    first.board.system_event("CERTIFICATE_FAILED", "CP-1", "not signed", {})
+    first.notifier.look()                # it waits to be sent, and the board ends
+    await first.stop()
+    second = KeptAlertBench(tmp_path / "s.db", "CP-2", first.clock.now + 60)
+    for text in ("cert.pem ends", "other.pem ends"):
+        second.board.system_event("CERTIFICATE_ENDS", "", text, {})
+    second.board.system_event("CERTIFICATE_FAILED", "CP-1", "not signed", {})
+    second.wait(1000)
+    assert [problem["text"] for _, message in second.alerted
+            for problem in message["problems"] + message["recovered"]] == [
+                "other.pem ends", "not signed"], "who was offline still is"
+    second.connect(identity="CP-1")
+    second.wait(200)
+    assert second.titles[-1].startswith("home: CP-1: offline (over at ")
+    await second.stop()
+    third = KeptAlertBench(tmp_path / "s.db", "CP-2", second.clock.now + 8 * 86400)
+    assert not third.notifier.alerts.known and not third.notifier.alerts._reported_mono
+    third.board.state.put("alert", '["offline","CP-1"]', {"text": 1})
+    third.board.state.put("alert", "[", 1.0)
+    await third.stop()
+    fourth = KeptAlertBench(tmp_path / "s.db", "CP-2", third.clock.now)
+    assert not fourth.notifier.alerts.known
+    assert fourth.board.system.records[-1].kind == "STATE_SKIPPED"
+    assert len(list(fourth.board.state.rows("alert"))) == 2, "the others were removed"
+    await fourth.stop()
+
+
+@with_loop
+async def test_no_alert_is_sent_once_the_url_is_gone(monkeypatch):
+    bench = AlertBench()
+    bench.connection.end("lost")
+    for _ in range(2):
+        bench.clock.now += 500
+        bench.notifier.look()
+    bench.clock.now += 500
+    assert bench.notifier.alerts.due(bench.clock.now)
+    monkeypatch.setattr(ocppboard, "LOOK_S", 0.0)
+    bench.notifier.settings.url = ""
+    task = asyncio.create_task(bench.notifier.run())
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    task.cancel()
+
+
 def test_a_station_that_flaps_is_alerted_once():
     bench = AlertBench()
     for _ in range(60):                  # two hours, each time long enough for an alert
