@@ -2626,14 +2626,6 @@ def test_bytes_may_come_one_at_a_time():
     assert messages_of(server(), *(bytes((byte,)) for byte in SEQUENCE)) == SEQUENCE_READ
 
 
-def test_a_large_frame_in_small_reads_costs_no_square_time():
-    data = frame(0x82, bytes(2_000_000), mask=None)
-    codec, started = client(limit=4_000_000), time.process_time()
-    messages = messages_of(codec, *(data[at:at + 40] for at in range(0, len(data), 40)))
-    assert len(messages[0][1]) == 2_000_000
-    assert time.process_time() - started < 2             # copying all at each read: over 5 s
-
-
 def test_server_refuses_a_frame_without_mask_and_client_one_with():
     assert code_of(server(), frame(0x81, b"x", mask=None)) == 1002
     assert code_of(client(), frame(0x81, b"x")) == 1002
@@ -2988,8 +2980,9 @@ def test_client_refuses_an_answer_it_did_not_ask_for(answer):
 @fuzz
 @given(st.text(alphabet="permessage-dflt;,= \"012_xyz", max_size=60) | st.text(max_size=30))
 def test_any_extension_header_is_read_without_error(header):
-    accept_deflate(header)
-    accept_deflate(f"permessage-deflate; {header}, permessage-deflate;{header}")
+    for offer in (header, f"permessage-deflate; {header}, permessage-deflate;{header}"):
+        answer, agreed = accept_deflate(offer)
+        assert bool(answer) == bool(agreed)
     with contextlib.suppress(HandshakeError):
         agreed_deflate(header)
 
@@ -3934,37 +3927,6 @@ async def test_an_end_while_a_message_is_awaited_is_reported_at_once():
 
 
 @run
-async def test_who_sends_without_pause_does_not_get_all_the_time():
-    def swallow(peer, message):
-        return None
-
-    async with Server(on_message=swallow) as server:
-        floods = [await server.raw() for _ in range(3)]
-        loop = asyncio.get_running_loop()
-        data, stop = frame(0x81, b"x" * 1000) * 500, time.monotonic() + 1
-
-        def flood(sock):                                 # from a thread: it never waits for us
-            sock.setblocking(True)
-            with contextlib.suppress(OSError):
-                while time.monotonic() < stop:
-                    sock.sendall(data)
-        socks = [writer.get_extra_info("socket").dup() for _, writer in floods]
-        threads = [loop.run_in_executor(None, flood, sock) for sock in socks]
-        longest, last = 0.0, time.monotonic()
-        while time.monotonic() < stop:
-            await asyncio.sleep(0)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        for sock in socks:
-            sock.shutdown(socket.SHUT_RDWR)
-        await asyncio.gather(*threads)
-        for sock in socks:
-            sock.close()
-        for _, writer in floods:
-            writer.close()
-        assert longest < 0.3
-
-
-@run
 async def test_a_client_that_sends_a_byte_at_a_time_is_understood():
     async with Server(compress=False) as server:
         reader, writer = await server.raw()
@@ -4020,6 +3982,7 @@ async def test_noise_after_the_upgrade_leaves_no_trace(seed):
                          + noise.randbytes(noise.randrange(2000)))
             await asyncio.sleep(0.01)
             noise.choice([abort, lambda writer: writer.close()])(writer)
+        await until(lambda: len(server.seen.ends) == len(server.seen.peers))
 
 
 # --- Versions -----------------------------------------------------------------------------
@@ -4286,8 +4249,8 @@ def translate(direction, caller, other, action, payload, answer, translator=None
         calls, answered = carry(getattr(translator, direction)(action, payload), answer,
                                 speaking(direction, other))
     except ocppboard.NotSupported as error:
-        always = action in REFUSED.get((direction, caller, other), ())
-        assert always or re.search(PARTLY.get(action, "$^"), str(error)), f"{action}: {error}"
+        if action not in REFUSED.get((direction, caller, other), ()):
+            assert re.search(PARTLY[action], str(error)), f"{action}: {error}"
         return None
     assert json.dumps(payload) == before, "the caller's payload was changed"
     if answered is None:
@@ -4837,10 +4800,10 @@ def test_events_of_a_transaction_are_counted_also_when_repeated(upstream):
             ("StartTransaction", {"connectorId": 1, "idTag": "AB", "meterStart": 5}),
             ("MeterValues", {"connectorId": 1, "transactionId": 7, "meterValue": value}),
             ("StopTransaction", {"transactionId": 7, "meterStop": 9})):
-        for _ in range(2):
-            transaction_id = 7 if action == "StartTransaction" else None
-            with contextlib.suppress(BoardError):
-                carry(translator.up(action, payload, transaction_id), upstream_says)
+        transaction_id = 7 if action == "StartTransaction" else None
+        with pytest.raises(BoardError):
+            carry(translator.up(action, payload, transaction_id), upstream_says)
+        carry(translator.up(action, payload, transaction_id), upstream_says)
     assert numbers == [0, 0, 1, 1, 2, 2]
 
 
@@ -4952,15 +4915,6 @@ def test_an_address_is_not_cut(action, payload):
     with pytest.raises(ocppboard.NotSupported, match="location is longer"):
         carry(translator_of("down", "ocpp1.6", "ocpp2.0.1").down(
             action, payload | {"location": "https://host.example/" + "x" * 600}), answers())
-
-
-def test_a_signed_value_costs_no_time():
-    value = "OCMF|" + '"RV":1,' * 10_000
-    meter = {"timestamp": "2026-09-21T13:33:20Z",
-             "sampledValue": [{"value": value, "format": "SignedData"}]}
-    steps, before = translator_of("up", "ocpp1.6", "ocpp2.1"), time.process_time()
-    carry(steps.up("MeterValues", {"connectorId": 1, "meterValue": [meter]}), answers())
-    assert time.process_time() - before < 0.5
 
 
 def size_of(value):
@@ -7081,7 +7035,8 @@ def test_no_order_repetition_or_loss_yields_more_energy_than_the_registers_allow
                 stop_16(bench, id_, register, at=at, idTag="A")
             elif n == 0:
                 again = start_16(bench, meterStart=registers[0], timestamp=ocppboard.iso(NOW))
-                assert again == id_ or len(registers) in order
+                if len(registers) not in order:
+                    assert again == id_
             else:
                 bench.call("MeterValues", meter_16(1, id_, register, 700, at=at))
             check_sound(bench, end, registers[-1] - registers[0])
@@ -7094,7 +7049,8 @@ def check_sound(bench, now, most_wh):
     assert len(running) == len(set(running))
     for transaction in records:
         view = transaction.view()
-        assert 0 <= (view["energyWh"] or 0) <= most_wh + 0.01
+        energy_wh = view["energyWh"] or 0
+        assert 0 <= energy_wh <= most_wh + 0.01
         times = [ocppboard.parse_time(view[key])[0] for key in ("startedAt", "stoppedAt")
                  if view[key]]
         assert times == sorted(times) and times[-1] <= now
@@ -7368,7 +7324,8 @@ def test_a_key_code_stands_in_no_record(type_):
     send_event(bench, "Started", 0, NOW, idToken=token, evse={"id": 1})
     texts = [r.json() for store in bench.board.stores.values() for r in store.records]
     texts += [event.text for event in followed.drain()[0]]
-    assert texts and not any("4711" in text or '"1234"' in text for text in texts)
+    shown = "".join(texts)
+    assert "TransactionEvent" in shown and "4711" not in shown and '"1234"' not in shown
     assert bench.transaction()["idToken"] == ocppboard.HIDDEN
 
 
@@ -7449,7 +7406,7 @@ def test_no_power_is_worked_out_from_a_register_of_another_base(register):
     bench = Bench()
     start_16(bench, meterStart=1000)
     session_of(bench, 1100, 1200, register, 1300)
-    assert (bench.transaction()["powerW"] or 0) <= 6000 + 1
+    assert bench.transaction()["powerW"] is None
 
 
 def test_a_measured_power_does_not_outlive_the_currents_that_come_after_it():
@@ -7491,7 +7448,7 @@ def test_the_first_reading_is_not_newer_than_the_state_that_ended_the_flow(late_
     stop_16(bench, id_, 5, at=NOW + 7)
     send_status_16(bench, "Available", at=NOW + 10)
     bench.call("MeterValues", meter_16(1, id_, power=7000, at=NOW + 8))
-    assert (connector_view(bench)["meter"] or {"powerW": 0})["powerW"] == 0
+    assert connector_view(bench)["meter"]["powerW"] == 0
 
 
 def test_an_ended_event_that_comes_twice_says_nothing_new():
@@ -9054,7 +9011,9 @@ def test_no_limit_is_exceeded_and_nothing_usable_is_left(site):
     lines = lines_of(circuits)
     for request in requests:
         amps, least = shares[request.id].amps, least_of(request, step)
-        assert amps == 0 or (request.minimum <= amps <= request.maximum and amps % step == 0)
+        assert amps % step == 0
+        if amps:
+            assert request.minimum <= amps <= request.maximum
         more = amps + step if amps else least
         if not least or more > request.maximum:
             continue
@@ -10654,8 +10613,7 @@ def test_the_sun_is_shared_and_contactors_are_spared():
     shine(-8.0, 30)
     assert [o.current_a for o in outlets] == [0, 0], "a gap in the clouds is no reason"
     shine(-8.0, 60)
-    assert sorted(o.current_a for o in outlets) == [0, 8] or sorted(
-        o.current_a for o in outlets) == [0, 6]
+    assert sorted(o.current_a for o in outlets) == [0, 6]
     shine(-8.0, 60)
     assert sorted(o.current_a for o in outlets) == [0, 8]
     shine(-20.0, 200)
@@ -12225,9 +12183,11 @@ async def test_of_a_station_that_upstream_has_not_accepted_it_hears_boots_only(s
 
     def decide(frame):
         _, id_, action, _ = json.loads(frame)
-        assert action == "BootNotification" or not next(answers, None)
-        return json.dumps([3, id_, {"status": next(answers), "interval": 5, "currentTime": AT(0)}]
-                          ) if action == "BootNotification" else right(frame)
+        if action == "BootNotification":
+            return json.dumps([3, id_, {"status": next(answers), "interval": 5,
+                                        "currentTime": AT(0)}])
+        assert next(answers, None) is None, f"{action} before it is accepted"
+        return right(frame)
     central = Raw(decide)
     async with relaying(central) as (_upstream, site):
         station = Talker(await site.station("CP-1"))
@@ -12447,7 +12407,7 @@ async def test_starts_and_stops_outlive_a_while_in_which_upstream_can_store_noth
         await station.session(1000, 60)
         upstream.down = False
         session = site.daemon.relay.sessions["CP-1"]
-        await until(lambda: session.counts["delivered"] == 4 or session.counts["lost"], 10)
+        await until(lambda: session.counts["delivered"] == 4, 10)
         assert session.counts["lost"] == 0
         stops = [reported for action, reported in central.calls("StopTransaction")]
         assert [(s["transactionId"], s["meterStop"]) for s in stops] == [(7100, 150), (8000, 1060)]
@@ -12549,7 +12509,7 @@ class Disk(concurrent.futures.Executor):
             future, work, args = self.work.popleft()
             try:
                 future.set_result(work(*args))
-            except Exception as error:
+            except (OSError, sqlite3.Error) as error:
                 future.set_exception(error)
 
     def is_good(self):
@@ -15139,17 +15099,17 @@ async def test_head_answers_as_get_without_a_body(site):
         assert found == status and not text
 
 
-@pytest.mark.parametrize("raw", [
-    b"POST /api/auth/login HTTP/1.1\r\nHost: x\r\nOrigin: http://[\r\nContent-Length: 0\r\n\r\n",
-    b"GET /api/overview HTTP/1.1\r\nHost: x\r\nCookie: a=" + b'"\\"\\' * 4000 + b"\r\n\r\n",
-])
+ODD_COOKIE = b"GET /api/overview HTTP/1.1\r\nHost: x\r\nCookie: a=" + b'"\\"\\' * 4000 + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("raw, status", [
+    (b"POST /api/auth/login HTTP/1.1\r\nHost: x\r\nOrigin: http://[\r\nContent-Length: 0\r\n\r\n",
+     b"403"), (ODD_COOKIE, b"401")])
 @live()
-async def test_odd_headers_are_refused_in_a_moment(site, raw, caplog):
+async def test_odd_headers_are_refused(site, raw, status, caplog):
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    started = time.process_time()                        # whatever else the machine does
     writer.write(raw)
-    assert (await reader.readline()).split()[1] in (b"401", b"403")
-    assert time.process_time() - started < 2
+    assert (await reader.readline()).split()[1] == status
     writer.close()
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
@@ -15237,8 +15197,8 @@ async def test_a_request_that_comes_a_byte_at_a_time_is_read(site):
 
 @live(ocpp_max_calls_per_second=5)
 async def test_a_new_connection_is_no_new_allowance(site):
-    answered, end = 0, time.monotonic() + 2
-    while time.monotonic() < end:
+    answered, began = 0, time.monotonic()
+    while time.monotonic() < began + 1:
         socket_ = await site.station()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.3):
@@ -15246,7 +15206,8 @@ async def test_a_new_connection_is_no_new_allowance(site):
                     await exchange(socket_, "Heartbeat", {})
                     answered += 1
         await socket_.close()
-    assert 50 <= answered <= 50 + 5 * 2 + 8, "a burst of ten seconds, and what came since"
+    earned = 5 * (time.monotonic() - began)
+    assert 50 <= answered <= 50 + earned + 1, "a burst of ten seconds, and what came since"
 
 
 @live()
@@ -15936,9 +15897,7 @@ async def test_a_client_that_goes_right_after_the_upgrade_leaves_no_trace(site, 
 async def test_short_of_files_new_connections_are_closed(site, monkeypatch):
     monkeypatch.setattr(ocppboard, "file_limit", lambda: 5)
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    with contextlib.suppress(ConnectionResetError):
-        assert await reader.read() == b""
+    assert await reader.read() == b""
     writer.close()
 
 
@@ -17020,10 +16979,11 @@ def test_a_flood_of_strangers_costs_bounded_memory():
 ])
 def test_a_template_makes_the_body(template, body, media_type):
     message = {"title": "T", "text": 'say "hi"\nnow', "site": "home", "problems": []}
-    made, told_type = ocppboard.in_template(template, message)
-    assert told_type == media_type
+    made, made_type = ocppboard.in_template(template, message)
+    assert made_type == media_type
     if media_type == "application/json":
-        assert json.loads(made) == (body or message)
+        expected = body or message
+        assert json.loads(made) == expected
     else:
         assert made == body
 
@@ -17509,9 +17469,6 @@ def test_a_flood_of_messages_is_cut_to_a_budget_and_the_rest_of_the_protocol_pas
     assert inflow.dropped == 30_000 - ocppboard.ASKED_BURST
     clock.now += 1
     assert inflow.feed(message * 100) == message * ocppboard.ASKED_PER_S
-    began = time.perf_counter()
-    inflow.feed(message * 10_000)
-    assert time.perf_counter() - began < 0.2
 
 
 @pytest.mark.parametrize("data, words", [
@@ -17587,16 +17544,12 @@ async def test_a_broker_that_misbehaves_is_reported_once_and_stations_are_served
         def away():
             return [e.message for e in site.board.system.records if e.kind == "MQTT_AWAY"]
         while not away() or time.monotonic() - began < 1.5:
-            asked = time.monotonic()
-            await exchange(socket_, "Heartbeat", {})
-            assert time.monotonic() - asked < 0.5 and asked - began < 15
+            assert (await exchange(socket_, "Heartbeat", {}))[0] == 3
             await asyncio.sleep(0.02)
         messages = away()
         assert len(messages) <= 3 and len(set(messages)) == len(messages), messages
         assert any(words.lower() in text.lower() for text in messages), messages
         assert "geheim" not in caplog.text + "".join(messages)
-        stopped = time.monotonic()
-    assert time.monotonic() - stopped < 4
 
 
 @with_loop
@@ -17719,8 +17672,9 @@ async def test_a_command_by_mqtt_is_answered_on_its_response_topic(site, followe
         topic, json.dumps(reset).encode(), False, "", b"", 0.0))
     await asyncio.sleep(0.5)
     assert len(got) == 4
-    assert all(payload is None or "success" not in payload for t, payload in follower.came
-               if not t.endswith("answers/me") and isinstance(payload, dict))
+    others = [payload for t, payload in follower.came
+              if not t.endswith("answers/me") and isinstance(payload, dict)]
+    assert others and not any("success" in payload for payload in others)
     await socket_.close()
     await until(lambda: site.board.online == 0)
     assert (await command(follower, topic, reset))["status"] == 409
@@ -17782,32 +17736,6 @@ async def test_with_smart_charging_a_limit_is_the_most_of_the_session(site, foll
     follower.publish("ocppboard/home/CP-1/connectors/1/1/set/limit", "10")
     await until(lambda: site.board.smart_charge.records[-1].max_a == 10)
     await until(lambda: follower.retained["ocppboard/home/load"]["limitA"] == 63)
-
-
-@at_broker(mqtt_commands="Reset")
-async def test_a_flood_of_commands_keeps_nobody_from_being_served(site, follower, broker):
-    socket_, other = await site.station("CP-1"), await site.station("CP-2")
-    got, task = obedient(socket_)
-    topic = b"ocppboard/home/CP-1/call"
-    body = b'{"action": "Reset", "payload": {"type": "Soft"}}'
-    content = struct.pack("!H", len(topic)) + topic + body
-    with socket.create_connection(("127.0.0.1", broker.port)) as flood:
-        flood.sendall(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01f")
-        assert flood.recv(4) == b"\x20\x02\x00\x00"
-        packets = (bytes([0x30, len(content)]) + content) * 20_000
-        await asyncio.get_running_loop().run_in_executor(None, flood.sendall, packets)
-    worst, began = 0.0, time.monotonic()
-    while time.monotonic() - began < 3:
-        asked_at = time.monotonic()
-        await exchange(other, "Heartbeat", {})
-        worst = max(worst, time.monotonic() - asked_at)
-        await asyncio.sleep(0.01)
-    assert worst < 1, worst
-    assert len(got) <= ocppboard.ASKED_BURST + 10 * ocppboard.ASKED_PER_S
-    await until(lambda: any(e.kind == "MQTT_FLOOD" for e in site.board.system.records), 10)
-    floods = [e for e in site.board.system.records if e.kind == "MQTT_FLOOD"]
-    assert len(floods) == 1 and "messages to the board were dropped" in floods[0].message
-    task.cancel()
 
 
 @pytest.mark.parametrize("commands, words", [
@@ -18981,7 +18909,7 @@ async def test_strangers_words_are_shown_as_text(site):
     await exchange(socket_, HOSTILE, {HOSTILE: markup})
     await exchange(socket_, "DataTransfer", {"vendorId": markup, "data": "<b>" * 300_000}, HOSTILE)
     await socket_.send(f"[2,{HOSTILE}]")
-    with contextlib.suppress(websockets.InvalidStatus):
+    with pytest.raises(websockets.InvalidStatus):
         await site.station(HOSTILE + "x", "ocpp1.5")
     identity = quote(HOSTILE, safe="")
     async with looking(site) as look:
@@ -20255,12 +20183,13 @@ async def test_a_replay_is_played_to_another_central_system(tmp_path, capsys):
             await systems[0].start()
 
     subprotocols: Any = ["ocpp1.6"]
+    began = int(time.time())             # stamps may be of whole seconds
     async with websockets.serve(serve, "127.0.0.1", 0, subprotocols=subprotocols) as server:
         port = server.sockets[0].getsockname()[1]
         assert await ocppboard.replay(path, f"ws://127.0.0.1:{port}/ocpp/") == 0
     system, = systems
     assert system.id == "/ocpp/CP-1" and system.stopped["transaction_id"] == 77
-    assert abs(ocppboard.parse_time(system.stopped["timestamp"])[0] - time.time() + 0.5) < 20
+    assert began - 1 <= ocppboard.parse_time(system.stopped["timestamp"])[0] <= time.time()
     assert system.answers[0].status == "Rejected", "as on record"
     assert system.answers[1].configuration_key[0]["key"] == "HeartbeatInterval"
     out = capsys.readouterr().out.splitlines()
@@ -20640,8 +20569,8 @@ def test_the_unit_reads_the_file_itself_where_it_may_so_that_a_reload_finds_chan
             config.chmod(mode)
             os.chown(config, 0, group)
             lines = run_ocppboard("unit", "--config", str(config))[1].split("\n")
-            assert {line for line in lines if "OCPPBOARD_CONFIG" in line or line.startswith((
-                "LoadCredential", "SupplementaryGroups"))} == expected
+            kinds = re.compile("LoadCredential|SupplementaryGroups|.*OCPPBOARD_CONFIG")
+            assert set(filter(kinds.match, lines)) == expected
             assert "ExecReload=/bin/kill -HUP $MAINPID" in lines
 
 
@@ -20885,8 +20814,8 @@ def test_sighup_reloads_and_tells_systemd(tmp_path):
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in out
-    assert [line.partition(" ")[2].partition(" ")[2] for line in out.splitlines()
-            if "Read " in line or "stays as" in line] == [
+    lines_of_reloads = re.findall(r"^\S+ \S+ (.*(?:Read |stays as).*)", out, re.MULTILINE)
+    assert lines_of_reloads == [
         f"INFO Read {file} again. Changed: sse.queue",
         f'ERROR The configuration stays as it was: "{file}: sse.queue must be a whole number, '
         "not 'x'\"",
@@ -20986,7 +20915,7 @@ async def test_no_secret_reaches_the_log(site, caplog):
     token = site.daemon.access.made_token
     await site.fetch("/api/overview", token=token)
     await site.fetch("/api/auth/login", "POST", {"token": token}, None)
-    with contextlib.suppress(websockets.InvalidStatus):
+    with pytest.raises(websockets.InvalidStatus):
         await site.station("x", "ocpp9", additional_headers={"Authorization": basic("x", token)})
     assert token and token not in caplog.text
     kept = json.dumps([await (site.fetch(p, token=token)) for p in (
@@ -21611,6 +21540,63 @@ def test_every_section_knows_only_what_stands_above_it():
     ahead = [(name, line) for name, line in used(symtable.symtable(source, "ocppboard", "exec"))
              if section(line) < home.get(name, 0)]
     assert ahead == []
+
+
+# --- Slow: WebSocket ----------------------------------------------------------------------
+
+
+@slow
+def test_a_large_frame_in_small_reads_costs_no_square_time():
+    data = frame(0x82, bytes(2_000_000), mask=None)
+    codec, started = client(limit=4_000_000), time.process_time()
+    messages = messages_of(codec, *(data[at:at + 40] for at in range(0, len(data), 40)))
+    assert len(messages[0][1]) == 2_000_000
+    assert time.process_time() - started < 2             # copying all at each read: over 5 s
+
+
+@slow
+@run
+async def test_who_sends_without_pause_does_not_get_all_the_time():
+    def swallow(peer, message):
+        return None
+
+    async with Server(on_message=swallow) as server:
+        floods = [await server.raw() for _ in range(3)]
+        loop = asyncio.get_running_loop()
+        data, stop = frame(0x81, b"x" * 1000) * 500, time.monotonic() + 1
+
+        def flood(sock):                                 # from a thread: it never waits for us
+            sock.setblocking(True)
+            with contextlib.suppress(OSError):
+                while time.monotonic() < stop:
+                    sock.sendall(data)
+        socks = [writer.get_extra_info("socket").dup() for _, writer in floods]
+        threads = [loop.run_in_executor(None, flood, sock) for sock in socks]
+        longest, last = 0.0, time.monotonic()
+        while time.monotonic() < stop:
+            await asyncio.sleep(0)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        for sock in socks:
+            sock.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(*threads)
+        for sock in socks:
+            sock.close()
+        for _, writer in floods:
+            writer.close()
+        assert longest < 0.3
+
+
+# --- Slow: Translation --------------------------------------------------------------------
+
+
+@slow
+def test_a_signed_value_costs_no_time():
+    value = "OCMF|" + '"RV":1,' * 10_000
+    meter = {"timestamp": "2026-09-21T13:33:20Z",
+             "sampledValue": [{"value": value, "format": "SignedData"}]}
+    steps, before = translator_of("up", "ocpp1.6", "ocpp2.1"), time.process_time()
+    carry(steps.up("MeterValues", {"connectorId": 1, "meterValue": [meter]}), answers())
+    assert time.process_time() - before < 0.5
 
 
 # --- Slow: Smart charging -----------------------------------------------------------------
@@ -22271,6 +22257,17 @@ def test_no_session_is_lost_or_doubled_though_the_daemon_is_killed(protocol, ups
 
 
 @slow
+@live()
+async def test_a_cookie_of_many_quotes_costs_no_time(site):
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    started = time.process_time()                        # whatever else the machine does
+    writer.write(ODD_COOKIE)
+    assert (await reader.readline()).split()[1] == b"401"
+    assert time.process_time() - started < 2
+    writer.close()
+
+
+@slow
 @with_loop
 async def test_a_year_of_ten_stations_is_reported_quickly_and_off_the_loop(tmp_path):
     (kind, _, row, at), *_ = kept_rows(0)
@@ -22297,6 +22294,45 @@ async def measured(awaitable):
         stalled_s = max(stalled_s, time.monotonic() - turned)
     await task
     return time.monotonic() - began, stalled_s
+
+
+# --- Slow: Outward ------------------------------------------------------------------------
+
+
+@slow
+def test_a_flood_of_messages_is_cut_without_loss_of_time():
+    message, = packets_of([50])
+    inflow, began = ocppboard.Inflow(Clock()), time.perf_counter()
+    inflow.looked = False
+    assert len(inflow.feed(message * 10_000)) == len(message) * ocppboard.ASKED_BURST
+    assert time.perf_counter() - began < 0.2
+
+
+@slow
+@at_broker(mqtt_commands="Reset")
+async def test_a_flood_of_commands_keeps_nobody_from_being_served(site, follower, broker):
+    socket_, other = await site.station("CP-1"), await site.station("CP-2")
+    got, task = obedient(socket_)
+    topic = b"ocppboard/home/CP-1/call"
+    body = b'{"action": "Reset", "payload": {"type": "Soft"}}'
+    content = struct.pack("!H", len(topic)) + topic + body
+    with socket.create_connection(("127.0.0.1", broker.port)) as flood:
+        flood.sendall(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01f")
+        assert flood.recv(4) == b"\x20\x02\x00\x00"
+        packets = (bytes([0x30, len(content)]) + content) * 20_000
+        await asyncio.get_running_loop().run_in_executor(None, flood.sendall, packets)
+    worst, began = 0.0, time.monotonic()
+    while time.monotonic() - began < 3:
+        asked_at = time.monotonic()
+        await exchange(other, "Heartbeat", {})
+        worst = max(worst, time.monotonic() - asked_at)
+        await asyncio.sleep(0.01)
+    assert worst < 1, worst
+    assert len(got) <= ocppboard.ASKED_BURST + 10 * ocppboard.ASKED_PER_S
+    await until(lambda: any(e.kind == "MQTT_FLOOD" for e in site.board.system.records), 10)
+    floods = [e for e in site.board.system.records if e.kind == "MQTT_FLOOD"]
+    assert len(floods) == 1 and "messages to the board were dropped" in floods[0].message
+    task.cancel()
 
 
 # --- Slow: Bench --------------------------------------------------------------------------
@@ -22332,7 +22368,8 @@ def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say(
             asyncio.run(schemas.prepare("ocpp1.6", action))
         assert schemas.check("ocpp1.6", action, "Request", payload) is None
         stamp = payload.get("timestamp") or payload.get("meterValue", [{}])[0].get("timestamp")
-        assert stamp is None or abs(datetime.fromisoformat(stamp).timestamp() - time.time()) < 30
+        if stamp:
+            assert abs(datetime.fromisoformat(stamp).timestamp() - time.time()) < 30
         if action == "MeterValues":
             wh = payload["meterValue"][0]["sampledValue"][0]["value"]
             assert 1_000_000 <= int(wh) < 1_000_100
@@ -22370,8 +22407,9 @@ def test_the_bench_prints_a_table_for_the_readme():
         per_second = float(calls.replace(",", ""))
         assert 100 < per_second < 200_000 and 5 < float(cpu_us) < 5000
         assert bool(ratio) == bool(cpu_ratio) == bool(start) == bool(end) == bool(case.against)
-        assert not ratio or (0.02 < float(ratio) < 5 and 0.2 < float(cpu_ratio) < 50)
-        assert not start or 20 < float(start) <= float(end) < 300
+        if case.against:
+            assert 0.02 < float(ratio) < 5 and 0.2 < float(cpu_ratio) < 50
+            assert 20 < float(start) <= float(end) < 300
         assert bool(p50) == bool(p99) == bool(durable_p99) == bool(case.rate)
         if case.rate:
             assert per_second == pytest.approx(case.rate, rel=0.3)
