@@ -5396,10 +5396,11 @@ class Translator:
     """Converts Calls between a station and an upstream of another version, and maps their ids.
 
     With one version on both sides it maps the transaction ids that the board gave out while
-    upstream was away; frames without one `passes` as they are.
+    upstream was away; frames without one `passes` as they are. `new_id` makes the ids of
+    transactions that begin: who converts commands alone needs none.
     """
 
-    def __init__(self, station: str, upstream: str, new_id: Callable[[], int],
+    def __init__(self, station: str, upstream: str, new_id: Callable[[], int] = int,
                  clock: Callable[[], float] = time.time):
         self.station, self.upstream, self.new_id, self.clock = station, upstream, new_id, clock
         self.mappings: OrderedDict = OrderedDict()      # {the station's id: TransactionMapping}
@@ -14385,7 +14386,7 @@ class Controller:
 
     def steps(self, command: Command) -> Steps:
         """The Calls of a command in the station's version, and what their answers come to."""
-        translator = Translator(command.station.protocol, "ocpp2.0.1", int, self.board.clock)
+        translator = Translator(command.station.protocol, "ocpp2.0.1", clock=self.board.clock)
         return translator.down(command.action, command.payload)
 
     async def carry_out(self, command: Command) -> None:
@@ -14725,7 +14726,7 @@ class Leftovers:
         """Clear the fallbacks of a station, and that of all its EVSEs if there is one."""
         identity = connection.station.identity
         evse_ids = self.evses.pop(identity)
-        translator = Translator(connection.protocol, "ocpp2.0.1", int, self.board.clock)
+        translator = Translator(connection.protocol, "ocpp2.0.1", clock=self.board.clock)
         try:
             for place in (0, *evse_ids):
                 await carry(translator.down("ClearChargingProfile", {

@@ -18275,7 +18275,7 @@ async def test_what_a_form_sends_fits_the_schema_of_every_version(site):
         assert (found := misfit("ocpp2.0.1", action, "Request", payload)) is None, (found, payload)
         for version in PROTOCOLS:
             if action in ocppboard.COMMANDS_ACROSS[version]:
-                translator = ocppboard.Translator(version, "ocpp2.0.1", int)
+                translator = ocppboard.Translator(version, "ocpp2.0.1")
                 with contextlib.suppress(ocppboard.NotSupported):        # of 1.6's certificates
                     carry(translator.down(action, payload),
                           lambda *_: {"status": "Accepted"}, speaking("down", version))
