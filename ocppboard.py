@@ -3803,13 +3803,17 @@ def read_certificates(pem: str) -> list[Certificate]:
 
 
 def _read_certificate(data: bytes) -> Certificate:
+    _serial, _algorithm, _issuer, validity, subject, *_ = certificate_fields(data)
+    (_, _), (kind, ends) = der(validity)
+    year = "%y" if kind == UTC_TIME else "%Y"
+    ends_at = datetime.strptime(ends.decode("ascii"), f"{year}%m%d%H%M%SZ")
+    return Certificate(common_names(subject), ends_at.replace(tzinfo=UTC).timestamp())
+
+
+def certificate_fields(data: bytes) -> list[bytes]:
+    """Serial number, algorithm, issuer, validity, subject, key and more. Raises: ValueError."""
     try:
-        fields = [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
-        _serial, _algorithm, _issuer, validity, subject, *_ = fields
-        (_, _), (kind, ends) = der(validity)
-        year = "%y" if kind == UTC_TIME else "%Y"
-        ends_at = datetime.strptime(ends.decode("ascii"), f"{year}%m%d%H%M%SZ")
-        return Certificate(common_names(subject), ends_at.replace(tzinfo=UTC).timestamp())
+        return [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
     except IndexError:
         raise ValueError("no certificate") from None
 
@@ -3989,7 +3993,7 @@ class Authority:
     def _intermediates(self) -> list[str]:
         """Our own certificate and its chain, but for a root, which the station has."""
         return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)
-                if not _is_root(base64.b64decode(found[1]))]
+                if not _is_root(certificate_fields(base64.b64decode(found[1])))]
 
     @property
     def root(self) -> str:
@@ -4068,8 +4072,7 @@ def _is_address(name: str) -> bool:
     return False
 
 
-def _is_root(data: bytes) -> bool:
-    fields = [content for tag, content in der(der(der(data)[0][1])[0][1]) if tag != CONTEXT_0]
+def _is_root(fields: list[bytes]) -> bool:
     return fields[2] == fields[4]        # issuer and subject
 
 
@@ -26059,10 +26062,12 @@ class Outlet:
     def power_w(self) -> float:
         return self.current_a * VOLTAGE_V * self.phases
 
-    def currents(self) -> list[tuple[str, float]]:
-        """Currents of the phases, as the meter measures them: (phase, A)."""
-        return [(phase, self.current_a if n < self.phases else 0.0)
-                for n, phase in enumerate(PHASES)]
+    def samples(self) -> list[tuple[str, float, str, dict]]:
+        """(measurand, value, unit, its phase as a field) of what the meter measures."""
+        return [(REGISTER, self.energy_wh, "Wh", {}),
+                ("Power.Active.Import", self.power_w, "W", {}), ("SoC", self.soc, "Percent", {}),
+                *(("Current.Import", self.current_a if n < self.phases else 0.0, "A",
+                   {"phase": phase}) for n, phase in enumerate(PHASES))]
 
 
 class SimulatedStation:
@@ -26556,12 +26561,6 @@ class SimulatedStation:
         return {"duration": duration, "chargingRateUnit": unit, "chargingSchedulePeriod": [
             {"startPeriod": 0, "limit": round(self.limit_a(outlet) * factor, 1)}]}
 
-    def on_clear_cache(self, payload: dict) -> dict:
-        return {"status": "Accepted"}
-
-    def on_data_transfer(self, payload: dict) -> dict:
-        return {"status": "UnknownVendorId"}
-
     def on_send_local_list(self, payload: dict) -> dict:
         """Replace or update the local list (1.6 5.15; 2.0.1 D01)."""
         version, token = payload[LIST_VERSION[self.protocol]], LISTED_AS[self.protocol]
@@ -26656,19 +26655,15 @@ def certificate_hash(pem: str) -> dict:
     found = PEM_CERTIFICATE.search(pem)
     if found is None:
         raise ValueError("no certificate in PEM")
-    try:
-        fields = [content for tag, content in
-                  der(der(der(base64.b64decode(found[1]))[0][1])[0][1]) if tag != CONTEXT_0]
-        serial, _algorithm, issuer, _validity, _subject, public, *_ = fields
-        key = der(public)[1][1][1:]                      # without the number of unused bits
-    except IndexError:
-        raise ValueError("no certificate") from None
+    fields = certificate_fields(base64.b64decode(found[1]))
+    serial, _algorithm, issuer, _validity, _subject, public, *_ = fields
+    (_, _), (_, key) = der(public)
     size = len(issuer)
     digits = size.to_bytes((size.bit_length() + 7) // 8, "big")
     head = bytes((0x30, size)) if size < 0x80 else bytes((0x30, 0x80 | len(digits))) + digits
     return {"hashAlgorithm": "SHA256",
             "issuerNameHash": hashlib.sha256(head + issuer).hexdigest(),
-            "issuerKeyHash": hashlib.sha256(key).hexdigest(),
+            "issuerKeyHash": hashlib.sha256(key[1:]).hexdigest(),      # but for unused bits
             "serialNumber": f"{int.from_bytes(serial, 'big'):x}"[:40]}
 
 
@@ -26721,16 +26716,11 @@ class SimulatedStation16(SimulatedStation):
             payload["transactionId"] = outlet.transaction_id
         await self.call("MeterValues", payload)
 
-    def sampled(self, outlet: Outlet) -> list[dict]:
-        values: list[tuple[str, str, str, str | None]] = [
-            (REGISTER, f"{outlet.energy_wh:.0f}", "Wh", None),
-            ("Power.Active.Import", f"{outlet.power_w:.0f}", "W", None),
-            ("SoC", f"{outlet.soc:.0f}", "Percent", None)]
-        values += [("Current.Import", f"{amps:.1f}", "A", phase)
-                   for phase, amps in outlet.currents()]
-        return [{"measurand": measurand, "value": value, "unit": unit,
-                 "context": "Sample.Periodic"} | ({"phase": phase} if phase else {})
-                for measurand, value, unit, phase in values]
+    @staticmethod
+    def sampled(outlet: Outlet) -> list[dict]:
+        return [{"measurand": measurand, "value": f"{value:.{'1' if unit == 'A' else '0'}f}",
+                 "unit": unit, "context": "Sample.Periodic"} | phase
+                for measurand, value, unit, phase in outlet.samples()]
 
     async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
         outlet.advance(self.clock(), self.limit_a(outlet))
@@ -26872,17 +26862,13 @@ class SimulatedStation201(SimulatedStation):
         outlet.sequence += 1
         await self.call("TransactionEvent", payload)
 
-    def sampled(self, outlet: Outlet, kind: str = "Updated") -> list[dict]:
+    @staticmethod
+    def sampled(outlet: Outlet, kind: str = "Updated") -> list[dict]:
         context = {"Started": "Transaction.Begin", "Ended": "Transaction.End"}.get(
             kind, "Sample.Periodic")
-        values: list[tuple[str, float, str, str | None]] = [
-            (REGISTER, outlet.energy_wh, "Wh", None),
-            ("Power.Active.Import", outlet.power_w, "W", None),
-            ("SoC", outlet.soc, "Percent", None)]
-        values += [("Current.Import", amps, "A", phase) for phase, amps in outlet.currents()]
         return [{"measurand": measurand, "value": round(value, 2), "context": context,
-                 "unitOfMeasure": {"unit": unit}} | ({"phase": phase} if phase else {})
-                for measurand, value, unit, phase in values]
+                 "unitOfMeasure": {"unit": unit}} | phase
+                for measurand, value, unit, phase in outlet.samples()]
 
     async def start(self, outlet: Outlet) -> None:
         outlet.begin(self.clock(), str(uuid.uuid4()))
@@ -27228,7 +27214,7 @@ def _answer(**payload: Any) -> SimulatedHandler:
 _S, _S16, _S2 = SimulatedStation, SimulatedStation16, SimulatedStation201
 _HANDLERS_OF_ALL: dict[str, SimulatedHandler] = {
     "CancelReservation": _S.on_cancel_reservation, "CertificateSigned": _S.on_certificate_signed,
-    "ClearCache": _S.on_clear_cache, "DataTransfer": _S.on_data_transfer,
+    "ClearCache": _answer(status="Accepted"), "DataTransfer": _answer(status="UnknownVendorId"),
     "DeleteCertificate": _S.on_delete_certificate, "GetLog": _S.on_get_log,
     "GetLocalListVersion": _S.on_get_local_list_version,
     "InstallCertificate": _S.on_install_certificate, "SendLocalList": _S.on_send_local_list}
