@@ -26080,6 +26080,13 @@ class SimulatedStation:
     protocol = ""
     preparing = "Preparing"              # status of a connector whose car does not charge yet
     reset_reason = ""
+    boot_payload: Callable[[], dict]
+    # The Calls of each version
+    tell_status: Callable[[Outlet], Awaitable[None]]
+    authorize: Callable[[Outlet], Awaitable[None]]
+    start: Callable[[Outlet], Awaitable[None]]
+    meter: Callable[[Outlet], Awaitable[None]]
+    stop: Callable[..., Awaitable[None]]             # of an Outlet, for a reason
 
     def __init__(self, identity: str, url: str, rate: float = 0.5, outlets: int = 1,
                  password: str = "", latencies: deque | None = None, stay_s: float = 0.0,
@@ -26111,26 +26118,6 @@ class SimulatedStation:
         self.recorded: dict[str, deque[dict]] = {}       # {Action: answers of a replay}
         self._restart = False
         self._fault_at = time.monotonic() + random.uniform(*FAULT_EVERY_S)
-
-    # The Calls of each version
-
-    def boot_payload(self) -> dict:
-        raise NotImplementedError
-
-    async def tell_status(self, outlet: Outlet) -> None:
-        raise NotImplementedError
-
-    async def authorize(self, outlet: Outlet) -> None:
-        raise NotImplementedError
-
-    async def start(self, outlet: Outlet) -> None:
-        raise NotImplementedError
-
-    async def meter(self, outlet: Outlet) -> None:
-        raise NotImplementedError
-
-    async def stop(self, outlet: Outlet, reason: str = "EVDisconnected") -> None:
-        raise NotImplementedError
 
     async def reservation_expired(self, reservation: Reservation) -> None:
         """Notify of it; in 1.6 the connector's status is enough."""
@@ -26209,7 +26196,7 @@ class SimulatedStation:
             outlet.advance(now, self.limit_a(outlet))
             if (reservation := outlet.reservation) and now >= reservation.expires_at:
                 self.end_reservation(outlet)
-                self.plan.append(functools.partial(self.reservation_expired, reservation))
+                self.plan_last(self.reservation_expired, reservation)
 
     def forget(self) -> None:
         """Forget what a restart of the station loses."""
@@ -26230,21 +26217,28 @@ class SimulatedStation:
             full = outlet.soc >= 99.9 or (
                 self.clock() - outlet.started_at >= self.stay_s if self.stay_s
                 else outlet.readings >= SESSION_READINGS)
-            self.plan.append(functools.partial(self.stop if full else self.meter, outlet))
+            self.plan_last(self.stop if full else self.meter, outlet)
         elif self.idle < IDLE_HEARTBEATS or not outlet.operative or outlet.reservation:
             self.idle += 1
-            self.plan.append(self.heartbeat)
+            self.plan_last(self.heartbeat)
         else:
             self.plan_start(outlet, f"{random.randrange(16**8):08X}")
+
+    def plan_last(self, call: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Plan a Call after those that are planned."""
+        self.plan.append(functools.partial(call, *arguments))
+
+    def plan_next(self, call: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Plan a Call before those that are planned."""
+        self.plan.appendleft(functools.partial(call, *arguments))
 
     def plan_start(self, outlet: Outlet, id_token: str) -> None:
         """Plan the Calls of a car that arrives and charges."""
         self.idle = 0
         outlet.arrive(id_token)
         outlet.status = self.preparing
-        self.plan.extend((functools.partial(self.tell_status, outlet),
-                          functools.partial(self.authorize, outlet),
-                          functools.partial(self.start, outlet)))
+        for call in (self.tell_status, self.authorize, self.start):
+            self.plan_last(call, outlet)
 
     async def call(self, action: str, payload: dict) -> dict:
         """Send a Call and wait for its answer: the payload, {} of a CALLERROR.
@@ -26412,7 +26406,7 @@ class SimulatedStation:
         """Change the configuration; a new password makes the station connect anew with it."""
         if name in PASSWORDS:
             self.password = value
-            self.plan.append(self.restart)
+            self.plan_last(self.restart)
         else:
             self.configuration[name] = value
 
@@ -26468,7 +26462,7 @@ class SimulatedStation:
     def stop_remotely(self, transaction_id: Any) -> dict:
         for outlet in self.outlets:
             if outlet.transaction_id is not None and outlet.transaction_id == transaction_id:
-                self.plan.appendleft(functools.partial(self.stop, outlet, "Remote"))
+                self.plan_next(self.stop, outlet, "Remote")
                 return {"status": "Accepted"}
         return {"status": "Rejected"}
 
@@ -26486,14 +26480,14 @@ class SimulatedStation:
         if found.status != "Available":
             return {"status": "Occupied"}
         found.reservation, found.status = reservation, "Reserved"
-        self.plan.append(functools.partial(self.tell_status, found))
+        self.plan_last(self.tell_status, found)
         return {"status": "Accepted"}
 
     def end_reservation(self, outlet: Outlet) -> None:
         """Let an outlet be free again."""
         outlet.reservation = None
         outlet.status = "Available" if outlet.operative else "Unavailable"
-        self.plan.append(functools.partial(self.tell_status, outlet))
+        self.plan_last(self.tell_status, outlet)
 
     def on_cancel_reservation(self, payload: dict) -> dict:
         for outlet in self.outlets:
@@ -26506,8 +26500,8 @@ class SimulatedStation:
         self.plan.clear()
         for outlet in self.outlets:
             if outlet.transaction_id is not None:
-                self.plan.append(functools.partial(self.stop, outlet, self.reset_reason))
-        self.plan.append(self.restart)
+                self.plan_last(self.stop, outlet, self.reset_reason)
+        self.plan_last(self.restart)
         self.boot_reason = "RemoteReset"
         return {"status": "Accepted"}
 
@@ -26524,7 +26518,7 @@ class SimulatedStation:
                     scheduled = True     # when the transaction ends (1.6 5.2)
                     continue
                 outlet.status = "Available" if operative else "Unavailable"
-                self.plan.append(functools.partial(self.tell_status, outlet))
+                self.plan_last(self.tell_status, outlet)
         return {"status": "Scheduled" if scheduled else "Accepted"}
 
     def trigger(self, message: str, number: int | None) -> dict:
@@ -26633,7 +26627,7 @@ class SimulatedStation:
         outlet.status = "Available" if outlet.operative else "Unavailable"
         self.profiles = [p for p in self.profiles
                          if p.purpose != "TxProfile" or p.evse_id != outlet.number]
-        self.plan.append(functools.partial(self.tell_status, outlet))
+        self.plan_last(self.tell_status, outlet)
 
 
 def _recorded_answer(call: Call, recorded: deque[dict]) -> CallResult | CallError:
@@ -26697,7 +26691,7 @@ class SimulatedStation16(SimulatedStation):
         outlet.begin(self.clock(), answer.get("transactionId"))
         outlet.advance(self.clock(), self.limit_a(outlet))
         outlet.status = self.charging_status(outlet)
-        self.plan.append(functools.partial(self.tell_status, outlet))
+        self.plan_last(self.tell_status, outlet)
 
     @staticmethod
     def charging_status(outlet: Outlet) -> str:
@@ -26709,7 +26703,7 @@ class SimulatedStation16(SimulatedStation):
         outlet.readings += 1
         if outlet.transaction_id is not None and outlet.status != self.charging_status(outlet):
             outlet.status = self.charging_status(outlet)
-            self.plan.append(functools.partial(self.tell_status, outlet))
+            self.plan_last(self.tell_status, outlet)
         payload = {"connectorId": outlet.number, "meterValue": [
             {"timestamp": self.now(), "sampledValue": self.sampled(outlet)}]}
         if outlet.transaction_id is not None:
@@ -26765,7 +26759,7 @@ class SimulatedStation16(SimulatedStation):
         if outlet is None:
             return {"status": "NotSupported"}
         if outlet.transaction_id is not None:
-            self.plan.appendleft(functools.partial(self.stop, outlet, "UnlockCommand"))
+            self.plan_next(self.stop, outlet, "UnlockCommand")
         return {"status": "Unlocked"}
 
     def on_reserve_now(self, payload: dict) -> dict:
@@ -26951,14 +26945,14 @@ class SimulatedStation201(SimulatedStation):
         if "evseId" not in payload:
             return super().on_reset(payload)
         for outlet in charging:
-            self.plan.appendleft(functools.partial(self.stop, outlet, self.reset_reason))
+            self.plan_next(self.stop, outlet, self.reset_reason)
         return {"status": "Accepted" if self.outlet(payload["evseId"]) else "Rejected"}
 
     def after_stop(self, outlet: Outlet) -> None:
         super().after_stop(outlet)
         if self.restarts_when_idle and all(o.transaction_id is None for o in self.outlets):
             self.restarts_when_idle, self.boot_reason = False, "ScheduledReset"
-            self.plan.append(self.restart)
+            self.plan_last(self.restart)
 
     def on_unlock_connector(self, payload: dict) -> dict:
         outlet = self.outlet(payload["evseId"])
@@ -27040,13 +27034,13 @@ class SimulatedStation201(SimulatedStation):
             for name in names]
         return self.send_report(payload, "NotifyReport", "reportData", data)
 
-    def send_report(self, payload: dict, action: str, items: str, data: list[dict]) -> dict:
+    def send_report(self, payload: dict, action: str, items: str, data: list[dict] | str) -> dict:
         """Answer a request for a report, and plan the Call that has it."""
         if not data:
             return {"status": "EmptyResultSet"}
-        self.plan.appendleft(functools.partial(self.call, action, {
+        self.plan_next(self.call, action, {
             "requestId": payload["requestId"], "generatedAt": self.now(), "seqNo": 0, "tbc": False,
-            items: data}))
+            items: data})
         return {"status": "Accepted"}
 
     # Its monitors (2.0.1 N02 to N06)
@@ -27091,8 +27085,8 @@ class SimulatedStation201(SimulatedStation):
             for id_, monitor in self.monitors.items() if self.variable_status(monitor)[0] == name
             for trigger in [_trigger(monitor, before, now)] if trigger]
         if events:
-            self.plan.append(functools.partial(self.call, "NotifyEvent", {
-                "generatedAt": self.now(), "seqNo": 0, "tbc": False, "eventData": events}))
+            self.plan_last(self.call, "NotifyEvent", {
+                "generatedAt": self.now(), "seqNo": 0, "tbc": False, "eventData": events})
 
     # Its display (2.0.1 O01 to O06)
 
@@ -27115,8 +27109,8 @@ class SimulatedStation201(SimulatedStation):
                          for name in ("priority", "state"))]
         if not found:
             return {"status": "Unknown"}
-        self.plan.appendleft(functools.partial(self.call, "NotifyDisplayMessages", {
-            "requestId": payload["requestId"], "messageInfo": found, "tbc": False}))
+        self.plan_next(self.call, "NotifyDisplayMessages", {
+            "requestId": payload["requestId"], "messageInfo": found, "tbc": False})
         return {"status": "Accepted"}
 
     def on_clear_display_message(self, payload: dict) -> dict:
@@ -27132,9 +27126,8 @@ class SimulatedStation201(SimulatedStation):
         if payload["clear"] and entry:
             del self.local_list[token]
         if payload["report"]:
-            self.plan.appendleft(functools.partial(self.call, "NotifyCustomerInformation", {
-                "requestId": payload["requestId"], "generatedAt": self.now(), "seqNo": 0,
-                "tbc": False, "data": to_json(entry)[:512] if entry else "nothing is known"}))
+            return self.send_report(payload, "NotifyCustomerInformation", "data",
+                                    to_json(entry)[:512] if entry else "nothing is known")
         return {"status": "Accepted"}
 
     def on_get_charging_profiles(self, payload: dict) -> dict:
