@@ -240,7 +240,7 @@ class BadRequest(BoardError):
 
 
 class Unauthorized(BoardError):
-    """No session, or credentials that are wrong; `hint` says which where that helps."""
+    """No session, or wrong credentials; `hint` says which credentials the board expects."""
 
     http_status = 401
 
@@ -265,7 +265,7 @@ class NotFound(BoardError):
 
 
 class MethodNotAllowed(BoardError):
-    """The path is there, the method is not; `allowed` are."""
+    """A method that the path does not have; `allowed` are its methods."""
 
     http_status = 405
 
@@ -275,7 +275,7 @@ class MethodNotAllowed(BoardError):
 
 
 class Conflict(BoardError):
-    """The station is in no state for it: offline, mostly."""
+    """The station's state does not allow the request; mostly it is offline."""
 
     http_status = 409
 
@@ -288,7 +288,7 @@ class TooLarge(BoardError):
 
 
 class TooMany(BoardError):
-    """Too many of something; to wait `retry_after` seconds will help."""
+    """Too many attempts or requests; the next one may come in `retry_after` seconds."""
 
     http_status = 429
 
@@ -298,13 +298,13 @@ class TooMany(BoardError):
 
 
 class Unavailable(BoardError):
-    """What was asked for cannot be had now; later it can."""
+    """The answer is not available now; the same request may succeed later."""
 
     http_status = 503
 
 
 class Busy(BoardError):
-    """A bound of ours is reached: streams, waiting commands."""
+    """A limit of the board is reached, such as that of streams or waiting commands."""
 
     http_status = 503
 
@@ -347,7 +347,7 @@ class UnknownAction(BoardError):
 
 
 class NotSupported(BoardError):
-    """The other side's version of OCPP has nothing like it (OCPP-J 1.6 4.2.3)."""
+    """The Action has no counterpart in the other side's version (OCPP-J 1.6 4.2.3)."""
 
     http_status, ocpp_code = 400, "NotSupported"
 
@@ -356,7 +356,7 @@ class NotSupported(BoardError):
 
 
 class FormatViolation(BoardError):
-    """The payload is not what the Action takes (OCPP-J 1.6 4.2.3)."""
+    """The payload does not fit the Action's schema (OCPP-J 1.6 4.2.3)."""
 
     http_status, ocpp_code = 400, "FormatViolation"
 
@@ -386,7 +386,7 @@ class SecurityError(BoardError):
 
 
 class BadFrame(BoardError):
-    """Not an OCPP-J message. `id_text` is the message id as it stood there, of a CALL with one."""
+    """A frame that is no OCPP-J message; `id_text` is the message id in it as JSON, of a CALL."""
 
     http_status, ocpp_code = 400, "FormatViolation"
 
@@ -396,13 +396,13 @@ class BadFrame(BoardError):
 
 
 class BrokenFrame(BadFrame):
-    """No JSON, or no Action: not even the frame of a CALL (2.0.1 part 4, 4.3)."""
+    """A frame that is no JSON, or has no Action (2.0.1 part 4, 4.3)."""
 
     ocpp_code = "RpcFrameworkError"
 
 
 class UnknownMessageType(BadFrame):
-    """A message of a type that the version does not have; `its_id` is its id as it stood there."""
+    """A message type that the version does not have; `its_id` is the message id as JSON."""
 
     ocpp_code = "MessageTypeNotSupported"
 
@@ -1214,12 +1214,12 @@ def _iso_second(second: int) -> str:
 
 
 def kept(text: Any, length: int = TEXT_KEPT) -> str:
-    """A stranger's text as a record's field may hold it: a str, cut."""
+    """A received text for a record: a str, cut to a length."""
     return (text if isinstance(text, str) else str(text))[:length]
 
 
 def shown(text: Any, length: int = 80) -> str:
-    """A stranger's text as a log line may show it: cut, on one line, in ASCII."""
+    """A received text for a log line: cut, on one line, in ASCII."""
     return ascii(kept(text, length))
 
 
@@ -1241,7 +1241,7 @@ class Shown(NamedTuple):
 
 
 class Written(NamedTuple):
-    """How a value is written in JSON where its Python type does not say it."""
+    """The JSON type and conversion of a value whose Python type does not say them."""
 
     type: str                           # of JSON
     convert: Callable[[Any], Any]
@@ -1277,7 +1277,7 @@ class Field(NamedTuple):
 
 
 def fields_of(cls: type) -> tuple[Field, ...]:
-    """What is shown of a class: of each base the attributes as they stand, then the properties."""
+    """The fields of a class: of each base its attributes in their order, then its properties."""
     annotations: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         annotations |= inspect.get_annotations(base)
@@ -1298,7 +1298,7 @@ def _field(attribute: str, kind: Any, shown: Shown) -> Field:
 
 
 def _converter(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes JSON of a value of this type; None where it is written as it is."""
+    """The function that converts a value of this type for JSON; None where none is needed."""
     if get_origin(kind) is Annotated:
         return kind.__metadata__[0].convert
     if get_origin(kind) is tuple:
@@ -1311,7 +1311,7 @@ def _converter(kind: Any) -> Callable[[Any], Any] | None:
 
 
 class Readers(NamedTuple):
-    """What reads the fields of a class; see the methods of these names."""
+    """The generated functions that read the fields of a class; see the methods of these names."""
 
     view: Callable[[Any], dict]
     row: Callable[[Any], dict]
@@ -1319,7 +1319,7 @@ class Readers(NamedTuple):
 
 
 def readers_of(cls: type) -> Readers:
-    """Put their source together, as `dataclasses` does: frames are shown by the thousand."""
+    """Generate the Readers of a class, as `dataclasses` does: thousands of frames are shown."""
     fields, texts = fields_of(cls), [f for f in fields_of(cls) if f.is_json]
     converters = {f"to_{f.attribute}": convert for f in fields if (convert := _converter(f.type))}
     names: dict[str, Any] = converters | {"to_json": to_json}
@@ -1348,7 +1348,7 @@ def readers_of(cls: type) -> Readers:
 
 
 class Viewed:
-    """What has fields to show."""
+    """A class with fields declared by `Shown`."""
 
     __slots__ = ()
     SCHEMA: ClassVar[str] = ""          # its name in OpenAPI; "": the class's
@@ -1358,12 +1358,12 @@ class Viewed:
         cls._readers = readers_of(cls)
 
     def view(self) -> dict:
-        """It as REST shows it."""
+        """The fields as REST shows them."""
         return self._readers.view(self)
 
 
 class Record(Viewed):
-    """What every record of a Store has: its number in its store, and JSON."""
+    """A record of a Store, with its number there, and its JSON."""
 
     __slots__ = ("number", "changed")
     number: int
@@ -1376,7 +1376,7 @@ class Record(Viewed):
         return to_json(self.view()) if json is None else json(self)
 
     def row(self) -> dict:
-        """Its cells in an export as CSV, by column; what is JSON text stays that."""
+        """The cells of a CSV export, by column; JSON text is not converted."""
         return self._readers.row(self)
 
 
@@ -1421,7 +1421,7 @@ class LoggedMessage(Record):
     size: int = 0                       # bytes that the payload takes in memory
 
     def mentions(self, text: str) -> bool:
-        """Whether the text, given in lower case, stands anywhere in it in any case."""
+        """Whether any field contains the text, which is in lower case, in any case."""
         words = (self.identity, self.method, self.message_id, self.error_code or "",
                  self.error_description or "")
         return text in "\n".join(words).lower() or text in self.payload.lower()
@@ -1429,7 +1429,7 @@ class LoggedMessage(Record):
 
 @dataclass(slots=True)
 class Event(Record):
-    """Something that happened."""
+    """An event: its kind, station, message and details."""
 
     number: int = field(default=0, kw_only=True)
     kind: str
@@ -1441,7 +1441,7 @@ class Event(Record):
 
 @dataclass(slots=True)
 class SecurityEvent(Event):
-    """Something that may be an attack, or that changes who is let in."""
+    """An event of security: a possible attack, or a change of who is admitted."""
 
     number: Annotated[int, Written("string", "evt-%d".__mod__), Shown("id")] = field(
         default=0, kw_only=True)
@@ -1451,7 +1451,7 @@ class SecurityEvent(Event):
 
 @dataclass(slots=True)
 class Fault(Event):
-    """Something that went wrong between a station and us."""
+    """An error between a station and the board."""
 
     SCHEMA = "Error"
     number: Annotated[int, Written("string", "err-%d".__mod__), Shown("id")] = field(
@@ -1470,7 +1470,7 @@ class SystemEvent(Event):
 
 @dataclass(slots=True)
 class ProxyEvent(Record):
-    """What the relay did with a message, or what became of its connection."""
+    """An event of the relay: of a message or of a connection upstream."""
 
     number: Annotated[int, Written("string", "px-%d".__mod__), Shown("id")] = field(
         default=0, kw_only=True)
@@ -1512,7 +1512,7 @@ BALANCED = 0.2                      # how far phases of one car may differ
 
 
 class Base(NamedTuple):
-    """The register that power is worked out from, and its time by our monotonic clock."""
+    """The register from which power is derived, and its time by our monotonic clock."""
 
     mono: float
     wh: float
@@ -1569,7 +1569,7 @@ class Reading(Viewed):
         return True
 
     def _set(self, found: dict, at_mono: float) -> None:
-        """Write the quantities that were measured; power or current follow where they were not."""
+        """Set the measured quantities; power or current is derived where it was not measured."""
         measured, flows = "power_w" in found, "current_a" in found
         if measured:
             self.derived, self.power_mono = False, at_mono
@@ -1592,7 +1592,7 @@ class Reading(Viewed):
             self.flow_mono = at_mono
 
     def _adds_to_instant(self, found: dict) -> bool:
-        """Whether the samples tell more of the last instant, and no phase of it otherwise."""
+        """Whether the samples add phases to the last instant, and change none of its values."""
         instant = self.instant
         for name, phases in found.items():
             known = instant.get(name)
@@ -1631,13 +1631,13 @@ class Reading(Viewed):
         return [worst] * phases + none, [best] * phases + none
 
     def end_flow(self, at_mono: float) -> None:
-        """Nothing flows from then on, whatever the meter said before."""
+        """Set the flow to zero from then on, whatever the meter measured before."""
         self.ended_mono = at_mono
         if self.flow_mono <= at_mono:
             self._set_flow(0.0, dict.fromkeys(self.current_a, 0.0))
 
     def forget_flow(self) -> None:
-        """What flows is unknown until the next reading: the station has started anew."""
+        """The flow is unknown until the next reading: the station has restarted."""
         self._set_flow(None, {})
 
     def _set_flow(self, power_w: float | None, current_a: dict) -> None:
@@ -1668,7 +1668,7 @@ class Reading(Viewed):
         return self.power_w
 
     def _derive_currents(self) -> None:
-        """Currents of the phases of which only power tells: by phase, or in the sum of all."""
+        """Currents of the phases that are measured as power only: each, or the sum of all."""
         amps, watts = self.instant.get("current_a", {}), self.instant.get("power_w", {})
         if "L1" in amps and "L2" in amps and "L3" in amps:
             self.derived_current = False
@@ -1696,22 +1696,22 @@ class Reading(Viewed):
 
     @property
     def timestamp(self) -> Annotated[Time, Shown()]:
-        """When it was read, by our clock as far as that is known."""
+        """The time of the reading, by our clock where that is known."""
         return self.at if self.shown_at is None else self.shown_at
 
     @property
     def quality(self) -> Annotated[Quality, Shown()]:
-        """Of the power."""
+        """The quality of the power: measured, derived or stale."""
         return "stale" if self.stale else "derived" if self.derived else "measured"
 
     @property
     def derived_fields(self) -> Annotated[list[str], Shown("derived")]:
-        """The fields that no meter said."""
+        """The names of the fields that were derived, not measured."""
         return ["powerW"] * self.derived + ["currentA"] * self.derived_current
 
 
 def _total(name: str, phases: dict) -> float:
-    """One figure of a quantity: the total, where it is given, rather than our sum of phases."""
+    """The total of a quantity: as measured, else the sum of its phases."""
     if "" in phases:
         return phases[""]
     if name in ("power_w", "energy_wh"):
@@ -1720,7 +1720,7 @@ def _total(name: str, phases: dict) -> float:
 
 
 class Point(NamedTuple):
-    """A register and its time: by our monotonic clock, and as the station told it."""
+    """A register and its time: by our monotonic clock, and by the station's."""
 
     mono: float
     at: float
@@ -1728,14 +1728,14 @@ class Point(NamedTuple):
 
 
 def most_wh(earlier: Point, later: Point, slack_wh: float = REGISTER_SLACK_WH) -> float:
-    """What a connector can give between two readings, and a margin for clocks that were set."""
+    """The most energy between two readings, with a margin for clocks that were set."""
     seconds = max(abs(later.mono - earlier.mono), abs(later.at - earlier.at))
     return slack_wh + CONNECTOR_MOST_W / 3600 * seconds
 
 
 @dataclass(slots=True)
 class Track:
-    """Registers that one meter can have shown: they only rise, and as fast as power allows."""
+    """Registers that can be of one meter: they only rise, and as fast as power allows."""
 
     first: Point
     last: Point
@@ -1756,14 +1756,14 @@ class Track:
         return None
 
     def is_noise(self, point: Point) -> bool:
-        """Whether the point is this meter's, seen late or with a small step back.
+        """Whether the point is of this meter, but late or a small step back.
 
         A fall to under half is a register that was reset, or another one.
         """
         return self.last.wh / 2 <= point.wh <= self.last.wh
 
     def extend(self, point: Point) -> None:
-        """Take a point that continues the track, or is noise of it."""
+        """Add a point that continues the track, or is noise of it."""
         if point.mono >= self.first.mono and point.wh >= self.last.wh:
             if point.mono > self.last.mono:
                 self._watch_jump(point)
@@ -1774,7 +1774,7 @@ class Track:
             self.last, self.doubted = point, 0
 
     def _watch_jump(self, point: Point) -> None:
-        """Keep the register before a step that power hardly allows, until that has held."""
+        """Keep the register before a step that power hardly allows until points confirm it."""
         if point.wh - self.last.wh > most_wh(self.last, point, JUMP_WH):
             self.before = self.before if self.doubted else self.last.wh
             self.doubted = UNPROVEN_POINTS
@@ -1784,7 +1784,7 @@ class Track:
             self.before = self.last.wh
 
     def is_spike(self, point: Point) -> bool:
-        """Whether this later point, lower than the last, says that the last was none."""
+        """Whether this later, lower point shows that the last one was a spike."""
         return self.before <= point.wh < (self.before + self.last.wh) / 2
 
 
@@ -1825,7 +1825,7 @@ class Register:
                 self.add(point)
 
     def add(self, point: Point) -> None:
-        """A register in between."""
+        """Add a register between start and end."""
         if point.wh < 0 or (self.start and point.mono < self.start.mono - SKEW_TOLERANCE_S):
             return                       # none of this transaction, whatever it is
         if self.start and point.mono < self.start.mono:
@@ -1899,7 +1899,7 @@ class Register:
         return None if total is None else round(total, 3)
 
     def _rose_between(self) -> bool:
-        """Whether the stop's register is one that began above the start's: of another base."""
+        """Whether the stop's register has another base than the start's."""
         home = next((t for t in self._tracks if self.stop in (t.first, t.last)), None)
         return home is not None and home is not self._tracks[0] and (
             home.first.wh > self._tracks[0].last.wh)
@@ -1914,7 +1914,7 @@ class Register:
             0 <= more_wh <= most_wh(first.last, self.stop, JUMP_WH))
 
     def _sum(self) -> float | None:
-        """What the tracks that follow each other have gained."""
+        """The energy of tracks that follow each other, in Wh."""
         if len(self._tracks) == 1:
             return self._tracks[0].last.wh - self._tracks[0].first.wh
         total, former = None, None
@@ -1936,7 +1936,7 @@ class Register:
 
 
 class Series:
-    """What the meter of a transaction said over time, for a chart: at most SERIES_KEPT readings.
+    """The meter readings of a transaction over time, for a chart: at most SERIES_KEPT.
 
     Beyond it every second one goes, and later ones are taken half as often: the whole stays.
     """
@@ -1973,7 +1973,7 @@ class Series:
 
     def add(self, at: float, power_w: float | None, energy_wh: float | None, soc: float | None,
             current_a: dict, allowed_a: float | None = None) -> None:
-        """Keep a reading in the place of its time, unless it is too near another one."""
+        """Insert a reading by its time, unless it is too near another one."""
         since, numbers, width = at - self.start, self._numbers, self.WIDTH
         place = len(numbers)
         while place and since < numbers[place - width]:
@@ -2005,7 +2005,7 @@ class Series:
 
 
 class Tariff(NamedTuple):
-    """What a charging costs, as it was when it began."""
+    """The tariff of a transaction, as it was at its start."""
 
     currency: str
     per_kwh: float
@@ -2013,14 +2013,14 @@ class Tariff(NamedTuple):
     start_fee: float
 
     def cost(self, energy_wh: float, seconds: float) -> float:
-        """The cost of a charging so far."""
+        """The cost of a transaction so far."""
         return round(self.start_fee + self.per_kwh * energy_wh / 1000
                      + self.per_hour * seconds / 3600, 2)
 
 
 @dataclass(slots=True, eq=False)
 class Transaction(Record):
-    """A charging, from its start (or from when we first heard of it) to its stop."""
+    """A charging transaction, from its start (or its first message to us) to its stop."""
 
     id: Annotated[TransactionId, Shown(csv=True)]
     identity: Annotated[str, Shown(csv=True, filter=OF_STATION)]
@@ -2068,31 +2068,31 @@ class Transaction(Record):
 
     @property
     def power_w(self) -> Annotated[float | None, Shown()]:
-        """As its meter told it last."""
+        """The power of the last reading."""
         return self.reading.power_w if self.reading else None
 
     @property
     def missing_events(self) -> Annotated[int, Shown()]:
-        """How many of its TransactionEvents did not come."""
+        """The number of TransactionEvents that are missing."""
         return self.sequence.missing if self.sequence else 0
 
     @property
     def currency(self) -> Annotated[str | None, Shown(csv=True)]:
-        """Of its cost."""
+        """The currency of the cost."""
         return self.tariff.currency if self.tariff else None
 
     def mentions(self, text: str) -> bool:
-        """Whether the text, given in lower case, stands anywhere in it in any case."""
+        """Whether any field contains the text, which is in lower case, in any case."""
         words = (self.identity, str(self.id), self.id_token or "", self.token_name,
                  self.reason or "")
         return text in "\n".join(words).lower()
 
     def latest_mono(self) -> float:
-        """When it was last heard of, by our monotonic clock."""
+        """The time of its last message, by our monotonic clock."""
         return max(self.started_mono, self.reading.at_mono if self.reading else -math.inf)
 
     def count_energy(self) -> None:
-        """Work the energy out anew, after something was told to the register."""
+        """Update the energy after the register has got a new point."""
         register = self.register
         self.energy_wh = register.energy_wh()
         if register.start is not None:
@@ -2120,11 +2120,11 @@ class EventSequence:
 
     @property
     def missing(self) -> int:
-        """How many events between the first and the last did not come."""
+        """The number of events between the first and the last that did not come."""
         return len(self._missing) + self._beyond
 
     def add(self, number: int | None, at_mono: float) -> bool:
-        """Take an event. Returns whether it is the newest: by its time, or its number."""
+        """Count an event. Returns whether it is the newest, by its time or number."""
         newest = at_mono > self.at_mono or (at_mono == self.at_mono and (
             number is None or self.last is None or number >= self.last)) or (
             number is not None and self.last is not None and number > self.last)
@@ -2155,7 +2155,7 @@ class EventSequence:
 
 @dataclass(slots=True, eq=False)
 class ChargeSession(Record):
-    """What the site's power controller does for one transaction."""
+    """The session of the site's power controller for one transaction."""
 
     SCHEMA = "SmartCharge"
     number: Annotated[int, Written("string", "sc-%d".__mod__), Shown("sessionId")] = field(
@@ -2185,7 +2185,7 @@ class ChargeSession(Record):
 
 
 class Problem(NamedTuple):
-    """What a 2.x station alerted of, and when by our monotonic clock; text None: it is over."""
+    """An alert of a 2.x station, and its time by our monotonic clock; text None: it is over."""
 
     text: str | None
     mono: float
@@ -2193,7 +2193,7 @@ class Problem(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Connector(Viewed):
-    """What a station says of one connector. (0, 0) is the station itself."""
+    """A connector as its station reports it. (0, 0) is the station itself."""
 
     evse_id: Annotated[int, Shown("evse")]
     connector_id: Annotated[int, Shown("connector")]
@@ -2212,7 +2212,7 @@ class Connector(Viewed):
     released_mono: float = -math.inf    # when its last transaction ended
 
     def cause(self) -> tuple[str | None, str | None]:
-        """(error code, text) of what is wrong with it, if anything is."""
+        """(error code, text) of its fault, if it has one."""
         if not self.problems:
             return self.error_code, self.info
         problems = {name: text for name, (text, _) in self.problems.items() if text is not None}
@@ -2234,12 +2234,12 @@ class Connector(Viewed):
 
     @property
     def transaction_id(self) -> Annotated[TransactionId | None, Shown()]:
-        """Of the transaction that is active there."""
+        """The id of the active transaction."""
         return self.transaction.id if self.transaction else None
 
 
 class StationClock:
-    """How far a station's clock is ahead of ours, from the times that it tells.
+    """The skew of a station's clock ahead of ours, from the times in its messages.
 
     A message may be late, so the foremost of the last times counts. A clock that was set back is
     told from late messages by this: its times agree with ours, or, without that, for a while with
@@ -2256,21 +2256,21 @@ class StationClock:
 
     @property
     def skew_s(self) -> float | None:
-        """Seconds, once it is known."""
+        """The skew in seconds; None until it is known."""
         return max(self._recent) if self._recent else None
 
     def moved(self, ours_s: float) -> None:
-        """Our own clock was set on by so much."""
+        """Our own clock was set forward by so many seconds."""
         self.shift_s -= ours_s if self._recent else 0.0
         self._recent = deque((skew - ours_s for skew in self._recent), maxlen=8)
         self._other = None
 
     def time_sent(self) -> None:
-        """The station has got our time in an answer: from here on its clock should be right."""
+        """The station got our time in an answer: its clock should be right from here on."""
         self._given = True
 
     def time_reported(self, skew_s: float, now_mono: float) -> None:
-        """A message has a time that is so far ahead of ours."""
+        """A message has a time that is `skew_s` ahead of ours."""
         recent = self._recent
         if recent and self._other is None and abs(skew_s - self.shift_s) <= SKEW_TOLERANCE_S:
             recent.append(skew_s)        # as it mostly is
@@ -2321,7 +2321,7 @@ class Upload:
 
 @dataclass(slots=True, eq=False)
 class IdToken(Record):
-    """An id token that the site knows, or one that was shown lately and that it does not know."""
+    """An id token that the site knows, or an unknown one that was shown lately."""
 
     # As it was written; case does not tell two apart.
     id_token: Annotated[str, Shown(csv=True)]
@@ -2343,11 +2343,11 @@ class IdToken(Record):
 
     @property
     def key(self) -> str:
-        """By which it is known: case-insensitive (1.6 7.28; 2.0.1 part 2, IdTokenType)."""
+        """Its key in the table: case-insensitive (1.6 7.28; 2.0.1 part 2, IdTokenType)."""
         return self.id_token.lower()
 
     def evses_at(self, identity: str) -> frozenset[int] | None:
-        """The EVSEs of a station where it is for; None: all of them."""
+        """The EVSEs of a station at which it may charge; None: all of them."""
         if any(fnmatch.fnmatchcase(identity, pattern) for pattern in self.stations):
             return None
         parts = [pattern.rpartition(":") for pattern in self.stations]
@@ -2356,23 +2356,23 @@ class IdToken(Record):
                          and fnmatch.fnmatchcase(identity, station))
 
     def copy_use(self, other: "IdToken") -> None:
-        """Take over what is known of its use."""
+        """Copy the fields of its use."""
         self.kind, self.used_at = other.kind, other.used_at
         self.used_by, self.answered = other.used_by, other.answered
 
     def settings(self) -> IdTokenSettings:
-        """What is said of it, not what became of it, in the words of the configuration."""
+        """Its settings, without its use, under the keys of the configuration."""
         return IdTokenSettings(self.name, cast(TokenStatus, self.status), self.group, self.master,
                                iso(self.expires_at) or "", list(self.stations))
 
     @property
     def known_source(self) -> Annotated[TokenSource | None, Shown("source")]:
-        """Where it is made; None: it is unknown."""
+        """The source of its settings; None: it is unknown."""
         return self.source or None
 
     @property
     def known_kind(self) -> Annotated[str | None, Shown("type")]:
-        """Its type in 2.x, once that was told."""
+        """Its type in 2.x, once a message had it."""
         return self.kind or None
 
     def row(self) -> dict:
@@ -2381,7 +2381,7 @@ class IdToken(Record):
 
 
 class KnownProfile(NamedTuple):
-    """What of a charging profile on a station tells that another one must not stand beside it."""
+    """The fields of an installed charging profile that exclude another one beside it."""
 
     purpose: str
     evse_id: int
@@ -2390,7 +2390,7 @@ class KnownProfile(NamedTuple):
     valid: tuple[float, float]
 
     def excludes(self, other: "KnownProfile") -> bool:
-        """Whether the standard lets no two such stand (2.0.1 K01.FR.06, K01.FR.39)."""
+        """Whether the standard forbids both at once (2.0.1 K01.FR.06, K01.FR.39)."""
         same_place = (self.transaction_id == other.transaction_id if self.purpose == "TxProfile"
                       else self.evse_id == other.evse_id)
         return (self.purpose, self.stack_level) == (other.purpose, other.stack_level) and (
@@ -2398,7 +2398,7 @@ class KnownProfile(NamedTuple):
 
 
 class LocalList(NamedTuple):
-    """The list of id tokens that a station keeps, as it took it last."""
+    """The local list of a station, as it accepted it last."""
 
     version: int
     sent_at: float
@@ -2406,7 +2406,7 @@ class LocalList(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What a station is to be told of an id token."""
+    """The authorization of an id token at a station."""
 
     status: str                         # in the words of 2.x
     group: str = ""
@@ -2415,7 +2415,7 @@ class Grant(NamedTuple):
 
 
 class Quirk(TypedDict):
-    """A thing that a station does against the standard, and how often."""
+    """A violation of the standard by a station, and how often it was seen."""
 
     name: str
     count: int
@@ -2493,7 +2493,7 @@ class Station(Record):
 
     @property
     def nameplate(self) -> Annotated[dict[str, str | None], Shown("station")]:
-        """What it said of itself with its BootNotification: vendor, model, serial, firmware, …"""
+        """Vendor, model, serial number, firmware and more of its BootNotification."""
         return dict.fromkeys(("vendor", "model", "serial", "firmware")) | self.info
 
     @property
@@ -2503,14 +2503,14 @@ class Station(Record):
 
     @property
     def quirk_list(self) -> Annotated[list[Quirk], Shown("quirks")]:
-        """What it does against the standard, with the newest message that did."""
+        """Its violations of the standard, each with the newest message that has it."""
         return [{"name": name, "count": count, "lastMessageId": message_id}
                 for name, (count, message_id) in self.quirks.items()]
 
 
 @dataclass(slots=True)
 class RefusedUpgrade(Record):
-    """An upgrade that was refused; same ones are counted together."""
+    """A refused upgrade; equal ones are counted together."""
 
     SCHEMA = "Knocking"
     ip: Annotated[str, Shown()]
@@ -2525,7 +2525,7 @@ class RefusedUpgrade(Record):
 
 
 def _network(address: str) -> str:
-    """What counts as one address: of IPv6 the /64, since a whole one is anybody's."""
+    """The network of an address: of IPv6 the /64, which one host can use as a whole."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
@@ -2556,7 +2556,7 @@ class Store:
 
     @property
     def count(self) -> int:
-        """How many records came since the start."""
+        """The number of records since the start."""
         return self.total - self.before
 
     @property
@@ -2604,7 +2604,7 @@ class Store:
 
     def resize(self, limit: int, max_bytes: int | None = None,
                over: Callable[[Any], bool] = lambda record: True) -> list:
-        """Keep so many from here on. Returns the records that go, as with `make_room`."""
+        """Change the limit. Returns the records that are removed for it."""
         self.limit, self.max_bytes = limit, max_bytes
         gone = []
         while self._is_full():
@@ -2640,7 +2640,7 @@ class Store:
         return found if found is not None and found.number == number else None
 
     def newest(self, limit: int, match: Callable[[Any], bool]) -> list:
-        """The newest that match; reads no further than it must."""
+        """The newest records that match."""
         return list(islice(filter(match, reversed(self.records)), limit))
 
     def since(self, number: int) -> tuple[list, int]:
@@ -2651,7 +2651,7 @@ class Store:
 
 
 class Shares:
-    """What each owner has in a store, and who has the most; each step takes the same time.
+    """The records of each owner in a store, and the owner of the most; in constant time.
 
     Owners stand by how many records they have, so that the first of the top row has the most.
     """
@@ -2664,14 +2664,14 @@ class Shares:
         self._top = 0
 
     def add(self, owner: str, record: Record) -> None:
-        """The newest record of all is this owner's."""
+        """Add the newest record of all."""
         records = self.records_of.setdefault(owner, deque())
         records.append(record)
         self._move(owner, len(records) - 1, len(records))
         self._top = max(self._top, len(records))
 
     def remove(self, owner: str, record: Record) -> None:
-        """A record goes, mostly its owner's oldest."""
+        """Remove a record, mostly its owner's oldest."""
         records = self.records_of[owner]
         del records[next(index for index, other in enumerate(records) if other is record)]
         self._move(owner, len(records) + 1, len(records))
@@ -2690,11 +2690,11 @@ class Shares:
 
     @property
     def first(self) -> str:
-        """Who has the most."""
+        """The owner of the most records."""
         return next(iter(self._rows[self._top]))
 
     def greedy(self, count: int) -> deque | None:
-        """The records of who has the most of `count`, if that is more than an equal share."""
+        """The records of the first owner, if they are more than an equal share of `count`."""
         return self.records_of[self.first] if self._top * len(self.records_of) > count else None
 
 
@@ -2744,7 +2744,7 @@ class FairStore(Store):
                             or self.records[0])
 
     def _next_to_go(self, over: Callable[[Any], bool]) -> Record | None:
-        """The oldest that is over of whoever has too much; None where nobody has."""
+        """The oldest record that is `over` of an owner with too many; None without one."""
         group = self._groups.first
         scopes = (self._members[group].greedy(len(self._groups.records_of[group])),
                   self._groups.greedy(len(self.records)))
@@ -4937,7 +4937,7 @@ EVENT_SEVERITY: dict[str, Severity] = {
 
 
 class Split(NamedTuple):
-    """How a command with a long list is sent in parts, and their answers become one."""
+    """The rule by which a command with a long list is split, and its answers are joined."""
 
     items: str                           # the list in its payload
     answers: tuple[str, ...] = ()        # the lists in its answer; (): it cannot be split
@@ -4946,7 +4946,7 @@ class Split(NamedTuple):
 
     @classmethod
     def by(cls, component: str, items: str, *answers: str, of: str) -> "Split":
-        """With a component's variables as limits (2.0.1 part 2, appendices 3.1)."""
+        """A Split whose limits are variables of a component (2.0.1 part 2, appendices 3.1)."""
         return cls(items, answers, f"{component}.ItemsPerMessage{of}",
                    f"{component}.BytesPerMessage{of}")
 
@@ -5090,7 +5090,7 @@ def _hide(value: Any) -> Any:
 
 
 def _names_of(value: dict) -> list:
-    """The names by which an object says what its value is."""
+    """The names in an object that say which variable or key its value is of."""
     named = [inner for field_ in ("variable", "component")
              if isinstance(inner := value.get(field_), dict)]
     return [value.get("key"), value.get("messageId"),
@@ -5098,7 +5098,7 @@ def _names_of(value: dict) -> list:
 
 
 def hide_in_text(text: str) -> str:
-    """A text with its secrets hidden: vendors write JSON objects, pairs or URLs into it."""
+    """A text with its secrets hidden, which may be in JSON objects, pairs or URLs."""
     if text[:1] in "{[" and len(text) > 1:
         with contextlib.suppress(ValueError, RecursionError):
             inner = _read(text)[0]
@@ -5152,7 +5152,7 @@ def wire_time(when: float) -> str:
 
 
 def required(payload: dict, key: str, kind: type) -> Any:
-    """A field that must be there; a number may be written as a text, and a text as a number.
+    """A required field; a number may be written as a text, and a text as a number.
 
     Raises: MissingField, WrongType.
     """
@@ -5162,7 +5162,7 @@ def required(payload: dict, key: str, kind: type) -> Any:
 
 
 def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
-    """A field that may be missing.
+    """An optional field.
 
     Raises: WrongType.
     """
@@ -5171,7 +5171,7 @@ def optional(payload: dict, key: str, kind: Any, default: Any = None) -> Any:
 
 
 def lenient(payload: dict, path: str, kind: Any, default: Any = None) -> Any:
-    """A field that no message fails for, by its path: one of a wrong type counts as missing."""
+    """An optional field by its path; a value of a wrong type counts as missing."""
     value: Any = value_at(payload, path) if "." in path else payload.get(path)
     try:
         return default if value is None else _typed(value, path, kind)
@@ -5180,7 +5180,7 @@ def lenient(payload: dict, path: str, kind: Any, default: Any = None) -> Any:
 
 
 def value_at(payload: Any, path: str) -> Any:
-    """What stands at a path, such as `evse.id` or `chargingSchedule[0].id`; None: nothing does."""
+    """The value at a path, such as `evse.id` or `chargingSchedule[0].id`; None without one."""
     for step in path.split("."):
         name, is_list, _ = step.partition("[0]")
         payload = payload.get(name) if isinstance(payload, dict) else None
@@ -5215,7 +5215,7 @@ def _typed(value: Any, key: str, kind: type) -> Any:
 
 
 class Violation(NamedTuple):
-    """Where and how a payload leaves its schema: a JSON pointer, a sentence, the error to raise."""
+    """A violation of a schema: JSON pointer, sentence, the error to raise."""
 
     pointer: str
     text: str
@@ -5273,7 +5273,7 @@ class Schemas:
             self._pool, self._compile, protocol, action)
 
     def check(self, protocol: str, action: str, part: str, payload: dict) -> Violation | None:
-        """The first thing in the payload that its schema does not allow.
+        """The first violation of the schema in a payload.
 
         `part` is "Request" or "Response". An Action without schema has nothing to violate.
         """
@@ -5309,7 +5309,7 @@ class Schemas:
 
 
 def least_payload(schema: dict, root: dict) -> Any:
-    """What fits a schema with its required fields alone: of words the first, of times now.
+    """A payload with the required fields of a schema: the first word of each enumeration.
 
     Integers and numbers are the least that they may be, else 0; texts are empty.
     """
@@ -7569,7 +7569,7 @@ def _squashed(word: str) -> str:
 
 @functools.lru_cache(512)
 def _measurand(text: str) -> tuple[str, str]:
-    """A measurand as (squashed, phase): some write Current.Import.L1."""
+    """A measurand as (squashed, phase): some stations write Current.Import.L1."""
     name, _, phase = text.rpartition(".")
     return (_squashed(name), phase) if phase in PHASES else (_squashed(text), "")
 
@@ -7633,7 +7633,7 @@ class Instant:
         return rank >= former
 
     def finish(self) -> bool:
-        """Set the interval's energy apart: it is no state of a meter. Whether it has a sample."""
+        """Set the interval's energy apart: it is no state of a meter. Whether there is a sample."""
         if self._ranks:
             self.begins = self._ranks.get(("energy_wh", False)) == BEGINNING
         if "interval_wh" in self.inlet:
@@ -7686,7 +7686,7 @@ def _time_of(meter_value: dict, now: float, quirks: list[str]) -> float:
 
 
 class Kind(NamedTuple):
-    """What the measurand, unit, phase, context and location of a sample say of its value."""
+    """The meaning of a sample's value, by its measurand, unit, phase, context and location."""
 
     name: str                            # field of Reading; "export" for what flows out
     phase: str
@@ -7702,7 +7702,7 @@ class Kind(NamedTuple):
 @functools.lru_cache(1024)
 def _kind(measurand: Any, unit: Any, phase: Any, context: Any, location: Any, format_: Any,
           multiplier: Any = None) -> Kind | None:
-    """The kind of samples with these words; None if they say nothing of interest.
+    """The Kind of samples with these words; None for quantities that are not shown.
 
     A charger sends the same few again and again.
     """
@@ -7768,7 +7768,7 @@ def _read_sample(sample: Any, instant: Instant, quirks: list[str]) -> None:
 
 
 def _odd_value(name: str, value: float, most: float) -> list[str]:
-    """The quirk of a value that cannot be, or flows out."""
+    """The quirk of an impossible or negative value."""
     if name == "export":
         return ["export"] if value >= most else []
     if not math.isfinite(value):
@@ -7802,7 +7802,7 @@ CHANGING = ("connections", "transactions", "smart-charge")
 
 
 class Published:
-    """An event on its way to listeners. Its text is made once, when the first one asks for it."""
+    """An event for listeners. Its text is made once, for the first that asks."""
 
     __slots__ = ("topic", "number", "record", "_text")
 
@@ -7833,7 +7833,7 @@ class Subscription:
         self.cursor = cursor             # {topic: number of the last event read or passed over}
 
     def offer(self, event: Published) -> None:
-        """Take an event if it matches; tell the listener when it is the first to wait."""
+        """Queue an event if it matches, and wake the listener where it is the first."""
         if self.match is not None and not self.match(event.topic, event.record):
             return
         self.waiting.append(event)
@@ -7901,13 +7901,13 @@ class PowerController(Protocol):
     """The power controller, as the Board and the connections know it."""
 
     def car_needs(self, station: Station, payload: dict) -> bool:
-        """Whether a limit by these needs of a car follows (K15)."""
+        """Take the needs of a car; whether a limit follows (K15)."""
 
     def car_schedule(self, station: Station, payload: dict) -> bool:
         """Whether the car's schedule is within its limit (K15)."""
 
     def profiles_cleared(self, identity: str, profile_id: int | None) -> None:
-        """A station has cleared a profile, or several; whoever sent the command."""
+        """A station has cleared one profile or several, of whichever sender."""
 
 
 def _is_over(transaction: Transaction) -> bool:
@@ -8026,7 +8026,7 @@ class Board:
             self.listeners[topic].remove(subscription)
 
     def pass_over(self, subscription: Subscription) -> None:
-        """Count events that came and did not match as read, where none waits."""
+        """Move the position of a listener behind events that did not match, where none waits."""
         if not subscription.waiting:
             subscription.cursor |= {topic: self._last_number(topic)
                                     for topic in subscription.topics}
@@ -8478,7 +8478,7 @@ class Board:
         return min(now, when - ahead_s if abs(ahead_s) > SKEW_TOLERANCE_S else when)
 
     def watch_clock(self) -> None:
-        """Notice that our own wall clock was set: those of the stations are judged anew then."""
+        """Notice a step of our own wall clock; the clocks of the stations are judged anew."""
         ahead_s = self.clock() - self.mono()
         jump_s = ahead_s - self.ahead_s
         if abs(jump_s) < CLOCK_JUMP_S:
@@ -8668,7 +8668,7 @@ class Board:
     def transaction_adopted(self, station: Station, transaction_id: int | str, evse_id: int,
                             connector_id: int, id_token: str | None,
                             seen_at: float | None) -> Transaction:
-        """A transaction whose start did not come: it is from before our time, or comes late."""
+        """Add a transaction whose start is missing: it was before our start, or comes late."""
         transaction = self.transaction_started(station, transaction_id, evse_id, connector_id,
                                                id_token, seen_at)
         transaction.began_unseen = transaction.estimated = True
@@ -8677,7 +8677,7 @@ class Board:
     def transaction_orphaned(self, station: Station, transaction_id: int | str, evse_id: int,
                              connector_id: int, id_token: str | None,
                              stopped_at: float | None) -> Transaction:
-        """A transaction of which only the stop came; its connector may have another one running."""
+        """Add a transaction of which only the stop came; another may run at its connector."""
         transaction = Transaction(transaction_id, station.identity, evse_id, connector_id,
                                   id_token, self.wall_of(station, stopped_at), status="orphan",
                                   started_mono=self.mono_of(station, stopped_at),
@@ -8779,7 +8779,7 @@ class Board:
 
     def transaction_located(self, station: Station, transaction: Transaction, evse_id: int,
                             connector_id: int | None) -> None:
-        """The place of a transaction, which may follow its start: a card before the plug.
+        """Set the place of a transaction, which may be unknown at its start.
 
         `evse_id` 0 and `connector_id` None are no place. Spec: 2.0.1 E02, E03.
         """
@@ -8799,7 +8799,7 @@ class Board:
             self._occupy(station, transaction)
 
     def _follow_car(self, station: Station, connector: Connector) -> None:
-        """A car is at this connector: a transaction whose EVSE alone is known is here."""
+        """A car is at this connector: a transaction with a known EVSE alone gets it."""
         for other in list(station.connectors.values()):
             transaction = other.transaction
             if (transaction and transaction.assumed_connector and other is not connector
@@ -8816,7 +8816,7 @@ class Board:
             connector.interrupted = transaction
 
     def transaction_updated(self, transaction: Transaction, **facts: Any) -> None:
-        """Set facts of a transaction that its station has reported; None is no report."""
+        """Set reported attributes of a transaction; None is no report."""
         for name, value in facts.items():
             if value is not None:
                 setattr(transaction, name, value)
@@ -8844,7 +8844,7 @@ class Board:
 
     def connector_free(self, station: Station, evse_id: int, connector_id: int,
                        at_mono: float = math.inf) -> None:
-        """A connector is in a state without a transaction; an open one was never stopped."""
+        """A connector is free: a transaction still open there is abandoned."""
         connector = station.connectors.get((evse_id, connector_id))
         if connector and connector.transaction and (
                 at_mono >= connector.transaction.started_mono - SKEW_TOLERANCE_S):
@@ -8852,7 +8852,7 @@ class Board:
 
     def metered(self, station: Station, evse_id: int, connector_id: int, instant: Instant,
                 transaction: Transaction | None, own: bool, not_before: float) -> None:
-        """A meter value of a transaction, where it belongs to one, or of a connector.
+        """Take a meter value of a transaction or of a connector.
 
         `own`: the message is the transaction's own; else it may go on under the id of one that
         ended. `not_before`: a time that the message is known not to be before.
@@ -8914,7 +8914,7 @@ class Board:
             self.publish("connections", station)
 
     def _first_reading(self, transaction: Transaction, instant: Instant) -> Reading:
-        """A transaction's first reading: a state may have ended the flow before it came."""
+        """Take the first reading of a transaction; its state may have ended the flow before."""
         reading, connector = Reading(instant.at), transaction.connector
         if transaction.charging_state in NO_FLOW:
             reading.end_flow(transaction.state_mono)
@@ -8952,7 +8952,7 @@ class Board:
                                charge.allocated_a if charge and not charge.ended_at else None)
 
     def charging_state(self, transaction: Transaction, state: str, at_mono: float) -> None:
-        """A transaction's chargingState changes; from the times of some on, nothing flows."""
+        """Set the chargingState of a transaction; some states end the flow."""
         if state != transaction.charging_state:
             transaction.state_mono = at_mono
             if state in NO_FLOW and transaction.reading:
@@ -8960,7 +8960,7 @@ class Board:
         transaction.charging_state = state
 
     def _occupy(self, station: Station, transaction: Transaction) -> None:
-        """Put a transaction at its connector; of two there, the one that began first is over."""
+        """Put a transaction at its connector; of two there, the earlier one is abandoned."""
         if transaction.evse_id == 0:                     # its place is not known
             return
         connector = self.connector(station, transaction.evse_id, transaction.connector_id)
@@ -9208,7 +9208,7 @@ ROWS: dict[str, dict[str, str]] = {
 
 
 class Progress:
-    """The attributes that a Transaction needs to go on, as their row has them."""
+    """The attributes in the row of a running Transaction."""
 
 
 ROW_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (
@@ -9948,7 +9948,7 @@ class History:
             self.state.remove_before(topic, before)
 
     def _use_up(self, ahead: int) -> None:
-        """Have the next run number its records behind those that this one may number."""
+        """Reserve numbers: the next run numbers its records after those of this one."""
         self._ahead = {topic: self.board.stores[topic].total + ahead for topic in HISTORY}
         self.state.put("numbers", "", self._ahead, durable=True)
 
@@ -9967,7 +9967,7 @@ class History:
 
 
 class FinishedTransactions:
-    """The finished transactions of the file that are not in memory, asked for as of History."""
+    """The finished transactions that are in the file alone, with the methods of History."""
 
     def __init__(self, keeper: Keeper):
         self.keeper = keeper
@@ -9977,7 +9977,7 @@ class FinishedTransactions:
         return self.keeper.board.stores[topic].first
 
     async def count(self, topic: str, first: int, wanted: dict[str, Any]) -> int:
-        """How many match."""
+        """The number of those that match."""
         return await self.keeper.count(**wanted)
 
     async def page(self, topic: str, first: int, limit: int, offset: int,
@@ -10070,7 +10070,7 @@ def answer(board: Board, station: Station, protocol: str, call: Call,
 
 
 def _has_to_wait(board: Board, station: Station, protocol: str, action: str) -> bool:
-    """Whether a Call must wait until the station is approved (2.0.1 B02.FR.09, B03)."""
+    """Whether a Call must wait for the station's approval (2.0.1 B02.FR.09, B03)."""
     if action == "BootNotification" or action in station.asked:
         return False
     if action in NEEDS_APPROVAL and not board.is_approved(station.identity):
@@ -10136,7 +10136,7 @@ def _time_for(board: Board, station: Station) -> str:
 
 
 def standard_word(board: Board, station: Station, word: str, words: frozenset) -> str:
-    """A word as the standard writes it, where a station writes it in another case."""
+    """A word of the standard, which the station may write in another case."""
     if word in words:
         return word
     standard = next((w for w in words if w.lower() == word.strip().lower()), None)
@@ -10182,7 +10182,7 @@ def id_tag_info(protocol: str, grant: Grant) -> dict:
 
 
 def _id_tag(board: Board, station: Station, payload: dict) -> str:
-    """The idTag; some chargers send null where nobody showed a card."""
+    """The idTag; some stations send null where no card was shown."""
     if "idTag" in payload and payload["idTag"] is None:
         board.quirk(station, "id_tag_null")
         return ""
@@ -10240,7 +10240,7 @@ def _status(board: Board, station: Station, payload: dict) -> str:
 
 
 def _text_or_none(value: Any) -> str | None:
-    """A text of the station, without secrets; None for the texts that stand for nothing."""
+    """A text of the station without secrets; None for "", "null" and "None"."""
     return None if value in (None, "", "null", "NULL", "None") else hide_in_text(kept(value))
 
 
@@ -10288,7 +10288,7 @@ def _metered_transaction(board: Board, station: Station, evse_id: int, connector
 
 
 def _may_be_charging(connector: Connector) -> bool:
-    """Whether a transaction that we do not know may run at a connector."""
+    """Whether an unknown transaction may run at a connector."""
     if connector.status is None:
         return connector.released_mono == -math.inf
     return connector.status in CHARGING and connector.status_mono > connector.released_mono
@@ -10308,7 +10308,7 @@ def on_meter_values(board: Board, station: Station, payload: dict) -> dict:
 
 
 def _likely_connector(station: Station, evse_id: int, connector_id: int | None = None) -> int:
-    """The connector meant where only an EVSE is named: one in use, else the only one, or 1."""
+    """The likely connector of an EVSE: the one in use, else the only one, or 1."""
     if connector_id is not None:
         return connector_id
     connectors = [c for (e, _), c in sorted(station.connectors.items()) if e == evse_id]
@@ -10560,7 +10560,7 @@ def _awaits_stop(transaction: Transaction) -> bool:
 
 def _answer_to_event(board: Board, station: Station, transaction: Transaction,
                      event: TransactionEvent, payload: dict) -> dict:
-    """What the transaction cost (I03.FR.02), and whether an id token that was shown may charge."""
+    """The answer: the cost (I03.FR.02), and the authorization of an id token that was shown."""
     answer: dict[str, Any] = {}
     if event.kind == "Ended" and transaction.cost is not None:
         answer["totalCost"] = transaction.cost
@@ -10577,7 +10577,7 @@ def _shown_token(id_token: dict) -> str | None:
 
 
 def _likely_evse(station: Station) -> int:
-    """The EVSE of a transaction that began before us: only its first event must name it (E01).
+    """The likely EVSE of a transaction from before our start: its first event named it (E01).
 
     The only EVSE, or the only one with a car and no transaction; 0 where that is not clear.
     """
@@ -10594,7 +10594,7 @@ def _likely_evse(station: Station) -> int:
 
 
 def _is_another(transaction: Transaction, at_mono: float) -> bool:
-    """Whether a Started of a known id begins another transaction: some stations use ids again."""
+    """Whether a Started with a known id begins another transaction: some stations reuse ids."""
     if not transaction.began_unseen and at_mono > transaction.started_mono + SKEW_TOLERANCE_S:
         return True
     return transaction.stopped_at is not None and at_mono > transaction.stopped_mono
@@ -14822,7 +14822,7 @@ DROPPED_AT_ONCE = 500               # rows read at the start between two looks a
 
 
 class RelayCounts(TypedDict):
-    """What became of the messages of a session, or of all of an upstream system."""
+    """The counts of the messages of a session, or of all of an upstream system."""
 
     passed: int
     translated: int
@@ -17791,7 +17791,7 @@ def paired(messages: Iterable[LoggedMessage]) -> list[MessagePair]:
 
 
 class Findings:
-    """What the schemas found in messages, by the message."""
+    """The findings of the schemas, by message."""
 
     def __init__(self, errors: Iterable[Event]):
         self._events: dict[tuple[str, str], list[Event]] = {}
@@ -17801,7 +17801,7 @@ class Findings:
                 self._events.setdefault(key, []).append(event)
 
     def of(self, message: LoggedMessage) -> list[str]:
-        """Where and how the message leaves its schema, a text each."""
+        """The violations of its schema in a message, a text each."""
         part = "Request" if message.type in ("CALL", "SEND") else "Response"
         return [f"{event.details.get('pointer') or '/'} {event.details.get('text')}" for event in
                 self._events.get((message.identity, message.message_id), ())
@@ -17810,13 +17810,13 @@ class Findings:
 
 
 def as_html(text: Any) -> str:
-    """A stranger's text for a place between tags or in an attribute."""
+    """A received text as HTML, between tags or in an attribute."""
     seen = UNSEEN.sub(lambda sign: f"\\u{ord(sign[0]):04x}", str(text))
     return html.escape(seen)
 
 
 def _indented(payload: str) -> str:
-    """A payload over several lines, where that does not make it many times as large."""
+    """A payload over several lines, unless that makes it many times as large."""
     if len(payload) <= INDENTED_BYTES:
         value = json.loads(payload)
         if not deeper(value, INDENTED_DEPTH):
@@ -17858,7 +17858,7 @@ def pair_html(pair: MessagePair, findings: Findings) -> str:
 
 def html_head(title: str, facts: dict[str, str], stations: list[Station],
               findings: list[tuple[LoggedMessage, str]]) -> str:
-    """The beginning of the file: what it has, of which stations, and what is wrong in it."""
+    """The head of the file: its messages, stations and findings."""
     rows = "".join(
         f"<tr><td>{as_html(station.identity)}<td>{as_html(station.protocol)}<td>"
         f"{as_html(' '.join(filter(None, map(station.info.get, STATION_FACTS))))}<td>"
@@ -18129,7 +18129,7 @@ async def post_logout(api: "Api") -> dict:
 
 
 def get_about(api: "Api") -> dict:
-    """What runs here, where stations connect, and what they can be told."""
+    """The board's version, the URLs for stations, and the commands of each version."""
     ocpp = api.config.ocpp
     return {
         "version": VERSION, "startedAt": iso(api.board.started_at),
@@ -18147,7 +18147,7 @@ def get_about(api: "Api") -> dict:
 
 
 def get_overview(api: "Api") -> str:
-    """What the dashboard shows first."""
+    """The counters of the board, and its newest messages."""
     recent, _ = api.board.messages.page(RECENT_IN_OVERVIEW)
     return _with_recent_messages(api.board.overview(), recent)
 
@@ -18210,7 +18210,7 @@ async def post_call(api: "Api", identity: str) -> dict:
 
 async def send_by_hand(daemon: "Daemon", identity: str, body: dict,
                        permit: Callable[[str, dict], Any] = lambda action, payload: None) -> dict:
-    """Send the command that a body tells, and wait for its answer.
+    """Send the command in a body, and wait for its answer.
 
     `permit` sees each Call as the station gets it, and may raise. Raises: BoardError.
     """
@@ -18236,7 +18236,7 @@ async def send_by_hand(daemon: "Daemon", identity: str, body: dict,
 
 
 def _check_by_hand(daemon: "Daemon", station: Station, action: str, payload: dict) -> str | None:
-    """See that somebody may send this command; what is to be said of it, if anything.
+    """Check a command of an operator. Returns a warning, or None.
 
     Raises: WrongValue, Conflict.
     """
@@ -18247,7 +18247,7 @@ def _check_by_hand(daemon: "Daemon", station: Station, action: str, payload: dic
 
 
 def get_command(api: "Api", protocol: str, action: str) -> dict:
-    """What a command takes: the least payload that fits, and its fields, if schemas are there."""
+    """The least payload and the fields of a command, where schemas are installed."""
     if action not in COMMANDS.get(protocol, ()):
         raise NotFound("Command not found")
     schemas = api.daemon.schemas
@@ -18292,7 +18292,7 @@ async def get_message(api: "Api", number: str) -> str:
 
 
 async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
-    """One transaction, with what its meter said over time."""
+    """One transaction, with its meter readings over time."""
     known, keeper = api.board.transaction_of, api.daemon.keeper
     found = known.get((identity, transaction)) or known.get(
         (identity, int(transaction) if re.fullmatch("[0-9]{1,15}", transaction) else None))
@@ -18493,7 +18493,7 @@ def _controller(api: "Api") -> Controller:
 
 
 def get_smart_charge_config(api: "Api") -> dict:
-    """What the power controller goes by."""
+    """The settings of the power controller."""
     return api.daemon.controller.view() if api.daemon.controller else {"enabled": False}
 
 
@@ -18535,7 +18535,7 @@ def get_smart_charge_circuits(api: "Api") -> Page:
 
 
 def post_smart_charge_meter(api: "Api") -> dict:
-    """Tell what the site's own meter reads."""
+    """Set the reading of the site's own meter."""
     _controller(api).read_meter(api.body)
     return {"success": True}
 
@@ -18677,7 +18677,7 @@ JOULES_PER_WH = 3600
 
 
 class Scrape:
-    """What /metrics shows, as it is now. The labels are few: stations, connectors, circuits."""
+    """The figures of /metrics now. The labels are few: stations, connectors, circuits."""
 
     def __init__(self, daemon: "Daemon"):
         self.board: Board = daemon.board
@@ -18702,7 +18702,7 @@ class Scrape:
                  read(c)) for s in self.board.stations.values() for c in s.connectors.values()]
 
     def of_readings(self, read: Callable[[Reading], float | None]) -> Samples:
-        """A sample for each connector whose meter tells of now."""
+        """A sample for each connector with a present reading."""
         return self.of_connectors(
             lambda c: read(c.reading) if c.reading and not c.reading.stale else None)
 
@@ -18717,7 +18717,7 @@ class Scrape:
                 for circuit in self.circuits for phase, amps in circuit[key].items()]
 
     def of_relays(self, read: Callable[[UpstreamSession], float]) -> Samples:
-        """A sample for each station that is passed on."""
+        """A sample for each station of the relay."""
         return [({"identity": session.identity}, read(session)) for session in self.relays]
 
     def of_statuses(self) -> Samples:
@@ -18734,7 +18734,7 @@ class Metric(NamedTuple):
     read: Callable[[Scrape], Samples]
 
     def lines(self, scrape: Scrape) -> Iterator[str]:
-        """It in Prometheus' text format 0.0.4; what is unknown is left out."""
+        """The lines of Prometheus' text format 0.0.4; unknown values are left out."""
         name = f"ocppboard_{self.name}"
         kind = "counter" if name.endswith("_total") else "gauge"
         yield f"# HELP {name} {self.text}"
@@ -18919,7 +18919,7 @@ def _sse(event: Published, subscription: Subscription, board: Board) -> str:
 
 
 def _event_id(subscription: Subscription, board: Board) -> str:
-    """Where each topic of the stream stands: 9f86d081.120.7"""
+    """The id of an event: the position of each topic, as 9f86d081.120.7"""
     return f"{board.epoch}.{'.'.join(map(str, subscription.cursor.values()))}"
 
 
@@ -18951,7 +18951,7 @@ def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
 
 
 class Route(NamedTuple):
-    """An endpoint: `:name` in its path is handed on, its docstring is what the API tells of it."""
+    """An endpoint: `:name` in its path is an argument, its docstring the summary in OpenAPI."""
 
     method: str
     path: str
@@ -18965,7 +18965,7 @@ class Route(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What it does, in a line."""
+        """The summary."""
         return self.summary or (self.act.__doc__ or self.path).removesuffix(".")     # -OO has none
 
     @property
@@ -19028,7 +19028,7 @@ class OpenAPI(TypedDict):
 
 
 class CredentialsBody(TypedDict, total=False):
-    """What one logs in with: a token, or a user name and a password, by auth.mode."""
+    """The credentials of a login: a token, or user name and password, by auth.mode."""
 
     token: str
     username: str
@@ -19069,7 +19069,7 @@ class CommandBody(TypedDict):
 
 
 class ReportedLater(TypedDict):
-    """A Call in which a 2.x station would tell afterwards what a 1.6 station has answered."""
+    """A Call in which a 2.x station would report what a 1.6 station has answered."""
 
     action: str
     payload: dict
@@ -19564,7 +19564,7 @@ class Api(RequestHandler):
         return self.config.server.base_path + "/"
 
     def station_urls(self) -> list[str]:
-        """What stations connect to; first, where a proxy says that it speaks TLS, what it has."""
+        """The URLs for stations; first the one of a proxy that speaks TLS."""
         urls = self.daemon.station_urls()
         if self.daemon.tls or self.request.protocol != "https" or self.config.ocpp.port:
             return urls
@@ -19583,7 +19583,7 @@ class Api(RequestHandler):
         self.set_framing()
 
     def set_framing(self) -> None:
-        """Say who may show this in a frame: mostly nobody."""
+        """Set the headers that forbid other pages to show this one in a frame."""
         origins = ["'self'" if origin == "self" else origin
                    for origin in self.settings["server"].frame_origins]
         policy = self._headers["Content-Security-Policy"]
@@ -19593,7 +19593,7 @@ class Api(RequestHandler):
             self.set_header("X-Frame-Options", "DENY")
 
     async def prepare(self) -> None:
-        """See, before its body is kept, whether the request is to be answered.
+        """Check a request before its body is read.
 
         A refusal waits for the body: an answer in the middle of it would be lost with a reset.
         """
@@ -19821,7 +19821,7 @@ class UploadReceiver(Api):
 
 
 def site_name(board: Board) -> str:
-    """The name under which others know this site: as configured, else made once and kept.
+    """The name of this site for others: as configured, else made once and kept.
 
     Two hosts may be called raspberrypi: hence a few letters, of the hardware where nothing is kept.
     """
@@ -19857,7 +19857,7 @@ ALERT_TIMEOUT_S = 10                # for the answer
 
 
 class Wrong(NamedTuple):
-    """Something that is wrong: what kind of event, where, and what of the board."""
+    """A problem or an event by its kind, station and place."""
 
     event: str                          # one of ALERTS
     identity: str                       # "": of the board itself
@@ -19898,7 +19898,7 @@ class AlertLine(NamedTuple):
 
 def wrong_now(board: Board, controller: Controller | None,
               settled: bool) -> Iterator[tuple[Wrong, str]]:
-    """All that is wrong now and can be over again, with what it is.
+    """The present problems, each in words.
 
     Until all has `settled` after the start, stations of an earlier run may be on their way back.
     """
@@ -19918,7 +19918,7 @@ def wrong_now(board: Board, controller: Controller | None,
 
 
 def fault_of(connector: Connector) -> str:
-    """What is wrong with a connector, "" if nothing is."""
+    """The fault of a connector in words, "" if it has none."""
     problems = [name for name, problem in connector.problems.items() if problem.text is not None]
     return ", ".join(filter(None, [_fault(connector), *problems])) or (
         "a fault" if connector.status == "Faulted" else "")
@@ -19930,7 +19930,7 @@ WRONG_BY = {"AUTH_FAILED": "refused", "NOT_DELIVERED": "undelivered",
 
 
 def wrong_by(record: Record) -> tuple[Wrong, str] | None:
-    """What an event on record tells of something that went wrong once, and is never over."""
+    """The Wrong of a record that is an event to be reported, and its text; else None."""
     if not isinstance(record, Event):
         return None
     is_upgrade = isinstance(record, SecurityEvent) and "path" in record.details
@@ -20114,7 +20114,7 @@ def in_template(template: str, message: dict) -> tuple[str, str]:
 
 
 class Notifier:
-    """Looks for what is wrong, and sends alerts to notify.url.
+    """Finds problems and events, and sends alerts to notify.url.
 
     What does not get there waits, and goes with the next attempt, as it is then.
     """
@@ -20134,7 +20134,7 @@ class Notifier:
 
     @property
     def host(self) -> str:
-        """Where alerts go; what else is in the URL may be secret."""
+        """The host of the receiver; other parts of the URL may be secret."""
         return urlsplit(self.settings.url).netloc.rpartition("@")[2]
 
     @property
@@ -20165,7 +20165,7 @@ class Notifier:
                             self.board.clock(), self.board.mono())
 
     def look(self) -> None:
-        """Take up what is wrong now, and what has happened since the last look."""
+        """Compare the present problems, and add the events since the last look."""
         board, alerts = self.board, self.alerts
         now, now_mono = board.clock(), board.mono()
         alerts.events = self.settings.events if self.settings.url else ()
@@ -26000,7 +26000,7 @@ class Reservation(NamedTuple):
 
 @dataclass(slots=True)
 class Outlet:
-    """A connector of a simulated station, and the car at it."""
+    """A connector of a simulated station, with its car."""
 
     number: int
     status: str = "Available"
@@ -26199,7 +26199,7 @@ class SimulatedStation:
                 self.plan_last(self.reservation_expired, reservation)
 
     def forget(self) -> None:
-        """Forget what a restart of the station loses."""
+        """Forget the TxProfiles, as a restart of a station does."""
         self.profiles = [p for p in self.profiles if p.purpose != "TxProfile"]
 
     async def boot(self) -> None:
@@ -26211,7 +26211,7 @@ class SimulatedStation:
                 await asyncio.sleep(min(answer.get("interval", 10), 10))
 
     def plan_more(self) -> None:
-        """Plan what comes without a command: some Heartbeats, then a transaction."""
+        """Plan Calls that need no command: some Heartbeats, then a transaction."""
         outlet = random.choice(self.outlets)
         if outlet.transaction_id is not None:
             full = outlet.soc >= 99.9 or (
@@ -27393,7 +27393,7 @@ def moved(text: str, seconds: float) -> str:
 
 
 def differences(now: Any, before: Any, pointer: str = "") -> list[str]:
-    """How an answer differs from the one on record, but for times and transaction ids."""
+    """The differences of an answer from the one on record, but for times and transaction ids."""
     if isinstance(now, dict) and isinstance(before, dict):
         return [text for name in dict.fromkeys((*now, *before)) if name != "transactionId"
                 for text in differences(now.get(name), before.get(name), f"{pointer}/{name}")]
@@ -27864,7 +27864,7 @@ def bench_config(folder: str, upstream: str = "", state: bool = False, more: str
 
 async def run_case(case: BenchCase, cores: list, folder: str, stations: int,
                    seconds: float) -> dict:
-    """What `put_load` measures in a case, and the server's memory. Raises: BenchError."""
+    """The results of `put_load` in a case, and the server's memory. Raises: BenchError."""
     # The daemon has no use for it, and it takes memory.
     from tornado.httpclient import AsyncHTTPClient
 
@@ -28222,7 +28222,7 @@ class BoundedServer(HTTPServer):
 
 
 def file_limit() -> int:
-    """How many files this process may open."""
+    """The number of files that this process may open."""
     if sys.platform == "win32":
         return 1 << 30
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -28237,11 +28237,11 @@ SIGNING, SIGNED_MOST = 20, 20       # requests signed at a time; of one station,
 
 
 class CannotListen(BoardError):
-    """A port that is not to be had now: in use, or of an address that is not there yet."""
+    """A port that cannot be bound now: in use, or its address is not there yet."""
 
 
 class Listener(NamedTuple):
-    """A port, and what is served there."""
+    """A bound port and its server."""
 
     port: int
     rules: list
@@ -28389,7 +28389,7 @@ class Daemon:
                 f"{getattr(error, 'strerror', '') or 'no address'}") from None
 
     def troubles(self) -> list[str]:
-        """What the start would stumble over, though the configuration is good."""
+        """The troubles that the start would have, though the configuration is good."""
         found = [_state_trouble(self.state.path)] if self.state else []
         if (journal := self.config.proxy.journal) and os.path.exists(journal):
             found += [] if os.access(journal, os.R_OK) else [
@@ -28474,7 +28474,7 @@ class Daemon:
         return changed, restart
 
     def _reconfigure(self, trial: "Daemon") -> None:
-        """Take over what is made of the configuration; `trial` has made it already."""
+        """Apply a changed configuration; `trial` has the objects made of it."""
         if self.tls and trial.tls:
             self._serve_tls(trial.tls)
         self.authority, self.schemas = trial.authority, trial.schemas
@@ -28498,7 +28498,7 @@ class Daemon:
         sd_notify("READY=1")
 
     def end_streams_without_login(self) -> None:
-        """End the streams of those who may not see them any more."""
+        """End the streams of sessions that have ended."""
         for stream in self.streams:
             if not stream.still_allowed():
                 stream.on_connection_close()
@@ -28630,7 +28630,7 @@ class Daemon:
         await self.state.stop()
 
     def station_urls(self) -> list[str]:
-        """What stations connect to, but for their identity at the end."""
+        """The URLs for stations, without the identity at the end."""
         path = self.config.ocpp.path.rstrip("/")
         return [f"{scheme}://{address}:{port}{path}/" for scheme, port in self.station_ports
                 for address in _addresses(self.config.server.address)]
@@ -28659,14 +28659,14 @@ class Daemon:
         return PeriodicCallback(do, 1000 * seconds)
 
     def stands_still(self) -> list[str]:
-        """What has made no progress for STILL_S, or has broken off: nothing, when all is well."""
+        """The periodic tasks that made no progress for STILL_S, or have ended."""
         overdue_mono = time.monotonic() - STILL_S
         return [name for name, at in self._progress.items() if at < overdue_mono] + [
             task.get_name() for task in self._vital
             if task.done() and (task.cancelled() or task.exception())]
 
     def _tell_systemd(self) -> None:
-        """Feed the watchdog as long as all makes progress, and say how we are."""
+        """Feed systemd's watchdog while all tasks make progress, and report the status."""
         still = self.stands_still()
         charging = sum(t.status == "active" for t in self.board.transactions.records)
         status = (f"Stands still: {', '.join(still)}" if still else
@@ -28701,7 +28701,7 @@ class Daemon:
         self.board.sampled(self.sample())
 
     def _turn(self) -> None:
-        """Each second: how late the loop is, whether the clock was set, and who is to be pinged."""
+        """Each second: measure the loop's lag, watch the clock, ping stations."""
         self.board.watch_clock()
         now = time.monotonic()
         self._lag_s = max(self._lag_s, now - self._last_turn - 1)
@@ -28758,7 +28758,7 @@ class Daemon:
     # Stations at the door
 
     def socket_closed(self, connection: StationConnection, code: int, reason: str) -> None:
-        """A station's WebSocket has ended: by it, by us, or because it broke the protocol."""
+        """The WebSocket of a station has ended, from whichever side."""
         websocket = self.sockets.pop(connection)
         station = connection.station
         if connection.ended:
@@ -28776,7 +28776,7 @@ class Daemon:
             connection.end(f"{reason} ({code})")
 
     def make_room(self, identity: str) -> None:
-        """See that one more station can be connected. Raises: Refused.
+        """Make room for one more station. Raises: Refused.
 
         A station with a name in the configuration takes the place of one without.
         """
@@ -28793,7 +28793,7 @@ class Daemon:
         stranger.end("makes room for a station that the configuration names", 1013)
 
     def _stranger(self, listener: Listener, address: str, first: bytes) -> bytes:
-        """Keep that somebody did not speak as a port does. Returns what it is answered."""
+        """Record a connection that is no HTTP. Returns the answer to it."""
         advice, answer = f"{self.station_urls()[0]}<identity>", ""
         if first[0] == TLS_HANDSHAKE:
             reason = f"speaks TLS: use wss, or give it ws://; this port is plain: {advice}"
@@ -28808,7 +28808,7 @@ class Daemon:
             f"Content-Length: {len(answer)}\r\n\r\n{answer}").encode()
 
     def _tls_failed(self, address: str, error: Exception) -> None:
-        """Keep why a TLS handshake came to nothing."""
+        """Record a failed TLS handshake."""
         category = ("AUTH_FAILED" if isinstance(error, ssl.SSLCertVerificationError)
                     else "POLICY_REJECTION")
         self.knocked(address, "", {}, Refused(400, f"TLS: {tls_trouble(error)}", category),
@@ -28816,7 +28816,7 @@ class Daemon:
 
     def knocked(self, address: str, path: str, headers: dict, error: BoardError, advice: str,
                 identity: str = "") -> None:
-        """Keep that a station was not let in, and why; `advice` is the URL that would work."""
+        """Record a refused upgrade and its reason; `advice` is a URL that works."""
         address, path = kept(address, 64), _SECRET_IN_URL.sub(_HIDDEN_IN_URL, kept(path, 500))
         is_new = self.board.knocked(address, path, headers, error.http_status, str(error), advice)
         if is_new:
@@ -28829,7 +28829,7 @@ class Daemon:
                 f"Upgrade refused: {error}", "low", {"ip": address, "path": path})
 
     def steer(self) -> None:
-        """Let the power controller decide, and send what it wants sent."""
+        """Let the power controller decide, and send its commands."""
         if controller := self.controller:
             for command in controller.tick():
                 self.spawn("smart charging", controller.carry_out(command))
@@ -28861,7 +28861,7 @@ def state_path(config: Config, environ: Mapping[str, str]) -> str:
 
 
 def _state_trouble(path: str) -> str:
-    """Why the state's file could not be had, "" where it could; nothing is written for it."""
+    """The reason why the state file cannot be used, "" where it can; nothing is written."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         return f"state.path: there is no folder {folder}"
@@ -28878,14 +28878,14 @@ def _state_trouble(path: str) -> str:
 
 
 def watchdog_ms(environ: Mapping[str, str]) -> float:
-    """How soon systemd's watchdog bites; infinite where none waits for this process."""
+    """The timeout of systemd's watchdog; infinite where none watches this process."""
     ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     usec = environ.get("WATCHDOG_USEC", "")
     return int(usec) / 1000 if ours and usec.isdigit() and int(usec) else math.inf
 
 
 def sd_notify(*lines: str) -> None:
-    """Tell systemd, where it has started us and wants to know (sd_notify(3))."""
+    """Notify systemd, where it has started us for that (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not lines or not address:
         return
@@ -28931,7 +28931,7 @@ async def run(config: Config, read: Callable[[], Config]) -> None:
 
 
 def check(config: Config) -> int:
-    """Say what the configuration changes, and what the start would stumble over.
+    """Print the changed settings, and the troubles that the start would have.
 
     Returns: the exit status, 1 where it would. Raises: ConfigError, as the start would.
     """
@@ -28961,7 +28961,7 @@ def check(config: Config) -> int:
 
 
 def _meaning(config: Config, pattern: str, entry: StationSettings) -> str:
-    """What a [stations."…"] says of the stations that it fits best."""
+    """A [stations."…"] in words, for the stations that it fits best."""
     words = [f"shows a certificate of {entry.certificate_cn}" if entry.certificate_cn else
              "comes with its password" if entry.password else "comes without a password"]
     if entry.protocol:
@@ -29031,7 +29031,7 @@ def _tell_outward(daemon: Daemon) -> None:
 
 
 def _addresses(address: str) -> list[str]:
-    """What a station may put into its URL to reach us."""
+    """The addresses for the URL in a station."""
     if not _is_every_address(address):
         return [_in_url(address)]
     found = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses
@@ -29247,7 +29247,7 @@ def _in_unit(word: str) -> str:
 
 
 def tell_hidden(config: Config) -> None:
-    """Say which files a service of that unit cannot read, and what to do about it."""
+    """Print which files a service of that unit cannot read, and the remedy."""
     tls, ocpp = config.server, config.ocpp
     for file in (sys.executable, __file__, *files_of(tls.tls_certificate), ocpp.ca_private_key,
                  *files_of(tls.tls_private_key), ocpp.client_ca, ocpp.ca_certificate,
@@ -29281,7 +29281,7 @@ def run_simulator(options: argparse.Namespace) -> int:
 
 
 def check_station_url(url: str) -> None:
-    """See that simulated stations can connect to it. Raises: ConfigError, with what is meant."""
+    """Check a URL for simulated stations. Raises: ConfigError."""
     scheme, _, rest = url.rpartition("://")
     host = rest.partition("/")[0]
     if scheme not in ("ws", "wss") or not host:
@@ -29342,7 +29342,7 @@ def configure_log(level: str) -> None:
 
 
 def let_memory_go() -> None:
-    """Give back what compiling took, some 30 MB, where Python could not keep the bytecode.
+    """Free the memory of compiling, some 30 MB, where Python could not keep the bytecode.
 
     Most of it lies free between what is in use, and there glibc gives it back only when asked.
     """
@@ -29368,7 +29368,7 @@ def _is_bytecode_of(file: Path, source: os.stat_result) -> bool:
 
 
 def let_output_go() -> None:
-    """Drop the output that a full disk or a closed pipe refused: the daemon goes on."""
+    """Drop output that a full disk or a closed pipe refuses: the daemon goes on."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -29376,7 +29376,7 @@ def let_output_go() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the command line and do it. Returns the exit status: 2 for what the caller must mend."""
+    """Run the command line. Returns the exit status: 2 where the caller must mend something."""
     arguments = sys.argv[1:] if arguments is None else arguments
     words = ("run", "simulate", "bench", "hash-password", "certificate", "unit",
              "-h", "--help", "--version")
@@ -29420,7 +29420,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def become_a_module() -> None:
-    """Start over as `python -m`: the same process, half as large.
+    """Execute the file anew as `python -m`: the same process needs half the memory.
 
     Python keeps the syntax tree of a script as long as it runs, and what compiling takes is never
     given back, some 30 MB here. So it is compiled before, where Python may keep the result.
