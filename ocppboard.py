@@ -2878,10 +2878,10 @@ def setting_schema(setting: Setting) -> dict:
 # fails is tried again by itself, a damaged one is set aside, and neither stops the board.
 
 STATE_ID, STATE_VERSION = 0x4F435050, 1     # SQLite's application_id and user_version
-STATE_TABLE = """
-    CREATE TABLE IF NOT EXISTS kept (kind TEXT NOT NULL, key TEXT NOT NULL, at REAL NOT NULL,
-        value TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, key));
-    CREATE INDEX IF NOT EXISTS kept_at ON kept (kind, at);"""
+STATE_SCHEMA = [                     # as SQLite gives it back; each blank counts
+    "CREATE TABLE kept (kind TEXT NOT NULL, key TEXT NOT NULL, at REAL NOT NULL,\n"
+    "        value TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, key))",
+    "CREATE INDEX kept_at ON kept (kind, at)"]
 LOCK_MARK = b"ocppboard"             # in the file that is locked, once the state is ours
 STATE_PUT = """INSERT INTO kept VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
     SET at = excluded.at, value = excluded.value, crc = excluded.crc"""
@@ -2980,7 +2980,7 @@ class State:
         try:
             self._db = self._connect()
             if os.path.getsize(self.path) <= CHECKED_BYTES:
-                found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
                 if found != "ok":
                     raise sqlite3.DatabaseError(found)
         except (OSError, sqlite3.Error) as error:
@@ -3256,8 +3256,8 @@ class State:
     # In the threads
 
     def _query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
-        with contextlib.closing(sqlite3.connect(_address(self.path, mode="ro"), LOCKED_S,
-                                                uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(_address(self.path, mode="ro"), LOCKED_S, uri=True,
+                                                factory=StateConnection)) as db:
             return ask(db)
 
     def _write(self, batch: dict[tuple, StateRow],
@@ -3311,18 +3311,17 @@ class State:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._renewed = self._made_anew = self._opened
         db = sqlite3.connect(_address(self.path), LOCKED_S, isolation_level=None, uri=True,
-                             check_same_thread=False)
-        db.text_factory = _decoded
+                             check_same_thread=False, factory=StateConnection)
         try:
             owner, = db.execute("PRAGMA application_id").fetchone()
             version, = db.execute("PRAGMA user_version").fetchone()
-            tables, = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if (owner or tables) and owner != STATE_ID:
+            schema = {sql for sql, in db.execute("SELECT sql FROM sqlite_master")}
+            if (owner or schema) and owner != STATE_ID:
                 raise sqlite3.DatabaseError("it is another program's file")
             if version > STATE_VERSION:
                 raise sqlite3.OperationalError(f"it is of a newer version ({version})")
-            if owner and not tables:
-                raise sqlite3.DatabaseError("its table is gone")
+            if owner and not schema.issuperset(STATE_SCHEMA):
+                raise sqlite3.DatabaseError("its table is another one")
             if not owner:                # of small ones a small change writes less
                 db.execute("PRAGMA page_size = 1024")
             db.execute("PRAGMA journal_mode = WAL")
@@ -3330,8 +3329,9 @@ class State:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA journal_size_limit = 4194304")
             if not owner:
-                db.executescript(f"PRAGMA application_id = {STATE_ID}; PRAGMA user_version = "
-                                 f"{STATE_VERSION}; {STATE_TABLE}")
+                db.executescript("; ".join((
+                    "BEGIN", f"PRAGMA application_id = {STATE_ID}",
+                    f"PRAGMA user_version = {STATE_VERSION}", *STATE_SCHEMA, "COMMIT")))
             self._is_ours = True
             if self._lock_fd is not None:
                 os.pwrite(self._lock_fd, LOCK_MARK, 0)
@@ -3349,8 +3349,7 @@ class State:
             for suffix in ("", "-wal"):
                 if os.path.exists(self.path + suffix):
                     shutil.copyfile(self.path + suffix, copy + suffix)
-            db = sqlite3.connect(copy, check_same_thread=False)
-            db.text_factory = _decoded
+            db = sqlite3.connect(copy, check_same_thread=False, factory=StateConnection)
             owner, = db.execute("PRAGMA application_id").fetchone()
         except (OSError, sqlite3.Error):
             return None
@@ -3430,6 +3429,21 @@ def _address(path: str, **options: str) -> str:
     return f"file:{quote(path)}?{urlencode(options)}"
 
 
+class StateConnection(sqlite3.Connection):
+    """A connection to a file whose bytes may be damaged."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.text_factory = _decoded
+
+    def execute(self, *statement: Any) -> sqlite3.Cursor:
+        """As usual; of a damaged schema, which SQLite quotes, Python cannot decode the error."""
+        try:
+            return super().execute(*statement)
+        except UnicodeDecodeError:
+            raise sqlite3.DatabaseError("its schema is damaged") from None
+
+
 def _decoded(data: bytes) -> str:
     return data.decode(errors="replace")     # an altered text is known by its checksum
 
@@ -3448,8 +3462,7 @@ def _size_of(path: str) -> int | None:
 def _salvaged(path: str) -> Iterator[StateRow]:
     """The readable rows of a damaged file: reading goes on behind a bad page, further each time."""
     _pad(path)
-    with contextlib.closing(sqlite3.connect(path, LOCKED_S)) as db:
-        db.text_factory = _decoded
+    with contextlib.closing(sqlite3.connect(path, LOCKED_S, factory=StateConnection)) as db:
         last, step = 0, 1
         for _ in range(SALVAGE_TRIES):
             try:
