@@ -199,7 +199,7 @@ RATE_WINDOW_S, LATENCY_WINDOW_S = 10, 60
 SKEW_TOLERANCE_S = 5        # how far a clock's skew may be misjudged
 CLOCK_SET_S = 10            # a station's clock that is so near ours was set by it
 CLOCK_LOST_S = 365 * 86400  # who tells an older time has lost it
-CLOCK_JUMP_S = 2            # from here on a step of our own wall clock is told
+CLOCK_JUMP_S = 2            # from here on a step of our own wall clock is an event
 RESUMED_S = 600             # so long a StartTransaction without a readable time may be repeated
 CONNECTOR_MOST_W = 400_000  # what a connector can give; registers that rise faster are no registers
 BEGUN_BEFORE_S = 3600       # how long ago a begin may be whose register comes with a later one
@@ -1507,7 +1507,7 @@ NOMINAL_V = 230.0                   # phase to neutral, where no meter says
 PHASES = ("L1", "L2", "L3")
 FLOWS = ("power_w", "current_a")    # what a state can end: nothing flows any more
 PHASED = ("current_a", "voltage_v")  # kept by phase; of other quantities the total counts
-REST_LEAST = 0.15                   # of the power: less in phases not told of is noise
+REST_LEAST = 0.15                   # of the power: less in other phases is noise
 BALANCED = 0.2                      # how far phases of one car may differ
 
 
@@ -1802,7 +1802,7 @@ class Register:
     def __init__(self) -> None:
         self.start: Point | None = None
         self.stop: Point | None = None
-        self._stop_is_none = False       # what was told as the stop's register
+        self._stop_is_none = False       # the stop's is the meter's sign for no value
         self.pieced = False              # the energy is the sum of several tracks
         self._tracks: list[Track] = []
         self._intervals: deque[Point] = deque(maxlen=INTERVALS_KEPT)
@@ -1861,7 +1861,7 @@ class Register:
         self.add(point)
 
     def add_interval(self, point: Point) -> None:
-        """The energy of one interval, where a meter tells no register; each time counts once."""
+        """Add the energy of an interval, where the meter has no register; each time counts once."""
         known, oldest = self._intervals, self._intervals[0].mono if self._intervals else -math.inf
         if 0 <= point.wh <= 10 * REGISTER_SLACK_WH and all(p.at != point.at for p in known) and (
                 len(known) < INTERVALS_KEPT or point.mono > oldest):
@@ -2040,13 +2040,13 @@ class Transaction(Record):
     charging_state: Annotated[str | None, Shown()] = None
     # Its start was not seen, or its register is pieced together.
     estimated: Annotated[bool, Shown(csv=True)] = False
-    # So far; what no meter told of costs nothing.
+    # So far; energy that no meter measured costs nothing.
     cost: Annotated[float | None, Shown(csv=True)] = None
     # Its station was answered before it was on disk.
     not_durable: Annotated[bool, Shown()] = False
     reading: Annotated[Reading | None, Shown("meter")] = None
-    start_key: tuple | None = None      # tells a repeated StartTransaction
-    stop_key: tuple | None = None       # tells a repeated stop of an orphan
+    start_key: tuple | None = None      # by which a repeated StartTransaction is known
+    stop_key: tuple | None = None       # by which a repeated stop of an orphan is known
     register: Register = field(default_factory=Register)
     started_mono: float = -math.inf     # the times by our monotonic clock
     stopped_mono: float = math.inf
@@ -2055,7 +2055,7 @@ class Transaction(Record):
     interrupted_mono: float | None = None            # the station booted meanwhile
     tariff: Tariff | None = None
     cost_sent: float | None = None      # to the station, last
-    assumed_connector: bool = False     # only its EVSE was told
+    assumed_connector: bool = False     # only its EVSE is known
     series: Series | None = None
     connector: "Connector | None" = None             # while it is active there
     charge: "ChargeSession | None" = None            # the power controller's
@@ -2249,7 +2249,7 @@ class StationClock:
     __slots__ = ("shift_s", "_recent", "_other", "_given")
 
     def __init__(self) -> None:
-        self.shift_s = 0.0               # the skew, but steady: what was told once stays in order
+        self.shift_s = 0.0               # the skew, but steady: times keep their order
         self._recent: deque = deque(maxlen=8)
         self._other: tuple | None = None             # (skew, since when, how many times) behind it
         self._given = False              # our time was given to it since
@@ -2334,7 +2334,7 @@ class IdToken(Record):
     # Patterns of identities; "CP-1:2" is its EVSE 2 alone.
     stations: Annotated[tuple[str, ...], Shown(csv=True)] = ("*",)
     source: TokenSource | Literal[""] = ""           # "": it is unknown
-    kind: str = ""                      # its type in 2.x, once that was told
+    kind: str = ""                      # its type in 2.x, once a message had it
     used_at: Annotated[Time | None, Shown("lastUsedAt", csv=True)] = None
     # The station where it was shown last, and what that was answered.
     used_by: Annotated[str | None, Shown("lastUsedBy", csv=True)] = None
@@ -2433,7 +2433,7 @@ class Station(Record):
     connected_at: Annotated[Time, Shown()]
     connection: Any = None              # its StationConnection; None: offline
     disconnected_at: Annotated[Time | None, Shown()] = None
-    forgotten: bool = False             # its record is removed; this is the last that is told of it
+    forgotten: bool = False             # its record is removed; this is its last event
     security_profile: Annotated[int, Shown()] = 0
     # Of the certificate that it has shown.
     certificate_ends_at: Annotated[Time | None, Shown()] = None
@@ -2448,10 +2448,10 @@ class Station(Record):
     quirks: dict = field(default_factory=dict)       # {name: [count, last message id]}
     clock: StationClock = field(default_factory=StationClock)
     budget: Any = None                  # of its calls, over all of its connections
-    limits: dict[str, int] = field(default_factory=dict)     # of commands, as it told; see LIMITS
+    limits: dict[str, int] = field(default_factory=dict)     # of commands, as reported; see LIMITS
     profiles: dict[int, KnownProfile] = field(default_factory=dict)      # by their ids
     local_list: LocalList | None = None
-    heartbeat_s: float | None = None    # what it was told with its boot
+    heartbeat_s: float | None = None    # of the answer to its boot
     pongs: tuple = (False, False)       # whether it answered a ping: on this connection, the last
     # False: known from an earlier run alone.
     seen_since_start: Annotated[bool, Shown()] = True
@@ -11806,9 +11806,9 @@ async def send_costs(connection: StationConnection, transactions: list[Transacti
                                                   "transactionId": transaction.id})
     except CallFailed as error:
         connection.shows_costs = False
-        log.info("%s is not told costs: %s", shown(connection.station.identity), error)
+        log.info("%s gets no costs: %s", shown(connection.station.identity), error)
     except BoardError as error:
-        log.info("%s was not told a cost: %s", shown(connection.station.identity), error)
+        log.info("%s did not get a cost: %s", shown(connection.station.identity), error)
     finally:
         connection.sending_costs = False
 
@@ -13214,7 +13214,7 @@ class Controller:
         self.site.reconfigure()
         self._read_stations()
         for identity in [i for i, s in self.stations.items() if not s.station]:
-            self._forget(identity)       # unless it is named, or may draw by what it was told
+            self._forget(identity)       # unless it is named, or has a limit
         for known in list(self.stations.values()):
             circuit, settings = self._place(known.identity)
             managed, station = settings.managed, known
@@ -18026,7 +18026,7 @@ def wanted_of(query: dict, filters: Iterable[Parameter]) -> dict[str, Any]:
 
 
 def matcher(query: dict, filters: Iterable[Parameter]) -> Callable[[Any], bool] | None:
-    """A function that tells whether a record matches all the filters; None without any."""
+    """The test whether a record matches all the filters; None without any."""
     wanted = wanted_of(query, filters)
     text = wanted.pop("text", "").lower()
     if not wanted:
@@ -18814,7 +18814,7 @@ METRICS = (
                                      lambda c: {"status": c.status})),
     Metric("connector_charging", "1 while a transaction is under way.",
            lambda s: s.of_connectors(lambda c: int(c.transaction is not None))),
-    Metric("connector_power_watts", "Power as its meter tells it.",
+    Metric("connector_power_watts", "Power by its meter.",
            lambda s: s.of_readings(lambda r: r.power_w)),
     Metric("connector_energy_joules_total", "Import register of its meter.",
            lambda s: s.of_readings(lambda r: r.energy_wh and r.energy_wh * JOULES_PER_WH)),
@@ -19761,7 +19761,7 @@ class Api(RequestHandler):
         """Give the browser its session."""
         self.set_cookie(COOKIE, session.id, path=self.base_path, httponly=True, samesite="Lax",
                         secure=self.request.protocol == "https",
-                        max_age=2 * self.config.auth.session_ttl_seconds)    # to be told of its end
+                        max_age=2 * self.config.auth.session_ttl_seconds)    # its end is noticed
 
     def on_connection_close(self) -> None:
         self.closed = True
@@ -28146,11 +28146,11 @@ TLS_ALERT = bytes.fromhex("15030100020228")              # fatal, handshake_fail
 class BoundedServer(HTTPServer):
     """An HTTP server that closes new connections before the process runs out of files.
 
-    Beyond that no accept works, and the loop would do nothing but fail to. `strangers` is told
-    (address, first bytes) of who speaks no HTTP, or none over TLS where `tls` is set, and gives
-    what they are answered: Tornado would wait for the end of a line until it is tired. `tls_failed`
-    is told (address, error) of handshakes. At most HANDSHAKES are under way: beyond it, who has
-    most of them loses the oldest.
+    Without a file left no accept works, and the loop would be busy with failures. `strangers` gets
+    (address, first bytes) of a connection without HTTP, or without TLS where `tls` is set, and
+    returns the answer: Tornado would wait for the end of a line. `tls_failed` gets (address, error)
+    of handshakes. At most HANDSHAKES are under way: beyond it, the address with most of them loses
+    its oldest.
     """
 
     strangers: Callable[[str, bytes], bytes]         # these are set before it listens
