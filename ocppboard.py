@@ -21535,8 +21535,8 @@ PAGE = r"""<!doctype html>
 SCRIPT = r"""
 'use strict';
 // --- Elements -------------------------------------------------------------------------------
-// `h` describes an element, `patch` makes the page so: what stays the same is not touched. All
-// text becomes text nodes, and what could turn a line around is shown as what it is.
+// `h` describes an element, `patch` changes the page to match: equal elements are not touched. All
+// text becomes text nodes; characters that change the direction of a line are shown as codes.
 
 // h('p.dim', {title: 'x'}, 'text', h('b', 'bold')): tag and classes, properties if any, children.
 function h(name, ...children) {
@@ -21568,7 +21568,7 @@ function patch(parent, list) {
   }
 }
 
-// The nodes of those that stay, by their keys; and those that went, to be used again.
+// The nodes of items that stay, by key; and nodes of items that went, to be used again.
 const keyIn = item => item?.props?.key;
 function keyed(parent, list) {
   const kept = new Map(), spare = [];
@@ -21590,7 +21590,7 @@ function nodeFor(item, next, kept) {
   return node?.is.tag === item.tag && (!item.props?.made || node.is.props.made) ? node : null;
 }
 
-// Rows that came take the nodes of those that went: thousands a minute are not made anew.
+// New rows take the nodes of rows that went: there are thousands a minute.
 const reuse = (item, parent, spare) =>
   keyIn(item) != null && !item.props.made && spare.at(-1)?.is.tag === item.tag ? spare.pop()
     : make(item, parent);
@@ -21616,7 +21616,7 @@ function update(node, item) {
   node.is = item;
 }
 
-// What a user changes beside us is set each time.
+// Properties that a user changes, too, are set each time.
 function setAll(node, before, props) {
   for (const name in before) if (!(name in props)) set(node, name, null);
   for (const name in props)
@@ -21643,11 +21643,11 @@ const SETTERS = {
 };
 
 // --- Formats --------------------------------------------------------------------------------
-// Numbers with their units; times in the viewer's zone, with the exact UTC on hover. A dash is
-// what is not known.
+// Numbers with their units; times in the viewer's zone, with the exact UTC on hover. An unknown
+// value is a dash.
 
 const DASH = '–';
-// A formatter takes its time, and memory, to be made: each is made once.
+// Formatters are made once: each costs time and memory.
 const NUMBERS = [0, 1, 2, 3].map(most =>
   new Intl.NumberFormat(undefined, {maximumFractionDigits: most}));
 const digits = (value, most = 0) => value == null ? DASH : NUMBERS[most].format(value);
@@ -21660,7 +21660,7 @@ const scaled = (value, units) => {
 };
 const power = w => scaled(w, ['W', 'kW', 'MW']);
 const energy = wh => scaled(wh, ['Wh', 'kWh', 'MWh']);
-// A meter's register: what a charging added must show.
+// A meter's register, with digits enough for the energy of one transaction.
 const register = wh => wh == null ? DASH : digits(wh / 1000, 3) + ' kWh';
 const bytes = n => scaled(n, ['B', 'kB', 'MB', 'GB']);
 const amperes = a => a == null ? DASH : digits(a, 1) + ' A';
@@ -21685,7 +21685,7 @@ function duration(s) {
   const rest = Math.floor(s % size / less);
   return `${Math.floor(s / size)} ${big}` + (rest ? ` ${rest} ${small}` : '');
 }
-// A name of code in words: "AUTH_FAILED", "bootReason".
+// A name such as "AUTH_FAILED" or "bootReason" in words.
 const inWords = name => String(name).replace(/([a-z])([A-Z])/g, '$1_$2').replaceAll('_', ' ')
   .toLowerCase().replace(/^./, first => first.toUpperCase());
 const ms = iso => iso ? Date.parse(iso) : null;
@@ -21742,12 +21742,12 @@ function pretty(raw) {
   return h('pre.json.mono', {tabindex: 0, 'aria-label': 'JSON'}, out.filter(Boolean));
 }
 
-// A record as REST shows it: also what the page has no place of its own for.
+// A record as REST shows it, with the fields that the page has no place for.
 const allFields = record => h('details', {key: 'fields'}, h('summary', 'All fields'),
   pretty(JSON.stringify(record)));
 
 // --- State ----------------------------------------------------------------------------------
-// All that the page shows. Events change it, `draw` shows it, nothing is read back from the page.
+// The data of the page. Events change it, `draw` shows it, nothing is read back from the page.
 
 const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20;
 const EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800, ANSWERS_KEPT = 20, RECENT = 12;
@@ -21769,7 +21769,7 @@ const state = {
   answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
   route: {screen: 'overview', id: '', query: {}}, ui: {}, hover: null, notices: [], confirm: null,
 };
-// The board's clock: its times are compared with it, whatever the viewer's says.
+// The board's clock, with which its times are compared; the viewer's may be off.
 const now = () => Date.now() + state.clockOff;
 const tellTime = () => {
   state.clockOff = (ms(lastSample().timestamp) ?? Date.now()) - Date.now();
@@ -21831,7 +21831,7 @@ function encoded(text) {
 }
 const apiPath = (...parts) => 'api/' + parts.map(encoded).join('/');
 
-// Do what was clicked; what goes wrong is told.
+// Do the work of a click; a failure becomes a notice.
 async function attempt(work) {
   try { return await work(); } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -21851,8 +21851,8 @@ function dismiss(note) {
   touch('notice');
 }
 
-// Everything anew: at the start, and when events were missed. What the stream brings meanwhile
-// waits, so that no older answer overwrites it.
+// Load all data: at the start, and when events were missed. Events of the stream wait meanwhile, so
+// that no older answer overwrites them.
 const SOURCES = {about: 'about', stations: 'connections', transactions: 'transactions?limit=1000',
   samples: 'telemetry/history', security: 'security?limit=500', errors: 'errors?limit=500',
   system: 'system-events?limit=500', knocking: 'knocking', charges: 'smart-charge?limit=500',
@@ -21891,11 +21891,11 @@ async function load(lists = true) {
 
 // --- Messages: a list that follows the stream -----------------------------------------------
 // Rows stand oldest first, so that a new one costs nothing; the screen shows them from the end.
-// Their payloads stay the text that passed: a number that is parsed may lose digits.
+// Payloads stay text: a parsed number may lose digits.
 
 const payloadText = raw => raw.slice(raw.indexOf('"payload":') + 10, -1);   // it is the last field
 
-// A part of a text keeps the whole alive; a copy does not.
+// A copy of a text: a slice would keep the whole text in memory.
 const ownText = text => JSON.parse(JSON.stringify(text));
 
 function rowOf(record, raw) {
@@ -21903,7 +21903,7 @@ function rowOf(record, raw) {
   return Object.assign(record, {number: number(record), raw: ownText(payloadText(raw))});
 }
 
-// The messages of a list that the board answered with, newest first.
+// The rows in an answer of the board, newest first.
 const TOKENS = /"[^"\\]*(?:\\.[^"\\]*)*"|[{}]/g;
 function rowsIn(text) {
   const rows = [];
@@ -21958,7 +21958,7 @@ async function loadOlder(list) {
   touch('messages');
 }
 
-// Tell a CALL and its answer of each other. Stations use ids again: it is the last CALL before.
+// Join an answer and its CALL: the last one before it with its id, for stations reuse ids.
 function pair(list, row) {
   if (!row.number) return;
   const caller = asks(row) === (row.direction === 'IN') ? 'station' : 'board';
@@ -22014,8 +22014,8 @@ function pause(list) {
   touch('messages');
 }
 
-// A finding of the schemas belongs to a message: the one of that id at that time. So does the
-// time-out of a command, whose id is our own.
+// Join a finding of the schemas and its message, by id and time; also the time-out of a command,
+// whose id is our own.
 const FINDING_MS = 2000;
 function find(error) {
   const {category, identity, details: {messageId}} = error;
@@ -22105,8 +22105,7 @@ const on = {
   proxy(record) { if (onTop(state.proxied, record)) touch('proxy'); },
 };
 
-// Add to a series what is later than its last point. Beyond what is kept the second goes: the
-// first says when it began.
+// Add later points to a series. Beyond the bound the second point goes: the first is its start.
 function extend(series, points) {
   if (!series) return;
   const last = ms(series.at(-1)?.timestamp) || 0;
@@ -22119,8 +22118,8 @@ const refreshKnocking = () => attempt(async () => {
   touch('knocking');
 });
 
-// The stream of Server-Sent Events, read by fetch: unlike EventSource it comes back after every
-// trouble, and when it wants to.
+// The stream of Server-Sent Events, read by fetch: unlike EventSource it connects again after every
+// failure, at times of its own.
 let reading = null, heard = 0, patience = 45000, lastId = '', retry = 0;
 async function connect() {
   disconnect();
@@ -22174,7 +22173,7 @@ async function lost() {
   await signIn();                                  // it may be the session that has ended
 }
 
-// A tab that nobody looks at gives its connection back, and goes on from where it was.
+// A hidden tab closes its stream, and continues it from the last event when it is shown.
 const HIDDEN_MS = 60000;
 let hiding = 0;
 function look() {
@@ -22196,7 +22195,7 @@ function watch() {
   touch('tick');
 }
 
-// What changes all the time and goes by no stream, asked for again while a screen shows it.
+// Data that no stream has, polled while a screen shows it.
 let tokenShown = false;                            // whether one may have been, since
 const POLLED = [
   {screens: ['power', 'overview', 'stations'], everyMs: 4000, at: 0, ask: askPower,
@@ -22211,14 +22210,14 @@ const isDue = ({screens, everyMs, at, wanted}) => screens.includes(state.route.s
 
 // --- Parts of the page ----------------------------------------------------------------------
 
-// The address of a screen, of what is open on it (a name, or several), and its filters.
+// The address of a screen, with the id (one or several parts) open on it, and its filters.
 const to = (screen, id, fields) => [screen, ...id == null ? [] : [id].flat().map(encoded)].join('/')
   + (fields && query(fields) ? '?' + query(fields) : '');
 const link = (place, ...text) => h('a', {href: '#/' + place}, text);
 const pill = (text, tone = '') => h('span', {class: 'pill ' + tone}, text);
 const button = (text, onclick, props = {}) =>
   h('button', {type: 'button', onclick, ...props, class: 'btn ' + (props.class || '')}, text);
-// Who only looks on is not shown what the board would refuse.
+// Viewers see no button that the board would refuse.
 const mayChange = () => state.session?.role !== 'viewer';
 const act = (text, onclick, props = {}) => mayChange() && button(text, onclick, props);
 const card = (title, props, ...content) => h('section.card', props,
@@ -22228,7 +22227,7 @@ const facts = pairs => h('dl.facts', pairs.filter(Boolean).map(([name, value]) =
 const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading …');
 const scrolls = (label, ...content) =>
   h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
-// A text of the board, with its `names`.
+// A text of the board, its `names` as code.
 const coded = text => text.split('`').map((part, n) => n % 2 ? h('code', part) : part);
 const typing = (where, name) => event => { where[name] = event.target.value; touch('ui'); };
 const remembered = (name, initial) => {
@@ -22239,14 +22238,14 @@ const narrow = () => matchMedia('(max-width: 44rem)').matches;
 const rowHeight = () =>
   parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'), 10);
 
-// Tell of an element's size, now and when it changes.
+// Call back with the size of an element, now and at each change.
 const resized = new WeakMap();
 const sizes = new ResizeObserver(entries => {
   for (const {target, contentRect} of entries) resized.get(target)(contentRect);
 });
 const watchSize = (node, tell) => { resized.set(node, tell); sizes.observe(node); };
 
-// A list and, when one of it is open, that one beside it.
+// A list, and beside it its open record, if there is one.
 const split = (list, detail) => h('div.split' + (detail ? '.both' : ''), list, detail);
 const aside = (title, close, ...content) => h('section.card.aside', {key: 'aside',
     'aria-label': title},
@@ -22273,8 +22272,8 @@ function copyOld(text, done) {
 }
 const copyButton = (text, name = 'Copy') => button(name, () => copy(text()));
 
-// The address that goes into a charger: by the name under which the viewer reaches the board, else
-// by its own in the network.
+// The URL for a station: with the host by which the viewer reaches the board, else with the board's
+// own in the network.
 function stationUrl() {
   const [first] = state.about?.stationUrls || [];
   if (!first) return '';
@@ -22395,8 +22394,8 @@ const col = {
     {width: '6.6rem'})(name, field, more),
 };
 
-// A row opens when it is pressed and released. It is no click: while messages pass, the row has
-// moved on before the button is up.
+// A row opens when it is pressed and released. There is no click event: while messages come, the
+// row moves before the button is up.
 const STILL_PX = 5;
 let pressedRow = null;
 function press({button: which, ctrlKey, metaKey, shiftKey, target, clientX, clientY}, open) {
@@ -22418,8 +22417,8 @@ const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
 // --- Charts ---------------------------------------------------------------------------------
 // Lines over time, or areas on top of each other. A value that is null is a break in the line.
 
-// Twelve hues in two shades; those that follow each other lie far apart, and next hues differ in
-// their shade.
+// Twelve hues in two shades; neighbours in the list are far apart in hue, neighbours in hue differ
+// in shade.
 const COLOURS = Array.from({length: 24}, (_, n) =>
   `oklch(var(--${(n + Number(n > 11)) % 2 ? 'pale' : 'deep'}) .14 ${(190 + n * 150) % 360})`);
 // A station has one colour all over the page: by their names, as long as no more come.
@@ -22455,7 +22454,7 @@ function pointAt(points, at) {
   return points[low - 1];
 }
 
-// Of each of so many buckets the highest point: peaks must show.
+// The highest point of each of so many buckets, so that peaks show.
 function thinned(points, most) {
   if (points.length <= most) return points;
   const step = points.length / most, value = point => point[1] ?? -Infinity;
@@ -22488,7 +22487,7 @@ const sized = name => [state.ui[name] || 600, node => watchSize(node, box => {
   touch('ui');
 })];
 
-// A scale to under what the format shows has no two marks of the same name.
+// Marks whose values the format writes alike are one.
 const scaleMarks = (marks, y, left, right, format) => {
   const named = new Map(marks.map(value => [format(value), value]));
   return [...named].map(([name, value]) => h('g', {key: 'y' + value},
@@ -22518,7 +22517,7 @@ function bars(id, {rows, label, format, height = 210}) {
 }
 
 // `lines` are {name, points: [[ms, value], …]}: with `steps` a value holds until the next, with
-// `most` it is a limit. `least` is what the scale reaches at least.
+// `most` it is a limit. `least` is the least top of the scale.
 function chart(id, {lines, label, format = digits, height = 170, least = 1, areas = false,
     limit = null, from, till}) {
   const [width, made] = sized(`chart ${id}`);
@@ -22596,7 +22595,7 @@ const transactionPath = key => {
   return apiPath('connections', identity, 'transactions', id);
 };
 
-// The meter of a transaction over time: asked for once, then the stream adds to it.
+// The series of a transaction: asked for once, then the stream adds to it.
 const SERIES_KEPT = 80;
 function seriesOf(transaction) {
   const key = keyOf(transaction);
@@ -22616,7 +22615,7 @@ const PHASES = ['L1', 'L2', 'L3', ''];
 const allowed = points =>
   ({name: 'Allowed', colour: 'var(--ink)', most: true, steps: true, points});
 
-// What it was allowed and offered, as lines; nothing where that is not known.
+// Lines of the current allowed and offered; none where that is unknown.
 const allowedOf = (series, scale) => series.some(({allowedA}) => allowedA != null)
   ? [allowed(pointsOf(series, ({allowedA}) => allowedA == null ? null : allowedA * scale))] : [];
 const offeredOf = series => series.some(({offeredA}) => offeredA != null)
@@ -22660,7 +22659,7 @@ const TONES = {
 const is16 = station => station?.protocol === 'ocpp1.6';
 const online = station => station.status === 'online';
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
-// The power that flows for a transaction: of a station that has gone, nobody knows.
+// The power of a transaction; unknown while its station is offline.
 const isOnline = ({identity}) => online(state.stations.get(identity) || {});
 const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
 const flow = transaction => isOnline(transaction) ? transaction.powerW || 0 : 0;
@@ -22685,7 +22684,7 @@ function statusOf(station, connector) {
     || (transaction && connector.status === 'Occupied' ? 'Charging' : connector.status);
 }
 
-// What a charger adds to its status: an error code, a text.
+// The error codes and the text that a connector has beside its status.
 const codesOf = ({errorCode, vendorErrorCode}) => [errorCode, vendorErrorCode].filter(code =>
   code && !/^((0x)?0*|no.?error|none|ok)$/i.test(code));
 const hasError = connector => codesOf(connector).length > 0;
@@ -22702,7 +22701,7 @@ function why(station, connector) {
     + (remark ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${remark}.` : '');
 }
 
-// What keeps it from charging altogether; '' if nothing does.
+// The reason why a connector cannot charge at all; '' if there is none.
 function whyNot(station, connector, transaction, added) {
   if (!online(station)) return 'Not known: the station has been offline for '
     + `${duration(since(station.disconnectedAt))}${transaction ? ', and a car was charging' : ''}.`;
@@ -22771,7 +22770,7 @@ function whySoMuch(status, meter, soc) {
   return soc >= 80 ? ', and cars take less from 80 % on' : '';
 }
 
-// What the last answer to a card was, if it was no.
+// The last refusal of a card at a station.
 const TOKEN_STATUS = /"id(?:Tag|Token)Info":\{[^}]*?"status":"(\w+)"/;
 function refusedToken(identity, from) {
   const rows = state.list?.filter.identity === identity ? state.list.rows : [];
@@ -22796,14 +22795,14 @@ function connectorPills(station) {
   }), shown.length > PILLS && ` and ${shown.length - PILLS} more`);
 }
 
-// What a clock is off, in words.
+// The skew of a clock in words.
 const skewOf = seconds => `${duration(Math.abs(seconds))} ${seconds > 0 ? 'ahead' : 'behind'}`;
 
-// Who takes power that smart charging cannot steer. The site has all, a circuit those below it.
+// Stations that draw power without control: the site's list has those of every circuit.
 const uncontrolled = () => state.circuits.find(circuit => !circuit.parent)?.uncontrolled || [];
 const nameOfCircuit = ({name}) => name === 'site' ? 'The site' : `Circuit ${name}`;
 
-// What needs attention, the worst first: {rank, tone, where it leads, text, more, act}.
+// Alarms, the worst first: {rank, tone, where (the address), text, more, act}.
 const HOUR = 3600e3, DAY = 24 * HOUR;
 const sessionsAway = upstream =>
   upstream.sessions.filter(session => session.lastError && session.status !== 'idle');
@@ -22873,7 +22872,7 @@ function overLimit(circuit) {
     + 'unplug it.'};
 }
 
-// Somebody who is left alone on purpose is no alarm.
+// A station that is configured as unmanaged is no alarm.
 function notSteered({identity, amps, reason, advice, named}) {
   const asConfigured = state.power?.leftAlone.includes(identity);
   return {rank: asConfigured ? 5 : -1, tone: asConfigured ? 'warn' : 'bad',
@@ -22918,8 +22917,8 @@ function troubleAt(station, connector, add) {
 }
 
 // --- Forms ----------------------------------------------------------------------------------
-// A form has fields, and what is done with their values. What is typed stays, as text, in the
-// object that it is given; what is missing the browser says. A field: {label, hint, type, options
+// A form has fields, and a function that gets their values. Typed text stays in the object `typed`;
+// the browser names missing fields. A field: {label, hint, type, options
 // (values, or pairs of value and text), none (said where there are no options), value (at first),
 // optional, blank (its value when it is empty), whole (as wide as the form), `read` (its value of
 // a text), instead (the field that it takes the place of), attributes of its input}.
@@ -22988,7 +22987,7 @@ function form({key, typed, fields, send, submit = 'Send', ofChanges = false, off
       h('span.small', {role: 'status', class: off ? 'dim' : 'bad'}, problem)));
 }
 
-// Ask before what cannot be undone. Resolves to whether to go on.
+// Ask before an act that cannot be undone. Resolves to whether to go on.
 const confirmed = (title, text, yes) => new Promise(resolve => {
   state.confirm = {title, text, yes, done: value => {
     state.confirm = null;
@@ -23349,8 +23348,8 @@ function turnOver(identity) {
   for (const wake of queue.splice(0)) wake();
 }
 
-// Send a command; what the station really answered, and when, stands on top of its answers. A
-// command with a `protocol` is in the words of that, else of the station. `shown` has no secrets.
+// Send a command; the station's answer and its time stand on top of its answers. With `protocol` a
+// command is in the words of that version, else of the station's. `shown` has no secrets.
 async function command(identity, action, payload, {title = action, protocol = undefined,
   shown = payload} = {}) {
   /** @type {any} */
@@ -23413,7 +23412,7 @@ function addReport(entry, action, raw) {
   if (entry.later.length < LATER_KEPT) entry.later.push({action, raw: ownText(raw)});
 }
 
-// What was chosen and typed for a station; forms of a group share their fields.
+// The choices and texts in the forms of a station; forms of a group share their fields.
 const typedFor = ({identity}, group = '') => state.ui[`form ${identity} ${group}`] ||= {};
 
 // The forms that the station's version has words for: {group: [form]}.
@@ -23465,7 +23464,7 @@ function usualForm(station, spec, typed) {
     note: values => note?.(values, station)});
 }
 
-// A payload as it is shown: without the values of what is secret, or what is secret in a URL.
+// A payload without secrets: values of secret names, and passwords in URLs.
 function withoutSecrets(payload) {
   const hide = (_, value) => {
     const named = value?.key ?? value?.variable?.name;
@@ -23501,7 +23500,7 @@ function freeForm(station, typed) {
       h('span.bad.small', {role: 'status'}, offline(station) || problem)));
 }
 
-// Another Action: its required fields, unless something of the user's own stands there.
+// Begin the payload of another Action with its required fields, unless the user has typed one.
 async function beginCommand(protocol, typed, action, commands) {
   typed.action = action;
   touch('ui');
@@ -23562,7 +23561,7 @@ function objectIn(written) {
   }
 }
 
-// The power controller's own limits lie above what is sent by hand: the session's is to be set.
+// The power controller's limits override those sent by hand: the session is to be limited.
 const isSteered = ({identity}) => state.power?.enabled
   && !state.power.leftAlone.includes(identity)
   && state.circuits.some(circuit => circuit.stations.includes(identity));
@@ -23589,7 +23588,7 @@ function noEffectOf(station, payload) {
   return noEffect(station, profile?.chargingProfilePurpose, connectorId ?? evseId, null);
 }
 
-// What an answer's status says where the word alone does not.
+// The meaning of an answer's status, where the word alone does not say it.
 const GOOD = /^(Accepted|AcceptedCanceled|Unlocked|Scheduled)$/;
 const NEITHER = /^(RebootRequired|EmptyResultSet|NoProfiles|NotFound|Unknown)$/;
 const MEANT = {
@@ -23647,7 +23646,7 @@ function answerLine(entry, n) {
 const SHOWN_MOST = 300;                            // the message itself has the rest
 const shortened = text => text.length > SHOWN_MOST ? text.slice(0, SHOWN_MOST) + ' …' : text;
 
-// What an answer has beyond its status; of older ones on demand.
+// The fields of an answer beside its status; of older answers on demand.
 function payloadIn({result, raw}, newest) {
   const fields = Object.keys(result || {});
   if (!raw || raw === '{}' || fields.length === 1 && fields[0] === 'status') return null;
@@ -23676,7 +23675,7 @@ function reasonsIn({result, code}) {
   return [...new Set(said)].filter(Boolean).map(words => h('p', {key: words}, words));
 }
 
-// What came later: a status is a word, a report has more to it.
+// A later report: its status, or all of its fields.
 function laterLine({action, raw}, n) {
   const {status} = JSON.parse(raw);
   return typeof status === 'string' ? h('p', {key: n}, `${action}: `, pill(status))
@@ -23720,7 +23719,7 @@ const configurationRow = entry => ({
   status: answer => answer.status,
 });
 
-// A NotifyReport came, in answer to what was asked for: one part of several.
+// Take a NotifyReport, one part of several, of the report that was asked for.
 function reported({identity, type, raw}) {
   const report = state.reports.get(identity);
   if (type !== 'CALL' || !report) return;
@@ -23824,7 +23823,7 @@ function panel(id, topics, content) {
   if (stale) cache.set(id, guarded(id, content));
   return cache.get(id);
 }
-// What a station said must not take the page away: a panel that cannot be drawn says so.
+// No data of a station may break the page: a panel that cannot be drawn says so.
 function guarded(id, content) {
   try {
     return content();
@@ -23938,13 +23937,13 @@ function overviewScreen() {
   return [heading('Overview', address), ...above, messages];
 }
 
-// What the site draws on its most loaded phase, of its limit: {amps, limitA}, or null.
+// The load of the site's most loaded phase and its limit: {amps, limitA}, or null.
 function siteLoad() {
   const site = state.circuits.find(({parent}) => !parent);
   return site ? {amps: highest(Object.values(site.measuredA)), limitA: site.limitA} : null;
 }
 
-// Of the transactions that have ended today, and of those that run: without what was before today.
+// The energy since midnight, of transactions that ended today or run.
 function energyToday() {
   const midnight = new Date(now()).setHours(0, 0, 0, 0);
   const ofToday = [...state.transactions.values()].filter(({status, stoppedAt}) =>
@@ -24028,7 +24027,7 @@ function attentionCard() {
 const saying = ({more, act: remedy}, ...text) => h('div.grow.beside',
   h('div.grow', text, more && h('p.small', more)), remedy);
 
-// The cars that draw, and those that do not, each with the reason.
+// The cars that draw power, and those that wait, each with the reason.
 const CHARGING_SHOWN = 50;
 function chargingCard() {
   const drawing = running().filter(transaction => flow(transaction) > 0)
@@ -24060,7 +24059,7 @@ const chargingLine = transaction => h('li', {key: keyOf(transaction)}, h('div.gr
     isOnline(transaction) ? power(transaction.powerW) : 'offline')),
   h('p.small', coded(whyOf(transaction)))));
 
-// Why a car gets what it gets: by its session, else by what its connector says.
+// The reason of a car's share: of its session, else of its connector.
 function whyOf({identity, evse, id, ...transaction}) {
   const station = state.stations.get(identity), session = chargeOf({identity, id});
   const connector = station?.connectors.find(other => other.evse === evse
@@ -24137,7 +24136,7 @@ const TABS = {
   transactions: ['Transactions', stationTransactions],
 };
 
-// Commands, and the configuration that they read, are not for who only looks on.
+// Commands and configuration are not for viewers.
 const stationTabs = () => Object.entries(TABS).filter(([name]) => mayChange()
   || !['commands', 'configuration'].includes(name));
 const tabOf = name => stationTabs().some(([known]) => known === name) ? name : 'now';
@@ -24300,8 +24299,8 @@ function gist(row) {
   return row.digest;
 }
 
-// What a payload says, in a line: "8.97 kW · 219 Wh · 22 %", "Charging, connector 1". Where no
-// words are known, its fields: "interval: 300 · status: Accepted".
+// A payload in a line: "8.97 kW · 219 Wh · 22 %", "Charging, connector 1". Actions without words of
+// their own have their fields: "interval: 300 · status: Accepted".
 const DIGESTED = 20000, DIGEST_FIELDS = 8;
 function digestOf({method, type, raw}) {
   const payload = raw.length < DIGESTED && objectIn(raw).payload;
@@ -24329,7 +24328,7 @@ function fieldsIn(payload) {
 const TIME = /^\d{4}-\d\d-\d\dT\d\d:\d\d/;
 const timeIn = text => Number.isNaN(Date.parse(text)) ? text : SECONDS.format(new Date(text));
 
-// Where a message is about: 1.6 counts connectors, 2.x the connectors of an EVSE.
+// The connector of a message: 1.6 numbers connectors, 2.x the connectors of an EVSE.
 function placeIn({connectorId, evseId, evse}) {
   const id = evse?.id ?? evseId, connector = evse?.connectorId ?? connectorId;
   if (id === 0 || id == null && connector === 0) return 'whole station';
@@ -24338,7 +24337,7 @@ function placeIn({connectorId, evseId, evse}) {
 }
 const tokenIn = ({idTag, idToken}) => idTag ?? idToken?.idToken ?? idToken;
 
-// What the last of meter values says: its power, register, state of charge; else its fields.
+// The last of meter values: its power, register and state of charge; else its fields.
 const WATTS = {W: 1, kW: 1000}, WATT_HOURS = {Wh: 1, kWh: 1000};
 const SHOWN_MEASURANDS = [{of: 'Power.Active.Import', show: power, scale: WATTS},
   {of: 'Energy.Active.Import.Register', show: register, scale: WATT_HOURS},
@@ -24370,7 +24369,7 @@ const statusIn = payload => [[payload.status ?? payload.connectorStatus, placeIn
   .filter(Boolean).join(', '), ...codesOf(payload), payload.info];
 const tellsWhere = payload => [tokenIn(payload), placeIn(payload)];
 
-// In words, by the Action of a CALL. What is not here is said by its fields.
+// The words for a CALL, by its Action.
 const DIGESTS = {
   BootNotification({chargePointVendor, chargePointModel, firmwareVersion, chargingStation,
     reason}) {
@@ -24515,7 +24514,7 @@ function messageDetail(picked) {
     [call, answer].filter(Boolean).map(frame));
 }
 
-// Whose id token stands in a message.
+// The known id token in a message.
 function holderIn(raw) {
   const text = /"idT(?:ag|oken)"\s*:\s*"([^"\\]*)"/.exec(raw)?.[1], known = text && tokenOf(text);
   return known?.name && ['Id token', link(to('tokens', text), known.name)];
@@ -24622,7 +24621,7 @@ function transactionDetail(transaction) {
     link(to('messages', null, {identity}), 'Messages of this station'));
 }
 
-// Report: what the transactions that were stopped come to. Its days are those of UTC.
+// Report: sums of stopped transactions. Its days are those of UTC.
 
 const REPORT_BY = {month: 'Month', day: 'Day', station: 'Station', token: 'Id token'};
 function reportWanted() {
@@ -24938,7 +24937,7 @@ function powerCard() {
     : empty('No car has charged in the last hour: what each draws is stacked here.'));
 }
 
-// A line for each EVSE; what ended stands before what goes on.
+// A line for each EVSE; ended transactions stand before running ones.
 function powerLines(transactions) {
   const lines = new Map();
   for (const transaction of transactions.reverse()) {
@@ -25058,7 +25057,7 @@ function limitForm(config) {
     send, beside: Object.keys(typed).length > 0 && button('Leave it', forget)});
 }
 
-// Each session's chart: what its car draws, below what it is allowed.
+// The chart of each session: the current of its car below its limit.
 const CARS_SHOWN = 12;
 function carsCard() {
   const going = charges().filter(transactionOf).sort(byStation);
@@ -25100,7 +25099,7 @@ const changeSession = (sessionId, changes) => attempt(async () => {
   touch('smart-charge');
 });
 
-// What may be set of a session; an empty field is as usual.
+// The settings of a session; an empty field is the default.
 const sessionField = (label, value) => ({label, value, type: 'number', min: 0, step: 1,
   optional: true, blank: null, placeholder: 'as usual'});
 const sessionFields = ({priority, minA, maxA, phasesSet}) => ({
@@ -25232,7 +25231,7 @@ const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
   },
 };
 
-// How the lines are goes by no stream, but what happens to them does.
+// The states of the sessions come by no stream, but their events do.
 async function askRelay() {
   try {
     state.upstreams = await get('api/proxy/upstreams');
@@ -25244,7 +25243,7 @@ async function askRelay() {
 
 const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'warn',
   backoff: 'bad'};
-// A column of errors is there when there is an error: an empty one would cut the others.
+// The column of errors is there only with an error: empty, it would cut the others.
 const sessionColumns = sessions => [
   col.station('Station', 'identity', {width: '15%', wide: true, leads: true}),
   {name: 'Station and error', slim: true, leads: true, cell: session => [
@@ -25586,7 +25585,7 @@ function routeIn(hash) {
     query: Object.fromEntries(new URLSearchParams(fields)), message: null};
 }
 
-// What a screen asks for when one comes to it, or changes its filters.
+// The requests of a screen when it is opened, or its filters change.
 const ARRIVALS = {
   tokens: isOther => isOther && state.loaded && askTokens(),
   report: askReport,
@@ -25608,7 +25607,7 @@ function enter() {
   });
 }
 
-// Where it is not beside the list it stands above it, out of sight of who has scrolled down.
+// Scroll to what was opened, where it stands above the list and not beside it.
 function showAside() {
   const opened = document.querySelector('.aside');
   if (opened?.getBoundingClientRect().top < 0) opened.scrollIntoView();
@@ -25629,7 +25628,7 @@ function follows({screen, id, ofStation: atStation, query: wanted}) {
   else openList(fields);
 }
 
-// Find the message that is to be open: on the list, else on the board; and its partner.
+// Find the message to be opened, in the list, else on the board; and its partner.
 async function showMessage(id, before) {
   if (!id) return;
   const {route} = state, wanted = number({id});
@@ -25665,7 +25664,7 @@ function closeMessage() {
 }
 
 // --- Drawing --------------------------------------------------------------------------------
-// Once a frame, what data touched four times a second at most, and nothing while hidden.
+// Draw once a frame; for data four times a second at most; never while hidden.
 
 const dirty = new Set(), after = [];
 const AT_ONCE = new Set(['ui', 'all', 'hover', 'scroll', 'notice', 'live', 'answers', 'api']);
