@@ -22659,9 +22659,9 @@ const TONES = {
 const is16 = station => station?.protocol === 'ocpp1.6';
 const online = station => station.status === 'online';
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
-// The power of a transaction; unknown while its station is offline.
 const isOnline = ({identity}) => online(state.stations.get(identity) || {});
 const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
+// The power of a transaction; none is known while its station is offline.
 const flow = transaction => isOnline(transaction) ? transaction.powerW || 0 : 0;
 const transactionAt = (station, connector) => connector.transactionId == null ? null
   : state.transactions.get(pairOf(station.identity, connector.transactionId));
@@ -22732,7 +22732,7 @@ function whyWithout(station, {evse, status, since: from}) {
       : 'A car is plugged in and waits for a card or a remote start.';
   }
   return WITHOUT_TRANSACTION.get(status) || (status ? `The charger says ${status}.`
-    : 'The charger has not told its status yet: trigger a StatusNotification.');
+    : 'The charger has not reported its status yet: trigger a StatusNotification.');
 }
 
 // Whether smart charging lets the car at a connector draw nothing.
@@ -22757,7 +22757,7 @@ function whyNothing(status, powerW) {
   if (status === 'SuspendedEVSE') return 'The charger holds the power back: look for a charging '
     + 'profile or limit of 0, or for its own load management.';
   return powerW === 0 ? 'A transaction runs, but no power flows: the car may be full, or limited '
-    + 'to less than 6 A.' : 'A transaction runs; the meter has not told its power yet.';
+    + 'to less than 6 A.' : 'A transaction runs; the meter has not reported its power yet.';
 }
 
 function whySoMuch(status, meter, soc) {
@@ -22770,7 +22770,7 @@ function whySoMuch(status, meter, soc) {
   return soc >= 80 ? ', and cars take less from 80 % on' : '';
 }
 
-// The last refusal of a card at a station.
+// The status by which a card was refused last at a station; '' if it was accepted.
 const TOKEN_STATUS = /"id(?:Tag|Token)Info":\{[^}]*?"status":"(\w+)"/;
 function refusedToken(identity, from) {
   const rows = state.list?.filter.identity === identity ? state.list.rows : [];
@@ -23792,7 +23792,7 @@ function configuration(station) {
 
 function withoutRows({rows, done}) {
   if (rows.length) return 'Nothing matches.';
-  return done ? 'The station told of nothing that is set.' : 'The station sends its report …';
+  return done ? 'The station reported nothing that is set.' : 'The station sends its report …';
 }
 
 const configurationLine = (station, row) => h('tr', {key: row.id},
@@ -24181,7 +24181,7 @@ function stationNow(station) {
       panel('connectors', ['connections', 'transactions', 'smart-charge', 'messages', 'tick'],
         () => card('Connectors', {key: 'connectors'}, station.connectors.length
           ? station.connectors.map(connector => connectorLine(station, connector))
-          : empty('The station has told of no connector yet: trigger a StatusNotification.'))),
+          : empty('The station has reported no connector yet: trigger a StatusNotification.'))),
       panel('charts', ['transactions', 'connections', 'hover'], () => stationCharts(station))),
     h('div.stack',
       panel('about', ['connections', 'tick'], () => card('About', {key: 'about'},
@@ -24545,7 +24545,7 @@ function frameOf({type, messageId, method, errorCode, errorDescription, raw}) {
 // Transactions
 
 const STATUS_TONES = {active: 'info', stopped: 'good', orphan: 'warn', abandoned: 'bad'};
-const ESTIMATED = 'Estimated: its start was not seen, or its meter told of several registers';
+const ESTIMATED = 'Estimated: its start was not seen, or its meter had several registers';
 const estimate = transaction => transaction.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
 const holder = transaction => transaction.idTokenName || transaction.idToken || '';
@@ -24984,7 +24984,7 @@ const LOADS = [['drawn', 'drawn'], ['allowed', 'allowed'],
 const meterView = ({amps, otherLoadA, surplusA, ageSeconds}) => amps ? h('p.small',
   h('b', 'Site meter: '), `${perPhase(amps)}, ${duration(ageSeconds)} ago; besides the cars `
   + `${perPhase(otherLoadA)}; surplus for the cars ${amperes(surplusA)}, all phases together`)
-  : h('p.warn', 'The site\'s meter has not told anything yet: POST /api/smart-charge/meter');
+  : h('p.warn', 'The site\'s meter has not reported anything yet: POST /api/smart-charge/meter');
 
 function looseView() {
   const found = uncontrolled().map(notSteered);

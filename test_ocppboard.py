@@ -18120,7 +18120,7 @@ WHY = [
     ("SuspendedEV", "NoError", {"powerW": 0}, "The car takes no power: it is full"),
     ("SuspendedEVSE", "NoError", {"powerW": 0}, "The charger holds the power back"),
     ("Charging", "NoError", {"powerW": 0}, "no power flows"),
-    ("Charging", "NoError", {}, "the meter has not told its power yet"),
+    ("Charging", "NoError", {}, "the meter has not reported its power yet"),
     ("Charging", "NoError", {"powerW": 3450, "offered": 15, "a": 15},
      "as much as the charger offers"),
     ("Charging", "HighTemperature", {"powerW": 3450}, "The charger reports: HighTemperature: wet."),
@@ -19480,7 +19480,7 @@ async def test_the_page_says_what_was_set_on_the_board_and_what_the_sun_leaves(s
     async with looking(site) as look:
         await look.go("power")
         card = look.page.locator(".card", has_text="Circuits")
-        await expect(card).to_contain_text("The site's meter has not told anything yet")
+        await expect(card).to_contain_text("The site's meter has not reported anything yet")
         await expect(card).not_to_contain_text("set on the board")
         await site.fetch("/api/smart-charge/meter", "POST", {"L1": -8, "L2": -2.5, "L3": 0})
         await look.page.get_by_label("limit, kW").fill("11")
