@@ -4523,7 +4523,12 @@ async def open_websocket(url: str, subprotocols: Iterable[str], max_size: int,
 async def connect_stream(host: str, port: int, secure: bool, ssl_options: ssl.SSLContext | None,
                          timeout_s: float) -> IOStream:
     """Connect; TCP and TLS may take `timeout_s` each. Raises: OSError, gen.TimeoutError."""
-    stream = await TCPClient().connect(host, port, timeout=timeout_s)
+    connecting = asyncio.ensure_future(TCPClient().connect(host, port, timeout=timeout_s))
+    try:
+        stream = await asyncio.shield(connecting)
+    except asyncio.CancelledError:       # Tornado forgets the socket of a cancelled one, open
+        connecting.add_done_callback(_close_connected)
+        raise
     if not secure:
         return stream
     if stream.closed():                  # it hung up already
@@ -4537,6 +4542,11 @@ async def connect_stream(host: str, port: int, secure: bool, ssl_options: ssl.SS
             with contextlib.suppress(OSError):
                 handle.shutdown(socket.SHUT_RDWR)
             raise
+
+
+def _close_connected(connecting: asyncio.Future[IOStream]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
 
 
 def _one_line(error: Exception) -> str:

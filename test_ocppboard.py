@@ -3596,6 +3596,27 @@ async def test_a_cancelled_connect_leaves_no_socket(scheme, tls):
     await until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
+@run
+async def test_a_connection_that_is_given_up_at_any_moment_is_closed():
+    begun, ended = [], []
+
+    async def wait(reader, writer):
+        begun.append(writer)
+        await reader.read()
+        ended.append(writer)
+        writer.close()
+    async with await asyncio.start_server(wait, "127.0.0.1", 0) as listening:
+        url = f"ws://127.0.0.1:{listening.sockets[0].getsockname()[1]}/CP1"
+        for turns in range(60):
+            connecting = asyncio.create_task(open_websocket(url, [], LIMIT))
+            await asyncio.sleep(turns / 20_000)
+            connecting.cancel()
+            assert isinstance(*await asyncio.gather(connecting, return_exceptions=True),
+                              asyncio.CancelledError)
+        await asyncio.sleep(0.1)
+        await until(lambda: begun and len(begun) == len(ended))
+
+
 # The end of a connection: RFC 6455 7
 
 
