@@ -12556,13 +12556,13 @@ class Disk(concurrent.futures.Executor):
         """In place of `sqlite3.connect`."""
         disk = self
 
-        class Connection(sqlite3.Connection):
+        class Connection(ocppboard.StateConnection):
             def execute(self, statement, *values):
                 if disk.fails and re.match("INSERT|DELETE|COMMIT|PRAGMA user_version =", statement):
                     raise sqlite3.OperationalError("database or disk is full")
                 return super().execute(statement, *values)
 
-        self.connections.append(SQLITE_CONNECT(*args, factory=Connection, **options))
+        self.connections.append(SQLITE_CONNECT(*args, **options | {"factory": Connection}))
         return self.connections[-1]
 
 
