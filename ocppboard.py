@@ -4001,12 +4001,9 @@ class Authority:
         found = PEM_CERTIFICATE.search(signed)
         if not found:
             raise ValueError("openssl has signed nothing")
-        return "\n".join([found[0], *self._intermediates(), ""])
-
-    def _intermediates(self) -> list[str]:
-        """Our own certificate and its chain, but for a root, which the station has."""
-        return [found[0] for found in PEM_CERTIFICATE.finditer(self.chain)
-                if not _is_root(certificate_fields(base64.b64decode(found[1])))]
+        chain = (match[0] for match in PEM_CERTIFICATE.finditer(self.chain)
+                 if not _is_root(certificate_fields(base64.b64decode(match[1]))))
+        return "\n".join([found[0], *chain, ""])        # the station has the root
 
     @property
     def root(self) -> str:
@@ -19918,6 +19915,13 @@ class AlertLine(NamedTuple):
         return {"event": self.key.event, "identity": self.key.identity, "text": self.text,
                 "since": iso(self.since), "until": iso(self.over_at)}
 
+    @property
+    def sentence(self) -> str:
+        """The line in an alert's text."""
+        who = f"{self.key.identity}: " if self.key.identity else ""
+        over = f" (over at {wire_time(self.over_at)})" if self.over_at else ""
+        return f"{who}{self.text}{over}"
+
 
 def wrong_now(board: Board, controller: Controller | None,
               settled: bool) -> Iterator[tuple[Wrong, str]]:
@@ -20056,12 +20060,11 @@ class Alerts:
 
     def message(self, site: str) -> dict:
         """The alert of what waits."""
-        lines = [line.view() for line in self.lines]
-        problems = [line for line in lines if line["until"] is None]
-        recovered = [line for line in lines if line["until"]]
+        problems = [line.view() for line in self.lines if line.over_at is None]
+        recovered = [line.view() for line in self.lines if line.over_at]
         counts = [f"{len(problems)} problem{'s' * (len(problems) > 1)}"] * bool(problems) + [
             f"{len(recovered)} over"] * bool(recovered)
-        texts = [_alert_line(line) for line in lines]
+        texts = [line.sentence for line in self.lines]
         title = texts[0] if len(texts) == 1 and not self.left else ", ".join(counts)
         if self.left:
             texts.append(f"and {self.left} more before these")
@@ -20108,11 +20111,6 @@ def _sent_alert(row: StateRow) -> tuple[Wrong, Any]:
         if is_problem or (_is_time(value) and event in AGAIN_S):
             return Wrong(event, identity, tuple(place)), value
     raise WrongValue("it is no alert")
-
-
-def _alert_line(line: dict) -> str:
-    who = f"{line['identity']}: " if line["identity"] else ""
-    return f"{who}{line['text']}" + (f" (over at {line['until'][:19]}Z)" if line["until"] else "")
 
 
 def in_template(template: str, message: dict) -> tuple[str, str]:
@@ -25141,7 +25139,7 @@ const CHARGE_TONES = {active: 'good', waiting: 'warn', paused: 'warn', ended: ''
 const CHARGES_SHOWN = 50;                          // unless all are wanted: that takes its time
 function chargesCard() {
   const going = charges().sort(byStation), isOn = state.about?.smartCharging;
-  if (!state.charges.size) return card('Smart charging', {key: 'charges'}, empty(isOn
+  if (!going.length) return card('Smart charging', {key: 'charges'}, empty(isOn
     ? 'It is on, and no car charges.'
     : 'Smart charging is switched off: nothing limits what the cars draw together. Limits can be '
       + 'set by hand, among the commands of each station.'));
@@ -25153,7 +25151,7 @@ function chargesCard() {
       touch('ui');
     }, {'aria-pressed': String(!!allCharges)}),
     h('b', `${power(kilowatts * 1000)} allowed`)], {key: 'charges'},
-  going.length > 0 && h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allowed: '
+  h('div.in', h('div.meter.thick', {role: 'img', 'aria-label': 'Allowed: '
     + going.map(session => `${session.identity} ${power(session.allocatedKw * 1000)}`).join(', ')},
   going.map(session => h('i', {key: session.sessionId,
     title: `${plain(session.identity)}: ${power(session.allocatedKw * 1000)}`,
@@ -25170,10 +25168,9 @@ function endedCard() {
     rows));
 }
 
-const SESSIONS = {records: () => [...state.charges.values()], key: ({sessionId}) => sessionId,
-  open: session => to('power', session.sessionId), tall: false};
-const chargeGrid = (list, rows) =>
-  listGrid({...SESSIONS, beside: state.charges.has(state.route.id), ...list}, rows);
+const chargeGrid = (list, rows) => listGrid({key: ({sessionId}) => sessionId, tall: false,
+  open: session => to('power', session.sessionId), beside: state.charges.has(state.route.id),
+  ...list}, rows);
 
 const chargeName = session => [dot(colourOf(session.identity)), stationLink(session.identity),
   session.evse != null && h('span.dim', ` ${session.evse}`)];
@@ -25909,18 +25906,13 @@ start();
 """
 
 
-def page_document() -> bytes:
-    """PAGE with its style and script."""
-    return PAGE.replace("<style>", f"<style>{STYLE}").replace(
-        "<script>", f"<script>{SCRIPT}").encode()
-
-
 def _source(text: str) -> str:
     """How a content security policy names a script or style within the page (CSP 3, 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-DOCUMENT = page_document()
+DOCUMENT = PAGE.replace("<style>", f"<style>{STYLE}").replace(
+    "<script>", f"<script>{SCRIPT}").encode()
 COMPRESSED = gzip.compress(DOCUMENT, 9, mtime=0)
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",

@@ -19515,6 +19515,19 @@ async def test_the_page_says_what_was_set_on_the_board_and_what_the_sun_leaves(s
 
 
 @live(**SHARING)
+async def test_the_power_screen_says_that_no_car_charges_when_all_sessions_have_ended(site):
+    site.board.smart_charge.append(ShownRecord(
+        sessionId="sc-1", identity="CP-1", strategy="equal_share", allocatedKw=0.0, status="ended",
+        startedAt=iso_now(-60), endedAt=iso_now(), updatedAt=iso_now(), evse=1, reason="It ended"))
+    async with looking(site) as look:
+        await look.go("power")
+        await look.sees("It is on, and no car charges.", "main")
+        await expect(look.page.get_by_role("region", name="Ended sessions")).to_be_visible()
+        await expect(look.page.get_by_role("region", name="Smart charging sessions")
+                     ).to_have_count(0)
+
+
+@live(**SHARING)
 async def test_the_power_screen_shows_live_sessions_first_and_all_of_their_reasons(site):
     await simulated(site, "ocpp1.6")
     fill(site)
