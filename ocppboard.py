@@ -28362,7 +28362,7 @@ class Daemon:
         """The board's first; then those that serve nothing but OCPP."""
         config, ocpp, board = self.config, self._ocpp_rules(), self._board_rules()
         if config.ocpp.port:             # stations have no business at the board's
-            strayed = Rule(IsUpgrade(), StationUpgrade, {"daemon": self, "here": False})
+            strayed = Rule(IsUpgrade(), StationUpgrade, {"daemon": self, "serves_stations": False})
             first = Listener(config.server.port, [strayed, *board], bool(self.tls), False)
         else:
             first = Listener(config.server.port, ocpp + board, bool(self.tls), True)
