@@ -23871,6 +23871,7 @@ const newestFirst = map => [...map.values()].reverse();
 //   blank                what stands there as long as nothing has come
 //   detail(record)       what is opened, drawn with `detailTopics`; of a list with `by`, the
 //                        filter of that name says which
+//   unlisted(route)      the record that is open, where records() does not have it
 function filterBar({search, filters = {}}) {
   const {identity} = state.route.query;
   return h('div.bar.filters', search && searchBox('text', search),
@@ -23916,7 +23917,7 @@ function listCard(list) {
 // A list, and beside it what is open of it.
 function listSplit(list) {
   const {name, topics} = list;
-  const opened = list.records().find(record => isOpen(list, record)) || list.older?.();
+  const opened = list.records().find(record => isOpen(list, record)) || list.unlisted?.(state.route);
   return split(panel(name, topics, () => listCard({...list, beside: !!opened})),
     opened && panel(`${name} open`, list.detailTopics || topics, () => list.detail(opened)));
 }
@@ -24578,7 +24579,7 @@ const TRANSACTION_COLUMNS = [
 const placeOf = ({identity, id}) => [identity, id];
 const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
   topics: ['transactions', 'tick'], detailTopics: ['transactions', 'hover', 'tick'],
-  records: () => newestFirst(state.transactions), older: olderTransaction, key: keyOf,
+  records: () => newestFirst(state.transactions), unlisted: olderTransaction, key: keyOf,
   place: placeOf,
   columns: TRANSACTION_COLUMNS, search: 'Search station, id token, id …',
   words: ({identity, id, idToken, idTokenName, reason}) =>
@@ -24593,8 +24594,7 @@ const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
 };
 
 // The transaction of a link, where it is older than those that are loaded: asked for once.
-function olderTransaction() {
-  const {id: key} = state.route;
+function olderTransaction({id: key}) {
   if (!key || !state.loaded) return null;
   if (state.older.key !== key) {
     state.older = {key, found: null};
@@ -24745,17 +24745,14 @@ const KNOWN_TOKENS = {name: 'tokens', title: 'Id tokens', topics: ['tokens', 'ti
   columns: TOKEN_COLUMNS, search: 'Search id token, name, group …',
   words: ({idToken, name, group}) => [idToken, name, group],
   count: rows => plural(rows.length, 'id token'),
-  tools: tokenTools,
+  tools: tokenTools, detail: tokenDetail,
+  unlisted: ({id}) => id && (tokenCalled(id) || newToken(id)),
   blank: 'No id token is known by name: learn one above, or import a list.',
 };
 
-function tokensScreen() {
-  const {id} = state.route;
-  return [heading('Id tokens'), panel('shown', ['tokens', 'tick'], shownTokens),
-    split(panel('tokens', KNOWN_TOKENS.topics, () => listCard({...KNOWN_TOKENS, beside: !!id})),
-      id && panel('token', KNOWN_TOKENS.detailTopics, () => tokenDetail(id))),
-    panel('lists', ['tokens', 'ui'], listsCard)];
-}
+const tokensScreen = () => [heading('Id tokens'),
+  panel('shown', ['tokens', 'tick'], shownTokens), listSplit(KNOWN_TOKENS),
+  panel('lists', ['tokens', 'ui'], listsCard)];
 
 function shownTokens() {
   const shown = state.tokens.filter(token => !token.source);
@@ -24834,8 +24831,7 @@ const tokenFields = token => ({
 });
 const newToken = idToken => ({idToken, name: '', status: 'Accepted', group: '', master: false,
   expires: null, stations: ['*'], source: null});
-function tokenDetail(id) {
-  const token = tokenCalled(id) || newToken(id);
+function tokenDetail(token) {
   return aside(token.idToken, () => go('tokens', null, state.route.query),
     token.source && facts([['From', {board: 'this page', configuration: 'the configuration'}
       [token.source]], ['Type', token.type], ['Last use', ago(token.lastUsedAt)],
@@ -25341,8 +25337,7 @@ const telemetryFacts = last => [
 ];
 
 function telemetryCharts(samples) {
-  const line = (name, value) => ({name, points: samples.map(point => [ms(point.timestamp),
-          value(point)])});
+  const line = (name, value) => ({name, points: pointsOf(samples, value)});
   const part = (title, props, ...lines) => h('div', {key: title}, h('h3', title),
     chart(title, {label: title, height: 150, ...props, lines}));
   const errors = increases(samples.map(point => point.errorCount));
@@ -25375,7 +25370,9 @@ const EVENT_NAMES = {
   EVICTION: 'Connection replaced by a second one', PONG_TIMEOUT: 'Connection gone silent',
   LOGIN: 'Login to the board', STARTED: 'Board started', STOPPED: 'Board stopped',
   CLOCK_SET: 'Clock of the host was set', STATE_SKIPPED: 'Part of the state not readable',
-  STATE_FAILING: 'State file cannot be written',
+  STATE_FAILING: 'State file cannot be written', MQTT_AWAY: 'MQTT broker away',
+  NOTIFY_FAILING: 'Alerts do not get out', NOTIFY_WORKS: 'Alerts get out again',
+  NOTIFY_LOST: 'Alerts lost',
   PROXY_ENDED: 'Transaction ended upstream', PROXY_LIMIT: 'Limit of the upstream',
   SMART_CHARGE_CONFIG: 'Smart charging changed', SMART_CHARGE_STATION: 'Station of the site',
   SMART_CHARGE_SESSION: 'Session changed', SMART_CHARGE_METER: 'Meter of the site',
