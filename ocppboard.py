@@ -20099,18 +20099,22 @@ class Alerts:
 
 
 def _sent_alert(row: StateRow) -> tuple[Wrong, Any]:
-    """The row `alert` of a problem, {text, since, returns}, or the time of an event's.
+    """The row `alert` of a problem, {text, since, returns}, or of an event, its time.
 
     Raises: WrongValue.
     """
+    try:
+        event, identity, *place = json.loads(row.key)
+    except (ValueError, TypeError):
+        raise WrongValue("its key is no alert") from None
     value = row.value
     is_problem = isinstance(value, dict) and {name: type(value[name]) for name in value} == {
         "text": str, "since": float, "returns": int}
-    with contextlib.suppress(ValueError, TypeError):
-        event, identity, *place = json.loads(row.key)
-        if is_problem or (_is_time(value) and event in AGAIN_S):
-            return Wrong(event, identity, tuple(place)), value
-    raise WrongValue("it is no alert")
+    is_event = _is_time(value) and event in [*AGAIN_S]
+    if not (is_problem or is_event) or not all(
+            type(part) in (str, int) for part in (event, identity, *place)):
+        raise WrongValue("it is no alert")
+    return Wrong(event, identity, tuple(place)), value
 
 
 def in_template(template: str, message: dict) -> tuple[str, str]:
@@ -23917,7 +23921,8 @@ function listCard(list) {
 // A list, and beside it what is open of it.
 function listSplit(list) {
   const {name, topics} = list;
-  const opened = list.records().find(record => isOpen(list, record)) || list.unlisted?.(state.route);
+  const opened = list.records().find(record => isOpen(list, record))
+    || list.unlisted?.(state.route);
   return split(panel(name, topics, () => listCard({...list, beside: !!opened})),
     opened && panel(`${name} open`, list.detailTopics || topics, () => list.detail(opened)));
 }

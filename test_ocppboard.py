@@ -16870,12 +16870,13 @@ async def test_what_was_sent_before_a_restart_is_not_sent_again_but_what_was_not
     third = KeptAlertBench(tmp_path / "s.db", "CP-2", second.clock.now + 8 * 86400)
     assert not third.notifier.alerts.known and not third.notifier.alerts._reported_mono
     third.board.state.put("alert", '["offline","CP-1"]', {"text": 1})
-    third.board.state.put("alert", "[", 1.0)
+    for key in ("[", "1", '["state",[]]', '[[],"CP-1"]', '["offline"]', '["state",""]'):
+        third.board.state.put("alert", key, 1.0 if key != '["state",""]' else "soon")
     await third.stop()
     fourth = KeptAlertBench(tmp_path / "s.db", "CP-2", third.clock.now)
     assert not fourth.notifier.alerts.known
     assert fourth.board.system.records[-1].kind == "STATE_SKIPPED"
-    assert len(list(fourth.board.state.rows("alert"))) == 2, "the others were removed"
+    assert len(list(fourth.board.state.rows("alert"))) == 7, "the others were removed"
     await fourth.stop()
 
 
