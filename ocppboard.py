@@ -102,8 +102,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from ipaddress import ip_address, ip_network
-from itertools import cycle, islice, pairwise
-from operator import attrgetter
+from itertools import chain, cycle, islice, pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from string import Template
 from types import GenericAlias, NoneType
@@ -327,6 +327,17 @@ class NoAnswer(BoardError):
     """The station did not answer a command in time."""
 
     http_status = 504
+
+
+class RefusedThere(BoardError):
+    """The board of another site, or a station there, has refused a command; in its words."""
+
+    def __init__(self, site: str, http_status: int, body: dict):
+        super().__init__(f"{site}: {body['error']}")
+        self.http_status, self._body = http_status, body
+
+    def body(self) -> dict:
+        return self._body | {"error": str(self)}
 
 
 class Refused(BoardError):
@@ -623,6 +634,7 @@ class MqttSettings:
     discovery: bool = False
     commands: list[str] = field(default_factory=list)
     id_token: str = field(default="MQTT")
+    fleet: bool = False
 
 
 @dataclass(slots=True)
@@ -1369,6 +1381,7 @@ class Record(Viewed):
     number: int
     changed: int                        # by which event last, of a record that changes
     size = 0                            # bytes that a stranger's text takes, where it has no bound
+    topic = ""                          # of a record of another site; "": that it is published on
 
     def json(self) -> str:
         """`view` as JSON text on one line."""
@@ -7816,9 +7829,10 @@ TOPICS = {
     "messages": "message", "telemetry": "telemetry", "security": "security",
     "connections": "connection", "transactions": "transaction",
     "smart-charge": "smart-charge", "proxy": "proxy", "errors": "fault", "system": "system",
+    "sites": "site",
 }
 # Topics whose events repeat a record as it changes.
-CHANGING = ("connections", "transactions", "smart-charge")
+CHANGING = ("connections", "transactions", "smart-charge", "sites")
 
 
 class Published:
@@ -7833,7 +7847,8 @@ class Published:
     def text(self) -> str:
         """The event as Server-Sent Events write it, but for its id; the record as it is now."""
         if not self._text:
-            self._text = f"event: {TOPICS[self.topic]}\ndata: {self.record.json()}\n\n"
+            event = TOPICS[self.record.topic or self.topic]
+            self._text = f"event: {event}\ndata: {self.record.json()}\n\n"
         return self._text
 
 
@@ -7981,6 +7996,10 @@ class Board:
                        "proxy": self.proxy, "errors": self.errors, "system": self.system,
                        "transactions": self.transactions}
         self.changes = dict.fromkeys(CHANGING, 0)    # {topic: number of the last event}
+        self.changing: dict[str, Callable[[], Iterable[Record]]] = {     # their records
+            "connections": self.stations.values, "sites": tuple,
+            "transactions": lambda: self.transactions.records,
+            "smart-charge": lambda: self.smart_charge.records}
         self.listeners: dict[str, list] = {topic: [] for topic in TOPICS}
         self.on_change: dict[str, Callable[[Any], None]] = {}    # {topic: who misses no change}
         self.power: PowerController | None = None
@@ -8088,9 +8107,8 @@ class Board:
     def _since(self, topic: str, number: int) -> tuple[list[Published], int]:
         """The events of a topic after that number; of a changing record the present state alone."""
         if topic in CHANGING:
-            kept = (self.stations.values() if topic == "connections"
-                    else self.stores[topic].records)
-            changed = sorted((r for r in kept if r.changed > number), key=lambda r: r.changed)
+            changed = sorted((r for r in self.changing[topic]() if r.changed > number),
+                             key=lambda r: r.changed)
             return [Published(topic, r.changed, r) for r in changed], 0
         records, lost = self.stores[topic].since(number)
         return [Published(topic, r.number, r) for r in records], lost
@@ -17949,6 +17967,554 @@ section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--l
 """
 
 
+# --- Fleet --------------------------------------------------------------------------------
+# What the boards of other sites publish at the broker (see Outward): their stations,
+# transactions and events, in bounds. No I/O: messages come in; records go out, as events of the
+# Board's topic "sites". Who publishes nonsense or too much is named.
+
+SITES_KEPT = 1000                   # those that come later are left out
+SITE_BYTES, FLEET_BYTES = 4 << 20, 128 << 20     # of the records of one site, and of all
+RECORD_BYTES = 16 * 1024            # of one message
+NUMBER_MOST = 1e15                  # of a record
+RECORD_COST = 700                   # bytes that a record takes beside its text
+SITE_ENDED, SITE_EVENTS = 500, 200  # ended transactions, and events, of a site; the oldest go
+SITE_PROBLEMS, SITE_COMMANDS = 50, 200       # that a site tells of; more problems are counted
+RETAINED_QUIET_S = 3.0              # without a retained message: the broker has sent all
+SITE_QUIRK_S = 60.0                 # what is wrong with a site's messages is an event so often
+EVERY_SITE = "*"                    # as a filter
+
+SiteStatus = Literal["online", "offline", "unreachable"]
+
+
+class SiteProblem(TypedDict):
+    """Something that is wrong at a site; `event` is one of the alerts'."""
+
+    event: str
+    identity: str
+    text: str
+    since: Timestamp | None
+
+
+class SiteProblems(TypedDict):
+    """What is wrong at a site, of which the first are listed."""
+
+    count: int
+    problems: list[SiteProblem]
+
+
+class SiteState(TypedDict):
+    """Who holds a site's name: a board, since its start, that allows these commands by MQTT."""
+
+    status: str
+    version: str
+    since: Timestamp | None
+    commands: list[str]
+
+
+class SiteLoad(TypedDict):
+    """How a site is doing; currents in A by phase. The time is that of its board."""
+
+    stations: int
+    online: int
+    charging: int
+    faulted: int
+    powerW: float
+    limitA: float | None
+    loadA: dict[str, float]
+    overLimit: bool
+    at: Timestamp | None
+
+
+class ConnectorFacts(TypedDict):
+    """A connector's record has these beside its own fields at the broker."""
+
+    charging: bool
+    chargingState: str | None
+    powerW: float | None
+    currentA: float | None
+    energyWh: float | None
+    soc: float | None
+    limitA: float | None
+    reason: str
+
+
+class RemoteAnswer(TypedDict):
+    """The answer of another site's board: that of REST, and the status of one without success."""
+
+    success: bool
+    status: int
+    error: str
+    result: NotRequired[dict]
+    responseTime: NotRequired[float]
+    warning: NotRequired[str]
+    reports: NotRequired[list[dict]]
+    errorCode: NotRequired[str]
+    errorDescription: NotRequired[str]
+    errorDetails: NotRequired[dict]
+
+
+class PublishedEvent(TypedDict):
+    """An event of a site, and its topic on the Board there."""
+
+    topic: str
+    event: dict
+
+
+JSON_CLASSES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    "array": (list,), "object": (dict,)}
+
+
+class Shape:
+    """The JSON that a type has in REST, to be expected of another board, perhaps of another
+    version: what is missing is blank, what is unknown is left out."""
+
+    def __init__(self, *kinds: Any):
+        """A value is of all these kinds, each with fields."""
+        named: dict[str, Any] = {}
+        self.parts = [json_schema(kind, named) for kind in kinds]
+        self.named = schemas_of(named)
+
+    def read(self, value: Any) -> dict:
+        """The value. Raises: WrongType."""
+        view: dict = {}
+        for part in self.parts:
+            view |= self._read(value, part)
+        return view
+
+    def _read(self, value: Any, schema: dict) -> Any:
+        if "$ref" in schema:
+            schema = self.named[schema["$ref"].rpartition("/")[2]]
+        if "anyOf" in schema:            # or null
+            return None if value is None else self._read(value, schema["anyOf"][0])
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        if not any(type(value) in JSON_CLASSES[kind] for kind in kinds):
+            raise WrongType(f"{shown(value, 20)} is no {' or '.join(kinds)}")
+        if isinstance(value, (int, float)) and abs(value) > NUMBER_MOST:
+            raise WrongValue("a number is too large")
+        if "items" in schema:
+            return [self._read(item, schema["items"]) for item in value]
+        if "properties" in schema:
+            required = schema["required"]
+            return {name: self._read(value[name], inner) if name in value else self._blank(inner)
+                    for name, inner in schema["properties"].items()
+                    if name in value or name in required}
+        if "additionalProperties" in schema:
+            inner = schema["additionalProperties"]
+            return {name: self._read(item, inner) for name, item in value.items()}
+        return value
+
+    def _blank(self, schema: dict) -> Any:
+        if "anyOf" in schema:
+            return None
+        if "$ref" in schema:
+            return self._read({}, schema)
+        kind = schema["type"] if isinstance(schema["type"], str) else schema["type"][0]
+        return JSON_CLASSES[kind][0]()
+
+
+@dataclass(slots=True, eq=False)
+class FleetSite(Record):
+    """A site: its board's, or that of another board on the broker, as that has published it."""
+
+    SCHEMA = "Site"
+    topic = "sites"
+    site: Annotated[str, Shown()]
+    own: Annotated[bool, Shown()] = False
+    # Unreachable: our own connection to the broker is lost.
+    status: Annotated[SiteStatus, Shown()] = "offline"
+    since: Annotated[Time | None, Shown()] = None    # when the status began
+    version: Annotated[str, Shown()] = ""
+    stations: Annotated[int, Shown()] = 0
+    online: Annotated[int, Shown()] = 0
+    charging: Annotated[int, Shown()] = 0
+    faulted: Annotated[int, Shown()] = 0
+    power_w: Annotated[float, Shown()] = 0.0
+    limit_a: Annotated[float | None, Shown()] = None
+    load_a: Annotated[dict[str, float], Shown()] = field(default_factory=dict)
+    over_limit: Annotated[bool, Shown()] = False
+    commands: Annotated[list[str], Shown()] = field(default_factory=list)    # that it allows
+    problems: Annotated[list[SiteProblem], Shown()] = field(default_factory=list)
+    problem_count: Annotated[int, Shown()] = 0
+    # What is wrong with what it publishes.
+    warning: Annotated[str | None, Shown()] = None
+    number: int = 0
+    changed: int = 0
+    records: "dict[tuple[str, ...], RemoteRecord]" = field(default_factory=dict)     # retained
+    connectors: "dict[str, dict[tuple[int, int], RemoteRecord]]" = field(default_factory=dict)
+    ended: "deque[RemoteRecord]" = field(default_factory=lambda: deque(maxlen=SITE_ENDED))
+    events: "deque[RemoteRecord]" = field(default_factory=lambda: deque(maxlen=SITE_EVENTS))
+    unseen: set[tuple[str, ...]] = field(default_factory=set)    # since the broker was connected
+    bytes: int = 0                      # of all these
+    warned_mono: float = -math.inf
+
+    def of(self, topic: str) -> "Iterator[RemoteRecord]":
+        """Its records of a topic of the Board."""
+        everything = (self.records.values(), self.ended, self.events)
+        return (record for records in everything for record in records if record.topic == topic)
+
+
+class RemoteRecord(Record):
+    """A record of another site: the JSON of its view, and what of it is no list and no object."""
+
+    __slots__ = ("site", "topic", "fields", "text", "size")
+
+    def __init__(self, site: FleetSite, topic: str, view: dict):
+        self.site, self.topic = site, topic
+        self.fields = {name: value for name, value in view.items()
+                       if not isinstance(value, (list, dict))}
+        self.text = to_json(view)
+        self.size = len(self.text) + RECORD_COST
+        self.number = self.changed = 0
+
+    @property
+    def identity(self) -> str:
+        """Of its station."""
+        return str(self.fields.get("identity", ""))
+
+    @property
+    def time(self) -> str:
+        """By which lists of such records are in order."""
+        return str(self.fields.get("startedAt") or self.fields.get("timestamp") or "")
+
+    def json(self) -> str:
+        """Its view, with `site` and `siteStatus`."""
+        head = to_json({"site": self.site.site, "siteStatus": self.site.status})
+        return f"{head[:-1]},{self.text[1:]}"
+
+    def view(self) -> dict:
+        """It as REST shows it."""
+        view: dict = json.loads(self.json())
+        return view
+
+    def row(self) -> dict:
+        """Its cells in an export as CSV."""
+        return {"site": self.site.site} | self.fields
+
+    def mentions(self, text: str) -> bool:
+        """Whether the text, given in lower case, stands anywhere in it in any case."""
+        return text in self.text.lower()
+
+
+class RemoteStation(RemoteRecord):
+    """A station of another site; its connectors are published on their own, with more of each."""
+
+    __slots__ = ("_connectors",)
+
+    def __init__(self, site: FleetSite, view: dict):
+        connectors = view.pop("connectors")
+        super().__init__(site, "connections", view)
+        self._connectors = {(c["evse"], c["connector"]): to_json(c) for c in connectors}
+        self.size += sum(map(len, self._connectors.values()))
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it is connected, as far as is known."""
+        return self.site.status == "online" and self.fields["status"] == "online"
+
+    def json(self) -> str:
+        """Its view, with `site` and `siteStatus`."""
+        published = self.site.connectors.get(self.identity, {})
+        texts = self._connectors | {place: c.text for place, c in published.items()}
+        connectors = ",".join(text for _, text in sorted(texts.items()))
+        return f'{super().json()[:-1]},"connectors":[{connectors}]}}'
+
+
+class Fleet:
+    """The other sites on the broker, as they publish themselves."""
+
+    def __init__(self, board: Board):
+        self.board = board
+        self.sites: dict[str, FleetSite] = {}
+        self.bytes = 0                   # of all records
+        self._retained_mono: float | None = None         # when one came last; None: all have
+        self._is_retained = False        # the message that is read
+        self._left_out_mono = -math.inf
+        board.changing["sites"] = self.records
+        self._station, self._transaction = Shape(Station), Shape(Transaction)
+        self._connector = Shape(Connector, ConnectorFacts)
+        self._events = {"errors": Shape(Fault), "security": Shape(SecurityEvent),
+                        "system": Shape(SystemEvent)}
+        self._state, self._load, self._problems, self._event = map(
+            Shape, (SiteState, SiteLoad, SiteProblems, PublishedEvent))
+
+    def records(self) -> Iterator[Record]:
+        """All sites, and all that is kept of them."""
+        for site in self.sites.values():
+            yield site
+            for records in (site.records.values(), site.ended, site.events):
+                yield from records
+
+    def of(self, topic: str, name: str) -> list[RemoteRecord]:
+        """The records of a topic of the site of this name, or of EVERY_SITE, by site."""
+        chosen = sorted(self.sites) if name == EVERY_SITE else [name] if name in self.sites else []
+        return [record for site in chosen for record in self.sites[site].of(topic)]
+
+    def stations(self, name: str) -> list[RemoteStation]:
+        """The stations of a site, or of EVERY_SITE, by site and identity."""
+        found = [r for r in self.of("connections", name) if isinstance(r, RemoteStation)]
+        return sorted(found, key=lambda station: (station.site.site, station.identity))
+
+    def station(self, site: str, identity: str) -> RemoteStation:
+        """A station of a site. Raises: NotFound."""
+        known = self.sites.get(site)
+        record = known and known.records.get((identity, "state"))
+        if not isinstance(record, RemoteStation):
+            raise NotFound("Connection not found")
+        return record
+
+    # The broker
+
+    def connected(self) -> None:
+        """The broker sends what it has retained, then what is new."""
+        self._retained_mono = self.board.mono()
+        for site in self.sites.values():
+            site.unseen = {("status",), *site.records}
+
+    def disconnected(self) -> None:
+        """The connection to the broker is lost: all is as it was."""
+        self._retained_mono, self._is_retained = None, False
+        for site in self.sites.values():
+            if site.status == "online":
+                self._set_status(site, "unreachable")
+
+    def clear(self) -> None:
+        """Forget all sites: they are not followed any more."""
+        for site in list(self.sites.values()):
+            self._forget(site)
+
+    def tick(self) -> None:
+        """Once a second: when the broker has sent all, what it did not send is gone."""
+        if self._retained_mono is None or (
+                self.board.mono() - self._retained_mono < RETAINED_QUIET_S):
+            return
+        self._retained_mono = None
+        for site in list(self.sites.values()):
+            if ("status",) in site.unseen:
+                self._forget(site)
+                continue
+            for key in list(site.unseen):
+                self._came(site, key, b"")
+
+    def came(self, levels: Sequence[str], payload: bytes, retained: bool) -> None:
+        """A message came: its topic's levels, the site first. An empty one removes a record."""
+        self._is_retained = retained
+        if retained and self._retained_mono is not None:
+            self._retained_mono = self.board.mono()
+        name, *key = map(unquote, levels)
+        site = self.sites.get(name)
+        if site is None:
+            if not payload:
+                return
+            if len(self.sites) >= SITES_KEPT or len(name) > IDENTITY_LENGTH:
+                self._leave_out(name)
+                return
+            site = self.sites[name] = FleetSite(name)
+        try:
+            self._came(site, tuple(key), payload)
+        except (FormatViolation, Busy) as error:
+            self._warn(site, f"{'/'.join(key)}: {error}")
+
+    def _came(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
+        """Raises: FormatViolation, Busy."""
+        site.unseen.discard(key)
+        view = _published(payload) if payload else {}
+        match key:
+            case ("status",):
+                self._read_status(site, view)
+            case ("load",) if payload:
+                self._read_load(site, view)
+            case ("problems",) if payload:
+                found = self._problems.read(view)
+                site.problems = found["problems"][:SITE_PROBLEMS]
+                site.problem_count = found["count"]
+                self.board.publish("sites", site)
+            case ("events",) | (_, "events") if payload:
+                self._read_event(site, view)
+            case (identity, "state"):
+                self._read_station(site, identity, view)
+            case (identity, "connectors", evse, connector):
+                self._read_connector(site, key, (identity, evse, connector), view)
+            case (identity, "transactions", _):
+                self._read_transaction(site, key, identity, view)
+
+    # What is published
+
+    def _read_status(self, site: FleetSite, view: dict) -> None:
+        if not view:
+            self._forget(site)           # it has left the broker, or its name
+            return
+        state = self._state.read(view)
+        site.version, site.commands = kept(state["version"], 50), state["commands"][:SITE_COMMANDS]
+        if state["status"] == "online":
+            self._set_status(site, "online", _seconds(state["since"]))
+        else:
+            self._set_status(site, "offline", site.since if site.status == "offline" else None)
+
+    def _set_status(self, site: FleetSite, status: SiteStatus, since: float | None = None) -> None:
+        """`since`: as it was published; when it is retained, nobody saw it begin."""
+        if site.status != status:
+            site.since = since if self._is_retained else self.board.clock()
+        site.status = status
+        self.board.publish("sites", site)
+
+    def _read_load(self, site: FleetSite, view: dict) -> None:
+        load = self._load.read(view)
+        site.stations, site.online, site.charging, site.faulted, site.power_w, site.limit_a = (
+            load[name] for name in ("stations", "online", "charging", "faulted", "powerW",
+                                    "limitA"))
+        site.load_a = {phase: load["loadA"].get(phase, 0.0) for phase in PHASES}
+        site.over_limit = load["overLimit"]
+        if site.status == "offline":     # the last that is known of it
+            site.since = _seconds(load["at"])
+        self.board.publish("sites", site)
+
+    def _read_event(self, site: FleetSite, view: dict) -> None:
+        published = self._event.read(view)
+        shape = self._events.get(published["topic"])
+        if shape is None:
+            raise WrongValue("an event of no topic that is known")
+        record = RemoteRecord(site, published["topic"], shape.read(published["event"]))
+        self._append(site, site.events, record)
+
+    def _read_station(self, site: FleetSite, identity: str, view: dict) -> None:
+        if not view:
+            self._remove(site, (identity, "state"))
+            return
+        self._put(site, (identity, "state"), RemoteStation(site, self._of(
+            identity, self._station.read(view))))
+
+    def _read_connector(self, site: FleetSite, key: tuple, place: tuple[str, str, str],
+                        view: dict) -> None:
+        identity, evse, connector = place
+        if not (evse.isdecimal() and connector.isdecimal() and len(evse + connector) < 12):
+            raise WrongValue("a connector is a number")
+        number = int(evse), int(connector)
+        if view:
+            facts = self._connector.read(view)
+            if (facts["evse"], facts["connector"]) != number:
+                raise WrongValue("it is of another connector")
+            record = RemoteRecord(site, "connectors", {"identity": identity} | facts)
+            self._put(site, key, record)
+            site.connectors.setdefault(identity, {})[number] = record
+        elif self._remove(site, key):
+            of_station = site.connectors[identity]
+            del of_station[number]
+            if not of_station:
+                del site.connectors[identity]
+        if station := site.records.get((identity, "state")):
+            self.board.publish("sites", station)
+
+    def _read_transaction(self, site: FleetSite, key: tuple, identity: str, view: dict) -> None:
+        """A running one is retained; when it has ended, that is published once."""
+        if not view:
+            if lost := site.records.get(key):            # else its end came before
+                self._remove(site, key)
+                self._append(site, site.ended, RemoteRecord(site, "transactions", json.loads(
+                    lost.text) | {"status": "abandoned"}))
+            return
+        record = RemoteRecord(site, "transactions", self._of(
+            identity, self._transaction.read(view)))
+        if record.fields["status"] == "active":
+            self._put(site, key, record)
+        else:
+            self._remove(site, key)
+            self._append(site, site.ended, record)
+
+    @staticmethod
+    def _of(identity: str, view: dict) -> dict:
+        if view["identity"] != identity:
+            raise WrongValue(f"it is of {shown(view['identity'], 40)}")
+        return view
+
+    # What is kept
+
+    def _put(self, site: FleetSite, key: tuple, record: RemoteRecord) -> None:
+        known = site.records.get(key)
+        self._charge(site, record.size - (known.size if known else 0))
+        site.records[key] = record
+        if record.topic in TOPICS:
+            self.board.publish("sites", record)
+
+    def _append(self, site: FleetSite, records: "deque[RemoteRecord]",
+                record: RemoteRecord) -> None:
+        first_size = records[0].size if len(records) == records.maxlen else 0
+        self._charge(site, record.size - first_size)
+        records.append(record)
+        self.board.publish("sites", record)
+
+    def _charge(self, site: FleetSite, size: int) -> None:
+        """Count the bytes that are kept. Raises: Busy."""
+        if size > 0 and site.bytes + size > SITE_BYTES:
+            raise Busy(f"a site's records are {SITE_BYTES >> 20} MB at most")
+        if size > 0 and self.bytes + size > FLEET_BYTES:
+            raise Busy(f"the records of all sites are {FLEET_BYTES >> 20} MB at most")
+        site.bytes += size
+        self.bytes += size
+
+    def _remove(self, site: FleetSite, key: tuple) -> bool:
+        """Remove what was retained; of a station a last event is told. Returns whether it was."""
+        record = site.records.pop(key, None)
+        if record is None:
+            return False
+        self._charge(site, -record.size)
+        if record.topic == "connections":
+            self.board.publish("sites", RemoteStation(
+                site, record.view() | {"status": "forgotten", "connectors": []}))
+        return True
+
+    def _forget(self, site: FleetSite) -> None:
+        del self.sites[site.site]
+        self._charge(site, -site.bytes)
+        site.status = "offline"
+        self.board.publish("sites", site)
+
+    def _warn(self, site: FleetSite, text: str) -> None:
+        """Name a site that publishes what cannot be kept."""
+        site.warning, now = kept(text), self.board.mono()
+        if now - site.warned_mono > SITE_QUIRK_S:
+            site.warned_mono = now
+            self.board.publish("sites", site)
+            self.board.system_event("SITE_NONSENSE", "", f"The site {shown(site.site)} publishes "
+                                    f"what cannot be kept: {site.warning}", {"site": site.site})
+
+    def flooded(self, dropped: Mapping[str, int]) -> None:
+        """Name the sites of which messages were dropped."""
+        for name, count in dropped.items():
+            if site := self.sites.get(unquote(name)):
+                self._warn(site, f"{count} messages were dropped, as they are too many")
+
+    def _leave_out(self, name: str) -> None:
+        now = self.board.mono()
+        if now - self._left_out_mono > SITE_QUIRK_S:
+            self._left_out_mono = now
+            self.board.system_event("SITE_NONSENSE", "", f"The site {shown(name)} is left out: "
+                                    f"{SITES_KEPT} sites are followed at most",
+                                    {"site": kept(name, IDENTITY_LENGTH)})
+
+
+def _seconds(time_: str | None) -> float | None:
+    return parse_time(time_)[0] if time_ else None
+
+
+def _published(payload: bytes) -> dict:
+    """The JSON object of a message. Raises: FormatViolation."""
+    if len(payload) > RECORD_BYTES:
+        raise WrongValue(f"it has more than {RECORD_BYTES:,} bytes")
+    if not (view := json_object(payload)):
+        raise FormatViolation("it is no JSON object")
+    return view
+
+
+def json_object(payload: bytes) -> dict:
+    """The JSON object of a message, {} where it is none."""
+    try:
+        value = json.loads(payload, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and not deeper(value, NESTING) else {}
+
+
 # --- REST and streams ---------------------------------------------------------------------
 # The thin edge: an endpoint is a function that reads `api` and returns what is to be written.
 # ROUTES is the table of them; OpenAPI comes from it.
@@ -18004,10 +18570,13 @@ MESSAGES_FORMAT = _choice("format", ("ndjson", "csv", "html"),
                           f"Of the file; html: the newest {HTML_MESSAGES} alone", default="ndjson")
 MASK_TOKENS = _choice("mask_tokens", ("true", "false"), "Put numbers in the place of id tokens",
                       default="false")
-REPORT_BY = _choice("by", GROUP_OF, "A line for each", default="month")
+REPORT_BY = _choice("by", (*GROUP_OF, "site"), "A line for each; site: with site=*",
+                    default="month")
 REPORT_FORMAT = _choice("format", ("json", "csv"), "Of the answer", default="json")
 TOPIC_LIST = Parameter("topics", {"type": "string"}, f"Some of {', '.join(TOPICS)}, with commas")
 LAST_EVENT_ID = Parameter("lastEventId", {"type": "string"}, "As the header Last-Event-ID")
+AT_SITE = Parameter("site", {"type": "string"},
+                 "Of this site on the broker, * of all; without it of this one")
 PAGING = (LIMIT, OFFSET)
 
 
@@ -18053,6 +18622,7 @@ class Collection(NamedTuple):
     record: type[Record]
     text: str                            # what it lists
     has_stream: bool = False             # GET /api/<path>/stream
+    is_published: bool = False           # by other sites as well
 
     def archive(self, api: "Api") -> History | FinishedTransactions:
         """What of it is on disk."""
@@ -18064,6 +18634,8 @@ async def get_collection(collection: Collection, api: "Api") -> Page:
     """A page of records: from memory, and behind them from the state file."""
     topic, archive = collection.topic, collection.archive(api)
     limit, offset, filters = api.query["limit"], api.query["offset"], filters_of(collection.record)
+    if collection.is_published and (site := _elsewhere(api)):
+        return await _of_sites(collection, api, site)
     store, first = api.board.stores[topic], archive.first(topic)
     if matcher(api.query, filters) is None and first == store.first:
         recent, total = store.page(limit, offset)
@@ -18073,6 +18645,43 @@ async def get_collection(collection: Collection, api: "Api") -> Page:
     wanted = wanted_of(api.query, filters)
     older = await archive.page(topic, first, limit - len(recent), max(0, offset - total), wanted)
     return Page(recent + older, total + await archive.count(topic, first, wanted))
+
+
+def _elsewhere(api: "Api") -> str:
+    """The other site that a request is about, or EVERY_SITE; "" for this one. Raises: NotFound."""
+    site, mqtt = api.query["site"], api.daemon.mqtt
+    if not site or site == mqtt.site:
+        return ""
+    if site != EVERY_SITE and site not in mqtt.fleet.sites:
+        raise NotFound("Site not found" if mqtt.settings.fleet else
+                       "Site not found: mqtt.fleet is off")
+    return str(site)
+
+
+async def _of_sites(collection: Collection, api: "Api", site: str) -> Page:
+    """What other sites have published, and of EVERY_SITE ours: a page of what is in memory."""
+    mqtt, match = api.daemon.mqtt, remote_matcher(api.query, filters_of(collection.record))
+    found: list = [(record.time, record) for record in mqtt.fleet.of(collection.topic, site)
+                   if match(record)]
+    if site == EVERY_SITE:
+        found += [(iso(getattr(record, TIME_OF.get(collection.topic, "timestamp"))), record)
+                  for record in await _in_memory(collection, api)]
+    found.reverse()                      # of one time, the last that came first
+    found.sort(key=itemgetter(0), reverse=True)
+    start = api.query["offset"]
+    return Page([record if isinstance(record, RemoteRecord) else mqtt.as_remote(record)
+                 for _, record in found[start:start + api.query["limit"]]], len(found))
+
+
+TIME_OF = {"transactions": "started_at"}
+
+
+def remote_matcher(query: dict, filters: Iterable[Parameter]) -> Callable[[RemoteRecord], bool]:
+    """A function that tells whether a record of another site matches all the filters."""
+    wanted = {p.name: query[p.name] for p in filters if p.attribute and query.get(p.name)}
+    text = (query.get("text") or "").lower()
+    return lambda record: record.mentions(text) and all(
+        str(record.fields.get(name)) == value for name, value in wanted.items())
 
 
 async def _in_memory(collection: Collection, api: "Api") -> list:
@@ -18106,15 +18715,17 @@ async def export(collection: Collection, api: "Api",
 
 
 MESSAGES = Collection("messages", "messages", LoggedMessage, "Messages", has_stream=True)
-TRANSACTIONS = Collection("transactions", "transactions", Transaction, "Transactions")
+TRANSACTIONS = Collection("transactions", "transactions", Transaction, "Transactions",
+                          is_published=True)
 SAMPLES = Collection("telemetry/history", "telemetry", Sample, "The samples")
 COLLECTIONS = (
     MESSAGES, TRANSACTIONS,
-    Collection("security", "security", SecurityEvent, "Security events", has_stream=True),
+    Collection("security", "security", SecurityEvent, "Security events", has_stream=True,
+               is_published=True),
     Collection("smart-charge", "smart-charge", ChargeSession, "Smart charging sessions"),
     Collection("proxy", "proxy", ProxyEvent, "What the relay does", has_stream=True),
-    Collection("errors", "errors", Fault, "What went wrong"),
-    Collection("system-events", "system", SystemEvent, "Events of the board"),
+    Collection("errors", "errors", Fault, "What went wrong", is_published=True),
+    Collection("system-events", "system", SystemEvent, "Events of the board", is_published=True),
 )
 
 
@@ -18163,6 +18774,7 @@ def get_about(api: "Api") -> dict:
         if api.daemon.controller else None, "relay": api.daemon.relay is not None,
         "state": api.daemon.state.view(),
         "ca": api.daemon.authority.root if api.daemon.authority else None,
+        "site": api.daemon.mqtt.site, "fleet": api.daemon.mqtt.settings.fleet,
     }
 
 
@@ -18179,12 +18791,24 @@ def _with_recent_messages(fields: dict, recent: list[LoggedMessage]) -> str:
 
 def get_connections(api: "Api") -> Page:
     """Stations, by identity."""
-    status, protocol = api.query["status"], api.query["protocol"]
-    found = [station for identity, station in sorted(api.board.stations.items())
+    status, protocol, start = api.query["status"], api.query["protocol"], api.query["offset"]
+    mqtt, site = api.daemon.mqtt, _elsewhere(api)
+    found: list[Any] = [station for identity, station in sorted(api.board.stations.items())
              if (status == "all" or (status == "online") == bool(station.connection))
-             and protocol in (None, station.protocol)]
-    start = api.query["offset"]
+             and protocol in (None, station.protocol)] if site in ("", EVERY_SITE) else []
+    if site:
+        found = [mqtt.as_remote(station) for station in found] + [
+            station for station in mqtt.fleet.stations(site)
+            if (status == "all" or (status == "online") == station.is_online)
+            and protocol in (None, station.fields["protocol"])]
     return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
+
+
+def get_sites(api: "Api") -> Page:
+    """The sites: this one, then those of other boards on the broker, by name."""
+    mqtt = api.daemon.mqtt
+    sites = [mqtt.own_site(), *(site for _, site in sorted(mqtt.fleet.sites.items()))]
+    return Page(sites, len(sites))
 
 
 def _station(api: "Api", identity: str) -> Station:
@@ -18196,6 +18820,8 @@ def _station(api: "Api", identity: str) -> Station:
 
 def get_connection(api: "Api", identity: str) -> str:
     """One station."""
+    if site := _elsewhere(api):
+        return _with_recent_messages(api.daemon.mqtt.fleet.station(site, identity).view(), [])
     station = _station(api, identity)
     recent = api.board.messages.newest(RECENT_IN_DETAIL, lambda record: record.identity == identity)
     return _with_recent_messages(station.view(), recent)
@@ -18225,6 +18851,11 @@ def post_disconnect(api: "Api", identity: str) -> dict:
 
 async def post_call(api: "Api", identity: str) -> dict:
     """Send a command, in the station's words or in 2.0.1's, and wait for its answer."""
+    if name := _elsewhere(api):
+        mqtt = api.daemon.mqtt
+        if (site := mqtt.fleet.sites.get(name)) is None:
+            raise BadRequest("A command is for one station")
+        return await mqtt.asking.command(site, identity, api.body)
     return await send_by_hand(api.daemon, identity, api.body)
 
 
@@ -18313,6 +18944,13 @@ async def get_message(api: "Api", number: str) -> str:
 
 async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
     """One transaction, with its meter readings over time."""
+    if site := _elsewhere(api):
+        remote = next((record for record in api.daemon.mqtt.fleet.of("transactions", site)
+                       if record.identity == identity
+                       and str(record.fields["id"]) == transaction), None)
+        if remote is None:
+            raise NotFound("Transaction not found")
+        return remote.view() | {"series": []}
     known, keeper = api.board.transaction_of, api.daemon.keeper
     found = known.get((identity, transaction)) or known.get(
         (identity, int(transaction) if re.fullmatch("[0-9]{1,15}", transaction) else None))
@@ -18326,26 +18964,108 @@ async def get_transaction(api: "Api", identity: str, transaction: str) -> dict:
 
 async def get_report(api: "Api") -> dict | None:
     """Sessions, energy, time and cost of the transactions that ended from one time to another."""
-    by, start, end = (api.query[name] for name in ("by", "from", "to"))
-    groups, from_file = await api.daemon.keeper.report(
-        by, start or 0.0, RUNNING_AT if end is None else end)
-    lines = [{by: group, "sessions": sessions, "energyWh": round(wh, 3), "seconds": round(seconds),
-              "cost": round(cost, 2)}
-             for group, (sessions, wh, seconds, cost) in sorted(groups.items())]
-    columns: tuple[str, ...] = (by, "sessions", "energyWh", "seconds", "cost")
-    if by == "token":
-        columns += ("name",)
-        for line in lines:
-            token = api.board.tokens.get(line[by].lower())
-            line["name"] = token.name if token else ""
+    by = api.query["by"]
+    if site := _elsewhere(api):
+        report = await _report_of_sites(api, site)
+    elif by == "site":
+        raise BadRequest("by=site goes with site=*")
+    else:
+        report = await report_of(api.daemon, by, api.query["from"], api.query["to"])
     if api.query["format"] == "json":
-        return {"by": by, "from": iso(start), "to": iso(end), "fromFile": from_file,
-                "sessions": sum(line["sessions"] for line in lines),
-                "energyWh": round(sum(line["energyWh"] for line in lines), 3),
-                "cost": round(sum(line["cost"] for line in lines), 2),
-                "currency": api.config.tariff.currency, "lines": lines}
-    _write_csv(api, "report", columns, lines)
+        return report
+    more = [name for name in ("site", "currency") if any(name in line for line in report["lines"])]
+    columns = dict.fromkeys((by, *REPORT_SUMS, *(["name"] if by == "token" else []), *more))
+    _write_csv(api, "report", list(columns), report["lines"])
     return None
+
+
+REPORT_SUMS = {"sessions": 0, "energyWh": 3, "seconds": 0, "cost": 2}    # and their decimals
+
+
+async def report_of(daemon: "Daemon", by: str, start: float | None, end: float | None) -> dict:
+    """The report of this site."""
+    groups, from_file = await daemon.keeper.report(
+        by, start or 0.0, RUNNING_AT if end is None else end)
+    lines: list[dict] = [
+        {by: group} | {name: rounded(name, figure)
+                       for name, figure in zip(REPORT_SUMS, figures, strict=True)}
+        for group, figures in sorted(groups.items())]
+    if by == "token":
+        for line in lines:
+            token = daemon.board.tokens.get(line[by].lower())
+            line["name"] = token.name if token else ""
+    return {"by": by, "from": iso(start), "to": iso(end), "fromFile": from_file} | _sums(lines) | {
+        "currency": daemon.config.tariff.currency, "lines": lines}
+
+
+def rounded(name: str, figure: float) -> float:
+    """A figure of a report with the decimals that it has there."""
+    return round(figure, REPORT_SUMS[name] or None)
+
+
+def _sums(lines: list[dict]) -> dict:
+    return {name: rounded(name, sum(line[name] for line in lines))
+            for name in ("sessions", "energyWh", "cost")}
+
+
+async def report_asked(daemon: "Daemon", body: dict) -> dict:
+    """The report of this site that the board of another one asks for. Raises: BadRequest."""
+    texts = {name: body.get(name) for name in ("by", "from", "to")}
+    if not isinstance(texts["by"], str) or texts["by"] not in GROUP_OF:
+        raise BadRequest(f"by must be one of {', '.join(GROUP_OF)}")
+    start, end = (FROM.read(text) if isinstance(text, str) else None
+                  for text in (texts["from"], texts["to"]))
+    return await report_of(daemon, texts["by"], start, end)
+
+
+async def _report_of_sites(api: "Api", site: str) -> dict:
+    """The reports of one other site, or of all, in one: lines of the same group are added up."""
+    by, mqtt = api.query["by"], api.daemon.mqtt
+    group_by = "month" if by == "site" else by
+    start, end = api.query["from"], api.query["to"]
+    asked = {"by": group_by, "from": iso(start), "to": iso(end)}
+    sites = [mqtt.fleet.sites[site]] if site != EVERY_SITE else list(mqtt.fleet.sites.values())
+    answers = await asyncio.gather(*(mqtt.asking.report(one, asked) for one in sites),
+                                   return_exceptions=True)
+    reports: dict[str, dict] = {}
+    missing: list[dict] = []
+    if site == EVERY_SITE:
+        reports[mqtt.site] = await report_of(api.daemon, group_by, start, end)
+    for one, answer in zip(sites, answers, strict=True):
+        if isinstance(answer, BoardError):
+            missing.append({"site": one.site, "error": str(answer)})
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            reports[one.site] = answer
+    if site != EVERY_SITE and missing:
+        raise next(answer for answer in answers if isinstance(answer, BoardError))
+    lines = merged_lines(by, reports)
+    currencies = sorted({report["currency"] for report in reports.values()})
+    sums = _sums(lines) | ({"cost": None} if len(currencies) > 1 else {})
+    return {"by": by, "from": iso(start), "to": iso(end),
+            "fromFile": all(report["fromFile"] for report in reports.values())} | sums | {
+        "currency": ", ".join(currencies), "lines": lines, "missing": missing}
+
+
+def merged_lines(by: str, reports: dict[str, dict]) -> list[dict]:
+    """The lines of the reports of several sites, {site: report}, in one list.
+
+    A station is of one site. Costs in different currencies are not added up.
+    """
+    merged: dict[tuple, dict] = {}
+    several = len({report["currency"] for report in reports.values()}) > 1
+    for site, report in sorted(reports.items()):
+        for line in report["lines"]:
+            group = site if by == "site" else line[by]
+            place = {"site": site} if by in ("site", "station") else {}
+            money = {"currency": report["currency"]} if several else {}
+            key = (group, *place.values(), *money.values())
+            known = merged.setdefault(key, place | {by: group} | dict.fromkeys(REPORT_SUMS, 0)
+                                      | ({"name": line["name"]} if "name" in line else {}) | money)
+            for name in REPORT_SUMS:
+                known[name] = rounded(name, known[name] + line[name])
+    return [line for _, line in sorted(merged.items())]
 
 
 def _write_csv(api: "Api", name: str, columns: Sequence[str], lines: list[dict]) -> None:
@@ -18706,6 +19426,12 @@ class Scrape:
         self.file: dict[str, Any] = daemon.state.view()
         self.circuits: list[dict] = daemon.controller.circuits() if daemon.controller else []
         self.relays = list(daemon.relay.sessions.values()) if daemon.relay else []
+        self.fleet: Fleet = daemon.mqtt.fleet
+        self.sites: list[FleetSite] = []             # with ours; none without a fleet
+        self.own: dict[str, Any] = {}                # the label of what is ours among others
+        if daemon.mqtt.settings.fleet:
+            self.sites = [daemon.mqtt.own_site(), *self.fleet.sites.values()]
+            self.own = {"site": daemon.mqtt.site}
 
     def of_stores(self, read: Callable[[Store], float]) -> Samples:
         """A sample for each store."""
@@ -18713,13 +19439,15 @@ class Scrape:
 
     def of_stations(self, read: Callable[[Station], float]) -> Samples:
         """A sample for each station."""
-        return [({"identity": s.identity}, read(s)) for s in self.board.stations.values()]
+        return [(self.own | {"identity": s.identity}, read(s))
+                for s in self.board.stations.values()]
 
     def of_connectors(self, read: Callable[[Connector], float | None],
                       more: Callable[[Connector], dict] = lambda connector: {}) -> Samples:
         """A sample for each connector, and `more` labels of it."""
-        return [({"identity": s.identity, "evse": c.evse_id, "connector": c.connector_id} | more(c),
-                 read(c)) for s in self.board.stations.values() for c in s.connectors.values()]
+        return [(self.own | {"identity": s.identity, "evse": c.evse_id,
+                             "connector": c.connector_id} | more(c), read(c))
+                for s in self.board.stations.values() for c in s.connectors.values()]
 
     def of_readings(self, read: Callable[[Reading], float | None]) -> Samples:
         """A sample for each connector with a present reading."""
@@ -18730,6 +19458,24 @@ class Scrape:
         """A sample for each connector whose charging is controlled."""
         return self.of_connectors(lambda c: read(
             c.transaction.charge) if c.transaction and c.transaction.charge else None)
+
+    def of_sites(self, read: Callable[[FleetSite], float | None]) -> Samples:
+        """A sample for each site."""
+        return [({"site": site.site}, read(site)) for site in self.sites]
+
+    def remote_stations(self, read: Callable[[RemoteStation], float | None]) -> Samples:
+        """A sample for each station of the other sites."""
+        return [({"site": s.site.site, "identity": s.identity}, read(s))
+                for s in self.fleet.stations(EVERY_SITE)]
+
+    def remote_connectors(self, read: Callable[[dict], float | None],
+                          more: tuple[str, ...] = ()) -> Samples:
+        """A sample for each connector of the other sites; `more` labels are its fields."""
+        labels = {"identity": "identity", "evse": "evse", "connector": "connector"} | dict(
+            zip(more, more, strict=True))
+        return [({"site": r.site.site} | {label: r.fields[name] for label, name in labels.items()},
+                 read(r.fields) if r.site.status == "online" else None)
+                for r in self.fleet.of("connectors", EVERY_SITE)]
 
     def of_circuits(self, key: str) -> Samples:
         """A sample for each phase of each circuit."""
@@ -18752,6 +19498,7 @@ class Metric(NamedTuple):
     name: str                            # after ocppboard_; with its base unit
     text: str
     read: Callable[[Scrape], Samples]
+    remote: Callable[[Scrape], Samples] | None = None    # of other sites
 
     def lines(self, scrape: Scrape) -> Iterator[str]:
         """The lines of Prometheus' text format 0.0.4; unknown values are left out."""
@@ -18759,7 +19506,7 @@ class Metric(NamedTuple):
         kind = "counter" if name.endswith("_total") else "gauge"
         yield f"# HELP {name} {self.text}"
         yield f"# TYPE {name} {kind}"
-        for labels, value in self.read(scrape):
+        for labels, value in chain(self.read(scrape), self.remote(scrape) if self.remote else ()):
             if value is not None:
                 inner = ",".join(f'{label}="{_escaped(str(text))}"'
                                  for label, text in labels.items())
@@ -18811,24 +19558,34 @@ METRICS = (
     Metric("records_total", "Records since the start.", lambda s: s.of_stores(lambda r: r.count)),
     Metric("transactions_active", "Transactions under way.", _telemetry("activeTransactions")),
     Metric("station_online", "1 while connected.",
-           lambda s: s.of_stations(lambda station: int(bool(station.connection)))),
+           lambda s: s.of_stations(lambda station: int(bool(station.connection))),
+           lambda s: s.remote_stations(lambda station: int(station.is_online))),
     Metric("station_messages_total", "Messages of a station.",
-           lambda s: s.of_stations(lambda station: station.message_count)),
+           lambda s: s.of_stations(lambda station: station.message_count),
+           lambda s: s.remote_stations(lambda station: station.fields["messageCount"])),
     Metric("station_errors_total", "What went wrong with a station.",
-           lambda s: s.of_stations(lambda station: station.error_count)),
+           lambda s: s.of_stations(lambda station: station.error_count),
+           lambda s: s.remote_stations(lambda station: station.fields["errorCount"])),
     Metric("connector_status", "1 for the status that a connector has.",
            lambda s: s.of_connectors(lambda c: 1 if c.status else None,
-                                     lambda c: {"status": c.status})),
+                                     lambda c: {"status": c.status}),
+           lambda s: s.remote_connectors(lambda c: 1 if c["status"] else None, ("status",))),
     Metric("connector_charging", "1 while a transaction is under way.",
-           lambda s: s.of_connectors(lambda c: int(c.transaction is not None))),
+           lambda s: s.of_connectors(lambda c: int(c.transaction is not None)),
+           lambda s: s.remote_connectors(lambda c: int(c["charging"]))),
     Metric("connector_power_watts", "Power by its meter.",
-           lambda s: s.of_readings(lambda r: r.power_w)),
+           lambda s: s.of_readings(lambda r: r.power_w),
+           lambda s: s.remote_connectors(lambda c: c["powerW"])),
     Metric("connector_energy_joules_total", "Import register of its meter.",
-           lambda s: s.of_readings(lambda r: r.energy_wh and r.energy_wh * JOULES_PER_WH)),
+           lambda s: s.of_readings(lambda r: r.energy_wh and r.energy_wh * JOULES_PER_WH),
+           lambda s: s.remote_connectors(
+               lambda c: c["energyWh"] and c["energyWh"] * JOULES_PER_WH)),
     Metric("connector_soc_ratio", "State of charge of the car.",
-           lambda s: s.of_readings(lambda r: r.soc and r.soc / 100)),
+           lambda s: s.of_readings(lambda r: r.soc and r.soc / 100),
+           lambda s: s.remote_connectors(lambda c: c["soc"] and c["soc"] / 100)),
     Metric("connector_limit_amperes", "Limit per phase that the station has accepted.",
-           lambda s: s.of_charging(lambda session: session.allocated_a)),
+           lambda s: s.of_charging(lambda session: session.allocated_a),
+           lambda s: s.remote_connectors(lambda c: c["limitA"])),
     Metric("charging_sessions", "Sessions of smart charging that are kept.",
            lambda s: s.of_statuses()),
     Metric("circuit_limit_amperes", "Limit per phase of a circuit.",
@@ -18842,6 +19599,25 @@ METRICS = (
     Metric("relay_waiting", "Messages that wait for upstream.",
            lambda s: s.of_relays(attrgetter("waiting"))),
     *map(_relay_metric, SESSION_COUNTS),
+    Metric("site_online", "1 while the board of a site is on the broker.",
+           lambda s: s.of_sites(lambda site: int(site.status == "online"))),
+    Metric("site_stations", "Stations of a site.",
+           lambda s: s.of_sites(lambda site: site.stations)),
+    Metric("site_stations_online", "Stations of a site that are connected.",
+           lambda s: s.of_sites(lambda site: site.online)),
+    Metric("site_charging", "Transactions under way at a site.",
+           lambda s: s.of_sites(lambda site: site.charging)),
+    Metric("site_faulted", "Stations of a site with a fault.",
+           lambda s: s.of_sites(lambda site: site.faulted)),
+    Metric("site_problems", "What is wrong at a site.",
+           lambda s: s.of_sites(lambda site: site.problem_count)),
+    Metric("site_power_watts", "Power of the cars at a site.",
+           lambda s: s.of_sites(lambda site: site.power_w)),
+    Metric("site_limit_amperes", "Limit per phase of a site.",
+           lambda s: s.of_sites(lambda site: site.limit_a)),
+    Metric("site_load_amperes", "Current of the cars at a site.",
+           lambda s: [({"site": site.site, "phase": phase}, amps)
+                      for site in s.sites for phase, amps in site.load_a.items()]),
 )
 
 
@@ -18880,9 +19656,12 @@ async def _stream(api: "Api", name: str, topics: tuple) -> None:
     if len(api.daemon.streams) >= STREAMS_OPEN:
         raise Busy("Too many streams")
     board, heartbeat_s = api.board, api.config.sse.heartbeat_ms / 1000
+    match, site = _stream_filter(api.query), _elsewhere(api)
+    if site or "sites" in topics:
+        match = _sites_filter(api.query, topics, site, match)
+        topics = tuple(dict.fromkeys((*topics, "sites")))
     after, restarted = _resume_from(api, board, topics)
-    subscription, events, lost = board.subscribe(
-        topics, _stream_filter(api.query), api.woken.set, after)
+    subscription, events, lost = board.subscribe(topics, match, api.woken.set, after)
     api.set_header("Content-Type", "text/event-stream; charset=utf-8")
     api.set_header("X-Accel-Buffering", "no")
     api.daemon.streams.add(api)
@@ -18967,6 +19746,24 @@ def _stream_filter(query: dict) -> Callable[[str, Record], bool] | None:
         else identity is None or topic == "telemetry" or identity(record))
 
 
+def _sites_filter(query: dict, topics: tuple, site: str,
+                  own: Callable[[str, Record], bool] | None) -> Callable[[str, Record], bool]:
+    """What a stream shows where other sites are: of `site`, of all, or of ours (""), which `own`
+    narrows."""
+    identity, is_shown = query["identity"], {site}.__contains__
+    if site == EVERY_SITE:
+        is_shown = bool
+
+    def match(topic: str, record: Record) -> bool:
+        if isinstance(record, RemoteRecord):
+            return is_shown(record.site.site) and record.topic in topics and (
+                identity in (None, record.identity))
+        if isinstance(record, FleetSite):
+            return "sites" in topics and (not site or is_shown(record.site))
+        return site in ("", EVERY_SITE) and (own is None or own(topic, record))
+    return match
+
+
 # The table
 
 
@@ -18996,15 +19793,16 @@ class Route(NamedTuple):
 
 
 SSE, FILE = "text/event-stream", "application/octet-stream"
-STREAM_FILTERS = (*filters_of(LoggedMessage), LAST_EVENT_ID)
+STREAM_FILTERS = (*filters_of(LoggedMessage), LAST_EVENT_ID, AT_SITE)
 
 
 def routes_of(collection: Collection) -> list[Route]:
     """The endpoints of a collection, but for exports."""
     listed, topic = GenericAlias(list, (collection.record,)), collection.topic
+    sites = (AT_SITE,) * collection.is_published
     routes = [Route("GET", f"/api/{collection.path}", functools.partial(get_collection, collection),
-                    listed, (*PAGING, *filters_of(collection.record)),
-                    summary=f"{collection.text}, newest first")]
+                    listed, (*PAGING, *filters_of(collection.record), *sites),
+                    errors=(404,) * len(sites), summary=f"{collection.text}, newest first")]
     if collection.has_stream:
         routes.append(Route(
             "GET", f"/api/{collection.path}/stream", lambda api: _stream(api, topic, (topic,)), SSE,
@@ -19014,6 +19812,7 @@ def routes_of(collection: Collection) -> list[Route]:
 
 # What is written of things that are no records, and what a body may be: TypedDicts, as JSON has
 # them. In OpenAPI they have their name without View or Body, which tells them from what they show.
+
 
 class ErrorAnswer(TypedDict):
     """The answer to a request that was refused or failed."""
@@ -19197,6 +19996,8 @@ class About(TypedDict):
     relay: bool
     state: StateFile
     ca: str | None
+    site: str
+    fleet: bool
 
 
 class UploadWanted(TypedDict):
@@ -19239,12 +20040,22 @@ class ReportLine(TypedDict):
     station: NotRequired[str]
     token: NotRequired[str]
     name: NotRequired[str]
+    site: NotRequired[str]
+    currency: NotRequired[str]
+
+
+class MissingReport(TypedDict):
+    """A site whose transactions are not in a report, and why."""
+
+    site: str
+    error: str
 
 
 Report = TypedDict("Report", {
-    "by": Literal["month", "day", "station", "token"], "from": Timestamp | None,
-    "to": Timestamp | None, "fromFile": bool, "sessions": int, "energyWh": float, "cost": float,
-    "currency": str, "lines": list[ReportLine]})
+    "by": Literal["month", "day", "station", "token", "site"], "from": Timestamp | None,
+    "to": Timestamp | None, "fromFile": bool, "sessions": int, "energyWh": float,
+    "cost": float | None, "currency": str, "lines": list[ReportLine],
+    "missing": NotRequired[list[MissingReport]]})
 
 
 class LocalListView(TypedDict):
@@ -19445,12 +20256,12 @@ ROUTES = (
     Route("GET", "/api/about", get_about, About),
     Route("GET", "/api/overview", get_overview, Overview),
     Route("GET", "/api/connections", get_connections, list[Station],
-          (CONNECTION_STATUS, PROTOCOL, LIMIT_OR_ALL, OFFSET)),
-    Route("GET", "/api/connections/:identity", get_connection, (Station, WithMessages)),
+          (CONNECTION_STATUS, PROTOCOL, LIMIT_OR_ALL, OFFSET, AT_SITE), errors=(404,)),
+    Route("GET", "/api/connections/:identity", get_connection, (Station, WithMessages), (AT_SITE,)),
     Route("DELETE", "/api/connections/:identity", delete_connection, Success),
     Route("POST", "/api/connections/:identity/disconnect", post_disconnect, Success,
           errors=(409,)),
-    Route("POST", "/api/connections/:identity/call", post_call, CallAnswer, body=CommandBody,
+    Route("POST", "/api/connections/:identity/call", post_call, CallAnswer, (AT_SITE,), CommandBody,
           errors=(409, 502, 503, 504)),
     Route("GET", "/api/commands/:protocol/:action", get_command, CommandSchema),
     Route("POST", "/api/connections/:identity/approve", post_approve, Success),
@@ -19460,7 +20271,7 @@ ROUTES = (
           errors=(409, 502, 503, 504)),
     Route("GET", "/api/local-lists", get_local_lists, list[LocalListView]),
     Route("GET", "/api/connections/:identity/transactions/:transaction", get_transaction,
-          (Transaction, WithSeries)),
+          (Transaction, WithSeries), (AT_SITE,)),
     Route("GET", "/api/messages/export", get_messages_export, "application/x-ndjson",
           (MESSAGES_FORMAT, MASK_TOKENS, *filters_of(LoggedMessage))),
     Route("GET", "/api/messages/:number", get_message, LoggedMessage),
@@ -19481,7 +20292,9 @@ ROUTES = (
     Route("GET", "/api/proxy/upstreams", get_upstreams, list[UpstreamView]),
     Route("GET", "/api/transactions/export", get_transactions_export, "application/x-ndjson",
           (EXPORT_FORMAT, *filters_of(Transaction))),
-    Route("GET", "/api/report", get_report, Report, (FROM, TO, REPORT_BY, REPORT_FORMAT)),
+    Route("GET", "/api/report", get_report, Report, (FROM, TO, REPORT_BY, REPORT_FORMAT, AT_SITE),
+          errors=(403, 404, 409, 504)),
+    Route("GET", "/api/sites", get_sites, list[FleetSite]),
     Route("GET", "/api/id-tokens", get_id_tokens, list[IdToken],
           (LIMIT_OR_ALL, OFFSET, TEXT, REPORT_FORMAT)),
     Route("POST", "/api/id-tokens", post_id_tokens, Success, body=IdTokens, errors=(503,)),
@@ -20257,6 +21070,7 @@ class Notifier:
 
 PACKET_BYTES = 256 * 1024           # of one that comes; a larger one ends the connection
 ASKED_PER_S, ASKED_BURST = 20, 200  # messages to us; those beyond are dropped
+SITE_PER_S, SITE_BURST = 500, 20_000        # messages of another site
 KEEPALIVE_S = 30
 BROKER_TIMEOUT_S = 10               # for each of TCP, TLS and the broker's welcome
 RETRY_BROKER_S = 1, 60              # the first and longest pause before the next connection
@@ -20274,6 +21088,24 @@ class BrokerError(Exception):
         self.other_version = other_version
 
 
+class Allowance:
+    """How many messages pass: so many a second, and so many at once after a pause."""
+
+    __slots__ = ("_per_s", "_most", "_left", "_at")
+
+    def __init__(self, per_s: int, most: int, now: float):
+        self._per_s, self._most, self._left, self._at = per_s, most, float(most), now
+
+    def admits(self, now: float) -> bool:
+        """Whether one more passes."""
+        self._left = min(self._left + (now - self._at) * self._per_s, self._most)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class Inflow:
     """What a broker sends, packet by packet: what is published to us passes within a budget.
 
@@ -20283,24 +21115,34 @@ class Inflow:
 
     def __init__(self, mono: Callable[[], float]):
         self.looked = True
-        self.dropped = 0
-        self._mono, self._at = mono, mono()
-        self._left = float(ASKED_BURST)
+        self.dropped = 0                 # commands to us
+        self.dropped_of: Counter[str] = Counter()    # {site: its messages}
+        self._mono = mono
+        self._commands = Allowance(ASKED_PER_S, ASKED_BURST, mono())
+        self._own = self._fleet = b""
+        self._sites: dict[bytes, Allowance] = {}
         self._rest = b""
+
+    def follow(self, prefix: str, own: str) -> None:
+        """Let what other sites publish pass, each within its own budget; `own` is ours."""
+        self._fleet, self._own = f"{prefix}/".encode(), f"{own}/".encode()
 
     def feed(self, data: bytes) -> bytes:
         """The packets that are whole now and pass. Raises: BrokerError, of one too large."""
         data, start, passed = self._rest + data, 0, []
-        while (end := self._end(data, start)) <= len(data):
-            if data[start] >> 4 != PUBLISH or self._admits(bool(data[start] & 1)):
+        while True:
+            body, end = self._bounds(data, start)
+            if end > len(data):
+                break
+            if data[start] >> 4 != PUBLISH or self._admits(data, start, body):
                 passed.append(data[start:end])
             start = end
         self._rest = data[start:]
         return b"".join(passed)
 
     @staticmethod
-    def _end(data: bytes, start: int) -> int:
-        """Where a packet ends; beyond the data while its length is not known."""
+    def _bounds(data: bytes, start: int) -> tuple[int, int]:
+        """Where a packet's body begins and ends; beyond the data while that is not known."""
         length, shift = 0, 0
         for at in range(start + 1, min(start + 5, len(data))):
             length |= (data[at] & 0x7F) << shift
@@ -20308,22 +21150,34 @@ class Inflow:
             if length > PACKET_BYTES:
                 raise BrokerError(f"it sent a packet of more than {PACKET_BYTES:,} bytes")
             if data[at] < 0x80:
-                return at + 1 + length
+                return at + 1, at + 1 + length
         if len(data) > start + 4:
             raise BrokerError("it sent what is no MQTT")
-        return len(data) + 1
+        return start, len(data) + 1
 
-    def _admits(self, retained: bool) -> bool:
+    def _admits(self, data: bytes, start: int, body: int) -> bool:
+        retained = bool(data[start] & 1)
+        if retained and self.looked:
+            return True
+        if self._fleet:
+            topic = data[body + 2:body + 2 + int.from_bytes(data[body:body + 2])]
+            if topic.startswith(self._fleet) and not topic.startswith(self._own):
+                return self._admits_of(topic[len(self._fleet):].partition(b"/")[0])
         if retained:
-            return self.looked
-        now = self._mono()
-        self._left = min(self._left + (now - self._at) * ASKED_PER_S, ASKED_BURST)
-        self._at = now
-        if self._left < 1:
-            self.dropped += 1
             return False
-        self._left -= 1
-        return True
+        passes = self._commands.admits(self._mono())
+        self.dropped += not passes
+        return passes
+
+    def _admits_of(self, site: bytes) -> bool:
+        if site not in self._sites and len(self._sites) >= SITES_KEPT:
+            site = b"+"                  # no site has this name: the others share it
+        now = self._mono()
+        allowance = self._sites.setdefault(site, Allowance(SITE_PER_S, SITE_BURST, now))
+        passes = allowance.admits(now)
+        if not passes:
+            self.dropped_of[site.decode(errors="replace")] += 1
+        return passes
 
 
 class Incoming(NamedTuple):
@@ -20452,21 +21306,27 @@ class BrokerConnection:
 
     # Messages
 
-    def subscribe(self, *filters: str) -> None:
-        """Have messages of these topics come to `on_message`, also those of our own."""
-        if not self.ended.done():
-            self._client.subscribe([(one, 0) for one in filters])
+    def subscribe(self, *filters: str, of_others: bool = False) -> None:
+        """Have messages of these topics come to `on_message`; `of_others`: not our own (MQTT 5)."""
+        if self.ended.done():
+            return
+        options = importlib.import_module("paho.mqtt.subscribeoptions").SubscribeOptions(
+            noLocal=True) if of_others else 0
+        self._client.subscribe([(topic_filter, options) for topic_filter in filters])
 
     def unsubscribe(self, *filters: str) -> None:
         """Stop that."""
         if not self.ended.done():
             self._client.unsubscribe(list(filters))
 
-    def publish(self, topic: str, text: str, retain: bool = False,
-                correlation: bytes = b"") -> None:
-        """Send a message; an empty one that is retained removes what the broker has kept."""
-        properties = self._properties_of("PUBLISH", CorrelationData=correlation) if (
-            correlation and self.five) else None
+    def publish(self, topic: str, text: str, retain: bool = False, correlation: bytes = b"",
+                **more: Any) -> None:
+        """Send a message; an empty one that is retained removes what the broker has kept.
+
+        `more` are properties of MQTT 5 (5.0 3.3.2.3), as `correlation` is.
+        """
+        more |= {"CorrelationData": correlation} if correlation else {}
+        properties = self._properties_of("PUBLISH", **more) if more and self.five else None
         if not self.ended.done():
             self._client.publish(topic, text, 0, retain, properties)
 
@@ -20564,13 +21424,15 @@ def broker_tls(settings: MqttSettings) -> ssl.SSLContext:
 # MQTT: what is published
 
 PUBLISH_S = 1.0                     # what changed is published so often; of each topic the newest
-LOAD_S = 10.0                       # and how the site is doing
+LOAD_S, LOAD_MOST_S = 10.0, 60.0    # and how the site is doing; as before, after a minute
 LOOK_LEAST_S, LOOK_QUIET_S, LOOK_MOST_S = 3.0, 1.0, 30.0         # at what the broker has retained
 RETAINED_LOOKED_AT = 100_000        # topics; those beyond stay
 RIVAL_S = 60.0                      # how often it is looked whether another board is still there
 EVENTS_WAITING = 1000               # for the broker; the oldest go first
 ENDED_WAITING = 1000                # transactions that ended while it was away
 ANSWERS = "answers"                 # below a station's topic, for the answers to commands
+FLEET_TOPICS = ("+/status", "+/load", "+/problems", "+/events", "+/+/state", "+/+/events",
+                "+/+/connectors/+/+", "+/+/transactions/+")
 NO_LOAD = dict.fromkeys(PHASES, 0.0)
 WHY = {                             # the sentence for a status, where smart charging has none
     "Available": "No car is connected", "Preparing": "A car is connected and waits to begin",
@@ -20685,15 +21547,18 @@ def _measured(board: Board) -> dict[str, float]:
     return {phase: round(a, 1) for phase, a in amps.items()}
 
 
-# MQTT: what is asked
+# MQTT: what is asked of us
 
+REPORT = "report"                   # among mqtt.commands: sums of the site's transactions
 ALL_COMMANDS = frozenset().union(*COMMANDS.values())
 NOT_BY_MQTT = re.compile("Certificate|Firmware|NetworkProfile")
 ALIKE = {"RemoteStartTransaction": "RequestStartTransaction",    # one thing in two versions
          "RemoteStopTransaction": "RequestStopTransaction"}
 ALIKE |= {other: one for one, other in ALIKE.items()}
 LIMIT_BY_MQTT_ID = 76_000_000       # of the charging profile, and the EVSE added
+REPORT_LINES = 2000                 # of a report that is asked for
 SendByHand = Callable[[str, dict, Callable[[str, dict], Any]], Awaitable[dict]]
+ReportOf = Callable[[dict], Awaitable[dict]]
 
 
 class AskedByMqtt:
@@ -20704,9 +21569,12 @@ class AskedByMqtt:
     `<identity>/set/reset` take a plain word.
     """
 
-    def __init__(self, mqtt: "Mqtt", send: SendByHand, spawn: Callable[[str, Any], Any]):
+    def __init__(self, mqtt: "Mqtt", send: SendByHand, report: ReportOf,
+                 spawn: Callable[[str, Any], Any]):
         self.mqtt, self.board, self._send, self._spawn = mqtt, mqtt.board, send, spawn
+        self.report = report
         self._waiting: dict[str, deque[tuple[list[str], Incoming, float]]] = {}
+        self._is_reporting = False
         self._told_mono = -math.inf
 
     @property
@@ -20740,31 +21608,55 @@ class AskedByMqtt:
 
     async def _carry_out(self, identity: str, levels: list[str], message: Incoming) -> None:
         try:
-            answers = f"{self.mqtt.prefix}/{in_topic(identity)}/{ANSWERS}/"
-            if message.response_topic and (not message.response_topic.startswith(answers)
-                                           or re.search("[+#]", message.response_topic)):
+            if answers := self._misdirects(in_topic(identity), message):
                 message = message._replace(response_topic="")
                 raise BadRequest(f"the response topic must be below {answers}")
             called = levels == ["call"]
-            body = _json_object(message.payload) if called else self._set(
+            body = json_object(message.payload) if called else self._set(
                 self.board.stations[identity], levels, message.payload)
             if called or body:
                 self._answer(message, body.get("action"), await self._ask(identity, body))
         except BoardError as error:
             self._refuse(identity, message, error)
 
+    def _misdirects(self, name: str, message: Incoming) -> str:
+        """Where answers may go, if this message wants one elsewhere; else ""."""
+        answers, topic = f"{self.mqtt.prefix}/{name}/{ANSWERS}/", message.response_topic
+        is_good = topic.startswith(answers) and not re.search("[+#]", topic)
+        return "" if is_good or not topic else answers
+
     async def _ask(self, identity: str, body: dict) -> dict:
         """Send a command. Raises: BoardError."""
         action, payload = body.get("action"), body.get("payload", {})
         if not isinstance(action, str) or action not in self.allowed:
             raise Forbidden(f"{shown(action)} is not among mqtt.commands")
-
-        def permit(action: str, payload: dict) -> None:
-            if hidden_texts(action, payload) or security_settings(action, payload, {}):
-                raise Forbidden("Nothing secret is set by MQTT")
         if isinstance(payload, dict):
-            permit(action, payload)
-        return await self._send(identity, body, permit)
+            permit_by_mqtt(action, payload)
+        return await self._send(identity, body, permit_by_mqtt)
+
+    # A report
+
+    def report_came(self, message: Incoming) -> None:
+        """Somebody asks for a report of the site; of them one is made at a time."""
+        if self._is_reporting:
+            self._refuse("", message, Busy("Another report is being made"))
+            return
+        self._is_reporting = True
+        self._spawn("report by MQTT", self._report(message))
+
+    async def _report(self, message: Incoming) -> None:
+        try:
+            if answers := self._misdirects(REPORT, message):
+                message = message._replace(response_topic="")
+                raise BadRequest(f"the response topic must be below {answers}")
+            answer = await self.report(json_object(message.payload))
+            if len(answer["lines"]) > REPORT_LINES:
+                raise TooLarge(f"The report has more than {REPORT_LINES} lines: ask for less time")
+            self._answer(message, REPORT, {"success": True, "result": answer})
+        except BoardError as error:
+            self._refuse("", message, error)
+        finally:
+            self._is_reporting = False
 
     # Plain words
 
@@ -20839,8 +21731,136 @@ class AskedByMqtt:
                                     f"{error}", {"topic": kept(message.topic)})
 
 
+def permit_by_mqtt(action: str, payload: dict) -> None:
+    """Let a command pass that a broker, and who reads there, may know. Raises: Forbidden."""
+    if hidden_texts(action, payload) or security_settings(action, payload, {}):
+        raise Forbidden("Nothing secret is set by MQTT")
+
+
 def _command(action: str, payload: dict) -> dict:
     return {"action": action, "payload": payload, "protocol": PIVOT}
+
+
+# MQTT: what we ask of others
+
+QUESTIONS_MOST = SITES_KEPT         # at a time; so many whose answer came too late are known, too
+SITE_MARGIN_S = 5                   # for the way, beside the time that a station may take
+ANSWER, REPORT_ANSWER = Shape(RemoteAnswer), Shape(Report)
+
+
+@dataclass(slots=True)
+class Question:
+    """What was asked of another site, and its answer."""
+
+    site: str
+    text: str
+    asked_mono: float
+    answer: asyncio.Future[dict]
+
+
+class AskingByMqtt:
+    """What we ask of the boards of other sites: commands to their stations, and reports.
+
+    A question is published once: where its fate is unknown, that is said, and it is not repeated.
+    """
+
+    def __init__(self, mqtt: "Mqtt"):
+        self.mqtt, self.board = mqtt, mqtt.board
+        self._questions: OrderedDict[bytes, Question] = OrderedDict()
+
+    async def command(self, site: FleetSite, identity: str, body: dict) -> dict:
+        """Have another site's board send a command, and its answer. Raises: BoardError."""
+        action, payload = body.get("action"), body.get("payload", {})
+        if not isinstance(action, str) or not isinstance(payload, dict):
+            raise BadRequest("action must be a text, payload an object")
+        self._check_allowed(site, action)
+        permit_by_mqtt(action, payload)
+        return await self._ask(site, f"{in_topic(identity)}/call", in_topic(identity), body,
+                               f"{action} for {identity}")
+
+    async def report(self, site: FleetSite, body: dict) -> dict:
+        """A report of another site. Raises: BoardError."""
+        self._check_allowed(site, REPORT)
+        answer = await self._ask(site, REPORT, REPORT, body, "a report")
+        try:
+            report = REPORT_ANSWER.read(answer.get("result"))
+        except FormatViolation as error:
+            raise Conflict(f"{site.site} makes a report that cannot be read: {error}") from None
+        report["lines"] = [line for line in report["lines"] if body["by"] in line]
+        return report
+
+    @staticmethod
+    def _check_allowed(site: FleetSite, action: str) -> None:
+        if action not in site.commands:
+            raise Forbidden(f"{site.site} does not allow {shown(action)}: its mqtt.commands has "
+                            "what it does")
+
+    async def _ask(self, site: FleetSite, levels: str, answered_by: str, body: dict,
+                   text: str) -> dict:
+        connection, prefix = self.mqtt.connection, self.mqtt.site_prefix(site.site)
+        if connection is None or site.status == "unreachable":
+            raise Conflict(f"{site.site} cannot be asked: the MQTT broker is away")
+        if site.status != "online":
+            raise Conflict(f"{site.site} cannot be asked: its board is offline")
+        if sum(not question.answer.done() for question in self._questions.values()) >= (
+                QUESTIONS_MOST):
+            raise Busy("Too many questions to other sites wait for an answer")
+        timeout_s = self.board.config.ocpp.call_timeout_seconds + SITE_MARGIN_S
+        question = Question(site.site, text, self.board.mono(), asyncio.Future())
+        correlation = secrets.token_bytes(12)
+        self._questions[correlation] = question
+        while len(self._questions) > 2 * QUESTIONS_MOST:
+            self._questions.popitem(last=False)
+        own = self.mqtt.prefix.rpartition("/")[2]
+        connection.publish(
+            f"{prefix}/{levels}", to_json(body), correlation=correlation,
+            ResponseTopic=f"{prefix}/{answered_by}/{ANSWERS}/{own}",
+            MessageExpiryInterval=timeout_s)
+        return await self._answer(question, timeout_s)
+
+    async def _answer(self, question: Question, timeout_s: float) -> dict:
+        unknown = (f"{question.site} has not answered {question.text}: whether it was carried out "
+                   "is unknown, and it is not sent again")
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await question.answer
+        except TimeoutError:
+            raise NoAnswer(f"{unknown} (no answer within {timeout_s} s)") from None
+        except BrokerError as error:
+            raise NoAnswer(f"{unknown} (the MQTT broker: {error})") from None
+        if answer["success"]:
+            return {key: answer[key] for key in ("success", "result", "responseTime", "warning",
+                                                 "reports") if key in answer}
+        status = answer["status"] if answer["status"] in HTTP_WORDS else CallFailed.http_status
+        words = {key: answer[key] for key in ("errorCode", "errorDescription", "errorDetails")
+                 if key in answer}
+        raise RefusedThere(question.site, status, {"error": answer["error"]} | words)
+
+    def answered(self, message: Incoming) -> None:
+        """An answer came; one that is late is an event."""
+        question = self._questions.get(message.correlation)
+        if question is None or message.retained:
+            return
+        del self._questions[message.correlation]
+        try:
+            answer = ANSWER.read(json_object(message.payload))
+        except FormatViolation as error:
+            answer = ANSWER.read({"error": f"its answer cannot be read: {error}", "status": 502})
+        if not question.answer.done():
+            question.answer.set_result(answer)
+            return
+        seconds = self.board.mono() - question.asked_mono
+        result = to_json(answer.get("result")) if answer["success"] else answer["error"]
+        self.board.system_event("SITE_ANSWER_LATE", "", f"{question.site} has answered "
+                                f"{question.text} after {seconds:.0f} s: {kept(result)}",
+                                {"site": question.site})
+
+    def broker_lost(self, reason: str) -> None:
+        """No answer will come."""
+        for question in self._questions.values():
+            if not question.answer.done():
+                question.answer.set_exception(BrokerError(reason))
+        self._questions.clear()
 
 
 # MQTT: Home Assistant's discovery
@@ -20938,20 +21958,23 @@ class Mqtt:
 
     Topics below `topic/site`: `status` (whose last will says offline), `load`; of each station
     `state`, `connectors/evse/connector`, `transactions/id` while it runs, and `events`.
+    With mqtt.fleet the other sites on the broker are followed.
     """
 
     def __init__(self, board: Board, controller: Controller | None, send: SendByHand,
-                 spawn: Callable[[str, Any], Any]):
-        """`send` sends a command by hand, `spawn` runs a task in the background."""
+                 report: ReportOf, spawn: Callable[[str, Any], Any]):
+        """`send` sends a command by hand, `report` makes a report, `spawn` runs a task."""
         self.board, self.controller = board, controller
         self.settings = board.config.mqtt            # a reload changes it
-        self.commands = AskedByMqtt(self, send, spawn)
+        self.commands = AskedByMqtt(self, send, report, spawn)
+        self.fleet, self.asking = Fleet(board), AskingByMqtt(self)
         self.topics = ("connections", "transactions", "smart-charge", "errors", "security",
                        "system")
         self.connection: BrokerConnection | None = None
         self.claim = SiteClaim(board.epoch, iso(board.started_at) or "")
         self.prefix = ""
         self.published: dict[str, dict[str, int]] = {}   # {identity: {retained topic: its CRC}}
+        self.started_mono = board.mono()
         self._used = replace(self.settings)          # those of the last connection
         self._stopping = False
         self._five = True                            # whether MQTT 5 is tried
@@ -20960,7 +21983,10 @@ class Mqtt:
         self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_WAITING)
         self._registers: dict[str, dict[tuple, float]] = {}      # {identity: {connector: Wh}}
         self.limits: dict[str, dict[int, float]] = {}    # A set by MQTT: {identity: {EVSE: A}}
-        self._load_mono = self._flood_mono = self._told_mono = -math.inf
+        self._load_mono = self._flood_mono = self._told_mono = self._refollowed_mono = -math.inf
+        self._load: dict = {}                        # as it was published
+        self._load_published_mono = -math.inf
+        self._wrong: dict[Wrong, float] = {}         # what is wrong, and since when
         self._check()
 
     def _check(self) -> None:
@@ -20973,6 +21999,8 @@ class Mqtt:
         except OSError as error:
             raise ConfigError(f"mqtt.ca: {self.settings.ca}: {_one_line(error)}") from None
         for action in self.settings.commands:
+            if action == REPORT:
+                continue
             if action not in ALL_COMMANDS:
                 raise ConfigError(f"mqtt.commands: there is no command {action!r}"
                                   f"{_nearest(action, ALL_COMMANDS)}")
@@ -20989,6 +22017,22 @@ class Mqtt:
     def trouble(self) -> str:
         """Why nothing is published now, "" if it is or is not to be."""
         return self._error if self.settings.url else ""
+
+    @property
+    def site(self) -> str:
+        """The name of this site."""
+        return site_name(self.board)
+
+    def as_remote(self, record: Record) -> dict:
+        """A record of this site as it stands among those of others."""
+        view = {"site": self.site, "siteStatus": "online"} | record.view()
+        if isinstance(record, Station):
+            view["connectors"] = [self._facts(record, place) for place in sorted(record.connectors)]
+        return view
+
+    def site_prefix(self, site: str) -> str:
+        """What the topics of a site begin with."""
+        return f"{self.settings.topic}/{in_topic(site)}"
 
     # The Board tells
 
@@ -21015,8 +22059,10 @@ class Mqtt:
         while not self._stopping:
             self._used, pause_s = replace(self.settings), 1.0
             self._follow(bool(self.settings.url))
+            if not (self.settings.url and self.settings.fleet):
+                self.fleet.clear()
             if self.settings.url:
-                self.prefix = f"{self.settings.topic}/{in_topic(site_name(self.board))}"
+                self.prefix = self.site_prefix(self.site)
                 pause_s = await self._stay()
             await asyncio.sleep(pause_s)
 
@@ -21040,12 +22086,15 @@ class Mqtt:
         except BrokerError as error:
             self._five ^= error.other_version
             return self._away(str(error))
+        reason = "it is left"
         try:
             self.connection = connection
             connection.on_message = self._came
             reason = await self._serve(connection)
         finally:
             self.connection = None
+            self.fleet.disconnected()
+            self.asking.broker_lost(reason)
             self._changed = {record: None for record in self._changed if isinstance(
                 record, Transaction) and record.status != "active"}
             await connection.close()
@@ -21087,7 +22136,7 @@ class Mqtt:
             self._changed |= dict.fromkeys(self.board.stations.values())
             self._changed |= {t: None for t in self.board.transactions.records
                               if t.status == "active"}
-            self._load_mono = -math.inf
+            self._load_mono, self._load = -math.inf, {}
         first = True
         while self.claim.held and not connection.ended.done() and self._used == self.settings:
             connection.tick()
@@ -21098,8 +22147,11 @@ class Mqtt:
                     connection.publish(topic, "", True)
                 if self.commands.allowed:
                     connection.subscribe(*(f"{self.prefix}/{levels}" for levels in (
-                        "+/call", "+/set/+", "+/connectors/+/+/set/+")))
+                        "+/call", "+/set/+", "+/connectors/+/+/set/+", REPORT)))
+                if self.settings.fleet:
+                    self._follow_fleet(connection)
                 first = False
+            self.fleet.tick()
             await asyncio.wait([connection.ended], timeout=PUBLISH_S)
         used, now = self._used, self.settings
         if self.claim.rival:
@@ -21107,6 +22159,18 @@ class Mqtt:
         elif (used.url, used.topic, used.site) != (now.url, now.topic, now.site):
             self._leave(connection)
         return connection.ended.result() if connection.ended.done() else "it is left"
+
+    def _follow_fleet(self, connection: BrokerConnection) -> None:
+        """Have what the other sites publish come, and their answers."""
+        if not connection.five:
+            self._tell("FLEET_OFF", f"The MQTT broker {self.host} speaks MQTT 3.1.1: to follow "
+                       "other sites takes MQTT 5", logging.WARNING)
+            return
+        connection.inflow.follow(self.settings.topic, self.prefix)
+        self.fleet.connected()
+        connection.subscribe(
+            *(f"{self.settings.topic}/{levels}" for levels in FLEET_TOPICS),
+            f"{self.settings.topic}/+/+/{ANSWERS}/{self.prefix.rpartition('/')[2]}", of_others=True)
 
     def _leave(self, connection: BrokerConnection) -> None:
         """The site goes elsewhere: nothing of it stays here."""
@@ -21151,23 +22215,38 @@ class Mqtt:
 
     def _came(self, message: Incoming) -> None:
         """A message on one of the topics that we listen to."""
+        if not message.topic.startswith(f"{self.prefix}/"):
+            self._came_of_another(message)
+            return
         self._status_or_claim(message)
         levels = message.topic.removeprefix(f"{self.prefix}/").split("/")
-        if self.claim.held and not message.retained and len(levels) > 1 and levels[0] != "status":
+        if not self.claim.held or message.retained or levels[0] == "status":
+            return
+        if levels == [REPORT]:
+            self.commands.report_came(message)
+        elif len(levels) > 1:
             self.commands.came(unquote(levels[0]), levels[1:], message)
+
+    def _came_of_another(self, message: Incoming) -> None:
+        """A message of another site came."""
+        levels = message.topic.removeprefix(f"{self.settings.topic}/").split("/")
+        if levels[2:3] == [ANSWERS]:
+            self.asking.answered(message)
+        else:
+            self.fleet.came(levels, message.payload, message.retained)
 
     def _status_or_claim(self, message: Incoming) -> None:
         if message.topic == f"{self.prefix}/status":
-            self.claim.status_came(_json_object(message.payload), message.retained)
+            self.claim.status_came(json_object(message.payload), message.retained)
         elif message.topic == f"{self.prefix}/status/claim" and not message.retained:
-            self.claim.claim_came(_json_object(message.payload))
+            self.claim.claim_came(json_object(message.payload))
 
     # Publishing
 
     def _status(self, status: str) -> str:
         return to_json({"status": status, "site": self.prefix.rpartition("/")[2],
                         "board": self.claim.board_id, "since": self.claim.since,
-                        "version": VERSION})
+                        "version": VERSION, "commands": sorted(self.commands.allowed)})
 
     async def _publish_site(self, connection: BrokerConnection) -> None:
         """Publish the site's status where it is due, its load, and what happened."""
@@ -21177,9 +22256,8 @@ class Mqtt:
             connection.publish(f"{self.prefix}/status", self._status("online"), True)
         if now - self._load_mono >= LOAD_S:
             self._load_mono = now
-            self._publish_new(connection, "", {f"{self.prefix}/load": to_json(
-                site_load(self.board, self.controller))} | (
-                    site_discovery(self.prefix) if self.settings.discovery else {}))
+            self._publish_new(connection, "", self._load_texts(now) | (
+                site_discovery(self.prefix) if self.settings.discovery else {}))
         while self._events and not connection.ended.done():
             identity, text = self._events.popleft()
             below = f"{in_topic(identity)}/" if identity in self.board.stations else ""
@@ -21190,6 +22268,39 @@ class Mqtt:
             self._tell("MQTT_FLOOD", f"{connection.inflow.dropped} messages to the board were "
                        f"dropped: more than {ASKED_PER_S} a second", logging.WARNING)
             connection.inflow.dropped = 0
+        if connection.inflow.dropped_of and now - self._refollowed_mono > COALESCE_S:
+            self._refollowed_mono = now
+            self.fleet.flooded(connection.inflow.dropped_of)
+            connection.inflow.dropped_of.clear()
+            self._follow_fleet(connection)           # what was dropped is retained
+
+    def _load_texts(self, now_mono: float) -> dict[str, str]:
+        """The load where it has changed or was not published for long, and what is wrong."""
+        load, texts = site_load(self.board, self.controller), {
+            f"{self.prefix}/problems": to_json(self.problems())}
+        if load != self._load or now_mono - self._load_published_mono >= LOAD_MOST_S:
+            self._load, self._load_published_mono = load, now_mono
+            texts[f"{self.prefix}/load"] = to_json(load | {"at": iso(self.board.clock())})
+        return texts
+
+    def problems(self) -> SiteProblems:
+        """What is wrong at this site now."""
+        settled = self.board.mono() - self.started_mono > SETTLE_S
+        found, now = dict(wrong_now(self.board, self.controller, settled)), self.board.clock()
+        self._wrong = {key: self._wrong.get(key, now) for key in found}
+        first = sorted(found, key=self._wrong.__getitem__)[:SITE_PROBLEMS]
+        return {"count": len(found), "problems": [
+            {"event": key.event, "identity": key.identity, "text": found[key],
+             "since": iso(self._wrong[key])} for key in first]}
+
+    def own_site(self) -> FleetSite:
+        """This site, as the others see it."""
+        load, problems = site_load(self.board, self.controller), self.problems()
+        return FleetSite(
+            self.site, True, "online", self.board.started_at, VERSION, load["stations"],
+            load["online"], load["charging"], load["faulted"], load["powerW"], load["limitA"],
+            load["loadA"], load["overLimit"], sorted(self.commands.allowed),
+            problems["problems"], problems["count"])
 
     async def _publish_changed(self, connection: BrokerConnection) -> None:
         """Publish the records that have changed, as fast as the broker takes them."""
@@ -21214,18 +22325,22 @@ class Mqtt:
                 for topic in reversed(self.published.pop(identity, {})):
                     connection.publish(topic, "", True)
             return
-        registers = self._registers.setdefault(identity, {})
         texts = {f"{base}/state": station.json()}
-        for place, connector in station.connectors.items():
-            if connector.reading and connector.reading.energy_wh is not None:
-                registers[place] = connector.reading.energy_wh
-            facts = connector_facts(station, connector, registers.get(place),
-                                    self.limits.get(identity, {}).get(place[0]))
-            texts[f"{base}/connectors/{place[0]}/{place[1]}"] = to_json(facts)
+        for place in station.connectors:
+            texts[f"{base}/connectors/{place[0]}/{place[1]}"] = to_json(self._facts(station, place))
         if self.settings.discovery:
             most_a = (self.board.config.station(identity) or STATION_DEFAULTS).max_a
             texts |= discovery(self.prefix, station, self.commands.allowed, most_a)
         self._publish_new(connection, identity, texts)
+
+    def _facts(self, station: Station, place: tuple[int, int]) -> dict:
+        """The record of a connector, and the figures that automations use."""
+        connector = station.connectors[place]
+        registers = self._registers.setdefault(station.identity, {})
+        if connector.reading and connector.reading.energy_wh is not None:
+            registers[place] = connector.reading.energy_wh
+        return connector_facts(station, connector, registers.get(place),
+                               self.limits.get(station.identity, {}).get(place[0]))
 
     def _publish_transaction(self, connection: BrokerConnection, transaction: Transaction) -> None:
         """A running one is retained; its end is told, and it is retained no more."""
@@ -21247,15 +22362,6 @@ class Mqtt:
             if known.get(topic) != (crc := zlib.crc32(text.encode())):
                 known[topic] = crc
                 connection.publish(topic, text, True)
-
-
-def _json_object(payload: bytes) -> dict:
-    """The JSON object of a message, {} where it is none."""
-    try:
-        value = json.loads(payload, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) and not deeper(value, NESTING) else {}
 
 
 # --- Dashboard ----------------------------------------------------------------------------
@@ -28321,7 +29427,7 @@ class Daemon:
             self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
         self.notifier = Notifier(self.board, self.controller)
         self.mqtt = Mqtt(self.board, self.controller, functools.partial(send_by_hand, self),
-                         self.spawn)
+                         functools.partial(report_asked, self), self.spawn)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
                 self._tell_systemd, min(1000 * WATCHDOG_FEED_S, watchdog_ms(os.environ) / 3)))

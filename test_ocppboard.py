@@ -14536,6 +14536,280 @@ def test_a_large_or_deep_payload_stays_on_one_line():
         ocppboard.MessagePair(logged({"a": 1})), finds)
 
 
+# --- Fleet --------------------------------------------------------------------------------
+
+
+class FleetBench(Bench):
+    """A Board that follows other sites, whose messages a test makes."""
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.fleet = ocppboard.Fleet(self.board)
+        self.events, _, _ = self.board.subscribe(["sites"], None, lambda: None)
+        self.other = Bench()             # the other site's board
+
+    def publish(self, topic, payload, retained=False):
+        """What another site publishes: JSON, or bytes as they are; None removes it."""
+        if not isinstance(payload, bytes):
+            payload = b"" if payload is None else json.dumps(payload).encode()
+        self.fleet.came(topic.split("/"), payload, retained)
+
+    def go_online(self, site="garage", **words):
+        self.publish(f"{site}/status", {"status": "online", "commands": ["Reset"]} | words, True)
+
+    def published(self):
+        """The records of the events since the last time."""
+        return [event.record.view() for event in self.events.drain()[0]]
+
+    @property
+    def warnings(self):
+        return [e.message for e in self.board.system.records if e.kind == "SITE_NONSENSE"]
+
+
+def test_a_site_is_known_by_its_status_its_load_and_what_is_wrong():
+    bench = FleetBench()
+    bench.go_online(version="9.9", since="2026-09-20T10:00:00.000Z")
+    bench.publish("garage/load", {
+        "stations": 5, "online": 4, "charging": 2, "faulted": 1, "powerW": 7000, "limitA": 63,
+        "loadA": {"L1": 10.5, "L9": 5}, "overLimit": True, "at": ocppboard.iso(NOW)})
+    bench.publish("garage/problems", {"count": 70, "problems": [
+        {"event": "offline", "identity": "CP-1", "text": "offline", "since": None}] * 60})
+    site = bench.published()[-1]
+    assert site == {
+        "site": "garage", "own": False, "status": "online", "since": "2026-09-20T10:00:00.000Z",
+        "version": "9.9", "stations": 5, "online": 4, "charging": 2, "faulted": 1, "powerW": 7000,
+        "limitA": 63, "loadA": {"L1": 10.5, "L2": 0.0, "L3": 0.0}, "overLimit": True,
+        "commands": ["Reset"], "problemCount": 70, "warning": None, "problems": [
+            {"event": "offline", "identity": "CP-1", "text": "offline", "since": None}] * 50}
+    bench.clock.now += 60
+    bench.publish("garage/status", {"status": "offline"}, True)
+    site = bench.published()[-1]
+    assert (site["status"], site["since"]) == ("offline", ocppboard.iso(NOW + 60))
+    bench.publish("garage/status", None, True)
+    assert bench.fleet.sites == {} and bench.fleet.bytes == 0
+
+
+def test_a_site_that_went_while_nobody_followed_is_gone_since_its_last_load():
+    bench = FleetBench()
+    bench.fleet.connected()
+    bench.publish("garage/status", {"status": "offline", "since": ocppboard.iso(NOW - 9000)}, True)
+    bench.publish("garage/load", {"at": ocppboard.iso(NOW - 500)}, True)
+    bench.publish("harbour/load", {"at": ocppboard.iso(NOW - 5)}, True)
+    bench.go_online("harbour", since=ocppboard.iso(NOW - 7000))
+    sites = {site.site: site.view() for site in bench.fleet.sites.values()}
+    assert (sites["garage"]["status"], sites["garage"]["since"]) == (
+        "offline", ocppboard.iso(NOW - 500))
+    assert (sites["harbour"]["status"], sites["harbour"]["since"]) == (
+        "online", ocppboard.iso(NOW - 7000))
+
+
+def test_a_station_of_another_site_is_shown_with_the_facts_of_its_connectors():
+    bench, other = FleetBench(), Bench("ocpp2.0.1")
+    connector = other.board.connector(other.station, 2, 1)
+    facts = ocppboard.connector_facts(other.station, connector, 1234.5, 16)
+    bench.go_online()
+    bench.publish("garage/CP-1/connectors/2/1", facts, True)
+    assert bench.fleet.stations("*") == [], "its record has not come"
+    bench.publish("garage/CP-1/state", other.station.view(), True)
+    station = bench.published()[-1]
+    assert station == {"site": "garage", "siteStatus": "online"} | other.station.view() | {
+        "connectors": [{key: value for key, value in facts.items() if key != "online"}]}
+    assert bench.fleet.station("garage", "CP-1").is_online
+    bench.publish("garage/status", {"status": "offline"})
+    assert not bench.fleet.station("garage", "CP-1").is_online
+    assert bench.fleet.station("garage", "CP-1").view()["siteStatus"] == "offline"
+    bench.publish("garage/CP-1/connectors/2/1", None, True)
+    bench.publish("garage/CP-1/state", None, True)
+    gone = bench.published()[-1]
+    assert (gone["identity"], gone["status"]) == ("CP-1", "forgotten")
+    with pytest.raises(ocppboard.NotFound):
+        bench.fleet.station("garage", "CP-1")
+    assert bench.fleet.bytes == 0
+
+
+def transaction_view(**changes):
+    """A running transaction of CP-1, as REST shows it."""
+    bench = Bench()
+    bench.call("StartTransaction", START_16 | {"timestamp": ocppboard.iso(NOW)})
+    return bench.board.transactions.records[0].view() | changes
+
+
+def test_transactions_of_a_site_are_kept_while_they_run_and_their_ends_for_a_while():
+    bench, running = FleetBench(), transaction_view(id=7)
+    bench.go_online()
+    bench.publish("garage/CP-1/transactions/7", running, True)
+    assert [r.fields["id"] for r in bench.fleet.of("transactions", "garage")] == [7]
+    bench.publish("garage/CP-1/transactions/7", running | {"status": "stopped", "energyWh": 9.5})
+    bench.publish("garage/CP-1/transactions/7", None, True)
+    ended, = bench.fleet.of("transactions", "*")
+    assert (ended.view()["status"], ended.view()["energyWh"]) == ("stopped", 9.5)
+    bench.publish("garage/CP-1/transactions/8", running | {"id": 8}, True)
+    bench.publish("garage/CP-1/transactions/8", None, True)
+    assert [r.fields["status"] for r in bench.fleet.of("transactions", "*")] == [
+        "stopped", "abandoned"], "whose end did not come"
+    for number in range(2 * ocppboard.SITE_ENDED):
+        bench.publish("garage/CP-1/transactions/9", running | {"status": "stopped", "id": number})
+    kept = list(bench.fleet.of("transactions", "*"))
+    assert len(kept) == ocppboard.SITE_ENDED
+    assert bench.fleet.bytes == sum(record.size for record in kept)
+
+
+@pytest.mark.parametrize("topic, record", [
+    ("errors", lambda board: board.error_of("FORMAT", "CP-1", "no", {"a": 1})),
+    ("security", lambda board: board.security_event("ANOMALY", "CP-1", "odd", "low", {})),
+    ("system", lambda board: board.system_event("EVICTION", "CP-1", "again", {}))])
+def test_events_of_a_site_are_kept_for_a_while(topic, record):
+    bench, other = FleetBench(), Bench()
+    record(other.board)
+    view = other.board.stores[topic].records[-1].view()
+    for _ in range(2 * ocppboard.SITE_EVENTS):
+        bench.publish("garage/CP-1/events", {"topic": topic, "event": view})
+    found = bench.fleet.of(topic, "garage")
+    assert len(found) == ocppboard.SITE_EVENTS
+    assert found[0].view() == {"site": "garage", "siteStatus": "offline"} | view
+
+
+def test_what_a_broker_has_not_kept_is_gone_when_the_connection_is_back():
+    bench, other = FleetBench(), Bench()
+    for site in ("garage", "harbour"):
+        bench.go_online(site)
+        for identity in ("CP-1", "CP-2"):
+            other.connect(identity=identity)
+            bench.publish(f"{site}/{identity}/state", other.board.stations[identity].view(), True)
+    bench.fleet.disconnected()
+    assert {site.status for site in bench.fleet.sites.values()} == {"unreachable"}
+    bench.clock.now += 100
+    bench.fleet.connected()
+    bench.go_online("garage")
+    bench.publish("garage/CP-2/state", other.board.stations["CP-2"].view(), True)
+    bench.fleet.tick()
+    assert len(bench.fleet.stations("*")) == 4, "more may come"
+    bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
+    bench.fleet.tick()
+    assert [(s.site.site, s.identity) for s in bench.fleet.stations("*")] == [("garage", "CP-2")]
+    assert list(bench.fleet.sites) == ["garage"]
+    assert bench.fleet.bytes == bench.fleet.stations("*")[0].size
+
+
+NONSENSE = [b"\xff", b"[]", b"5", b"nonsense", b'{"a": NaN}', b"[" * 20_000, b'{"identity": 5}',
+            b'{"identity": "CP-2"}', b'{"status": []}', b'{"topic": "x", "event": {}}',
+            b'{"x": "' + b"y" * 20_000 + b'"}', b'{"limitA": 1e17, "powerW": 1' + b"0" * 400 + b"}",
+            b'{"since": "yesterday", "status": "offline"}', b'{"at": "x"}', b'{"problems": {}}']
+LEVELS = ["status", "load", "problems", "events", "CP-1/state", "CP-1/connectors/1/1",
+          "CP-1/connectors/x/1", "CP-1/connectors/99999999999/1", "CP-1/transactions/1",
+          "CP-1/events"]
+
+
+@pytest.mark.parametrize("payload", NONSENSE)
+def test_nonsense_of_a_site_is_left_out_and_the_site_named_once_a_minute(payload):
+    bench = FleetBench()
+    for level in LEVELS:
+        bench.publish(f"garage/{level}", payload)
+    assert len(bench.warnings) == 1
+    assert bench.warnings[0].startswith("The site 'garage' publishes what cannot be kept: ")
+    assert bench.fleet.sites["garage"].warning
+    assert bench.fleet.of("connections", "*") == [] and bench.fleet.bytes == 0
+    bench.clock.now += 61
+    bench.publish("garage/load", b"nonsense")
+    assert len(bench.warnings) == 2
+    for record in bench.fleet.records():                 # and all can still be shown
+        assert json.loads(record.json())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                max_size=3), max_leaves=8)
+
+
+def without_words(schema):
+    """A JSON schema that allows any word: a newer board may have others."""
+    if isinstance(schema, dict):
+        return {key: without_words(inner) for key, inner in schema.items() if key != "enum"}
+    return [without_words(inner) for inner in schema] if isinstance(schema, list) else schema
+
+
+@given(st.sampled_from(LEVELS), st.sampled_from(["station", "transaction", "facts", "none"]),
+       st.dictionaries(st.integers(0, 60), json_values, max_size=4))
+def test_whatever_a_site_publishes_can_be_shown(level, kind, changes):
+    """Each field may have any value: the record is as REST declares it, or is left out."""
+    bench, other = FleetBench(), Bench()
+    connector = other.board.connector(other.station, 1, 1)
+    view = {"station": other.station.view(), "transaction": transaction_view(), "none": {},
+            "facts": ocppboard.connector_facts(other.station, connector, 1.0)}[kind]
+    names = [*view, "status", "topic", "event", "problems", "count", "loadA", "at"]
+    for index, value in changes.items():
+        view[names[index % len(names)]] = value
+    bench.publish(f"garage/{level}", view)
+    for record in bench.fleet.records():
+        shown = json.loads(record.json())
+        shape = {"connections": ocppboard.Station, "transactions": ocppboard.Transaction,
+                 "sites": ocppboard.FleetSite}.get(record.topic)
+        if shape:
+            named: dict[str, Any] = {}
+            schema = ocppboard.json_schema(shape, named)
+            jsonschema.validate(shown, without_words(schema | {"components": {
+                "schemas": ocppboard.schemas_of(named)}}))
+
+
+def test_a_million_stations_of_a_site_cost_bounded_memory():
+    bench = FleetBench()
+    view, number = bench.other.station.view(), 0
+    while not bench.warnings:
+        number += 1
+        assert number < 20_000
+        bench.publish(f"garage/S{number}/state", view | {"identity": f"S{number}"}, True)
+    assert "4 MB at most" in bench.warnings[0] and number > 1000
+    assert bench.fleet.bytes <= ocppboard.SITE_BYTES
+    bench.publish("harbour/CP-1/state", view, True)
+    assert len(bench.fleet.of("connections", "harbour")) == 1, "others are as before"
+    bench.publish("garage/S1/state", view | {"identity": "S1", "messageCount": 9}, True)
+    assert bench.fleet.station("garage", "S1").view()["messageCount"] == 9, "and what is known"
+
+
+def test_more_sites_than_are_followed_are_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(ocppboard, "SITES_KEPT", 3)
+    bench = FleetBench()
+    for number in range(9):
+        bench.go_online(f"site-{number}")
+    bench.go_online("x" * 10_000)
+    assert list(bench.fleet.sites) == ["site-0", "site-1", "site-2"]
+    assert bench.warnings == ["The site 'site-3' is left out: 3 sites are followed at most"]
+
+
+def test_what_an_older_or_newer_board_publishes_is_made_to_fit():
+    bench, view = FleetBench(), Bench().station.view()
+    del view["quirks"], view["seenSinceStart"]
+    bench.publish("garage/CP-1/state", view | {"new": {"a": 1}, "status": "unheard-of"}, True)
+    shown = bench.fleet.station("garage", "CP-1").view()
+    assert shown["quirks"] == [] and shown["seenSinceStart"] is False and "new" not in shown
+    assert shown["status"] == "unheard-of"
+
+
+@pytest.mark.parametrize("by, lines", [
+    ("month", [{"month": "2026-08", "sessions": 3, "energyWh": 6.5, "seconds": 30, "cost": 3.03}]),
+    ("site", [{"site": "a", "sessions": 1, "energyWh": 1.5, "seconds": 10, "cost": 1.01},
+              {"site": "b", "sessions": 2, "energyWh": 5.0, "seconds": 20, "cost": 2.02}]),
+])
+def test_reports_of_sites_are_added_up(by, lines):
+    reports = {name: {"currency": "EUR", "lines": [{
+        "month": "2026-08", "sessions": n, "energyWh": wh, "seconds": 10 * n, "cost": 1.01 * n}]}
+        for name, n, wh in (("b", 2, 5.0), ("a", 1, 1.5))}
+    assert ocppboard.merged_lines(by, reports) == lines
+    reports["b"]["currency"] = "CHF"
+    apart = ocppboard.merged_lines(by, reports)
+    assert {(line["currency"], line["cost"]) for line in apart} == {("EUR", 1.01), ("CHF", 2.02)}
+
+
+def test_stations_of_one_name_at_two_sites_are_two_in_a_report():
+    reports = {name: {"currency": "EUR", "lines": [{
+        "station": "CP-1", "sessions": 1, "energyWh": 1.0, "seconds": 1, "cost": 0.0}]}
+        for name in ("a", "b")}
+    assert [(line["site"], line["station"]) for line in ocppboard.merged_lines(
+        "station", reports)] == [("a", "CP-1"), ("b", "CP-1")]
+
+
 # --- REST and streams ---------------------------------------------------------------------
 
 
@@ -17189,7 +17463,7 @@ class Mosquitto:
 class Follower:
     """Somebody else at the broker: what is retained there by topic, and all that came."""
 
-    def __init__(self, broker, topic="#", five=True):
+    def __init__(self, broker, topic="#", five=True, login=None):
         options = {"protocol": mqtt.MQTTv5 if five else mqtt.MQTTv311}
         if versions := getattr(mqtt, "CallbackAPIVersion", None):
             options["callback_api_version"] = versions.VERSION2
@@ -17197,6 +17471,8 @@ class Follower:
         self.came: list[tuple[str, Any]] = []
         self.client = mqtt.Client(**cast(Any, options))
         subscribed = threading.Event()
+        if login:
+            self.client.username_pw_set(*login)
         self.client.on_connect = lambda client, *_: client.subscribe(topic)
         self.client.on_subscribe = lambda *_: subscribed.set()
         self.client.on_message = self.take
@@ -17231,10 +17507,14 @@ class Follower:
 
 
 @pytest.fixture
-def broker(tmp_path, monkeypatch):
+def broker_times(monkeypatch):
     for name, value in (("LOOK_LEAST_S", 0.3), ("LOOK_QUIET_S", 0.1), ("PUBLISH_S", 0.05),
                         ("RETRY_BROKER_S", (0.2, 0.2)), ("LOAD_S", 0.2), ("RIVAL_S", 0.2)):
         monkeypatch.setattr(ocppboard, name, value)
+
+
+@pytest.fixture
+def broker(tmp_path, broker_times):
     made = Mosquitto(tmp_path)
     yield made
     made.stop()
@@ -17373,8 +17653,8 @@ def test_what_is_left_of_an_earlier_run_or_of_a_stranger_is_cleared(broker):
             late = Follower(broker)
             await until(lambda: len(late.retained) >= 4)
             assert set(late.retained) == {
-                "ocppboard/home/status", "ocppboard/home/load", "ocppboard/home/CP-1/state",
-                "ocppboard/other/CP-1/state"}
+                "ocppboard/home/status", "ocppboard/home/load", "ocppboard/home/problems",
+                "ocppboard/home/CP-1/state", "ocppboard/other/CP-1/state"}
             late.close()
             for garbage in ("[]", "\xff", '{"board": 5}', "[" * 5000, ""):
                 follower.publish("ocppboard/home/status", garbage, True)
@@ -17858,6 +18138,442 @@ def test_entities_of_odd_identities_differ_and_fit():
     documents |= {t: json.loads(text) for t, text in ocppboard.site_discovery("a/my home").items()}
     check_discovery(documents)
     assert len(documents) == 5 * (1 + 2 * 8) + 3
+
+
+# A fleet
+
+FLEET_KEYS = {"mqtt_commands": "report,Reset,RequestStartTransaction"}
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(broker, *names, **keys):
+    """Boards of these sites on a broker; the first follows the others. Each with its stations'
+    sockets."""
+    async with contextlib.AsyncExitStack() as stack:
+        sites = []
+        for number, name in enumerate(names):
+            sites.append(await stack.enter_async_context(Site(**{
+                "mqtt_url": broker.url, "mqtt_site": name, "mqtt_fleet": str(not number).lower(),
+                **FLEET_KEYS} | keys)))
+        fleet = sites[0].daemon.mqtt.fleet
+        await until(lambda: {s.site for s in fleet.sites.values() if s.status == "online"} == {
+            *names[1:]}, 15)
+        yield sites
+
+
+def with_broker(test):
+    """A test that is a coroutine, with the fixture `broker`."""
+    @functools.wraps(test)
+    def run(broker, *args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(broker, *args, **kwargs), 90))
+    return run
+
+
+@with_broker
+async def test_a_board_shows_the_sites_stations_and_transactions_of_two_others(broker):
+    async with fleet_of(broker, "hq", "garage", "harbour") as (hq, garage, harbour):
+        await hq.station("CP-1")
+        _, number = await charging_station(garage)
+        await harbour.station("CP-1", "ocpp2.0.1")
+
+        async def stations():
+            return {(s["site"], s["identity"]): s for s in await hq.get("/api/connections?site=*")}
+        while len(found := await stations()) < 3 or not found["garage", "CP-1"]["connectors"]:
+            await asyncio.sleep(0.05)
+        assert list(found) == [("hq", "CP-1"), ("garage", "CP-1"), ("harbour", "CP-1")]
+        assert found["harbour", "CP-1"]["protocol"] == "ocpp2.0.1"
+        await until(lambda: hq.daemon.mqtt.fleet.of("connectors", "garage")[0].fields["powerW"]
+                    == 3680)
+        connector = (await hq.get("/api/connections/CP-1?site=garage"))["connectors"][0]
+        assert (connector["powerW"], connector["charging"]) == (3680, True)
+        assert (await hq.get("/api/connections"))[0]["messageCount"] == 0, "our own, as ever"
+        running, = await hq.get("/api/transactions?site=garage&status=active")
+        assert (running["site"], running["id"]) == ("garage", number)
+        assert await hq.get("/api/transactions?site=harbour") == []
+        one = await hq.get(f"/api/connections/CP-1/transactions/{number}?site=garage")
+        assert one["meter"]["soc"] == 55
+        await until(lambda: hq.daemon.mqtt.fleet.sites["garage"].charging == 1)
+        sites = await hq.get("/api/sites")
+        assert [(s["site"], s["own"], s["online"], s["status"]) for s in sites] == [
+            ("hq", True, 1, "online"), ("garage", False, 1, "online"),
+            ("harbour", False, 1, "online")]
+        assert sites[1]["charging"] == 1 and sites[1]["powerW"] == 3680
+        assert [s["site"] for s in await garage.get("/api/sites")] == ["garage"]
+        assert (await hq.fetch("/api/connections?site=nowhere"))[0] == 404
+        assert (await garage.fetch("/api/connections?site=hq"))[1] == {
+            "error": "Site not found: mqtt.fleet is off"}
+        assert await hq.get("/api/connections?site=hq") == await hq.get("/api/connections")
+
+
+@with_broker
+async def test_the_events_of_other_sites_are_listed_and_streamed_with_their_site(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        every = await hq.stream("/api/stream?topics=connections,errors,sites&site=*")
+        own = await hq.stream("/api/stream")
+        one = await hq.stream("/api/stream?topics=errors,connections&site=garage&identity=CP-2")
+        for events in (every, own, one):
+            assert (await events.next())[0] == "connected"
+        await garage.station("CP-1")
+        garage.board.error_of("FORMAT", "CP-1", "odd", {})
+        garage.board.error_of("FORMAT", "CP-2", "even", {})
+        await hq.station("CP-9")
+        seen: list[tuple] = []
+        while not {("fault", "garage"), ("connection", "garage"), ("connection", None),
+                   ("site", "garage")} <= {*seen}:
+            name, data, _ = await every.next()
+            seen.append((name, data.get("site")))
+        while (event := await one.next())[0] != "fault":
+            assert event[0] == "heartbeat"
+        assert (event[1]["site"], event[1]["identity"]) == ("garage", "CP-2")
+        while (event := await own.next())[0] != "connection":
+            assert "siteStatus" not in event[1]
+        assert event[1]["identity"] == "CP-9", "without a site nothing is of others"
+        fault, _ = await hq.get("/api/errors?site=*")
+        assert (fault["site"], fault["message"]) == ("garage", "even")
+        fault, = await hq.get("/api/errors?site=*&identity=CP-1&category=FORMAT")
+        assert fault["message"] == "odd"
+        assert await hq.get("/api/errors?site=*&identity=CP-1&category=OTHER") == []
+
+
+@with_broker
+async def test_a_command_goes_to_the_board_that_has_the_station_and_its_answer_comes_back(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        socket_ = await garage.station()
+        got, task = obedient(socket_)
+        await until(lambda: hq.daemon.mqtt.fleet.of("connections", "garage"))
+
+        async def ask(body, identity="CP-1", site="garage", board=hq):
+            return (await board.fetch(f"/api/connections/{identity}/call?site={site}", "POST",
+                                      body))[:2]
+        reset = {"action": "Reset", "payload": {"type": "Soft"}}
+        began = time.monotonic()
+        status, answer = await ask(reset)
+        assert status == 200 and answer["result"] == {"status": "Accepted"}
+        assert 0 < answer["responseTime"] / 1000 <= time.monotonic() - began
+        status, answer = await ask({"action": "RequestStartTransaction", "protocol": "ocpp2.0.1",
+                                    "payload": {"remoteStartId": 1, "evseId": 1, "idToken": {
+                                        "idToken": "A", "type": "Central"}}})
+        assert status == 200
+        assert [action for action, _ in got] == ["Reset", "RemoteStartTransaction"]
+        for changes, status, words in (
+                ({"body": {"action": "ClearCache"}}, 403, "garage does not allow 'ClearCache'"),
+                ({"body": {"action": 5}}, 400, "action must be a text"),
+                ({"body": {"action": "Reset", "payload": []}}, 400, "payload an object"),
+                ({"identity": "CP-9"}, 404, "garage: Connection not found"),
+                ({"body": {"action": "Reset", "payload": {"type": "Odd"}}}, 400, "garage: "),
+                ({"site": "nowhere"}, 404, "Site not found"),
+                ({"site": "*"}, 400, "for one station"),
+                ({"site": "hq", "board": garage}, 404, "mqtt.fleet is off")):
+            found = await ask(**{"body": reset} | changes)
+            assert found[0] == status and words in found[1]["error"], found
+        hq.daemon.mqtt.fleet.sites["garage"].commands.append("ClearCache")       # not up to date
+        status, answer = await ask({"action": "ClearCache"})
+        assert status == 403 and answer["error"].startswith("garage: 'ClearCache' is not among")
+        task.cancel()
+        await socket_.close()
+        await until(lambda: garage.board.online == 0)
+        status, answer = await ask(reset)
+        assert (status, answer["error"]) == (409, "garage: The station is offline")
+        assert len(got) == 2
+
+
+@with_broker
+async def test_nothing_secret_is_sent_to_another_site(broker):
+    follower, secret = Follower(broker), "0123456789abcdef"
+    async with fleet_of(broker, "hq", "garage", mqtt_commands="ChangeConfiguration") as (hq, _):
+        status, body, _ = await hq.fetch("/api/connections/CP-1/call?site=garage", "POST", {
+            "action": "ChangeConfiguration", "payload": {"key": "AuthorizationKey",
+                                                         "value": secret}})
+        assert (status, body) == (403, {"error": "Nothing secret is set by MQTT"})
+        await asyncio.sleep(0.2)
+        assert secret not in str(follower.came)
+    follower.close()
+
+
+@with_broker
+async def test_a_command_whose_fate_is_unknown_is_not_sent_again(broker, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SITE_MARGIN_S", 0)
+    follower = Follower(broker)
+    async with fleet_of(broker, "hq", "garage", ocpp_call_timeout_seconds=1) as (hq, garage):
+        socket_ = await garage.station()
+        await until(lambda: hq.daemon.mqtt.fleet.of("connections", "garage"))
+        garage.daemon.config.ocpp.call_timeout_seconds = 5
+        path, body = "/api/connections/CP-1/call?site=garage", {"action": "Reset",
+                                                                "payload": {"type": "Soft"}}
+        status, answer, _ = await hq.fetch(path, "POST", body)
+        assert status == 504 and "whether it was carried out is unknown" in answer["error"]
+        frame = json.loads(await socket_.recv())
+        await socket_.send(json.dumps([3, frame[1], {"status": "Rejected"}]))
+
+        def late():
+            return [e for e in hq.board.system.records if e.kind == "SITE_ANSWER_LATE"]
+        await until(late)
+        assert 'garage has answered Reset for CP-1 after' in late()[0].message
+        assert '{"status":"Rejected"}' in late()[0].message
+        asked = asyncio.create_task(hq.fetch(path, "POST", body))
+        await socket_.recv()
+        broker.stop()
+        status, answer, _ = await asked
+        assert status == 504 and "(the MQTT broker: " in answer["error"]
+        status, answer, _ = await hq.fetch(path, "POST", body)
+        assert (status, answer["error"]) == (
+            409, "garage cannot be asked: the MQTT broker is away")
+        broker.start()
+        await until(lambda: hq.daemon.mqtt.fleet.sites["garage"].status == "online", 15)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(socket_.recv(), 1)
+    calls = [topic for topic, _ in follower.came if topic.endswith("/call")]
+    assert len(calls) == 2
+    follower.close()
+
+
+@with_broker
+async def test_a_site_that_is_gone_is_shown_so_and_is_back_with_all_that_it_has(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        await garage.station("CP-1")
+        fleet = hq.daemon.mqtt.fleet
+        await until(lambda: fleet.of("connections", "garage"))
+        began = time.time()
+        garage.daemon.mqtt.connection._stream.close()    # as if its host had died
+        await until(lambda: fleet.sites["garage"].status == "offline")
+        site = (await hq.get("/api/sites"))[1]
+        assert site["status"] == "offline"
+        assert abs(datetime.fromisoformat(site["since"]).timestamp() - began) < 2
+        gone, = await hq.get("/api/connections?site=garage")
+        assert (gone["siteStatus"], gone["status"]) == ("offline", "online"), "as it was last"
+        assert await hq.get("/api/connections?site=garage&status=online") == []
+        status, answer, _ = await hq.fetch("/api/connections/CP-1/call?site=garage", "POST",
+                                           {"action": "Reset", "payload": {"type": "Soft"}})
+        assert (status, answer["error"]) == (409, "garage cannot be asked: its board is offline")
+        await until(lambda: fleet.sites["garage"].status == "online", 15)
+        garage.board.forget("CP-1")
+        await until(lambda: not fleet.of("connections", "garage"))
+
+
+@with_broker
+async def test_after_a_broker_restart_all_sites_are_as_they_are_now(broker):
+    async with fleet_of(broker, "hq", "garage", "harbour") as (hq, garage, harbour):
+        await garage.station("CP-1")
+        await harbour.station("CP-2")
+        fleet = hq.daemon.mqtt.fleet
+        await until(lambda: len(fleet.stations("*")) == 2)
+        broker.stop()
+        await until(lambda: {s.status for s in fleet.sites.values()} == {"unreachable"})
+        assert [s["siteStatus"] for s in await hq.get("/api/connections?site=*")] == [
+            "unreachable"] * 2
+        await garage.station("CP-3")
+        broker.start()
+        await until(lambda: {s.status for s in fleet.sites.values()} == {"online"}, 20)
+        await until(lambda: {(s.site.site, s.identity) for s in fleet.stations("*")} == {
+            ("garage", "CP-1"), ("garage", "CP-3"), ("harbour", "CP-2")}, 15)
+
+
+@with_broker
+async def test_of_two_boards_with_one_name_a_fleet_sees_the_first(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage), Site(
+            mqtt_url=broker.url, mqtt_site="garage") as rival:
+        await rival.station("RIVAL")
+        await until(lambda: rival.daemon.mqtt.claim.rival, 10)
+        await garage.station("CP-1")
+        await until(lambda: hq.daemon.mqtt.fleet.of("connections", "*"))
+        await asyncio.sleep(0.5)
+        assert [s.identity for s in hq.daemon.mqtt.fleet.stations("*")] == ["CP-1"]
+        assert hq.daemon.mqtt.fleet.sites["garage"].status == "online"
+
+
+@with_broker
+async def test_a_hostile_site_costs_the_others_nothing_and_is_named(broker, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SITE_BURST", 2000)
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        socket_, hostile = await garage.station(), Follower(broker, "nothing")
+        for payload in NONSENSE:
+            hostile.publish("ocppboard/evil/status", payload, True)
+        view = json.dumps(garage.board.stations["CP-1"].view())
+
+        def flood():
+            for number in range(6000):
+                hostile.client.publish(f"ocppboard/evil/S{number}/state", view.replace(
+                    "CP-1", f"S{number}"))
+        flooding = asyncio.create_task(asyncio.to_thread(flood))
+        fleet = hq.daemon.mqtt.fleet
+        await flooding
+        await exchange(socket_, "StatusNotification", {
+            "connectorId": 1, "status": "Preparing", "errorCode": "NoError"})
+        await until(lambda: any(r.fields["status"] == "Preparing"
+                                for r in fleet.of("connectors", "garage")), 15)
+        warnings = [e.message for e in hq.board.system.records if e.kind == "SITE_NONSENSE"]
+        assert warnings and all("'evil'" in text for text in warnings)
+        await until(lambda: "were dropped" in (fleet.sites["evil"].warning or ""), 15)
+        assert 1000 < len(fleet.of("connections", "evil")) < 6000
+        assert not any(e.kind == "MQTT_FLOOD" for e in hq.board.system.records)
+        hostile.close()
+
+
+@with_broker
+async def test_the_report_over_sites_names_those_that_are_not_in_it(broker):
+    async with fleet_of(broker, "hq", "garage", "harbour", tariff_per_kwh=1.0) as (
+            hq, garage, harbour):
+        for site, energy in ((hq, 1000), (garage, 2000)):
+            socket_, number = await charging_station(site)
+            await exchange(socket_, "StopTransaction", {
+                "transactionId": number, "meterStop": 100 + energy,
+                "timestamp": iso_now()})
+        harbour.daemon.config.mqtt.commands = ["Reset"]
+        await until(lambda: "report" not in hq.daemon.mqtt.fleet.sites["harbour"].commands, 10)
+        report = await hq.get("/api/report?site=*&by=site")
+        assert [(line["site"], line["sessions"], line["energyWh"]) for line in report["lines"]] == [
+            ("garage", 1, 2000), ("hq", 1, 1000)]
+        assert (report["sessions"], report["energyWh"], report["cost"]) == (2, 3000, 3.0)
+        assert report["missing"] == [{"site": "harbour", "error": (
+            "harbour does not allow 'report': its mqtt.commands has what it does")}]
+        by_station = await hq.get("/api/report?site=*&by=station")
+        assert [(line["site"], line["station"]) for line in by_station["lines"]] == [
+            ("garage", "CP-1"), ("hq", "CP-1")]
+        one = await hq.get("/api/report?site=garage&by=token&from=2020-01-01")
+        assert one["energyWh"] == 2000 and one["missing"] == []
+        assert (await hq.fetch("/api/report?site=harbour"))[0] == 403
+        assert (await hq.get("/api/report"))["energyWh"] == 1000
+        _, text, _ = await hq.fetch("/api/report?site=*&by=station&format=csv")
+        assert text.splitlines()[0] == "station,sessions,energyWh,seconds,cost,site"
+        assert len(text.splitlines()) == 3
+        assert (await hq.fetch("/api/report?by=site"))[0] == 400
+
+
+@with_broker
+async def test_what_is_no_good_question_for_a_report_is_refused(broker):
+    follower = Follower(broker)
+    async with fleet_of(broker, "hq", "garage"):
+        for body, status in (({"by": "x"}, 400), ({"by": "site"}, 400), ({}, 400), (b"\xff", 400),
+                             ({"by": "day", "from": "yesterday"}, 400), ({"by": "day"}, 0)):
+            answer = await command(follower, "ocppboard/garage/report", body,
+                                   "ocppboard/garage/report/answers/me")
+            assert answer.get("status", 0) == status and answer["success"] is (not status)
+        seen = len(follower.came)
+        follower.publish("ocppboard/garage/report", {"by": "day"}, ResponseTopic="elsewhere")
+        await asyncio.sleep(0.3)
+        assert not any(topic == "elsewhere" for topic, _ in follower.came[seen:])
+    follower.close()
+
+
+@with_broker
+async def test_metrics_of_a_fleet_have_the_site_as_a_label(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        await hq.station("CP-1")
+        await charging_station(garage)
+        fleet = hq.daemon.mqtt.fleet
+        await until(lambda: any(r.fields["powerW"] for r in fleet.of("connectors", "garage")))
+        await until(lambda: fleet.sites["garage"].charging)
+        text = (await hq.fetch("/metrics"))[1]
+        assert all(PROMETHEUS_LINE.match(row) for row in text.splitlines()), text
+        where = 'site="garage",identity="CP-1",evse="1",connector="1"'
+        for line in ('station_online{site="hq",identity="CP-1"} 1',
+                     'station_online{site="garage",identity="CP-1"} 1',
+                     f"connector_power_watts{{{where}}} 3680",
+                     f"connector_energy_joules_total{{{where}}} 9000000.0",
+                     f'connector_status{{{where},status="Charging"}} 1',
+                     f"connector_soc_ratio{{{where}}} 0.55", 'site_online{site="garage"} 1',
+                     'site_charging{site="hq"} 0',
+                     'site_load_amperes{site="garage",phase="L1"} 16'):
+            assert f"ocppboard_{line}" in text, line
+        own = (await garage.fetch("/metrics"))[1]
+        assert 'ocppboard_station_online{identity="CP-1"} 1\n' in own
+        assert "site=" not in own
+
+
+@with_broker
+async def test_a_reload_begins_and_ends_to_follow_the_other_sites(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        hq.daemon.config.mqtt.fleet = False
+        await until(lambda: not hq.daemon.mqtt.fleet.sites, 10)
+        garage.daemon.config.mqtt.fleet = True
+        await until(lambda: list(garage.daemon.mqtt.fleet.sites) == ["hq"], 15)
+
+
+def acl_of_the_page(folder):
+    """The access list that the page on fleets has, in a file."""
+    _, _, text = DOCUMENTS[".github/docs/outward.md"].partition("<!-- acl -->\n```\n")
+    (folder / "acl").write_text(text.partition("```")[0])
+    os.chmod(folder / "acl", 0o700)
+    return folder / "acl"
+
+
+def test_with_the_access_list_a_site_writes_below_its_name_alone_and_the_office_asks(
+        tmp_path, broker_times):
+    passwords = tmp_path / "passwords"
+    for name in ("office", "garage", "stranger"):
+        subprocess.run(["mosquitto_passwd", *([] if passwords.exists() else ["-c"]), "-b",
+                        passwords, name, f"{name}-word"], check=True,
+                       env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"})
+    broker = Mosquitto(tmp_path, "allow_anonymous false", f"password_file {passwords}",
+                       f"acl_file {acl_of_the_page(tmp_path)}", "user root")
+
+    def keys(name, **more):
+        return {"mqtt_url": f"mqtt://{name}:{name}-word@127.0.0.1:{broker.port}", "mqtt_site": name,
+                "mqtt_commands": "report,Reset"} | more
+
+    async def inside():
+        async with Site(**keys("office", mqtt_fleet="true")) as office, \
+                Site(**keys("garage", mqtt_discovery="true")) as garage:
+            fleet = office.daemon.mqtt.fleet
+            socket_ = await garage.station()
+            got, task = obedient(socket_)
+            await until(lambda: fleet.of("connections", "garage"), 15)
+            reset = {"action": "Reset", "payload": {"type": "Soft"}}
+            answer = await office.fetch("/api/connections/CP-1/call?site=garage", "POST", reset)
+            assert (answer[0], len(got)) == (200, 1), answer
+            assert (await office.get("/api/report?site=garage"))["sessions"] == 0
+            for topic in ("CP-1/call", "status", "report", "EVIL/state"):
+                stranger = Follower(broker, login=("stranger", "stranger-word"))
+                stranger.client.publish(f"ocppboard/garage/{topic}", json.dumps(reset))
+                await asyncio.sleep(0.3)                 # it may be disconnected for it
+                assert not [t for t, _ in stranger.came if t.startswith("ocppboard")]
+                stranger.close()
+            assert len(got) == 1
+            assert fleet.sites["garage"].status == "online" and list(fleet.sites) == ["garage"]
+            task.cancel()
+    try:
+        asyncio.run(asyncio.wait_for(inside(), 60))
+    finally:
+        broker.stop()
+
+
+def test_a_client_certificate_names_the_site_at_the_broker(tmp_path, broker_times, pki):
+    secure = free_port()
+    broker = Mosquitto(
+        tmp_path, "per_listener_settings true", "allow_anonymous true",
+        f"listener {secure} 127.0.0.1", f"cafile {pki['ca.pem']}",
+        f"certfile {pki['ecdsa.pem']}", f"keyfile {pki['ecdsa.key']}", "require_certificate true",
+        "use_identity_as_username true", f"acl_file {acl_of_the_page(tmp_path)}", "user root")
+    keys = {"mqtt_url": f"mqtts://127.0.0.1:{secure}", "mqtt_ca": pki["ca.pem"],
+            "mqtt_certificate": pki["CP-1.pem"], "mqtt_private_key": pki["CP-1.key"]}
+
+    async def inside():
+        async with Site(**keys | {"mqtt_site": "CP-1"}) as good, \
+                Site(**keys | {"mqtt_site": "other"}) as bad:
+            await good.station("A")
+            follower = Follower(broker)
+            await until(lambda: "A" in good.daemon.mqtt.published, 15)
+            await until(lambda: any(e.kind == "MQTT_AWAY" for e in bad.board.system.records), 15)
+            await until(lambda: follower.retained, 10)
+            assert {topic.split("/")[1] for topic in follower.retained} == {"CP-1"}
+            follower.close()
+    try:
+        asyncio.run(asyncio.wait_for(inside(), 60))
+    finally:
+        broker.stop()
+
+
+@with_loop
+async def test_a_broker_without_mqtt_5_carries_no_fleet(monkeypatch):
+    for name, value in (("RETRY_BROKER_S", (0.05, 0.05)), ("LOOK_LEAST_S", 0.1),
+                        ("LOOK_QUIET_S", 0.1)):
+        monkeypatch.setattr(ocppboard, name, value)
+
+    def welcome(body):
+        return b"\x20\x02\x00\x00" if body[6] == 4 else b"\x20\x02\x00\x01"
+    async with OddBroker({1: welcome}) as odd, Site(
+            mqtt_url=f"mqtt://127.0.0.1:{odd.port}", mqtt_fleet="true") as site:
+        await until(lambda: any(e.kind == "FLEET_OFF" for e in site.board.system.records), 10)
 
 
 # --- Dashboard ----------------------------------------------------------------------------
