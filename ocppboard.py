@@ -7960,6 +7960,20 @@ def _tariff_of(config: Config) -> Tariff | None:
     return tariff if any(tariff[1:]) else None
 
 
+class Counters(TypedDict):
+    """The counters that telemetry and overview share."""
+
+    messagesPerSecond: float
+    avgLatencyMs: float
+    errorRate: float
+    uptimeSeconds: int
+    totalMessages: int
+    totalConnections: int
+    errorCount: int
+    securityEventCount: int
+    systemEventCount: int
+
+
 class Board:
     """All records of the stations, and the listeners that follow their changes."""
 
@@ -9127,9 +9141,8 @@ class Board:
     def overview(self) -> dict:
         """The counters of GET /api/overview, but for its messages."""
         sample = self.sample({})
-        return {"connectedClients": self.online} | {key: sample[key] for key in (
-            "totalConnections", "messagesPerSecond", "avgLatencyMs", "errorRate", "uptimeSeconds",
-            "totalMessages", "securityEventCount", "errorCount", "systemEventCount")}
+        return {"connectedClients": self.online} | {
+            key: sample[key] for key in Counters.__annotations__}
 
 
 def _token_of(id_token: str, source: TokenSource, settings: IdTokenSettings) -> IdToken:
@@ -19922,20 +19935,11 @@ class CommandSchema(TypedDict):
     fields: list[CommandField]
 
 
-class Overview(TypedDict):
+class Overview(Counters):
     """The figures of the board, and its newest messages."""
 
     connectedClients: int
-    totalConnections: int
-    messagesPerSecond: float
-    avgLatencyMs: float
-    errorRate: float
-    uptimeSeconds: int
-    totalMessages: int
     recentMessages: list[LoggedMessage]
-    securityEventCount: int
-    errorCount: int
-    systemEventCount: int
 
 
 class WithMessages(TypedDict):
@@ -20091,20 +20095,11 @@ class Memory(TypedDict):
     heapTotal: int
 
 
-class Telemetry(TypedDict):
+class Telemetry(Counters):
     """A sample of the board, its process and its host."""
 
-    messagesPerSecond: float
-    avgLatencyMs: float
-    errorRate: float
     connectionCount: int
     peakConnections: int
-    uptimeSeconds: int
-    totalMessages: int
-    totalConnections: int
-    errorCount: int
-    securityEventCount: int
-    systemEventCount: int
     refusedConnections: int
     activeTransactions: int
     powerW: float
@@ -20125,20 +20120,16 @@ class SmartChargeStation(TypedDict):
     elsewhere: bool
 
 
-class SiteMeterBody(TypedDict):
-    """A reading of the site's own meter, A per phase; negative is fed in."""
-
-    L1: float
-    L2: float
-    L3: float
-
-
 class PhaseAmps(TypedDict):
     """A current in each phase, A."""
 
     L1: float
     L2: float
     L3: float
+
+
+class SiteMeterBody(PhaseAmps):
+    """A reading of the site's own meter, A per phase; negative is fed in."""
 
 
 class SiteMeterState(TypedDict):
