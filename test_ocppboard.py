@@ -1249,6 +1249,7 @@ SHARING = {"smart_charge_enabled": True, "smart_charge_site_limit_kw": 22}
 
 
 SILENCED = logging.getLogger("upstream")         # what a central system that we let die complains
+SILENCED.setLevel(logging.CRITICAL + 1)
 
 
 class Upstream:
@@ -11504,6 +11505,157 @@ def test_a_station_that_waits_for_approval_is_not_reported_upstream_before_it():
     assert other.upstream is upstream.relay.sessions["CP-2"] and upstream.dialled
 
 
+def test_an_upstream_that_answers_no_ping_is_left_and_dialled_again():
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    upstream.tick()
+    assert upstream.session.status == "online"
+    upstream.websocket.last_sign = -math.inf
+    upstream.tick()
+    assert upstream.session.status == "backoff"
+    assert upstream.events("disconnected")[-1]["error"] == "upstream does not answer pings"
+    upstream.open()
+    assert upstream.session.status == "online"
+
+
+def test_beyond_the_bound_of_all_queues_the_longest_gives_way(monkeypatch):
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
+    other = bench.connect(identity="CP-2")
+    upstream.attach(other)
+    upstream.refuse()
+    other.receive(call_of("1", "StartTransaction", begun()))
+    for number in range(5):
+        bench.connection.receive(call_of(f"{number}", "StartTransaction", begun(number + 1)))
+    queues = [session.queue for session in upstream.relay.sessions.values()]
+    monkeypatch.setattr(ocppboard, "RELAY_BYTES", sum(queue.bytes for queue in queues) // 2)
+    upstream.tick()
+    assert sum(queue.bytes for queue in queues) <= ocppboard.RELAY_BYTES
+    assert len(queues[0]) == 2 and len(queues[1]) == 1       # the other has lost nothing
+    assert "too much waits for upstream" in upstream.events("error")[-1]["error"]
+
+
+def test_a_message_without_an_answer_passes_only_in_its_own_version():
+    send = '[6,"s","NotifyPeriodicEventStream",{"id":1}]'
+    for protocol, passes in (("ocpp2.1", True), ("ocpp2.0.1", False)):
+        bench = Bench("ocpp2.1")
+        upstream = PlayedUpstream(bench, upstream=protocol)
+        bench.connection.receive(send)
+        assert upstream.events("refused")[-1]["error"] == "upstream is away"
+        upstream.open()
+        upstream.frames.clear()
+        bench.connection.receive(send)
+        assert (upstream.frames == [send]) == passes
+        before = len(bench.sent)
+        upstream.send(send)
+        assert (bench.sent[before:] == [send]) == passes
+        assert len(upstream.events("refused")) == (1 if passes else 3)
+
+
+@pytest.mark.parametrize("frame, answer", [
+    ('[2,"9","Reset"', [4, "9"]), ("no JSON", None), ('[2,"9","Reset",[]]', [4, "9"]),
+    ('[3,"nothing like it",{}]', None)])
+def test_nonsense_of_upstream_is_recorded_and_the_connection_goes_on(frame, answer):
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    upstream.send(frame)
+    assert [json.loads(sent)[:2] for sent in upstream.frames] == ([answer] if answer else [])
+    assert len(upstream.events("error")) == 1 and bench.sent == []
+    upstream.frames.clear()
+    bench.connection.receive(call_of("1", "Heartbeat", {}))
+    upstream.answer(upstream.asked(), {"currentTime": "2026-09-21T13:33:20Z"})
+    assert '"2026-09-21T13:33:20Z"' in bench.sent[-1]
+
+
+def test_an_answer_of_upstream_that_cannot_be_read_is_an_error_to_the_station():
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    bench.connection.receive(call_of("1", "Authorize", {"idTag": "AA"}))
+    upstream.send(f"[3,{upstream.asked().id_text},7]")
+    assertCallError(json.loads(bench.sent[-1]), "InternalError")
+
+
+def test_what_waits_for_an_upstream_that_is_configured_no_more_stays_on_disk(tmp_path, caplog):
+    keys = {"state_path": str(tmp_path / "relay.db")}
+    bench = Bench(**keys)
+    upstream = PlayedUpstream(bench)
+    upstream.refuse()
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
+    upstream.end()
+    upstream = PlayedUpstream(Bench(**keys, identity="CP-2"), stations=["CP-2"])
+    assert "What waits for 'CP-1' stays in the state" in caplog.text
+    assert "CP-1" not in upstream.relay.sessions
+    upstream.end()
+    upstream = PlayedUpstream(Bench(**keys))
+    assert [queued.action for queued in upstream.session.queue] == ["StartTransaction"]
+    upstream.end()
+
+
+def test_a_state_file_made_anew_has_all_that_the_relay_knows(tmp_path):
+    keys = {"state_path": str(tmp_path / "relay.db")}
+    bench = Bench(**keys)
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1")
+    upstream.open()
+    bench.connection.receive(call_of("s", "StatusNotification", {
+        "connectorId": 1, "errorCode": "NoError", "status": "Available"}))
+    upstream.answer(upstream.asked(), {})
+    bench.connection.receive(call_of("1", "StartTransaction", begun()))
+    start = upstream.asked()
+    known_as = start.payload["transactionInfo"]["transactionId"]
+    upstream.answer(start, {"idTokenInfo": {"status": "Accepted"}})
+    ours = given_id(bench)
+    upstream.die()
+    for name in tmp_path.glob("relay.db*"):
+        if not name.name.endswith("-lock"):
+            name.unlink()
+    bench.connection.receive(call_of("2", "StopTransaction", stop_of(ours)))
+    upstream.loop.run_until_complete(bench.board.state.write())
+    upstream.kill()
+    bench = Bench(**keys)
+    upstream = PlayedUpstream(bench, upstream="ocpp2.0.1")
+    upstream.open()
+    calls = []
+    while upstream.frames:
+        calls.append(upstream.asked())
+        upstream.answer(calls[-1], {})
+    assert [call.action for call in calls] == ["TransactionEvent", "StatusNotification"]
+    assert calls[0].payload["eventType"] == "Ended" and calls[0].payload["seqNo"] > 0
+    assert calls[0].payload["transactionInfo"]["transactionId"] == known_as
+    upstream.end()
+
+
+def test_a_station_that_changes_its_version_while_upstream_is_dialled_is_dialled_for_anew():
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.settle()
+    upstream.session.protocol = "ocpp2.0.1"                  # the station is back in another one
+    dropped = []
+    late = SimpleNamespace(drop=lambda: dropped.append(True))
+    upstream.dialled.pop(0).set_result(late)
+    upstream.settle()
+    assert dropped == [True] and upstream.session.websocket is None
+    assert "the station speaks another version now" in upstream.session.view()["lastError"]
+
+
+def test_the_oldest_answer_for_a_repeated_call_is_dropped(monkeypatch):
+    monkeypatch.setattr(ocppboard, "ANSWERS_KEPT", 2)
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    for number in range(3):
+        bench.connection.receive(call_of(f"{number}", "StartTransaction", begun(number + 1)))
+        upstream.answer(upstream.asked(), accepted_as(number))
+    for number, asks_upstream in ((2, False), (0, True)):
+        reconnected(bench, upstream)
+        bench.connection.receive(call_of(f"again-{number}", "StartTransaction", begun(number + 1)))
+        assert bool(upstream.frames) == asks_upstream
+        assert (f'"again-{number}"' in bench.sent[-1]) == (not asks_upstream)
+
+
 @pytest.mark.parametrize("protocol, call", [
     ("ocpp1.6", ("SetChargingProfile", {"connectorId": 0, "csChargingProfiles": {
         "chargingProfileId": 4, "stackLevel": 1, "chargingProfilePurpose": "TxDefaultProfile",
@@ -11536,7 +11688,6 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
 
 # Stations on one side, central systems on the other, the board between; all over real sockets.
 # Those of the `ocpp` package check each frame by its official schema.
-SILENCED.setLevel(logging.CRITICAL + 1)
 
 
 def identity_there(socket_):
