@@ -14837,7 +14837,7 @@ def _model_of(row: StateRow) -> tuple[tuple, tuple]:
     limit, fallback = row.value[:2] if type(row.value) is list and len(row.value) > 1 else (-1, -1)
     if len(model) != 3 or not all(type(part) is str for part in model) or not (
             _is_variant(limit, VARIANTS) and _is_variant(fallback, FALLBACK_VARIANTS)):
-        raise WrongValue(f"{shown(row.text)} are no rungs")
+        raise WrongValue(f"{shown(row.text)} are no variants")
     return model, (limit, fallback)
 
 
@@ -29177,8 +29177,8 @@ async def run_soak(folder: str, seconds: float, mqtt: str) -> str:
                 metrics = (await client.fetch(url + "/metrics")).body.decode()
                 tasks = re.search(r"^ocppboard_tasks (\d+)", metrics, re.MULTILINE)
                 samples.append({"MB": process.memory_info().rss / 1e6,
-                             "descriptors": float(process.num_fds()),
-                             "tasks": float(tasks[1] if tasks else 0)})
+                                "descriptors": float(process.num_fds()),
+                                "tasks": float(tasks[1] if tasks else 0)})
         output, _ = await load.communicate()
         if load.returncode or any(task.done() for task in around):
             failed = next((task.exception() for task in around if task.done()), None)
@@ -29400,12 +29400,12 @@ class Daemon:
         self._progress: dict[str, float] = {}            # {periodic work: when it last went well}
         self._status = ""                                # as systemd knows it
         self._process = psutil.Process()
-        self._lag_s, self._last_turn = 0.0, time.monotonic()
+        self._lag_s, self._last_tick = 0.0, time.monotonic()
         self._machine: dict = {}
         self.controller = Controller(self.board) if config.smart_charge.enabled else None
         self.leftovers = self.controller.leftovers if self.controller else Leftovers(self.board)
         self._sampling = PeriodicCallback(self._sample, config.telemetry.interval_ms)
-        self._periodic = [self._sampling, self._each_second("turn", self._turn),
+        self._periodic = [self._sampling, self._each_second("tick", self._tick),
                           PeriodicCallback(self.keeper.clean, 3_600_000),
                           PeriodicCallback(self.renew_tls, 10_000),
                           PeriodicCallback(self._tell_ends, 86_400_000),
@@ -29813,12 +29813,12 @@ class Daemon:
         self._lag_s = 0.0
         self.board.sampled(self.sample())
 
-    def _turn(self) -> None:
+    def _tick(self) -> None:
         """Each second: measure the loop's lag, watch the clock, ping stations."""
         self.board.watch_clock()
         now = time.monotonic()
-        self._lag_s = max(self._lag_s, now - self._last_turn - 1)
-        self._last_turn = now
+        self._lag_s = max(self._lag_s, now - self._last_tick - 1)
+        self._last_tick = now
         interval = self.config.ocpp.ping_interval_seconds
         for connection, websocket in list(self.sockets.items()):
             if connection.station.introduce_mono != math.inf and not connection.ended:

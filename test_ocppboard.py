@@ -16075,7 +16075,7 @@ async def asked(site, socket_, *answers):
     """What a station is asked within some seconds, if it answers so."""
     calls = []
     for _ in range(3):
-        site.daemon._turn()
+        site.daemon._tick()
     with contextlib.suppress(TimeoutError):
         while True:
             async with asyncio.timeout(0.5):
