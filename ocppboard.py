@@ -17349,7 +17349,6 @@ class StationUpgrade(RequestHandler):
             self._refuse(error)
             return
         if self.gone:                    # it left during the check of its password
-
             return
         websocket = accept_websocket(self, config.ocpp.max_frame_bytes, admission.offered)
         connection = StationConnection(

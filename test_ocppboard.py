@@ -6125,6 +6125,33 @@ def written_bytes():
     return sum(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
 
 
+def test_a_state_file_made_anew_has_id_tokens_and_approvals(tmp_path):
+    bench = KeptBench(tmp_path, ocpp_accept="ask")
+    bench.board.set_token("04AB", IdTokenSettings(name="Ada"))
+    bench.board.approve(bench.station)
+    bench.write()
+    for name in ("s.db", "s.db-wal"):
+        (tmp_path / name).unlink(missing_ok=True)
+    begins(bench)
+    bench.write()
+    bench.write()
+    bench.restart()
+    assert bench.board.tokens["04ab"].name == "Ada" and "CP-1" in bench.board.approved
+    assert [view["status"] for view in bench.views()] == ["active"]
+    closed(bench.state)
+
+
+def test_a_token_in_the_row_of_another_one_is_left_out(kept_bench):
+    begins(kept_bench)
+    kept_bench.board.set_token("04AB", IdTokenSettings(name="Ada"))
+    kept_bench.write()
+    (row,) = kept_bench.state.rows("token")
+    kept_bench.state.put("token", "ffff", row.value)
+    asyncio.run(kept_bench.state.write())
+    kept_bench.restart()
+    assert set(kept_bench.board.tokens) == {"04ab"} and len(kept_bench.skipped()) == 1
+
+
 # --- Incoming calls -----------------------------------------------------------------------
 
 
@@ -14587,6 +14614,68 @@ async def test_a_full_disk_refuses_a_file(tmp_path, monkeypatch):
         assert (await send_file(site, path, b"x"))[0] == 200
 
 
+@with_loop
+async def test_a_disk_that_fails_at_the_end_of_a_file_refuses_it(tmp_path, monkeypatch):
+    async with Site(state_path=str(tmp_path / "state.db")) as site:
+        await site.station()
+        path, _ = await upload_url(site)
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+        monkeypatch.setattr(ocppboard.Reception, "_close", fail)
+        assert await send_file(site, path, b"x") == (
+            503, {"error": "The board cannot keep it: Input/output error"})
+        monkeypatch.undo()
+        assert (await send_file(site, path, b"x"))[0] == 200
+
+
+@live()
+async def test_a_url_that_is_removed_while_its_file_comes_in_ends_that(site):
+    await site.station()
+    path, made = await upload_url(site)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf".encode())
+    while (await site.get("/api/uploads"))[0]["status"] != "receiving":
+        await asyncio.sleep(0.01)
+    assert (await site.fetch(f"/api/uploads/{made['id']}", "DELETE"))[0] == 200
+    writer.write(b"+half")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+    writer.close()
+    assert await site.get("/api/uploads") == [] and not site.daemon.uploads._in_memory
+
+
+@live()
+async def test_files_that_come_in_at_a_time_are_bounded_together(site):
+    await site.station()
+    path, _ = await upload_url(site)
+    other, _ = await upload_url(site)
+    _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf".encode())
+    while (await site.get("/api/uploads?status=receiving")) == []:
+        await asyncio.sleep(0.01)
+    site.daemon.uploads.most_bytes_in_all = 6
+    assert await send_file(site, other, b"xyz") == (
+        503, {"error": "Too many files come in at a time"})
+    writer.close()
+
+
+@with_loop
+async def test_urls_stand_in_a_state_file_that_was_made_anew_and_odd_rows_are_left_out(tmp_path):
+    keys = {"state_path": str(tmp_path / "s.db")}
+    async with Site(**keys) as site:
+        await site.station()
+        path, _ = await upload_url(site)
+        for name in ("s.db", "s.db-wal"):
+            (tmp_path / name).unlink(missing_ok=True)
+        site.daemon.state.put("upload", "../../etc", {"id": "../../etc"})
+        await site.daemon.state.write()
+        await site.daemon.state.write()
+    os.close(site.daemon.state._lock_fd)
+    async with Site(**keys) as site:
+        assert [e["status"] for e in await site.get("/api/uploads")] == ["waiting"]
+        assert (await send_file(site, path, b"x"))[0] == 200
+
+
 # --- HTML export --------------------------------------------------------------------------
 
 
@@ -21301,6 +21390,70 @@ def test_check_finds_what_the_start_would_stumble_over(tmp_path):
     closed(state)
 
 
+def test_check_says_what_windows_mean_and_what_is_ignored(tmp_path):
+    config = write(tmp_path, """
+        server = {port = 0}
+        [smart_charge]
+        enabled = true
+        site_limit_a = 63
+        strategy = "time_of_use"
+        [[smart_charge.window]]
+        from = "18:00"
+        to = "22:00"
+        factor = 0.5
+        """)
+    out = run_ocppboard("--check", "--config", config, environ={"OCPPBOARD_SERVICE_HOST": "x"})[1]
+    assert "  window 18:00 to 22:00: 0.5 of the limit\n" in out
+    assert "  OCPPBOARD_SERVICE_HOST is of no section and ignored\n" in out
+
+
+@with_loop
+async def test_the_start_says_who_comes_in_and_what_goes_out(caplog, capsys):
+    caplog.set_level(logging.INFO)
+    keys: dict[str, Any] = {
+        "ocpp_accept": "any", "auth_mode": "none", "ocpp_validate": "off", "service_host": "x",
+        "mqtt_url": "mqtt://127.0.0.1:9", "notify_url": "https://ntfy.example/topic",
+        "upstreams": [{"url": "ws://csms.example/ocpp/", "stations": ["CP-*"],
+                       "password": "s3cret"}]}
+    async with Site(server_address="localhost", **keys) as site:
+        ocppboard.tell_start(site.daemon)
+        port = site.port
+    for line in ("Stations CP-* go on to ws://csms.example/ocpp/<identity>",
+                 "Whoever connects as a station that goes on gets upstream by",
+                 'Any station may connect (ocpp.accept = "any")',
+                 'Anyone who reaches the board may use it (auth.mode = "none")',
+                 "OCPPBOARD_SERVICE_HOST is of no section and ignored",
+                 "The MQTT broker is 127.0.0.1", "Alerts go to ntfy.example",
+                 "A restart forgets everything"):
+        assert line in caplog.text, line
+    assert capsys.readouterr().out == f"The board: http://localhost:{port}/\n"
+    assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_notified_by_a_path_or_an_abstract_socket(abstract, tmp_path, monkeypatch):
+    name = f"ocppboard-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind("\0" + name if abstract else name)
+        notified.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name if abstract else name)
+        ocppboard.sd_notify("READY=1", "STATUS=Listens")
+        assert notified.recv(4096) == b"READY=1\nSTATUS=Listens"
+        ocppboard.sd_notify()
+        with pytest.raises(BlockingIOError):
+            notified.recv(4096)
+    ocppboard.sd_notify("WATCHDOG=1")    # nobody listens: that is no failure of ours
+
+
+@live(ocpp_ping_interval_seconds=0)
+async def test_without_an_interval_no_station_is_pinged_and_none_judged_by_its_silence(site):
+    await site.station()
+    (connection, websocket), = site.daemon.sockets.items()
+    websocket.last_sign, pinged = -math.inf, websocket.last_ping
+    site.daemon._turn()
+    assert not connection.ended and websocket.last_ping == pinged
+
+
 def test_check_says_what_a_stations_section_means(tmp_path):
     config = write(tmp_path, """
         server = {port = 0}
@@ -21757,6 +21910,43 @@ async def test_a_reload_takes_up_certificates_or_nothing(pki, tmp_path):
 
 
 # The command line
+
+
+@pytest.mark.parametrize("typed, error", [
+    (["geheim", "geheim"], ""), (["geheim", "anders"], "the two passwords differ"),
+    ([], "no password was given")])
+def test_a_password_is_typed_twice(typed, error, monkeypatch, capsys):
+    def ask(prompt):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(ocppboard.getpass, "getpass", ask)
+    assert ocppboard.main(["hash-password"]) == (2 if error else 0)
+    out, err = capsys.readouterr()
+    if error:
+        assert out == "" and error in err
+    else:
+        assert ocppboard.password_matches(b"geheim", out.strip())
+
+
+def test_a_command_that_is_interrupted_has_the_usual_status(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(ocppboard, "ask_password", interrupted)
+    assert ocppboard.main(["hash-password"]) == 130
+
+
+@pytest.mark.parametrize("limits, raised", [
+    ((1024, 4096), [(4096, 4096)]), ((1024, ocppboard.resource.RLIM_INFINITY), [
+        (ocppboard.FILES_MOST, ocppboard.resource.RLIM_INFINITY)]),
+    ((4096, 4096), []), ((10 * ocppboard.FILES_MOST, 20 * ocppboard.FILES_MOST), [])])
+def test_as_many_files_are_allowed_as_the_system_lets_us(limits, raised, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(ocppboard.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(ocppboard.resource, "setrlimit", lambda _, pair: calls.append(pair))
+    ocppboard.raise_file_limit()
+    assert calls == raised
 
 
 def test_hash_password_prints_a_hash_that_the_config_takes():
