@@ -22532,15 +22532,14 @@ th:last-child, td:last-child { padding-right: 1rem }
 td.num, th.num { text-align: right }
 .wraps td { white-space: normal; overflow-wrap: anywhere; padding-block: .4rem; height: auto;
   vertical-align: top }
+table.plain { table-layout: auto } table.plain td { padding-block: .35rem; height: auto }
 tr.spacer td { padding: 0; border: 0 }
 tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-bg) }
 tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
 tr.picked td { background: var(--info-bg) }
 tr.lost td { background: var(--warn-bg); color: var(--warn); text-align: center }
 tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
-table.plain { table-layout: auto } .plain td.nowrap { white-space: nowrap }
-table.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere;
-  padding: .35rem .6rem; height: auto }
+.plain td:not(.nowrap) { white-space: normal; overflow-wrap: anywhere }
 .meter { height: .5rem; border-radius: 99px; background: var(--well); overflow: hidden;
   display: flex;
   min-width: 4rem }

@@ -20228,6 +20228,20 @@ async def test_the_report_tells_what_charging_came_to(site):
 
 
 @live()
+async def test_the_cells_of_a_table_begin_where_its_heads_do(site):
+    await exchange(await site.station(), "Authorize", {"idTag": "STRANGER"})
+    async with looking(site) as look:
+        await look.go("tokens")
+        table = look.page.locator("table.plain", has_text="STRANGER")
+        begins = "cells => cells.map(cell => parseFloat(getComputedStyle(cell).paddingLeft))"
+        heads = await table.locator("th").evaluate_all(begins)
+        assert await table.locator("tbody tr").first.locator("td").evaluate_all(begins) == heads
+        await look.page.set_viewport_size({"width": 390, "height": 844})
+        cells = await table.locator("tbody tr").first.locator("td").evaluate_all(begins)
+        assert len(set(cells)) == 1, "one below the other"
+
+
+@live()
 async def test_a_report_without_energy_has_a_scale_without_a_mark_twice(site):
     socket_, transaction = await plugged_in(site, "CP-1")
     await exchange(socket_, "StopTransaction", {
