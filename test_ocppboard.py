@@ -10492,6 +10492,48 @@ def test_a_refusal_because_the_transaction_is_ending_is_no_refusal():
     assert world.controller.stations["CP-1"].limits.position == 0
 
 
+def unanswered(world, *actions):
+    """Let the stations of a World give no answer to these commands."""
+    reach = world.reach
+
+    def reach_unanswered(command, steps, call, station, connection):
+        if call.action in actions:
+            world.later(30, world.give_up, command)
+        else:
+            reach(command, steps, call, station, connection)
+    world.reach = reach_unanswered
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_station_that_answers_to_no_kind_of_limit_is_not_under_control(protocol):
+    world = world_of({"protocol": protocol})
+    unanswered(world, "SetChargingProfile")
+    charging(world)
+    world.run(30)
+    while records(world)[0]["status"] != "uncontrollable":
+        world.run(30)
+        assert world.clock() < NOW + 3000
+    assert "does not answer to any kind of limit" in records(world)[0]["reason"]
+    tried = {json.dumps(payload) for _, _, action, payload in world.sent
+             if action == "SetChargingProfile"}
+    assert len(tried) > 3, "other kinds were tried before"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_station_that_does_not_report_its_schedule_is_asked_twice_and_steered_all_the_same(
+        protocol):
+    world = world_of({"protocol": protocol}, smart_charge_site_limit_a=20)
+    unanswered(world, "GetCompositeSchedule")
+    world.restart()
+    world.sent.clear()
+    world.run(600)
+    assert len(sent(world, "GetCompositeSchedule")) == 2
+    outlet, = charging(world)
+    world.run(600)
+    assert len(sent(world, "GetCompositeSchedule")) == 2
+    assert outlet.current_a == 19 and records(world)[0]["status"] == "active"
+
+
 # What outlives a restart
 
 
@@ -11711,6 +11753,33 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     assert cleared and cleared.payload == {"status": "Accepted"}
     world.run(300)
     assert limits_sent(world)[-1][1] == 32
+
+
+@pytest.mark.parametrize("protocol, action, more", [
+    ("ocpp1.6", "RemoteStartTransaction", {"connectorId": 1, "idTag": "A"}),
+    ("ocpp2.0.1", "RequestStartTransaction", {
+        "evseId": 1, "remoteStartId": 1, "idToken": {"idToken": "A", "type": "Central"}})])
+def test_a_profile_in_upstreams_command_to_start_is_a_limit_and_does_not_reach_the_station(
+        protocol, action, more):
+    world = world_of({"protocol": protocol})
+    identity, = world.stations
+    session: Any = SimpleNamespace(identity=identity, known_upstream=lambda id_: None)
+    relay = ocppboard.Relay(world.board, None, cast(Any, None), world.controller)
+    schedule = {"chargingRateUnit": "A", "chargingSchedulePeriod": [{"startPeriod": 0, "limit": 9}]}
+    profile = {"id": 4, "chargingProfileId": 4, "stackLevel": 1, "chargingProfileKind": "Relative",
+               "chargingProfilePurpose": "TxProfile", "chargingSchedule": [schedule]}
+    payload = more | {"chargingProfile": profile}
+    call = Call('"1"', action, payload, json.dumps(payload))
+    left = relay.without_profile(session, call)
+    assert left.payload == more and json.loads(left.text) == more
+    event, = [e for e in world.board.system.records if e.kind == "PROXY_LIMIT"]
+    assert event.details["purpose"] == "TxProfile" and event.details["evse"] == 1
+    charging(world)
+    world.run(300)
+    assert limits_sent(world)[-1][1] == 9
+    broken = call._replace(payload=more | {"chargingProfile": profile | {"chargingSchedule": 7}})
+    with pytest.raises(ocppboard.WrongType, match="chargingSchedule is no schedule"):
+        relay.without_profile(session, broken)
 
 
 # Stations on one side, central systems on the other, the board between; all over real sockets.
@@ -18282,6 +18351,19 @@ async def test_with_smart_charging_a_limit_is_the_most_of_the_session(site, foll
     await until(lambda: follower.retained["ocppboard/home/load"]["limitA"] == 63)
 
 
+@at_broker(mqtt_commands="Reset")
+async def test_a_flood_of_commands_is_cut_and_named_in_an_event(site, follower, broker):
+    got, task = obedient(await site.station("CP-1"))
+    for _ in range(ocppboard.ASKED_BURST + 100):
+        follower.publish("ocppboard/home/CP-1/call",
+                         '{"action": "Reset", "payload": {"type": "Soft"}}')
+    await until(lambda: any(e.kind == "MQTT_FLOOD" for e in site.board.system.records), 10)
+    flood, = [e for e in site.board.system.records if e.kind == "MQTT_FLOOD"]
+    assert re.match(r"\d+ messages to the board were dropped", flood.message)
+    assert len(got) <= ocppboard.ASKED_BURST + 10 * ocppboard.ASKED_PER_S
+    task.cancel()
+
+
 @pytest.mark.parametrize("commands, words", [
     ("InstallCertificate", "InstallCertificate is not for MQTT"), ("UpdateFirmware", "not for"),
     ("SetNetworkProfile", "not for"), ("Rest", "no command 'Rest' .did you mean Reset")])
@@ -21204,6 +21286,70 @@ async def test_a_replay_is_played_to_another_central_system(tmp_path, capsys):
     assert "MeterValues: is " in out[2] and out[2].endswith("on record an answer")
     assert out[3].startswith("CP-1, ocpp1.6: 4 of 4 messages sent, 2 answered otherwise, 0 not")
     assert out[3].endswith("2 Calls; not on record: GetConfiguration (1); never came: Reset (1)")
+
+
+def test_a_replay_of_no_file_or_of_a_huge_one_is_refused_in_a_line(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"--replay .*/none: No such file or directory"):
+        ocppboard.read_replay(str(tmp_path / "none"))
+    path = export_file(tmp_path, exported("Heartbeat"))
+    monkeypatch.setattr(ocppboard, "REPLAYED_BYTES", 10)
+    with pytest.raises(ConfigError, match="larger than 0 MiB"):
+        ocppboard.read_replay(path)
+
+
+@with_loop
+async def test_of_many_lines_about_answers_the_first_are_shown_and_the_others_counted(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ocppboard, "DIFFERENCES_SHOWN", 2)
+    path = export_file(tmp_path, *(
+        line for number in range(5) for line in (
+            exported("DataTransfer", {"vendorId": "V"}, messageId=f"{number}"),
+            exported("DataTransfer", {"status": "Accepted"}, **ANSWERED, messageId=f"{number}"))))
+
+    async def serve(socket_):
+        async for frame in socket_:
+            await socket_.send(json.dumps([3, json.loads(frame)[1], {"status": "Rejected"}]))
+    async with websockets.serve(serve, "127.0.0.1", 0, subprotocols=OCPP_16) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await ocppboard.replay(path, f"ws://127.0.0.1:{port}/ocpp", speed=100) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:4] == ['CP-1 DataTransfer: /status is "Rejected", on record "Accepted"'] * 2 + [
+        "… and 3 lines more"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@with_loop
+async def test_a_simulated_station_boots_until_it_is_accepted_and_outlives_errors(protocol, caplog):
+    answers = [[3, {"status": status, "interval": interval, "currentTime": iso_now()}]
+               for status, interval in (("Rejected", 0), ("Pending", 0), ("Accepted", 60))]
+    actions: list = []
+
+    async def serve(socket_):
+        async for frame in socket_:
+            _, id_, action, _ = json.loads(frame)
+            actions.append(action)
+            kind, *rest = answers.pop(0) if answers else [4, "InternalError", "busy", {}]
+            await socket_.send(json.dumps([kind, id_, *rest]))
+    subprotocols: Any = [protocol]
+    async with websockets.serve(serve, "127.0.0.1", 0, subprotocols=subprotocols) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ocpp"
+        station = ocppboard.SIMULATED[protocol]("SIM-1", url, rate=100)
+        task = asyncio.create_task(station.run())
+        await until(lambda: station.errors > 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert actions[:4] == ["BootNotification"] * 3 + ["StatusNotification"]
+    assert "SIM-1: StatusNotification was answered InternalError 'busy'" in caplog.text
+
+
+@live()
+async def test_a_simulated_station_that_answers_late_answers_all_the_same(site, monkeypatch):
+    monkeypatch.setattr(ocppboard, "LATE_S", 0.1)
+    station, command = await simulated(site, "ocpp1.6")
+    station.faults = {"late"}
+    began = time.monotonic()
+    assert await command("ClearCache", {}) == {"status": "Accepted"}
+    assert time.monotonic() - began >= 0.1
 
 
 @with_loop
