@@ -17985,10 +17985,10 @@ section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--l
 # Board's topic "sites". Who publishes nonsense or too much is named.
 
 SITES_KEPT = 1000                   # those that come later are left out
-SITE_BYTES, FLEET_BYTES = 4 << 20, 128 << 20     # of the records of one site, and of all
+SITE_BYTES, FLEET_SHARE = 8 << 20, 0.25      # of a site's records; of the memory, for all sites
 RECORD_BYTES = 16 * 1024            # of one message
 NUMBER_MOST = 1e15                  # of a record
-RECORD_COST = 700                   # bytes that a record takes beside its text
+RECORD_COST = 400                   # bytes that a record takes beside its text
 SITE_ENDED, SITE_EVENTS = 500, 200  # ended transactions, and events, of a site; the oldest go
 SITE_PROBLEMS, SITE_COMMANDS = 50, 200       # that a site tells of; more problems are counted
 RETAINED_QUIET_S = 3.0              # without a retained message: the broker has sent all
@@ -18167,27 +18167,28 @@ class FleetSite(Record):
 
 
 class RemoteRecord(Record):
-    """A record of another site: the JSON of its view, and what of it is no list and no object."""
+    """A record of another site: the JSON of its view."""
 
-    __slots__ = ("site", "topic", "fields", "text", "size")
+    __slots__ = ("site", "topic", "identity", "text", "size")
 
     def __init__(self, site: FleetSite, topic: str, view: dict):
         self.site, self.topic = site, topic
-        self.fields = {name: value for name, value in view.items()
-                       if not isinstance(value, (list, dict))}
+        self.identity = sys.intern(view["identity"])     # of its station
         self.text = to_json(view)
         self.size = len(self.text) + RECORD_COST
         self.number = self.changed = 0
 
     @property
-    def identity(self) -> str:
-        """Of its station."""
-        return str(self.fields.get("identity", ""))
+    def fields(self) -> dict:
+        """Its view, without the site."""
+        fields: dict = json.loads(self.text)
+        return fields
 
     @property
     def time(self) -> str:
         """By which lists of such records are in order."""
-        return str(self.fields.get("startedAt") or self.fields.get("timestamp") or "")
+        fields = self.fields
+        return str(fields.get("startedAt") or fields.get("timestamp") or "")
 
     def json(self) -> str:
         """Its view, with `site` and `siteStatus`."""
@@ -18239,6 +18240,7 @@ class Fleet:
         self.board = board
         self.sites: dict[str, FleetSite] = {}
         self.bytes = 0                   # of all records
+        self.most_bytes = int(psutil.virtual_memory().total * FLEET_SHARE)
         self._retained_mono: float | None = None         # when one came last; None: all have
         self._is_retained = False        # the message that is read
         self._left_out_mono = -math.inf
@@ -18316,7 +18318,7 @@ class Fleet:
         name, *key = map(unquote, levels)
         site = self.sites.get(name)
         if site is None:
-            if not payload:
+            if not payload or in_topic(name) != levels[0]:       # else two could have one name
                 return
             if len(self.sites) >= SITES_KEPT or len(name) > IDENTITY_LENGTH:
                 self._leave_out(name)
@@ -18425,9 +18427,9 @@ class Fleet:
                 self._append(site, site.ended, RemoteRecord(site, "transactions", json.loads(
                     lost.text) | {"status": "abandoned"}))
             return
-        record = RemoteRecord(site, "transactions", self._of(
-            identity, self._transaction.read(view)))
-        if record.fields["status"] == "active":
+        view = self._of(identity, self._transaction.read(view))
+        record = RemoteRecord(site, "transactions", view)
+        if view["status"] == "active":
             self._put(site, key, record)
         else:
             self._remove(site, key)
@@ -18459,8 +18461,8 @@ class Fleet:
         """Count the bytes that are kept. Raises: Busy."""
         if size > 0 and site.bytes + size > SITE_BYTES:
             raise Busy(f"a site's records are {SITE_BYTES >> 20} MB at most")
-        if size > 0 and self.bytes + size > FLEET_BYTES:
-            raise Busy(f"the records of all sites are {FLEET_BYTES >> 20} MB at most")
+        if size > 0 and self.bytes + size > self.most_bytes:
+            raise Busy(f"the records of all sites are {self.most_bytes >> 20} MB at most")
         site.bytes += size
         self.bytes += size
 
@@ -18503,6 +18505,11 @@ class Fleet:
             self.board.system_event("SITE_NONSENSE", "", f"The site {shown(name)} is left out: "
                                     f"{SITES_KEPT} sites are followed at most",
                                     {"site": kept(name, IDENTITY_LENGTH)})
+
+
+def in_topic(text: str | int) -> str:
+    """An identity as one level of a topic: percent-encoded where that has a meaning in topics."""
+    return re.sub(r"[\x00-\x1f\x7f/+#%]", lambda found: f"%{ord(found[0]):02X}", str(text))
 
 
 def _seconds(time_: str | None) -> float | None:
@@ -19441,6 +19448,10 @@ class Scrape:
         self.fleet: Fleet = daemon.mqtt.fleet
         self.sites: list[FleetSite] = []             # with ours; none without a fleet
         self.own: dict[str, Any] = {}                # the label of what is ours among others
+        # Of sites that are online: (site, fields of a connector).
+        self.connectors = [(record.site.site, record.fields)
+                           for record in self.fleet.of("connectors", EVERY_SITE)
+                           if record.site.status == "online"]
         if daemon.mqtt.settings.fleet:
             self.sites = [daemon.mqtt.own_site(), *self.fleet.sites.values()]
             self.own = {"site": daemon.mqtt.site}
@@ -19483,11 +19494,9 @@ class Scrape:
     def remote_connectors(self, read: Callable[[dict], float | None],
                           more: tuple[str, ...] = ()) -> Samples:
         """A sample for each connector of the other sites; `more` labels are its fields."""
-        labels = {"identity": "identity", "evse": "evse", "connector": "connector"} | dict(
-            zip(more, more, strict=True))
-        return [({"site": r.site.site} | {label: r.fields[name] for label, name in labels.items()},
-                 read(r.fields) if r.site.status == "online" else None)
-                for r in self.fleet.of("connectors", EVERY_SITE)]
+        labels = ("identity", "evse", "connector", *more)
+        return [({"site": site} | {label: fields[label] for label in labels}, read(fields))
+                for site, fields in self.connectors]
 
     def of_circuits(self, key: str) -> Samples:
         """A sample for each phase of each circuit."""
@@ -21431,11 +21440,6 @@ WHY = {                             # the sentence for a status, where smart cha
     "Finishing": "The charging has ended, the car is still connected",
     "Idle": "The charging is interrupted", "Reserved": "Is reserved",
     "Unavailable": "Is out of service", "Faulted": "Reports a fault"}
-
-
-def in_topic(text: str | int) -> str:
-    """An identity as one level of a topic: percent-encoded where that has a meaning in topics."""
-    return re.sub(r"[\x00-\x1f\x7f/+#%]", lambda found: f"%{ord(found[0]):02X}", str(text))
 
 
 class SiteClaim:
@@ -29203,6 +29207,166 @@ def soak_table(result: dict, samples: list[dict[str, float]], seconds: float) ->
         f"p50 {result['p50Ms']:.1f} ms, p99 {result['p99Ms']:.1f} ms."])
 
 
+SITES, SITE_STATIONS, SITE_RATE = 20, 100, 10    # of a fleet; Calls a second at a site
+FLEET_COMMANDS = 100                # in all
+FLEET_CONFIG = """
+[mqtt]
+url = {url}
+site = "{site}"
+fleet = {fleet}
+commands = ["TriggerMessage"]
+"""
+
+
+class FleetWatch:
+    """A client of the board of a fleet, and another one of its broker: what both see."""
+
+    def __init__(self, client: Any, url: str):
+        self.delays_s: list[float] = []              # of starts, from the car to the stream
+        self.extra_s: list[float] = []               # of commands, on top of the station's time
+        self.refused = 0                             # commands
+        self.messages = self.bytes = 0               # at the broker
+        self._client, self._url = client, url
+        self._began, self._rest = math.inf, b""
+        self._known: set[bytes] = set()              # transactions
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self._began, self.messages, self.bytes = time.time(), 0, 0
+
+    async def follow(self) -> None:
+        """Read the stream of transactions, until cancelled."""
+        await self._client.fetch(f"{self._url}/api/stream?topics=transactions&site=*",
+                                 request_timeout=0, streaming_callback=self._read_stream)
+
+    def _read_stream(self, data: bytes) -> None:
+        *blocks, self._rest = (self._rest + data).split(b"\n\n")
+        for block in blocks:
+            found = re.search(rb'"id":("[^"]+"|\d+),.*"startedAt":"([^"]+)"', block)
+            if found and found[1] not in self._known:
+                self._known.add(found[1])
+                started_at = parse_time(found[2].decode())[0]
+                if started_at > self._began:
+                    self.delays_s.append(time.time() - started_at)
+
+    def read_broker(self, message: Incoming) -> None:
+        """A message at the broker."""
+        self.messages += 1
+        self.bytes += len(message.topic) + len(message.payload)
+
+    async def command(self) -> None:
+        """Ask some station for a Heartbeat."""
+        site, number, asked = random.randrange(SITES), random.randrange(SITE_STATIONS), time.time()
+        answer = await self._client.fetch(
+            f"{self._url}/api/connections/SIM-{number + 1:03}/call?site=site-{site:02}",
+            method="POST", raise_error=False, body=to_json({
+                "action": "TriggerMessage", "payload": {"requestedMessage": "Heartbeat"}}))
+        if answer.code == 200:
+            station_s = json.loads(answer.body)["responseTime"] / 1000
+            self.extra_s.append(time.time() - asked - station_s)
+        else:
+            self.refused += 1
+
+    async def seconds(self, path: str) -> float:
+        """The time that a request takes."""
+        asked = time.monotonic()
+        await self._client.fetch(self._url + path, request_timeout=60)
+        return time.monotonic() - asked
+
+    async def sites(self) -> list[dict]:
+        """The other sites."""
+        found = json.loads((await self._client.fetch(f"{self._url}/api/sites")).body)
+        return [site for site in found if not site["own"]]
+
+
+async def run_fleet(folder: str, seconds: float, mqtt: str) -> str:
+    """Have a board follow a fleet of boards on a broker: in Markdown, what that costs it.
+
+    Raises: BenchError, BrokerError.
+    """
+    # The daemon has no use for it, and it takes memory.
+    from tornado.httpclient import AsyncHTTPClient
+
+    client = AsyncHTTPClient(force_instance=True, max_clients=10)
+    async with contextlib.AsyncExitStack() as parts:
+        parts.callback(client.close)
+        url, pid = await _begin_site(parts, folder, mqtt, "office")
+        for number in range(SITES):
+            site_url, _ = await _begin_site(parts, folder, mqtt, f"site-{number:02}")
+            await parts.enter_async_context(part(
+                None, "simulate", "--url", site_url.replace("http", "ws") + "/ocpp", "--stations",
+                str(SITE_STATIONS), "--rate", str(SITE_RATE), "--protocol", "all",
+                "--stay", "120"))
+        fleet, process = FleetWatch(client, url), psutil.Process(pid)
+        following = asyncio.create_task(fleet.follow())
+        parts.callback(following.cancel)
+        for _ in range(BENCH_TIMEOUT_S):
+            await asyncio.sleep(1)
+            if sum(site["online"] for site in await fleet.sites()) == SITES * SITE_STATIONS:
+                break
+        await asyncio.sleep(seconds / 2)                 # the cars come
+        broker = await _watch_broker(parts, mqtt, fleet)
+        fleet.begin()
+        began, cpu_s = time.monotonic(), _cpu_s(process)
+        for _ in range(FLEET_COMMANDS):
+            await asyncio.sleep(seconds / FLEET_COMMANDS)
+            broker.tick()
+            await fleet.command()
+        lasted_s, cpu_s = time.monotonic() - began, _cpu_s(process) - cpu_s
+        return await _fleet_table(fleet, process.memory_info().rss / 1e6, cpu_s / lasted_s,
+                                  lasted_s)
+
+
+async def _begin_site(parts: contextlib.AsyncExitStack, folder: str, mqtt: str,
+                      site: str) -> tuple[str, int]:
+    """Start the board of a site; the office follows the others. Returns its URL and process."""
+    config = bench_config(folder, more=FLEET_CONFIG.format(
+        url=json.dumps(mqtt), site=site, fleet=str(site == "office").lower()))
+    server = await parts.enter_async_context(part(
+        None, "run", "--log-level", "error", "--config", config))
+    return await started(server), server.pid
+
+
+async def _watch_broker(parts: contextlib.AsyncExitStack, mqtt: str,
+                        fleet: FleetWatch) -> BrokerConnection:
+    """Follow what all sites publish from here on. Raises: BrokerError."""
+    broker = await connect_broker(MqttSettings(url=mqtt), True, "bench", "ocppboard-bench", "")
+    parts.push_async_callback(broker.close)
+    broker.on_message = fleet.read_broker
+    broker.inflow.follow("ocppboard", "ocppboard/bench")
+    broker.subscribe("ocppboard/#")
+    for _ in range(5):                                   # what is retained
+        await asyncio.sleep(1)
+        broker.tick()
+    return broker
+
+
+async def _fleet_table(fleet: FleetWatch, memory_mb: float, cpu: float, seconds: float) -> str:
+    """The table of what a client saw in so many seconds. Raises: BenchError."""
+    charging = sum(site["charging"] for site in await fleet.sites())
+    list_s, metrics_s = [await fleet.seconds(path) for path in (
+        "/api/connections?site=*", "/metrics")]
+    delays, extra = sorted(fleet.delays_s), sorted(fleet.extra_s)
+    hours = SITES * SITE_STATIONS * seconds / 3600
+    if not delays or not extra:
+        raise BenchError("fleet: nothing came from the sites")
+    rows = {
+        "memory, MB": f"{memory_mb:.0f}", "of a core": f"{cpu:.1%}",
+        "a start is in its stream after, s: p50, p99":
+            f"{delays[len(delays) // 2]:.2f}, {delays[len(delays) * 99 // 100]:.2f}",
+        "a command, on top of the station's time, ms: p50, p99":
+            f"{1000 * extra[len(extra) // 2]:.0f}, {1000 * extra[len(extra) * 99 // 100]:.0f}",
+        "commands: answered, refused": f"{len(extra)}, {fleet.refused}",
+        "all stations by REST, all metrics, s": f"{list_s:.2f}, {metrics_s:.2f}",
+        "messages of all sites, a second": f"{fleet.messages / seconds:.0f}",
+        "of a station, an hour: messages, kB":
+            f"{fleet.messages / hours:.0f}, {fleet.bytes / 1000 / hours:.0f}"}
+    return "\n".join(["| the fleet's board | |", "|---|--:|", *(
+        f"| {name} | {value} |" for name, value in rows.items()), "",
+        f"{SITES} sites with {SITE_STATIONS} stations each on one machine; {charging:,} cars "
+        f"charge, {len(delays)} began to; {SITE_RATE} Calls a second at each site."])
+
+
 def _processor() -> str:
     listed = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", listed.read_text() if listed.exists() else "")
@@ -29222,12 +29386,13 @@ def bench(options: argparse.Namespace) -> int:
                                    seconds, options.rate)))
         else:
             with tempfile.TemporaryDirectory(prefix="ocppboard-bench-") as folder:
-                if options.soak:
-                    print(asyncio.run(run_soak(folder, options.soak, options.mqtt)))
+                if options.soak or options.fleet:
+                    print(asyncio.run(run_soak(folder, options.soak, options.mqtt) if options.soak
+                                      else run_fleet(folder, options.fleet, options.mqtt)))
                     return 0
                 print(asyncio.run(run_bench(folder, options.stations, seconds, pairs)))
             print(f"\n{bench_power(60 if options.quick else 300)}")
-    except (BenchError, OSError, WebSocketError, psutil.Error) as error:
+    except (BenchError, BrokerError, OSError, WebSocketError, psutil.Error) as error:
         print(f"ocppboard: bench: {error or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
@@ -30217,7 +30382,10 @@ def command_line() -> argparse.ArgumentParser:
     measuring.add_argument("--soak", type=_at_least(20, float), default=0.0, metavar="S",
                            help="instead: so many seconds with all that the board has, and "
                                 "whether it grows")
-    measuring.add_argument("--mqtt", default="", metavar="URL", help="a broker for the soak")
+    measuring.add_argument("--fleet", type=_at_least(20, float), default=0.0, metavar="S",
+                           help="instead: so many seconds with a fleet of boards on the broker")
+    measuring.add_argument("--mqtt", default="", metavar="URL",
+                           help="a broker for the soak, or the fleet")
     for name, kind in (("part", str), ("url", str), ("pid", int), ("rate", float)):
         measuring.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)   # of its processes
     commands.add_parser("hash-password", help="print what stands for a password in the config")

@@ -15069,12 +15069,29 @@ def test_a_million_stations_of_a_site_cost_bounded_memory():
         number += 1
         assert number < 20_000
         bench.publish(f"garage/S{number}/state", view | {"identity": f"S{number}"}, True)
-    assert "4 MB at most" in bench.warnings[0] and number > 1000
+    assert "8 MB at most" in bench.warnings[0] and number > 1000
     assert bench.fleet.bytes <= ocppboard.SITE_BYTES
     bench.publish("harbour/CP-1/state", view, True)
     assert len(bench.fleet.of("connections", "harbour")) == 1, "others are as before"
     bench.publish("garage/S1/state", view | {"identity": "S1", "messageCount": 9}, True)
     assert bench.fleet.station("garage", "S1").view()["messageCount"] == 9, "and what is known"
+
+
+def test_all_sites_together_cost_a_part_of_the_memory():
+    bench, view = FleetBench(), Bench().station.view()
+    assert bench.fleet.most_bytes <= ocppboard.psutil.virtual_memory().total / 4
+    bench.fleet.most_bytes = 20_000
+    for number in range(100):
+        bench.publish(f"site-{number}/CP-1/state", view, True)
+    assert 5 < len(bench.fleet.stations("*")) < 50 and bench.fleet.bytes <= 20_000
+    assert "the records of all sites are 0 MB at most" in bench.warnings[-1]
+
+
+def test_one_site_has_one_name_however_its_topic_is_written():
+    bench = FleetBench()
+    for level in ("a%2Fb", "g%61rage", "a%2fb", "garage%"):
+        bench.publish(f"{level}/status", {"status": "online"}, True)
+    assert list(bench.fleet.sites) == ["a/b"]
 
 
 def test_more_sites_than_are_followed_are_left_out_and_named(monkeypatch):
@@ -23630,6 +23647,21 @@ def test_the_loads_calls_are_understood_by_another_server_and_are_what_they_say(
 
 
 @slow
+def test_a_fleet_of_boards_is_measured(tmp_path, monkeypatch):
+    for name, value in (("SITES", 2), ("SITE_STATIONS", 4), ("FLEET_COMMANDS", 10)):
+        monkeypatch.setattr(ocppboard, name, value)
+    broker = Mosquitto(tmp_path)
+    try:
+        table = asyncio.run(ocppboard.run_fleet(str(tmp_path), 20, broker.url))
+    finally:
+        broker.stop()
+    rows = dict(re.findall(r"\| (.+) \| (.+) \|", table))
+    assert 20 < float(rows["memory, MB"]) < 150 and float(rows["of a core"].strip("%")) < 50
+    assert rows["commands: answered, refused"] == "10, 0"
+    assert float(rows["a start is in its stream after, s: p50, p99"].split(", ")[0]) < 2
+    assert int(rows["of a station, an hour: messages, kB"].split(", ")[0]) > 100
+
+
 def test_a_soak_puts_all_that_the_board_has_under_load(tmp_path, monkeypatch):
     monkeypatch.setattr(ocppboard, "SOAK_SLACK", dict.fromkeys(ocppboard.SOAK_SLACK, math.inf))
     monkeypatch.setattr(ocppboard, "SOAK_ROUND_S", 5)
