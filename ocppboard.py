@@ -29296,7 +29296,7 @@ async def run_fleet(folder: str, seconds: float, mqtt: str) -> str:
             await parts.enter_async_context(part(
                 None, "simulate", "--url", site_url.replace("http", "ws") + "/ocpp", "--stations",
                 str(SITE_STATIONS), "--rate", str(SITE_RATE), "--protocol", "all",
-                "--stay", "120"))
+                "--stay", f"{seconds:.0f}"))
         fleet, process = FleetWatch(client, url), psutil.Process(pid)
         following = asyncio.create_task(fleet.follow())
         parts.callback(following.cancel)

@@ -23662,6 +23662,7 @@ def test_a_fleet_of_boards_is_measured(tmp_path, monkeypatch):
     assert int(rows["of a station, an hour: messages, kB"].split(", ")[0]) > 100
 
 
+@slow
 def test_a_soak_puts_all_that_the_board_has_under_load(tmp_path, monkeypatch):
     monkeypatch.setattr(ocppboard, "SOAK_SLACK", dict.fromkeys(ocppboard.SOAK_SLACK, math.inf))
     monkeypatch.setattr(ocppboard, "SOAK_ROUND_S", 5)
