@@ -2030,6 +2030,19 @@ async def test_a_file_that_was_removed_is_made_anew_with_all_that_is_known(tmp_p
 
 
 @with_loop
+async def test_a_folder_that_takes_no_file_is_reported_and_nothing_is_read_or_raised():
+    state = state_of("/proc/no-folder/s.db")
+    assert state.reported == ["STATE_FAILING"] and values(state) == {}
+    assert state.view()["sizeBytes"] is None and "No such file" in state.view()["error"]
+    state.put("t", "a", 1)
+    await state.write()
+    assert state.reported == ["STATE_FAILING"] and state.view()["waiting"] == 1
+    with pytest.raises(ocppboard.Unavailable, match="The state cannot be read"):
+        await state.query(lambda db: db.execute("SELECT 1").fetchall())
+    await state.stop()
+
+
+@with_loop
 async def test_rows_that_were_altered_are_left_out_and_that_is_said(tmp_path):
     state = state_of(tmp_path / "s.db")
     for key in "abc":
@@ -11755,6 +11768,14 @@ def test_upstreams_profile_is_a_limit_below_ours_and_not_for_the_station(protoco
     assert limits_sent(world)[-1][1] == 32
 
 
+def test_the_local_list_of_a_station_that_goes_on_is_upstreams():
+    bench = Bench()
+    upstream = PlayedUpstream(bench)
+    upstream.open()
+    with pytest.raises(ocppboard.Conflict, match="is the upstream system's"):
+        drive(ocppboard.send_local_list(bench.connection))
+
+
 @pytest.mark.parametrize("protocol, action, more", [
     ("ocpp1.6", "RemoteStartTransaction", {"connectorId": 1, "idTag": "A"}),
     ("ocpp2.0.1", "RequestStartTransaction", {
@@ -17106,6 +17127,14 @@ async def test_the_sites_meter_is_reported_by_rest(site):
     assert meter["amps"] == {"L1": -3.5, "L2": 0, "L3": 12.25} and meter["status"] == "ok"
 
 
+@live(**SHARING)
+async def test_a_station_is_said_to_be_elsewhere_by_one_key(site):
+    for body in ({}, {"elsewhere": 1}, {"elsewhere": None}, {"elsewhere": True, "x": 1}):
+        status, answer, _ = await site.fetch("/api/smart-charge/stations/GHOST", "PATCH", body)
+        assert (status, answer["error"]) == (
+            400, 'the body must be {"elsewhere": true} or {"elsewhere": false}')
+
+
 @live()
 async def test_without_smart_charging_its_endpoints_say_so(site):
     assert await site.get("/api/smart-charge") == await site.get("/api/smart-charge/circuits") == []
@@ -17230,6 +17259,23 @@ async def test_without_a_file_the_report_counts_what_is_in_memory_and_says_so(si
         "timestamp": "2026-09-21T14:33:20Z"})
     report = await site.get("/api/report?by=station")
     assert not report["fromFile"] and report["lines"][0]["energyWh"] == 1000
+
+
+@with_loop
+async def test_a_state_file_that_cannot_be_read_leaves_the_records_in_memory(
+        tmp_path, monkeypatch):
+    async with kept_site(tmp_path, []) as site:
+        socket_ = await site.station()
+        await exchange(socket_, "StartTransaction", START_16)
+
+        def fail(*_):
+            raise sqlite3.OperationalError("disk I/O error")
+        monkeypatch.setattr(ocppboard.State, "_query", fail)
+        found, = await site.get("/api/transactions?text=cp-1")
+        assert found["identity"] == "CP-1"
+        assert {m["method"] for m in await site.get("/api/messages?text=start")} == {
+            "StartTransaction"}
+        monkeypatch.undo()
 
 
 @with_loop
