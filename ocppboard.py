@@ -20756,6 +20756,13 @@ def wrong_now(board: Board, controller: Controller | None,
         yield Wrong("state", ""), f"the state file cannot be written: {board.state.error}"
 
 
+def sites_gone(fleet: Fleet) -> Iterator[tuple[Wrong, str]]:
+    """The other sites whose board is gone from the broker, each in words."""
+    for name, site in fleet.sites.items():
+        if site.status == "offline":
+            yield Wrong("offline", "", (name,)), f"the board of the site {name} is offline"
+
+
 def fault_of(connector: Connector) -> str:
     """The fault of a connector in words, "" if it has none."""
     problems = [name for name, problem in connector.problems.items() if problem.text is not None]
@@ -20956,8 +20963,8 @@ class Notifier:
     What does not get there waits, and goes with the next attempt, as it is then.
     """
 
-    def __init__(self, board: Board, controller: Controller | None):
-        self.board, self.controller = board, controller
+    def __init__(self, board: Board, controller: Controller | None, fleet: Fleet):
+        self.board, self.controller, self.fleet = board, controller, fleet
         self.settings = board.config.notify          # a reload changes it
         self.alerts = Alerts(self.settings.events, lambda key, value: board.state.put(
             "alert", to_json([key.event, key.identity, *key.place]), value))
@@ -21008,7 +21015,7 @@ class Notifier:
         alerts.events = self.settings.events if self.settings.url else ()
         if settled := now_mono - self._started_mono > SETTLE_S:
             self.alerts.unsettled.clear()
-        alerts.look(wrong_now(board, self.controller, settled),
+        alerts.look(chain(wrong_now(board, self.controller, settled), sites_gone(self.fleet)),
                     lambda key: bool(key.identity) and key.identity not in board.stations,
                     now, now_mono)
         for published in self._events.drain()[0]:
@@ -29579,9 +29586,9 @@ class Daemon:
         if config.proxy.upstream:
             self.relay = Relay(self.board, self.schemas, self.spawn, self.controller)
             self._periodic.append(self._each_second("relay", self.relay.tick, TICK_S))
-        self.notifier = Notifier(self.board, self.controller)
         self.mqtt = Mqtt(self.board, self.controller, functools.partial(send_by_hand, self),
                          functools.partial(report_asked, self), self.spawn)
+        self.notifier = Notifier(self.board, self.controller, self.mqtt.fleet)
         if "NOTIFY_SOCKET" in os.environ:
             self._periodic.append(PeriodicCallback(
                 self._tell_systemd, min(1000 * WATCHDOG_FEED_S, watchdog_ms(os.environ) / 3)))

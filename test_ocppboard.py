@@ -17303,7 +17303,7 @@ class AlertBench(Bench):
 
     def __init__(self, **keys):
         super().__init__(notify_url="https://bob:geheim@ntfy.example/topic", **keys)
-        self.notifier = ocppboard.Notifier(self.board, None)
+        self.notifier = ocppboard.Notifier(self.board, None, ocppboard.Fleet(self.board))
         self.alerted = []                # (seconds since the start, message)
 
     def wait(self, seconds):
@@ -17364,7 +17364,7 @@ class KeptAlertBench(AlertBench):
         self.board.state.open()
         self.keeper = ocppboard.Keeper(self.board)
         self.keeper.restore()
-        self.notifier = ocppboard.Notifier(self.board, None)
+        self.notifier = ocppboard.Notifier(self.board, None, ocppboard.Fleet(self.board))
         self.notifier.restore()
 
     async def stop(self):
@@ -17440,6 +17440,20 @@ def test_a_station_that_flaps_is_alerted_once():
     bench.connection.end("lost")         # and what was long ago does not count
     bench.wait(120)
     assert len(bench.alerted) == after + 1
+
+
+def test_a_site_of_the_fleet_that_is_gone_for_a_minute_is_reported_and_that_it_is_back():
+    bench = AlertBench()
+    fleet, status = bench.notifier.fleet, {"status": "online"}
+    fleet.came(["garage", "status"], json.dumps(status).encode(), True)
+    bench.wait(120)
+    for seconds in (50, 120):
+        fleet.came(["garage", "status"], b'{"status": "offline"}', False)
+        bench.wait(seconds)
+        fleet.came(["garage", "status"], json.dumps(status).encode(), False)
+        bench.wait(300)
+    assert bench.titles[0] == "home: the board of the site garage is offline"
+    assert len(bench.titles) == 2 and "over at" in bench.titles[1]
 
 
 def test_a_fault_is_alerted_with_its_reason_and_a_forgotten_station_is_no_more_an_issue():
@@ -17593,7 +17607,7 @@ async def test_an_alert_and_a_receiver_that_misbehaves(behaviour, error, monkeyp
             receiver.server.close()
         bench = Bench(notify_url=f"http://bob:gehe%69m@127.0.0.1:{receiver.port}/secret-topic",
                       notify_template="$text", notify_headers="Title: $title, X-Token: geheim")
-        notifier = ocppboard.Notifier(bench.board, None)
+        notifier = ocppboard.Notifier(bench.board, None, ocppboard.Fleet(bench.board))
         client = AsyncHTTPClient(force_instance=True, max_body_size=1 << 16)
         notifier.alerts.add_event(ocppboard.Wrong("state", ""), "Ünwell", NOW, NOW)
         await notifier._send(client, notifier.alerts.message("home"))
@@ -17616,7 +17630,7 @@ async def test_an_alert_and_a_receiver_that_misbehaves(behaviour, error, monkeyp
 async def test_what_did_not_get_there_is_tried_ever_later_and_then_given_up():
     async with AlertReceiver("500") as receiver:
         bench = Bench(notify_url=f"http://127.0.0.1:{receiver.port}/")
-        notifier = ocppboard.Notifier(bench.board, None)
+        notifier = ocppboard.Notifier(bench.board, None, ocppboard.Fleet(bench.board))
         client = AsyncHTTPClient(force_instance=True)
         bench.board.error_of("NOT_DELIVERED", "CP-1", "gone", {})
         times = []
