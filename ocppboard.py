@@ -17986,7 +17986,7 @@ section { margin: 0 .7rem .6rem; padding: .6rem .7rem; border: 1px solid var(--l
 
 SITES_KEPT = 1000                   # those that come later are left out
 SITE_BYTES, FLEET_SHARE = 8 << 20, 0.25      # of a site's records; of the memory, for all sites
-RECORD_BYTES = 16 * 1024            # of one message
+RECORD_BYTES = 64 * 1024            # of one message
 NUMBER_MOST = 1e15                  # of a record
 RECORD_COST = 400                   # bytes that a record takes beside its text
 SITE_ENDED, SITE_EVENTS = 500, 200  # ended transactions, and events, of a site; the oldest go

@@ -15023,7 +15023,7 @@ def test_what_a_broker_has_not_kept_is_gone_when_the_connection_is_back():
 
 NONSENSE = [b"\xff", b"[]", b"5", b"nonsense", b'{"a": NaN}', b"[" * 20_000, b'{"identity": 5}',
             b'{"identity": "CP-2"}', b'{"status": []}', b'{"topic": "x", "event": {}}',
-            b'{"x": "' + b"y" * 20_000 + b'"}', b'{"limitA": 1e17, "powerW": 1' + b"0" * 400 + b"}",
+            b'{"x": "' + b"y" * 70_000 + b'"}', b'{"limitA": 1e17, "powerW": 1' + b"0" * 400 + b"}",
             b'{"since": "yesterday", "status": "offline"}', b'{"at": "x"}', b'{"problems": {}}']
 LEVELS = ["status", "load", "problems", "events", "CP-1/state", "CP-1/connectors/1/1",
           "CP-1/connectors/x/1", "CP-1/connectors/99999999999/1", "CP-1/transactions/1",
@@ -15106,6 +15106,20 @@ def test_all_sites_together_cost_a_part_of_the_memory():
         bench.publish(f"site-{number}/CP-1/state", view, True)
     assert 5 < len(bench.fleet.stations("*")) < 50 and bench.fleet.bytes <= 20_000
     assert "the records of all sites are 0 MB at most" in bench.warnings[-1]
+
+
+def test_a_station_with_as_many_connectors_as_are_kept_is_shown():
+    bench, other = FleetBench(), Bench("ocpp2.0.1")
+    for evse_id in range(1, ocppboard.CONNECTORS_KEPT + 1):
+        connector = other.board.connector(other.station, evse_id, 1)
+        if connector:
+            connector.status, connector.info = "Faulted", "x" * 100
+    view = other.station.view()
+    assert len(view["connectors"]) >= ocppboard.CONNECTORS_KEPT - 1
+    bench.publish("garage/CP-1/state", view, True)
+    assert bench.warnings == []
+    shown = bench.fleet.station("garage", "CP-1").view()["connectors"]
+    assert len(shown) == len(view["connectors"])
 
 
 def test_one_site_has_one_name_however_its_topic_is_written():
