@@ -21588,7 +21588,7 @@ async def test_without_an_interval_no_station_is_pinged_and_none_judged_by_its_s
     await site.station()
     (connection, websocket), = site.daemon.sockets.items()
     websocket.last_sign, pinged = -math.inf, websocket.last_ping
-    site.daemon._turn()
+    site.daemon._tick()
     assert not connection.ended and websocket.last_ping == pinged
 
 
