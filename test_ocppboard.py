@@ -1245,6 +1245,80 @@ def limits_sent(world, identity=None):
 SHARING = {"smart_charge_enabled": True, "smart_charge_site_limit_kw": 22}
 
 
+# A broker, and a server that alerts go to.
+
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
+class Mosquitto:
+    """A broker of its own, that can be stopped and started; `lines` of its configuration."""
+
+    def __init__(self, folder, *lines):
+        self.port, self.path = free_port(), folder / "mosquitto.conf"
+        self.path.write_text("\n".join((f"listener {self.port} 127.0.0.1", "max_queued_messages 0",
+                                        *(lines or ["allow_anonymous true"]), "")))
+        self.start()
+
+    def start(self):
+        assert MOSQUITTO, "these tests need Mosquitto: apt install mosquitto"
+        self.process = subprocess.Popen([MOSQUITTO, "-c", str(self.path)],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.02)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def url(self):
+        return f"mqtt://127.0.0.1:{self.port}"
+
+
+class AlertReceiver:
+    """A local server that alerts go to, and that misbehaves as it is asked to."""
+
+    def __init__(self, behaviour="good"):
+        self.behaviour, self.got = behaviour, []         # got: (path, headers, body)
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            lines = head.strip().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+            body = (await reader.readexactly(int(headers["content-length"]))).decode()
+            self.got.append((lines[0], dict(line.split(": ", 1) for line in lines[1:]), body))
+            answers: dict[str, list] = {
+                "good": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"],
+                "500": [b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"],
+                "redirects": [b"HTTP/1.1 302 Found\r\nLocation: https://bob:geheim@other.example"
+                              b"/geheim\r\nContent-Length: 0\r\n\r\n"],
+                "slow": [b"HTTP/1.1 200 OK\r\n", b"Content-Length: 2\r\n", b"\r\n", b"ok"],
+                "garbage": [b"\x00\xff" * 5000 + b"\r\n\r\n"],
+                "endless": [b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"]
+                + [b"x" * 65536] * 20,
+                "hangs up": [], "hangs": [None]}
+            for answer in answers[self.behaviour]:
+                if answer is None:
+                    await asyncio.sleep(60)
+                writer.write(answer)
+                await asyncio.sleep(0.05)
+        writer.close()
+
+
 # Central systems that are not ours.
 
 
@@ -17569,45 +17643,6 @@ def test_a_template_makes_the_body(template, body, media_type):
         assert made == body
 
 
-class AlertReceiver:
-    """A local server that alerts go to, and that misbehaves as it is asked to."""
-
-    def __init__(self, behaviour="good"):
-        self.behaviour, self.got = behaviour, []         # got: (path, headers, body)
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-        self.port = self.server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *error):
-        self.server.close()
-
-    async def serve(self, reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            lines = head.strip().split("\r\n")
-            headers = dict(line.lower().split(": ", 1) for line in lines[1:])
-            body = (await reader.readexactly(int(headers["content-length"]))).decode()
-            self.got.append((lines[0], dict(line.split(": ", 1) for line in lines[1:]), body))
-            answers: dict[str, list] = {
-                "good": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"],
-                "500": [b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"],
-                "redirects": [b"HTTP/1.1 302 Found\r\nLocation: https://bob:geheim@other.example"
-                              b"/geheim\r\nContent-Length: 0\r\n\r\n"],
-                "slow": [b"HTTP/1.1 200 OK\r\n", b"Content-Length: 2\r\n", b"\r\n", b"ok"],
-                "garbage": [b"\x00\xff" * 5000 + b"\r\n\r\n"],
-                "endless": [b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"]
-                + [b"x" * 65536] * 20,
-                "hangs up": [], "hangs": [None]}
-            for answer in answers[self.behaviour]:
-                if answer is None:
-                    await asyncio.sleep(60)
-                writer.write(answer)
-                await asyncio.sleep(0.05)
-        writer.close()
-
-
 @pytest.mark.parametrize("behaviour, error", [
     ("good", ""), ("slow", ""), ("500", "it answers 500"), ("hangs", "Timeout"),
     ("hangs up", "closed"), ("garbage", ""), ("endless", ""), ("down", "refused"),
@@ -17710,37 +17745,6 @@ def test_the_site_keeps_its_name(kept_bench, monkeypatch):
 
 
 # MQTT, at a real Mosquitto
-
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-
-
-class Mosquitto:
-    """A broker of its own, that can be stopped and started; `lines` of its configuration."""
-
-    def __init__(self, folder, *lines):
-        self.port, self.path = free_port(), folder / "mosquitto.conf"
-        self.path.write_text("\n".join((f"listener {self.port} 127.0.0.1", "max_queued_messages 0",
-                                        *(lines or ["allow_anonymous true"]), "")))
-        self.start()
-
-    def start(self):
-        assert MOSQUITTO, "these tests need Mosquitto: apt install mosquitto"
-        self.process = subprocess.Popen([MOSQUITTO, "-c", str(self.path)],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return
-            assert time.monotonic() < deadline and self.process.poll() is None
-            time.sleep(0.02)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def url(self):
-        return f"mqtt://127.0.0.1:{self.port}"
 
 
 class Follower:
@@ -22764,14 +22768,35 @@ def test_every_section_knows_only_what_stands_above_it():
         home |= dict.fromkeys(filter(None, names), section(statement.lineno))
     assert home["Board"] < home["StationConnection"] < home["Daemon"]
 
-    def used(table):
-        for inner in table.get_children():
-            yield from ((s.get_name(), inner.get_lineno()) for s in inner.get_symbols()
-                        if s.is_global())
-            yield from used(inner)
-    ahead = [(name, line) for name, line in used(symtable.symtable(source, "ocppboard", "exec"))
+    ahead = [(name, line) for name, line in globals_in(source)
              if section(line) < home.get(name, 0)]
     assert ahead == []
+
+
+def globals_in(source):
+    """(a global name, the line of the function or class that uses it), of all in a module."""
+    tables = [symtable.symtable(source, "module", "exec")]
+    while tables:
+        for inner in tables.pop().get_children():
+            tables.append(inner)
+            yield from ((s.get_name(), inner.get_lineno()) for s in inner.get_symbols()
+                        if s.is_global())
+
+
+def test_a_helper_that_several_sections_use_stands_in_the_harness():
+    source = Path(__file__).read_text("utf-8")
+    banners = {number: found[1] for number, line in enumerate(source.split("\n"), 1)
+               if (found := re.match(r"# --- (.+?) -+$", line))}
+    starts = list(banners)
+    homes = {name: section for section, names in sections(Path(__file__).name).items()
+             for name in names}
+    shared = set()
+    for name, line in globals_in(source):
+        section = banners[starts[bisect.bisect(starts, line) - 1]].removeprefix(SLOW)
+        home = homes.get(name, "Harness").removeprefix(SLOW)
+        if home not in ("Harness", section):
+            shared.add((name, home, section))
+    assert shared == set()
 
 
 # --- Slow: WebSocket ----------------------------------------------------------------------
