@@ -8625,6 +8625,23 @@ async def test_the_cost_is_sent_while_a_charging_runs_each_time_it_changes():
     assert old.transaction()["cost"] == 0.5 and not ocppboard.costs_due(old.connection)
 
 
+@with_loop
+async def test_a_cost_that_a_lost_station_did_not_get_is_sent_on_its_next_connection(caplog):
+    caplog.set_level(logging.INFO)
+    bench = Bench("ocpp2.0.1", **TARIFF)
+    bench.call(*cost_event("Started", 0))
+    bench.call(*cost_event("Updated", 1000))
+    due = ocppboard.costs_due(bench.connection)
+    task = asyncio.create_task(ocppboard.send_costs(bench.connection, due))
+    await tick()
+    bench.connection.end("connection lost")
+    await task
+    assert "'CP-1' did not get a cost: " in caplog.text
+    bench.connection = bench.connect("ocpp2.0.1")
+    bench.call(*cost_event("Updated", 2000))
+    assert [t.cost for t in ocppboard.costs_due(bench.connection)] == [1.3]
+
+
 @pytest.mark.parametrize("action, good, bad, words", [
     ("SetVariables", {"setVariableData": [VARIABLE, VARIABLE | {"attributeType": "Target"}]},
      {"setVariableData": [VARIABLE, VARIABLE | {"attributeType": "Actual"}]}, "the same variable"),
@@ -16236,6 +16253,27 @@ async def raw_upgrade(site, request):
     writer.write(request.encode())
     head = await reader.readuntil(b"\r\n\r\n")
     return head.decode(), reader, writer
+
+
+@live()
+async def test_a_station_that_leaves_while_its_password_is_checked_is_not_connected(
+        site, monkeypatch):
+    begun, gate = asyncio.Event(), asyncio.Event()
+    checked = site.daemon.access.station_profile
+
+    async def check_slowly(*arguments):
+        begun.set()
+        await gate.wait()
+        return await checked(*arguments)
+    monkeypatch.setattr(site.daemon.access, "station_profile", check_slowly)
+    _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(MUTE_UPGRADE.encode())
+    await begun.wait()
+    abort(writer)
+    await asyncio.sleep(0.1)
+    gate.set()
+    await asyncio.sleep(0.1)
+    assert not site.daemon.sockets and await site.get("/api/connections") == []
 
 
 @pytest.mark.parametrize("path, more, identity", [
