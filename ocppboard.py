@@ -22480,6 +22480,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .beside { display: flex; gap: .2rem .6rem; align-items: baseline }
 .why { padding: .65rem 1rem; border-top: 1px solid var(--line); display: grid; gap: .15rem }
 .why p { overflow-wrap: anywhere }
+.note { padding: .5rem .9rem; border-left: 4px solid var(--info); background: var(--card);
+  border-radius: 8px; overflow-wrap: anywhere }
 
 /* What is clicked and typed in */
 .btn, select, input, textarea { border: 1px solid var(--line); border-radius: 8px;
@@ -22527,6 +22529,7 @@ kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5p
 .grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh;
   border-top: 1px solid var(--line);
   border-radius: 0 0 12px 12px }
+.sites > .grid { max-height: 23rem } select[aria-label=Site] { max-width: 12rem }
 .grid.tall { max-height: none; height: calc(100vh - 16.5rem); min-height: 18rem }
 table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
 th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left;
@@ -22545,6 +22548,7 @@ td.num, th.num { text-align: right }
   vertical-align: top }
 table.plain { table-layout: auto } table.plain td { padding-block: .35rem; height: auto }
 tr.spacer td { padding: 0; border: 0 }
+tr.faded td, tr.faded a { color: var(--dim) }
 tr.failed td { background: var(--bad-bg) } tr.found td { background: var(--warn-bg) }
 tr.partner td { box-shadow: inset 0 0 0 99px rgb(10 125 119 / .09) }
 tr.picked td { background: var(--info-bg) }
@@ -22869,14 +22873,18 @@ const allFields = record => h('details', {key: 'fields'}, h('summary', 'All fiel
 
 const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20;
 const EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800, ANSWERS_KEPT = 20, RECENT = 12;
+const NO_REPORT = {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
+  fromFile: true, missing: [], said: ''};
+const noRecords = () => ({connections: new Map(), transactions: new Map(), errors: new Map(),
+  security: new Map(), system: new Map()});
 const state = {
   session: null, mode: '', problem: '',            // who looks; why the login did not work
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   older: {key: '', found: null},                   // a transaction that only a link leads to
+  fleet: {sites: new Map(), of: '', cameLater: null, ...noRecords()},     // see Fleet
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
-  report: {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
-    fromFile: true},                               // what transactions come to
+  report: NO_REPORT,                               // what transactions come to
   tokens: [], lists: [],                           // id tokens, and the local lists of stations
   uploads: [],                                     // files that stations sent here
   upstreams: [],                                   // the relay's, each with its stations
@@ -22884,8 +22892,10 @@ const state = {
   colours: new Map(),                              // {identity: colour}
   findings: new Map(),                             // {identity + message id: [error]}
   list: null,                                      // the messages on screen
+  listSite: '',                                    // chosen last, for lists
   answers: new Map(), reports: new Map(),          // {identity: […]}: what stations answered
-  route: {screen: 'overview', id: '', query: {}}, ui: {}, hover: null, notices: [], confirm: null,
+  route: {screen: 'overview', id: '', site: '', query: {}}, ui: {}, hover: null, notices: [],
+  confirm: null,
 };
 // The board's clock, with which its times are compared; the viewer's may be off.
 const now = () => Date.now() + state.clockOff;
@@ -22895,7 +22905,13 @@ const tellTime = () => {
 const asks = row => row.type === 'CALL' || row.type === 'SEND';
 const number = record => +/\d+$/.exec(record.id)[0];
 const pairOf = (identity, messageId) => identity + '\n' + messageId;
-const keyOf = transaction => pairOf(transaction.identity, transaction.id);
+// Two sites may each have a CP-1: the key of what is of another site has the site, too.
+const atSite = (key, site) => site ? pairOf(key, site) : key;
+const stationKey = ({identity, site}) => atSite(identity, site);
+const keyOf = ({identity, id, site = ''}) => atSite(pairOf(identity, id), site);
+const eventKey = ({id, site, timestamp}) => site ? atSite(pairOf(id, timestamp), site) : id;
+const stationCalled = ({identity, site}) =>
+  site ? state.fleet.connections.get(atSite(identity, site)) : state.stations.get(identity);
 const running = () =>
   [...state.transactions.values()].filter(({status}) => status === 'active');
 const lastSample = () => state.samples.at(-1) || {};
@@ -22985,16 +23001,9 @@ async function load(lists = true) {
   try {
     const got = await Promise.all(Object.values(SOURCES).map(source =>
       ask('GET', 'api/' + source)));
+    const [{data: about}] = got, sites = about.fleet ? await get('api/sites') : [];
     if (turn !== loading) return;
-    const all = Object.fromEntries(Object.keys(SOURCES).map((name, n) => [name, got[n].data]));
-    Object.assign(state, all, {loaded: true, series: new Map(), findings: new Map(),
-      recent: rowsIn(got.at(-1).text),
-      stations: new Map(all.stations.map(station => [station.identity, station])),
-      transactions: new Map(all.transactions.reverse().map(transaction =>
-        [keyOf(transaction), transaction])),
-      charges: new Map(all.charges.reverse().map(session => [session.sessionId, session]))});
-    state.errors.forEach(find);
-    tellTime();
+    fill(got, sites);
     if (lists && state.list) openList(state.list.filter);
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -23003,9 +23012,103 @@ async function load(lists = true) {
   }
   const events = waiting;
   waiting = null;
-  for (const [name, data, raw] of events) on[name](data, raw);
+  for (const [name, data, raw] of events) receive(name, data, raw);
   touch('all');
 }
+
+function fill(got, sites) {
+  const all = Object.fromEntries(Object.keys(SOURCES).map((name, n) => [name, got[n].data]));
+  Object.assign(state, all, {loaded: true, series: new Map(), findings: new Map(),
+    recent: rowsIn(got.at(-1).text),
+    stations: new Map(all.stations.map(station => [station.identity, station])),
+    transactions: new Map(all.transactions.reverse().map(transaction =>
+      [keyOf(transaction), transaction])),
+    charges: new Map(all.charges.reverse().map(session => [session.sessionId, session]))});
+  state.errors.forEach(find);
+  tellTime();
+  setSites(sites);
+  state.fleet.of = '';                             // its records are asked for anew
+  if (state.route.query.site) arrive();
+}
+
+// --- Fleet ----------------------------------------------------------------------------------
+// With mqtt.fleet the sites are known, and while other sites are chosen (`site` in the address: a
+// name, or EVERY_SITE) what their boards have published. Records of this site have no `site`.
+
+const EVERY_SITE = '*';
+const isOther = site => !!site && site !== state.about?.site;
+const siteCalled = site => state.fleet.sites.get(site);
+// Whether what is known of a record is of now, as far as its site goes.
+const isPresent = ({site}) => !site || siteCalled(site)?.status === 'online';
+
+// {name of the event: what it is of, and its key there}.
+/** @type {Record<string, [string, (record: any) => string]>} */
+const REMOTE = {connection: ['connections', stationKey], transaction: ['transactions', keyOf],
+  fault: ['errors', eventKey], security: ['security', eventKey], system: ['system', eventKey]};
+const FLEET_PATHS = {connections: 'connections?', transactions: 'transactions?limit=1000&',
+  errors: 'errors?limit=500&', security: 'security?limit=500&',
+  system: 'system-events?limit=500&'};
+
+function setSites(sites) {
+  state.fleet.sites = new Map(sites.map(site => [site.site, site]));
+  touch('sites');
+}
+const askSites = () => attempt(async () => setSites(await get('api/sites')));
+
+// Ask for all records of the sites that are chosen; what the stream brings meanwhile waits.
+async function askFleet() {
+  const {fleet, route: {site}} = state, cameLater = [];
+  Object.assign(fleet, {of: site, cameLater: site ? cameLater : null, ...noRecords()});
+  if (!site) return;
+  const isWanted = () => fleet.cameLater === cameLater;
+  let records = noRecords();
+  try {
+    records = await recordsOf(site);
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    if (error.status !== 404) {
+      setTimeout(() => { if (isWanted() && state.session) askFleet(); }, AGAIN_MS);
+      return;
+    }
+  }
+  if (!isWanted()) return;
+  Object.assign(fleet, records, {cameLater: null});
+  for (const [name, record] of cameLater) keepRemote(name, record);
+  touch('all');
+}
+
+const recordsOf = async site => Object.fromEntries(await Promise.all(
+  Object.values(REMOTE).map(async ([name, key]) => {
+    const records = await get(`api/${FLEET_PATHS[name]}${query({site})}`);
+    return [name, new Map(records.reverse().filter(record => isOther(record.site))
+      .map(record => [key(record), record]))];
+  })));
+
+function keepRemote(topic, record) {
+  const {fleet} = state, [name, key] = REMOTE[topic], records = fleet[name];
+  if (fleet.cameLater) fleet.cameLater.push([topic, record]);
+  if (fleet.cameLater || ![EVERY_SITE, record.site].includes(fleet.of)) return;
+  if (record.status === 'forgotten') records.delete(key(record));
+  else records.set(key(record), record);
+  if (name !== 'connections') bound(records, EVENTS_KEPT);
+  touch(name);
+}
+
+// The stream has the records of other sites while such are chosen.
+function followFleet() {
+  const {fleet, route: {site}, about} = state;
+  if (about?.fleet && fleet.of !== site) askFleet();
+  if (followsAll !== !!site) connect();
+}
+
+// The records of the sites that are chosen; own ones are given, in their order.
+function ofSites(own, name, order) {
+  const {fleet, route: {site}} = state;
+  if (!site) return own;
+  return [...site === EVERY_SITE ? own : [], ...fleet[name].values()].sort(order);
+}
+const newerFirst = (a, b) =>
+  (b.startedAt || b.timestamp) < (a.startedAt || a.timestamp) ? -1 : 1;
 
 // --- Messages: a list that follows the stream -----------------------------------------------
 // Rows stand oldest first, so that a new one costs nothing; the screen shows them from the end.
@@ -23221,7 +23324,14 @@ const on = {
     touch('smart-charge');
   },
   proxy(record) { if (onTop(state.proxied, record)) touch('proxy'); },
+  site(site) {
+    state.fleet.sites.set(site.site, site);
+    for (const topic of ['sites', 'connections', 'transactions']) touch(topic);
+  },
 };
+function receive(name, data, raw) {
+  if (data.site && name !== 'site') keepRemote(name, data); else on[name](data, raw);
+}
 
 // Add later points to a series. Beyond the bound the second point goes: the first is its start.
 function extend(series, points) {
@@ -23238,14 +23348,15 @@ const refreshKnocking = () => attempt(async () => {
 
 // The stream of Server-Sent Events, read by fetch: unlike EventSource it connects again after every
 // failure, at times of its own.
-let reading = null, heard = 0, patience = 45000, lastId = '', retry = 0;
+let reading = null, heard = 0, patience = 45000, lastId = '', retry = 0, followsAll = false;
 async function connect() {
   disconnect();
   const mine = new AbortController();
   reading = mine;
   heard = Date.now();
+  followsAll = !!state.route.site;
   try {
-    const {signal} = mine, at = query({lastEventId: lastId});
+    const {signal} = mine, at = query({lastEventId: lastId, site: followsAll && EVERY_SITE});
     const answer = await fetch(`api/stream?${at}`, {signal});
     if (answer.ok) await readEvents(answer.body.getReader());
   } catch (error) {                                // the network went, or we did
@@ -23280,7 +23391,7 @@ function take(block) {
   const {event: name, data: raw} = fields;
   if (!Object.hasOwn(on, name)) return;
   const data = JSON.parse(raw), atOnce = ['connected', 'heartbeat', 'gap'].includes(name);
-  if (waiting && !atOnce) waiting.push([name, data, raw]); else on[name](data, raw);
+  if (waiting && !atOnce) waiting.push([name, data, raw]); else receive(name, data, raw);
 }
 
 async function lost() {
@@ -23321,7 +23432,8 @@ const POLLED = [
   {screens: ['relay', 'overview'], everyMs: 2000, at: 0, ask: askRelay,
     wanted: () => state.about?.relay},
   {screens: ['tokens'], everyMs: 2000, at: 0, ask: askTokens, wanted: () => tokenShown},
-  {screens: ['report'], everyMs: 30000, at: 0, ask: askReport, wanted: () => true},
+  {screens: ['report'], everyMs: 30000, at: 0, ask: askReport, wanted: () => !state.route.site},
+  {screens: ['overview'], everyMs: 10000, at: 0, ask: askSites, wanted: () => state.about?.fleet},
 ];
 const isDue = ({screens, everyMs, at, wanted}) => screens.includes(state.route.screen)
   && wanted() && Date.now() - at > everyMs;
@@ -23370,8 +23482,10 @@ const aside = (title, close, ...content) => h('section.card.aside', {key: 'aside
   h('header', h('h2.grow.cut', title), button('✕', close, {class: 'plain', 'aria-label': 'Close',
     title: 'Esc'})), h('div.in.stack', content));
 
-const stationLink = identity => identity && identity !== 'UNKNOWN'
-  ? h('a', {href: '#/' + to('stations', identity), title: plain(identity)}, h('bdi', identity))
+const stationAt = (identity, site) =>
+  to('stations', identity, {site: isOther(site) && site});
+const stationLink = (identity, site) => identity && identity !== 'UNKNOWN'
+  ? h('a', {href: '#/' + stationAt(identity, site), title: plain(identity)}, h('bdi', identity))
   : h('span.dim', DASH);
 
 function copy(text) {
@@ -23507,7 +23621,8 @@ const col = {
   time: kind(iso => clock(iso), {down: true, width: '9.5rem', short: '6.2rem'}),
   instant: kind(iso => clock(iso, !narrow()), {down: true, width: '8.6rem', short: '6.2rem'}),
   ago: figure(ago, '8.4rem'),
-  station: kind(identity => stationLink(identity)),
+  station: (name, field, more) => kind(stationLink)(name, field,
+    {cell: record => stationLink(record[field], record.site), ...more}),
   status: (name, field, tones, more) => kind(status => pill(status, tones[status] ?? 'bad'),
     {width: '6.6rem'})(name, field, more),
 };
@@ -23615,12 +23730,12 @@ const scaleMarks = (marks, y, left, right, format) => {
 
 // Bars side by side, of {name, short, value, colour}; their short names where there is room.
 const BAR_NAME_PX = 64;
-function bars(id, {rows, label, format, height = 210}) {
+function bars(id, {rows, label, format, height = 210, nameWidth = BAR_NAME_PX}) {
   const [width, made] = sized(`bars ${id}`), marks = marksTo(highest(rows.map(row => row.value))
     || 1);
   const left = 70, right = width - 8, bottom = height - 20, room = (right - left) / rows.length;
   const y = value => bottom - value / marks.at(-1) * (bottom - 8);
-  const every = Math.ceil(BAR_NAME_PX / room), thick = Math.min(48, Math.max(1, room * .7));
+  const every = Math.ceil(nameWidth / room), thick = Math.min(48, Math.max(1, room * .7));
   return h('figure.chart', {key: id, made}, h('svg', {height, viewBox: `0 0 ${width} ${height}`,
     role: 'img', 'aria-label': `${label}: `
       + rows.map(({name, value}) => `${name} ${format(value)}`).join(', ')},
@@ -23708,9 +23823,10 @@ function areaPath({name, colour, band}, x, y) {
     d: `M${edge(2).join('L')}L${edge(1).reverse().join('L')}Z`});
 }
 
+const ofSite = site => site ? '?' + query({site}) : '';
 const transactionPath = key => {
-  const [identity, id] = key.split('\n');
-  return apiPath('connections', identity, 'transactions', id);
+  const [identity, id, site] = key.split('\n');
+  return apiPath('connections', identity, 'transactions', id) + ofSite(site);
 };
 
 // The series of a transaction: asked for once, then the stream adds to it.
@@ -23775,14 +23891,15 @@ const TONES = {
   Unavailable: 'bad',
 };
 const is16 = station => station?.protocol === 'ocpp1.6';
-const online = station => station.status === 'online';
+const online = station => station.status === 'online' && isPresent(station);
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
-const isOnline = ({identity}) => online(state.stations.get(identity) || {});
+const isOnline = record => online(stationCalled(record) || {});
 const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
 // The power of a transaction; none is known while its station is offline.
 const flow = transaction => isOnline(transaction) ? transaction.powerW || 0 : 0;
-const transactionAt = (station, connector) => connector.transactionId == null ? null
-  : state.transactions.get(pairOf(station.identity, connector.transactionId));
+const transactionsAt = ({site}) => site ? state.fleet.transactions : state.transactions;
+const transactionAt = ({identity, site}, {transactionId}) => transactionId == null ? null
+  : transactionsAt({site}).get(keyOf({identity, id: transactionId, site}));
 // The sessions of smart charging that go on.
 const charges = () => [...state.charges.values()].filter(session => session.status !== 'ended');
 const chargeAt = (station, connector) => charges().find(session =>
@@ -23811,12 +23928,27 @@ const remarkOf = connector =>
 
 // Why a connector charges or does not: a sentence for whoever stands before it.
 function why(station, connector) {
+  if (station.site) return whyThere(station, connector);
   const transaction = transactionAt(station, connector), remark = remarkOf(connector);
   const cannot = whyNot(station, connector, transaction, remark ? ` (${remark})` : '');
   if (cannot) return cannot;
   return (transaction ? whyInTransaction(station, connector, transaction)
     : whyWithout(station, connector))
     + (remark ? ` The charger ${hasError(connector) ? 'reports' : 'adds'}: ${remark}.` : '');
+}
+
+// The same of a station of another site: the reason that its board gives.
+function whyThere(station, {status, reason}) {
+  if (!isPresent(station)) return `Not known: ${awayText(station)}.`;
+  return (reason || (status ? `The charger says ${status}`
+    : 'The charger has not reported its status yet')).replace(/\.?$/, '.');
+}
+function awayText({site}) {
+  const {status, since: from} = siteCalled(site) || {};
+  if (!status) return `${site} has left the broker`;
+  return (status === 'offline' ? `${site} has been gone`
+    : `the broker is away, ${site} has been unreachable`)
+    + (from ? ` since ${MINUTES.format(ms(from))} (${duration(since(from))})` : '');
 }
 
 // The reason why a connector cannot charge at all; '' if there is none.
@@ -23930,11 +24062,36 @@ function attention() {
   return [...state.circuits.filter(circuit => circuit.overLimit).map(overLimit),
     ...[...loose.values()].map(notSteered),
     ...[...state.stations.values()].flatMap(station => attentionTo(station, loose)),
+    ...attentionToSites(),
     ...state.power?.warning ? [alarm(3, 'warn', 'help', state.power.warning)] : [],
     ...recentErrors(), ...refusedKnocks(), ...alarmingEvents(),
     ...state.upstreams.flatMap(brokenWays), ...hostTroubles()].sort((a, b) => a.rank - b.rank);
 }
 const alarm = (rank, tone, where, ...text) => ({rank, tone, where, text});
+
+function attentionToSites() {
+  const others = [...state.fleet.sites.values()].filter(({own}) => !own);
+  const unreachable = others.filter(({status}) => status === 'unreachable');
+  return [...unreachable.length ? [alarm(1, 'bad', to('events', 'system', {kind: 'MQTT_AWAY'}),
+    `${plural(unreachable.length, 'site')} unreachable: the MQTT broker is away`)] : [],
+  ...others.filter(site => !unreachable.includes(site)).flatMap(attentionToSite)];
+}
+
+// Of another site: what its board says is wrong there; of one that is gone, that alone.
+const PROBLEM_RANKS = {state: 0, uncontrollable: 0, undelivered: 1, faulted: 1, offline: 4};
+function attentionToSite({site, overLimit: isOver, problems, problemCount, warning}) {
+  const all = to('stations', null, {site}), left = problemCount - problems.length;
+  if (!isPresent({site})) return [alarm(1, 'bad', all, awayText({site}))];
+  return [isOver && alarm(-2, 'bad', all, `${site} is over its limit`),
+    ...problems.map(({event, identity, text}) => {
+      const rank = PROBLEM_RANKS[event] ?? 3;
+      return alarm(rank, rank < 2 ? 'bad' : 'warn', identity ? stationAt(identity, site) : all,
+        `${[site, identity].filter(Boolean).join(', ')}: ${text}`);
+    }),
+    left > 0 && alarm(5, 'warn', all, `${site}: ${digits(left)} more`),
+    warning && alarm(3, 'warn', all, `${site} publishes what cannot be kept: ${warning}`)]
+    .filter(Boolean);
+}
 
 function recentErrors() {
   const ofStations = new Map();
@@ -24145,7 +24302,8 @@ const TOKEN_TYPES = ['Central', 'ISO14443', 'ISO15693', 'eMAID', 'KeyCode', 'Loc
 const PURPOSES = ['TxDefaultProfile', 'TxProfile', 'ChargingStationMaxProfile'];
 const ROOTS = ['CSMSRootCertificate', 'ManufacturerRootCertificate', 'V2GRootCertificate',
   'MORootCertificate'];
-const activeAt = station => running().filter(({identity}) => identity === station.identity);
+const activeAt = station => [...transactionsAt(station).values()].filter(({status, ...other}) =>
+  status === 'active' && stationKey(other) === stationKey(station));
 const runningAt = (station, evse) => activeAt(station).find(going => going.evse === evse);
 const requestId = () => Math.floor(Math.random() * 2 ** 31);
 const afterMinutes = minutes => new Date(now() + minutes * 60000).toISOString();
@@ -24201,8 +24359,8 @@ const FIELDS = {
   messageId: textField('Message id', {maxlength: 50}),
   data: areaField('Data', {read: String}),
   updateType: choiceField('Update', [['Differential', 'what changes'], ['Full', 'the whole list']]),
-  versionNumber: ({identity}) => ({label: 'Version', type: 'number', min: 1, step: 1,
-    value: (state.lists.find(list => list.identity === identity)?.version ?? 0) + 1}),
+  versionNumber: ({identity, site}) => ({label: 'Version', type: 'number', min: 1, step: 1,
+    value: (!site && state.lists.find(list => list.identity === identity)?.version || 0) + 1}),
   listed: areaField('Id tokens, one a line; "- token" removes one',
     {placeholder: '04A2B3C4D5E6F7\n- 04FFEEDDCCBBAA'}),
   whoseToken: choiceField('Customer by', [['idToken', 'id token'],
@@ -24324,6 +24482,8 @@ const FORMS = {
         requestId: requestId(), firmware: {location: firmware, signature, signingCertificate,
           retrieveDateTime: retrieveAt ?? afterMinutes(0), installDateTime: installAt}})},
     {title: 'Get log', action: 'GetLog', fields: ['logType', 'logUrl?', 'oldest?', 'latest?'],
+      wrong: ({logUrl}, {site}) => site && !logUrl
+        && 'No file of another site comes to this board: say where it is to go.',
       prepare: async (values, station) =>
         ({...values, logUrl: values.logUrl ?? await uploadUrl(station)}),
       payload: ({logType, logUrl, oldest, latest}) => ({logType, requestId: requestId(),
@@ -24445,8 +24605,8 @@ function listEntry(line, type) {
 }
 
 // The certificates that the station has listed, as options: their hash data as JSON.
-function installedAt({identity}) {
-  const listed = (state.answers.get(identity) || []).find(({action, result}) =>
+function installedAt(station) {
+  const listed = (state.answers.get(stationKey(station)) || []).find(({action, result}) =>
     action === 'GetInstalledCertificateIds' && result);
   return listOf(listed?.result.certificateHashDataChain).map(({certificateType: type,
     certificateHashData: data}) => [JSON.stringify(data), `${type}, ${data?.serialNumber}`]);
@@ -24456,40 +24616,41 @@ function installedAt({identity}) {
 // of each station one command is under way, of all together a few.
 const AT_ONCE_MOST = 3;
 const underWay = new Set(), queue = [];
-async function turnOf(identity) {
-  while (underWay.has(identity) || underWay.size >= AT_ONCE_MOST)
+async function turnOf(key) {
+  while (underWay.has(key) || underWay.size >= AT_ONCE_MOST)
     await new Promise(wake => queue.push(wake));
-  underWay.add(identity);
+  underWay.add(key);
 }
-function turnOver(identity) {
-  underWay.delete(identity);
+function turnOver(key) {
+  underWay.delete(key);
   for (const wake of queue.splice(0)) wake();
 }
 
 // Send a command; the station's answer and its time stand on top of its answers. With `protocol` a
 // command is in the words of that version, else of the station's. `shown` has no secrets.
-async function command(identity, action, payload, {title = action, protocol = undefined,
+async function command(station, action, payload, {title = action, protocol = undefined,
   shown = payload} = {}) {
+  const {identity, site} = station, key = stationKey(station);
   /** @type {any} */
   const entry = {key: Math.random(), title, action, shown, at: new Date(now()).toISOString(),
     requestId: payload.requestId, queued: true, later: []};
-  state.answers.set(identity, [entry, ...state.answers.get(identity) || []].slice(0, ANSWERS_KEPT));
+  state.answers.set(key, [entry, ...state.answers.get(key) || []].slice(0, ANSWERS_KEPT));
   touch('answers');
-  await turnOf(identity);
+  await turnOf(key);
   entry.queued = false;
   touch('answers');
   try {
-    const {data, text: raw} = await ask('POST', apiPath('connections', identity, 'call'),
-      {action, payload, protocol});
+    const {data, text: raw} = await ask('POST',
+      apiPath('connections', identity, 'call') + ofSite(site), {action, payload, protocol});
     const {result, responseTime, warning, reports = []} = data;
     Object.assign(entry, {result, responseTime, warning,
       raw: raw.slice(raw.indexOf('"result":') + 9, raw.lastIndexOf(',"responseTime"'))});
     for (const report of reports) addReport(entry, report.action, JSON.stringify(report.payload));
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    Object.assign(entry, failureOf(error, isOnline({identity})));
+    Object.assign(entry, failureOf(error, station));
   } finally {
-    turnOver(identity);
+    turnOver(key);
   }
   touch('answers');
   return entry.result;
@@ -24497,11 +24658,13 @@ async function command(identity, action, payload, {title = action, protocol = un
 
 const FAILURES = {0: 'no connection', 400: 'not sent', 404: 'not known', 409: 'not sent',
   503: 'busy', 504: 'no answer'};
-function failureOf({message, status, data}, connected) {
+const FAILURES_THERE = {...FAILURES, 0: 'fate unknown', 403: 'not allowed', 504: 'fate unknown'};
+function failureOf({message, status, data}, station) {
   const {errorCode, errorDescription, errorDetails = {}} = data || {};
-  const code = errorCode || FAILURES[status] || 'failed';
+  const code = errorCode || (station.site ? FAILURES_THERE : FAILURES)[status] || 'failed';
   return {failed: [message, errorDescription].filter(Boolean).join(': '),
-    code: status === 409 && !connected ? 'offline' : code, raw: JSON.stringify(errorDetails)};
+    code: status === 409 && !isOnline(station) ? 'offline' : code,
+    raw: JSON.stringify(errorDetails)};
 }
 
 // The Calls in which a station reports what a command asked for; 1.6 has no requestId.
@@ -24531,14 +24694,22 @@ function addReport(entry, action, raw) {
 }
 
 // The choices and texts in the forms of a station; forms of a group share their fields.
-const typedFor = ({identity}, group = '') => state.ui[`form ${identity} ${group}`] ||= {};
+const typedFor = (station, group = '') => state.ui[`form ${stationKey(station)} ${group}`] ||= {};
 
-// The forms that the station's version has words for: {group: [form]}.
-function formsFor({protocol}) {
-  const known = state.about?.commandsAcross[protocol] || [];
+// The forms that the station's version has words for, and its site allows: {group: [form]}.
+const actionsFor = ({protocol}) => state.about?.commandsAcross[protocol] || [];
+const allows = ({site}, action) => !site || !!siteCalled(site)?.commands.includes(action);
+function formsFor(station) {
+  const actions = actionsFor(station).filter(action => allows(station, action));
   return Object.fromEntries(Object.entries(FORMS).map(([group, forms]) =>
-    [group, forms.filter(({action}) => known.includes(action))])
+    [group, forms.filter(({action}) => actions.includes(action))])
     .filter(([, forms]) => forms.length));
+}
+function refusedForms(station) {
+  const titles = Object.values(FORMS).flat().filter(({action}) =>
+    actionsFor(station).includes(action) && !allows(station, action)).map(({title}) => title);
+  return titles.length > 0 && h('p.small.dim', {key: 'not allowed'},
+    `Not allowed by mqtt.commands of ${station.site}: ${titles.join(', ')}.`);
 }
 
 function commandForm(station) {
@@ -24552,14 +24723,18 @@ function commandForm(station) {
     [name, name === group, () => choose(first.title)]), [FREE, !chosen, () => choose(FREE)]]),
   chosen && tabs('Command', forms.map(({title}) =>
     [title, title === chosen.title, () => choose(title)])),
-  chosen ? usualForm(station, chosen, typedFor(station, group)) : freeForm(station, typed)];
+  chosen ? usualForm(station, chosen, typedFor(station, group)) : freeForm(station, typed),
+  refusedForms(station)];
 }
 
 const tabs = (label, names) => h('div.tabs', {role: 'group', 'aria-label': label, key: label},
   names.map(([name, isPressed, onclick]) =>
     button(name, onclick, {key: name, 'aria-pressed': String(isPressed)})));
 
-const offline = station => online(station) ? '' : 'The station is offline.';
+const offline = station => {
+  if (online(station)) return '';
+  return isPresent(station) ? 'The station is offline.' : `Not now: ${awayText(station)}.`;
+};
 const fieldsOf = (names, station) => Object.fromEntries(names.map(word => {
   const name = word.replace('?', '');
   return [name, {...FIELDS[name](station), optional: word !== name}];
@@ -24574,7 +24749,7 @@ function usualForm(station, spec, typed) {
     const ready = prepare ? await attempt(() => prepare(values, station)) : values;
     if (!ready) return;
     const payload = payloadOf(spec, ready, station);
-    command(station.identity, action, payload,
+    command(station, action, payload,
       {title, protocol: COMMON, shown: withoutSecrets(payload)});
   };
   return form({key: title, typed, fields: fieldsOf(fields, station), send,
@@ -24597,12 +24772,13 @@ function withoutSecrets(payload) {
 function freeForm(station, typed) {
   const {action = '', payload: written = '{}', schema} = typed;
   const {payload, problem} = objectIn(written);
-  const commands = state.about?.commands[station.protocol] || [];
+  const commands = (state.about?.commands[station.protocol] || [])
+    .filter(known => allows(station, known));
   const send = async event => {
     event.preventDefault();
     if (RISKY.has(action) && !await confirmed(`${action}: ${station.identity}`,
       'This changes what the station does. Send it?', 'Send it')) return;
-    command(station.identity, action, payload, {shown: withoutSecrets(payload)});
+    command(station, action, payload, {shown: withoutSecrets(payload)});
   };
   const choose = ({target}) => beginCommand(station.protocol, typed, target.value, commands);
   return h('form.form', {key: FREE, onsubmit: send},
@@ -24680,7 +24856,7 @@ function objectIn(written) {
 }
 
 // The power controller's limits override those sent by hand: the session is to be limited.
-const isSteered = ({identity}) => state.power?.enabled
+const isSteered = ({identity, site}) => !site && state.power?.enabled
   && !state.power.leftAlone.includes(identity)
   && state.circuits.some(circuit => circuit.stations.includes(identity));
 function noEffect(station, purpose, evse, amps) {
@@ -24742,10 +24918,12 @@ const MEANT = {
   UnlockFailed: 'The connector stayed locked.',
   UnsupportedMonitorType: 'The station has no monitors of this kind for the variable.',
   VersionMismatch: 'The station has this version of the list, or a later one.',
+  'fate unknown': 'It may have been carried out. It was not sent again: look first how the '
+    + 'station is.',
 };
 
-function answersOf(identity) {
-  const answers = state.answers.get(identity) || [];
+function answersOf(station) {
+  const answers = state.answers.get(stationKey(station)) || [];
   if (!answers.length)
     return empty('The answers of the station will stand here, with the time that each took.');
   return h('ul.list', {'aria-live': 'polite'}, answers.map(answerLine));
@@ -24815,13 +24993,13 @@ const riskOf = name => (CUTS_OFF.test(name) || SECRET.test(name)) && CUT_OFF;
 async function readConfiguration(station) {
   const {identity} = station;
   if (is16(station)) {
-    const result = await command(identity, 'GetConfiguration', {});
+    const result = await command(station, 'GetConfiguration', {});
     const rows = listOf(result?.configurationKey).map(configurationRow);
     if (result) state.reports.set(identity, {at: now(), rows, done: true});
   } else {
     const report = {at: now(), requestId: requestId(), rows: []};
     state.reports.set(identity, report);
-    const result = await command(identity, 'GetBaseReport', {requestId: report.requestId,
+    const result = await command(station, 'GetBaseReport', {requestId: report.requestId,
       reportBase: 'FullInventory'});
     if (result?.status !== 'Accepted') state.reports.delete(identity);
   }
@@ -24876,7 +25054,7 @@ async function writeRow(station, row, value) {
   const risk = row.secret ? CUT_OFF : riskOf(row.id);
   if (risk && !await confirmed(`${row.name}: ${station.identity}`, risk, 'Write')) return;
   const [action, payload] = row.payload(value), [, shown] = row.payload(row.secret ? '***' : value);
-  const result = await command(station.identity, action, payload, {shown});
+  const result = await command(station, action, payload, {shown});
   row.said = result ? row.status(result) || 'answered' : 'failed';
   if (row.said === 'Accepted' || row.said === 'RebootRequired') {
     if (!row.secret) row.before ??= row.value;
@@ -24950,7 +25128,38 @@ function guarded(id, content) {
     return card('', {key: id}, empty(`This part cannot be shown: ${error.message}`));
   }
 }
-const heading = (text, ...more) => h('div.title', h('h1.grow', text), more);
+const heading = (text, ...more) => [h('div.title', h('h1.grow', text), more), siteNote()];
+
+// What is to be known of the sites that are chosen.
+const OF_SITES = ['overview', 'stations', 'transactions', 'report', 'security', 'events'];
+function siteNote() {
+  const {site, screen} = state.route;
+  if (!site || screen === 'overview') return null;
+  const said = (...text) => h('p.note', {key: 'site note'}, text);
+  if (!OF_SITES.includes(screen)) return said(
+    `What stands here is of this site, ${state.about?.site}: other sites do not publish it.`);
+  if (site !== EVERY_SITE && !isPresent({site})) return said('▲ ', awayText({site}),
+    '. What is shown of it is as it was last.');
+  return null;
+}
+function siteChoice() {
+  if (!state.about?.fleet) return null;
+  const {route: {site}, fleet} = state;
+  const others = [...fleet.sites.values()].filter(({own}) => !own).map(({site: name}) => name);
+  return choice('site', 'Site', [['', 'this site'], [EVERY_SITE, 'all sites'],
+    ...new Set([...others, ...site && site !== EVERY_SITE ? [site] : []])]);
+}
+const siteName = ({site}) => site || state.about?.site;
+const SITE_COLUMN = col.text('Site', siteName, {width: '11%', wide: true, cell: record =>
+  [siteName(record), !isPresent(record) && [' ', awayPill(record)]]});
+const awayPill = ({site}, what = '') => siteCalled(site)?.status === 'unreachable'
+  ? pill('unreachable', 'warn') : pill(what + 'gone', 'bad');
+// The columns of a list, with the site behind the one called so, where there are several.
+const withSites = (columns, name) => state.route.site !== EVERY_SITE ? columns
+  : columns.flatMap(column => column.name === name ? [column, SITE_COLUMN] : [column]);
+const besideName = record => state.route.site === EVERY_SITE
+  && h('span.dim', ` · ${siteName(record)}`);
+const looksAway = record => ({class: !isPresent(record) && 'faded'});
 const counted = text => h('span.dim.small.grow', text);
 const searchBox = (name, text) => h('input', {type: 'search', placeholder: text, 'aria-label': text,
   'data-search': true, value: state.route.query[name] || '',
@@ -24982,9 +25191,10 @@ const newestFirst = map => [...map.values()].reverse();
 //   detail(record)       what is opened, drawn with `detailTopics`; of a list with `by`, the
 //                        filter of that name says which
 //   unlisted(route)      the record that is open, where records() does not have it
-function filterBar({search, filters = {}}) {
+//   ofSites              whether its records may be those of other sites
+function filterBar({search, filters = {}, ofSites: hasSites}) {
   const {identity} = state.route.query;
-  return h('div.bar.filters', search && searchBox('text', search),
+  return h('div.bar.filters', search && searchBox('text', search), hasSites && siteChoice(),
     Object.entries(filters).map(([name, {label, every, options}]) =>
       choice(name, label, [['', every], ...options()])),
     identity && button(['Only ', h('bdi', identity), ' ✕'],
@@ -25044,17 +25254,79 @@ function overviewScreen() {
     h('div.bar.wide', h('span.dim.small', 'Chargers connect to'), addressLine()));
   const numbers = panel('tiles', SITE_TOPICS, tiles);
   const of = ['transactions', 'connections', 'smart-charge', 'tick'];
-  const cards = h('div.cols', {key: 'cards'}, h('div.stack',
-    panel('attention', ['connections', 'errors', 'security', 'knocking', 'transactions',
-      'upstreams', 'circuits', 'tick'], attentionCard), panel('waiting', of, waitingCard)),
-  panel('charging', of, chargingCard));
+  const alarms = panel('attention', ['connections', 'errors', 'security', 'knocking',
+    'transactions', 'upstreams', 'circuits', 'sites', 'tick'], attentionCard);
+  const waits = panel('waiting', of, waitingCard), draws = panel('charging', of, chargingCard);
   const messages = panel('recent', ['recent', 'errors'], () => card([h('h2.grow', 'Last messages'),
     link('messages', 'All messages')], {key: 'recent'}, grid('recent', {rows: state.recent,
     key: row => row.number, label: 'Last messages', columns: MESSAGE_COLUMNS,
     row: row => ({...rowLook(row), open: to('messages', row.id)}),
     blank: empty('No message yet: they stand here as they pass.')})));
+  if (state.about?.fleet) return [heading('Overview', address),
+    h('div.cols.wide-left', {key: 'fleet'}, panel('sites', ['sites', 'tick'], sitesCard), alarms),
+    h('h2', {key: 'own'}, `This site: ${state.about.site}`), numbers,
+    h('div.cols', {key: 'cards'}, draws, waits), messages];
+  const cards = h('div.cols', {key: 'cards'}, h('div.stack', alarms, waits), draws);
   const above = narrow() ? [cards, numbers] : [numbers, cards];
   return [heading('Overview', address), ...above, messages];
+}
+
+// The sites of a fleet, first those where something is wrong.
+const siteRank = ({status, overLimit: isOver, problemCount, warning}) => {
+  if (status === 'online') return isOver ? 0 : problemCount || warning ? 3 : 4;
+  return status === 'offline' ? 1 : 2;
+};
+const siteIsAway = ({status}) => status !== 'online';
+function siteState({status, since: from}) {
+  if (status === 'online') return pill('online', 'good');
+  return [pill(...status === 'offline' ? ['gone', 'bad'] : ['unreachable', 'warn']),
+    h('span.small', ' ', ago(from))];
+}
+function siteTrouble(site) {
+  const {overLimit: isOver, problemCount, problems, warning} = site;
+  if (siteIsAway(site)) return null;
+  const [{identity, text}] = [...problems, {identity: 'problems', text: ''}];
+  const said = [isOver && 'over its limit', problemCount > 0 && `${identity} ${text}`,
+    problemCount > 1 && `${problemCount - 1} more`, warning].filter(Boolean).join('; ');
+  return said && h('span', {class: isOver ? 'bad' : 'warn', title: plain(said)}, said);
+}
+function siteLoadBar({site, powerW, limitA, loadA}) {
+  const amps = highest(Object.values(loadA)), part = limitA ? amps / limitA : 0;
+  const tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
+  const text = limitA ? `${power(powerW)} · ${digits(amps)}/${amperes(limitA)}` : power(powerW);
+  return [h('div.cut.small', {class: tone}, text), limitA != null && h('div.meter', {role: 'img',
+    'aria-label': `${site}: ${text} a phase`},
+  h('i.drawn', {class: tone, style: {width: Math.min(100, part * 100) + '%'}}))];
+}
+const asKnown = (site, shown) => siteIsAway(site) ? h('span.dim', shown) : shown;
+const siteLabel = ({site, own}) => [h('bdi', site), own && h('span.dim', ' this site')];
+const SITE_COLUMNS = [
+  col.text('Site', 'site', {width: '20%', wide: true, leads: true, cell: siteLabel}),
+  {name: 'Site and what is wrong', slim: true, leads: true, cell: site => [
+    h('div.cut', siteLabel(site)), h('div.cut.small', siteIsAway(site) ? siteState(site)
+      : siteTrouble(site) || `${digits(site.online)} of ${digits(site.stations)} online, `
+        + `${digits(site.charging)} charging`)]},
+  {name: 'State', wide: true, sort: siteRank, cell: site =>
+    [siteState(site), ' ', siteTrouble(site)]},
+  col.count('Online', 'online', {width: '5.4rem', wide: true, cell: site =>
+    asKnown(site, `${digits(site.online)} of ${digits(site.stations)}`)}),
+  col.count('Charging', 'charging', {width: '5.6rem', wide: true, cell: site =>
+    asKnown(site, digits(site.charging))}),
+  col.power('Load', 'powerW', {width: '10.5rem', short: '8.6rem', num: false,
+    cell: site => siteIsAway(site) ? h('span.dim', DASH) : siteLoadBar(site)}),
+];
+const SITES = {name: 'sites', label: 'Sites', tall: false, columns: SITE_COLUMNS,
+  records: () => [...state.fleet.sites.values()].sort((a, b) =>
+    siteRank(a) - siteRank(b) || (a.site < b.site ? -1 : 1)),
+  key: ({site}) => site, look: site => ({class: siteIsAway(site) && 'faded'}),
+  open: ({site, own}) => to('stations', null, {site: !own && site}), blank: 'Loading …',
+};
+function sitesCard() {
+  const rows = SITES.records(), away = rows.filter(siteIsAway).length;
+  return card([h('h2', 'Sites'), away > 0 && pill(`${away} away`, 'bad'), h('span.grow'),
+    h('b', power(sum(rows.filter(site => !siteIsAway(site)).map(({powerW}) => powerW)))),
+    link('stations?site=*', 'All stations')], {key: 'sites', class: 'sites'},
+  listGrid(SITES, rows));
 }
 
 // The load of the site's most loaded phase and its limit: {amps, limitA}, or null.
@@ -25199,11 +25471,13 @@ const SHOWN = {
 };
 const SHOWN_NAMES = {errors: 'with errors', quirks: 'with quirks'};
 
-const noStations = () => [h('p', h('b', 'No station has connected yet.')), howToConnect(),
+const noStations = () => state.route.site ? 'No station is known.' : [
+  h('p', h('b', 'No station has connected yet.')), howToConnect(),
   h('p.small', 'Nothing appears? ', link('security', 'Knocking'),
     ' lists who was refused, and why.')];
 
 function stationPill(station) {
+  if (!isPresent(station)) return awayPill(station, 'site ');
   if (station.registration === 'Pending' && online(station)) return pill('pending', 'warn');
   return station.seenSinceStart ? pill(station.status, online(station) ? 'good' : 'bad')
     : h('span', {title: 'Known, not seen since the start'}, pill('not seen', 'warn'));
@@ -25213,7 +25487,8 @@ const STATION_COLUMNS = [
   col.text('Station', 'identity', {width: '12%', wide: true, leads: true,
     cell: ({identity}) => h('bdi', {title: plain(identity)}, identity)}),
   {name: 'Station and connectors', slim: true, leads: true, cell: station => [
-    h('div.cut', h('bdi', station.identity)), h('div.small', connectorPills(station))]},
+    h('div.cut', h('bdi', station.identity), besideName(station)),
+    h('div.small', connectorPills(station))]},
   {name: 'Status', width: '6.5rem', sort: station => station.status, down: true,
     cell: stationPill},
   {name: 'Connectors', wide: true, cell: connectorPills},
@@ -25232,18 +25507,21 @@ const STATION_COLUMNS = [
 ];
 const STATIONS = {name: 'stations', title: 'Stations',
   topics: ['connections', 'transactions', 'tick'],
-  records: () => [...state.stations.values()].sort((a, b) => a.identity < b.identity ? -1 : 1),
-  key: station => station.identity, columns: STATION_COLUMNS,
-  open: station => to('stations', station.identity),
+  records: () => ofSites([...state.stations.values()], 'connections')
+    .sort((a, b) => stationKey(a) < stationKey(b) ? -1 : 1),
+  key: stationKey, ofSites: true, columns: () => withSites(STATION_COLUMNS.filter(({name}) =>
+    !state.route.site || !['Address', 'Profile', 'Messages'].includes(name)), 'Station'),
+  look: looksAway, open: ({identity, site}) => stationAt(identity, site),
   search: 'Search identity, address, vendor, model …',
-  words: station => [station.identity, station.remoteAddress, ...Object.values(station.station)],
+  words: station => [station.identity, station.remoteAddress, station.site || '',
+    ...Object.values(station.station)],
   filters: {
     show: {label: 'Show', every: 'all stations', fits: (station, name) => SHOWN[name]?.(station),
       options: () => Object.keys(SHOWN).map(name => [name, SHOWN_NAMES[name] || name])},
     protocol: {label: 'Protocol', every: 'every version',
       options: () => state.about?.protocols || []},
   },
-  count: rows => `${digits(rows.length)} of ${plural(state.stations.size, 'station')}`,
+  count: rows => `${digits(rows.length)} of ${plural(STATIONS.records().length, 'station')}`,
   get blank() { return noStations(); },
 };
 
@@ -25256,23 +25534,27 @@ const TABS = {
   transactions: ['Transactions', stationTransactions],
 };
 
+const REMOTE_TABS = {now: ['Now', remoteNow], commands: ['Commands', remoteCommands],
+  transactions: TABS.transactions};
+
 // Commands and configuration are not for viewers.
-const stationTabs = () => Object.entries(TABS).filter(([name]) => mayChange()
-  || !['commands', 'configuration'].includes(name));
-const tabOf = name => stationTabs().some(([known]) => known === name) ? name : 'now';
+const stationTabs = site => Object.entries(site ? REMOTE_TABS : TABS).filter(([name]) =>
+  mayChange() || !['commands', 'configuration'].includes(name));
+const tabOf = (name, site) => stationTabs(site).some(([known]) => known === name) ? name : 'now';
 
 function stationScreen() {
-  const {id, tab} = state.route, station = state.stations.get(id);
-  if (!station) return [heading(h('bdi', id)), card('', {}, empty(state.loaded
+  const {id, tab, site} = state.route, station = stationCalled({identity: id, site});
+  const isLoaded = state.loaded && !state.fleet.cameLater;
+  if (!station) return [heading(h('bdi', id)), card('', {}, empty(isLoaded
     ? 'This station is not known: it was forgotten, or has not connected since the board was '
       + 'started.' : 'Loading …',
-  link('stations', 'All stations')))];
+  link(to('stations', null, {site}), 'All stations')))];
   return [panel('station head', ['connections'], () => stationHead(station)),
-    h('nav.tabs', {'aria-label': 'Of this station'}, stationTabs().map(([name, [text]]) =>
-      h('a.btn', {key: name, href: '#/' + to('stations', id) + (name === 'now' ? '' : '/' + name),
-        'aria-current': name === tab && 'page'},
+    h('nav.tabs', {'aria-label': 'Of this station'}, stationTabs(site).map(([name, [text]]) =>
+      h('a.btn', {key: name, href: '#/' + to('stations', [id, ...name === 'now' ? [] : [name]],
+        {site}), 'aria-current': name === tab && 'page'},
       name === 'configuration' && !is16(station) ? 'Variables' : text))),
-    ...TABS[tab][1](station)];
+    ...(site ? REMOTE_TABS : TABS)[tab][1](station)];
 }
 
 function stationHead(station) {
@@ -25287,7 +25569,10 @@ function stationHead(station) {
     if (!await confirmed(`Forget ${identity}`, text, 'Forget')) return;
     if (await send('DELETE')()) go('stations');
   };
-  return h('div.title', h('h1.cut', h('bdi', {title: plain(identity)}, identity)),
+  const name = h('h1.cut', h('bdi', {title: plain(identity)}, identity));
+  if (station.site) return [h('div.title', name, stationPill(station),
+    h('span', 'at ', link(to('stations', null, {site: station.site}), station.site))), siteNote()];
+  return h('div.title', name,
     pill(station.status, online(station) ? 'good' : 'bad'), h('span.grow'),
     station.registration === 'Pending' && [pill('pending', 'warn'),
       act('Approve', send('POST', 'approve'), {class: 'main-act'})],
@@ -25310,6 +25595,62 @@ function stationNow(station) {
         ? h('ul.list', station.quirks.map(quirkLine))
           : empty(station.errorCount ? 'None against the standard; but see its errors under Events.'
             : 'None: all it does is as the standard says.')))))];
+}
+
+// A station of another site: what its board has published, and no more.
+
+const STAYS = site => h('p.note', {key: 'stays'}, 'Its messages, charts, configuration and files '
+  + `are at the board of ${site} alone.`);
+function remoteNow(station) {
+  return [h('div.cols.wide-left',
+    h('div.stack',
+      panel('connectors', ['connections', 'transactions', 'tick'], () =>
+        card('Connectors', {key: 'connectors'}, station.connectors.length
+          ? station.connectors.map(connector => remoteConnector(station, connector))
+          : empty('The station has reported no connector yet.'))),
+      panel('its events', ['errors', 'security', 'system', 'tick'], () => remoteEvents(station)),
+      STAYS(station.site)),
+    h('div.stack', panel('about', ['connections', 'tick'], () => card('About', {key: 'about'},
+      h('div.in', facts(stationFacts(station)))))))];
+}
+
+function remoteConnector(station, connector) {
+  const status = statusOf(station, connector), transaction = transactionAt(station, connector);
+  const {powerW, currentA, limitA, soc, energyWh} = connector;
+  const said = [powerW != null && power(powerW), currentA != null && amperes(currentA),
+    limitA != null && `${amperes(limitA)} allowed`, soc != null && `${percent(soc)} charged`,
+    energyWh != null && `${register(energyWh)} on the meter`].filter(Boolean).join(' · ');
+  return h('div.why', {key: `${connector.evse}.${connector.connector}`},
+    h('div.bar', h('h3', nameOf(station, connector)),
+      pill(status || 'unknown', online(station) ? TONES[status] : ''),
+      connector.since && h('span.dim.small', 'since ', clock(connector.since))),
+    h('p', coded(why(station, connector))), said && h('p.dim.small', said),
+    transaction && h('p.small', link(to('transactions', placeOf(transaction),
+      {site: station.site}), `Transaction ${transaction.id}`), ' since ',
+    clock(transaction.startedAt), `, ${energy(transaction.energyWh)}`));
+}
+
+const EVENTS_SHOWN = 20;
+function remoteEvents(station) {
+  const {errors, security, system} = state.fleet;
+  const found = [errors, security, system].flatMap(events => [...events.values()])
+    .filter(event => stationKey(event) === stationKey(station)).sort(newerFirst);
+  return card('Its events', {key: 'its events'}, found.length
+    ? h('ul.list.scrolls', {tabindex: 0, 'aria-label': 'Its events'},
+      found.slice(0, EVENTS_SHOWN).map(event => h('li', {key: eventKey(event)},
+        h('span.dim.nowrap', clock(event.timestamp)), h('span.grow',
+          h('b', eventName(kindOf(event))), ` ${event.message}`))))
+    : empty('None of late.'));
+}
+
+function remoteCommands(station) {
+  const {site} = station, some = Object.keys(formsFor(station)).length > 0
+    || siteCalled(site)?.commands.some(action => action !== 'report');
+  return [h('div.cols', panel('form', ['connections', 'transactions', 'sites'], () =>
+    card('Commands', {key: 'form'}, h('div.in.stack', some ? commandForm(station)
+      : `${site} allows no command: its mqtt.commands would have to name it.`))),
+  panel('answers', ['answers'], () => card('Answers', {key: 'answers'}, answersOf(station)))),
+  STAYS(site)];
 }
 
 function connectorLine(station, connector) {
@@ -25354,15 +25695,15 @@ function stationCharts(station) {
 function stationFacts(station) {
   const {vendor, model, serial, firmware, ...others} = station.station;
   const {clockSkewSeconds: skew} = station;
-  const from = online(station) ? station.connectedAt : station.disconnectedAt;
   return [
     ['Vendor', vendor], ['Model', model], ['Serial number', serial], ['Firmware', firmware],
     ['Protocol', station.protocol], ['Address', station.remoteAddress],
     ['Security profile', digits(station.securityProfile)], ['Registration', station.registration],
-    [online(station) ? 'Connected' : 'Offline', [clock(from), ` (${duration(since(from))})`]],
+    connectedSince(station),
     !station.seenSinceStart && ['Since the start', 'known, not seen'],
     ['Last seen', ago(station.lastMessageAt)], ['Messages', digits(station.messageCount)],
-    ['Errors', station.errorCount ? link(to('events', null, {identity: station.identity}),
+    ['Errors', station.errorCount ? link(to('events', null,
+      {identity: station.identity, site: station.site}),
       digits(station.errorCount)) : '0'],
     station.evictedCount > 0 && ['Connections replaced by a second one',
       h('span.warn', digits(station.evictedCount))],
@@ -25370,6 +25711,13 @@ function stationFacts(station) {
       : h('span', {class: Math.abs(skew) > 60 && 'warn'}, skewOf(skew))],
     ...Object.entries(others).map(([name, value]) => [inWords(name), value]),
   ];
+}
+
+function connectedSince(station) {
+  const {status, connectedAt, disconnectedAt} = station, isConnected = status === 'online';
+  const from = isConnected ? connectedAt : disconnectedAt;
+  return [!isConnected ? 'Offline' : isPresent(station) ? 'Connected' : 'Was connected',
+    [clock(from), ` (${duration(since(from))})`]];
 }
 
 const quirkLine = ({name, count, lastMessageId}) => h('li', {key: name},
@@ -25382,22 +25730,24 @@ function stationCommands(station) {
     panel('form', ['connections', 'transactions', 'smart-charge', 'circuits'], () =>
       card('Commands', {key: 'form'}, h('div.in.stack', commandForm(station)))),
     h('div.stack', panel('answers', ['answers'], () => card('Answers', {key: 'answers'},
-      answersOf(station.identity))), panel('files', ['uploads'], () => filesCard(station)))),
+      answersOf(station))), panel('files', ['uploads'], () => filesCard(station)))),
   ...messageList('command messages')];
 }
 
 function stationConfiguration(station) {
   return [panel('configuration', ['answers', 'connections'], () => h('div.stack',
         configuration(station),
-    card('Answers', {key: 'answers'}, answersOf(station.identity))))];
+    card('Answers', {key: 'answers'}, answersOf(station))))];
 }
 
 function stationTransactions(station) {
-  const list = {...TRANSACTIONS, name: 'its transactions', tall: false,
-    records: () => TRANSACTIONS.records().filter(({identity}) => identity === station.identity),
+  const {identity, site} = station;
+  const list = {...TRANSACTIONS, name: 'its transactions', tall: false, ofSites: false,
+    records: () => TRANSACTIONS.records().filter(other =>
+      stationKey(other) === stationKey(station)),
     columns: TRANSACTION_COLUMNS.filter(({name}) => name !== 'Station'),
-    open: transaction => to('transactions', placeOf(transaction)),
-    tools: () => downloads('transactions', {...state.route.query, identity: station.identity})};
+    open: transaction => to('transactions', placeOf(transaction), {site}),
+    tools: () => !site && downloads('transactions', {...state.route.query, identity})};
   return [panel(list.name, list.topics, () => listCard(list))];
 }
 
@@ -25671,10 +26021,11 @@ const estimate = transaction => transaction.estimated && h('span.dim', {title: E
 const holder = transaction => transaction.idTokenName || transaction.idToken || '';
 const TRANSACTION_COLUMNS = [
   col.time('Started', 'startedAt', {leads: true}),
-  col.station('Station', 'identity', {wide: true, cell: ({identity, evse}) =>
-    [stationLink(identity), h('span.dim', ` ${evse}`)]}),
+  col.station('Station', 'identity', {wide: true, cell: ({identity, evse, site}) =>
+    [stationLink(identity, site), h('span.dim', ` ${evse}`)]}),
   {name: 'Station and status', slim: true, cell: transaction => [
-    h('div.cut', stationLink(transaction.identity), h('span.dim', ` ${transaction.evse}`)),
+    h('div.cut', stationLink(transaction.identity, transaction.site),
+      h('span.dim', ` ${transaction.evse}`), besideName(transaction)),
     h('div.cut.dim.small', `${transaction.status} · ${duration(lasted(transaction))}`)]},
   col.status('Status', 'status', STATUS_TONES, {wide: true}),
   col.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
@@ -25687,19 +26038,20 @@ const TRANSACTION_COLUMNS = [
   col.duration('Duration', lasted, {wide: true}),
   col.text('Reason', 'reason', {width: '10%', wide: true, spare: true}),
 ];
-const placeOf = ({identity, id}) => [identity, id];
+const placeOf = ({identity, id, site}) => [identity, id, ...site ? [site] : []];
 const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
   topics: ['transactions', 'tick'], detailTopics: ['transactions', 'hover', 'tick'],
-  records: () => newestFirst(state.transactions), unlisted: olderTransaction, key: keyOf,
-  place: placeOf,
-  columns: TRANSACTION_COLUMNS, search: 'Search station, id token, id …',
-  words: ({identity, id, idToken, idTokenName, reason}) =>
-    [identity, id, idToken || '', idTokenName, reason || ''],
+  records: () => ofSites(newestFirst(state.transactions), 'transactions', newerFirst),
+  unlisted: olderTransaction, key: keyOf, place: placeOf, ofSites: true, look: looksAway,
+  columns: () => withSites(TRANSACTION_COLUMNS, 'Station'),
+  search: 'Search station, id token, id …',
+  words: ({identity, id, idToken, idTokenName, reason, site}) =>
+    [identity, id, idToken || '', idTokenName, reason || '', site || ''],
   filters: {status: {label: 'Status', every: 'every status',
     options: () => Object.keys(STATUS_TONES)}},
   count: rows => `${plural(rows.length, 'transaction')}, ${energy(sum(rows.map(transaction =>
     transaction.energyWh)))}`,
-  tools: () => downloads('transactions', state.route.query),
+  tools: () => !state.route.site && downloads('transactions', state.route.query),
   detail: transactionDetail,
   blank: 'No transaction yet: they stand here from the first charging on.',
 };
@@ -25720,11 +26072,11 @@ function olderTransaction({id: key}) {
 }
 
 function transactionDetail(transaction) {
-  const {identity, id, evse, status, idToken, idTokenName, cost, currency} = transaction;
+  const {identity, id, evse, status, idToken, idTokenName, cost, currency, site} = transaction;
   const goesOn = status === 'active';
   return aside(`Transaction ${id}`, () => go('transactions', null, state.route.query),
-    facts([['Station', stationLink(identity)],
-      [evseWord(state.stations.get(identity)), digits(evse)],
+    facts([['Station', stationLink(identity, site)], site && ['Site', site],
+      [evseWord(stationCalled(transaction)), digits(evse)],
       ['Status', goesOn ? transaction.chargingState || 'active' : status],
       ['Id token', idTokenName ? `${idTokenName} (${idToken})` : idToken],
       cost !== null && ['Cost', `${cost.toFixed(2)} ${currency}`],
@@ -25736,23 +26088,32 @@ function transactionDetail(transaction) {
       ['Meter at start', register(transaction.meterStart)],
       ['Meter at stop', register(transaction.meterStop)], ['Reason', transaction.reason],
       transaction.missingEvents > 0 && ['Events missing', digits(transaction.missingEvents)]]),
-    meterCharts(transaction), allFields(transaction),
-    link(to('messages', null, {identity}), 'Messages of this station'));
+    ...site ? [h('p.note', `Its charts are at the board of ${site} alone.`), allFields(transaction)]
+      : [meterCharts(transaction), allFields(transaction),
+        link(to('messages', null, {identity}), 'Messages of this station')]);
 }
 
 // Report: sums of stopped transactions. Its days are those of UTC.
 
-const REPORT_BY = {month: 'Month', day: 'Day', station: 'Station', token: 'Id token'};
+const REPORT_BY = {month: 'Month', day: 'Day', station: 'Station', token: 'Id token', site: 'Site'};
+const reportGroups = () => Object.keys(REPORT_BY).filter(by => by !== 'site' || state.route.site);
 function reportWanted() {
-  const {by, from, to: last} = state.route.query;
-  return {by: Object.hasOwn(REPORT_BY, by) ? by : 'month', from, to: last && dayAfter(last)};
+  const {query: {by, from, to: last}, site} = state.route;
+  return {by: reportGroups().includes(by) ? by : 'month', from, to: last && dayAfter(last), site};
 }
 const dayAfter = day => new Date(Date.parse(day) + DAY).toISOString().slice(0, 10);
+// Other sites are asked by way of the broker: until they have answered nothing is shown.
 async function askReport() {
-  const wanted = query(reportWanted());
+  const fields = reportWanted(), wanted = query(fields);
+  const put = report => { if (wanted === query(reportWanted())) state.report = report; };
+  if (fields.site) put({...NO_REPORT, by: fields.by, said: 'The sites are asked …'});
   await attempt(async () => {
-    const report = await get('api/report?' + wanted);
-    if (wanted === query(reportWanted())) state.report = report;
+    try {
+      put({missing: [], ...await get('api/report?' + wanted)});
+    } catch (error) {
+      if (!fields.site) throw error;
+      put({...NO_REPORT, by: fields.by, said: error.message});
+    }
   });
   touch('report');
 }
@@ -25761,45 +26122,53 @@ const groupOf = line => line[state.report.by];
 const ofTime = () => ['month', 'day'].includes(state.report.by);
 function groupCell(line) {
   const group = groupOf(line);
-  if (state.report.by === 'station') return [dot(colourOf(group)), stationLink(group)];
+  if (state.report.by === 'station')
+    return [dot(colourOfLine(line)), stationLink(group, line.site), besideName(line)];
   return [group || h('span.dim', 'without id token'), line.name && h('span.dim', ` ${line.name}`)];
 }
-const money = value => `${value.toFixed(2)} ${state.report.currency}`;
+const colourOfLine = ({station, site}) => colourOf(atSite(station, isOther(site) && site));
+const lineKey = line => [groupOf(line), line.site, line.currency].join('\n');
+const money = (value, {currency = state.report.currency}) => `${value.toFixed(2)} ${currency}`;
 const reportColumns = () => [
   col.text(REPORT_BY[state.report.by], groupOf, {cell: groupCell}),
   col.count('Transactions', 'sessions', {width: '7.5rem', short: '6rem'}),
   col.energy('Energy', 'energyWh'),
   col.duration('Duration', 'seconds', {width: '8rem', wide: true}),
-  ...state.report.cost ? [col.text('Cost', 'cost', {num: true, down: true, width: '8rem',
-    wide: true, cell: ({cost}) => money(cost)})] : [],
+  ...state.report.lines.some(({cost}) => cost) ? [col.text('Cost', 'cost', {num: true, down: true,
+    width: '8rem', wide: true, cell: line => money(line.cost, line)})] : [],
 ];
 const REPORT = {name: 'report', label: 'Report', topics: ['report'], tall: false,
   records: () => ofTime() ? [...state.report.lines].reverse() : state.report.lines,
-  key: groupOf, columns: reportColumns, bar: reportBar,
+  key: lineKey, columns: reportColumns, bar: reportBar,
   open: () => null, count: () => reportSum(state.report),
   tools: () => h('a.btn', {download: true, href: 'api/report?'
     + query({...reportWanted(), format: 'csv'})}, 'CSV'),
-  blank: 'No transaction was stopped in that time.',
+  get blank() { return state.report.said || 'No transaction was stopped in that time.'; },
 };
-const reportSum = ({sessions, energyWh, cost, fromFile}) => [
-  plural(sessions, 'transaction'), energy(energyWh), cost > 0 && money(cost),
+const reportSum = ({sessions, energyWh, lines, fromFile, said}) => said ? '' : [
+  plural(sessions, 'transaction'), energy(energyWh), ...costsOf(lines),
   !fromFile && 'of those in memory alone']
   .filter(Boolean).join(', ');
+// The cost in each currency.
+function costsOf(lines) {
+  const sums = new Map();
+  for (const {cost, currency} of lines) sums.set(currency, (sums.get(currency) || 0) + cost);
+  return [...sums].map(([currency, cost]) => cost > 0 && money(cost, {currency}));
+}
 
 function reportBar() {
   const day = (name, label) => h('label.inline.day', {key: name}, label, h('input', {type: 'date',
     value: state.route.query[name] || '',
     onchange: event => filter({[name]: event.target.value})}));
-  return h('div.bar.filters', choice('by', 'A line for each',
-    Object.entries(REPORT_BY).map(([by, name]) =>
-      [by === 'month' ? '' : by, `By ${name.toLowerCase()}`])),
+  return h('div.bar.filters', siteChoice(), choice('by', 'A line for each',
+    reportGroups().map(by => [by === 'month' ? '' : by, `By ${REPORT_BY[by].toLowerCase()}`])),
   day('from', 'From'), day('to', 'to'));
 }
 
 // The newest of times, the greatest of others.
 const BARS_SHOWN = 62;
 function reportChart() {
-  const {by, lines} = state.report, times = ofTime();
+  const {by} = state.report, times = ofTime(), lines = withoutCurrencies(state.report.lines);
   if (!lines.length) return null;
   const shown = times ? lines.slice(-BARS_SHOWN)
     : [...lines].sort((a, b) => b.energyWh - a.energyWh).slice(0, BARS_SHOWN);
@@ -25807,14 +26176,31 @@ function reportChart() {
   return card([h('h2.grow', `Energy by ${REPORT_BY[by].toLowerCase()}`), rest > 0
     && h('span.dim.small', times ? `the last ${BARS_SHOWN}` : `the ${BARS_SHOWN} greatest`)],
   {key: 'report chart'}, h('div.in', bars('report', {label: 'Energy', format: energy,
-    rows: shown.map(line => ({name: line.name || groupOf(line), value: line.energyWh,
-      short: by === 'day' ? groupOf(line).slice(5) : line.name || groupOf(line),
-      colour: by === 'station' ? colourOf(groupOf(line)) : 'var(--accent)'}))})));
+    nameWidth: BAR_NAME_PX * (by === 'station' && state.route.site ? 2 : 1),
+    rows: shown.map(line => ({name: barName(line), value: line.energyWh,
+      short: by === 'day' ? groupOf(line).slice(5) : barName(line),
+      colour: by === 'station' ? colourOfLine(line) : 'var(--accent)'}))})));
 }
+const barName = line => [line.name || groupOf(line), line.station && line.site].filter(Boolean)
+  .join(', ');
+// Lines that differ in their currency alone are one; of stations the site is in the name.
+function withoutCurrencies(lines) {
+  const merged = new Map();
+  for (const {currency, ...line} of lines) {
+    const key = lineKey(line), before = merged.get(key)?.energyWh || 0;
+    merged.set(key, {...line, energyWh: before + line.energyWh});
+  }
+  return [...merged.values()];
+}
+const missingCard = () => state.report.missing.length > 0 && card('Not in this report',
+  {key: 'missing'}, h('ul.list', state.report.missing.map(({site, error}) =>
+    h('li', {key: site}, h('span.warn', {'aria-hidden': 'true'}, '▲'), h('b', site),
+      h('span', error)))));
 
 const reportScreen = () => [heading('Report', h('span.dim.small',
   'of transactions that were stopped; days are those of UTC')),
-panel('report chart', ['report'], reportChart), listSplit(REPORT)];
+panel('missing', ['report'], missingCard), panel('report chart', ['report'], reportChart),
+listSplit(REPORT)];
 
 // Id tokens
 
@@ -26501,41 +26887,44 @@ const EVENT_COLUMNS = [
     sort: ({severity}) => SEVERITIES.indexOf(severity), down: true}),
   col.text('Kind', event => eventName(kindOf(event)), {width: '16rem', wide: true,
     cell: event => h('span', {title: kindOf(event)}, eventName(kindOf(event)))}),
-  col.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details}) =>
-    identity && identity !== 'UNKNOWN' ? stationLink(identity)
+  col.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details, site}) =>
+    identity && identity !== 'UNKNOWN' ? stationLink(identity, site)
       : h('span.dim', details.ip || DASH)}),
   {name: 'What happened', cell: event => [
     h('div.cut', {title: plain(event.message)}, event.message),
-    narrow() && h('div.cut.dim.small', event.identity || eventName(kindOf(event)))]},
+    narrow() && h('div.cut.dim.small', event.identity || eventName(kindOf(event)),
+      besideName(event))]},
 ];
 const kindsOf = events => [...new Set(events.map(kindOf))].map(of => [of, eventName(of)])
   .sort(([, a], [, b]) => a < b ? -1 : 1);
 const eventList = (name, title, blank) => ({name, title, label: 'Events', blank, by: 'event',
-  topics: [name], records: () => state[name], key: ({id}) => id,
-  columns: EVENT_COLUMNS.filter(column => column.name !== 'Severity'),
+  topics: [name], records: () => ofSites(state[name], name, newerFirst), key: eventKey,
+  columns: () => withSites(EVENT_COLUMNS.filter(column => column.name !== 'Severity'), 'Station'),
+  ofSites: true,
   search: 'Search …',
   words: event => [event.message, event.identity, kindOf(event), eventName(kindOf(event))],
   filters: {kind: {label: 'Kind', every: 'every kind', fits: (event, of) => kindOf(event) === of,
-    options: () => kindsOf(state[name])}},
+    options: () => kindsOf(ofSites(state[name], name))}},
   count: rows => plural(rows.length, 'event'), detail: eventDetail});
 const ERRORS = eventList('errors', 'Events',
   'No error: stations and board understand each other.');
 const SYSTEM_EVENTS = eventList('system', 'Events', 'No event yet.');
 const SECURITY_LIST = eventList('security', 'Security', 'No security event.');
 const SECURITY_EVENTS = {...SECURITY_LIST, head: h('h2', 'Security events'),
-  columns: EVENT_COLUMNS,
+  columns: () => withSites(EVENT_COLUMNS, 'Station'),
   filters: {severity: {label: 'Severity', every: 'every severity', options: () => SEVERITIES},
     ...SECURITY_LIST.filters}};
 
-function eventDetail({id, identity, message, severity, timestamp, details, ...event}) {
+function eventDetail({id, identity, message, severity, timestamp, details, site, ...event}) {
   const {raw, ...others} = details;
   return aside(eventName(kindOf(event)), () => filter({event: ''}), h('p', message),
-    facts([['Time', clock(timestamp, true)], ['Station', stationLink(identity)],
+    facts([['Time', clock(timestamp, true)], ['Station', stationLink(identity, site)],
+      site && ['Site', site],
       severity && ['Severity', severity], ['Kind', h('code', kindOf(event))],
       ['Record', id]]),
     raw != null && [h('h3', 'Raw'), rawText(raw)],
     Object.keys(others).length > 0 && pretty(JSON.stringify(others)),
-    details.messageId && link(to('messages', null, {identity, text: details.messageId}),
+    details.messageId && !site && link(to('messages', null, {identity, text: details.messageId}),
       'Show the message'));
 }
 
@@ -26574,7 +26963,7 @@ function eventsScreen() {
   const system = state.route.id === 'system';
   return [heading('Events', h('nav.tabs', {'aria-label': 'Kind of event'},
     [['', 'Errors'], ['system', 'System']].map(([id, text]) => h('a.btn', {key: id,
-      href: '#/' + to('events', id || null),
+      href: '#/' + to('events', id || null, {site: state.route.site}),
       'aria-current': (id === 'system') === system && 'page'}, text)))),
   listSplit(system ? SYSTEM_EVENTS : ERRORS)];
 }
@@ -26664,7 +27053,7 @@ const go = (screen, id, fields) => { location.hash = '#/' + to(screen, id, field
 // Change filters of the screen; the address follows, without a step back for each letter.
 function filter(changes) {
   const {place: at, query: before} = state.route;
-  const fields = query(changes ? {...before, ...changes} : {});
+  const fields = query(changes ? {...before, ...changes} : {site: before.site});
   history.replaceState(null, '', `#/${at}${fields ? '?' + fields : ''}`);
   arrive();
 }
@@ -26676,33 +27065,43 @@ function decoded(part) {
 function arrive() {
   const before = state.route, route = routeIn(location.hash), {screen, id} = route;
   state.route = route;
+  if (!route.ofStation) state.listSite = route.site;
   if (route.place !== before.place) state.confirm?.done(false);
-  const isOther = screen !== before.screen || route.ofStation && id !== before.id;
-  if (isOther || route.tab !== before.tab) enter();
+  const isAnother = isElsewhere(route, before);
+  if (isAnother || route.tab !== before.tab) enter();
   else if (id && id !== before.id) after.push(showAside);
   follows(route);
+  followFleet();
   showMessage(messageIn(route), before.message);
-  if (isOther || !same(before.query, route.query)) ARRIVALS[screen]?.(isOther);
+  if (isAnother || !same(before.query, route.query)) ARRIVALS[screen]?.(isAnother);
   document.title = `${route.ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
   touch('all');
 }
-const messageIn = ({screen, id, ofStation: atStation, query: fields}) =>
-  atStation ? fields.message : screen === 'messages' && id;
+const messageIn = ({screen, id, site, ofStation: atStation, query: fields}) =>
+  atStation ? !site && fields.message : screen === 'messages' && id;
+
+const isElsewhere = ({screen, id, site, ofStation: atStation}, before) => screen !== before.screen
+  || atStation && (id !== before.id || site !== before.site);
 
 // What an address names: {place, screen, id, tab, ofStation, query, message}.
 function routeIn(hash) {
   const [at, fields] = hash.replace(/^#\/?/, '').split('?');
-  const [name, first = '', second] = at.split('/').map(decoded);
+  const [name, first = '', second, third] = at.split('/').map(decoded);
   const screen = Object.hasOwn(SCREENS, name) ? name : 'overview';
   const atStation = screen === 'stations' && !!first;
-  return {place: at, screen, id: screen === 'transactions' && first ? pairOf(first, second) : first,
-    ofStation: atStation, tab: atStation ? tabOf(second) : 'now',
-    query: Object.fromEntries(new URLSearchParams(fields)), message: null};
+  const wanted = Object.fromEntries(new URLSearchParams(fields)), site = chosenSite(wanted.site);
+  if (wanted.site) wanted.site = site;
+  return {place: at, screen,
+    id: screen === 'transactions' && first ? atSite(pairOf(first, second), third) : first,
+    ofStation: atStation, tab: atStation ? tabOf(second, site) : 'now', site,
+    query: wanted, message: null};
 }
+// Another site, or all of them, where there is a fleet; until that is known, as it is wanted.
+const chosenSite = wanted => isOther(wanted) && (!state.about || state.about.fleet) ? wanted : '';
 
 // The requests of a screen when it is opened, or its filters change.
 const ARRIVALS = {
-  tokens: isOther => isOther && state.loaded && askTokens(),
+  tokens: isAnother => isAnother && state.loaded && askTokens(),
   report: askReport,
   help: () => state.api || attempt(async () => {
     state.api = await get('api/openapi.json');
@@ -26731,9 +27130,9 @@ function showAside() {
 // Open the list of messages that the screen shows; while one types, it waits a moment.
 const TYPING_MS = 250;
 let opening = 0;
-function follows({screen, id, ofStation: atStation, query: wanted}) {
+function follows({screen, id, site, ofStation: atStation, query: wanted}) {
   clearTimeout(opening);
-  if (screen !== 'messages' && !atStation) { state.list = null; return; }
+  if (screen !== 'messages' && (!atStation || site)) { state.list = null; return; }
   const given = atStation ? {...wanted, identity: id} : wanted;
   const fields = Object.fromEntries(Object.entries(given)
     .filter(([name, value]) => value && FILTERS.includes(name)));
@@ -26838,7 +27237,8 @@ function screenList() {
   return panel('navigation', ['telemetry', 'transactions'], () => {
     const counts = {stations: lastSample().connectionCount, transactions: running().length};
     return h('nav.nav', {'aria-label': 'Screens'}, Object.entries(SCREENS).map(
-      ([name, [text, , key, picture]]) => h('a', {key: name, href: '#/' + name, title: `g ${key}`,
+      ([name, [text, , key, picture]]) => h('a', {key: name, title: `g ${key}`,
+        href: '#/' + to(name, null, {site: state.listSite}),
         'aria-current': state.route.screen === name && 'page'},
       h('svg', {viewBox: '0 0 24 24', ...stroke, 'aria-hidden': 'true'}, h('path', {d: picture})),
       text, counts[name] ? h('span.count', digits(counts[name])) : null)));
@@ -26891,7 +27291,7 @@ function pressed(event) {
   const screen = Date.now() - prefixAt < PREFIX_MS
     && Object.keys(SCREENS).find(name => SCREENS[name][2] === key);
   prefixAt = key === 'g' ? Date.now() : 0;
-  if (screen) go(screen); else KEY_ACTS.get(key)?.(event);
+  if (screen) go(screen, null, {site: state.listSite}); else KEY_ACTS.get(key)?.(event);
 }
 
 const ofMessages = work => () => {

@@ -18484,12 +18484,11 @@ FLEET_KEYS = {"mqtt_commands": "report,Reset,RequestStartTransaction"}
 
 
 @contextlib.asynccontextmanager
-async def fleet_of(broker, *names, **keys):
-    """Boards of these sites on a broker; the first follows the others. Each with its stations'
-    sockets."""
+async def fleet_of(broker, *names, boards=None, **keys):
+    """Boards of these sites on a broker, or of the first so many; the first follows the others."""
     async with contextlib.AsyncExitStack() as stack:
         sites = []
-        for number, name in enumerate(names):
+        for number, name in enumerate(names[:boards]):
             sites.append(await stack.enter_async_context(Site(**{
                 "mqtt_url": broker.url, "mqtt_site": name, "mqtt_fleet": str(not number).lower(),
                 **FLEET_KEYS} | keys)))
@@ -18937,7 +18936,7 @@ async def test_the_page_is_safe_small_and_kept_by_browsers(site):
     packed = await site.client.fetch(f"http://127.0.0.1:{site.port}/", decompress_response=False,
                                      headers={"Accept-Encoding": "gzip"})
     assert packed.headers["Content-Encoding"] == "gzip"
-    assert packed.headers["Vary"] == "Accept-Encoding" and len(packed.body) < 80_000
+    assert packed.headers["Vary"] == "Accept-Encoding" and len(packed.body) < 85_000
     assert gzip.decompress(packed.body).decode() == text
 
 
@@ -20726,6 +20725,219 @@ async def test_the_page_says_that_the_state_is_not_written_and_who_was_not_seen(
         await look.sees("The state file cannot be written")
         await look.go("stations/OLD-1")
         await look.sees("known, not seen")
+
+
+# A fleet: boards on a broker, the first of them looked at
+
+def other_site(broker, name, **words):
+    """A site without a board: what it has published, with these words of its load."""
+    office = Follower(broker)
+    status = {"status": "online", "version": "1", "since": iso_now(-9000), "commands": ["Reset"]}
+    load = {"stations": 4, "online": 3, "charging": 2, "faulted": 0, "powerW": 22000,
+            "limitA": 63.0, "loadA": {"L1": 32.0, "L2": 32.0, "L3": 32.0}, "at": iso_now(-7200)}
+    for level, view in (("load", load), ("status", status)):
+        office.publish(f"ocppboard/{name}/{level}", {
+            key: words.get(key, value) for key, value in view.items()}
+            | {"overLimit": words.get("overLimit", False)}, True)
+    office.close()
+
+
+async def rows_of(look, label):
+    return await look.page.locator(f"[aria-label='{label}'] tbody tr").all_inner_texts()
+
+
+@with_broker
+async def test_the_overview_has_the_sites_and_first_what_is_wrong(broker):
+    other_site(broker, "bakery")
+    other_site(broker, "depot", status="offline")
+    other_site(broker, "zoo", overLimit=True, loadA={"L1": 70.0})
+    async with fleet_of(broker, "hq", "garage", "bakery", "zoo", boards=2) as (hq, garage):
+        socket_, _ = await charging_station(garage)
+        await exchange(socket_, "StatusNotification", {
+            "connectorId": 1, "status": "Faulted", "errorCode": "GroundFailure"})
+        async with looking(hq) as look:
+            await look.sees("CP-1 Connector 1 reports GroundFailure", "[aria-label=Sites]")
+            rows = await rows_of(look, "Sites")
+            assert [row.split()[0] for row in rows] == ["zoo", "depot", "garage", "bakery", "hq"]
+            zoo, depot, _, bakery, own = rows
+            assert "over its limit" in zoo and "22 kW · 70/63 A" in zoo
+            assert "gone" in depot and "2 h ago" in depot and "kW" not in depot
+            assert "3 of 4" in bakery and "this site" in own
+            await look.sees("gone", "[aria-label=Sites] tr.faded")
+            alarms = look.page.locator("[aria-label='What needs attention'] a")
+            texts = await alarms.all_inner_texts()
+            assert texts[::2] == ["zoo is over its limit",
+                                  "garage, CP-1: Connector 1 reports GroundFailure"]
+            assert texts[1].startswith("depot has been gone since") and len(texts) == 3
+            await look.page.locator("a", has_text="garage, CP-1").click()
+            await look.sees("at garage", ".title")
+            await look.go("overview")
+            broker.stop()
+            await look.sees("3 sites unreachable: the MQTT broker is away")
+            await expect(look.page.locator("[aria-label=Sites] tr.faded .pill.warn")).to_have_text(
+                ["unreachable"] * 3)
+            assert await look.count("[aria-label=Sites] .pill.good") == 1, "our own"
+            assert await violations(look) == []
+            broker.start()
+            await expect(look.page.locator("[aria-label=Sites] .pill.good")).to_have_count(
+                2, timeout=20_000)
+
+
+@with_broker
+async def test_lists_are_of_the_sites_that_are_chosen(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        await charging_station(hq)
+        await charging_station(garage)
+        async with looking(hq) as look:
+            await look.go("stations")
+            assert await look.count("tbody tr") == 1
+            assert await look.count("th:text-is('Site')") == 0
+            choice = look.page.get_by_label("Site", exact=True)
+            await choice.select_option("all sites")
+            await expect(look.page.locator("tbody tr")).to_have_count(2)
+            assert [row.split()[:2] for row in await rows_of(look, "Stations")] == [
+                ["CP-1", "hq"], ["CP-1", "garage"]]
+            links = look.page.locator("tbody a")
+            assert [await links.nth(n).get_attribute("href") for n in range(2)] == [
+                "#/stations/CP-1", "#/stations/CP-1?site=garage"]
+            await choice.select_option("garage")
+            await expect(look.page.locator("tbody tr")).to_have_count(1)
+            assert look.page.url.endswith("#/stations?site=garage")
+            await look.page.keyboard.press("g")
+            await look.page.keyboard.press("m")
+            await look.sees("is of this site, hq: other sites do not publish it", ".note")
+            await look.click("Transactions 1", "link")
+            await look.sees("3.68 kW", "tbody")
+            await look.page.reload()
+            await look.sees("3.68 kW", "tbody")
+            assert look.page.url.endswith("#/transactions?site=garage")
+            await choice.select_option("all sites")
+            await expect(look.page.locator("tbody tr")).to_have_count(2)
+            await look.page.locator("tbody tr", has_text="garage").locator("a").first.click()
+            await look.sees("Its charts are at the board of garage alone", ".aside")
+            assert await look.count("tr.picked") == 1, "its number may be that of ours"
+            await look.go("events?site=*")
+            garage.board.error_of("FORMAT", "CP-1", "odd there", {})
+            hq.board.error_of("FORMAT", "CP-1", "odd here", {})
+            await expect(look.page.locator("tbody tr")).to_have_count(2)
+            await look.page.locator("tbody tr", has_text="odd there").locator("a").first.click()
+            await look.sees("garage", ".aside")
+            await look.go("security?site=garage")
+            garage.board.security_event("AUTH_FAILED", "CP-1", "wrong there", "high", {})
+            await look.sees("wrong there", "tbody")
+            for screen in ("stations", "transactions", "events", "security", "report", "messages"):
+                await look.go(f"{screen}?site=*")
+                assert await violations(look) == [], screen
+
+
+@with_broker
+async def test_a_station_of_another_site_is_no_station_of_ours(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        ours = await hq.station("CP-1")
+        socket_, number = await charging_station(garage)
+        garage.board.error_of("FORMAT", "CP-1", "odd there", {})
+        got, task = obedient(socket_, {"Reset": {"status": "Rejected"}})
+        async with looking(hq, expected=("status of 40",)) as look:
+            await look.go("stations/CP-1?site=garage")
+            await look.sees("3.68 kW · 16 A · 55 % charged · 2.5 kWh on the meter")
+            await look.sees(f"Transaction {number}")
+            await look.sees("odd there", "[aria-label='Its events']")
+            await look.sees("Its messages, charts, configuration and files are at the board of")
+            assert await look.count("a[href*='messages/'], .chart, nav.tabs a") == 3
+            assert await violations(look) == []
+            colours = await look.page.evaluate(
+                "[colourOf('CP-1'), colourOf(stationKey({identity: 'CP-1', site: 'garage'}))]")
+            assert len(set(colours)) == 2
+            await look.click("Commands", "link")
+            await look.sees("Not allowed by mqtt.commands of garage: Remote stop, Unlock")
+            await look.click("Station")
+            await look.page.get_by_label("Type", exact=True).select_option("at once")
+            await look.click("Send")
+            await look.page.locator("dialog").get_by_role("button", name="Reset").click()
+            await look.sees("Rejected", "ul.list")
+            await look.sees("ms", "ul.list")
+            assert got == [("Reset", {"type": "Hard"})]
+            garage.daemon.config.mqtt.commands = ["report"]
+            await look.sees("garage allows no command")
+            hq.daemon.mqtt.fleet.sites["garage"].commands.append("Reset")        # not up to date
+            hq.board.publish("sites", hq.daemon.mqtt.fleet.sites["garage"])
+            await look.click("Send")
+            await look.page.locator("dialog").get_by_role("button", name="Reset").click()
+            await look.sees("not allowed", "ul.list")
+            await look.sees("garage: 'Reset' is not among mqtt.commands", "ul.list")
+            assert await violations(look) == []
+            await look.go("stations/CP-1/commands")
+            await look.sees("The answers of the station will stand here")
+            assert len(got) == 1
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ours.recv(), 0.1)
+            await look.go("stations/CP-9?site=garage")
+            await look.sees("This station is not known")
+        task.cancel()
+
+
+@with_broker
+async def test_a_command_of_unknown_fate_is_shown_so_and_not_repeated(broker, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SITE_MARGIN_S", 0)
+    follower = Follower(broker)
+    async with fleet_of(broker, "hq", "garage", ocpp_call_timeout_seconds=1) as (hq, garage):
+        await garage.station("CP-1")
+        await until(lambda: hq.daemon.mqtt.fleet.of("connections", "garage"))
+        garage.daemon.config.ocpp.call_timeout_seconds = 5
+        async with looking(hq, "/#token=t0ken", expected=("status of 504",)) as look:
+            await look.go("stations/CP-1/commands?site=garage")
+            await look.click("Station")
+            await look.click("Send")
+            await look.page.locator("dialog").get_by_role("button", name="Reset").click()
+            await look.sees("fate unknown", "ul.list")
+            await look.sees("whether it was carried out is unknown, and it is not sent again")
+            await look.sees("It may have been carried out. It was not sent again")
+        assert len([topic for topic, _ in follower.came if topic.endswith("/call")]) == 1
+    follower.close()
+
+
+@with_broker
+async def test_the_report_of_all_sites_names_those_that_are_not_in_it(broker):
+    async with fleet_of(broker, "hq", "garage", "harbour", tariff_per_kwh=1.0) as (
+            hq, garage, harbour):
+        for site, energy in ((hq, 1000), (garage, 2000)):
+            socket_, number = await charging_station(site)
+            await exchange(socket_, "StopTransaction", {
+                "transactionId": number, "meterStop": 100 + energy, "timestamp": iso_now()})
+        garage.daemon.config.tariff.currency = "SEK"
+        harbour.daemon.config.mqtt.commands = ["Reset"]
+        await until(lambda: "report" not in hq.daemon.mqtt.fleet.sites["harbour"].commands, 10)
+        async with looking(hq, expected=("status of 403",)) as look:
+            await look.go("report")
+            await look.sees("1 transaction, 1 kWh, 1.00 EUR")
+            await look.page.get_by_label("Site", exact=True).select_option("all sites")
+            await look.page.get_by_label("A line for each").select_option("By site")
+            await look.sees("2 transactions, 3 kWh, 2.00 SEK, 1.00 EUR")
+            await look.sees("harbour does not allow 'report'")
+            assert [row.split()[0] for row in await rows_of(look, "Report")] == ["garage", "hq"]
+            await look.page.get_by_label("A line for each").select_option("By station")
+            await look.sees("CP-1 · garage", "tbody")
+            await look.sees("CP-1, garage: 2 kWh", ".chart title")
+            assert await violations(look) == []
+            await look.page.get_by_label("Site", exact=True).select_option("harbour")
+            await look.sees("harbour does not allow 'report'", "main")
+            assert await look.count("tbody tr") == 0
+
+
+@live()
+async def test_without_a_fleet_the_page_knows_of_no_sites(site):
+    await site.station("CP-1")
+    async with looking(site) as look:
+        asked = []
+        look.page.on("request", lambda request: asked.append(request.url))
+        await look.page.reload()
+        await look.sees("live", ".live.on")
+        for screen in ("overview", "stations?site=garage", "stations/CP-1?site=garage"):
+            await look.go(screen)
+            await look.sees("CP-1" if "stations" in screen else "Last messages", "main")
+            assert await look.count("select[aria-label=Site], .note, .sites") == 0
+        await look.sees("Disconnect", ".title")
+        assert asked and not [url for url in asked if "site" in url]
 
 
 # --- Simulator ----------------------------------------------------------------------------
