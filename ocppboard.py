@@ -1170,8 +1170,9 @@ def _check_mqtt(mqtt: MqttSettings, source: str) -> None:
         raise ConfigError(f'{source}: mqtt.url must be as "mqtt://user:password@host", or mqtts://')
     for key, text in (("topic", mqtt.topic), ("site", mqtt.site)):
         if len(text) > TEXT_KEPT or not text.isprintable() or re.search(
-                r"[+#]|^/|/$|^\$", text) or (key == "topic" and not text):
-            raise ConfigError(f"{source}: mqtt.{key} must be a topic without + and #: {text!r}")
+                r"[+#]|^/|/$|^\$", text) or (key, text) in (("topic", ""), ("site", "*")):
+            raise ConfigError(f"{source}: mqtt.{key} must be a topic without + and #, and "
+                              f"not * alone: {text!r}")
     if not 1 <= len(mqtt.id_token) <= 20 or not mqtt.id_token.isprintable():
         raise ConfigError(f"{source}: mqtt.id_token must have 1 to 20 characters")
     if mqtt.private_key and not mqtt.certificate:
@@ -18154,7 +18155,7 @@ class FleetSite(Record):
     changed: int = 0
     records: "dict[tuple[str, ...], RemoteRecord]" = field(default_factory=dict)     # retained
     connectors: "dict[str, dict[tuple[int, int], RemoteRecord]]" = field(default_factory=dict)
-    ended: "deque[RemoteRecord]" = field(default_factory=lambda: deque(maxlen=SITE_ENDED))
+    ended: "dict[tuple[str, ...], RemoteRecord]" = field(default_factory=dict)   # transactions
     events: "deque[RemoteRecord]" = field(default_factory=lambda: deque(maxlen=SITE_EVENTS))
     unseen: set[tuple[str, ...]] = field(default_factory=set)    # since the broker was connected
     bytes: int = 0                      # of all these
@@ -18162,7 +18163,7 @@ class FleetSite(Record):
 
     def of(self, topic: str) -> "Iterator[RemoteRecord]":
         """Its records of a topic of the Board."""
-        everything = (self.records.values(), self.ended, self.events)
+        everything = (self.records.values(), self.ended.values(), self.events)
         return (record for records in everything for record in records if record.topic == topic)
 
 
@@ -18256,7 +18257,7 @@ class Fleet:
         """All sites, and all that is kept of them."""
         for site in self.sites.values():
             yield site
-            for records in (site.records.values(), site.ended, site.events):
+            for records in (site.records.values(), site.ended.values(), site.events):
                 yield from records
 
     def of(self, topic: str, name: str) -> list[RemoteRecord]:
@@ -18297,18 +18298,23 @@ class Fleet:
         for site in list(self.sites.values()):
             self._forget(site)
 
-    def tick(self) -> None:
-        """Once a second: when the broker has sent all, what it did not send is gone."""
+    def tick(self, dropped: Container[str] = ()) -> None:
+        """Once a second: when the broker has sent all, what it did not send is gone.
+
+        `dropped`: sites of which messages were dropped meanwhile, as in their topics.
+        """
         if self._retained_mono is None or (
                 self.board.mono() - self._retained_mono < RETAINED_QUIET_S):
             return
         self._retained_mono = None
         for site in list(self.sites.values()):
+            if in_topic(site.site) in dropped:
+                continue                 # perhaps those; it is asked for anew
             if ("status",) in site.unseen:
                 self._forget(site)
                 continue
             for key in list(site.unseen):
-                self._came(site, key, b"")
+                self._take(site, key, b"")
 
     def came(self, levels: Sequence[str], payload: bytes, retained: bool) -> None:
         """A message came: its topic's levels, the site first. An empty one removes a record."""
@@ -18320,16 +18326,23 @@ class Fleet:
         if site is None:
             if not payload or in_topic(name) != levels[0]:       # else two could have one name
                 return
-            if len(self.sites) >= SITES_KEPT or len(name) > IDENTITY_LENGTH:
-                self._leave_out(name)
+            if name in ("", EVERY_SITE) or len(name) > IDENTITY_LENGTH:
+                self._leave_out(name, "it is no name of a site")
+                return
+            if len(self.sites) >= SITES_KEPT:
+                self._leave_out(name, f"{SITES_KEPT} sites are followed at most")
                 return
             site = self.sites[name] = FleetSite(name)
+        self._take(site, tuple(key), payload)
+
+    def _take(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
+        """Read a message, or name the site."""
         try:
-            self._came(site, tuple(key), payload)
+            self._read(site, key, payload)
         except (FormatViolation, Busy) as error:
             self._warn(site, f"{'/'.join(key)}: {error}")
 
-    def _came(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
+    def _read(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
         """Raises: FormatViolation, Busy."""
         site.unseen.discard(key)
         view = _published(payload) if payload else {}
@@ -18343,14 +18356,14 @@ class Fleet:
                 site.problems = found["problems"][:SITE_PROBLEMS]
                 site.problem_count = found["count"]
                 self.board.publish("sites", site)
-            case ("events",) | (_, "events") if payload:
+            case ("events",) | (_, "events") if payload and not self._is_retained:
                 self._read_event(site, view)
             case (identity, "state"):
                 self._read_station(site, identity, view)
-            case (identity, "connectors", evse, connector):
-                self._read_connector(site, key, (identity, evse, connector), view)
-            case (identity, "transactions", _):
-                self._read_transaction(site, key, identity, view)
+            case (_, "connectors", _, _):
+                self._read_connector(site, key, view)
+            case (_, "transactions", _):
+                self._read_transaction(site, key, view)
 
     # What is published
 
@@ -18389,7 +18402,12 @@ class Fleet:
         if shape is None:
             raise WrongValue("an event of no topic that is known")
         record = RemoteRecord(site, published["topic"], shape.read(published["event"]))
-        self._append(site, site.events, record)
+        if any(record.text == known.text for known in site.events):      # the broker sent it twice
+            return
+        first_size = site.events[0].size if len(site.events) == SITE_EVENTS else 0
+        self._charge(site, record.size - first_size)
+        site.events.append(record)
+        self.board.publish("sites", record)
 
     def _read_station(self, site: FleetSite, identity: str, view: dict) -> None:
         if not view:
@@ -18398,42 +18416,54 @@ class Fleet:
         self._put(site, (identity, "state"), RemoteStation(site, self._of(
             identity, self._station.read(view))))
 
-    def _read_connector(self, site: FleetSite, key: tuple, place: tuple[str, str, str],
-                        view: dict) -> None:
-        identity, evse, connector = place
-        if not (evse.isdecimal() and connector.isdecimal() and len(evse + connector) < 12):
-            raise WrongValue("a connector is a number")
-        number = int(evse), int(connector)
+    def _read_connector(self, site: FleetSite, key: tuple[str, ...], view: dict) -> None:
+        identity, _, evse, connector = key
         if view:
             facts = self._connector.read(view)
-            if (facts["evse"], facts["connector"]) != number:
+            place = facts["evse"], facts["connector"]
+            if (evse, connector) != (*map(str, place),):
                 raise WrongValue("it is of another connector")
             record = RemoteRecord(site, "connectors", {"identity": identity} | facts)
             self._put(site, key, record)
-            site.connectors.setdefault(identity, {})[number] = record
+            site.connectors.setdefault(identity, {})[place] = record
         elif self._remove(site, key):
             of_station = site.connectors[identity]
-            del of_station[number]
+            del of_station[int(evse), int(connector)]
             if not of_station:
                 del site.connectors[identity]
         if station := site.records.get((identity, "state")):
             self.board.publish("sites", station)
 
-    def _read_transaction(self, site: FleetSite, key: tuple, identity: str, view: dict) -> None:
+    def _read_transaction(self, site: FleetSite, key: tuple[str, ...], view: dict) -> None:
         """A running one is retained; when it has ended, that is published once."""
+        identity, _, id_ = key
         if not view:
             if lost := site.records.get(key):            # else its end came before
-                self._remove(site, key)
-                self._append(site, site.ended, RemoteRecord(site, "transactions", json.loads(
-                    lost.text) | {"status": "abandoned"}))
+                self._end(site, key, json.loads(lost.text) | {"status": "abandoned"})
             return
         view = self._of(identity, self._transaction.read(view))
-        record = RemoteRecord(site, "transactions", view)
+        if str(view["id"]) != id_:
+            raise WrongValue("it is of another transaction")
         if view["status"] == "active":
-            self._put(site, key, record)
+            self._drop_ended(site, key)                  # the broker had lost it
+            self._put(site, key, RemoteRecord(site, "transactions", view))
         else:
-            self._remove(site, key)
-            self._append(site, site.ended, record)
+            self._end(site, key, view)
+
+    def _end(self, site: FleetSite, key: tuple[str, ...], view: dict) -> None:
+        """Keep the end of a transaction, the last that came."""
+        self._remove(site, key)
+        self._drop_ended(site, key)
+        record = RemoteRecord(site, "transactions", view)
+        if len(site.ended) >= SITE_ENDED:
+            self._drop_ended(site, next(iter(site.ended)))
+        self._charge(site, record.size)
+        site.ended[key] = record
+        self.board.publish("sites", record)
+
+    def _drop_ended(self, site: FleetSite, key: tuple[str, ...]) -> None:
+        if known := site.ended.pop(key, None):
+            self._charge(site, -known.size)
 
     @staticmethod
     def _of(identity: str, view: dict) -> dict:
@@ -18449,13 +18479,6 @@ class Fleet:
         site.records[key] = record
         if record.topic in TOPICS:
             self.board.publish("sites", record)
-
-    def _append(self, site: FleetSite, records: "deque[RemoteRecord]",
-                record: RemoteRecord) -> None:
-        first_size = records[0].size if len(records) == records.maxlen else 0
-        self._charge(site, record.size - first_size)
-        records.append(record)
-        self.board.publish("sites", record)
 
     def _charge(self, site: FleetSite, size: int) -> None:
         """Count the bytes that are kept. Raises: Busy."""
@@ -18498,13 +18521,12 @@ class Fleet:
             if site := self.sites.get(unquote(name)):
                 self._warn(site, f"{count} messages were dropped, as they are too many")
 
-    def _leave_out(self, name: str) -> None:
+    def _leave_out(self, name: str, why: str) -> None:
         now = self.board.mono()
         if now - self._left_out_mono > SITE_QUIRK_S:
             self._left_out_mono = now
             self.board.system_event("SITE_NONSENSE", "", f"The site {shown(name)} is left out: "
-                                    f"{SITES_KEPT} sites are followed at most",
-                                    {"site": kept(name, IDENTITY_LENGTH)})
+                                    f"{why}", {"site": kept(name, IDENTITY_LENGTH)})
 
 
 def in_topic(text: str | int) -> str:
@@ -21179,7 +21201,8 @@ class Inflow:
         if site not in self._sites and len(self._sites) >= SITES_KEPT:
             site = b"+"                  # no site has this name: the others share it
         now = self._mono()
-        allowance = self._sites.setdefault(site, Allowance(SITE_PER_S, SITE_BURST, now))
+        if (allowance := self._sites.get(site)) is None:
+            allowance = self._sites[site] = Allowance(SITE_PER_S, SITE_BURST, now)
         passes = allowance.admits(now)
         if not passes:
             self.dropped_of[site.decode(errors="replace")] += 1
@@ -21755,6 +21778,7 @@ class Question:
 
     site: str
     text: str
+    answered_at: str                    # the topic
     asked_mono: float
     answer: asyncio.Future[dict]
 
@@ -21807,16 +21831,16 @@ class AskingByMqtt:
                 QUESTIONS_MOST):
             raise Busy("Too many questions to other sites wait for an answer")
         timeout_s = self.board.config.ocpp.call_timeout_seconds + SITE_MARGIN_S
-        question = Question(site.site, text, self.board.mono(), asyncio.Future())
+        own = self.mqtt.prefix.rpartition("/")[2]
+        question = Question(site.site, text, f"{prefix}/{answered_by}/{ANSWERS}/{own}",
+                            self.board.mono(), asyncio.Future())
         correlation = secrets.token_bytes(12)
         self._questions[correlation] = question
         while len(self._questions) > 2 * QUESTIONS_MOST:
             self._questions.popitem(last=False)
-        own = self.mqtt.prefix.rpartition("/")[2]
         connection.publish(
             f"{prefix}/{levels}", to_json(body), correlation=correlation,
-            ResponseTopic=f"{prefix}/{answered_by}/{ANSWERS}/{own}",
-            MessageExpiryInterval=timeout_s)
+            ResponseTopic=question.answered_at, MessageExpiryInterval=timeout_s)
         return await self._answer(question, timeout_s)
 
     async def _answer(self, question: Question, timeout_s: float) -> dict:
@@ -21832,7 +21856,9 @@ class AskingByMqtt:
         if answer["success"]:
             return {key: answer[key] for key in ("success", "result", "responseTime", "warning",
                                                  "reports") if key in answer}
-        status = answer["status"] if answer["status"] in HTTP_WORDS else CallFailed.http_status
+        # 401 would end the session here.
+        known = HTTP_WORDS.keys() - {Unauthorized.http_status}
+        status = answer["status"] if answer["status"] in known else CallFailed.http_status
         words = {key: answer[key] for key in ("errorCode", "errorDescription", "errorDetails")
                  if key in answer}
         raise RefusedThere(question.site, status, {"error": answer["error"]} | words)
@@ -21840,7 +21866,7 @@ class AskingByMqtt:
     def answered(self, message: Incoming) -> None:
         """An answer came; one that is late is an event."""
         question = self._questions.get(message.correlation)
-        if question is None or message.retained:
+        if question is None or message.retained or message.topic != question.answered_at:
             return
         del self._questions[message.correlation]
         try:
@@ -22033,7 +22059,7 @@ class Mqtt:
 
     def site_prefix(self, site: str) -> str:
         """What the topics of a site begin with."""
-        return f"{self.settings.topic}/{in_topic(site)}"
+        return f"{self._used.topic}/{in_topic(site)}"
 
     # The Board tells
 
@@ -22152,7 +22178,7 @@ class Mqtt:
                 if self.settings.fleet:
                     self._follow_fleet(connection)
                 first = False
-            self.fleet.tick()
+            self.fleet.tick(connection.inflow.dropped_of)
             await asyncio.wait([connection.ended], timeout=PUBLISH_S)
         used, now = self._used, self.settings
         if self.claim.rival:
@@ -22167,11 +22193,11 @@ class Mqtt:
             self._tell("FLEET_OFF", f"The MQTT broker {self.host} speaks MQTT 3.1.1: to follow "
                        "other sites takes MQTT 5", logging.WARNING)
             return
-        connection.inflow.follow(self.settings.topic, self.prefix)
+        connection.inflow.follow(self._used.topic, self.prefix)
         self.fleet.connected()
         connection.subscribe(
-            *(f"{self.settings.topic}/{levels}" for levels in FLEET_TOPICS),
-            f"{self.settings.topic}/+/+/{ANSWERS}/{self.prefix.rpartition('/')[2]}", of_others=True)
+            *(f"{self._used.topic}/{levels}" for levels in FLEET_TOPICS),
+            f"{self._used.topic}/+/+/{ANSWERS}/{self.prefix.rpartition('/')[2]}", of_others=True)
 
     def _leave(self, connection: BrokerConnection) -> None:
         """The site goes elsewhere: nothing of it stays here."""
@@ -22221,7 +22247,7 @@ class Mqtt:
             return
         self._status_or_claim(message)
         levels = message.topic.removeprefix(f"{self.prefix}/").split("/")
-        if not self.claim.held or message.retained or levels[0] == "status":
+        if not self.claim.held or message.retained or levels in (["status"], ["status", "claim"]):
             return
         if levels == [REPORT]:
             self.commands.report_came(message)
@@ -22230,7 +22256,7 @@ class Mqtt:
 
     def _came_of_another(self, message: Incoming) -> None:
         """A message of another site came."""
-        levels = message.topic.removeprefix(f"{self.settings.topic}/").split("/")
+        levels = message.topic.removeprefix(f"{self._used.topic}/").split("/")
         if levels[2:3] == [ANSWERS]:
             self.asking.answered(message)
         else:

@@ -1548,6 +1548,7 @@ def test_environment_overrides_the_file_and_the_command_line_both(tmp_path):
     ('[mqtt]\ntopic = "a/#"', ["mqtt.topic must be a topic without + and #"]),
     ('[mqtt]\ntopic = ""', ["mqtt.topic must be a topic"]),
     ('[mqtt]\nsite = "/a"', ["mqtt.site must be a topic"]),
+    ('[mqtt]\nsite = "*"', ["mqtt.site must be a topic", "not * alone"]),
     ('[mqtt]\nid_token = ""', ["mqtt.id_token must have 1 to 20 characters"]),
     ('[mqtt]\nprivate_key = "a"', ["mqtt.private_key needs mqtt.certificate"]),
     ('[notify]\nurl = "ntfy.example/geheim"', ["notify.url must be as"]),
@@ -15069,7 +15070,8 @@ def test_transactions_of_a_site_are_kept_while_they_run_and_their_ends_for_a_whi
     assert [r.fields["status"] for r in bench.fleet.of("transactions", "*")] == [
         "stopped", "abandoned"], "whose end did not come"
     for number in range(2 * ocppboard.SITE_ENDED):
-        bench.publish("garage/CP-1/transactions/9", running | {"status": "stopped", "id": number})
+        bench.publish(f"garage/CP-1/transactions/{number}",
+                      running | {"status": "stopped", "id": number})
     kept = list(bench.fleet.of("transactions", "*"))
     assert len(kept) == ocppboard.SITE_ENDED
     assert bench.fleet.bytes == sum(record.size for record in kept)
@@ -15083,11 +15085,70 @@ def test_events_of_a_site_are_kept_for_a_while(topic, record):
     bench, other = FleetBench(), Bench()
     record(other.board)
     view = other.board.stores[topic].records[-1].view()
-    for _ in range(2 * ocppboard.SITE_EVENTS):
-        bench.publish("garage/CP-1/events", {"topic": topic, "event": view})
+    for number in range(2 * ocppboard.SITE_EVENTS):
+        bench.publish("garage/CP-1/events", {"topic": topic, "event": view | {"id": f"x-{number}"}})
     found = bench.fleet.of(topic, "garage")
     assert len(found) == ocppboard.SITE_EVENTS
-    assert found[0].view() == {"site": "garage", "siteStatus": "offline"} | view
+    assert found[0].view() == {"site": "garage", "siteStatus": "offline"} | view | {
+        "id": f"x-{ocppboard.SITE_EVENTS}"}
+    assert bench.fleet.bytes == sum(record.size for record in found)
+
+
+def test_what_a_broker_sends_twice_is_kept_once():
+    """As one that is bridged to itself does, or where somebody has it retained."""
+    bench, running, other = FleetBench(), transaction_view(id=7), Bench()
+    other.board.error_of("FORMAT", "CP-1", "no", {})
+    event = {"topic": "errors", "event": other.board.stores["errors"].records[-1].view()}
+    for retained in (False, False, True):
+        bench.publish("garage/CP-1/transactions/7", running | {"status": "stopped"}, retained)
+        bench.publish("garage/CP-1/events", event, retained)
+    assert len(bench.fleet.of("transactions", "*")) == len(bench.fleet.of("errors", "*")) == 1
+    bench.publish("garage/CP-1/events", event | {"event": event["event"] | {"id": "x"}}, True)
+    assert len(bench.fleet.of("errors", "*")) == 1, "an event that is retained is of nobody"
+    bench.publish("garage/CP-1/transactions/8", running | {"id": 8}, True)
+    bench.publish("garage/CP-1/transactions/8", None, True)
+    bench.publish("garage/CP-1/transactions/8", running | {"id": 8}, True)
+    assert [r.fields["status"] for r in bench.fleet.of("transactions", "*")] == [
+        "active", "stopped"], "it runs after all"
+    assert bench.fleet.bytes == sum(
+        r.size for topic in ("transactions", "errors") for r in bench.fleet.of(topic, "*"))
+
+
+def test_a_record_has_one_topic_however_its_site_writes_it():
+    bench, other = FleetBench(), Bench()
+    facts = ocppboard.connector_facts(
+        other.station, other.board.connector(other.station, 1, 1), 1.0)
+    for level in ("connectors/01/1", "connectors/1/\u0661", f"transactions/7{'x' * 50_000}"):
+        bench.publish(f"garage/CP-1/{level}", transaction_view(id=7) | facts, True)
+        assert list(bench.fleet.records()) == [bench.fleet.sites["garage"]]
+        bench.publish(f"garage/CP-1/{level}", None, True)
+    bench.publish("garage/CP-1/connectors/1/1", facts, True)
+    bench.publish("garage/CP-1/connectors/01/1", None, True)
+    assert len(bench.fleet.of("connectors", "garage")) == 1
+
+
+def test_the_end_of_a_transaction_at_a_site_without_room_names_it():
+    bench = FleetBench()
+    bench.publish("garage/CP-1/transactions/7", transaction_view(id=7), True)
+    bench.fleet.sites["garage"].bytes = ocppboard.SITE_BYTES
+    bench.fleet.connected()
+    bench.go_online()
+    bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
+    bench.fleet.tick()
+    assert bench.fleet.of("transactions", "garage") == []
+    assert "8 MB at most" in bench.warnings[0]
+
+
+def test_what_was_dropped_is_not_taken_for_gone():
+    bench, view = FleetBench(), Bench().station.view()
+    for site in ("a/b", "harbour"):
+        level = ocppboard.in_topic(site)
+        bench.go_online(level)
+        bench.publish(f"{level}/CP-1/state", view, True)
+    bench.fleet.connected()
+    bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
+    bench.fleet.tick({"a%2Fb": 7})
+    assert [s.site.site for s in bench.fleet.stations("*")] == ["a/b"]
 
 
 def test_what_a_broker_has_not_kept_is_gone_when_the_connection_is_back():
@@ -15228,6 +15289,13 @@ def test_more_sites_than_are_followed_are_left_out_and_named(monkeypatch):
     bench.go_online("x" * 10_000)
     assert list(bench.fleet.sites) == ["site-0", "site-1", "site-2"]
     assert bench.warnings == ["The site 'site-3' is left out: 3 sites are followed at most"]
+
+
+@pytest.mark.parametrize("name", ["", "*", "x" * 200])
+def test_a_site_whose_name_is_none_is_left_out_and_named(name):
+    bench = FleetBench()
+    bench.go_online(name)
+    assert bench.fleet.sites == {} and "it is no name of a site" in bench.warnings[0]
 
 
 def test_what_an_older_or_newer_board_publishes_is_made_to_fit():
@@ -18612,6 +18680,63 @@ async def test_a_command_goes_to_the_board_that_has_the_station_and_its_answer_c
         status, answer = await ask(reset)
         assert (status, answer["error"]) == (409, "garage: The station is offline")
         assert len(got) == 2
+
+
+@with_broker
+async def test_a_station_called_as_a_topic_is_asked_as_any_other(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        for identity in ("status", "report", "answers", "events", "call", "50%+#\u00fc"):
+            socket_ = await garage.station(identity)
+            _, task = obedient(socket_)
+            await until(lambda identity=identity: any(
+                s.identity == identity for s in hq.daemon.mqtt.fleet.stations("garage")))
+            status, answer, _ = await hq.fetch(
+                f"/api/connections/{quote(identity)}/call?site=garage", "POST",
+                {"action": "Reset", "payload": {"type": "Soft"}})
+            assert (status, answer.get("result")) == (200, {"status": "Accepted"}), answer
+            task.cancel()
+
+
+@with_broker
+async def test_an_answer_that_is_forged_or_nonsense_is_no_success(broker, monkeypatch):
+    monkeypatch.setattr(ocppboard, "SITE_MARGIN_S", 0)
+    follower, correlations = Follower(broker, "ocppboard/evil/CP-1/call"), []
+    take = follower.client.on_message
+
+    def ask(client, data, message):
+        correlations.append(message.properties.CorrelationData)
+        take(client, data, message)
+    follower.client.on_message = ask
+    follower.publish("ocppboard/evil/status", {"status": "online", "commands": ["Reset"]}, True)
+    good = {"success": True, "result": {"status": "Accepted"}, "responseTime": 1.5}
+    async with fleet_of(broker, "hq", "evil", ocpp_call_timeout_seconds=1) as (hq, evil):
+        await evil.daemon.mqtt.stop()                    # the one who answers is another
+        await until(lambda: hq.daemon.mqtt.fleet.sites["evil"].status == "offline")
+        follower.publish("ocppboard/evil/status", {"status": "online", "commands": ["Reset"]}, True)
+        await until(lambda: hq.daemon.mqtt.fleet.sites["evil"].status == "online")
+        for answer, topic, retain, status in (
+                (good, "evil/CP-1/answers/hq", False, 200),
+                (good, "evil/CP-1/answers/hq", True, 504),
+                (good, "evil/CP-2/answers/hq", False, 504),
+                (good, "other/CP-1/answers/hq", False, 504),
+                ({"success": 1}, "evil/CP-1/answers/hq", False, 502),
+                ({}, "evil/CP-1/answers/hq", False, 502),
+                ({"status": 200, "error": "x"}, "evil/CP-1/answers/hq", False, 502),
+                ({"status": 401, "error": "x"}, "evil/CP-1/answers/hq", False, 502),
+                ({"status": 1e400}, "evil/CP-1/answers/hq", False, 502),
+                (good | {"result": 5}, "evil/CP-1/answers/hq", False, 502),
+                (b"[" * 20_000, "evil/CP-1/answers/hq", False, 502)):
+            number = len(correlations)
+            asked = asyncio.create_task(hq.fetch("/api/connections/CP-1/call?site=evil", "POST", {
+                "action": "Reset", "payload": {"type": "Soft"}}))
+            await until(lambda number=number: len(correlations) > number)
+            for _ in range(2):
+                follower.publish(f"ocppboard/{topic}", answer, retain,
+                                 CorrelationData=correlations[-1])
+            found = (await asked)[:2]
+            assert found[0] == status, (answer, found)
+            assert status != 200 or found[1] == good
+    follower.close()
 
 
 @with_broker
