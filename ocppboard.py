@@ -18153,6 +18153,7 @@ class FleetSite(Record):
     warning: Annotated[str | None, Shown()] = None
     number: int = 0
     changed: int = 0
+    load_at: float | None = None        # UTC seconds, by the clock there
     records: "dict[tuple[str, ...], RemoteRecord]" = field(default_factory=dict)     # retained
     connectors: "dict[str, dict[tuple[int, int], RemoteRecord]]" = field(default_factory=dict)
     ended: "dict[tuple[str, ...], RemoteRecord]" = field(default_factory=dict)   # transactions
@@ -18376,10 +18377,10 @@ class Fleet:
         if state["status"] == "online":
             self._set_status(site, "online", _seconds(state["since"]))
         else:
-            self._set_status(site, "offline", site.since if site.status == "offline" else None)
+            self._set_status(site, "offline", site.load_at)      # the last that is known of it
 
     def _set_status(self, site: FleetSite, status: SiteStatus, since: float | None = None) -> None:
-        """`since`: as it was published; when it is retained, nobody saw it begin."""
+        """`since`: by what is retained, where nobody here saw it begin."""
         if site.status != status:
             site.since = since if self._is_retained else self.board.clock()
         site.status = status
@@ -18392,8 +18393,9 @@ class Fleet:
                                     "limitA"))
         site.load_a = {phase: load["loadA"].get(phase, 0.0) for phase in PHASES}
         site.over_limit = load["overLimit"]
-        if site.status == "offline":     # the last that is known of it
-            site.since = _seconds(load["at"])
+        site.load_at = _seconds(load["at"])
+        if site.status == "offline" and self._is_retained:
+            site.since = site.load_at
         self.board.publish("sites", site)
 
     def _read_event(self, site: FleetSite, view: dict) -> None:

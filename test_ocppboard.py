@@ -15004,7 +15004,7 @@ def test_a_site_is_known_by_its_status_its_load_and_what_is_wrong():
         "commands": ["Reset"], "problemCount": 70, "warning": None, "problems": [
             {"event": "offline", "identity": "CP-1", "text": "offline", "since": None}] * 50}
     bench.clock.now += 60
-    bench.publish("garage/status", {"status": "offline"}, True)
+    bench.publish("garage/status", {"status": "offline"})
     site = bench.published()[-1]
     assert (site["status"], site["since"]) == ("offline", ocppboard.iso(NOW + 60))
     bench.publish("garage/status", None, True)
@@ -15017,10 +15017,18 @@ def test_a_site_that_went_while_nobody_followed_is_gone_since_its_last_load():
     bench.publish("garage/status", {"status": "offline", "since": ocppboard.iso(NOW - 9000)}, True)
     bench.publish("garage/load", {"at": ocppboard.iso(NOW - 500)}, True)
     bench.publish("harbour/load", {"at": ocppboard.iso(NOW - 5)}, True)
+    bench.publish("pier/load", {"at": ocppboard.iso(NOW - 300)}, True)
+    bench.go_online("pier")
+    bench.fleet.disconnected()
+    bench.fleet.connected()
+    bench.publish("pier/load", {"at": ocppboard.iso(NOW - 100)}, True)
+    bench.publish("pier/status", {"status": "offline"}, True)
     bench.go_online("harbour", since=ocppboard.iso(NOW - 7000))
     sites = {site.site: site.view() for site in bench.fleet.sites.values()}
     assert (sites["garage"]["status"], sites["garage"]["since"]) == (
         "offline", ocppboard.iso(NOW - 500))
+    assert (sites["pier"]["status"], sites["pier"]["since"]) == (
+        "offline", ocppboard.iso(NOW - 100))
     assert (sites["harbour"]["status"], sites["harbour"]["since"]) == (
         "online", ocppboard.iso(NOW - 7000))
 
@@ -18701,7 +18709,7 @@ async def test_a_station_called_as_a_topic_is_asked_as_any_other(broker):
 async def test_an_answer_that_is_forged_or_nonsense_is_no_success(broker, monkeypatch):
     monkeypatch.setattr(ocppboard, "SITE_MARGIN_S", 0)
     follower, correlations = Follower(broker, "ocppboard/evil/CP-1/call"), []
-    take = follower.client.on_message
+    take = follower.take
 
     def ask(client, data, message):
         correlations.append(message.properties.CorrelationData)
@@ -18716,7 +18724,7 @@ async def test_an_answer_that_is_forged_or_nonsense_is_no_success(broker, monkey
         await until(lambda: hq.daemon.mqtt.fleet.sites["evil"].status == "online")
         for answer, topic, retain, status in (
                 (good, "evil/CP-1/answers/hq", False, 200),
-                (good, "evil/CP-1/answers/hq", True, 504),
+                (good, "evil/CP-1/answers/hq", True, 200),       # live, if retained, too
                 (good, "evil/CP-2/answers/hq", False, 504),
                 (good, "other/CP-1/answers/hq", False, 504),
                 ({"success": 1}, "evil/CP-1/answers/hq", False, 502),
