@@ -18322,7 +18322,8 @@ class Fleet:
         self._is_retained = retained
         if retained and self._retained_mono is not None:
             self._retained_mono = self.board.mono()
-        name, *key = map(unquote, levels)
+        name, first, *rest = levels
+        name = unquote(name)
         site = self.sites.get(name)
         if site is None:
             if not payload or in_topic(name) != levels[0]:       # else two could have one name
@@ -18334,7 +18335,7 @@ class Fleet:
                 self._leave_out(name, f"{SITES_KEPT} sites are followed at most")
                 return
             site = self.sites[name] = FleetSite(name)
-        self._take(site, tuple(key), payload)
+        self._take(site, (unquote(first), *rest), payload)
 
     def _take(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
         """Read a message, or name the site."""
@@ -18444,7 +18445,7 @@ class Fleet:
                 self._end(site, key, json.loads(lost.text) | {"status": "abandoned"})
             return
         view = self._of(identity, self._transaction.read(view))
-        if str(view["id"]) != id_:
+        if in_topic(view["id"]) != id_:
             raise WrongValue("it is of another transaction")
         if view["status"] == "active":
             self._drop_ended(site, key)                  # the broker had lost it
@@ -18532,8 +18533,12 @@ class Fleet:
 
 
 def in_topic(text: str | int) -> str:
-    """An identity as one level of a topic: percent-encoded where that has a meaning in topics."""
-    return re.sub(r"[\x00-\x1f\x7f/+#%]", lambda found: f"%{ord(found[0]):02X}", str(text))
+    """An identity as one level of a topic: percent-encoded where a character has a meaning there,
+    or where a broker may disconnect who sends it (MQTT 5.0 1.5.4)."""
+    def encode(found: re.Match) -> str:
+        is_plain = found[0].isprintable() and found[0] not in "/+#%"
+        return str(found[0]) if is_plain else quote(found[0], safe="", errors="surrogatepass")
+    return re.sub("[^ -~]|[/+#%]", encode, str(text))
 
 
 def _seconds(time_: str | None) -> float | None:

@@ -18691,6 +18691,21 @@ async def test_a_command_goes_to_the_board_that_has_the_station_and_its_answer_c
 
 
 @with_broker
+async def test_a_transaction_has_a_topic_whatever_its_id(broker):
+    ids = ["\ud800", "a\uffffb", "\x85", "\x00", "\u202e", "a/+#%b", "\u00e9", "x" * 36]
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        socket_ = await garage.station("CP-1", "ocpp2.0.1")
+        for number, id_ in enumerate(ids, 1):
+            await exchange(socket_, "TransactionEvent", {
+                "eventType": "Started", "timestamp": iso_now(), "triggerReason": "Authorized",
+                "seqNo": 0, "transactionInfo": {"transactionId": id_},
+                "evse": {"id": number, "connectorId": 1}})
+        fleet = hq.daemon.mqtt.fleet
+        await until(lambda: {r.fields["id"] for r in fleet.of("transactions", "garage")} == {*ids})
+        assert fleet.sites["garage"].warning is None
+
+
+@with_broker
 async def test_a_station_called_as_a_topic_is_asked_as_any_other(broker):
     async with fleet_of(broker, "hq", "garage") as (hq, garage):
         for identity in ("status", "report", "answers", "events", "call", "50%+#\u00fc"):
