@@ -18348,24 +18348,24 @@ class Fleet:
         """Raises: FormatViolation, Busy."""
         site.unseen.discard(key)
         view = _published(payload) if payload else {}
-        match key:
-            case ("status",):
-                self._read_status(site, view)
-            case ("load",) if payload:
-                self._read_load(site, view)
-            case ("problems",) if payload:
-                found = self._problems.read(view)
-                site.problems = found["problems"][:SITE_PROBLEMS]
-                site.problem_count = found["count"]
-                self.board.publish("sites", site)
-            case ("events",) | (_, "events") if payload and not self._is_retained:
-                self._read_event(site, view)
-            case (identity, "state"):
-                self._read_station(site, identity, view)
-            case (_, "connectors", _, _):
-                self._read_connector(site, key, view)
-            case (_, "transactions", _):
-                self._read_transaction(site, key, view)
+        kind = len(key), key[1] if len(key) > 2 else "".join(key[-1:])
+        if kind == (1, "status"):
+            self._read_status(site, view)
+        elif kind == (1, "load") and payload:
+            self._read_load(site, view)
+        elif kind == (1, "problems") and payload:
+            found = self._problems.read(view)
+            site.problems = found["problems"][:SITE_PROBLEMS]
+            site.problem_count = found["count"]
+            self.board.publish("sites", site)
+        elif kind in ((1, "events"), (2, "events")) and payload and not self._is_retained:
+            self._read_event(site, view)
+        elif kind == (2, "state"):
+            self._read_station(site, key[0], view)
+        elif kind == (4, "connectors"):
+            self._read_connector(site, key, view)
+        elif kind == (3, "transactions"):
+            self._read_transaction(site, key, view)
 
     # What is published
 
