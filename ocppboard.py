@@ -21586,6 +21586,7 @@ NOT_BY_MQTT = re.compile("Certificate|Firmware|NetworkProfile")
 ALIKE = {"RemoteStartTransaction": "RequestStartTransaction",    # one thing in two versions
          "RemoteStopTransaction": "RequestStopTransaction"}
 ALIKE |= {other: one for one, other in ALIKE.items()}
+ASKED_KNOWN, ASKED_KNOWN_S = 1000, 10        # questions; one that comes again is the same
 LIMIT_BY_MQTT_ID = 76_000_000       # of the charging profile, and the EVSE added
 REPORT_LINES = 2000                 # of a report that is asked for
 SendByHand = Callable[[str, dict, Callable[[str, dict], Any]], Awaitable[dict]]
@@ -21607,6 +21608,7 @@ class AskedByMqtt:
         self._waiting: dict[str, deque[tuple[list[str], Incoming, float]]] = {}
         self._is_reporting = False
         self._told_mono = -math.inf
+        self._asked_mono: OrderedDict[bytes, float] = OrderedDict()      # {digest: when}
 
     @property
     def allowed(self) -> frozenset[str]:
@@ -21616,6 +21618,8 @@ class AskedByMqtt:
 
     def came(self, identity: str, levels: list[str], message: Incoming) -> None:
         """Somebody asks for something: it waits for what was asked of that station before."""
+        if self._is_repeated(message):
+            return
         if identity not in self.board.stations:
             self._refuse(identity, message, NotFound("Connection not found"))
             return
@@ -21626,6 +21630,21 @@ class AskedByMqtt:
         waiting.append((levels, message, self.board.mono() + message.expires_s))
         if len(waiting) == 1:
             self._spawn("command by MQTT", self._work(identity, waiting))
+
+    def _is_repeated(self, message: Incoming) -> bool:
+        """Whether it came a moment ago: of brokers with two ways to each other, one by each."""
+        if not message.correlation:
+            return False                 # then nobody can tell
+        now = self.board.mono()
+        digest = hashlib.sha256(b"\0".join((
+            message.topic.encode(), message.response_topic.encode(), message.correlation,
+            message.payload))).digest()
+        is_known = now - self._asked_mono.get(digest, -math.inf) < ASKED_KNOWN_S
+        self._asked_mono[digest] = now
+        self._asked_mono.move_to_end(digest)
+        if len(self._asked_mono) > ASKED_KNOWN:
+            self._asked_mono.popitem(last=False)
+        return is_known
 
     async def _work(self, identity: str, waiting: deque) -> None:
         try:
@@ -21669,6 +21688,8 @@ class AskedByMqtt:
 
     def report_came(self, message: Incoming) -> None:
         """Somebody asks for a report of the site; of them one is made at a time."""
+        if self._is_repeated(message):
+            return
         if self._is_reporting:
             self._refuse("", message, Busy("Another report is being made"))
             return

@@ -18315,7 +18315,7 @@ def test_without_its_package_a_broker_is_refused_in_one_line(monkeypatch):
 async def command(follower, topic, body, answer="ocppboard/home/CP-1/answers/me", **properties):
     """What a command by MQTT 5 is answered."""
     seen = len(follower.came)
-    follower.publish(topic, body, ResponseTopic=answer, CorrelationData=b"7", **properties)
+    follower.publish(topic, body, ResponseTopic=answer, CorrelationData=os.urandom(4), **properties)
     await until(lambda: any(t == answer for t, _ in follower.came[seen:]), 10)
     return next(payload_ for t, payload_ in follower.came[seen:] if t == answer)
 
@@ -18759,6 +18759,25 @@ async def test_an_answer_that_is_forged_or_nonsense_is_no_success(broker, monkey
             found = (await asked)[:2]
             assert found[0] == status, (answer, found)
             assert status != 200 or found[1] == good
+    follower.close()
+
+
+@with_broker
+async def test_a_command_that_the_broker_delivers_twice_is_carried_out_once(broker, monkeypatch):
+    follower, topic = Follower(broker, "nothing"), "ocppboard/garage/CP-1/call"
+    async with fleet_of(broker, "hq", "garage") as (_, garage):
+        socket_ = await garage.station()
+        got, task = obedient(socket_)
+        reset = {"action": "Reset", "payload": {"type": "Soft"}}
+        for correlation in (b"a", b"a", b"b", b"a", None, None):
+            follower.publish(topic, reset, ResponseTopic="ocppboard/garage/CP-1/answers/me",
+                             **({"CorrelationData": correlation} if correlation else {}))
+        await until(lambda: len(got) == 4)
+        monkeypatch.setattr(ocppboard, "ASKED_KNOWN_S", 0)
+        follower.publish(topic, reset, ResponseTopic="ocppboard/garage/CP-1/answers/me",
+                         CorrelationData=b"a")
+        await until(lambda: len(got) == 5)
+        task.cancel()
     follower.close()
 
 
