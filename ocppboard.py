@@ -22936,7 +22936,7 @@ const state = {
   live: {status: 'connecting', since: Date.now()}, loaded: false, clockOff: 0,
   about: null, samples: [], stations: new Map(), transactions: new Map(), series: new Map(),
   older: {key: '', found: null},                   // a transaction that only a link leads to
-  fleet: {sites: new Map(), of: '', cameLater: null, ...noRecords()},     // see Fleet
+  fleet: {sites: new Map(), of: '', stale: false, cameLater: null, ...noRecords()},  // see Fleet
   recent: [], security: [], errors: [], system: [], knocking: [], charges: new Map(), proxied: [],
   report: NO_REPORT,                               // what transactions come to
   tokens: [], lists: [],                           // id tokens, and the local lists of stations
@@ -23081,7 +23081,7 @@ function fill(got, sites) {
   state.errors.forEach(find);
   tellTime();
   setSites(sites);
-  state.fleet.of = '';                             // its records are asked for anew
+  state.fleet.stale = all.about.fleet;
   if (state.route.query.site) arrive();
 }
 
@@ -23094,6 +23094,7 @@ const isOther = site => !!site && site !== state.about?.site;
 const siteCalled = site => state.fleet.sites.get(site);
 // Whether what is known of a record is of now, as far as its site goes.
 const isPresent = ({site}) => !site || siteCalled(site)?.status === 'online';
+const knownAt = ({site}) => isPresent({site}) ? now() : ms(siteCalled(site)?.since) ?? now();
 
 // {name of the event: what it is of, and its key there}.
 /** @type {Record<string, [string, (record: any) => string]>} */
@@ -23112,7 +23113,8 @@ const askSites = () => attempt(async () => setSites(await get('api/sites')));
 // Ask for all records of the sites that are chosen; what the stream brings meanwhile waits.
 async function askFleet() {
   const {fleet, route: {site}} = state, cameLater = [];
-  Object.assign(fleet, {of: site, cameLater: site ? cameLater : null, ...noRecords()});
+  if (fleet.of !== site) Object.assign(fleet, noRecords());
+  Object.assign(fleet, {of: site, stale: false, cameLater: site ? cameLater : null});
   if (!site) return;
   const isWanted = () => fleet.cameLater === cameLater;
   let records = noRecords();
@@ -23151,7 +23153,7 @@ function keepRemote(topic, record) {
 // The stream has the records of other sites while such are chosen.
 function followFleet() {
   const {fleet, route: {site}, about} = state;
-  if (about?.fleet && fleet.of !== site) askFleet();
+  if (about?.fleet && (fleet.stale || fleet.of !== site)) askFleet();
   if (followsAll !== !!site) connect();
 }
 
@@ -23379,7 +23381,9 @@ const on = {
   },
   proxy(record) { if (onTop(state.proxied, record)) touch('proxy'); },
   site(site) {
-    state.fleet.sites.set(site.site, site);
+    const {fleet} = state, before = siteCalled(site.site)?.status;
+    fleet.sites.set(site.site, site);
+    if (site.status === 'online' && before !== 'online') fleet.stale = true;     // it may have less
     for (const topic of ['sites', 'connections', 'transactions']) touch(topic);
   },
 };
@@ -23471,6 +23475,7 @@ function look() {
 function watch() {
   if (!state.session || document.hidden) return;
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
+  if (state.fleet.stale) followFleet();
   POLLED.filter(isDue).forEach(poll => {
     poll.at = Date.now();
     poll.ask();
@@ -23948,7 +23953,8 @@ const is16 = station => station?.protocol === 'ocpp1.6';
 const online = station => station.status === 'online' && isPresent(station);
 const sum = values => values.reduce((total, value) => total + (value || 0), 0);
 const isOnline = record => online(stationCalled(record) || {});
-const lasted = ({startedAt, stoppedAt}) => ((ms(stoppedAt) ?? now()) - ms(startedAt)) / 1000;
+const lasted = ({startedAt, stoppedAt, site}) =>
+  ((ms(stoppedAt) ?? knownAt({site})) - ms(startedAt)) / 1000;
 // The power of a transaction; none is known while its station is offline.
 const flow = transaction => isOnline(transaction) ? transaction.powerW || 0 : 0;
 const transactionsAt = ({site}) => site ? state.fleet.transactions : state.transactions;
@@ -23999,10 +24005,10 @@ function whyThere(station, {status, reason}) {
 }
 function awayText({site}) {
   const {status, since: from} = siteCalled(site) || {};
+  const lasting = from ? ` since ${MINUTES.format(ms(from))} (${duration(since(from))})` : '';
   if (!status) return `${site} has left the broker`;
-  return (status === 'offline' ? `${site} has been gone`
-    : `the broker is away, ${site} has been unreachable`)
-    + (from ? ` since ${MINUTES.format(ms(from))} (${duration(since(from))})` : '');
+  return status === 'offline' ? `${site} has been gone${lasting || ' for a while'}`
+    : `the broker has been away${lasting}, and ${site} with it`;
 }
 
 // The reason why a connector cannot charge at all; '' if there is none.
@@ -24139,7 +24145,7 @@ function attentionToSite({site, overLimit: isOver, problems, problemCount, warni
   return [isOver && alarm(-2, 'bad', all, `${site} is over its limit`),
     ...problems.map(({event, identity, text}) => {
       const rank = PROBLEM_RANKS[event] ?? 3;
-      return alarm(rank, rank < 2 ? 'bad' : 'warn', identity ? stationAt(identity, site) : all,
+      return alarm(rank, rank < 2 ? 'bad' : 'warn', placeOfProblem({site}, {identity}),
         `${[site, identity].filter(Boolean).join(', ')}: ${text}`);
     }),
     left > 0 && alarm(5, 'warn', all, `${site}: ${digits(left)} more`),
@@ -25185,17 +25191,17 @@ function guarded(id, content) {
 const heading = (text, ...more) => [h('div.title', h('h1.grow', text), more), siteNote()];
 
 // What is to be known of the sites that are chosen.
-const OF_SITES = ['overview', 'stations', 'transactions', 'report', 'security', 'events'];
+const OF_SITES = ['stations', 'transactions', 'report', 'security', 'events', 'overview', 'help'];
 function siteNote() {
   const {site, screen} = state.route;
   if (!site || screen === 'overview') return null;
   const said = (...text) => h('p.note', {key: 'site note'}, text);
   if (!OF_SITES.includes(screen)) return said(
     `What stands here is of this site, ${state.about?.site}: other sites do not publish it.`);
-  if (site !== EVERY_SITE && !isPresent({site})) return said('▲ ', awayText({site}),
-    '. What is shown of it is as it was last.');
-  return null;
+  return site === EVERY_SITE || screen === 'report' ? null : awayNote({site});
 }
+const awayNote = record => !isPresent(record) && h('p.note', {key: 'away'},
+  `▲ ${awayText(record).replace(/^t/, 'T')}. What is shown of it is as it was last.`);
 function siteChoice() {
   if (!state.about?.fleet) return null;
   const {route: {site}, fleet} = state;
@@ -25213,7 +25219,8 @@ const withSites = (columns, name) => state.route.site !== EVERY_SITE ? columns
   : columns.flatMap(column => column.name === name ? [column, SITE_COLUMN] : [column]);
 const besideName = record => state.route.site === EVERY_SITE
   && h('span.dim', ` · ${siteName(record)}`);
-const looksAway = record => ({class: !isPresent(record) && 'faded'});
+const looksAway = record =>
+  ({class: !isPresent(record) && !record.stoppedAt && 'faded'});
 const counted = text => h('span.dim.small.grow', text);
 const searchBox = (name, text) => h('input', {type: 'search', placeholder: text, 'aria-label': text,
   'data-search': true, value: state.route.query[name] || '',
@@ -25334,16 +25341,20 @@ const siteIsAway = ({status}) => status !== 'online';
 function siteState({status, since: from}) {
   if (status === 'online') return pill('online', 'good');
   return [pill(...status === 'offline' ? ['gone', 'bad'] : ['unreachable', 'warn']),
-    h('span.small', ' ', ago(from))];
+    from && h('span.small', ' ', ago(from))];
 }
 function siteTrouble(site) {
   const {overLimit: isOver, problemCount, problems, warning} = site;
   if (siteIsAway(site)) return null;
-  const [{identity, text}] = [...problems, {identity: 'problems', text: ''}];
-  const said = [isOver && 'over its limit', problemCount > 0 && `${identity} ${text}`,
-    problemCount > 1 && `${problemCount - 1} more`, warning].filter(Boolean).join('; ');
-  return said && h('span', {class: isOver ? 'bad' : 'warn', title: plain(said)}, said);
+  const said = [isOver && h('span.bad', 'over its limit'),
+    ...problems.slice(0, 1).map(problem => link(placeOfProblem(site, problem),
+      `${problem.identity} ${problem.text}`)),
+    problemCount > 1 && `${problemCount - 1} more`, warning && h('span.warn', warning)]
+    .filter(Boolean);
+  return said.length > 0 && said.map((part, n) => [n > 0 && ', ', part]);
 }
+const placeOfProblem = ({site, own = false}, {identity}) => identity
+  ? stationAt(identity, site) : to('events', null, {site: !own && site});
 function siteLoadBar({site, powerW, limitA, loadA}) {
   const amps = highest(Object.values(loadA)), part = limitA ? amps / limitA : 0;
   const tone = part > 1 ? 'bad' : part > .95 ? 'warn' : '';
@@ -25366,7 +25377,7 @@ const SITE_COLUMNS = [
     asKnown(site, `${digits(site.online)} of ${digits(site.stations)}`)}),
   col.count('Charging', 'charging', {width: '5.6rem', wide: true, cell: site =>
     asKnown(site, digits(site.charging))}),
-  col.power('Load', 'powerW', {width: '10.5rem', short: '8.6rem', num: false,
+  col.power('Load', 'powerW', {width: '10.5rem', short: '9.8rem', num: false,
     cell: site => siteIsAway(site) ? h('span.dim', DASH) : siteLoadBar(site)}),
 ];
 const SITES = {name: 'sites', label: 'Sites', tall: false, columns: SITE_COLUMNS,
@@ -25380,7 +25391,8 @@ function sitesCard() {
   return card([h('h2', 'Sites'), away > 0 && pill(`${away} away`, 'bad'), h('span.grow'),
     h('b', power(sum(rows.filter(site => !siteIsAway(site)).map(({powerW}) => powerW)))),
     link('stations?site=*', 'All stations')], {key: 'sites', class: 'sites'},
-  listGrid(SITES, rows));
+  listGrid(SITES, rows), rows.length < 2
+    && empty('No other board has published anything at the broker yet.'));
 }
 
 // The load of the site's most loaded phase and its limit: {amps, limitA}, or null.
@@ -26073,15 +26085,18 @@ const ESTIMATED = 'Estimated: its start was not seen, or its meter had several r
 const estimate = transaction => transaction.estimated && h('span.dim', {title: ESTIMATED}, '≈ ');
 
 const holder = transaction => transaction.idTokenName || transaction.idToken || '';
+const transactionPill = transaction => pill(transaction.status,
+  looksAway(transaction).class ? '' : STATUS_TONES[transaction.status] ?? 'bad');
 const TRANSACTION_COLUMNS = [
   col.time('Started', 'startedAt', {leads: true}),
   col.station('Station', 'identity', {wide: true, cell: ({identity, evse, site}) =>
     [stationLink(identity, site), h('span.dim', ` ${evse}`)]}),
   {name: 'Station and status', slim: true, cell: transaction => [
     h('div.cut', stationLink(transaction.identity, transaction.site),
-      h('span.dim', ` ${transaction.evse}`), besideName(transaction)),
-    h('div.cut.dim.small', `${transaction.status} · ${duration(lasted(transaction))}`)]},
-  col.status('Status', 'status', STATUS_TONES, {wide: true}),
+      h('span.dim', ` ${transaction.evse}`)),
+    h('div.cut.dim.small', state.route.site === EVERY_SITE && `${siteName(transaction)} · `,
+      `${transaction.status} · ${duration(lasted(transaction))}`)]},
+  col.status('Status', 'status', STATUS_TONES, {wide: true, cell: transactionPill}),
   col.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
     h('span', {title: transaction.idToken}, holder(transaction) || DASH)}),
   col.energy('Energy', 'energyWh', {short: '6rem', cell: transaction =>
@@ -26129,6 +26144,7 @@ function transactionDetail(transaction) {
   const {identity, id, evse, status, idToken, idTokenName, cost, currency, site} = transaction;
   const goesOn = status === 'active';
   return aside(`Transaction ${id}`, () => go('transactions', null, state.route.query),
+    goesOn && awayNote(transaction),
     facts([['Station', stationLink(identity, site)], site && ['Site', site],
       [evseWord(stationCalled(transaction)), digits(evse)],
       ['Status', goesOn ? transaction.chargingState || 'active' : status],
@@ -27004,7 +27020,8 @@ function knockingCard() {
     h('td', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
       LAGS_BEHIND.test(knock.reason) && act('Let in as configured …', () => letIn(knock))));
   return card([h('h2.grow', 'Knocking'),
-    h('span.dim.small', 'who was refused, and what would work')],
+    h('span.dim.small', state.route.site && 'at this site: ',
+      'who was refused, and what would work')],
     {key: 'knocking'}, state.knocking.length
       ? plainTable('Knocking', ['From', 'Asked for', 'Refused', 'Times', 'Last', 'Would work'],
         state.knocking.slice(0, KNOCKS_SHOWN).map(line))
@@ -27128,7 +27145,8 @@ function arrive() {
   followFleet();
   showMessage(messageIn(route), before.message);
   if (isAnother || !same(before.query, route.query)) ARRIVALS[screen]?.(isAnother);
-  document.title = `${route.ofStation ? plain(id) : SCREENS[screen][0]} · ocppboard`;
+  document.title = `${route.ofStation ? plain([id, route.site].filter(Boolean).join(', '))
+    : SCREENS[screen][0]} · ocppboard`;
   touch('all');
 }
 const messageIn = ({screen, id, site, ofStation: atStation, query: fields}) =>

@@ -20936,9 +20936,10 @@ async def test_the_overview_has_the_sites_and_first_what_is_wrong(broker):
             assert texts[::2] == ["zoo is over its limit",
                                   "garage, CP-1: Connector 1 reports GroundFailure"]
             assert texts[1].startswith("depot has been gone since") and len(texts) == 3
-            await look.page.locator("a", has_text="garage, CP-1").click()
-            await look.sees("at garage", ".title")
-            await look.go("overview")
+            for text in ("CP-1 Connector 1 reports GroundFailure", "garage, CP-1: Connector 1"):
+                await look.page.locator("a", has_text=text).click()
+                await look.sees("at garage", ".title")
+                await look.go("overview")
             broker.stop()
             await look.sees("3 sites unreachable: the MQTT broker is away")
             await expect(look.page.locator("[aria-label=Sites] tr.faded .pill.warn")).to_have_text(
@@ -20995,6 +20996,24 @@ async def test_lists_are_of_the_sites_that_are_chosen(broker):
             for screen in ("stations", "transactions", "events", "security", "report", "messages"):
                 await look.go(f"{screen}?site=*")
                 assert await violations(look) == [], screen
+
+
+@with_broker
+async def test_what_a_site_has_lost_while_it_was_away_is_shown_no_more(broker):
+    async with fleet_of(broker, "hq", "garage") as (hq, garage):
+        for identity in ("CP-1", "CP-2"):
+            await garage.station(identity)
+        async with looking(hq) as look:
+            await look.go("stations?site=garage")
+            await expect(look.page.locator("tbody tr")).to_have_count(2)
+            broker.stop()
+            await look.sees("The broker has been away since", ".note")
+            assert await look.count("tr.faded") == 2
+            assert "online" not in await look.page.locator("tbody").inner_text()
+            garage.board.forget("CP-2")
+            broker.start()
+            await expect(look.page.locator("tbody tr")).to_have_count(1, timeout=20_000)
+            await look.sees("online", "tbody")
 
 
 @with_broker
