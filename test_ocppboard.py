@@ -1280,6 +1280,123 @@ class Mosquitto:
         return f"mqtt://127.0.0.1:{self.port}"
 
 
+class Follower:
+    """Somebody else at the broker: what is retained there by topic, and all that came."""
+
+    def __init__(self, broker, topic="#", five=True, login=None):
+        options = {"protocol": mqtt.MQTTv5 if five else mqtt.MQTTv311}
+        if versions := getattr(mqtt, "CallbackAPIVersion", None):
+            options["callback_api_version"] = versions.VERSION2
+        self.retained: dict[str, Any] = {}
+        self.came: list[tuple[str, Any]] = []
+        self.client = mqtt.Client(**cast(Any, options))
+        subscribed = threading.Event()
+        if login:
+            self.client.username_pw_set(*login)
+        self.client.on_connect = lambda client, *_: client.subscribe(topic)
+        self.client.on_subscribe = lambda *_: subscribed.set()
+        self.client.on_message = self.take
+        self.client.connect("127.0.0.1", broker.port)
+        self.client.loop_start()
+        assert subscribed.wait(10)
+
+    def take(self, client, data, message):
+        try:
+            content = json.loads(message.payload) if message.payload else None
+        except (ValueError, RecursionError):
+            content = message.payload
+        self.came.append((message.topic, content))
+        if content is None:
+            self.retained.pop(message.topic, None)
+        else:
+            self.retained[message.topic] = content
+
+    def publish(self, topic, payload, retain=False, **properties):
+        made = None
+        if properties:
+            made = Properties(PacketTypes.PUBLISH)
+            for name, value in properties.items():
+                setattr(made, name, value)
+        if not isinstance(payload, (str, bytes)):
+            payload = json.dumps(payload)
+        self.client.publish(topic, payload, 0, retain, made).wait_for_publish(10)
+
+    def close(self):
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+@pytest.fixture
+def broker_times(monkeypatch):
+    for name, value in (("LOOK_LEAST_S", 0.3), ("LOOK_QUIET_S", 0.1), ("PUBLISH_S", 0.05),
+                        ("RETRY_BROKER_S", (0.2, 0.2)), ("LOAD_S", 0.2), ("RIVAL_S", 0.2)):
+        monkeypatch.setattr(ocppboard, name, value)
+
+
+@pytest.fixture
+def broker(tmp_path, broker_times):
+    made = Mosquitto(tmp_path)
+    yield made
+    made.stop()
+
+
+def with_broker(test):
+    """A test that is a coroutine, with the fixture `broker`."""
+    @functools.wraps(test)
+    def run(broker, *args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(broker, *args, **kwargs), 90))
+    return run
+
+
+FLEET_KEYS = {"mqtt_commands": "report,Reset,RequestStartTransaction"}
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(broker, *names, boards=None, **keys):
+    """Boards of these sites on a broker, or of the first so many; the first follows the others."""
+    async with contextlib.AsyncExitStack() as stack:
+        sites = []
+        for number, name in enumerate(names[:boards]):
+            sites.append(await stack.enter_async_context(Site(**{
+                "mqtt_url": broker.url, "mqtt_site": name, "mqtt_fleet": str(not number).lower(),
+                **FLEET_KEYS} | keys)))
+        fleet = sites[0].daemon.mqtt.fleet
+        await until(lambda: {s.site for s in fleet.sites.values() if s.status == "online"} == {
+            *names[1:]}, 15)
+        yield sites
+
+
+async def charging_station(site, identity="CP-1"):
+    """A 1.6 station that charges with 16 A."""
+    socket_ = await site.station(identity)
+    await exchange(socket_, "BootNotification", BOOT_16)
+    await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": "Charging",
+                                                   "errorCode": "NoError"})
+    start = START_16 | {"timestamp": iso_now()}
+    number = (await exchange(socket_, "StartTransaction", start))[2]["transactionId"]
+    await exchange(socket_, "MeterValues", {
+        "connectorId": 1, "transactionId": number, "meterValue": [{"timestamp": iso_now(),
+            "sampledValue": [sample("2500", "Energy.Active.Import.Register", "Wh"),
+                             sample("3680", POWER, "W"), sample("16", CURRENT, "A", "L1"),
+                             sample("55", "SoC", "Percent")]}]})
+    return socket_, number
+
+
+def obedient(socket_, answers=None):
+    """A task that answers each command, and a list of them."""
+    got = []
+
+    async def obey():
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                frame = json.loads(await socket_.recv())
+                if frame[0] == 2:
+                    got.append((frame[2], frame[3]))
+                    await socket_.send(json.dumps([3, frame[1], (answers or {}).get(
+                        frame[2], {"status": "Accepted"})]))
+    return got, asyncio.create_task(obey())
+
+
 class AlertReceiver:
     """A local server that alerts go to, and that misbehaves as it is asked to."""
 
@@ -17860,67 +17977,6 @@ def test_the_site_keeps_its_name(kept_bench, monkeypatch):
 
 # MQTT, at a real Mosquitto
 
-
-class Follower:
-    """Somebody else at the broker: what is retained there by topic, and all that came."""
-
-    def __init__(self, broker, topic="#", five=True, login=None):
-        options = {"protocol": mqtt.MQTTv5 if five else mqtt.MQTTv311}
-        if versions := getattr(mqtt, "CallbackAPIVersion", None):
-            options["callback_api_version"] = versions.VERSION2
-        self.retained: dict[str, Any] = {}
-        self.came: list[tuple[str, Any]] = []
-        self.client = mqtt.Client(**cast(Any, options))
-        subscribed = threading.Event()
-        if login:
-            self.client.username_pw_set(*login)
-        self.client.on_connect = lambda client, *_: client.subscribe(topic)
-        self.client.on_subscribe = lambda *_: subscribed.set()
-        self.client.on_message = self.take
-        self.client.connect("127.0.0.1", broker.port)
-        self.client.loop_start()
-        assert subscribed.wait(10)
-
-    def take(self, client, data, message):
-        try:
-            content = json.loads(message.payload) if message.payload else None
-        except (ValueError, RecursionError):
-            content = message.payload
-        self.came.append((message.topic, content))
-        if content is None:
-            self.retained.pop(message.topic, None)
-        else:
-            self.retained[message.topic] = content
-
-    def publish(self, topic, payload, retain=False, **properties):
-        made = None
-        if properties:
-            made = Properties(PacketTypes.PUBLISH)
-            for name, value in properties.items():
-                setattr(made, name, value)
-        if not isinstance(payload, (str, bytes)):
-            payload = json.dumps(payload)
-        self.client.publish(topic, payload, 0, retain, made).wait_for_publish(10)
-
-    def close(self):
-        self.client.disconnect()
-        self.client.loop_stop()
-
-
-@pytest.fixture
-def broker_times(monkeypatch):
-    for name, value in (("LOOK_LEAST_S", 0.3), ("LOOK_QUIET_S", 0.1), ("PUBLISH_S", 0.05),
-                        ("RETRY_BROKER_S", (0.2, 0.2)), ("LOAD_S", 0.2), ("RIVAL_S", 0.2)):
-        monkeypatch.setattr(ocppboard, name, value)
-
-
-@pytest.fixture
-def broker(tmp_path, broker_times):
-    made = Mosquitto(tmp_path)
-    yield made
-    made.stop()
-
-
 def at_broker(**keys):
     """A test with a running Site that publishes to the fixture `broker`, and a Follower."""
     def decorate(test):
@@ -17938,22 +17994,6 @@ def at_broker(**keys):
             asyncio.run(asyncio.wait_for(inside(), 60))
         return without_site(without_site(run, test), run)
     return decorate
-
-
-async def charging_station(site, identity="CP-1"):
-    """A 1.6 station that charges with 16 A."""
-    socket_ = await site.station(identity)
-    await exchange(socket_, "BootNotification", BOOT_16)
-    await exchange(socket_, "StatusNotification", {"connectorId": 1, "status": "Charging",
-                                                   "errorCode": "NoError"})
-    start = START_16 | {"timestamp": iso_now()}
-    number = (await exchange(socket_, "StartTransaction", start))[2]["transactionId"]
-    await exchange(socket_, "MeterValues", {
-        "connectorId": 1, "transactionId": number, "meterValue": [{"timestamp": iso_now(),
-            "sampledValue": [sample("2500", "Energy.Active.Import.Register", "Wh"),
-                             sample("3680", POWER, "W"), sample("16", CURRENT, "A", "L1"),
-                             sample("55", "SoC", "Percent")]}]})
-    return socket_, number
 
 
 @at_broker()
@@ -18320,21 +18360,6 @@ async def command(follower, topic, body, answer="ocppboard/home/CP-1/answers/me"
     return next(payload_ for t, payload_ in follower.came[seen:] if t == answer)
 
 
-def obedient(socket_, answers=None):
-    """A task that answers each command, and a list of them."""
-    got = []
-
-    async def obey():
-        with contextlib.suppress(websockets.ConnectionClosed):
-            while True:
-                frame = json.loads(await socket_.recv())
-                if frame[0] == 2:
-                    got.append((frame[2], frame[3]))
-                    await socket_.send(json.dumps([3, frame[1], (answers or {}).get(
-                        frame[2], {"status": "Accepted"})]))
-    return got, asyncio.create_task(obey())
-
-
 @at_broker(mqtt_commands="Reset,RemoteStartTransaction,ChangeConfiguration,DataTransfer")
 async def test_a_command_by_mqtt_is_answered_on_its_response_topic(site, follower, broker):
     socket_ = await site.station()
@@ -18555,32 +18580,6 @@ def test_entities_of_odd_identities_differ_and_fit():
 
 
 # A fleet
-
-FLEET_KEYS = {"mqtt_commands": "report,Reset,RequestStartTransaction"}
-
-
-@contextlib.asynccontextmanager
-async def fleet_of(broker, *names, boards=None, **keys):
-    """Boards of these sites on a broker, or of the first so many; the first follows the others."""
-    async with contextlib.AsyncExitStack() as stack:
-        sites = []
-        for number, name in enumerate(names[:boards]):
-            sites.append(await stack.enter_async_context(Site(**{
-                "mqtt_url": broker.url, "mqtt_site": name, "mqtt_fleet": str(not number).lower(),
-                **FLEET_KEYS} | keys)))
-        fleet = sites[0].daemon.mqtt.fleet
-        await until(lambda: {s.site for s in fleet.sites.values() if s.status == "online"} == {
-            *names[1:]}, 15)
-        yield sites
-
-
-def with_broker(test):
-    """A test that is a coroutine, with the fixture `broker`."""
-    @functools.wraps(test)
-    def run(broker, *args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(broker, *args, **kwargs), 90))
-    return run
-
 
 @with_broker
 async def test_a_board_shows_the_sites_stations_and_transactions_of_two_others(broker):
