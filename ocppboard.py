@@ -4872,6 +4872,7 @@ STATUSES = {"ocpp1.6": frozenset("""Available Preparing Charging SuspendedEVSE S
             "ocpp2.0.1": (_STATUSES_2X := frozenset(
                 "Available Occupied Reserved Unavailable Faulted".split())),
             "ocpp2.1": _STATUSES_2X}
+CONNECTOR_STATUSES = STATUSES["ocpp1.6"] | _STATUSES_2X
 CHARGING_STATES = frozenset("Charging EVConnected SuspendedEV SuspendedEVSE Idle".split())
 ANSWER_STATUSES = frozenset("""Accepted Rejected Failed NotSupported NotImplemented Scheduled
     RebootRequired Unknown Unlocked UnlockFailed Occupied Faulted Unavailable VersionMismatch
@@ -18243,7 +18244,8 @@ class Fleet:
         self.sites: dict[str, FleetSite] = {}
         self.bytes = 0                   # of all records
         self.most_bytes = int(psutil.virtual_memory().total * FLEET_SHARE)
-        self._retained_mono: float | None = None         # when one came last; None: all have
+        # When a retained message came last; inf: the first is yet to come; None: all have.
+        self._retained_mono: float | None = None
         self._is_retained = False        # the message that is read
         self._left_out_mono = -math.inf
         board.changing["sites"] = self.records
@@ -18282,10 +18284,14 @@ class Fleet:
     # The broker
 
     def connected(self) -> None:
-        """The broker sends what it has retained, then what is new."""
-        self._retained_mono = self.board.mono()
+        """The broker is asked for what it has retained, and for what is new."""
+        self._retained_mono = math.inf
         for site in self.sites.values():
             site.unseen = {("status",), *site.records}
+
+    def subscribed(self) -> None:
+        """The broker sends what it has retained."""
+        self._retained_mono = self.board.mono()
 
     def disconnected(self) -> None:
         """The connection to the broker is lost: all is as it was."""
@@ -18302,6 +18308,7 @@ class Fleet:
     def tick(self, dropped: Container[str] = ()) -> None:
         """Once a second: when the broker has sent all, what it did not send is gone.
 
+        A site that it does not know any more, as after a restart without its file, stays as gone.
         `dropped`: sites of which messages were dropped meanwhile, as in their topics.
         """
         if self._retained_mono is None or (
@@ -18312,8 +18319,9 @@ class Fleet:
             if in_topic(site.site) in dropped:
                 continue                 # perhaps those; it is asked for anew
             if ("status",) in site.unseen:
-                self._forget(site)
-                continue
+                site.unseen.remove(("status",))
+                site.status = "offline"
+                self.board.publish("sites", site)
             for key in list(site.unseen):
                 self._take(site, key, b"")
 
@@ -19619,7 +19627,8 @@ METRICS = (
     Metric("connector_status", "1 for the status that a connector has.",
            lambda s: s.of_connectors(lambda c: 1 if c.status else None,
                                      lambda c: {"status": c.status}),
-           lambda s: s.remote_connectors(lambda c: 1 if c["status"] else None, ("status",))),
+           lambda s: s.remote_connectors(
+               lambda c: 1 if c["status"] in CONNECTOR_STATUSES else None, ("status",))),
     Metric("connector_charging", "1 while a transaction is under way.",
            lambda s: s.of_connectors(lambda c: int(c.transaction is not None)),
            lambda s: s.remote_connectors(lambda c: int(c["charging"]))),
@@ -21243,6 +21252,7 @@ class BrokerConnection:
         self._welcome: asyncio.Future[None] = loop.create_future()
         self._drained = asyncio.Event()
         self._leaving, self._why = False, ""
+        self._subscribing: dict[int, Callable[[], None]] = {}    # {message id: to be called then}
         self._io = IOLoop.current()
         self._paho = importlib.import_module("paho.mqtt.client")
         self._properties = importlib.import_module("paho.mqtt.properties")
@@ -21268,6 +21278,8 @@ class BrokerConnection:
         client.on_connect = lambda _, __, ___, reason, *____: self._welcomed(reason)
         client.on_disconnect = lambda _, __, *told: self._left(told)
         client.on_message = lambda _, __, message: self.on_message(self._incoming(message))
+        client.on_subscribe = lambda _, __, number, *___: self._subscribing.pop(
+            number, lambda: None)()
         return client
 
     async def open(self, user: str | None, password: str | None, will_topic: str,
@@ -21342,13 +21354,18 @@ class BrokerConnection:
 
     # Messages
 
-    def subscribe(self, *filters: str, of_others: bool = False) -> None:
-        """Have messages of these topics come to `on_message`; `of_others`: not our own (MQTT 5)."""
+    def subscribe(self, *filters: str, of_others: bool = False,
+                  then: Callable[[], None] = lambda: None) -> None:
+        """Have messages of these topics come to `on_message`; `of_others`: not our own (MQTT 5).
+
+        `then` is called when the broker has agreed.
+        """
         if self.ended.done():
             return
         options = importlib.import_module("paho.mqtt.subscribeoptions").SubscribeOptions(
             noLocal=True) if of_others else 0
-        self._client.subscribe([(topic_filter, options) for topic_filter in filters])
+        _, number = self._client.subscribe([(topic_filter, options) for topic_filter in filters])
+        self._subscribing[number] = then
 
     def unsubscribe(self, *filters: str) -> None:
         """Stop that."""
@@ -21589,6 +21606,7 @@ ALIKE |= {other: one for one, other in ALIKE.items()}
 ASKED_KNOWN, ASKED_KNOWN_S = 1000, 10        # questions; one that comes again is the same
 LIMIT_BY_MQTT_ID = 76_000_000       # of the charging profile, and the EVSE added
 REPORT_LINES = 2000                 # of a report that is asked for
+ANSWER_BYTES = PACKET_BYTES - 4096  # of JSON; a board has no larger packet sent to it
 SendByHand = Callable[[str, dict, Callable[[str, dict], Any]], Awaitable[dict]]
 ReportOf = Callable[[dict], Awaitable[dict]]
 
@@ -21769,9 +21787,12 @@ class AskedByMqtt:
         """Answer who wants to know; secrets are masked."""
         if message.response_topic and (connection := self.mqtt.connection):
             shown_answer = answer | {"action": action}
-            connection.publish(message.response_topic,
-                               without_secrets("", shown_answer, to_json(shown_answer)),
-                               correlation=message.correlation)
+            text = without_secrets("", shown_answer, to_json(shown_answer))
+            if len(text) > ANSWER_BYTES:
+                text = to_json({"action": action, "success": False} | TooLarge(
+                    f"It was done, but the answer has more than {ANSWER_BYTES:,} bytes").body() | {
+                        "status": TooLarge.http_status})
+            connection.publish(message.response_topic, text, correlation=message.correlation)
 
     def _refuse(self, identity: str, message: Incoming, error: BoardError) -> None:
         self._answer(message, None, {"success": False, "status": error.http_status} | error.body())
@@ -22225,7 +22246,8 @@ class Mqtt:
         self.fleet.connected()
         connection.subscribe(
             *(f"{self._used.topic}/{levels}" for levels in FLEET_TOPICS),
-            f"{self._used.topic}/+/+/{ANSWERS}/{self.prefix.rpartition('/')[2]}", of_others=True)
+            f"{self._used.topic}/+/+/{ANSWERS}/{self.prefix.rpartition('/')[2]}", of_others=True,
+            then=self.fleet.subscribed)
 
     def _leave(self, connection: BrokerConnection) -> None:
         """The site goes elsewhere: nothing of it stays here."""

@@ -15257,6 +15257,7 @@ def test_the_end_of_a_transaction_at_a_site_without_room_names_it():
     bench.publish("garage/CP-1/transactions/7", transaction_view(id=7), True)
     bench.fleet.sites["garage"].bytes = ocppboard.SITE_BYTES
     bench.fleet.connected()
+    bench.fleet.subscribed()
     bench.go_online()
     bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
     bench.fleet.tick()
@@ -15271,6 +15272,7 @@ def test_what_was_dropped_is_not_taken_for_gone():
         bench.go_online(level)
         bench.publish(f"{level}/CP-1/state", view, True)
     bench.fleet.connected()
+    bench.fleet.subscribed()
     bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
     bench.fleet.tick({"a%2Fb": 7})
     assert [s.site.site for s in bench.fleet.stations("*")] == ["a/b"]
@@ -15287,6 +15289,10 @@ def test_what_a_broker_has_not_kept_is_gone_when_the_connection_is_back():
     assert {site.status for site in bench.fleet.sites.values()} == {"unreachable"}
     bench.clock.now += 100
     bench.fleet.connected()
+    bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
+    bench.fleet.tick()
+    bench.fleet.subscribed()
+    bench.fleet.tick()
     bench.go_online("garage")
     bench.publish("garage/CP-2/state", other.board.stations["CP-2"].view(), True)
     bench.fleet.tick()
@@ -15294,7 +15300,8 @@ def test_what_a_broker_has_not_kept_is_gone_when_the_connection_is_back():
     bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
     bench.fleet.tick()
     assert [(s.site.site, s.identity) for s in bench.fleet.stations("*")] == [("garage", "CP-2")]
-    assert list(bench.fleet.sites) == ["garage"]
+    harbour = bench.fleet.sites["harbour"].view()
+    assert (harbour["status"], harbour["since"]) == ("offline", ocppboard.iso(NOW)), "all of it"
     assert bench.fleet.bytes == bench.fleet.stations("*")[0].size
 
 
@@ -18781,6 +18788,20 @@ async def test_a_command_that_the_broker_delivers_twice_is_carried_out_once(brok
 
 
 @with_broker
+async def test_an_answer_that_no_packet_holds_is_said_to_be_too_large(broker):
+    async with fleet_of(broker, "hq", "garage", mqtt_commands="GetConfiguration") as (hq, garage):
+        keys = [{"key": f"K{number}", "readonly": False, "value": "x" * 200}
+                for number in range(2000)]
+        _, task = obedient(await garage.station(), {
+            "GetConfiguration": {"configurationKey": keys}})
+        await until(lambda: hq.daemon.mqtt.fleet.of("connections", "garage"))
+        status, answer, _ = await hq.fetch("/api/connections/CP-1/call?site=garage", "POST", {
+            "action": "GetConfiguration"})
+        assert status == 413 and answer["error"].startswith("garage: It was done, but the answer")
+        task.cancel()
+
+
+@with_broker
 async def test_nothing_secret_is_sent_to_another_site(broker):
     follower, secret = Follower(broker), "0123456789abcdef"
     async with fleet_of(broker, "hq", "garage", mqtt_commands="ChangeConfiguration") as (hq, _):
@@ -18978,6 +18999,14 @@ async def test_metrics_of_a_fleet_have_the_site_as_a_label(broker):
                      'site_charging{site="hq"} 0',
                      'site_load_amperes{site="garage",phase="L1"} 16'):
             assert f"ocppboard_{line}" in text, line
+        follower = Follower(broker, "nothing")
+        follower.publish("ocppboard/garage/CP-1/connectors/1/1", fleet.of("connectors", "garage")[
+            0].fields | {"status": "\ud800", "powerW": 5})
+        follower.close()
+        await until(lambda: fleet.of("connectors", "garage")[0].fields["powerW"] == 5)
+        text = (await hq.fetch("/metrics"))[1]
+        assert f"ocppboard_connector_power_watts{{{where}}} 5" in text
+        assert f"ocppboard_connector_status{{{where}" not in text, "no labels of a stranger"
         own = (await garage.fetch("/metrics"))[1]
         assert 'ocppboard_station_online{identity="CP-1"} 1\n' in own
         assert "site=" not in own
