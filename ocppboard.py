@@ -17996,6 +17996,7 @@ SITE_PROBLEMS, SITE_COMMANDS = 50, 200       # that a site tells of; more proble
 RETAINED_QUIET_S = 3.0              # without a retained message: the broker has sent all
 SITE_QUIRK_S = 60.0                 # what is wrong with a site's messages is an event so often
 EVERY_SITE = "*"                    # as a filter
+TRANSACTION_WORDS = "identity", "id", "idToken", "idTokenName", "reason"     # where a text is found
 
 SiteStatus = Literal["online", "offline", "unreachable"]
 
@@ -18172,11 +18173,12 @@ class FleetSite(Record):
 class RemoteRecord(Record):
     """A record of another site: the JSON of its view."""
 
-    __slots__ = ("site", "topic", "identity", "text", "size")
+    __slots__ = ("site", "topic", "identity", "time", "text", "size")
 
     def __init__(self, site: FleetSite, topic: str, view: dict):
         self.site, self.topic = site, topic
         self.identity = sys.intern(view["identity"])     # of its station
+        self.time: str = view.get("startedAt") or view.get("timestamp") or ""    # order in lists
         self.text = to_json(view)
         self.size = len(self.text) + RECORD_COST
         self.number = self.changed = 0
@@ -18186,12 +18188,6 @@ class RemoteRecord(Record):
         """Its view, without the site."""
         fields: dict = json.loads(self.text)
         return fields
-
-    @property
-    def time(self) -> str:
-        """By which lists of such records are in order."""
-        fields = self.fields
-        return str(fields.get("startedAt") or fields.get("timestamp") or "")
 
     def json(self) -> str:
         """Its view, with `site` and `siteStatus`."""
@@ -18208,25 +18204,29 @@ class RemoteRecord(Record):
         return {"site": self.site.site} | self.fields
 
     def mentions(self, text: str) -> bool:
-        """Whether the text, given in lower case, stands anywhere in it in any case."""
-        return text in self.text.lower()
+        """Whether any field of a transaction contains the text, which is in lower case, in any
+        case."""
+        fields = self.fields
+        words = [str(fields[name] or "") for name in TRANSACTION_WORDS]
+        return text in "\n".join(words).lower()
 
 
 class RemoteStation(RemoteRecord):
     """A station of another site; its connectors are published on their own, with more of each."""
 
-    __slots__ = ("_connectors",)
+    __slots__ = ("_connectors", "protocol", "_was_online")
 
     def __init__(self, site: FleetSite, view: dict):
         connectors = view.pop("connectors")
         super().__init__(site, "connections", view)
+        self.protocol, self._was_online = sys.intern(view["protocol"]), view["status"] == "online"
         self._connectors = {(c["evse"], c["connector"]): to_json(c) for c in connectors}
         self.size += sum(map(len, self._connectors.values()))
 
     @property
     def is_online(self) -> bool:
         """Whether it is connected, as far as is known."""
-        return self.site.status == "online" and self.fields["status"] == "online"
+        return self.site.status == "online" and self._was_online
 
     def json(self) -> str:
         """Its view, with `site` and `siteStatus`."""
@@ -18717,8 +18717,12 @@ def _elsewhere(api: "Api") -> str:
 async def _of_sites(collection: Collection, api: "Api", site: str) -> Page:
     """What other sites have published, and of EVERY_SITE ours: a page of what is in memory."""
     mqtt, match = api.daemon.mqtt, remote_matcher(api.query, filters_of(collection.record))
-    found: list = [(record.time, record) for record in mqtt.fleet.of(collection.topic, site)
-                   if match(record)]
+    found: list = []
+    for number, record in enumerate(mqtt.fleet.of(collection.topic, site)):
+        if number % SLICE_OF_SITES == 0:
+            await asyncio.sleep(0)
+        if match(record):
+            found.append((record.time, record))
     if site == EVERY_SITE:
         found += [(iso(getattr(record, TIME_OF.get(collection.topic, "timestamp"))), record)
                   for record in await _in_memory(collection, api)]
@@ -18730,13 +18734,14 @@ async def _of_sites(collection: Collection, api: "Api", site: str) -> Page:
 
 
 TIME_OF = {"transactions": "started_at"}
+SLICE_OF_SITES = 1000               # records that are read, then the loop has its turn
 
 
 def remote_matcher(query: dict, filters: Iterable[Parameter]) -> Callable[[RemoteRecord], bool]:
     """A function that tells whether a record of another site matches all the filters."""
     wanted = {p.name: query[p.name] for p in filters if p.attribute and query.get(p.name)}
     text = (query.get("text") or "").lower()
-    return lambda record: record.mentions(text) and all(
+    return lambda record: (not text or record.mentions(text)) and all(
         str(record.fields.get(name)) == value for name, value in wanted.items())
 
 
@@ -18856,7 +18861,7 @@ def get_connections(api: "Api") -> Page:
         found = [mqtt.as_remote(station) for station in found] + [
             station for station in mqtt.fleet.stations(site)
             if (status == "all" or (status == "online") == station.is_online)
-            and protocol in (None, station.fields["protocol"])]
+            and protocol in (None, station.protocol)]
     return Page(found[start:start + (api.query["limit"] or len(found))], len(found))
 
 
@@ -19486,12 +19491,18 @@ class Scrape:
         self.sites: list[FleetSite] = []             # with ours; none without a fleet
         self.own: dict[str, Any] = {}                # the label of what is ours among others
         # Of sites that are online: (site, fields of a connector).
-        self.connectors = [(record.site.site, record.fields)
-                           for record in self.fleet.of("connectors", EVERY_SITE)
-                           if record.site.status == "online"]
+        self.connectors: list[tuple[str, dict]] = []
         if daemon.mqtt.settings.fleet:
             self.sites = [daemon.mqtt.own_site(), *self.fleet.sites.values()]
             self.own = {"site": daemon.mqtt.site}
+
+    async def read_fleet(self) -> None:
+        """Read the connectors of the other sites; the loop has its turn meanwhile."""
+        for number, record in enumerate(self.fleet.of("connectors", EVERY_SITE)):
+            if number % SLICE_OF_SITES == 0:
+                await asyncio.sleep(0)
+            if record.site.status == "online":
+                self.connectors.append((record.site.site, record.fields))
 
     def of_stores(self, read: Callable[[Store], float]) -> Samples:
         """A sample for each store."""
@@ -19680,11 +19691,15 @@ METRICS = (
 )
 
 
-def get_metrics(api: "Api") -> None:
+async def get_metrics(api: "Api") -> None:
     """Prometheus text format."""
     scrape = Scrape(api.daemon)
+    await scrape.read_fleet()
     api.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-    api.finish("".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)))
+    for metric in METRICS:
+        api.write("".join(f"{line}\n" for line in metric.lines(scrape)))
+        await asyncio.sleep(0)           # those of a fleet are many
+    api.finish()
 
 
 def get_openapi(api: "Api") -> dict:
@@ -21606,7 +21621,7 @@ ALIKE |= {other: one for one, other in ALIKE.items()}
 ASKED_KNOWN, ASKED_KNOWN_S = 1000, 10        # questions; one that comes again is the same
 LIMIT_BY_MQTT_ID = 76_000_000       # of the charging profile, and the EVSE added
 REPORT_LINES = 2000                 # of a report that is asked for
-ANSWER_BYTES = PACKET_BYTES - 4096  # of JSON; a board has no larger packet sent to it
+TEXT_BYTES = PACKET_BYTES - 4096    # of an answer; to a board no larger packet is sent
 SendByHand = Callable[[str, dict, Callable[[str, dict], Any]], Awaitable[dict]]
 ReportOf = Callable[[dict], Awaitable[dict]]
 
@@ -21788,9 +21803,9 @@ class AskedByMqtt:
         if message.response_topic and (connection := self.mqtt.connection):
             shown_answer = answer | {"action": action}
             text = without_secrets("", shown_answer, to_json(shown_answer))
-            if len(text) > ANSWER_BYTES:
+            if len(text) > TEXT_BYTES:
                 text = to_json({"action": action, "success": False} | TooLarge(
-                    f"It was done, but the answer has more than {ANSWER_BYTES:,} bytes").body() | {
+                    f"It was done, but the answer has more than {TEXT_BYTES:,} bytes").body() | {
                         "status": TooLarge.http_status})
             connection.publish(message.response_topic, text, correlation=message.correlation)
 

@@ -18609,6 +18609,8 @@ async def test_a_board_shows_the_sites_stations_and_transactions_of_two_others(b
         running, = await hq.get("/api/transactions?site=garage&status=active")
         assert (running["site"], running["id"]) == ("garage", number)
         assert await hq.get("/api/transactions?site=harbour") == []
+        assert len(await hq.get("/api/transactions?site=*&text==a")) == 1
+        assert await hq.get("/api/transactions?site=*&text=status") == []
         one = await hq.get(f"/api/connections/CP-1/transactions/{number}?site=garage")
         assert one["meter"]["soc"] == 55
         await until(lambda: hq.daemon.mqtt.fleet.sites["garage"].charging == 1)
