@@ -20550,8 +20550,14 @@ class Api(RequestHandler):
             return False
 
     def read_query(self) -> dict:
-        """{name: value} of all that the route knows; its default, or None, where not given."""
+        """{name: value} of all that the route knows; its default, or None, where not given.
+
+        Raises: BadRequest, also where another site is meant and the route knows ours alone.
+        """
         given = dict(parse_qsl(self.request.query, keep_blank_values=True))
+        if given.get(AT_SITE.name) and AT_SITE not in self.route.query and (
+                given[AT_SITE.name] != self.daemon.mqtt.site):
+            raise BadRequest("This is of the board's own site: it takes no other site")
         return {p.name: p.read(given[p.name]) if p.name in given else p.schema.get("default")
                 for p in self.route.query}
 

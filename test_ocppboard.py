@@ -18803,6 +18803,20 @@ async def test_an_answer_that_no_packet_holds_is_said_to_be_too_large(broker):
         task.cancel()
 
 
+@live(mqtt_site="hq")
+async def test_what_is_of_ones_own_site_is_not_done_for_another(site):
+    await site.station("CP-1")
+    for method, path in (("DELETE", "/api/connections/CP-1"), ("GET", "/api/messages"),
+                         ("POST", "/api/connections/CP-1/disconnect")):
+        for name in ("garage", "*"):
+            found = await site.fetch(f"{path}?site={name}", method)
+            assert (found[0], found[1]["error"]) == (
+                400, "This is of the board's own site: it takes no other site")
+    assert site.board.online == 1
+    assert (await site.fetch("/api/messages?site=hq"))[0] == 200
+    assert (await site.fetch("/api/messages?site="))[0] == 200
+
+
 @with_broker
 async def test_nothing_secret_is_sent_to_another_site(broker):
     follower, secret = Follower(broker), "0123456789abcdef"
