@@ -23062,6 +23062,13 @@ function encoded(text) {
 }
 const apiPath = (...parts) => 'api/' + parts.map(encoded).join('/');
 
+// Do the work of a poll; that the board is away is seen by the stream.
+async function poll(work) {
+  try { await work(); } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+  }
+}
+
 // Do the work of a click; a failure becomes a notice.
 async function attempt(work) {
   try { return await work(); } catch (error) {
@@ -23135,7 +23142,7 @@ function fill(got, sites) {
 const EVERY_SITE = '*';
 const isOther = site => !!site && site !== state.about?.site;
 const siteCalled = site => state.fleet.sites.get(site);
-// Whether what is known of a record is of now, as far as its site goes.
+// Whether the site of a record is online; else the record is as it was last.
 const isPresent = ({site}) => !site || siteCalled(site)?.status === 'online';
 const knownAt = ({site}) => isPresent({site}) ? now() : ms(siteCalled(site)?.since) ?? now();
 
@@ -23151,7 +23158,7 @@ function setSites(sites) {
   state.fleet.sites = new Map(sites.map(site => [site.site, site]));
   touch('sites');
 }
-const askSites = () => attempt(async () => setSites(await get('api/sites')));
+const askSites = () => poll(async () => setSites(await get('api/sites')));
 
 // Ask for all records of the sites that are chosen; what the stream brings meanwhile waits.
 async function askFleet() {
@@ -23197,14 +23204,16 @@ function keepRemote(topic, record) {
 function followFleet() {
   const {fleet, route: {site}, about} = state;
   if (about?.fleet && (fleet.stale || fleet.of !== site)) askFleet();
-  if (followsAll !== !!site) connect();
+  if (followsAll !== wantsAll()) connect();
 }
+const wantsAll = () => !!state.about?.fleet && !!state.route.site;
 
 // The records of the sites that are chosen; own ones are given, in their order.
 function ofSites(own, name, order) {
   const {fleet, route: {site}} = state;
   if (!site) return own;
-  return [...site === EVERY_SITE ? own : [], ...fleet[name].values()].sort(order);
+  const records = [...site === EVERY_SITE ? own : [], ...fleet[name].values()];
+  return order ? records.sort(order) : records;
 }
 const newerFirst = (a, b) =>
   (b.startedAt || b.timestamp) < (a.startedAt || a.timestamp) ? -1 : 1;
@@ -23455,7 +23464,7 @@ async function connect() {
   const mine = new AbortController();
   reading = mine;
   heard = Date.now();
-  followsAll = !!state.route.site;
+  followsAll = wantsAll();
   try {
     const {signal} = mine, at = query({lastEventId: lastId, site: followsAll && EVERY_SITE});
     const answer = await fetch(`api/stream?${at}`, {signal});
@@ -23519,9 +23528,9 @@ function watch() {
   if (!state.session || document.hidden) return;
   if (reading && Date.now() - heard > patience) { disconnect(); lost(); }
   if (state.fleet.stale) followFleet();
-  POLLED.filter(isDue).forEach(poll => {
-    poll.at = Date.now();
-    poll.ask();
+  POLLED.filter(isDue).forEach(source => {
+    source.at = Date.now();
+    source.ask();
   });
   touch('tick');
 }
@@ -23556,7 +23565,8 @@ const card = (title, props, ...content) => h('section.card', props,
   title && h('header', typeof title === 'string' ? h('h2', title) : title), content);
 const facts = pairs => h('dl.facts', pairs.filter(Boolean).map(([name, value]) =>
   h('div', {key: name}, h('dt', name), h('dd', value ?? DASH))));
-const empty = (...content) => h('div.empty', state.loaded ? content : 'Loading …');
+const empty = (...content) => h('div.empty',
+  state.loaded && !state.fleet.cameLater ? content : 'Loading …');
 const scrolls = (label, ...content) =>
   h('div.grid', {tabindex: 0, role: 'region', 'aria-label': label}, content);
 // A text of the board, its `names` as code.
@@ -24051,7 +24061,7 @@ function awayText({site}) {
   const lasting = from ? ` since ${MINUTES.format(ms(from))} (${duration(since(from))})` : '';
   if (!status) return `${site} has left the broker`;
   return status === 'offline' ? `${site} has been gone${lasting || ' for a while'}`
-    : `the broker has been away${lasting}, and ${site} with it`;
+    : `${site} has been unreachable${lasting}, as the broker is away`;
 }
 
 // The reason why a connector cannot charge at all; '' if there is none.
@@ -25234,32 +25244,34 @@ function guarded(id, content) {
 const heading = (text, ...more) => [h('div.title', h('h1.grow', text), more), siteNote()];
 
 // What is to be known of the sites that are chosen.
-const OF_SITES = ['stations', 'transactions', 'report', 'security', 'events', 'overview', 'help'];
+const OF_SITES = ['stations', 'transactions', 'security', 'events'];
+const OF_ALL = ['overview', 'report', 'help'];
 function siteNote() {
   const {site, screen} = state.route;
-  if (!site || screen === 'overview') return null;
-  const said = (...text) => h('p.note', {key: 'site note'}, text);
-  if (!OF_SITES.includes(screen)) return said(
+  if (!site || OF_ALL.includes(screen)) return null;
+  if (!OF_SITES.includes(screen)) return h('p.note', {key: 'note'},
     `What stands here is of this site, ${state.about?.site}: other sites do not publish it.`);
-  return site === EVERY_SITE || screen === 'report' ? null : awayNote({site});
+  return site !== EVERY_SITE && awayNote({site});
 }
-const awayNote = record => !isPresent(record) && h('p.note', {key: 'away'},
-  `▲ ${awayText(record).replace(/^t/, 'T')}. What is shown of it is as it was last.`);
+const awayNote = record => state.loaded && !isPresent(record) && h('p.note', {key: 'away'},
+  `▲ ${awayText(record)}. What is shown of it is as it was last.`);
 function siteChoice() {
-  if (!state.about?.fleet) return null;
-  const {route: {site}, fleet} = state;
-  const others = [...fleet.sites.values()].filter(({own}) => !own).map(({site: name}) => name);
+  const {about, route: {site}, fleet} = state;
+  if (!about?.fleet) return null;
+  const others = new Set([...fleet.sites.keys(), site]);
+  for (const name of ['', EVERY_SITE, about.site]) others.delete(name);
   return choice('site', 'Site', [['', 'this site'], [EVERY_SITE, 'all sites'],
-    ...new Set([...others, ...site && site !== EVERY_SITE ? [site] : []])]);
+    ...[...others].sort()]);
 }
 const siteName = ({site}) => site || state.about?.site;
 const SITE_COLUMN = col.text('Site', siteName, {width: '11%', wide: true, cell: record =>
   [siteName(record), !isPresent(record) && [' ', awayPill(record)]]});
 const awayPill = ({site}, what = '') => siteCalled(site)?.status === 'unreachable'
   ? pill('unreachable', 'warn') : pill(what + 'gone', 'bad');
-// The columns of a list, with the site behind the one called so, where there are several.
-const withSites = (columns, name) => state.route.site !== EVERY_SITE ? columns
-  : columns.flatMap(column => column.name === name ? [column, SITE_COLUMN] : [column]);
+// The columns of a list; of several sites with the site after one, and without the spared ones.
+const withSites = (columns, name, spared = []) => state.route.site !== EVERY_SITE ? columns
+  : columns.filter(column => !spared.includes(column.name)).flatMap(column =>
+    column.name === name ? [column, SITE_COLUMN] : [column]);
 const besideName = record => state.route.site === EVERY_SITE
   && h('span.dim', ` · ${siteName(record)}`);
 const looksAway = record =>
@@ -25407,12 +25419,14 @@ function siteLoadBar({site, powerW, limitA, loadA}) {
   h('i.drawn', {class: tone, style: {width: Math.min(100, part * 100) + '%'}}))];
 }
 const asKnown = (site, shown) => siteIsAway(site) ? h('span.dim', shown) : shown;
+const sitePlace = ({site, own = false}) => to('stations', null, {site: !own && site});
 const siteLabel = ({site, own}) => [h('bdi', site), own && h('span.dim', ' this site')];
 const SITE_COLUMNS = [
   col.text('Site', 'site', {width: '20%', wide: true, leads: true, cell: siteLabel}),
-  {name: 'Site and what is wrong', slim: true, leads: true, cell: site => [
-    h('div.cut', siteLabel(site)), h('div.cut.small', siteIsAway(site) ? siteState(site)
-      : siteTrouble(site) || `${digits(site.online)} of ${digits(site.stations)} online, `
+  {name: 'Site and what is wrong', slim: true, cell: site => [
+    h('div.cut', link(sitePlace(site), siteLabel(site))),
+    h('div.cut.small', siteIsAway(site) ? siteState(site) : siteTrouble(site)
+      || `${digits(site.online)} of ${digits(site.stations)} online, `
         + `${digits(site.charging)} charging`)]},
   {name: 'State', wide: true, sort: siteRank, cell: site =>
     [siteState(site), ' ', siteTrouble(site)]},
@@ -25427,7 +25441,7 @@ const SITES = {name: 'sites', label: 'Sites', tall: false, columns: SITE_COLUMNS
   records: () => [...state.fleet.sites.values()].sort((a, b) =>
     siteRank(a) - siteRank(b) || (a.site < b.site ? -1 : 1)),
   key: ({site}) => site, look: site => ({class: siteIsAway(site) && 'faded'}),
-  open: ({site, own}) => to('stations', null, {site: !own && site}), blank: 'Loading …',
+  open: sitePlace, blank: 'Loading …',
 };
 function sitesCard() {
   const rows = SITES.records(), away = rows.filter(siteIsAway).length;
@@ -25618,8 +25632,8 @@ const STATIONS = {name: 'stations', title: 'Stations',
   topics: ['connections', 'transactions', 'tick'],
   records: () => ofSites([...state.stations.values()], 'connections')
     .sort((a, b) => stationKey(a) < stationKey(b) ? -1 : 1),
-  key: stationKey, ofSites: true, columns: () => withSites(STATION_COLUMNS.filter(({name}) =>
-    !state.route.site || !['Address', 'Profile', 'Messages'].includes(name)), 'Station'),
+  key: stationKey, ofSites: true,
+  columns: () => withSites(STATION_COLUMNS, 'Station', ['Address', 'Profile', 'Messages']),
   look: looksAway, open: ({identity, site}) => stationAt(identity, site),
   search: 'Search identity, address, vendor, model …',
   words: station => [station.identity, station.remoteAddress, station.site || '',
@@ -25653,10 +25667,8 @@ const tabOf = (name, site) => stationTabs(site).some(([known]) => known === name
 
 function stationScreen() {
   const {id, tab, site} = state.route, station = stationCalled({identity: id, site});
-  const isLoaded = state.loaded && !state.fleet.cameLater;
-  if (!station) return [heading(h('bdi', id)), card('', {}, empty(isLoaded
-    ? 'This station is not known: it was forgotten, or has not connected since the board was '
-      + 'started.' : 'Loading …',
+  if (!station) return [heading(h('bdi', id)), card('', {}, empty('This station is not known: it '
+    + 'was forgotten, or has not connected since the board was started.',
   link(to('stations', null, {site}), 'All stations')))];
   return [panel('station head', ['connections'], () => stationHead(station)),
     h('nav.tabs', {'aria-label': 'Of this station'}, stationTabs(site).map(([name, [text]]) =>
@@ -25708,8 +25720,8 @@ function stationNow(station) {
 
 // A station of another site: what its board has published, and no more.
 
-const STAYS = site => h('p.note', {key: 'stays'}, 'Its messages, charts, configuration and files '
-  + `are at the board of ${site} alone.`);
+const staysThere = site => h('p.note', {key: 'stays'}, 'Its messages, charts, configuration and '
+  + `files are at the board of ${site} alone.`);
 function remoteNow(station) {
   return [h('div.cols.wide-left',
     h('div.stack',
@@ -25718,7 +25730,7 @@ function remoteNow(station) {
           ? station.connectors.map(connector => remoteConnector(station, connector))
           : empty('The station has reported no connector yet.'))),
       panel('its events', ['errors', 'security', 'system', 'tick'], () => remoteEvents(station)),
-      STAYS(station.site)),
+      staysThere(station.site)),
     h('div.stack', panel('about', ['connections', 'tick'], () => card('About', {key: 'about'},
       h('div.in', facts(stationFacts(station)))))))];
 }
@@ -25759,7 +25771,7 @@ function remoteCommands(station) {
     card('Commands', {key: 'form'}, h('div.in.stack', some ? commandForm(station)
       : `${site} allows no command: its mqtt.commands would have to name it.`))),
   panel('answers', ['answers'], () => card('Answers', {key: 'answers'}, answersOf(station)))),
-  STAYS(site)];
+  staysThere(site)];
 }
 
 function connectorLine(station, connector) {
@@ -26294,9 +26306,10 @@ function reportChart() {
       short: by === 'day' ? groupOf(line).slice(5) : barName(line),
       colour: by === 'station' ? colourOfLine(line) : 'var(--accent)'}))})));
 }
+// A line by name; of a station with its site.
 const barName = line => [line.name || groupOf(line), line.station && line.site].filter(Boolean)
   .join(', ');
-// Lines that differ in their currency alone are one; of stations the site is in the name.
+// Lines that differ in their currency alone are one.
 function withoutCurrencies(lines) {
   const merged = new Map();
   for (const {currency, ...line} of lines) {
@@ -26525,15 +26538,13 @@ function powerScreen() {
 }
 
 async function askPower() {
-  try {
+  await poll(async () => {
     const [config, circuits] = await Promise.all(['config', 'circuits'].map(name =>
       get('api/smart-charge/' + name)));
     Object.assign(state, {power: config, circuits});
     if (state.about?.smartCharging) state.about.smartCharging.limitKw = config.limitKw;
     touch('circuits');
-  } catch (error) {                                // the stream tells that the board is away
-    if (!(error instanceof Failure)) throw error;
-  }
+  });
 }
 
 function powerCard() {
@@ -26846,12 +26857,10 @@ const RELAYED = {name: 'relay', title: 'Relay', topics: ['proxy'],
 
 // The states of the sessions come by no stream, but their events do.
 async function askRelay() {
-  try {
+  await poll(async () => {
     state.upstreams = await get('api/proxy/upstreams');
     touch('upstreams');
-  } catch (error) {                                // the stream tells that the board is away
-    if (!(error instanceof Failure)) throw error;
-  }
+  });
 }
 
 const SESSION_TONES = {online: 'good', connecting: 'info', idle: '', booting: 'warn',
