@@ -22919,7 +22919,7 @@ const FINE = timeFormat({second: '2-digit', fractionalSecondDigits: 3});
 const DAY_OF_YEAR = dayFormat(), DAY_OF_ANY = dayFormat({year: 'numeric'});
 
 function clock(iso, fine) {
-  if (!iso) return DASH;
+  if (!iso || Number.isNaN(ms(iso))) return DASH;  // another site may publish anything as a time
   const at = new Date(iso), today = new Date(now());
   const day = at.toDateString() === today.toDateString() ? ''
     : (at.getFullYear() === today.getFullYear() ? DAY_OF_YEAR : DAY_OF_ANY).format(at) + ', ';
@@ -24191,15 +24191,16 @@ function attentionToSites() {
 }
 
 // Of another site: what its board says is wrong there; of one that is gone, that alone.
-const PROBLEM_RANKS = {state: 0, uncontrollable: 0, undelivered: 1, faulted: 1, offline: 4};
+const PROBLEM_RANKS = new Map(Object.entries({state: 0, uncontrollable: 0, undelivered: 1,
+  faulted: 1, offline: 4}));
 function attentionToSite({site, overLimit: isOver, problems, problemCount, warning}) {
   const all = to('stations', null, {site}), left = problemCount - problems.length;
   if (!isPresent({site})) return [alarm(1, 'bad', all, awayText({site}))];
   return [isOver && alarm(-2, 'bad', all, `${site} is over its limit`),
     ...problems.map(({event, identity, text}) => {
-      const rank = PROBLEM_RANKS[event] ?? 3;
+      const rank = PROBLEM_RANKS.get(event) ?? 3;
       return alarm(rank, rank < 2 ? 'bad' : 'warn', placeOfProblem({site}, {identity}),
-        `${[site, identity].filter(Boolean).join(', ')}: ${text}`);
+        `${[site, identity].filter(Boolean).join(', ')}: ${shortened(text)}`);
     }),
     left > 0 && alarm(5, 'warn', all, `${site}: ${digits(left)} more`),
     warning && alarm(3, 'warn', all, `${site} publishes what cannot be kept: ${warning}`)]

@@ -21049,6 +21049,36 @@ async def test_lists_are_of_the_sites_that_are_chosen(broker):
 
 
 @with_broker
+async def test_what_a_site_publishes_cannot_take_the_page_away(broker):
+    odd = "a b?c&d=<i>"
+    other_site(broker, odd, loadA={}, limitA=0.0)
+    follower = Follower(broker)
+    async with fleet_of(broker, "hq", odd, boards=1) as (hq,):
+        await hq.station("CP-1")
+        view = await hq.get("/api/connections/CP-1")
+        follower.publish(f"ocppboard/{odd}/CP-1/state", view | {"connectedAt": "noon"}, True)
+        follower.publish(f"ocppboard/{odd}/CP-1/connectors/1/1", {
+            "evse": 1, "connector": 1, "status": "toString", "since": "noon"}, True)
+        follower.publish(f"ocppboard/{odd}/problems", {"count": 2, "problems": [
+            {"event": "__proto__", "identity": "<b>", "text": "x" * 9000, "since": "noon"}]}, True)
+        follower.publish(f"ocppboard/{odd}/CP-1/events", {"topic": "errors", "event": {
+            "id": "evt-1", "category": "toString", "identity": "CP-1", "message": "odd there",
+            "details": {"<b>": "<i>"}, "timestamp": "noon"}})
+        async with looking(hq) as look:
+            await look.sees(f"{odd}, <b>: xxx", "[aria-label='What needs attention']")
+            await look.page.locator("[aria-label=Sites] a", has_text=odd).first.click()
+            await look.page.locator("tbody a", has_text="CP-1").first.click()
+            await look.sees("odd there", "[aria-label='Its events']")
+            await look.sees("The charger says toString.")
+            await look.go("events?site=*")
+            await look.sees("odd there", "tbody")
+            for screen in ("overview", "stations?site=*", "transactions?site=*"):
+                await look.go(screen)
+                assert await look.count("text='This part cannot be shown'") == 0, screen
+    follower.close()
+
+
+@with_broker
 async def test_what_a_site_has_lost_while_it_was_away_is_shown_no_more(broker):
     async with fleet_of(broker, "hq", "garage") as (hq, garage):
         for identity in ("CP-1", "CP-2"):
