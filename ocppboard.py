@@ -18164,10 +18164,13 @@ class FleetSite(Record):
     bytes: int = 0                      # of all these
     warned_mono: float = -math.inf
 
+    def everything(self) -> "Iterator[RemoteRecord]":
+        """All its records."""
+        return chain(self.records.values(), self.ended.values(), self.events)
+
     def of(self, topic: str) -> "Iterator[RemoteRecord]":
         """Its records of a topic of the Board."""
-        everything = (self.records.values(), self.ended.values(), self.events)
-        return (record for records in everything for record in records if record.topic == topic)
+        return (record for record in self.everything() if record.topic == topic)
 
 
 class RemoteRecord(Record):
@@ -18260,8 +18263,7 @@ class Fleet:
         """All sites, and all that is kept of them."""
         for site in self.sites.values():
             yield site
-            for records in (site.records.values(), site.ended.values(), site.events):
-                yield from records
+            yield from site.everything()
 
     def of(self, topic: str, name: str) -> list[RemoteRecord]:
         """The records of a topic of the site of this name, or of EVERY_SITE, by site."""
@@ -18323,7 +18325,7 @@ class Fleet:
                 site.status = "offline"
                 self.board.publish("sites", site)
             for key in list(site.unseen):
-                self._take(site, key, b"")
+                self._receive(site, key, b"")
 
     def came(self, levels: Sequence[str], payload: bytes, retained: bool) -> None:
         """A message came: its topic's levels, the site first. An empty one removes a record."""
@@ -18343,9 +18345,9 @@ class Fleet:
                 self._leave_out(name, f"{SITES_KEPT} sites are followed at most")
                 return
             site = self.sites[name] = FleetSite(name)
-        self._take(site, (unquote(first), *rest), payload)
+        self._receive(site, (unquote(first), *rest), payload)
 
-    def _take(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
+    def _receive(self, site: FleetSite, key: tuple[str, ...], payload: bytes) -> None:
         """Read a message, or name the site."""
         try:
             self._read(site, key, payload)
@@ -18501,14 +18503,15 @@ class Fleet:
         self.bytes += size
 
     def _remove(self, site: FleetSite, key: tuple) -> bool:
-        """Remove what was retained; of a station a last event is told. Returns whether it was."""
+        """Remove what was retained; of a station a last event is published. Returns whether it
+        was."""
         record = site.records.pop(key, None)
         if record is None:
             return False
         self._charge(site, -record.size)
         if record.topic == "connections":
             self.board.publish("sites", RemoteStation(
-                site, record.view() | {"status": "forgotten", "connectors": []}))
+                site, record.fields | {"status": "forgotten", "connectors": []}))
         return True
 
     def _forget(self, site: FleetSite) -> None:
@@ -19101,7 +19104,7 @@ async def _report_of_sites(api: "Api", site: str) -> dict:
             reports[one.site] = answer
     if site != EVERY_SITE and missing:
         raise next(answer for answer in answers if isinstance(answer, BoardError))
-    lines = merged_lines(by, reports)
+    lines = await asyncio.get_running_loop().run_in_executor(None, merged_lines, by, reports)
     currencies = sorted({report["currency"] for report in reports.values()})
     sums = _sums(lines) | ({"cost": None} if len(currencies) > 1 else {})
     return {"by": by, "from": iso(start), "to": iso(end),
@@ -22395,10 +22398,12 @@ class Mqtt:
         """This site, as the others see it."""
         load, problems = site_load(self.board, self.controller), self.problems()
         return FleetSite(
-            self.site, True, "online", self.board.started_at, VERSION, load["stations"],
-            load["online"], load["charging"], load["faulted"], load["powerW"], load["limitA"],
-            load["loadA"], load["overLimit"], sorted(self.commands.allowed),
-            problems["problems"], problems["count"])
+            self.site, own=True, status="online", since=self.board.started_at, version=VERSION,
+            stations=load["stations"], online=load["online"], charging=load["charging"],
+            faulted=load["faulted"], power_w=load["powerW"], limit_a=load["limitA"],
+            load_a=load["loadA"], over_limit=load["overLimit"],
+            commands=sorted(self.commands.allowed), problems=problems["problems"],
+            problem_count=problems["count"])
 
     async def _publish_changed(self, connection: BrokerConnection) -> None:
         """Publish the records that have changed, as fast as the broker takes them."""

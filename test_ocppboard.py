@@ -15367,6 +15367,43 @@ def test_whatever_a_site_publishes_can_be_shown(level, kind, changes):
                 "schemas": ocppboard.schemas_of(named)}}))
 
 
+@given(st.lists(st.tuples(
+    st.sampled_from(["a/status", "b/status", "a/load", "a/CP-1/state", "b/CP-1/state",
+                     "a/CP-1/connectors/1/1", "a/CP-1/connectors/01/1", "a/CP-2/connectors/1/1",
+                     "a/CP-1/transactions/7", "a/CP-1/transactions/8", "a/CP-1/events",
+                     "connected", "disconnected", "sent", "full"]),
+    st.sampled_from(["online", "active", "stopped", "none", "nonsense"]), st.booleans()),
+    max_size=30))
+def test_whatever_order_messages_come_in_what_is_kept_is_counted(messages):
+    bench = FleetBench()
+    connector = bench.other.board.connector(bench.other.station, 1, 1)
+    event = {"topic": "errors", "event": {"identity": "CP-1"}}
+    whole = {**bench.other.station.view(), **transaction_view(id=7), **event, "commands": [],
+             **ocppboard.connector_facts(bench.other.station, connector, 1.0), "connectors": []}
+    for topic, kind, retained in messages:
+        if topic == "connected":
+            bench.fleet.connected()
+        elif topic == "disconnected":
+            bench.fleet.disconnected()
+        elif topic == "sent":
+            bench.fleet.subscribed()
+            bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
+            bench.fleet.tick()
+        elif topic == "full":
+            bench.fleet.most_bytes = bench.fleet.bytes
+        else:
+            bench.publish(topic, {"none": None, "nonsense": b"{"}.get(
+                kind, whole | {"status": kind}), retained)
+        sites = list(bench.fleet.sites.values())
+        assert bench.fleet.bytes == sum(site.bytes for site in sites)
+        for site in sites:
+            assert site.bytes == sum(record.size for record in site.everything())
+            assert sum(map(len, site.connectors.values())) == len(list(site.of("connectors")))
+            assert site.unseen <= {("status",), *site.records}
+        for record in bench.fleet.records():
+            assert json.loads(record.json())
+
+
 def test_a_million_stations_of_a_site_cost_bounded_memory():
     bench = FleetBench()
     view, number = bench.other.station.view(), 0
