@@ -15368,12 +15368,10 @@ def test_whatever_a_site_publishes_can_be_shown(level, kind, changes):
 
 
 @given(st.lists(st.tuples(
-    st.sampled_from(["a/status", "b/status", "a/load", "a/CP-1/state", "b/CP-1/state",
-                     "a/CP-1/connectors/1/1", "a/CP-1/connectors/01/1", "a/CP-2/connectors/1/1",
-                     "a/CP-1/transactions/7", "a/CP-1/transactions/8", "a/CP-1/events",
-                     "connected", "disconnected", "sent", "full"]),
-    st.sampled_from(["online", "active", "stopped", "none", "nonsense"]), st.booleans()),
-    max_size=30))
+    st.sampled_from(["a/status", "a/CP-1/state", "a/CP-1/connectors/1/1",
+                     "a/CP-1/connectors/01/1", "a/CP-1/transactions/7", "b/CP-1/transactions/7",
+                     "a/CP-1/events", "connected", "sent", "full"]),
+    st.sampled_from(["online", "active", "none"]), st.booleans()), min_size=10, max_size=40))
 def test_whatever_order_messages_come_in_what_is_kept_is_counted(messages):
     bench = FleetBench()
     connector = bench.other.board.connector(bench.other.station, 1, 1)
@@ -15382,9 +15380,8 @@ def test_whatever_order_messages_come_in_what_is_kept_is_counted(messages):
              **ocppboard.connector_facts(bench.other.station, connector, 1.0), "connectors": []}
     for topic, kind, retained in messages:
         if topic == "connected":
-            bench.fleet.connected()
-        elif topic == "disconnected":
             bench.fleet.disconnected()
+            bench.fleet.connected()
         elif topic == "sent":
             bench.fleet.subscribed()
             bench.clock.now += 2 * ocppboard.RETAINED_QUIET_S
@@ -15392,8 +15389,7 @@ def test_whatever_order_messages_come_in_what_is_kept_is_counted(messages):
         elif topic == "full":
             bench.fleet.most_bytes = bench.fleet.bytes
         else:
-            bench.publish(topic, {"none": None, "nonsense": b"{"}.get(
-                kind, whole | {"status": kind}), retained)
+            bench.publish(topic, None if kind == "none" else whole | {"status": kind}, retained)
         sites = list(bench.fleet.sites.values())
         assert bench.fleet.bytes == sum(site.bytes for site in sites)
         for site in sites:
