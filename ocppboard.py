@@ -21743,6 +21743,8 @@ class AskedByMqtt:
             if answers := self._misdirects(REPORT, message):
                 message = message._replace(response_topic="")
                 raise BadRequest(f"the response topic must be below {answers}")
+            if REPORT not in self.allowed:
+                raise Forbidden(f"{REPORT} is not among mqtt.commands")
             answer = await self.report(json_object(message.payload))
             if len(answer["lines"]) > REPORT_LINES:
                 raise TooLarge(f"The report has more than {REPORT_LINES} lines: ask for less time")

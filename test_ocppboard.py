@@ -18851,6 +18851,16 @@ async def test_what_is_of_ones_own_site_is_not_done_for_another(site):
 
 
 @with_broker
+async def test_a_site_that_allows_commands_alone_makes_no_report(broker):
+    follower = Follower(broker)
+    async with fleet_of(broker, "hq", "garage", mqtt_commands="Reset"):
+        answer = await command(follower, "ocppboard/garage/report", {"by": "token"},
+                               "ocppboard/garage/report/answers/me")
+        assert (answer["status"], answer["error"]) == (403, "report is not among mqtt.commands")
+    follower.close()
+
+
+@with_broker
 async def test_nothing_secret_is_sent_to_another_site(broker):
     follower, secret = Follower(broker), "0123456789abcdef"
     async with fleet_of(broker, "hq", "garage", mqtt_commands="ChangeConfiguration") as (hq, _):
