@@ -18386,7 +18386,7 @@ class Fleet:
         state = self._state.read(view)
         site.version, site.commands = kept(state["version"], 50), state["commands"][:SITE_COMMANDS]
         if state["status"] == "online":
-            self._set_status(site, "online", _seconds(state["since"]))
+            self._set_status(site, "online", self._past(state["since"]))
         else:
             self._set_status(site, "offline", site.load_at)      # the last that is known of it
 
@@ -18394,8 +18394,14 @@ class Fleet:
         """`since`: by what is retained, where nobody here saw it begin."""
         if site.status != status:
             site.since = since if self._is_retained else self.board.clock()
+            if status == "online":       # what was wrong before may be mended
+                site.warning = None
         site.status = status
         self.board.publish("sites", site)
+
+    def _past(self, time_: str | None) -> float | None:
+        """A time by the clock of a site, which may be fast, as UTC seconds: now at the latest."""
+        return min(parse_time(time_)[0], self.board.clock()) if time_ else None
 
     def _read_load(self, site: FleetSite, view: dict) -> None:
         load = self._load.read(view)
@@ -18404,7 +18410,7 @@ class Fleet:
                                     "limitA"))
         site.load_a = {phase: load["loadA"].get(phase, 0.0) for phase in PHASES}
         site.over_limit = load["overLimit"]
-        site.load_at = _seconds(load["at"])
+        site.load_at = self._past(load["at"])
         if site.status == "offline" and self._is_retained:
             site.since = site.load_at
         self.board.publish("sites", site)
@@ -18550,10 +18556,6 @@ def in_topic(text: str | int) -> str:
         is_plain = found[0].isprintable() and found[0] not in "/+#%"
         return str(found[0]) if is_plain else quote(found[0], safe="", errors="surrogatepass")
     return re.sub("[^ -~]|[/+#%]", encode, str(text))
-
-
-def _seconds(time_: str | None) -> float | None:
-    return parse_time(time_)[0] if time_ else None
 
 
 def _published(payload: bytes) -> dict:

@@ -15150,6 +15150,24 @@ def test_a_site_that_went_while_nobody_followed_is_gone_since_its_last_load():
         "online", ocppboard.iso(NOW - 7000))
 
 
+def test_a_site_whose_clock_is_fast_is_not_gone_since_tomorrow():
+    bench = FleetBench()
+    bench.publish("garage/load", {"at": ocppboard.iso(NOW + 80_000)}, True)
+    bench.publish("garage/status", {"status": "offline"}, True)
+    bench.go_online("harbour", since=ocppboard.iso(NOW + 80_000))
+    assert [site.since for site in bench.fleet.sites.values()] == [bench.clock.now] * 2
+
+
+def test_a_site_that_comes_back_is_given_another_chance():
+    bench = FleetBench()
+    bench.go_online()
+    bench.publish("garage/load", b"nonsense")
+    assert bench.fleet.sites["garage"].warning
+    bench.publish("garage/status", {"status": "offline"})
+    bench.go_online()
+    assert bench.fleet.sites["garage"].warning is None
+
+
 def test_a_station_of_another_site_is_shown_with_the_facts_of_its_connectors():
     bench, other = FleetBench(), Bench("ocpp2.0.1")
     connector = other.board.connector(other.station, 2, 1)
