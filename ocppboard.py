@@ -18332,11 +18332,13 @@ class Fleet:
         self._is_retained = retained
         if retained and self._retained_mono is not None:
             self._retained_mono = self.board.mono()
-        name, first, *rest = levels
-        name = unquote(name)
+        level, first, *rest = levels
+        name = unquote(level)
+        if in_topic(name) != level:      # it would be another one's name
+            return
         site = self.sites.get(name)
         if site is None:
-            if not payload or in_topic(name) != levels[0]:       # else two could have one name
+            if not payload:
                 return
             if name in ("", EVERY_SITE) or len(name) > IDENTITY_LENGTH:
                 self._leave_out(name, "it is no name of a site")

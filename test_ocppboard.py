@@ -15462,6 +15462,9 @@ def test_one_site_has_one_name_however_its_topic_is_written():
     for level in ("a%2Fb", "g%61rage", "a%2fb", "garage%"):
         bench.publish(f"{level}/status", {"status": "online"}, True)
     assert list(bench.fleet.sites) == ["a/b"]
+    bench.go_online("garage")
+    bench.publish("g%61rage/status", {"status": "offline"})
+    assert bench.fleet.sites["garage"].status == "online", "and nobody has another one's"
 
 
 def test_more_sites_than_are_followed_are_left_out_and_named(monkeypatch):
