@@ -22496,7 +22496,7 @@ html { scrollbar-gutter: stable }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   font-variant-numeric: tabular-nums }
 h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0 }
-h1 { font-size: 1.35rem; line-height: 1.25 } h2 { font-size: 1rem } h3 { font-size: .9rem }
+h1, h3 { overflow-wrap: anywhere } h1 { font-size: 1.35rem; line-height: 1.25 } h2 { font-size: 1rem } h3 { font-size: .9rem }
 ul { list-style: none }
 a { color: var(--accent); text-decoration: none } a:hover, p a { text-decoration: underline }
 button, input, select, textarea { font: inherit; color: inherit }
@@ -22534,9 +22534,9 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .nav a:hover { background: var(--well); text-decoration: none }
 .nav a[aria-current] { background: var(--accent); color: var(--on-accent) }
 .nav svg { width: 1.1rem; height: 1.1rem; flex: none }
-.nav .count { margin-left: auto; font-size: .8rem; opacity: .85 }
+.nav .count { margin-left: auto; font-size: .8rem }
 .main { grid-area: main; padding: 1.1rem 1.25rem 2.5rem; display: grid; gap: var(--gap);
-  align-content: start; min-width: 0; max-width: 200rem; outline: none }
+  grid-template-columns: minmax(0, 1fr); align-content: start; min-width: 0; max-width: 200rem; outline: none }
 .away { filter: saturate(.25) }
 .title { display: flex; align-items: center; gap: .75rem; flex-wrap: wrap; min-height: 2.2rem }
 .notices { position: fixed; right: 1rem; bottom: 1rem; z-index: 9; display: grid; gap: .5rem;
@@ -22567,7 +22567,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .cols { display: grid; gap: var(--gap);
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 .cols.wide-left { grid-template-columns: minmax(0, 3fr) minmax(18rem, 2fr) }
-.stack { display: grid; gap: var(--gap); align-content: start; min-width: 0 }
+.stack { display: grid; gap: var(--gap); align-content: start; min-width: 0;
+  grid-template-columns: minmax(0, 1fr) }
 .pill { display: inline-flex; align-items: center; gap: .35em; padding: .05em .55em;
   border-radius: 99px;
   font-size: .8rem; line-height: 1.5; white-space: nowrap; background: var(--well);
@@ -22595,8 +22596,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .btn, select, input, textarea { border: 1px solid var(--line); border-radius: 8px;
   background: var(--card);
   padding: .28rem .65rem; min-height: 2.1rem; max-width: 100% }
-.btn { cursor: pointer; display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap;
-  color: var(--ink) }
+.btn { cursor: pointer; display: inline-flex; align-items: center; justify-content: center;
+  gap: .4rem; white-space: nowrap; color: var(--ink) }
 .btn:hover { background: var(--well); text-decoration: none }
 .btn.main-act { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
 .btn.main-act:hover { filter: brightness(1.08) }
@@ -22622,7 +22623,7 @@ label.inline { display: inline-flex; align-items: center; gap: .4rem; font-size:
 .form .whole { grid-column: 1 / -1 } .form label > * { width: 100%; min-width: 0 }
 .form label.inline > input { width: auto; flex: none }
 .unseen { position: absolute; opacity: 0; width: 1px; height: 1px }
-label.btn:focus-within { outline: 2px solid currentColor }
+label.btn { font-size: 1em } label.btn:focus-within { outline: 2px solid currentColor }
 .tabs { display: flex; gap: .35rem; flex-wrap: wrap }
 dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card);
   color: var(--ink);
@@ -22637,7 +22638,7 @@ kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5p
 .grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh;
   border-top: 1px solid var(--line);
   border-radius: 0 0 12px 12px }
-.sites > .grid { max-height: 23rem } select[aria-label=Site] { max-width: 12rem }
+.sites > .grid, .lately > .grid { max-height: 23rem } select[aria-label=Site] { max-width: 12rem }
 .grid.tall { max-height: none; height: calc(100vh - 16.5rem); min-height: 18rem }
 table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
 th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left;
@@ -22703,7 +22704,7 @@ tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
 .chart .most { stroke-dasharray: 5 3 } .chart .edged { stroke: var(--card); stroke-width: 1 }
 .chart .at { stroke: var(--dim); stroke-width: 1 }
 .legend { display: flex; gap: .2rem .9rem; flex-wrap: wrap; font-size: .82rem; color: var(--dim);
-  min-height: 1.35rem }
+  min-height: 1.35rem; overflow-wrap: anywhere }
 .legend .dot { vertical-align: -1px }
 .legend .most { background: none; height: 0; border-radius: 0; border-top: 2px dashed;
   vertical-align: .25em }
@@ -22732,6 +22733,8 @@ tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
   table.plain td, table.plain td:first-child { padding: .1rem 1rem; border: 0; text-align: left }
   .plain tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
   .plain td:empty { display: none }
+  .plain td[data-name]:not(:first-child)::before { content: attr(data-name) " ";
+    font-size: .85rem; color: var(--dim) }
   .beside { flex-wrap: wrap } .btn, select, input { min-height: 2.5rem } .wide { display: none }
   .filters .day { grid-column: 1 / -1 } .filters .day > input { flex: 1 } }
 @media (min-width: 44.01rem) { .slim { display: none } }
@@ -22982,7 +22985,7 @@ const allFields = record => h('details', {key: 'fields'}, h('summary', 'All fiel
 const ROWS_KEPT = 10000, ROW_BYTES_KEPT = 24 << 20;
 const EVENTS_KEPT = 2000, SAMPLES_KEPT = 1800, ANSWERS_KEPT = 20, RECENT = 12;
 const NO_REPORT = {by: 'month', lines: [], sessions: 0, energyWh: 0, cost: 0, currency: '',
-  fromFile: true, missing: [], said: ''};
+  fromFile: true, missing: [], said: 'Loading …'};
 const noRecords = () => ({connections: new Map(), transactions: new Map(), errors: new Map(),
   security: new Map(), system: new Map()});
 const state = {
@@ -23765,10 +23768,12 @@ function release({clientX, clientY}) {
     location.hash = down.to;
 }
 
-const plainTable = (label, names, rows) => scrolls(label, h('table.plain',
-  names.length > 0 && h('thead', h('tr', names.map(name =>
-    h('th', {key: name, scope: 'col'}, name)))),
-  h('tbody', rows)));
+// A small table; on a phone its cells stand below each other, each after the name of its column.
+function plainTable(label, names, rows) {
+  for (const {children} of rows) children.forEach(({props}, n) => { props['data-name'] = names[n]; });
+  return scrolls(label, h('table.plain', names.length > 0 && h('thead', h('tr', names.map(name =>
+    name ? h('th', {key: name, scope: 'col'}, name) : h('td', {key: name})))), h('tbody', rows)));
+}
 
 // --- Charts ---------------------------------------------------------------------------------
 // Lines over time, or areas on top of each other. A value that is null is a break in the line.
@@ -24115,9 +24120,11 @@ function isPaused(station, connector) {
   return !!session && session.allocatedA === 0 && session.targetA === 0;
 }
 
+// The reason that smart charging gives for a share, as a sentence; '' without one.
+const reasonOf = session => (session?.reason || '').replace(/[^.]$/, '$&.');
 function whyInTransaction(station, connector, {powerW, soc}) {
   const status = statusOf(station, connector);
-  const limited = chargeAt(station, connector)?.reason || '';
+  const limited = reasonOf(chargeAt(station, connector));
   if (powerW > 0) return isPaused(station, connector)
     ? `Still draws ${power(powerW)}, though it is to pause. ${limited}`
     : [`Charging at ${power(powerW)}${soc != null ? `, the car is at ${percent(soc)}` : ''}`
@@ -25592,8 +25599,8 @@ function whyOf({identity, evse, id, ...transaction}) {
   const connector = station?.connectors.find(other => other.evse === evse
     && other.transactionId === id);
   if (!station || !connector) return session?.reason || '';
-  return online(station) && flow({identity, ...transaction}) > 0 && session?.reason
-    || why(station, connector);
+  return online(station) && flow({identity, ...transaction}) > 0 && !isPaused(station, connector)
+    && session?.reason || why(station, connector);
 }
 
 // Stations
@@ -25627,12 +25634,12 @@ const STATION_COLUMNS = [
   {name: 'Status', width: '6.5rem', sort: station => station.status, down: true,
     cell: stationPill},
   {name: 'Connectors', wide: true, cell: connectorPills},
-  col.text('Protocol', 'protocol', {width: '6.6rem', wide: true}),
+  col.text('Protocol', 'protocol', {width: '6.2rem', wide: true}),
   col.text('Address', 'remoteAddress', {width: '8.5rem', wide: true,
     cell: ({remoteAddress}) => h('span', {title: remoteAddress}, remoteAddress)}),
   col.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, down: false,
     cell: station => h('span', {title: 'Security profile'}, digits(station.securityProfile))}),
-  col.count('Messages', 'messageCount', {width: '6.4rem', wide: true}),
+  col.count('Messages', 'messageCount', {width: '5.8rem', wide: true}),
   col.count('Errors', 'errorCount', {width: '5.2rem', wide: true,
     cell: ({errorCount}) => h('span', {class: errorCount ? 'bad' : 'dim'}, digits(errorCount))}),
   col.duration('Connected', station => online(station) ? since(station.connectedAt) : null,
@@ -25640,12 +25647,18 @@ const STATION_COLUMNS = [
   col.ago('Last seen', station => station.lastMessageAt || station.disconnectedAt,
     {wide: true}),
 ];
+// The security profile only where a station has one beside 0.
+function stationColumns() {
+  const known = [...state.stations.values(), ...state.fleet.connections.values()];
+  const isPlain = !known.some(({securityProfile}) => securityProfile);
+  return withSites(STATION_COLUMNS.filter(({name}) => name !== 'Profile' || !isPlain), 'Station',
+    ['Address', 'Profile', 'Messages']);
+}
 const STATIONS = {name: 'stations', title: 'Stations',
   topics: ['connections', 'transactions', 'tick'],
   records: () => ofSites([...state.stations.values()], 'connections')
     .sort((a, b) => stationKey(a) < stationKey(b) ? -1 : 1),
-  key: stationKey, ofSites: true,
-  columns: () => withSites(STATION_COLUMNS, 'Station', ['Address', 'Profile', 'Messages']),
+  key: stationKey, ofSites: true, columns: stationColumns,
   look: looksAway, open: ({identity, site}) => stationAt(identity, site),
   search: 'Search identity, address, vendor, model …',
   words: station => [station.identity, station.remoteAddress, station.site || '',
@@ -25702,7 +25715,7 @@ function stationHead(station) {
     if (!await confirmed(`Forget ${identity}`, text, 'Forget')) return;
     if (await send('DELETE')()) go('stations');
   };
-  const name = h('h1.cut', h('bdi', {title: plain(identity)}, identity));
+  const name = h('h1', h('bdi', identity));
   if (station.site) return [h('div.title', name, stationPill(station),
     h('span', 'at ', link(to('stations', null, {site: station.site}), station.site))), siteNote()];
   return h('div.title', name,
@@ -26050,8 +26063,10 @@ function messageAt(row) {
   return row.number && (ofStation() ? to('stations', [id, tab], {...fields, message: row.id})
     : to('messages', row.id, fields));
 }
+// Whether the board has answered what messages there are.
+const isRead = list => !list.loading && (list.asked > 0 || !list.older);
 function noMessages() {
-  if (state.list.loading) return 'Loading …';
+  if (!isRead(state.list)) return 'Loading …';
   return FILTERS.some(name => state.route.query[name])
     ? ['No message matches, of those that are kept.',
       button('Clear the filters', () => filter(null))]
@@ -26066,7 +26081,7 @@ function messageList(name) {
 }
 
 function listState(list) {
-  if (list.loading && !list.rows.length) return 'Loading …';
+  if (!list.rows.length && !isRead(list)) return '';
   const {length} = list.rows.filter(row => row.number);
   const shown = list.older ? `The newest ${digits(length)} of ${digits(list.total)} messages, `
     + 'older ones as you scroll' : plural(length, 'message');
@@ -26396,7 +26411,7 @@ function shownTokens() {
     h('td.nowrap', ago(token.lastUsedAt)), h('td', token.lastAnswer),
     h('td', act('Learn it', () => go('tokens', token.idToken))));
   return card([h('h2.grow', 'Shown lately, and unknown'),
-    h('span.dim.small', 'hold a card to a reader')], {key: 'shown'}, shown.length
+    h('span.dim.small', 'hold a card to a reader')], {key: 'shown', class: 'lately'}, shown.length
     ? plainTable('Shown lately', ['Id token', 'Type', 'Station', 'When', 'Answered', ''],
       shown.map(line))
     : empty('No unknown card was shown. Hold one to a reader of any station: it stands here, to be '
@@ -26969,7 +26984,7 @@ const telemetryFacts = last => [
 
 function telemetryCharts(samples) {
   const line = (name, value) => ({name, points: pointsOf(samples, value)});
-  const part = (title, props, ...lines) => h('div', {key: title}, h('h3', title),
+  const part = (title, props, ...lines) => h('div', {key: title}, h('h2', title),
     chart(title, {label: title, height: 150, ...props, lines}));
   const errors = increases(samples.map(point => point.errorCount));
   return [
@@ -26977,13 +26992,14 @@ function telemetryCharts(samples) {
       line('Messages', point => point.messagesPerSecond)),
     part('Time to answer', {format: millis}, line('Mean', point => point.avgLatencyMs)),
     part('Stations online', {least: 3}, line('Stations', point => point.connectionCount)),
-    part('Errors', {least: 3},
+    part('New errors', {least: 3},
       {name: 'Errors', points: samples.map((point, n) => [ms(point.timestamp), errors[n]])}),
     part('Charging power', {format: power, least: 1000}, line('Power', point => point.powerW)),
     part('Memory', {format: bytes, least: 1e6}, line('Resident', point => point.memoryUsage.rss),
       line('Private', point => point.memoryUsage.heapUsed)),
-    part('Processor, of one core', {format: percent, least: 10},
-      line('Board', point => point.cpuPercent), line('Host', point => point.host?.cpuPercent)),
+    part('Processor', {format: percent, least: 10},
+      line('Board, of one core', point => point.cpuPercent),
+      line('Host, of all cores', point => point.host?.cpuPercent)),
     part('Loop lag', {format: millis, least: 10}, line('Lag', point => point.loopLagMs)),
   ];
 }
@@ -27078,10 +27094,10 @@ async function letIn(knock) {
 }
 function knockingCard() {
   const line = (knock, n) => h('tr', {key: n}, h('td.nowrap', knock.ip),
-    h('td', h('code', knock.path)),
+    h('td.short', h('code', knock.path)),
     h('td', h('span.bad', knock.status), ' ', knock.reason), h('td.num', digits(knock.count)),
     h('td.nowrap', ago(knock.lastAt)),
-    h('td', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
+    h('td', knock.url && h('span.url.one-line', h('code', knock.url), copyButton(() => knock.url)),
       LAGS_BEHIND.test(knock.reason) && act('Let in as configured …', () => letIn(knock))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', state.route.site && 'at this site: ',
@@ -27119,7 +27135,8 @@ function helpScreen() {
       ['Who may connect', ACCEPTED[about?.accept]],
       ['Checked against the schemas', about?.validated ? 'yes'
         : 'no: install ocpp and fastjsonschema'],
-      ['Version', about?.version]]))),
+      ['Version', about?.version],
+      ['Times are of', Intl.DateTimeFormat().resolvedOptions().timeZone]]))),
     card('Keys', {key: 'keys'}, plainTable('Keys', [], [...KEYS, ...keys].map(([key, text]) =>
       h('tr', {key}, h('td', h('kbd', key)), h('td', text)))))),
   panel('api', ['api'], apiCard)];

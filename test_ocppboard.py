@@ -20325,14 +20325,14 @@ def fill(site):
 
 
 async def violations(look, theme="light"):
-    """What axe-core finds to be serious: [[rule, where]]; a theme changes the contrast alone."""
+    """What axe-core finds: [[rule, where]]; a theme changes the contrast alone."""
     if not await look.page.evaluate("'axe' in window"):
         await look.page.evaluate(Axe().axe_script)
     return await look.page.evaluate("""async theme => {
         const rules = theme === 'dark' ? {runOnly: ['color-contrast']} : {};
         const {violations} = await axe.run({resultTypes: ['violations'], ...rules});
-        return violations.filter(found => ['serious', 'critical'].includes(found.impact))
-            .map(found => [found.id, found.nodes[0].html.slice(0, 200)]) }""", theme)
+        return violations.map(found => [found.id, found.nodes[0].html.slice(0, 200)]) }""",
+        theme)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -20395,6 +20395,42 @@ async def test_every_screen_fits_a_phone(site):
             await look.go(screen)
             width = await look.page.evaluate("document.documentElement.scrollWidth")
             assert width <= 390, (screen, width)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@live()
+async def test_an_identity_of_a_hundred_characters_does_not_widen_the_page(site, width):
+    identity = "N" * 100
+    socket_ = await site.station(identity)
+    await exchange(socket_, "BootNotification", BOOT_16)
+    _, _, started = await exchange(socket_, "StartTransaction", START_16)
+    site.board.smart_charge.append(ShownRecord(
+        sessionId="sc-1", identity=identity, transactionId=started["transactionId"], evse=1,
+        strategy="equal_share", allocatedKw=4.14, allocatedA=6, measuredA=5.8, status="active",
+        startedAt=iso_now(-60), updatedAt=iso_now(), reason="All that is there."))
+    async with looking(site, width=width, height=844) as look:
+        for screen in ("overview", "stations", f"stations/{identity}",
+                       f"stations/{identity}/commands", "transactions", "power", "tokens"):
+            await look.go(screen)
+            await look.sees(identity, "main")
+            got = await look.page.evaluate("document.documentElement.scrollWidth")
+            assert got <= width, (screen, got)
+
+
+@live()
+async def test_a_list_that_the_board_has_not_answered_is_not_called_empty(site):
+    async with looking(site) as look:
+        for path in ("messages", "report"):
+            await look.page.route(f"**/api/{path}?*", lambda route: route.abort())
+        await look.page.reload()
+        for screen in ("messages", "report"):
+            await look.go(screen)
+            await look.sees("Loading …", "main")
+            await look.sees("The board does not answer", ".notices")
+            await expect(look.page.locator("main")).not_to_contain_text(re.compile(
+                "No message yet|No transaction was stopped|The newest 0|0 transactions"))
+        assert all("ERR_FAILED" in text for text in look.wrong)
+        look.wrong.clear()
 
 
 @live()
