@@ -22483,7 +22483,7 @@ STYLE = r"""
   --accent: #0a6e69; --on-accent: #fff; --good: #1a7339; --warn: #8a5300; --bad: #b3261e;
   --info: #1a5fb4; --good-bg: #e0f3e6; --warn-bg: #fdf0d5; --bad-bg: #fde7e5; --info-bg: #e3eefb;
   --deep: .54; --pale: .67;
-  --shadow: 0 1px 2px rgb(20 30 45 / .06); --row: 34px; --gap: 1rem }
+  --shadow: 0 1px 2px rgb(20 30 45 / .06); --gap: 1rem }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark;
   --paper: #0f141a; --card: #171e26; --ink: #e7ecf2; --dim: #9aa8b8; --line: #2a343f;
   --well: #1f2831;
@@ -22496,7 +22496,8 @@ html { scrollbar-gutter: stable }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   font-variant-numeric: tabular-nums }
 h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0 }
-h1, h3 { overflow-wrap: anywhere } h1 { font-size: 1.35rem; line-height: 1.25 } h2 { font-size: 1rem } h3 { font-size: .9rem }
+h1, h3 { overflow-wrap: anywhere }
+h1 { font-size: 1.35rem; line-height: 1.25 } h2 { font-size: 1rem } h3 { font-size: .9rem }
 ul { list-style: none }
 a { color: var(--accent); text-decoration: none } a:hover, p a { text-decoration: underline }
 button, input, select, textarea { font: inherit; color: inherit }
@@ -22536,7 +22537,8 @@ h2.grow.whole { min-width: 12rem; overflow-wrap: anywhere }
 .nav svg { width: 1.1rem; height: 1.1rem; flex: none }
 .nav .count { margin-left: auto; font-size: .8rem }
 .main { grid-area: main; padding: 1.1rem 1.25rem 2.5rem; display: grid; gap: var(--gap);
-  grid-template-columns: minmax(0, 1fr); align-content: start; min-width: 0; max-width: 200rem; outline: none }
+  grid-template-columns: minmax(0, 1fr); align-content: start; min-width: 0;
+  max-width: 200rem; outline: none }
 .away { filter: saturate(.25) }
 .title { display: flex; align-items: center; gap: .75rem; flex-wrap: wrap; min-height: 2.2rem }
 .notices { position: fixed; right: 1rem; bottom: 1rem; z-index: 9; display: grid; gap: .5rem;
@@ -22638,7 +22640,8 @@ kbd { border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5p
 .grid { overflow: auto; overflow-anchor: none; overscroll-behavior: contain; max-height: 70vh;
   border-top: 1px solid var(--line);
   border-radius: 0 0 12px 12px }
-.sites > .grid, .lately > .grid { max-height: 23rem } select[aria-label=Site] { max-width: 12rem }
+.sites > .grid, .lately > .grid { max-height: 23rem }
+select[aria-label=Site] { max-width: 12rem }
 .grid.tall { max-height: none; height: calc(100vh - 16.5rem); min-height: 18rem }
 table { border-collapse: separate; border-spacing: 0; width: 100%; table-layout: fixed }
 th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: left;
@@ -22647,12 +22650,13 @@ th { position: sticky; top: 0; z-index: 1; background: var(--card); text-align: 
   border-bottom: 1px solid var(--line) }
 th button { border: 0; background: none; padding: 0; font: inherit; color: inherit;
   cursor: pointer }
-td { height: var(--row); padding: 0 .6rem; overflow: hidden; text-overflow: ellipsis;
+td { height: 34px; padding: 0 .6rem; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap;
   border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { padding-left: 1rem }
 th:last-child, td:last-child { padding-right: 1rem }
 td.num, th.num { text-align: right }
+.two-lines td { height: 44px }
 .wraps td { white-space: normal; overflow-wrap: anywhere; padding-block: .4rem; height: auto;
   vertical-align: top }
 table.plain { table-layout: auto } table.plain td { padding-block: .35rem; height: auto }
@@ -22714,10 +22718,11 @@ tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
 .spark .area { stroke: none; fill: var(--accent); opacity: .1 }
 
 @media (max-width: 62rem) { .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+@media (max-width: 56rem) { .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)) } }
 @media (max-width: 62rem) { .cols.wide-left { grid-template-columns: minmax(0, 1fr) }
   .split.both { grid-template-columns: minmax(0, 1fr) }
   .split.both > .aside { order: -1; position: static; max-height: none } }
-@media (max-width: 44rem) { :root { --row: 44px; --gap: .75rem }
+@media (max-width: 44rem) { :root { --gap: .75rem }
   .app { grid-template: "head" auto "nav" auto "main" 1fr / minmax(0, 1fr) }
   .head { padding: 0 .75rem; gap: .4rem } .main { padding: .75rem .75rem 2rem }
   .nav { position: sticky; height: auto; display: flex; overflow-x: auto; padding: .35rem .5rem;
@@ -23591,8 +23596,6 @@ const remembered = (name, initial) => {
   return state.ui[name];
 };
 const narrow = () => matchMedia('(max-width: 44rem)').matches;
-const rowHeight = () =>
-  parseInt(getComputedStyle(document.documentElement).getPropertyValue('--row'), 10);
 
 // Call back with the size of an element, now and at each change.
 const resized = new WeakMap();
@@ -23649,10 +23652,26 @@ const howToConnect = () => [
 ];
 
 // --- Tables ---------------------------------------------------------------------------------
-// Windowed: only rows in sight are on the page. `columns` have a name, a width (`short` on a
-// phone), a `cell(row)`, a `sort(row)` where they can be sorted by (`down`: the largest first),
-// `leads` where the cell is the link to what its row opens; `wide` ones are not on a phone, `slim`
-// ones only there, `spare` ones give way to what is open `beside` the table.
+// Windowed: only rows in sight are on the page. `columns` have a name, a width (`short` in a slim
+// table), a `cell(row, slim)`, a `sort(row)` where they can be sorted by (`down`: the largest
+// first), `leads` where the cell is the link to what its row opens; `wide` ones are not in a slim
+// table, `slim` ones only there, `spare` ones give way to what is open `beside` the table, and
+// where there is no room for all. A table is slim on a phone, and where there is no room for the
+// others.
+
+const ROW_PX = 34, TWO_LINES_PX = 44, REM_PX = 16, LEAST_REM = 9;
+const roomFor = columns => REM_PX
+  * sum(columns.map(({width = ''}) => width.endsWith('rem') ? parseFloat(width) : LEAST_REM));
+// The columns for a table as wide as this, and the height of its rows.
+function columnsFor(columns, width, beside) {
+  const slim = columns.filter(column => !column.wide);
+  const wide = columns.filter(column => !column.slim && !(beside && column.spare));
+  const needed = wide.filter(({spare}) => !spare);
+  while (roomFor(wide) > width && wide.length > needed.length)
+    wide.splice(wide.findLastIndex(({spare}) => spare), 1);
+  return narrow() || roomFor(wide) > width && slim.length < wide.length
+    ? {slim: true, shown: slim, height: TWO_LINES_PX} : {slim: false, shown: wide, height: ROW_PX};
+}
 
 function sorted(id, columns, rows) {
   const sort = state.ui[id + '.sort'], by = sort && columns.find(({name}) => name === sort.by);
@@ -23687,16 +23706,14 @@ function headCell(id, column) {
  */
 function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end, beside, wraps}) {
   if (!rows.length) return blank;
-  const slim = narrow();
-  const shown = columns.filter(({wide, slim: ofPhone, spare}) =>
-    !(slim ? wide : ofPhone) && !(beside && spare));
-  const height = rowHeight(), view = remembered(id + '.view', {top: 0, height: 900});
+  const view = remembered(id + '.view', {top: 0, height: 900, width: Infinity});
+  const {slim, shown, height} = columnsFor(columns, view.width, beside);
   const fresh = view.top > 0 ? rows.findIndex(record => key(record) === view.newest) : 0;
   if (fresh > 0 && !state.ui[id + '.sort']) {
     view.top += fresh * height;
     after.push(() => { view.node.scrollTop = view.top; });
   }
-  Object.assign(view, {drawn: view.top, newest: key(rows[0])});
+  Object.assign(view, {drawn: view.top, newest: key(rows[0]), row: height});
   const first = wraps ? 0
     : Math.max(0, Math.min(Math.floor(view.top / height) - 10, rows.length - 1));
   const last = wraps ? rows.length
@@ -23708,21 +23725,25 @@ function grid(id, {columns, rows, key, row = () => ({}), blank, tall, label, end
   };
   const made = node => {
     Object.assign(view, {node, top: 0});
-    watchSize(node, ({height: boxHeight}) => { view.height = boxHeight; touch('scroll'); });
+    watchSize(node, ({height: boxHeight, width}) => {
+      Object.assign(view, {height: boxHeight, width});
+      touch('scroll');
+    });
   };
   const spacer = (name, count) => h('tr.spacer', {key: name, 'aria-hidden': 'true'},
     h('td', {colspan: shown.length, style: {height: count * height + 'px'}}));
   const line = record => {
     const {open, ...props} = row(record), cells = shown.map(column => {
-      const content = column.cell(record);
+      const content = column.cell(record, slim);
       return h('td', {class: column.num && 'num'},
         column.leads && open ? link(open, content) : content);
     });
     return h('tr' + (open ? '.open' : ''), {key: key(record), ...props,
       onpointerdown: open && (event => press(event, open))}, cells);
   };
-  return h('div.grid' + (tall ? '.tall' : '') + (wraps ? '.wraps' : ''),
-    {key: id, onscroll, made, tabindex: 0, role: 'region', 'aria-label': label},
+  const classes = Object.entries({tall, wraps, 'two-lines': slim}).filter(([, is]) => is);
+  return h('div.grid', {key: id, class: classes.map(([name]) => name).join(' '), onscroll, made,
+    tabindex: 0, role: 'region', 'aria-label': label},
     h('table', {'aria-rowcount': rows.length + 1},
       h('colgroup', shown.map(column => h('col',
         {key: column.name, style: {width: slim && column.short || column.width || 'auto'}}))),
@@ -23745,7 +23766,8 @@ const col = {
   amperes: figure(amperes, '5rem'), percent: figure(percent, '4.4rem'),
   millis: figure(millis, '5.8rem'), duration: figure(duration, '6.6rem'),
   time: kind(iso => clock(iso), {down: true, width: '9.5rem', short: '6.2rem'}),
-  instant: kind(iso => clock(iso, !narrow()), {down: true, width: '8.6rem', short: '6.2rem'}),
+  instant: (name, field, more) => kind(clock, {down: true, width: '8.6rem', short: '6.2rem'})(name,
+    field, {cell: (record, slim) => clock(record[field], !slim), ...more}),
   ago: figure(ago, '8.4rem'),
   station: (name, field, more) => kind(stationLink)(name, field,
     {cell: record => stationLink(record[field], record.site), ...more}),
@@ -23770,7 +23792,8 @@ function release({clientX, clientY}) {
 
 // A small table; on a phone its cells stand below each other, each after the name of its column.
 function plainTable(label, names, rows) {
-  for (const {children} of rows) children.forEach(({props}, n) => { props['data-name'] = names[n]; });
+  for (const {children} of rows)
+    children.forEach(({props}, n) => { props['data-name'] = names[n]; });
   return scrolls(label, h('table.plain', names.length > 0 && h('thead', h('tr', names.map(name =>
     name ? h('th', {key: name, scope: 'col'}, name) : h('td', {key: name})))), h('tbody', rows)));
 }
@@ -25634,16 +25657,16 @@ const STATION_COLUMNS = [
   {name: 'Status', width: '6.5rem', sort: station => station.status, down: true,
     cell: stationPill},
   {name: 'Connectors', wide: true, cell: connectorPills},
-  col.text('Protocol', 'protocol', {width: '6.2rem', wide: true}),
-  col.text('Address', 'remoteAddress', {width: '8.5rem', wide: true,
+  col.text('Protocol', 'protocol', {width: '6.2rem', wide: true, spare: true}),
+  col.text('Address', 'remoteAddress', {width: '8.5rem', wide: true, spare: true,
     cell: ({remoteAddress}) => h('span', {title: remoteAddress}, remoteAddress)}),
-  col.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, down: false,
+  col.count('Profile', 'securityProfile', {width: '4.6rem', wide: true, spare: true, down: false,
     cell: station => h('span', {title: 'Security profile'}, digits(station.securityProfile))}),
-  col.count('Messages', 'messageCount', {width: '5.8rem', wide: true}),
+  col.count('Messages', 'messageCount', {width: '5.8rem', wide: true, spare: true}),
   col.count('Errors', 'errorCount', {width: '5.2rem', wide: true,
     cell: ({errorCount}) => h('span', {class: errorCount ? 'bad' : 'dim'}, digits(errorCount))}),
   col.duration('Connected', station => online(station) ? since(station.connectedAt) : null,
-    {width: '7.2rem', wide: true}),
+    {width: '7.2rem', wide: true, spare: true}),
   col.ago('Last seen', station => station.lastMessageAt || station.disconnectedAt,
     {wide: true}),
 ];
@@ -26037,10 +26060,11 @@ const ANSWER_COLUMN = {name: 'Answer', wide: true, cell: row => row.answer
 // Of one station without its name; with pairs on one line the answer beside the CALL; and what a
 // gap shows.
 function messageColumns({filter: {identity}}) {
+  /** @type {any[]} */
   const columns = !state.ui.fold ? MESSAGE_COLUMNS : MESSAGE_COLUMNS.flatMap(of =>
     of.name === 'Type' ? [] : of.name === 'What it says' ? [of, ANSWER_COLUMN] : of);
   return columns.filter(({name}) => name !== 'Station' || !identity).map(of => ({...of,
-    cell: row => row.number ? of.cell(row) : GAP[of.name]?.(row)}));
+    cell: (row, slim) => row.number ? of.cell(row, slim) : GAP[of.name]?.(row)}));
 }
 
 // The messages that the screen follows, as a list; `name` tells where.
@@ -26179,7 +26203,7 @@ const TRANSACTION_COLUMNS = [
     h('div.cut.dim.small', state.route.site === EVERY_SITE && `${siteName(transaction)} · `,
       `${transaction.status} · ${duration(lasted(transaction))}`)]},
   col.status('Status', 'status', STATUS_TONES, {wide: true, cell: transactionPill}),
-  col.text('Id token', holder, {width: '12%', wide: true, spare: true, cell: transaction =>
+  col.text('Id token', holder, {width: '9.5rem', wide: true, spare: true, cell: transaction =>
     h('span', {title: transaction.idToken}, holder(transaction) || DASH)}),
   col.energy('Energy', 'energyWh', {short: '6rem', cell: transaction =>
     [estimate(transaction), energy(transaction.energyWh)]}),
@@ -26187,7 +26211,7 @@ const TRANSACTION_COLUMNS = [
     {wide: true, spare: true}),
   col.percent('SoC', 'soc', {wide: true, spare: true}),
   col.duration('Duration', lasted, {wide: true}),
-  col.text('Reason', 'reason', {width: '10%', wide: true, spare: true}),
+  col.text('Reason', 'reason', {width: '10rem', wide: true, spare: true}),
 ];
 const placeOf = ({identity, id, site}) => [identity, id, ...site ? [site] : []];
 const TRANSACTIONS = {name: 'transactions', title: 'Transactions',
@@ -27040,9 +27064,9 @@ const EVENT_COLUMNS = [
   col.station('Station', 'identity', {width: '16%', wide: true, cell: ({identity, details, site}) =>
     identity && identity !== 'UNKNOWN' ? stationLink(identity, site)
       : h('span.dim', details.ip || DASH)}),
-  {name: 'What happened', cell: event => [
+  {name: 'What happened', cell: (event, slim) => [
     h('div.cut', {title: plain(event.message)}, event.message),
-    narrow() && h('div.cut.dim.small', event.identity || eventName(kindOf(event)),
+    slim && h('div.cut.dim.small', event.identity || eventName(kindOf(event)),
       besideName(event))]},
 ];
 const kindsOf = events => [...new Set(events.map(kindOf))].map(of => [of, eventName(of)])
@@ -27094,10 +27118,10 @@ async function letIn(knock) {
 }
 function knockingCard() {
   const line = (knock, n) => h('tr', {key: n}, h('td.nowrap', knock.ip),
-    h('td.short', h('code', knock.path)),
+    h('td', h('code', knock.path)),
     h('td', h('span.bad', knock.status), ' ', knock.reason), h('td.num', digits(knock.count)),
-    h('td.nowrap', ago(knock.lastAt)),
-    h('td', knock.url && h('span.url.one-line', h('code', knock.url), copyButton(() => knock.url)),
+    h('td', ago(knock.lastAt)),
+    h('td', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
       LAGS_BEHIND.test(knock.reason) && act('Let in as configured …', () => letIn(knock))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', state.route.site && 'at this site: ',
@@ -27478,8 +27502,8 @@ function stepTo(by) {
   if (route.screen === 'messages') go('messages', next.id, route.query);
   else filter({message: next.id});
   const table = Object.values(state.ui).find(view => view?.node?.ariaLabel === 'Messages'
-    && view.node.isConnected), top = (rows.length - 1 - at) * rowHeight();
-  if (table && (top < table.top || top > table.top + table.height - 3 * rowHeight()))
+    && view.node.isConnected), top = (rows.length - 1 - at) * table?.row;
+  if (table && (top < table.top || top > table.top + table.height - 3 * table.row))
     table.node.scrollTop = top - table.height / 3;
 }
 

@@ -20417,6 +20417,22 @@ async def test_an_identity_of_a_hundred_characters_does_not_widen_the_page(site,
             assert got <= width, (screen, got)
 
 
+@pytest.mark.parametrize("width", [720, 1024])
+@live()
+async def test_every_column_has_room_on_a_tablet(site, width):
+    await simulated(site, "ocpp1.6")
+    fill(site)
+    narrow = """() => [...document.querySelectorAll('.grid')]
+        .filter(grid => grid.scrollWidth > grid.clientWidth + 1).map(grid => grid.ariaLabel)
+        .concat([...document.querySelectorAll('th')].filter(head => head.offsetWidth < 45)
+            .map(head => head.textContent))"""
+    async with looking(site, width=width, height=900) as look:
+        for screen in ("overview", "stations", "messages", "messages/msg-1", "transactions",
+                       "power", "relay", "security", "events"):
+            await look.go(screen)
+            assert await look.page.evaluate(narrow) == [], screen
+
+
 @live()
 async def test_a_list_that_the_board_has_not_answered_is_not_called_empty(site):
     async with looking(site) as look:
