@@ -22743,6 +22743,7 @@ tr.open { cursor: pointer } tr.open:hover td { background: var(--well) }
   .beside { flex-wrap: wrap } .btn, select, input { min-height: 2.5rem } .wide { display: none }
   .filters .day { grid-column: 1 / -1 } .filters .day > input { flex: 1 } }
 @media (min-width: 44.01rem) { .slim { display: none } }
+@media (min-width: 76rem) { .firm { min-width: 8.5rem } .firm:last-child { min-width: 20rem } }
 @media (prefers-reduced-motion: reduce) { * { transition: none; animation: none;
   scroll-behavior: auto } }
 @media (prefers-contrast: more) { :root { --line: currentColor; --dim: var(--ink) } }
@@ -27118,10 +27119,10 @@ async function letIn(knock) {
 }
 function knockingCard() {
   const line = (knock, n) => h('tr', {key: n}, h('td.nowrap', knock.ip),
-    h('td', h('code', knock.path)),
+    h('td.firm', h('code', knock.path)),
     h('td', h('span.bad', knock.status), ' ', knock.reason), h('td.num', digits(knock.count)),
-    h('td', ago(knock.lastAt)),
-    h('td', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
+    h('td.firm', ago(knock.lastAt)),
+    h('td.firm', knock.url && h('span.url', h('code', knock.url), copyButton(() => knock.url)),
       LAGS_BEHIND.test(knock.reason) && act('Let in as configured …', () => letIn(knock))));
   return card([h('h2.grow', 'Knocking'),
     h('span.dim.small', state.route.site && 'at this site: ',
@@ -27393,7 +27394,7 @@ function header() {
       h('svg', {viewBox: '0 0 16 16', 'aria-hidden': 'true'},
         h('rect', {width: 16, height: 16, rx: 4, fill: '#0b7a75'}),
         h('path', {d: 'M9 2 4 9h3l-1 5 6-8H8.5z', fill: '#fff'})),
-      h('span', {class: status === 'on' ? '' : 'wide'}, 'ocppboard')),
+      h('span', {class: status === 'on' && mayChange() ? '' : 'wide'}, 'ocppboard')),
     h('span', {class: 'live ' + status, role: 'status'}, said
       || h('span', 'reconnecting', h('span.wide', ', no connection'), ' since ',
         clock(new Date(from + state.clockOff).toISOString()))),
