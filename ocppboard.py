@@ -26542,6 +26542,7 @@ const blockButton = token => token.status === 'Accepted'
     {class: 'danger'})
   : button('Accept it', () => changeToken(token, 'PUT', {status: 'Accepted'}, 'Accepted'));
 
+const LISTS_SHOWN = 100;
 function listsCard() {
   const lists = state.lists.filter(list => list.online || list.version != null);
   const late = lists.filter(list => list.online && !list.current);
@@ -26569,7 +26570,8 @@ function listsCard() {
     late.length > 1 && act(`Send to ${digits(late.length)}`, () =>
       send(late.map(list => list.identity)), {disabled: !!state.ui.sendingList})], {key: 'lists'},
   lists.length ? plainTable('Local lists', ['Station', 'State', 'Id tokens', 'Version', 'Sent', ''],
-    lists.map(line)) : empty('No station is online.'));
+    lists.slice(0, LISTS_SHOWN).map(line)) : empty('No station is online.'),
+  lists.length > LISTS_SHOWN && empty(`And ${digits(lists.length - LISTS_SHOWN)} more.`));
 }
 
 // Power

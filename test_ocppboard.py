@@ -20417,6 +20417,21 @@ async def test_an_identity_of_a_hundred_characters_does_not_widen_the_page(site,
             assert got <= width, (screen, got)
 
 
+@live()
+async def test_of_many_local_lists_the_page_draws_the_first(site):
+    lists = [{"identity": f"CP-{number:04}", "online": True, "version": None, "entries": None,
+              "sentAt": None, "current": False} for number in range(2000)]
+    async with looking(site) as look:
+        async def many(route):
+            await route.fulfill(json=lists)
+        await look.page.route("**/api/local-lists", many)
+        await look.page.reload()
+        await look.go("tokens")
+        await look.sees("And 1,900 more.", "main")
+        await look.sees("Send to 2,000", "main")
+        assert await look.count("[aria-label='Local lists'] tbody tr") == 100
+
+
 @live(auth_viewer_token="look")
 async def test_the_page_of_a_viewer_fits_a_phone(site):
     async with looking(site, "/#token=look", width=390, height=844) as look:
