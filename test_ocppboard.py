@@ -16949,12 +16949,10 @@ async def test_streams_of_their_own_kind_and_heartbeats(site):
     quiet = await site.stream("/api/security/stream")
     assert (await quiet.next())[0] == "connected" and (await quiet.next())[0] == "heartbeat"
     telemetry = await site.stream("/api/telemetry/stream")
-    await telemetry.next()
-    name, data, _ = await telemetry.next()
-    assert name == "telemetry"
+    _, data, _ = await telemetry.next("telemetry")
     conforms(data, ocppboard.Telemetry)
     await site.fetch("/api/auth/login", "POST", {"token": "wrong"}, None)
-    name, data, _ = await quiet.next("security")
+    _, data, _ = await quiet.next("security")
     assert data["category"] == "AUTH_FAILED"
 
 
@@ -16973,7 +16971,8 @@ async def test_a_heartbeat_passes_over_what_did_not_match(site):
     assert (await events.next())[2].endswith(".0")
     socket_ = await site.station()
     await exchange(socket_, "Heartbeat", {})
-    assert (await events.next("heartbeat"))[2].endswith(".2")
+    while not (await events.next("heartbeat"))[2].endswith(".2"):
+        pass                             # it began before the station called
 
 
 @live(sse_heartbeat_ms=200)
