@@ -23795,8 +23795,10 @@ function release({clientX, clientY}) {
 function plainTable(label, names, rows) {
   for (const {children} of rows)
     children.forEach(({props}, n) => { props['data-name'] = names[n]; });
-  return scrolls(label, h('table.plain', names.length > 0 && h('thead', h('tr', names.map(name =>
-    name ? h('th', {key: name, scope: 'col'}, name) : h('td', {key: name})))), h('tbody', rows)));
+  const head = (name, n) => name ? h('th', {key: name, scope: 'col',
+    class: rows[0]?.children[n].props.class}, name) : h('td', {key: name});
+  return scrolls(label, h('table.plain',
+    names.length > 0 && h('thead', h('tr', names.map(head))), h('tbody', rows)));
 }
 
 // --- Charts ---------------------------------------------------------------------------------

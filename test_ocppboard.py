@@ -20429,6 +20429,7 @@ async def test_of_many_local_lists_the_page_draws_the_first(site):
         await look.sees("And 1,900 more.", "main")
         await look.sees("Send to 2,000", "main")
         assert await look.count("[aria-label='Local lists'] tbody tr") == 100
+        assert await look.count("[aria-label='Local lists'] th.num") == 2
 
 
 @live(auth_viewer_token="look")
