@@ -3270,7 +3270,8 @@ class State:
     # In the threads
 
     def _query(self, ask: Callable[[sqlite3.Connection], Any]) -> Any:
-        with contextlib.closing(sqlite3.connect(_address(self.path, mode="ro"), LOCKED_S, uri=True,
+        address = _address(self.path, mode="ro")
+        with contextlib.closing(sqlite3.connect(address, timeout=LOCKED_S, uri=True,
                                                 factory=StateConnection)) as db:
             return ask(db)
 
@@ -3324,7 +3325,7 @@ class State:
         with contextlib.suppress(FileExistsError):       # it holds id tokens: for our user alone
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._renewed = self._made_anew = self._opened
-        db = sqlite3.connect(_address(self.path), LOCKED_S, isolation_level=None, uri=True,
+        db = sqlite3.connect(_address(self.path), timeout=LOCKED_S, isolation_level=None, uri=True,
                              check_same_thread=False, factory=StateConnection)
         try:
             owner, = db.execute("PRAGMA application_id").fetchone()
@@ -3476,7 +3477,7 @@ def _size_of(path: str) -> int | None:
 def _salvaged(path: str) -> Iterator[StateRow]:
     """The readable rows of a damaged file: reading goes on behind a bad page, further each time."""
     _pad(path)
-    with contextlib.closing(sqlite3.connect(path, LOCKED_S, factory=StateConnection)) as db:
+    with contextlib.closing(sqlite3.connect(path, timeout=LOCKED_S, factory=StateConnection)) as db:
         last, step = 0, 1
         for _ in range(SALVAGE_TRIES):
             try:
