@@ -14055,7 +14055,7 @@ class Controller:
 
     def car_needs(self, station: Station, payload: dict) -> bool:
         """Take the needs of a car; a TxProfile follows. False: its limits are not ours (K15)."""
-        evse = self._steered(station, payload)
+        evse = self._evse_of(station, payload)
         if evse is None:
             return False
         evse.needs, evse.resend = CarNeeds.read(payload), True
@@ -14063,7 +14063,7 @@ class Controller:
 
     def car_schedule(self, station: Station, payload: dict) -> bool:
         """Whether a car's own schedule stays within its limit; if not, that is sent again (K15)."""
-        evse = self._steered(station, payload)
+        evse = self._evse_of(station, payload)
         if evse is None:
             return True
         schedule = lenient(payload, "chargingSchedule", dict, {})
@@ -14079,7 +14079,7 @@ class Controller:
         evse.resend = True
         return False
 
-    def _steered(self, station: Station, payload: dict) -> Evse | None:
+    def _evse_of(self, station: Station, payload: dict) -> Evse | None:
         """The EVSE of a message about a car, where it charges and its limits are ours."""
         known = self._known(station)
         if known is None:
@@ -21305,7 +21305,7 @@ class BrokerConnection:
         client.on_socket_register_write = self._wants_to_write
         client.on_socket_unregister_write = self._has_written
         client.on_connect = lambda _, __, ___, reason, *____: self._welcomed(reason)
-        client.on_disconnect = lambda _, __, *told: self._left(told)
+        client.on_disconnect = lambda _, __, *reason: self._left(reason)
         client.on_message = lambda _, __, message: self.on_message(self._incoming(message))
         client.on_subscribe = lambda _, __, number, *___: self._subscribing.pop(
             number, lambda: None)()
@@ -21434,9 +21434,9 @@ class BrokerConnection:
 
     # The end
 
-    def _left(self, told: tuple) -> None:
+    def _left(self, details: tuple) -> None:
         """paho has ended it; where we have, its last bytes are still on their way."""
-        reason = told[1] if len(told) > 2 else told[0]   # its versions tell it differently
+        reason = details[1] if len(details) > 2 else details[0]      # as its version has it
         if isinstance(reason, int):
             reason = self._paho.error_string(reason)
         if not self._leaving:
@@ -21541,26 +21541,26 @@ class SiteClaim:
         """A new connection: all may have changed."""
         self.held, self.rival, self.status_due = False, "", False
 
-    def status_came(self, told: dict, retained: bool) -> None:
+    def status_came(self, status: dict, retained: bool) -> None:
         """A status under the site's name; a retained one may be of a board that is dead."""
-        if told.get("board") == self.board_id or retained:
+        if status.get("board") == self.board_id or retained:
             return
-        if told.get("status") == "online" and (not self.held or self._goes_before(told)):
-            self.held, self.rival = False, kept(told.get("board"), 64)
+        if status.get("status") == "online" and (not self.held or self._goes_before(status)):
+            self.held, self.rival = False, kept(status.get("board"), 64)
         else:                            # a predecessor's last will, or a stranger's word
             self.status_due = self.held
 
-    def claim_came(self, told: dict) -> None:
+    def claim_came(self, claim: dict) -> None:
         """Another board, or we, want the name."""
-        if told.get("board") == self.board_id:
+        if claim.get("board") == self.board_id:
             return
         if self.held:
             self.status_due = True
-        elif self._goes_before(told):
-            self.rival = kept(told.get("board"), 64)
+        elif self._goes_before(claim):
+            self.rival = kept(claim.get("board"), 64)
 
-    def _goes_before(self, told: dict) -> bool:
-        other = (kept(told.get("since"), 32), kept(told.get("board"), 64))
+    def _goes_before(self, claim: dict) -> bool:
+        other = (kept(claim.get("since"), 32), kept(claim.get("board"), 64))
         return other < (self.since, self.board_id)
 
 
@@ -21654,7 +21654,7 @@ class AskedByMqtt:
         self.report = report
         self._waiting: dict[str, deque[tuple[list[str], Incoming, float]]] = {}
         self._is_reporting = False
-        self._told_mono = -math.inf
+        self._reported_mono = -math.inf
         self._asked_mono: OrderedDict[bytes, float] = OrderedDict()      # {digest: when}
 
     @property
@@ -21828,8 +21828,8 @@ class AskedByMqtt:
     def _refuse(self, identity: str, message: Incoming, error: BoardError) -> None:
         self._answer(message, None, {"success": False, "status": error.http_status} | error.body())
         now = self.board.mono()
-        if now - self._told_mono > COALESCE_S:
-            self._told_mono = now
+        if now - self._reported_mono > COALESCE_S:
+            self._reported_mono = now
             known = identity if identity in self.board.stations else ""
             self.board.system_event("MQTT_REFUSED", known, f"A command by MQTT came to nothing: "
                                     f"{error}", {"topic": kept(message.topic)})
@@ -21990,7 +21990,8 @@ SITE_SENSORS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def slug(text: str) -> str:
-    """A text as a part of Home Assistant's ids: other characters are replaced, and told apart."""
+    """A text as a part of Home Assistant's ids: other characters are replaced, and a checksum is
+    added."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", text)
     return plain if plain == text else f"{plain}-{zlib.crc32(text.encode()):08x}"
 
@@ -22090,7 +22091,7 @@ class Mqtt:
         self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_WAITING)
         self._registers: dict[str, dict[tuple, float]] = {}      # {identity: {connector: Wh}}
         self.limits: dict[str, dict[int, float]] = {}    # A set by MQTT: {identity: {EVSE: A}}
-        self._load_mono = self._flood_mono = self._told_mono = self._refollowed_mono = -math.inf
+        self._load_mono = self._flood_mono = self._reported_mono = self._refollowed_mono = -math.inf
         self._load: dict = {}                        # as it was published
         self._load_published_mono = -math.inf
         self._wrong: dict[Wrong, float] = {}         # what is wrong, and since when
@@ -22162,7 +22163,7 @@ class Mqtt:
     # The connection
 
     async def run(self) -> None:
-        """Stay on the broker until cancelled; that it is away is told once."""
+        """Stay on the broker until cancelled; that it is away is reported once."""
         while not self._stopping:
             self._used, pause_s = replace(self.settings), 1.0
             self._follow(bool(self.settings.url))
@@ -22212,8 +22213,8 @@ class Mqtt:
     def _away(self, error: str) -> float:
         """Tell an outage once, and another reason a minute later. Returns the pause."""
         now = self.board.mono()
-        if error != self._error and (not self._failures or now - self._told_mono > COALESCE_S):
-            self._error, self._told_mono = error, now
+        if error != self._error and (not self._failures or now - self._reported_mono > COALESCE_S):
+            self._error, self._reported_mono = error, now
             self._tell("MQTT_AWAY", f"The MQTT broker {self.host} is away: {error}",
                        logging.WARNING)
         self._failures += 1
@@ -22453,7 +22454,7 @@ class Mqtt:
                                self.limits.get(station.identity, {}).get(place[0]))
 
     def _publish_transaction(self, connection: BrokerConnection, transaction: Transaction) -> None:
-        """A running one is retained; its end is told, and it is retained no more."""
+        """A running one is retained; its end is published, and it is retained no more."""
         identity = transaction.identity
         topic = f"{self.prefix}/{in_topic(identity)}/transactions/{in_topic(transaction.id)}"
         if transaction.status == "active":
